@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, lm-eval and latency benches; never imported by the pruning core."""

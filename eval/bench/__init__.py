@@ -1,0 +1,1 @@
+"""Benches: scripts that check correctness first and then print medians with their spread."""

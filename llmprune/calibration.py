@@ -1,0 +1,466 @@
+"""Text in, token ids out: what calibration and evaluation read, seeded and hashed.
+
+A `TextSpec` names the text and the way it is cut into samples of equal length:
+
+    pack       documents one after another, the beginning-of-sequence token in front of each, cut into samples
+    truncate   the first tokens of each document that is long enough, one sample a document
+
+Every text comes out as `Tokens`, whose digest names the exact ids, so that two runs can tell whether they saw the same.
+"""
+
+# No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor, nn
+
+from llmprune.errors import CalibrationError, NumericsError
+
+Layout = Literal["pack", "truncate"]
+Order = Literal["text", "shuffled"]
+
+# One call of the tokenizer encodes about this much text: enough to use its threads, little enough to hold twice.
+_BATCH_BYTES = 2**22
+
+# A dataset id may contain dots (airoboros-2.2.1), so only these endings say that a file was meant.
+_FILE_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip")
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    bos_token_id: int | None
+
+    def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]:
+        """Encode a batch of documents; `input_ids` holds a list of ids for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpec:
+    """Which text, and how it becomes samples.
+
+    Attributes:
+        source: "self" (sampled from the dense model), a local .txt (one document), .jsonl or .parquet file, a folder of
+            data files, or a dataset id of the Hugging Face hub.
+        config: configuration name of the dataset, where it has several.
+        split: split of the dataset, slices such as "train[:10%]" included.
+        column: the field or column that holds the text.
+        samples: number of samples, at least 1.
+        length: tokens in a sample, the beginning-of-sequence tokens included, at least 2.
+        layout: "pack" or "truncate", see the module.
+        order: "text" takes the first samples and reads no document beyond them; "shuffled" draws samples without
+            replacement, among all windows of the packed text or among all documents.
+        seed: seed of the draw or of the sampling, in [0, 2^63).
+        temperature: of the sampling, above 0; only for "self".
+
+    Raises:
+        CalibrationError: a value is out of its range.
+    """
+
+    source: str = "self"
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+    samples: int = 128
+    length: int = 2048
+    layout: Layout = "pack"
+    order: Order = "shuffled"
+    seed: int = 0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("source", bool(self.source), '"self", a file, a folder or a dataset id'),
+            ("samples", self.samples >= 1, "at least 1"),
+            ("length", self.length >= 2, "at least 2 tokens: one to read and one to predict"),
+            ("layout", self.layout in get_args(Layout), " or ".join(get_args(Layout))),
+            ("order", self.order in get_args(Order), " or ".join(get_args(Order))),
+            ("seed", 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1"),
+            ("temperature", 0 < self.temperature < math.inf, "a finite number above 0"),
+        )
+        for name, valid, expected in checks:
+            if not valid:
+                raise CalibrationError(f"{name} {getattr(self, name)!r}", expected=expected)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Samples of equal length, and where they came from.
+
+    Attributes:
+        ids: [samples, length], int64, on the CPU.
+        digest: sha256 in hex over the shape and the ids, row by row, all as little-endian int64.
+        description: the source, how it was read and what was skipped; JSON-ready.
+    """
+
+    ids: Int64[Tensor, "samples length"]
+    digest: str
+    description: dict[str, object]
+
+
+def load_tokens(spec: TextSpec, tokenizer: Tokenizer, generate: Callable[[TextSpec], Tensor] | None = None) -> Tokens:
+    """Read or generate the text that a spec names, as tokens.
+
+    The tokenizer adds no special tokens; its beginning-of-sequence token, where it has one, stands once in front of
+    each document. Blank documents are skipped and counted.
+
+    Args:
+        spec: which text.
+        tokenizer: the model's tokenizer.
+        generate: makes [samples, length] token ids from the dense model; needed for the source "self".
+
+    Raises:
+        CalibrationError: the text cannot be found or read, holds too few tokens, or the spec contradicts its source.
+
+    Example:
+        >>> load_tokens(TextSpec("notes.txt", samples=4, length=256), tokenizer).ids.shape
+        torch.Size([4, 256])
+    """
+    if spec.source == "self":
+        return _generated(spec, generate)
+    _refuse(spec, "text that is read", "temperature")
+    texts = _documents(spec)
+    if spec.layout == "truncate" and spec.order == "shuffled":
+        texts = _shuffled(texts, spec.seed)
+    reader = _Reader(texts, tokenizer, spec.source)
+    ids = (_pack if spec.layout == "pack" else _truncate)(reader, spec)
+    return Tokens(ids, _digest(ids), _describe(spec, "temperature") | reader.counts)
+
+
+@torch.no_grad()
+def generate_text(
+    model: nn.Module, spec: TextSpec, bos_token_id: int | None, *, batch: int = 64
+) -> Int64[Tensor, "samples length"]:
+    """Sample text from a causal LM, token by token from its own distribution.
+
+    A sample starts with the beginning-of-sequence token, or with a random token of the vocabulary where there is none.
+    It does not stop at an end-of-sequence token (of the model's generation config): the next document follows, behind
+    its own beginning-of-sequence token. The draws come from one seeded CPU generator, so they depend on neither the
+    batch, the device nor the global random state, and leave that state alone. The model samples in evaluation mode.
+
+    Args:
+        model: a transformers causal LM, in memory.
+        spec: samples, length, seed and temperature are used.
+        bos_token_id: the tokenizer's beginning-of-sequence token.
+        batch: samples that are generated side by side; bounds the memory of the key-value cache.
+
+    Returns:
+        [samples, length] on the CPU.
+
+    Raises:
+        CalibrationError: the length exceeds the model's positions.
+        NumericsError: the logits are not finite.
+    """
+    config: Any = model.config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < spec.length:
+        raise CalibrationError(
+            f"samples of {spec.length} tokens from a model with {positions} positions",
+            expected=f"a length of at most {positions}",
+            fix=f"set length to {positions} or less",
+        )
+    generator = torch.Generator().manual_seed(spec.seed)
+    draws = torch.rand(spec.samples, spec.length, generator=generator, dtype=torch.float64)
+    training = model.training
+    model.eval()
+    try:
+        parts = [_sample(model, part, bos_token_id, spec.temperature) for part in draws.split(batch)]
+    finally:
+        model.train(training)
+    return torch.cat(parts)
+
+
+def _sample(
+    model: nn.Module, draws: Float[Tensor, "samples length"], bos_token_id: int | None, temperature: float
+) -> Int64[Tensor, "samples length"]:
+    """Turn uniform draws in [0, 1) into tokens, one draw a token."""
+    config: Any = model.config
+    device: Any = model.device
+    draws = draws.to(device)
+    ends = _document_ends(model, bos_token_id).to(device)
+    ids = torch.empty(draws.shape, dtype=torch.int64, device=device)
+    vocabulary = config.get_text_config().vocab_size
+    ids[:, 0] = (draws[:, 0] * vocabulary).long() if bos_token_id is None else bos_token_id
+    cache: dict[str, Any] = {}
+    for position in range(1, draws.shape[1]):
+        # A model that returns no cache reads its whole prefix again: slow, but the same distribution.
+        unread = ids[:, position - 1 : position] if cache else ids[:, :position]
+        output = model(input_ids=unread, use_cache=True, **cache)
+        state = getattr(output, "past_key_values", None)
+        cache = {} if state is None else {"past_key_values": state}
+        token = _draw(output.logits[:, -1], draws[:, position], temperature)
+        if bos_token_id is not None:
+            token = token.masked_fill(torch.isin(ids[:, position - 1], ends), bos_token_id)
+        ids[:, position] = token
+    return ids.cpu()
+
+
+def _document_ends(model: nn.Module, bos_token_id: int | None) -> Int64[Tensor, " ends"]:
+    """The tokens that a beginning-of-sequence token must follow."""
+    settings: Any = model.generation_config
+    ends = settings.eos_token_id if settings.eos_token_id is not None else []
+    ends = [ends] if isinstance(ends, int) else ends
+    # Where one token is both (GPT-2), it has opened the next document already; forcing it would repeat it for ever.
+    return torch.tensor([end for end in ends if end != bos_token_id], dtype=torch.int64)
+
+
+def _draw(
+    logits: Float[Tensor, "samples vocabulary"], draws: Float[Tensor, " samples"], temperature: float
+) -> Int64[Tensor, " samples"]:
+    """Invert the cumulative distribution; float64, so that the tail of a large vocabulary keeps its share."""
+    cumulative = torch.softmax(logits.double() / temperature, dim=-1).cumsum(-1)
+    total = cumulative[:, -1:]
+    if not bool(torch.isfinite(total).all()):
+        raise NumericsError(
+            f"the logits of {int((~torch.isfinite(total)).sum())} of {len(total)} samples are not finite",
+            fix="check the model's weights and dtype, or raise the temperature",
+        )
+    return torch.searchsorted(cumulative, draws[:, None] * total, right=True).squeeze(1)
+
+
+def _generated(spec: TextSpec, generate: Callable[[TextSpec], Tensor] | None) -> Tokens:
+    unused = ("config", "split", "column", "layout", "order")
+    _refuse(spec, "text that the model writes itself", *unused)
+    if generate is None:
+        raise CalibrationError(
+            'source "self" without a model to sample from',
+            fix="name a text file or a dataset, or hand a generator to load_tokens",
+        )
+    ids = generate(spec).to("cpu", torch.int64).contiguous()
+    assert ids.shape == (spec.samples, spec.length), f"generated {tuple(ids.shape)}"
+    return Tokens(ids, _digest(ids), _describe(spec, *unused))
+
+
+class _Reader:
+    """Encodes documents a batch at a time and counts what it read."""
+
+    def __init__(self, texts: Iterator[str], tokenizer: Tokenizer, source: str) -> None:
+        self._texts, self._tokenizer, self._source = texts, tokenizer, source
+        self.documents = self.empty = self.short = self.tokens = 0
+
+    @property
+    def counts(self) -> dict[str, object]:
+        return {
+            "bos_token_id": self._tokenizer.bos_token_id,
+            "documents_read": self.documents,
+            "documents_empty": self.empty,
+            "documents_short": self.short,
+            "tokens_available": self.tokens,
+        }
+
+    def encode(self, *, tokens: int = sys.maxsize, documents: int = sys.maxsize) -> list[list[int]]:
+        """Encode the next documents, no more than are surely needed; empty when the text has ended.
+
+        Args:
+            tokens: number of tokens still wanted.
+            documents: number of documents still wanted.
+        """
+        while texts := self._take(tokens, documents):
+            # verbose=False: documents longer than the model's context are expected here, and cut later.
+            encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            batch = [self._opened(ids) for ids in encoded["input_ids"] if ids]
+            self.empty += len(texts) - len(batch)
+            self.tokens += sum(map(len, batch))
+            if batch:
+                return batch
+        return []
+
+    def _take(self, tokens: int, documents: int) -> list[str]:
+        """Documents that are not blank; one has a BOS and at most a token a byte, which bounds how many are needed."""
+        texts: list[str] = []
+        room = min(tokens, _BATCH_BYTES)
+        while room > 0 and len(texts) < documents and (text := next(self._texts, None)) is not None:
+            self.documents += 1
+            if not text.strip():
+                self.empty += 1
+                continue
+            try:
+                room -= 1 + len(text.encode())
+            except UnicodeEncodeError as error:
+                raise CalibrationError(f"document {self.documents} of {self._source} is not text: {error}") from None
+            texts.append(text)
+        return texts
+
+    def _opened(self, ids: list[int]) -> list[int]:
+        """A document behind its one BOS; text that was rendered by a chat template brings it along."""
+        start = self._tokenizer.bos_token_id
+        return ids if start is None or ids[0] == start else [start, *ids]
+
+
+def _pack(reader: _Reader, spec: TextSpec) -> Int64[Tensor, "samples length"]:
+    needed = spec.samples * spec.length
+    wanted = needed if spec.order == "text" else sys.maxsize
+    parts: list[Tensor] = []
+    while reader.tokens < wanted and (batch := reader.encode(tokens=wanted - reader.tokens)):
+        # int32 holds every vocabulary, and a shuffled text is in memory as a whole.
+        parts.append(torch.tensor([token for ids in batch for token in ids], dtype=torch.int32))
+    if reader.tokens < needed:
+        raise _too_little(reader, spec, reader.tokens // spec.length, f"at least {needed} tokens")
+    windows = reader.tokens // spec.length
+    chosen = torch.arange(windows) if spec.order == "text" else _permutation(windows, spec.seed)
+    packed = torch.cat(parts)[: windows * spec.length].view(windows, spec.length)
+    return packed[chosen[: spec.samples]].long()
+
+
+def _truncate(reader: _Reader, spec: TextSpec) -> Int64[Tensor, "samples length"]:
+    rows: list[list[int]] = []
+    while len(rows) < spec.samples and (batch := reader.encode(documents=spec.samples - len(rows))):
+        long = [ids[: spec.length] for ids in batch if len(ids) >= spec.length]
+        reader.short += len(batch) - len(long)
+        rows += long
+    if len(rows) < spec.samples:
+        expected = f"at least {spec.samples} documents of {spec.length} tokens or more"
+        raise _too_little(reader, spec, len(rows), expected)
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _too_little(reader: _Reader, spec: TextSpec, possible: int, expected: str) -> CalibrationError:
+    return CalibrationError(
+        f"{spec.source}: {reader.tokens} tokens in {reader.documents} documents ({reader.empty} of them empty) give "
+        f"{possible} of {spec.samples} samples of {spec.length} tokens",
+        expected=f"{expected} for the layout {spec.layout}",
+        fix="add text, or ask for fewer or shorter samples" + (", or pack" if spec.layout == "truncate" else ""),
+    )
+
+
+def _shuffled(texts: Iterator[str], seed: int) -> Iterator[str]:
+    known = list(texts)
+    return (known[index] for index in _permutation(len(known), seed).tolist())
+
+
+def _permutation(count: int, seed: int) -> Int64[Tensor, " count"]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def _digest(ids: Int[Tensor, "samples length"]) -> str:
+    digest = hashlib.sha256()
+    for part in (torch.tensor(ids.shape), ids):
+        digest.update(part.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _describe(spec: TextSpec, *unused: str) -> dict[str, object]:
+    return {field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in unused}
+
+
+def _refuse(spec: TextSpec, source: str, *unused: str) -> None:
+    """Raise where an option was set that this kind of source would ignore."""
+    for field in fields(spec):
+        if field.name in unused and getattr(spec, field.name) != field.default:
+            raise CalibrationError(
+                f"{field.name} {getattr(spec, field.name)!r} for {source} ({spec.source})",
+                expected=f"no {field.name}: it has no effect there",
+                fix=f"remove {field.name}, or name another source",
+            )
+
+
+def _documents(spec: TextSpec) -> Iterator[str]:
+    """The documents of a file, a folder or a hub dataset, one at a time."""
+    path = Path(spec.source).expanduser()
+    if path.is_file():
+        return _file_documents(path, spec)
+    is_path = path.suffix.lower() in _FILE_SUFFIXES or spec.source.startswith((".", "/", "~")) or len(path.parts) > 2
+    if is_path and not path.is_dir():
+        raise CalibrationError(f"no such file or folder: {spec.source}", fix="check the path, or name a dataset id")
+    return _dataset_documents(str(path), spec)
+
+
+def _file_documents(path: Path, spec: TextSpec) -> Iterator[str]:
+    read = _FILE_READERS.get(path.suffix.lower())
+    if read is None:
+        raise CalibrationError(
+            f"{path}: text of an unknown kind",
+            expected=f"a file that ends in {', '.join(_FILE_READERS)}",
+            fix="convert it, or name the folder that holds it, which is read by the datasets library",
+        )
+    _refuse(spec, "a single file", "config", "split", *(["column"] if read is _read_text else []))
+    try:
+        yield from read(path, spec.column)
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a damaged parquet file
+        raise CalibrationError(f"{path} cannot be read: {error}") from error
+
+
+def _read_text(path: Path, column: str) -> Iterator[str]:
+    yield path.read_text(encoding="utf-8")
+
+
+def _read_json_lines(path: Path, column: str) -> Iterator[str]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise CalibrationError(f"{where} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise CalibrationError(f"{where} is a {type(row).__name__}", expected="a JSON object on each line")
+            _check_column(column, list(row), where)
+            yield _text(row[column], column, where)
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[str]:
+    import pyarrow.parquet  # type: ignore[import-untyped] # slow to import, and needed by few runs
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        _check_column(column, file.schema_arrow.names, str(path))
+        batches = (batch.column(0).to_pylist() for batch in file.iter_batches(columns=[column]))
+        yield from _rows(batches, column, str(path))
+
+
+_FILE_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_json_lines,
+    ".parquet": _read_parquet,
+}
+
+
+def _dataset_documents(name: str, spec: TextSpec) -> Iterator[str]:
+    import datasets  # slow to import, and needed by few runs
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined] # of httpx, whichever version the hub uses
+
+    try:
+        dataset = datasets.load_dataset(name, spec.config, split=spec.split, streaming=False)
+    except (datasets.exceptions.DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
+        fixes = {
+            FileNotFoundError: "check the name or path; a gated or private dataset needs accepted terms and a login",
+            ConnectionError: "connect to the hub, or name a local file or folder",
+            ValueError: "check config and split",
+        }
+        raise CalibrationError(
+            f"dataset {name} (config {spec.config}, split {spec.split}) cannot be loaded: {error}",
+            fix=next((fix for kind, fix in fixes.items() if isinstance(error, kind)), ""),
+        ) from error
+    _check_column(spec.column, dataset.column_names, f"dataset {name}, split {spec.split}")
+    batches = (batch[spec.column] for batch in dataset.select_columns([spec.column]).iter(1000))
+    yield from _rows(batches, spec.column, f"dataset {name}")
+
+
+def _rows(batches: Iterable[list[object]], column: str, where: str) -> Iterator[str]:
+    values = (value for batch in batches for value in batch)
+    for number, value in enumerate(values, start=1):
+        yield _text(value, column, f"{where}, row {number}")
+
+
+def _check_column(column: str, present: list[str], where: str) -> None:
+    if column not in present:
+        raise CalibrationError(f"{where}: no column {column!r}", expected=f"one of {', '.join(present) or 'none'}")
+
+
+def _text(value: object, column: str, where: str) -> str:
+    """The cell of a text column; a null is an empty document."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise CalibrationError(f"{where}: column {column!r} holds {type(value).__name__}", expected="text")
+    return value

@@ -1,0 +1,33 @@
+"""Which device a run uses."""
+
+import platform
+
+import torch
+
+from llmprune.errors import DeviceError
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device that exists.
+
+    Raises:
+        DeviceError: this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        built = "" if torch.version.cuda else " (the installed PyTorch is a CPU build)"
+        raise DeviceError(
+            f"device {name!r}: {torch.cuda.device_count()} CUDA devices are visible{built}",
+            expected="a device of this machine",
+            fix="set device: auto or cpu, or install a CUDA build of PyTorch",
+        )
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """The device's name, with what decides the last bit of a result: a CPU's threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,52 @@
+"""Every error a user can meet: what happened, what was expected, how to fix it."""
+
+
+class LlmpruneError(Exception):
+    """Base of all errors that a user can cause and mend.
+
+    Args:
+        what: what happened, with the offending value.
+        expected: what would have been right; empty where `what` says it already.
+        fix: what to do about it.
+    """
+
+    def __init__(self, what: str, *, expected: str = "", fix: str = "") -> None:
+        self.what, self.expected, self.fix = what, expected, fix
+        lines = [what]
+        if expected:
+            lines.append(f"expected: {expected}")
+        if fix:
+            lines.append(f"fix: {fix}")
+        super().__init__("\n".join(lines))
+
+
+class PatternError(LlmpruneError):
+    """A sparsity pattern that cannot be read, or does not fit a matrix."""
+
+
+class RecipeError(LlmpruneError):
+    """A recipe with unknown, contradictory or out-of-range keys."""
+
+
+class ModelError(LlmpruneError):
+    """A model that cannot be found, is not a causal LM, or whose decoder layers cannot be located."""
+
+
+class CheckpointError(LlmpruneError):
+    """A checkpoint that cannot be read, is incomplete, or cannot be written."""
+
+
+class CalibrationError(LlmpruneError):
+    """Calibration or evaluation text that cannot be read, or is too short."""
+
+
+class NumericsError(LlmpruneError):
+    """NaN, infinity or a factorisation that failed at every damping."""
+
+
+class ResumeError(LlmpruneError):
+    """An output folder that cannot be continued, or must not be overwritten."""
+
+
+class DeviceError(LlmpruneError):
+    """A device that this machine does not have."""

@@ -1,0 +1,137 @@
+"""How much memory a run will take: a formula, and a watch that says what it took.
+
+    peak = what the interpreter holds before
+         + max( ends,
+                hidden states + calls + max over layers of
+                    ( weights + statistics + held-back rows + max(forward, solving) ) )
+
+ends            embeddings, final norm and head, while text is embedded or scored
+hidden states   samples x length x hidden size, at most `activation_budget` (the rest is on disk)
+calls           masks and rotary embeddings that the model hands to its layers, equal ones once
+weights         one decoder layer in the compute dtype
+statistics      4 d^2 bytes for each Gram of width d, 4 d for column norms; matrices with one input share it
+held-back rows  up to 1,024 rows of each group's input
+forward         batch x length tokens x (6 hidden sizes + 3 widest products) in the compute dtype, and a float32 copy of the
+                widest input while its Gram is formed
+solving         for the matrix at hand [o, i]: 8 i^2 for a factorisation (the damped Gram and its factor), 24 o i for the sweep
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import psutil
+import torch
+
+from llmprune.observation import HELD_BACK_ROWS, Group
+from llmprune.solving import Job
+from llmprune.statistics import Gram
+from llmprune.stream import ResidentLayer
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMemory:
+    """Bytes that one decoder layer takes while it is resident.
+
+    Attributes:
+        weights: its parameters.
+        statistics: Grams and column norms of its groups.
+        held_back: input rows kept to measure errors.
+        forward: activations of one batch.
+        solving: workspace of its largest matrix.
+    """
+
+    weights: int
+    statistics: int
+    held_back: int
+    forward: int
+    solving: int
+
+    @property
+    def total(self) -> int:
+        """Peak while the layer is resident."""
+        return self.weights + self.statistics + self.held_back + max(self.forward, self.solving)
+
+
+def layer_memory(
+    layer: ResidentLayer, groups: Sequence[Group], jobs: dict[str, Job], batch_tokens: int, held_back_tokens: int
+) -> LayerMemory:
+    """Apply the formula to a resident layer whose groups are known.
+
+    Args:
+        layer: the layer.
+        groups: its groups of matrices with a common input.
+        jobs: what is done to its matrices.
+        batch_tokens: tokens in a forward.
+        held_back_tokens: tokens that the statistics do not see.
+    """
+    widths = [(layer.matrices[group.names[0]].shape[1], isinstance(group.statistics, Gram)) for group in groups]
+    shapes = [layer.matrices[name].shape for name in jobs]
+    parameters = list(layer.module.parameters())
+    itemsize = max((parameter.element_size() for parameter in parameters), default=4)
+    widest = max((max(shape) for shape in shapes), default=0)
+    hidden = min((min(shape) for shape in shapes), default=0)
+    return LayerMemory(
+        weights=sum(parameter.nbytes for parameter in parameters),
+        statistics=sum(4 * width**2 if gram else 4 * width for width, gram in widths),
+        held_back=sum(min(HELD_BACK_ROWS, held_back_tokens) * width * itemsize for width, _ in widths),
+        forward=batch_tokens * (itemsize * (6 * hidden + 3 * widest) + 4 * widest),
+        solving=max((_solving(shape, jobs[name]) for name, shape in zip(jobs, shapes, strict=True)), default=0),
+    )
+
+
+def predict_peak(ends: int, hidden_states: int, calls: int, layers: Sequence[LayerMemory]) -> int:
+    """The formula's peak in bytes, above what the interpreter holds."""
+    return max(ends, hidden_states + calls + max((layer.total for layer in layers), default=0))
+
+
+def _solving(shape: tuple[int, int], job: Job) -> int:
+    rows, width = shape
+    return 24 * rows * width + (8 * width**2 if job.method.needs is Gram else 0)
+
+
+class PeakWatch:
+    """Measures the peak memory of a block: of the CUDA device, or the resident size of this process.
+
+    Attributes:
+        baseline: bytes when the block began.
+        peak: highest bytes seen so far.
+    """
+
+    _INTERVAL_SECONDS = 0.02
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._process = psutil.Process()
+        self._stop = threading.Event()
+        self.baseline = self.peak = 0
+
+    def __enter__(self) -> "PeakWatch":
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self.baseline = self.peak = self._now()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.read()
+
+    def read(self) -> int:
+        """The peak so far, in bytes."""
+        self.peak = max(self.peak, self._now())
+        return self.peak
+
+    def _sample(self) -> None:
+        while not self._stop.wait(self._INTERVAL_SECONDS):
+            self.read()
+
+    def _now(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return int(self._process.memory_info().rss)

@@ -1,0 +1,64 @@
+"""The contract of a pruning method."""
+
+# No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from llmprune.patterns import Pattern, Scope
+from llmprune.statistics import ColumnNorm, Gram
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """A pruned matrix.
+
+    Attributes:
+        weight: [out, in], the dtype of the input; zero wherever `mask` is False.
+        mask: [out, in], True where the weight stays.
+        damping: the damping used, where the method inverts or factorises something.
+        tried: every damping tried, in order; more than one means that the ladder was climbed.
+    """
+
+    weight: Float[Tensor, "out in"]
+    mask: Bool[Tensor, "out in"]
+    damping: float | None = None
+    tried: tuple[float, ...] = ()
+
+
+class Method(Protocol):
+    """Which weights go, and what the rest become: a pure function of one matrix, with its knobs as fields.
+
+    Attributes:
+        needs: the statistics it reads; None if the weights alone are enough.
+        scope: where an unstructured pattern compares scores if the pattern does not say.
+    """
+
+    needs: ClassVar[type[ColumnNorm] | type[Gram] | None]
+    scope: ClassVar[Scope]
+
+    def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
+        """How much each weight matters, in the same units for all matrices of a layer."""
+
+    def __call__(
+        self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None, pattern: Pattern
+    ) -> Pruned:
+        """Prune one matrix.
+
+        Args:
+            weight: [out, in], float32 or float64; not changed.
+            statistics: what `needs` names, collected on this matrix's inputs; not changed.
+            pattern: the legal zeros.
+
+        Raises:
+            PatternError: the pattern does not fit the shape.
+            NumericsError: a value is not finite, or a factorisation fails at every damping.
+        """
+
+
+def select(weight: Tensor, scores: Tensor, pattern: Pattern) -> Pruned:
+    """Keep the weights with the highest scores, unchanged."""
+    mask = pattern.mask(scores)
+    return Pruned(weight.where(mask, weight.new_zeros(())), mask)

@@ -1,0 +1,38 @@
+"""Random pruning: the floor that every other method has to beat."""
+
+import zlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llmprune.methods.method import Pruned, select
+from llmprune.patterns import Pattern, Scope
+from llmprune.statistics import ColumnNorm, Gram
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniformly random scores.
+
+    Attributes:
+        seed: any integer. The weights enter the seed too, so that matrices of one shape get different masks.
+    """
+
+    seed: int = 0
+    needs: ClassVar[None] = None
+    scope: ClassVar[Scope] = "matrix"
+
+    def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
+        """Uniform in [0, 1), reproducible from the seed and the weights, the same on every device."""
+        content = zlib.crc32(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        generator = torch.Generator().manual_seed((self.seed << 32) ^ content)
+        return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+    def __call__(
+        self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None, pattern: Pattern
+    ) -> Pruned:
+        """Zero random weights; the rest stay as they are."""
+        return select(weight, self.scores(weight, statistics), pattern.compared(self.scope))

@@ -1,0 +1,329 @@
+"""Which zeros are legal: frozen values that know their exact count and choose it from scores.
+
+A pattern reads from a string and prints back to it:
+
+    0.5          half of the weights, compared as the method's paper compares them
+    0.5/row      compared inside each output row (also /matrix, /layer)
+    2:4          two of every four consecutive input weights are kept
+    0.5@64x64    half of the 64 x 64 blocks are zero (also /row: the same number of blocks in each block row)
+
+The masks here are the only top-k of the project: the count is exact and ties fall to the lower index.
+"""
+
+# No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor
+
+from llmprune.errors import NumericsError, PatternError
+
+Scope = Literal["row", "matrix", "layer"]
+
+_SYNTAX = "a sparsity such as 0.5, 0.5/row, 0.5/matrix or 0.5/layer, N:M such as 2:4, or blocks such as 0.5@64x64"
+
+
+class Pattern(Protocol):
+    """What a method needs to know about the zeros it may make."""
+
+    @property
+    def column_multiple(self) -> int:
+        """Columns that must be decided together; a slice handed to `mask` starts and ends on a multiple."""
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of weights set to zero, in [0, 1]."""
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Raise `PatternError` if a matrix of this shape [out, in] cannot carry the pattern."""
+
+    def zeros(self, shape: tuple[int, int]) -> int:
+        """The exact number of zeros in a matrix of this shape."""
+
+    def compared(self, over: Scope) -> "Pattern":
+        """The same pattern, with the comparison scope filled in where it was left to the method."""
+
+    def mask(
+        self, scores: Shaped[Tensor, "out columns"], *, start: int = 0, width: int | None = None
+    ) -> Bool[Tensor, "out columns"]:
+        """Keep the highest scores.
+
+        Args:
+            scores: [out, columns], any real dtype, no NaN. Ties go against the lower index.
+            start: first column of the slice, where `scores` is a slice of a wider matrix.
+            width: number of columns of the whole matrix; default: the scores are the whole matrix.
+
+        Returns:
+            True where the weight stays. The masks of consecutive slices add up to `zeros` of the whole.
+
+        Raises:
+            PatternError: the pattern does not divide the shape.
+            NumericsError: a score is NaN.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Unstructured:
+    """Any weight may be zero.
+
+    Attributes:
+        sparsity: fraction set to zero, in [0, 1].
+        over: where scores are compared; None leaves it to the method (Wanda: row, magnitude: matrix).
+    """
+
+    sparsity: float
+    over: Scope | None = None
+
+    def __post_init__(self) -> None:
+        _check_sparsity(self.sparsity)
+
+    def __str__(self) -> str:
+        return f"{self.sparsity!r}" + (f"/{self.over}" if self.over else "")
+
+    @property
+    def column_multiple(self) -> int:
+        return 1
+
+    def check(self, shape: tuple[int, int]) -> None:
+        pass
+
+    def zeros(self, shape: tuple[int, int]) -> int:
+        rows, columns = shape
+        return rows * _count(self.sparsity, columns) if self.over == "row" else _count(self.sparsity, rows * columns)
+
+    def compared(self, over: Scope) -> "Unstructured":
+        return self if self.over else replace(self, over=over)
+
+    def mask(
+        self, scores: Shaped[Tensor, "out columns"], *, start: int = 0, width: int | None = None
+    ) -> Bool[Tensor, "out columns"]:
+        rows, columns = scores.shape
+        unit = 1 if self.over == "row" else rows
+        count = _count(self.sparsity, unit * (start + columns)) - _count(self.sparsity, unit * start)
+        compared = scores if self.over == "row" else scores.reshape(1, -1)
+        return keep_highest(compared, count).view(rows, columns)
+
+
+@dataclass(frozen=True, slots=True)
+class NM:
+    """Keep `keep` of every `of` consecutive weights along the input dimension.
+
+    Peers disagree on what N counts (wanda and llm-compressor: the removed ones); here the names say it.
+    """
+
+    keep: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.keep <= self.of and self.of >= 1):
+            raise PatternError(f"pattern {self.keep}:{self.of}", expected="0 <= N <= M and M >= 1 in N:M")
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.of}"
+
+    @property
+    def column_multiple(self) -> int:
+        return self.of
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.keep / self.of
+
+    def check(self, shape: tuple[int, int]) -> None:
+        if shape[1] % self.of:
+            raise PatternError(
+                f"pattern {self} on a matrix of {shape[0]} x {shape[1]} (out x in)",
+                expected=f"an input dimension that is a multiple of {self.of}",
+                fix="give this matrix another pattern by a rule, or exclude it",
+            )
+
+    def zeros(self, shape: tuple[int, int]) -> int:
+        self.check(shape)
+        return shape[0] * (shape[1] // self.of) * (self.of - self.keep)
+
+    def compared(self, over: Scope) -> "NM":
+        return self
+
+    def mask(
+        self, scores: Shaped[Tensor, "out columns"], *, start: int = 0, width: int | None = None
+    ) -> Bool[Tensor, "out columns"]:
+        rows, columns = scores.shape
+        self.check((rows, columns))
+        groups = scores.reshape(-1, self.of)
+        return _keep_in_groups(groups, self.keep).view(rows, columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Whole blocks are zero; a block's score is the sum of its weights' scores.
+
+    Attributes:
+        sparsity: fraction of the blocks set to zero, in [0, 1].
+        size: (rows, columns) of a block, along out and in.
+        over: "matrix" compares all blocks; "row" removes the same number from each row of blocks.
+    """
+
+    sparsity: float
+    size: tuple[int, int]
+    over: Literal["matrix", "row"] = "matrix"
+
+    def __post_init__(self) -> None:
+        _check_sparsity(self.sparsity)
+        if min(self.size) < 1:
+            raise PatternError(f"block size {self.size[0]}x{self.size[1]}", expected="at least 1x1")
+
+    def __str__(self) -> str:
+        return f"{self.sparsity!r}@{self.size[0]}x{self.size[1]}" + ("/row" if self.over == "row" else "")
+
+    @property
+    def column_multiple(self) -> int:
+        return self.size[1]
+
+    def check(self, shape: tuple[int, int]) -> None:
+        if shape[0] % self.size[0] or shape[1] % self.size[1]:
+            raise PatternError(
+                f"blocks of {self.size[0]}x{self.size[1]} on a matrix of {shape[0]} x {shape[1]} (out x in)",
+                expected="blocks that divide both dimensions",
+                fix="choose a smaller block, give this matrix another pattern by a rule, or exclude it",
+            )
+
+    def zeros(self, shape: tuple[int, int]) -> int:
+        self.check(shape)
+        rows, columns = shape[0] // self.size[0], shape[1] // self.size[1]
+        return self._blocks.zeros((rows, columns)) * self.size[0] * self.size[1]
+
+    @property
+    def _blocks(self) -> Unstructured:
+        return Unstructured(self.sparsity, self.over)
+
+    def compared(self, over: Scope) -> "Block":
+        return self
+
+    def mask(
+        self, scores: Shaped[Tensor, "out columns"], *, start: int = 0, width: int | None = None
+    ) -> Bool[Tensor, "out columns"]:
+        rows, columns = scores.shape
+        self.check((rows, columns))
+        height, breadth = self.size
+        tiles = scores.reshape(rows // height, height, columns // breadth, breadth)
+        blocks = self._blocks.mask(tiles.sum(dim=(1, 3)), start=start // breadth)
+        return blocks.repeat_interleave(height, 0).repeat_interleave(breadth, 1)
+
+
+def parse(text: str | float) -> Pattern:
+    """Read a pattern; the inverse of `str`.
+
+    Raises:
+        PatternError: the text is no pattern, or a number is out of range.
+
+    Example:
+        >>> parse("2:4")
+        NM(keep=2, of=4)
+    """
+    text = str(text).strip()
+    if text == "dense":
+        return Unstructured(0.0)
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        return NM(int(match[1]), int(match[2]))
+    number = r"([-+]?[\d.]+(?:e[-+]?\d+)?)(%?)"
+    if match := re.fullmatch(number + r"@(\d+)x(\d+)(?:/(row|matrix))?", text):
+        over = "row" if match[5] == "row" else "matrix"
+        return Block(_number(match[1], match[2], text), (int(match[3]), int(match[4])), over)  # type: ignore[arg-type]
+    if match := re.fullmatch(number + r"(?:/(row|matrix|layer))?", text):
+        return Unstructured(_number(match[1], match[2], text), match[3])  # type: ignore[arg-type]
+    raise PatternError(f"pattern {text!r} cannot be read", expected=_SYNTAX)
+
+
+def layer_shares(scores: dict[str, Shaped[Tensor, "..."]], sparsity: float) -> dict[str, Unstructured]:
+    """Split one sparsity over the matrices of a layer by comparing all their scores with one another.
+
+    Returns:
+        For each name the pattern of its matrix (compared over the matrix); the zeros add up exactly.
+    """
+    flat = torch.cat([s.reshape(-1) for s in scores.values()])
+    keep = keep_highest(flat.view(1, -1), _count(sparsity, flat.numel())).view(-1)
+    parts = keep.split([s.numel() for s in scores.values()])
+    return {
+        name: Unstructured(1 - int(part.sum()) / max(part.numel(), 1), "matrix")
+        for name, part in zip(scores, parts, strict=True)
+    }
+
+
+def keep_highest(scores: Shaped[Tensor, "groups n"], count: int) -> Bool[Tensor, "groups n"]:
+    """Drop the `count` lowest scores of each group; True where a score stays.
+
+    Ties are broken by index: the lower index is dropped first. Linear time (selection, not sorting).
+
+    Raises:
+        NumericsError: a score is NaN.
+    """
+    if bool(torch.isnan(scores).any()):
+        raise NumericsError(f"{int(torch.isnan(scores).sum())} of {scores.numel()} scores are NaN")
+    if count <= 0 or scores.numel() == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if count >= scores.shape[-1]:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = _kth_smallest(scores, count)
+    drop = scores <= threshold
+    surplus = drop.sum(-1) - count
+    if bool(surplus.any()):
+        for group in surplus.nonzero().view(-1).tolist():
+            tied = (scores[group] == threshold[group]).nonzero().view(-1)
+            drop[group, tied[len(tied) - int(surplus[group]) :]] = False
+    return ~drop
+
+
+def _kth_smallest(scores: Tensor, count: int) -> Tensor:
+    """The `count`-th smallest of each row as [groups, 1]; numpy's vectorised selection is far faster on a CPU."""
+    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
+        part = torch.from_numpy(_partition(scores, count - 1))
+        return part[:, count - 1 : count].clone()
+    return torch.kthvalue(scores, count, dim=-1, keepdim=True).values
+
+
+def _partition(scores: Tensor, position: int):  # type: ignore[no-untyped-def]
+    import numpy as np
+
+    return np.partition(scores.detach().numpy(), position, axis=-1)
+
+
+def _keep_in_groups(groups: Tensor, keep: int) -> Tensor:
+    """Keep the `keep` highest of each short group, without sorting while pairs are cheaper."""
+    size = groups.shape[1]
+    if size > 16:
+        return keep_highest(groups, size - keep)
+    if bool(torch.isnan(groups).any()):
+        raise NumericsError(f"{int(torch.isnan(groups).sum())} of {groups.numel()} scores are NaN")
+    columns = groups.unbind(1)
+    beaten_by = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
+    for low in range(size):
+        for high in range(low + 1, size):
+            later_wins = columns[high] >= columns[low]
+            beaten_by[:, low] += later_wins
+            beaten_by[:, high] += ~later_wins
+    return beaten_by < keep
+
+
+def _count(sparsity: float, total: int) -> int:
+    return math.floor(sparsity * total + 0.5)
+
+
+def _check_sparsity(sparsity: float) -> None:
+    if not 0 <= sparsity <= 1:
+        raise PatternError(
+            f"sparsity {sparsity}",
+            expected="the fraction set to zero, in [0, 1]",
+            fix="write 0.5 or 50% for half" if sparsity > 1 else "",
+        )
+
+
+def _number(text: str, percent: str, whole: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise PatternError(f"pattern {whole!r} cannot be read", expected=_SYNTAX) from None
+    return value / 100 if percent else value

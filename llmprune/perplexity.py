@@ -1,0 +1,157 @@
+"""Perplexity and divergence by one pinned protocol, streamed layer by layer.
+
+Text is tokenised with a beginning-of-sequence token in front of each document, packed, and cut into chunks of `length`
+tokens; the stride is the length, so no token is scored twice. Each token but the first is predicted from its own chunk. The
+sum of negative log-likelihoods is taken in float64 over log-softmax in float32.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmprune.activations import HiddenStates
+from llmprune.calibration import Tokens
+from llmprune.errors import NumericsError
+from llmprune.progress import Progress, Watcher, ignore
+from llmprune.source import Source
+from llmprune.stream import Stream, StreamSettings
+
+# Positions whose logits are widened to float32 at once: bounds the memory for vocabularies of 250,000.
+_POSITIONS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """One measurement.
+
+    Attributes:
+        perplexity: exp(nats).
+        nats: mean negative log-likelihood of a predicted token.
+        predicted_tokens: tokens scored.
+        samples: chunks.
+        length: tokens in a chunk, which is also the stride.
+        tokens_digest: sha256 of the chunks.
+        text: where they came from.
+    """
+
+    perplexity: float
+    nats: float
+    predicted_tokens: int
+    samples: int
+    length: int
+    tokens_digest: str
+    text: dict[str, object]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        return {**asdict(self), "stride": self.length}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A pruned model beside the dense one, on the same tokens.
+
+    Attributes:
+        dense: perplexity before.
+        pruned: perplexity after.
+        kl_divergence: mean over positions of KL(dense || pruned) of the next-token distributions, in nats.
+        agreement: fraction of positions whose most likely next token is the same.
+    """
+
+    dense: Perplexity
+    pruned: Perplexity
+    kl_divergence: float
+    agreement: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        return {
+            "dense": self.dense.to_dict(),
+            "pruned": self.pruned.to_dict(),
+            "kl_divergence": self.kl_divergence,
+            "agreement": self.agreement,
+        }
+
+
+def measure_perplexity(
+    source: Source, tokens: Tokens, settings: StreamSettings, watch: Watcher = ignore
+) -> Perplexity:
+    """Measure one model's perplexity with at most one decoder layer in memory.
+
+    Args:
+        source: the model.
+        tokens: the chunks.
+        settings: device, batch size and memory; `outputs` is implied.
+        watch: told about each layer.
+
+    Raises:
+        NumericsError: the logits are not finite.
+    """
+    stream = run_stream(source, tokens.ids, settings, watch, "perplexity")
+    nats = 0.0
+    for ids, (logits,) in zip(stream.batches, stream.logits(stream.hidden), strict=True):
+        for part, targets in _positions(ids, logits):
+            nats += _negative_log_likelihood(part[0].log_softmax(-1), targets)
+    return _summary(nats, tokens)
+
+
+def compare_perplexity(stream: Stream, tokens: Tokens, dense: HiddenStates, pruned: HiddenStates) -> Comparison:
+    """Score the final hidden states of a dense and a pruned model through the head that they share.
+
+    Args:
+        stream: a finished run of either model on the tokens; what lies outside its decoder layers is used again.
+        tokens: the chunks that both models were run on.
+        dense: final hidden states before pruning.
+        pruned: final hidden states after pruning.
+    """
+    nats, divergence, same = [0.0, 0.0], 0.0, 0
+    for ids, pair in zip(stream.batches, stream.logits(dense, pruned), strict=True):
+        for parts, targets in _positions(ids, *pair):
+            before, after = (part.log_softmax(-1) for part in parts)
+            nats[0] += _negative_log_likelihood(before, targets)
+            nats[1] += _negative_log_likelihood(after, targets)
+            divergence += float(F.kl_div(after, before, reduction="sum", log_target=True))
+            same += int((before.argmax(-1) == after.argmax(-1)).sum())
+    first, second = (_summary(value, tokens) for value in nats)
+    return Comparison(first, second, divergence / first.predicted_tokens, same / first.predicted_tokens)
+
+
+def run_stream(source: Source, ids: Tensor, settings: StreamSettings, watch: Watcher, stage: str) -> Stream:
+    """Run a model's layers without changing them; the final hidden states stay in the stream."""
+    stream = Stream(source, ids, replace(settings, held_back=0, outputs=True))
+    layers = len(source.layers)
+    for layer in stream:
+        watch(Progress(stage, layer.index, layers))
+    watch(Progress(stage, layers, layers))
+    return stream
+
+
+def _positions(ids: Tensor, *logits: Tensor) -> Any:
+    """Cut [samples, length, vocabulary] logits into float32 pieces with the tokens that they predict."""
+    targets = ids[:, 1:].reshape(-1).to(logits[0].device)
+    flat = [part[:, :-1].reshape(-1, part.shape[-1]) for part in logits]
+    for start in range(0, len(targets), _POSITIONS):
+        stop = start + _POSITIONS
+        yield [part[start:stop].float() for part in flat], targets[start:stop]
+
+
+def _negative_log_likelihood(log_probabilities: Tensor, targets: Tensor) -> float:
+    picked = log_probabilities.gather(-1, targets.unsqueeze(-1)).double()
+    return -float(torch.sum(picked))
+
+
+def _summary(nats: float, tokens: Tokens) -> Perplexity:
+    samples, length = tokens.ids.shape
+    count = samples * (length - 1)
+    mean = nats / count
+    if not math.isfinite(mean):
+        raise NumericsError(
+            f"the mean negative log-likelihood of {count} tokens is {mean}",
+            expected="a finite number",
+            fix="set compute_dtype: float32 if activations overflow",
+        )
+    return Perplexity(math.exp(mean), mean, count, samples, length, tokens.digest, tokens.description)

@@ -1,0 +1,288 @@
+"""Prune a model by a recipe: the whole run, from text to report."""
+
+import datetime
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from llmprune.calibration import TextSpec, Tokenizer, Tokens
+from llmprune.card import write_card
+from llmprune.checkpoint import Stored, read_header, write_shard, write_text
+from llmprune.devices import describe_device, resolve_device
+from llmprune.errors import RecipeError, ResumeError
+from llmprune.hub import checkpoint_digest, resolve_model
+from llmprune.memory import LayerMemory, PeakWatch, layer_memory, predict_peak
+from llmprune.output import OutputFolder, remove_checkpoint, require_empty, require_space, writing_to
+from llmprune.perplexity import compare_perplexity, run_stream
+from llmprune.planning import plan_jobs
+from llmprune.progress import Progress, Watcher, ignore
+from llmprune.recipe import Recipe, load_recipe
+from llmprune.report import REPORT_NAME, MatrixRow, Report, load_report
+from llmprune.solving import Job, solve_layer
+from llmprune.source import CheckpointSource, ModelSource, Source, positive_zeros
+from llmprune.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.texts import load_texts, load_tokenizer
+from llmprune.timing import Stages
+from llmprune.version import __version__
+
+RECIPE_NAME = "recipe.yaml"
+
+
+def prune(
+    model: str | Path | PreTrainedModel,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    output: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    watch: Watcher = ignore,
+) -> Report:
+    """Prune a causal LM one decoder layer at a time.
+
+    Args:
+        model: a hub id, a local checkpoint folder or "testbed", which are read layer by layer and never changed; or a model
+            in memory, which is pruned in place.
+        recipe: a bundled recipe's name, a YAML file, a mapping or a `Recipe`.
+        output: folder for the pruned checkpoint; optional for a model in memory.
+        overrides: changes to the recipe, "key.path=value".
+        tokenizer: of a model in memory; default: the one it was loaded with. A checkpoint brings its own.
+        resume: continue an interrupted run in `output`.
+        overwrite: replace a checkpoint that is in `output`.
+        watch: told about every step.
+
+    Returns:
+        The report; it is also written into `output`.
+
+    Raises:
+        LlmpruneError: one of its kinds for everything that a user can mend; see `llmprune.errors`.
+
+    Example:
+        >>> prune("testbed", "demo", "out/demo").sparsity  # doctest: +SKIP
+        0.5
+    """
+    settings = load_recipe(recipe, overrides)
+    run = Run(settings, watch)
+    if not isinstance(model, PreTrainedModel):
+        if output is None:
+            raise RecipeError(f"no output folder for {model}", fix='pass one, for example output="pruned"')
+        return run.from_checkpoint(str(model), resolve_model(model), Path(output), resume=resume, overwrite=overwrite)
+    if resume:
+        raise ResumeError("a model in memory cannot be resumed", fix="save it and pass the folder")
+    tokenizer = tokenizer or load_tokenizer(model.config._name_or_path)
+    return run.in_memory(model, None if output is None else Path(output), tokenizer, overwrite=overwrite)
+
+
+class Run:
+    """One run: the recipe, and what all its parts share."""
+
+    def __init__(self, recipe: Recipe, watch: Watcher = ignore) -> None:
+        self.recipe, self.watch = recipe, watch
+        self.device = resolve_device(recipe.device)
+        self.stages = Stages()
+        self.started = time.perf_counter()
+        self.memories: list[LayerMemory] = []
+        self.errors: list[float] = []
+        self.held_by_stream = 0, 0
+        self.settings = StreamSettings(self.device, recipe.batch_size, recipe.held_back, int(recipe.activation_budget))
+
+    def from_checkpoint(self, name: str, folder: Path, output: Path, *, resume: bool, overwrite: bool) -> Report:
+        """Prune a checkpoint folder into another one."""
+        if output.resolve() == folder.resolve():
+            raise ResumeError(f"{output} is the model itself", fix="choose another output folder")
+        require_empty(output, resume=resume, overwrite=overwrite)
+        source = self.open(folder)
+        jobs = plan_jobs(source, self.recipe)
+        require_space(output, sum(stored.nbytes for stored in source.stored.values()))
+        texts = self._texts(folder, load_tokenizer(folder))
+        keys = {
+            "recipe": self.recipe.to_dict() | {"description": ""},
+            "tokens": {text: tokens.digest for text, tokens in texts.items()},
+            "source": checkpoint_digest(folder),
+            "version": versions(),
+            "device": describe_device(self.device),
+        }
+        target = OutputFolder.open(output, keys, resume=resume, overwrite=overwrite)
+        if target.complete and (output / REPORT_NAME).exists():
+            return load_report(output)
+        write_text(output / RECIPE_NAME, self.recipe.to_yaml())
+        dense = self._final_states(source, texts, "dense perplexity")
+        for layer in target.layers.values():
+            source.overlay(output / layer["shard"])
+        with PeakWatch(self.device) as memory:
+            rows = self._prune(source, jobs, texts["calibration"], target, memory)
+        with self.stages("write"):
+            target.finish(folder, self._write_ends(source, target))
+        report = self._report(name, keys, source, texts, rows, dense, memory)
+        report.save(output)
+        write_card(output, name, self.recipe, report)
+        target.close()
+        return report
+
+    def in_memory(
+        self, model: PreTrainedModel, output: Path | None, tokenizer: Tokenizer, *, overwrite: bool
+    ) -> Report:
+        """Prune a model in place, and save it if there is an output folder."""
+        if output is not None:
+            require_empty(output, resume=False, overwrite=overwrite)
+        source = ModelSource(model, self.recipe.decoder_layers)
+        jobs = plan_jobs(source, self.recipe)
+        texts = self._texts(model, tokenizer)
+        dense = self._final_states(source, texts, "dense perplexity")
+        with PeakWatch(self.device) as memory:
+            rows = self._prune(source, jobs, texts["calibration"], None, memory)
+        name = model.config._name_or_path or type(model).__name__
+        keys = {"version": versions(), "device": describe_device(self.device)}
+        report = self._report(name, keys, source, texts, rows, dense, memory)
+        if output is not None:
+            self._save(model, tokenizer, output, name, report)
+        return report
+
+    def open(self, folder: Path) -> CheckpointSource:
+        """Open a checkpoint as this recipe computes it."""
+        dtype = None if self.recipe.compute_dtype == "auto" else getattr(torch, self.recipe.compute_dtype)
+        return CheckpointSource(folder, dtype, self.recipe.decoder_layers)
+
+    def _texts(self, model: Path | PreTrainedModel, tokenizer: Tokenizer) -> dict[str, Tokens]:
+        recipe = self.recipe
+        total = recipe.calibration.samples + recipe.held_back
+        specs: dict[str, TextSpec] = {"calibration": replace(recipe.calibration, samples=total)}
+        if recipe.evaluation is not None:
+            specs["evaluation"] = recipe.evaluation
+        self.watch(Progress("calibration text"))
+        with self.stages("text"):
+            return load_texts(specs, model, tokenizer, self.device)
+
+    def _final_states(self, source: Source, texts: Mapping[str, Tokens], stage: str) -> Stream | None:
+        if "evaluation" not in texts:
+            return None
+        with self.stages(stage):
+            return run_stream(source, texts["evaluation"].ids, self.settings, self.watch, stage)
+
+    def _prune(
+        self,
+        source: Source,
+        jobs: Sequence[dict[str, Job]],
+        tokens: Tokens,
+        target: OutputFolder | None,
+        memory: PeakWatch,
+    ) -> tuple[MatrixRow, ...]:
+        rows: list[MatrixRow] = []
+        stream = Stream(source, tokens.ids, self.settings, self.stages)
+        for layer in stream:
+            if target is not None and layer.name in target.layers:
+                self._tell(layer, "replaying")
+                new = target.rows_of(layer.name)
+            else:
+                new = self._prune_layer(layer, jobs[layer.index], stream, memory)
+                if target is not None:
+                    self._commit(layer, source, target, new)
+            rows += new
+            self.errors += [row.error for row in new if row.error is not None]
+            self._tell(layer, "advancing")
+        self.held_by_stream = stream.hidden.resident_bytes, stream.calls.nbytes
+        self.watch(Progress("pruning", len(source.layers), len(source.layers), "", self._mean_error()))
+        return tuple(rows)
+
+    def _prune_layer(
+        self, layer: ResidentLayer, jobs: dict[str, Job], stream: Stream, memory: PeakWatch
+    ) -> list[MatrixRow]:
+        self._tell(layer, "statistics")
+        groups = layer.observe({name: job.method.needs for name, job in jobs.items()})
+        batch_tokens = stream.batches[0].numel()
+        held_back = self.recipe.held_back * stream.batches[0].shape[1]
+        self.memories.append(layer_memory(layer, groups, jobs, batch_tokens, held_back))
+        rows = solve_layer(layer, groups, jobs, self.recipe.experts.min_tokens, self.stages, self._teller(layer))
+        peak = memory.read()
+        return [replace(row, peak_bytes=peak) for row in rows]
+
+    def _commit(
+        self, layer: ResidentLayer, source: Source, target: OutputFolder, rows: Sequence[MatrixRow]
+    ) -> None:
+        assert isinstance(source, CheckpointSource)
+        self._tell(layer, "writing")
+        with self.stages("write"):
+            shard = shard_name(source, layer.index + 1)
+            source.overlay(target.commit(layer.name, shard, source.checkpoint_tensors(layer.index), rows))
+
+    def _write_ends(self, source: CheckpointSource, target: OutputFolder) -> dict[str, list[Stored]]:
+        """Write everything outside the decoder layers; returns each shard's tensors."""
+        first = shard_name(source, 0)
+        tensors = {key: positive_zeros(source.stored[key][...]) for key in source.end_keys()}
+        write_shard(target.path / first, tensors)
+        shards = [first, *(layer["shard"] for layer in target.layers.values())]
+        return {shard: read_header(target.path / shard) for shard in shards}
+
+    def _report(
+        self,
+        name: str,
+        keys: Mapping[str, Any],
+        source: Source,
+        texts: Mapping[str, Tokens],
+        rows: tuple[MatrixRow, ...],
+        dense: Stream | None,
+        memory: PeakWatch,
+    ) -> Report:
+        pruned = self._final_states(source, texts, "pruned perplexity")
+        evaluation = None
+        if dense is not None and pruned is not None:
+            with self.stages("pruned perplexity"):
+                evaluation = compare_perplexity(pruned, texts["evaluation"], dense.hidden, pruned.hidden).to_dict()
+        ends = sum(p.nbytes for n, p in source.model.named_parameters() if not n.startswith(source.layers_path + "."))
+        header = {
+            "model": name,
+            "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            **keys,
+            "recipe": self.recipe.to_dict(),
+            "texts": {text: tokens.description | {"digest": tokens.digest} for text, tokens in texts.items()},
+            "seconds": {"total": time.perf_counter() - self.started, **self.stages.seconds},
+            "memory": {
+                "predicted_bytes": predict_peak(ends, *self.held_by_stream, self.memories),
+                "measured_bytes": memory.peak - memory.baseline,
+                "baseline_bytes": memory.baseline,
+            },
+            "evaluation": evaluation,
+        }
+        return Report(rows, header)
+
+    def _save(self, model: PreTrainedModel, tokenizer: Tokenizer, output: Path, name: str, report: Report) -> None:
+        """Save a model in memory beside the output folder first, then move the finished files in."""
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with writing_to(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=".llmprune-") as staging:
+            folder = Path(staging)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+            write_text(folder / RECIPE_NAME, self.recipe.to_yaml())
+            report.save(folder)
+            write_card(folder, name, self.recipe, report)
+            output.mkdir(exist_ok=True)
+            remove_checkpoint(output)
+            for file in folder.iterdir():
+                file.replace(output / file.name)
+
+    def _tell(self, layer: ResidentLayer, step: str) -> None:
+        self.watch(Progress("pruning", layer.index, len(layer.stream.source.layers), step, self._mean_error()))
+
+    def _teller(self, layer: ResidentLayer) -> Callable[[str], None]:
+        return lambda step: self._tell(layer, step)
+
+    def _mean_error(self) -> float | None:
+        return sum(self.errors) / len(self.errors) if self.errors else None
+
+
+def shard_name(source: Source, number: int) -> str:
+    """The usual shard name; number 0 holds what is outside the decoder layers."""
+    return f"model-{number + 1:05d}-of-{len(source.layers) + 1:05d}.safetensors"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the result."""
+    return {"llmprune": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

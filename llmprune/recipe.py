@@ -1,0 +1,527 @@
+"""Everything a run needs: YAML for people, frozen values for the code.
+
+    description: SparseGPT, 2:4 in the attention and half of the weights elsewhere
+    pattern: 0.5
+    method: {sparsegpt: {damping: 0.01}}
+    rules:
+      - match: "*.self_attn.*"
+        pattern: "2:4"
+    calibration: {source: self, samples: 128, length: 2048}
+
+Types are pydantic's. Ours are the bundled names, the overrides, and errors that say where the mistake stands.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from llmprune.calibration import TextSpec
+from llmprune.errors import LlmpruneError, RecipeError
+from llmprune.methods import METHODS, Method
+from llmprune.patterns import Pattern, parse
+
+_KeyPath = tuple[str | int, ...]
+
+_CONFIG = ConfigDict(frozen=True, extra="forbid")
+
+# What evaluation is unless it says otherwise; its length is that of calibration.
+_EVALUATION = {"samples": 32, "seed": 12345}
+
+
+def _refusal(error: LlmpruneError, *keys: str | int) -> PydanticCustomError:
+    """Our error in a form that pydantic gathers with its own; `keys` lead from the value to the culprit."""
+    context = {"what": error.what, "expected": error.expected, "fix": error.fix, "keys": keys, "cause": error}
+    return PydanticCustomError("llmprune", "{what}", context)
+
+
+def _culprit(error: LlmpruneError, keys: Iterable[str]) -> list[str]:
+    """The key that an error names, so that its own line can be shown; none where the error names no key."""
+    return [key for key in keys if re.search(rf"\b{re.escape(key)}\b", error.what)][:1]
+
+
+def _read_pattern(value: object) -> Pattern:
+    try:
+        return parse(str(value))
+    except LlmpruneError as error:
+        raise _refusal(error) from error
+
+
+def _read_method(value: object) -> Method:
+    """A name, or a name with its knobs; a method that is one already stays as it is."""
+    if type(value) in METHODS.values():
+        return cast(Method, value)
+    if isinstance(value, str):
+        value = {value: {}}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        form = "one name such as wanda, or one name with its knobs such as {sparsegpt: {damping: 0.01}}"
+        raise _refusal(RecipeError(f"method is {_shown(value)}", expected=form))
+    ((name, knobs),) = value.items()
+    if name not in METHODS:
+        raise _refusal(RecipeError(f"unknown method {name!r}{_did_you_mean(name, METHODS)}", expected=_one_of(METHODS)))
+    knobs = {} if knobs is None else knobs
+    # The method stays inside its one-key mapping: for a bare dataclass pydantic takes no configuration.
+    kind = dict[str, METHODS[name]]  # type: ignore[valid-type]
+    adapter: TypeAdapter[dict[str, Method]] = TypeAdapter(kind, config=_CONFIG)
+    try:
+        return adapter.validate_json(json.dumps({name: knobs}), strict=True)[name]
+    except LlmpruneError as error:
+        raise _refusal(error, name, *_culprit(error, knobs)) from error
+
+
+def _write_method(method: Method) -> dict[str, Any]:
+    (name,) = (name for name, kind in METHODS.items() if kind is type(method))
+    return {name: asdict(cast(Any, method))}
+
+
+def _read_text_spec(value: Any, build: ValidatorFunctionWrapHandler) -> TextSpec:
+    try:
+        return cast(TextSpec, build(value))
+    except LlmpruneError as error:
+        raise _refusal(error, *_culprit(error, value)) from error
+
+
+def _check_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise _refusal(RecipeError(f"device is {name!r}", expected="auto, cpu, cuda, or one GPU such as cuda:1"))
+    return name
+
+
+_Glob = Annotated[str, Field(min_length=1)]
+_Pattern = Annotated[Pattern, PlainValidator(_read_pattern), PlainSerializer(str)]
+_Method = Annotated[Method, PlainValidator(_read_method), PlainSerializer(_write_method)]
+_Text = Annotated[TextSpec, WrapValidator(_read_text_spec)]
+
+
+class Rule(BaseModel):
+    """Another pattern, another method, or both, for some matrices.
+
+    Attributes:
+        match: shell glob over full matrix names.
+        pattern: None leaves the recipe's.
+        method: None leaves the recipe's.
+    """
+
+    model_config = _CONFIG
+
+    match: _Glob
+    pattern: _Pattern | None = None
+    method: _Method | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Rule":
+        if self.pattern is None and self.method is None:
+            error = RecipeError(
+                f"the rule for {self.match!r} changes nothing",
+                expected="pattern, method or both",
+                fix="give it one, or list the glob under exclude if these matrices are to stay dense",
+            )
+            raise _refusal(error)
+        return self
+
+
+class Experts(BaseModel):
+    """What holds for the experts of a mixture only.
+
+    Attributes:
+        min_tokens: tokens, at least 0, that must reach an expert before its statistics are trusted.
+    """
+
+    model_config = _CONFIG
+
+    min_tokens: Annotated[int, Field(ge=0)] = 64
+
+
+class Recipe(BaseModel):
+    """Everything a run needs. Built by `load_recipe`, which turns mistakes into `RecipeError`.
+
+    Attributes:
+        pattern: the zeros that are legal.
+        method: which weights go, with its knobs.
+        description: one line for people; not part of the digest.
+        include: shell globs over full matrix names such as model.layers.3.self_attn.q_proj; others stay dense.
+        exclude: matrices that stay dense all the same.
+        rules: the first one that matches changes pattern or method for a matrix.
+        calibration: the text that statistics are collected on.
+        evaluation: the text that perplexity is measured on; None does not measure it.
+        batch_size: samples in a forward, at least 1; results do not depend on it, up to rounding.
+        held_back: further calibration samples, at least 0, for the error in the report only; with 0 the rows of the
+            statistics measure it.
+        decoder_layers: module path of the list of decoder layers, for a model where they are not found.
+        experts: what holds for the experts of a mixture.
+        device: auto, cpu, cuda or cuda:N.
+        compute_dtype: dtype of the forward; auto is the checkpoint's.
+        activation_budget: bytes of hidden states kept in memory, at least 0; the rest goes to disk.
+    """
+
+    model_config = _CONFIG
+
+    description: str = ""
+    pattern: _Pattern
+    method: _Method
+    include: tuple[_Glob, ...] = ("*",)
+    exclude: tuple[_Glob, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    calibration: _Text = TextSpec()
+    evaluation: _Text | None = Field(default_factory=dict, validate_default=True)
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    held_back: Annotated[int, Field(ge=0)] = 4
+    decoder_layers: Annotated[str, Field(min_length=1)] | None = None
+    experts: Experts = Experts()
+    device: Annotated[str, AfterValidator(_check_device)] = "auto"
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    activation_budget: ByteSize = ByteSize(4 * 2**30)
+
+    @field_validator("evaluation", mode="before")
+    @classmethod
+    def _complete_evaluation(cls, value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, Mapping):
+            return value
+        calibration: TextSpec = info.data.get("calibration", TextSpec())
+        # The first chunks of a text are everybody's test set; text that the model writes has no order to choose.
+        order = {} if value.get("source", "self") == "self" else {"order": "text"}
+        return {"length": calibration.length, **_EVALUATION, **order, **value}
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if not self.include:
+            raise _refusal(RecipeError("include is empty: nothing would be pruned", fix="drop the key"), "include")
+        if all(any(_covers(out, glob) for out in self.exclude) for glob in self.include):
+            raise _refusal(RecipeError("exclude covers all of include: nothing would be pruned"), "exclude")
+        for number, rule in enumerate(self.rules):
+            _check_reachable(rule, self.rules[:number])
+        evaluation, calibration = self.evaluation, self.calibration
+        if evaluation and evaluation.source == calibration.source == "self" and evaluation.seed == calibration.seed:
+            error = RecipeError(
+                f"evaluation.seed and calibration.seed are both {evaluation.seed}",
+                expected="two seeds: from one seed the model writes one text, and perplexity would be measured on it",
+                fix="change one of them",
+            )
+            raise _refusal(error, "evaluation", "seed")
+        return self
+
+    def for_matrix(self, name: str) -> tuple[Pattern, Method] | None:
+        """Say how the matrix of this full name is pruned; None if it stays dense."""
+        if not _matches(self.include, name) or _matches(self.exclude, name):
+            return None
+        rule = next((rule for rule in self.rules if fnmatchcase(name, rule.match)), None)
+        if rule is None:
+            return self.pattern, self.method
+        return rule.pattern or self.pattern, rule.method or self.method
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write every key and every knob as plain data, ready for JSON and for `load_recipe`."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Write every key and every knob as YAML that `load_recipe` reads back to an equal recipe."""
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+    @property
+    def digest(self) -> str:
+        """sha256, in hex, of everything but the description; the same however the recipe was written."""
+        content = self.model_dump(mode="json", exclude={"description"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and fill in what it leaves open.
+
+    Args:
+        recipe: the name of a bundled recipe (it comes before a file of that name), the path of a YAML file, YAML text
+            of more than one line, a mapping of plain data, or a recipe.
+        overrides: KEY=VALUE each, such as "pattern=2:4" or "method.sparsegpt.damping=0.05"; values are YAML. They may
+            come in any order: sections are set before the keys inside them.
+
+    Raises:
+        RecipeError: for unknown, missing, contradictory or repeated keys, wrong types, values out of range, unreadable
+            patterns and invalid YAML, each with its line or override; for a recipe that does not exist.
+
+    Example:
+        >>> load_recipe({"pattern": "2:4", "method": "wanda"}, ["calibration.samples=32"]).calibration.samples
+        32
+    """
+    if isinstance(recipe, Recipe) and not overrides:
+        return recipe
+    document = _open(recipe)
+    keys = [assignment.partition("=")[0].strip() for assignment in overrides]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise RecipeError(f"--set {repeated[0]} is given {keys.count(repeated[0])} times", fix="keep one of them")
+    for assignment, _ in sorted(zip(overrides, keys, strict=True), key=lambda pair: pair[1].count(".")):
+        _override(document, assignment)
+    try:
+        # As JSON, because pydantic's strict types then still take lists for tuples and mappings for dataclasses.
+        return Recipe.model_validate_json(json.dumps(document.data), strict=True)
+    except ValidationError as error:
+        cause, refused = _explain(error, document)
+        raise refused from cause
+
+
+def bundled_recipes() -> list[tuple[str, str]]:
+    """List the recipes that come with the package as (name, description), sorted by name."""
+    return [(name, str(_parse(text, name).data.get("description", ""))) for name, text in _bundled().items()]
+
+
+def _matches(globs: Iterable[str], name: str) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _covers(wide: str, narrow: str) -> bool:
+    """Whether `wide` matches whatever `narrow` matches; False as well where a set, or a ? in `wide`, leaves it open."""
+    return wide == narrow or (not re.search(r"[?[]", wide) and "[" not in narrow and fnmatchcase(narrow, wide))
+
+
+def _check_reachable(rule: Rule, earlier: Sequence[Rule]) -> None:
+    for other in earlier:
+        if _covers(other.match, rule.match):
+            error = RecipeError(
+                f"the rule for {rule.match!r} is never reached: {other.match!r} stands before it and matches the same",
+                fix="put the narrower rule first",
+            )
+            raise _refusal(error, "rules", len(earlier))
+
+
+@dataclass
+class _Document:
+    """A recipe as plain data, with the place (file:line, or override) where each key was written."""
+
+    data: Any
+    name: str
+    places: dict[_KeyPath, str] = field(default_factory=dict)
+
+    def place(self, path: _KeyPath) -> str:
+        """The place of a key, or of the innermost section around it that was written somewhere."""
+        written = (path[:length] for length in range(len(path), 0, -1) if path[:length] in self.places)
+        return self.places.get(next(written, ()), self.name)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain words as YAML 1.2 reads them: 2:4, no and dates are text (2:4 was 124 in YAML 1.1), 1e-3 is a number."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - declared by the base class
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or event.tag:
+            raise yaml.MarkedYAMLError(problem="an alias (*) or a tag (!)", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever either version of YAML would not read back as text."""
+
+
+_FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+
+for _kind, _form, _first in (
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", "[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    ("float", _FLOAT, list("-+0123456789.")),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"({_form})$"), _first)
+
+
+def _bundled() -> dict[str, str]:
+    """The text of each bundled recipe."""
+    entries = sorted(files("llmprune.recipes").iterdir(), key=lambda entry: entry.name)
+    return {
+        entry.name.removesuffix(".yaml"): entry.read_text("utf-8") for entry in entries if entry.name.endswith(".yaml")
+    }
+
+
+def _open(recipe: str | Path | Mapping[str, Any] | Recipe) -> _Document:
+    if isinstance(recipe, Recipe):
+        return _Document(recipe.to_dict(), "recipe")
+    if isinstance(recipe, Mapping):
+        return _Document(json.loads(json.dumps(dict(recipe), default=str)), "recipe")
+    if isinstance(recipe, str) and "\n" in recipe:
+        return _parse(recipe, "recipe")
+    bundled = _bundled()
+    if isinstance(recipe, str) and recipe in bundled:
+        return _parse(bundled[recipe], f"{recipe}.yaml")
+    try:
+        return _parse(Path(recipe).read_text("utf-8"), str(recipe))
+    except FileNotFoundError as error:
+        hint = _did_you_mean(Path(recipe).name.removesuffix(".yaml"), bundled)
+        raise RecipeError(f"no recipe {str(recipe)!r}{hint}", expected=f"a YAML file, or {_one_of(bundled)}") from error
+    except (OSError, UnicodeError) as error:
+        raise RecipeError(f"{recipe} cannot be read: {error}", expected="a YAML file in UTF-8") from error
+
+
+def _parse(text: str, name: str) -> _Document:
+    def place(line: int) -> str:
+        return f"{name}:{line}"
+
+    data, lines = _read_yaml(text, place)
+    if not isinstance(data, dict):
+        raise RecipeError(f"{name} holds {_shown(data)}", expected="keys and values, pattern and method at least")
+    return _Document(data, name, {path: place(line) for path, line in lines.items()})
+
+
+def _read_yaml(text: str, place: Callable[[int], str]) -> tuple[Any, dict[_KeyPath, int]]:
+    """Read YAML as plain data, and the line of each key and list item; `place` names a line in an error."""
+    lines: dict[_KeyPath, int] = {}
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return (None if node is None else _build(loader, node, (), lines)), lines
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise RecipeError(
+            f"{place(line + 1)}: {problem}",
+            expected="valid YAML without aliases and tags, each key once",
+            fix="check indentation and quotes; a glob that begins with * needs quotes",
+        ) from error
+
+
+def _build(loader: _Loader, node: yaml.Node, path: _KeyPath, lines: dict[_KeyPath, int]) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        lines.update({(*path, index): item.start_mark.line + 1 for index, item in enumerate(node.value)})
+        return [_build(loader, item, (*path, index), lines) for index, item in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        return loader.construct_object(node)
+    content: dict[str, Any] = {}
+    for key_node, value in node.value:
+        key, inside = key_node.value, (*path, key_node.value)
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="a list or mapping as a key", problem_mark=key_node.start_mark)
+        if key in content:
+            problem = f"key {_dotted(inside)!r} stands in line {lines[inside]} already"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+        lines[inside] = key_node.start_mark.line + 1
+        content[key] = _build(loader, value, inside, lines)
+    return content
+
+
+def _override(document: _Document, assignment: str) -> None:
+    """Set one key, and the sections around it where they are missing."""
+    label = f"--set {assignment}"
+    key, equals, text = assignment.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or "" in path:
+        raise RecipeError(f"{label} cannot be read", expected="KEY=VALUE such as pattern=0.6 or calibration.samples=32")
+    section = document.data
+    for depth, part in enumerate(path[:-1], start=1):
+        if part not in section:
+            document.places[path[:depth]] = label
+        section = _enter(section, part, f"{label}: {_dotted(path[:depth])}")
+        if part == "method" and section and path[depth] not in section:
+            raise RecipeError(
+                f"{label}: the method is {_one_of(section)}, not {path[depth]}",
+                fix="name a knob of this method, or set the method as well",
+            )
+    section[path[-1]], lines = _read_yaml(text, lambda line: label)
+    document.places = {old: place for old, place in document.places.items() if old[: len(path)] != path}
+    document.places.update({path + inside: label for inside in ((), *lines)})
+
+
+def _enter(section: dict[str, Any], part: str, where: str) -> dict[str, Any]:
+    """The section of this name, added where it is missing; a method's bare name becomes a mapping to its knobs."""
+    child = section.setdefault(part, {})
+    if part == "method" and isinstance(child, str):
+        child = section[part] = {child: {}}
+    if not isinstance(child, dict):
+        raise RecipeError(f"{where} is {_shown(child)}, which has no keys to set", fix="set all of it by one --set")
+    return child
+
+
+def _explain(error: ValidationError, document: _Document) -> tuple[Exception, RecipeError]:
+    """Our error for pydantic's, and its cause: all problems with their places, then what was expected instead."""
+    details = error.errors(include_url=False)
+    problems = [_problem(detail, document) for detail in details]
+    what, expected, fix = ("\n".join(dict.fromkeys(filter(None, parts))) for parts in zip(*problems, strict=True))
+    cause = next((detail["ctx"]["cause"] for detail in details if detail["type"] == "llmprune"), error)
+    return cause, RecipeError(what, expected=expected, fix=fix)
+
+
+def _problem(detail: ErrorDetails, document: _Document) -> tuple[str, str, str]:
+    """What happened, what was expected, how to fix it."""
+    context = detail.get("ctx", {})
+    path: _KeyPath = (*detail["loc"], *context.get("keys", ()))
+    place, dotted, kind = document.place(path), _dotted(path), detail["type"]
+    if kind == "llmprune":
+        return f"{place}: {context['what']}" + (f" (in {dotted})" if path else ""), context["expected"], context["fix"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        known, section = _known_keys(path[:-1]), f" in {_dotted(path[:-1])}" if path[1:] else ""
+        hint = _did_you_mean(str(path[-1]), known)
+        return f"{place}: unknown key {str(path[-1])!r}{section}{hint}", _one_of(known), ""
+    if kind == "missing":
+        return f"{place}: {dotted} is missing", "", ""
+    expected = _EXPECTED.get(kind, detail["msg"].removeprefix("Input should be "))
+    fix = "put it in quotes" if kind == "string_type" and isinstance(detail["input"], int | float) else ""
+    return f"{place}: {dotted} is {_shown(detail['input'])}", expected, fix
+
+
+# Where pydantic speaks of Python or JSON, and a recipe is YAML.
+_EXPECTED = {
+    "string_type": "text",
+    "tuple_type": "a list",
+    "model_type": "keys and values",
+    "dataclass_type": "keys and values",
+    "string_too_short": "text that is not empty",
+    "byte_size": "bytes, or a size such as 512MiB or 4GB",
+    "byte_size_unit": "bytes, or a size such as 512MiB or 4GB",
+}
+
+
+def _known_keys(section: _KeyPath) -> list[str]:
+    """The keys that a section may hold."""
+    match section:
+        case ("calibration" | "evaluation",):
+            return [knob.name for knob in fields(TextSpec)]
+        case ("experts",):
+            return list(Experts.model_fields)
+        case ("rules", _):
+            return list(Rule.model_fields)
+        case (*_, "method", str(name)):
+            return [knob.name for knob in fields(cast(Any, METHODS[name]))]
+    return list(Recipe.model_fields)
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _one_of(known: Iterable[str]) -> str:
+    names = list(known)
+    return f"one of {', '.join(names)}" if names[1:] else "".join(names) or "no keys"
+
+
+def _shown(value: object) -> str:
+    """A value as YAML would show it, cut where it is long."""
+    shown = json.dumps(value, default=str)
+    return shown if len(shown) <= 60 else shown[:60] + "..."
+
+
+def _dotted(path: _KeyPath) -> str:
+    return ".".join(map(str, path))

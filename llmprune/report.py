@@ -1,0 +1,116 @@
+"""What a run did: one row per matrix, and a header with everything needed to repeat it."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmprune.checkpoint import write_json
+
+REPORT_NAME = "report.json"
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixRow:
+    """One pruned matrix.
+
+    Attributes:
+        layer: dotted name of its decoder layer.
+        name: dotted name of the matrix.
+        shape: (out, in).
+        pattern: as asked for.
+        method: as asked for.
+        zeros: counted in what was stored.
+        error: ||(W - V) X||^2 / ||W X||^2 on held-back rows X, for W as it was and V as it is stored; None if nothing
+            could be measured.
+        damping: the damping used; None for methods without one.
+        damping_tried: every damping tried, in order; more than one means that the factorisation failed at first.
+        tokens: input rows behind the statistics.
+        prior_tokens: imaginary uncorrelated rows added for an expert that saw too few.
+        dead_inputs: inputs that were always zero; None without statistics.
+        seconds: spent on solving this matrix.
+        peak_bytes: peak memory of the process (CPU) or of the device (CUDA) so far.
+    """
+
+    layer: str
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    method: str
+    zeros: int
+    error: float | None
+    damping: float | None
+    damping_tried: tuple[float, ...]
+    tokens: int
+    prior_tokens: int
+    dead_inputs: int | None
+    seconds: float
+    peak_bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros, counted."""
+        return self.zeros / (self.shape[0] * self.shape[1])
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> "MatrixRow":
+        """Read a row back from JSON."""
+        return cls(**{**row, "shape": tuple(row["shape"]), "damping_tried": tuple(row["damping_tried"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The result of a run.
+
+    Attributes:
+        rows: one per pruned matrix, in the order of the layers.
+        header: model, recipe, versions, hashes, device, seconds by stage, memory, perplexities; JSON-ready.
+    """
+
+    rows: tuple[MatrixRow, ...]
+    header: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all pruned matrices, counted."""
+        elements = sum(row.shape[0] * row.shape[1] for row in self.rows)
+        return sum(row.zeros for row in self.rows) / max(elements, 1)
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean relative output error of the matrices where it was measured."""
+        errors = [row.error for row in self.rows if row.error is not None]
+        return sum(errors) / len(errors) if errors else None
+
+    @property
+    def dense_perplexity(self) -> float | None:
+        """Perplexity of the dense model; None if the recipe measures none."""
+        return self._evaluation("dense")
+
+    @property
+    def pruned_perplexity(self) -> float | None:
+        """Perplexity of the pruned model; None if the recipe measures none."""
+        return self._evaluation("pruned")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        summary = {"sparsity": self.sparsity, "mean_error": self.mean_error, "matrices": len(self.rows)}
+        return {**self.header, "summary": summary, "rows": [dataclasses.asdict(row) for row in self.rows]}
+
+    def save(self, folder: Path) -> Path:
+        """Write report.json into a folder, atomically; returns its path."""
+        write_json(folder / REPORT_NAME, self.to_dict())
+        return folder / REPORT_NAME
+
+    def _evaluation(self, which: str) -> float | None:
+        evaluation = self.header.get("evaluation")
+        return evaluation[which]["perplexity"] if evaluation else None
+
+
+def load_report(folder: Path) -> Report:
+    """Read a run's report.json back."""
+    content = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+    rows = tuple(MatrixRow.from_dict(row) for row in content.pop("rows"))
+    content.pop("summary")
+    return Report(rows, content)

@@ -1,0 +1,143 @@
+"""Solve one resident decoder layer: every matrix by its own method under its own pattern."""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import NumericsError
+from llmprune.methods import Method, Pruned
+from llmprune.observation import Group
+from llmprune.patterns import Pattern, Unstructured, layer_shares
+from llmprune.report import MatrixRow
+from llmprune.statistics import ColumnNorm, Gram
+from llmprune.stream import ResidentLayer
+from llmprune.timing import Stages
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be done to one matrix."""
+
+    pattern: Pattern
+    method: Method
+    method_name: str
+
+
+def solve_layer(
+    layer: ResidentLayer,
+    groups: list[Group],
+    jobs: Mapping[str, Job],
+    min_tokens: int,
+    stages: Stages,
+    step: Callable[[str], None] = lambda step: None,
+) -> list[MatrixRow]:
+    """Prune the matrices of a resident layer in place.
+
+    Args:
+        layer: the layer.
+        groups: what `layer.observe` returned; emptied on the way, so that no Gram outlives its matrices.
+        jobs: matrix name -> what to do; matrices without a job stay dense.
+        min_tokens: experts that saw fewer tokens get that many in all, the missing ones imaginary and uncorrelated.
+        stages: stopwatch.
+        step: told what happens.
+
+    Returns:
+        The report rows, in the order in which the layer uses the matrices.
+
+    Raises:
+        NumericsError: a value is not finite or a factorisation fails at every damping; names the matrix.
+    """
+    priors = _add_priors(groups, min_tokens)
+    with torch.no_grad(), stages("solve"):
+        shares = _layer_shares(layer, groups, jobs)
+        rows: list[MatrixRow] = []
+        while groups:
+            group = groups.pop(0)
+            for name in group.names:
+                step(f"solving {name.removeprefix(layer.name + '.')}")
+                pattern = shares.get(name, jobs[name].pattern)
+                rows.append(_solve_matrix(layer, group, name, jobs[name], pattern, priors.get(name, 0)))
+    return rows
+
+
+def _solve_matrix(
+    layer: ResidentLayer, group: Group, name: str, job: Job, pattern: Pattern, prior_tokens: int
+) -> MatrixRow:
+    start = time.perf_counter()
+    original = layer.weight(name)
+    pruned = _apply(job.method, original, group.statistics, pattern, name)
+    layer.replace(name, pruned.weight)
+    statistics = group.statistics
+    return MatrixRow(
+        layer=layer.name,
+        name=name,
+        shape=layer.matrices[name].shape,
+        pattern=str(job.pattern),
+        method=job.method_name,
+        zeros=layer.count_zeros(name),
+        error=layer.output_error(group, name, original),
+        damping=pruned.damping,
+        damping_tried=pruned.tried,
+        tokens=statistics.tokens - prior_tokens if statistics else 0,
+        prior_tokens=prior_tokens,
+        dead_inputs=int((statistics.squares == 0).sum()) if statistics else None,
+        seconds=time.perf_counter() - start,
+        peak_bytes=0,
+    )
+
+
+def _apply(
+    method: Method, weight: Tensor, statistics: ColumnNorm | Gram | None, pattern: Pattern, name: str
+) -> Pruned:
+    try:
+        return method(weight, statistics, pattern)
+    except NumericsError as error:
+        raise NumericsError(f"{name}: {error.what}", expected=error.expected, fix=error.fix) from error
+
+
+def _layer_shares(layer: ResidentLayer, groups: list[Group], jobs: Mapping[str, Job]) -> dict[str, Pattern]:
+    """Resolve patterns that are compared over the whole layer into one count per matrix."""
+    statistics = {name: group.statistics for group in groups for name in group.names}
+    pools: dict[tuple[float, Method], list[str]] = {}
+    for name, job in jobs.items():
+        if isinstance(job.pattern, Unstructured) and job.pattern.over == "layer":
+            pools.setdefault((job.pattern.sparsity, job.method), []).append(name)
+    shares: dict[str, Pattern] = {}
+    for (sparsity, method), names in pools.items():
+        scores = {name: method.scores(layer.weight(name), statistics[name]) for name in names}
+        shares.update(layer_shares(scores, sparsity))
+    return shares
+
+
+def _add_priors(groups: list[Group], min_tokens: int) -> dict[str, int]:
+    """Complete the statistics of experts that too few tokens reached.
+
+    Below `min_tokens` an expert's Gram is mostly noise, and without any token it would make every weight look useless. The
+    missing tokens are replaced by uncorrelated ones with the mean square that the layer's other experts see, which pulls
+    the solution towards magnitude pruning of this expert as far as data is missing.
+    """
+    priors: dict[str, int] = {}
+    for group in groups:
+        if group.statistics is None or ".experts." not in group.names[0]:
+            continue
+        missing = min_tokens - group.statistics.tokens
+        if missing > 0:
+            group.statistics.add_prior(missing, _mean_square(groups, _kind(group.names[0])))
+            priors.update(dict.fromkeys(group.names, missing))
+    return priors
+
+
+def _mean_square(groups: list[Group], kind: str) -> float:
+    alike = [g.statistics for g in groups if g.statistics is not None and _kind(g.names[0]) == kind]
+    elements = sum(statistics.tokens * len(statistics.squares) for statistics in alike)
+    total = sum(float(statistics.squares.sum()) for statistics in alike)
+    return total / elements if total > 0 else 1.0
+
+
+def _kind(name: str) -> str:
+    """The name without the expert's number: alike for the same matrix of all experts."""
+    return re.sub(r"\.experts\.\d+\.", ".experts.*.", name)

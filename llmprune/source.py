@@ -1,0 +1,323 @@
+"""A causal LM whose parameters exist only while they are needed."""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from llmprune.checkpoint import Stored, read_header, read_index
+from llmprune.decoder import find_decoder_layers
+from llmprune.errors import CheckpointError, ModelError
+
+
+class Source(Protocol):
+    """Where decoder layers come from.
+
+    Attributes:
+        model: the whole model; its parameters may be on the meta device.
+        layers_path: dotted name of the list of decoder layers.
+        layers: that list.
+    """
+
+    model: PreTrainedModel
+    layers_path: str
+    layers: nn.ModuleList
+
+    def load_layer(self, index: int, device: torch.device) -> None:
+        """Put the parameters of one decoder layer on the device."""
+
+    def free_layer(self, index: int) -> None:
+        """Let go of them."""
+
+    def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
+        """The dtype in which a layer's parameter will be stored, whatever it is computed in."""
+
+    def load_ends(self, device: torch.device) -> None:
+        """Put everything outside the decoder layers on the device: embeddings, norms, head."""
+
+    def free_ends(self) -> None:
+        """Let go of it."""
+
+
+class ModelSource:
+    """A model in memory, pruned in place; layers visit the device and return to where they were."""
+
+    def __init__(self, model: PreTrainedModel, decoder_layers: str | None = None) -> None:
+        self.model = model
+        self.layers_path, self.layers = find_decoder_layers(model, decoder_layers)
+        self._homes: dict[nn.Module, torch.device] = {}
+
+    def load_layer(self, index: int, device: torch.device) -> None:
+        """Move one layer to the device."""
+        self._visit(self.layers[index], device)
+
+    def free_layer(self, index: int) -> None:
+        """Move it back."""
+        self._return(self.layers[index])
+
+    def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
+        """The dtype that the parameter has."""
+        return self.layers[index].get_parameter(parameter).dtype
+
+    def load_ends(self, device: torch.device) -> None:
+        """Move everything outside the layers to the device."""
+        for module in _modules_outside(self.model, self.layers):
+            self._visit(module, device)
+
+    def free_ends(self) -> None:
+        """Move it back."""
+        for module in _modules_outside(self.model, self.layers):
+            self._return(module)
+
+    def _visit(self, module: nn.Module, device: torch.device) -> None:
+        tensors = [*module.parameters(), *module.buffers()]
+        self._homes[module] = tensors[0].device if tensors else device
+        module.to(device)
+
+    def _return(self, module: nn.Module) -> None:
+        module.to(self._homes.pop(module))
+
+
+class CheckpointSource:
+    """A checkpoint folder, read lazily: at most one decoder layer, or the ends, is in memory.
+
+    Key renaming and fused experts follow transformers' own conversion tables, in both directions.
+
+    Args:
+        folder: a local folder with config.json and safetensors.
+        compute_dtype: dtype of the parameters in memory; None: as config.json says.
+        decoder_layers: dotted name of the decoder layers, where they are not found.
+
+    Raises:
+        ModelError: no causal LM, or its decoder layers cannot be told.
+        CheckpointError: the files are damaged or lack a tensor.
+    """
+
+    def __init__(
+        self, folder: Path, compute_dtype: torch.dtype | None = None, decoder_layers: str | None = None
+    ) -> None:
+        self.folder = folder
+        self.config = read_config(folder)
+        self.stored = read_index(folder)
+        self.model = build_skeleton(self.config, compute_dtype)
+        self.layers_path, self.layers = find_decoder_layers(self.model, decoder_layers)
+        self._conversions = get_model_conversion_mapping(self.model)
+        self._targets = self._plan_targets()
+
+    def overlay(self, shard: Path) -> None:
+        """Read the tensors of this shard from now on instead of the source's."""
+        for stored in read_header(shard):
+            self.stored[stored.key] = stored
+
+    def load_layer(self, index: int, device: torch.device) -> None:
+        """Read one decoder layer onto the device."""
+        prefix = self.layer_name(index) + "."
+        self._load({key: self.stored[key] for key in self.layer_keys(index)}, device)
+        self._require_loaded(prefix)
+        self.layers[index].to(device)
+
+    def free_layer(self, index: int) -> None:
+        """Drop one decoder layer's parameters."""
+        _to_meta(self.layers[index])
+
+    def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
+        """The dtype of the parameter (or of the first tensor that it is fused from) in the source checkpoint."""
+        target = f"{self.layer_name(index)}.{parameter}"
+        return next(self.stored[key].dtype for key, name in self._targets.items() if name == target)
+
+    def load_ends(self, device: torch.device) -> None:
+        """Read everything outside the decoder layers onto the device, and tie what is tied."""
+        self._load({key: self.stored[key] for key in self.end_keys()}, device)
+        missing = {name for name, tensor in self.model.named_parameters(remove_duplicate=False) if tensor.is_meta}
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        self._require_loaded("")
+        for module in _modules_outside(self.model, self.layers):
+            module.to(device)
+
+    def free_ends(self) -> None:
+        """Drop them."""
+        for module in _modules_outside(self.model, self.layers):
+            _to_meta(module)
+        self.model.tie_weights()
+
+    def layer_name(self, index: int) -> str:
+        """Dotted name of a decoder layer."""
+        return f"{self.layers_path}.{index}"
+
+    def layer_keys(self, index: int) -> list[str]:
+        """The checkpoint's own keys of one decoder layer."""
+        prefix = self.layer_name(index) + "."
+        return [key for key, target in self._targets.items() if target.startswith(prefix)]
+
+    def end_keys(self) -> list[str]:
+        """The checkpoint's keys outside the decoder layers, those that the model does not know included."""
+        layers = tuple(f"{self.layer_name(index)}." for index in range(len(self.layers)))
+        return [key for key, target in self._targets.items() if not target.startswith(layers)]
+
+    def checkpoint_tensors(self, index: int) -> dict[str, Tensor]:
+        """The resident layer under the checkpoint's own keys and dtypes.
+
+        Raises:
+            CheckpointError: the conversion does not give the source's keys back.
+        """
+        prefix = self.layer_name(index)
+        state = {f"{prefix}.{name}": tensor for name, tensor in self.layers[index].state_dict().items()}
+        self.model._weight_conversions = [c for c in self._conversions if c.was_used()]
+        reverted = revert_weight_conversion(self.model, state)
+        wanted = self.layer_keys(index)
+        renamed = {_as_in(wanted, key, self.model.base_model_prefix): tensor for key, tensor in reverted.items()}
+        extra = set(renamed) - set(wanted)
+        # Keys that the model ignores (old rotary buffers, say) are carried over; others must all be there.
+        carried = {key: self.stored[key][...] for key in wanted if key not in renamed}
+        if extra or any(self._targets[key] in self._state_names for key in carried):
+            raise CheckpointError(
+                f"the tensors of {prefix} do not convert back to the checkpoint's keys: {sorted(extra)[:3]}",
+                fix="report it with the model's id",
+            )
+        result = {key: tensor.to(self.stored[key].dtype) for key, tensor in renamed.items()}
+        return {key: positive_zeros(tensor) for key, tensor in {**result, **carried}.items()}
+
+    def _plan_targets(self) -> dict[str, str]:
+        renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
+        converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
+        state = self.model.state_dict()
+        self._state_names = set(state)
+        prefix = self.model.base_model_prefix
+        targets = {}
+        for key in self.stored:
+            target = rename_source_key(key, renamings, converters, prefix, state)[0]
+            if target not in state and key in state:
+                target = rename_source_key(key, [], [], prefix, state)[0]
+            targets[key] = target
+        return targets
+
+    def _load(self, tensors: Mapping[str, Stored], device: torch.device) -> None:
+        known = {key: tensor for key, tensor in tensors.items() if self._targets[key] in self._state_names}
+        dtype = self.model.dtype
+        settings = LoadStateDictConfig(
+            device_map={"": device},
+            dtype=dtype,
+            dtype_plan=self.model._get_dtype_plan(dtype),
+            weight_mapping=copy.deepcopy(self._conversions),
+        )
+        # transformers 5.15 and 5.16 take the tensor-parallel plan as one more argument.
+        signature = inspect.signature(convert_and_load_state_dict_in_model).parameters
+        plan = {"tp_plan": None} if "tp_plan" in signature else {}
+        with quiet_transformers():
+            info, _ = convert_and_load_state_dict_in_model(self.model, known, settings, **plan)
+        if info.mismatched_keys or info.conversion_errors:
+            problem = info.conversion_errors or sorted(info.mismatched_keys)[0]
+            raise CheckpointError(
+                f"{self.folder}: a tensor does not fit the model: {problem}",
+                expected="the shapes that config.json describes",
+                fix="check that config.json and the weights belong together",
+            )
+
+    def _require_loaded(self, prefix: str) -> None:
+        layers = self.layers_path + "."
+        absent = [
+            name
+            for name, tensor in self.model.named_parameters()
+            if tensor.is_meta and name.startswith(prefix) and (prefix or not name.startswith(layers))
+        ]
+        if absent:
+            raise CheckpointError(
+                f"{self.folder} has no values for {absent[0]!r}" + (f" and {len(absent) - 1} more" * (len(absent) > 1)),
+                expected="every parameter of the model in its safetensors files",
+                fix="download the checkpoint again, or check that config.json belongs to it",
+            )
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Read config.json and make sure that it describes a causal LM.
+
+    Raises:
+        ModelError: it is unreadable, of an unknown type, or of no causal LM.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder}/config.json cannot be read: {str(error).strip().splitlines()[0]}",
+            expected="the configuration of a model that the installed transformers knows",
+            fix="upgrade transformers if the model is new",
+        ) from error
+    architectures = config.architectures or []
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (architectures and not causal & set(architectures)):
+        raise ModelError(
+            f"{folder} holds {', '.join(architectures) or config.model_type}, which is not a causal LM",
+            expected="an architecture that AutoModelForCausalLM loads",
+        )
+    return config
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Build the model with parameters on the meta device and real buffers."""
+    dtype = dtype or config.dtype or torch.float32
+    with init_empty_weights(include_buffers=False), quiet_transformers():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, experts_implementation="eager")
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def positive_zeros(tensor: Tensor) -> Tensor:
+    """Replace -0.0 by 0.0, so that a zero is all zero bits."""
+    return tensor + 0.0 if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else tensor
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars: one a layer would drown ours."""
+    was_active = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_active:
+            transformers_logging.enable_progress_bar()
+
+
+def _modules_outside(model: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
+    """The largest modules that hold none of the layers."""
+    for child in model.children():
+        if child is layers:
+            continue
+        if any(module is layers for module in child.modules()):
+            yield from _modules_outside(child, layers)
+        else:
+            yield child
+
+
+def _to_meta(module: nn.Module) -> None:
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            empty: Any = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            setattr(owner, name, empty)
+
+
+def _as_in(wanted: list[str], key: str, base_prefix: str) -> str:
+    """The spelling of `key` that the checkpoint uses: with or without the base model's prefix."""
+    for spelling in (key, key.removeprefix(f"{base_prefix}."), f"{base_prefix}.{key}"):
+        if spelling in wanted:
+            return spelling
+    return key

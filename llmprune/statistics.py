@@ -1,0 +1,167 @@
+"""What calibration collects about one matrix's inputs: raw sums and a token count, so that shards merge exactly."""
+
+# No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import Self
+
+from llmprune.errors import NumericsError
+from llmprune.precision import add_gram, float32_products
+
+
+class Statistics(Protocol):
+    """Sums over calibration tokens of one matrix's inputs."""
+
+    tokens: int
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device | str = "cpu") -> Self:
+        """Sums over no tokens, for inputs of `width` features."""
+
+    def update(self, x: Float[Tensor, "tokens width"]) -> None:
+        """Add the rows of x."""
+
+    def merge(self, other: Self) -> None:
+        """Add another shard's sums; exact up to rounding, whatever the order."""
+
+    def add_prior(self, tokens: int, variance: float) -> None:
+        """Add `tokens` imaginary tokens with uncorrelated features of this mean square."""
+
+    @property
+    def squares(self) -> Float[Tensor, " width"]:
+        """Sum over tokens of each feature's square."""
+
+
+@dataclass(slots=True)
+class ColumnNorm:
+    """The sum of squares of every input feature; enough for Wanda.
+
+    Attributes:
+        squares: [width], float32.
+        tokens: rows seen.
+    """
+
+    squares: Float[Tensor, " width"]
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device | str = "cpu") -> "ColumnNorm":
+        return cls(torch.zeros(width, device=device))
+
+    def update(self, x: Float[Tensor, "tokens width"]) -> None:
+        self.squares += x.to(self.squares.dtype).square().sum(0)
+        self.tokens += len(x)
+
+    def merge(self, other: "ColumnNorm") -> None:
+        self.squares += other.squares
+        self.tokens += other.tokens
+
+    def add_prior(self, tokens: int, variance: float) -> None:
+        self.squares += tokens * variance
+        self.tokens += tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """The Cholesky factor that left-to-right solvers need, of the damped Gram matrix in reversed column order.
+
+    Attributes:
+        lower: [width, width], float32, lower triangular: lower @ lower.T is the damped Gram with rows and columns reversed.
+        damping: the damping that succeeded, as a fraction of the mean diagonal.
+        tried: every damping tried, in order.
+    """
+
+    lower: Float[Tensor, "width width"]
+    damping: float
+    tried: tuple[float, ...]
+
+
+@dataclass(slots=True)
+class Gram:
+    """The Gram matrix X X^T of the inputs; enough for every regression-based solver.
+
+    Attributes:
+        products: [width, width], float32 (exact products, float32 sums) or float64 in references.
+        tokens: rows seen.
+    """
+
+    products: Float[Tensor, "width width"]
+    tokens: int = 0
+    _factors: dict[float, Factor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device | str = "cpu") -> "Gram":
+        return cls(torch.zeros(width, width, device=device))
+
+    @property
+    def squares(self) -> Float[Tensor, " width"]:
+        return self.products.diagonal()
+
+    def update(self, x: Float[Tensor, "tokens width"]) -> None:
+        self._factors.clear()
+        add_gram(self.products, x)
+        self.tokens += len(x)
+
+    def merge(self, other: "Gram") -> None:
+        self._factors.clear()
+        self.products += other.products
+        self.tokens += other.tokens
+
+    def add_prior(self, tokens: int, variance: float) -> None:
+        self._factors.clear()
+        self.products.diagonal().add_(tokens * variance)
+        self.tokens += tokens
+
+    def factor(self, damping: float) -> Factor:
+        """Factorise G + damping * mean(diag G) * I, raising the damping where that fails.
+
+        A dead input (zero diagonal) gets a diagonal of 1. The ladder after a failure is 0.01, 0.1, 1 (those above
+        `damping`); the factor says which one succeeded. Matrices that share an input share the factor.
+
+        Args:
+            damping: fraction of the mean diagonal, >= 0.
+
+        Raises:
+            NumericsError: the Gram is not finite, or no damping up to 1 makes it positive definite.
+        """
+        if damping not in self._factors:
+            self._factors[damping] = _factorise(self.products, damping, self.tokens)
+        return self._factors[damping]
+
+
+def _factorise(gram: Tensor, damping: float, tokens: int) -> Factor:
+    diagonal = gram.diagonal()
+    check_finite(diagonal, "the Gram matrix of the inputs")
+    mean = float(diagonal.mean())
+    tried: list[float] = []
+    for fraction in (damping, *(step for step in (0.01, 0.1, 1.0) if step > damping)):
+        tried.append(fraction)
+        damped = gram.flip(0, 1)
+        damped.diagonal().add_(fraction * mean)
+        damped.diagonal().masked_fill_(diagonal.flip(0) == 0, 1.0)
+        with float32_products("ieee"):
+            lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            return Factor(lower, fraction, tuple(tried))
+        del damped, lower
+    raise NumericsError(
+        f"a Gram matrix of width {len(gram)} from {tokens} tokens is not positive definite at damping {tried} "
+        f"(diagonal from {float(diagonal.min()):.3e} to {float(diagonal.max()):.3e}, mean {mean:.3e})",
+        expected="a finite, symmetric Gram matrix",
+        fix="check the calibration text and the model's activations, or give this matrix another method by a rule",
+    )
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise `NumericsError`, with the count, if any value is NaN or infinite."""
+    bad = ~torch.isfinite(values)
+    if bool(bad.any()):
+        raise NumericsError(
+            f"{what} holds {int(bad.sum())} values that are NaN or infinite (of {values.numel()})",
+            expected="finite numbers",
+            fix="check the source checkpoint; for overflowing bfloat16 or float16 activations set compute_dtype: float32",
+        )

@@ -1,0 +1,313 @@
+"""Bring the decoder layers of a model to the device one at a time, in order.
+
+    for layer in Stream(source, ids, settings):
+        for group in layer.observe(needs):
+            for name in group.names:
+                layer.replace(name, method(layer.weight(name), group.statistics, pattern).weight)
+
+The caller's loop body is the algorithm. When it ends, the stream runs the layer as it now is and hands its outputs to the next
+one, so that every layer is calibrated on what the pruned prefix produces.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.activations import HiddenStates, LayerCalls
+from llmprune.decoder import Matrix, prunable_matrices
+from llmprune.errors import ModelError, NumericsError
+from llmprune.observation import EveryMatrixSeenError, Group, Observer
+from llmprune.precision import float32_products
+from llmprune.source import Source
+from llmprune.statistics import ColumnNorm, Gram, check_finite
+from llmprune.timing import Stages
+
+Needs = Mapping[str, type[ColumnNorm] | type[Gram] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSettings:
+    """How a stream runs; none of it changes the result beyond rounding.
+
+    Attributes:
+        device: where layers are computed.
+        batch_size: samples a forward.
+        held_back: how many of the last samples the statistics must not see.
+        activation_budget: bytes of hidden states in CPU memory; the rest goes to disk.
+        outputs: also compute the last layer's outputs, which the logits need.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    batch_size: int = 8
+    held_back: int = 0
+    activation_budget: int = 4 << 30
+    outputs: bool = False
+
+
+class Stream:
+    """The decoder layers of a source, one resident at a time, each with its calibration inputs.
+
+    Args:
+        source: where the layers come from.
+        ids: tokens [samples, length].
+        settings: device, batches and memory.
+        stages: stopwatch; a new one by default.
+
+    Raises:
+        ModelError: the model does not pass hidden states from one layer to the next unchanged.
+        NumericsError: a layer's output is not finite; it names the layer.
+    """
+
+    def __init__(
+        self, source: Source, ids: Tensor, settings: StreamSettings | None = None, stages: Stages | None = None
+    ) -> None:
+        self.source, self.settings = source, settings or StreamSettings()
+        self.stages = stages or Stages()
+        self.hidden = HiddenStates(self.settings.activation_budget)
+        counted = len(ids) - self.settings.held_back
+        size = self.settings.batch_size
+        self.batches = [*ids[:counted].split(size), *(ids[counted:].split(size) if self.settings.held_back else ())]
+        self.statistics_batches = -(-counted // size)
+        self.calls = LayerCalls(self.settings.device)
+        # Some models unpack what their layers return; seen in the capture and whenever a layer runs.
+        self.returns_tuple = False
+
+    def __iter__(self) -> Iterator["ResidentLayer"]:
+        """Yield the layers in order; after each loop body its outputs become the next layer's inputs."""
+        with torch.no_grad(), self.stages("forward"):
+            self._capture()
+        last = len(self.source.layers) - 1
+        for index in range(last + 1):
+            with self.stages("load"):
+                self.source.load_layer(index, self.settings.device)
+            layer = ResidentLayer(self, index)
+            try:
+                yield layer
+                if index < last or self.settings.outputs:
+                    layer.advance()
+            finally:
+                self.source.free_layer(index)
+
+    def logits(self, *final: HiddenStates) -> Iterator[tuple[Tensor, ...]]:
+        """Yield, batch by batch, the logits [samples, length, vocabulary] of one or more sets of final hidden states.
+
+        The model's own code is run with its decoder layers replaced by the given hidden states, so whatever it does around
+        the head (norm, scaling, soft-capping) is done.
+        """
+        with torch.no_grad(), self.stages("forward"):
+            self.source.load_ends(self.settings.device)
+            try:
+                for batch, ids in enumerate(self.batches):
+                    yield tuple(self._head(ids, states[batch]) for states in final)
+            finally:
+                self.source.free_ends()
+
+    def _capture(self) -> None:
+        """Run the model's own code around its decoder layers, and record how it calls each of them."""
+        self.source.load_ends(self.settings.device)
+        try:
+            for batch, ids in enumerate(self.batches):
+                recorder = self._record(ids)
+                self.hidden[batch] = recorder.first_hidden
+                for index, (args, kwargs) in enumerate(recorder.calls):
+                    self.calls.record(index, batch, args, kwargs)
+                self.calls.end_batch()
+        finally:
+            self.source.free_ends()
+
+    def _record(self, ids: Tensor) -> "_Recorder":
+        recorder = _Recorder(len(self.source.layers), self.returns_tuple, type(self.source.model).__name__)
+        try:
+            with _replaced(self.source.layers, recorder.forward):
+                self._run_model(ids)
+        except _TupleWantedError:
+            self.returns_tuple = True
+            return self._record(ids)
+        except _CapturedError:
+            pass
+        if len(recorder.calls) != len(self.source.layers):
+            raise ModelError(
+                f"{type(self.source.model).__name__} called {len(recorder.calls)} of {len(self.source.layers)} layers "
+                f"in {self.source.layers_path}",
+                expected="a forward that calls each decoder layer once, in order",
+                fix="name another list of layers in the recipe (decoder_layers)",
+            )
+        return recorder
+
+    def _run_model(self, ids: Tensor) -> Any:
+        return self.source.model(input_ids=ids.to(self.settings.device), use_cache=False)
+
+    def _head(self, ids: Tensor, final: Tensor) -> Tensor:
+        final = final.to(self.settings.device)
+
+        def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
+            return (final, None, None) if self.returns_tuple else final
+
+        with _replaced(self.source.layers, stand_in):
+            return self._run_model(ids).logits  # type: ignore[no-any-return]
+
+
+class ResidentLayer:
+    """One decoder layer on the device.
+
+    Attributes:
+        name: dotted name in the model, for example "model.layers.3".
+        index: its place in the stream.
+        module: the layer itself.
+        matrices: name -> its prunable matrices.
+    """
+
+    def __init__(self, stream: Stream, index: int) -> None:
+        self.stream, self.index = stream, index
+        self.name = f"{stream.source.layers_path}.{index}"
+        self.module: nn.Module = stream.source.layers[index]
+        self.matrices: dict[str, Matrix] = {m.name: m for m in prunable_matrices(self.module, self.name)}
+        self._parameters = dict(self.module.named_parameters())
+
+    def observe(self, needs: Needs) -> list[Group]:
+        """Run the layer over all batches and collect statistics.
+
+        Args:
+            needs: matrix name -> the statistics it needs; matrices left out are not watched.
+
+        Returns:
+            The groups of matrices that share an input, in the order in which the layer uses them.
+
+        Raises:
+            NumericsError: an activation is NaN or infinite; names the matrix.
+            ModelError: a matrix took part in no product.
+        """
+        watched = [self.matrices[name] for name in needs]
+        observer = Observer(self._parameters, watched, needs, self.stream.stages)
+        with torch.no_grad(), self.stream.stages("forward"):
+            for batch in range(len(self.stream.batches)):
+                observer.keep_rows = batch >= self.stream.statistics_batches
+                try:
+                    with observer:
+                        self._forward(batch)
+                except EveryMatrixSeenError:
+                    pass
+                observer.end_batch()
+        observer.finish()
+        for group in observer.groups:
+            if group.statistics is not None:
+                self._check(group.statistics.squares, f"the input of {', '.join(group.names)}")
+        return observer.groups
+
+    def weight(self, name: str) -> Tensor:
+        """The matrix as float32 [out, in], a copy.
+
+        Raises:
+            NumericsError: it holds NaN or infinity.
+        """
+        weight = self._view(name).float()
+        self._check(weight, f"the weight of {name}")
+        return weight.clone() if weight.data_ptr() == self._view(name).data_ptr() else weight
+
+    def replace(self, name: str, weight: Tensor) -> None:
+        """Put a matrix [out, in] in place, rounded to the dtype in which it will be stored."""
+        with torch.no_grad():
+            self._view(name).copy_(weight.to(self.stream.source.stored_dtype(self.index, self.matrices[name].parameter)))
+
+    def count_zeros(self, name: str) -> int:
+        """Zeros in the matrix as it is now."""
+        return int((self._view(name) == 0).sum())
+
+    def output_error(self, group: Group, name: str, original: Tensor) -> float | None:
+        """||(W - V) X||^2 / ||W X||^2 on the held-back rows X, for W the original [out, in] and V the present matrix.
+
+        Without held-back rows the statistics' own Gram is used; None if there is neither.
+        """
+        difference = original - self._view(name).float()
+        rows = torch.cat(group.held_back) if group.held_back else None
+        if rows is not None:
+            # The ratio needs three digits, not seven.
+            with float32_products("bf16" if rows.dtype == torch.bfloat16 else "ieee"):
+                lost = (rows.float() @ difference.T).square().sum()
+                total = (rows.float() @ original.T).square().sum()
+        elif isinstance(group.statistics, Gram) and group.statistics.tokens:
+            gram = group.statistics.products
+            lost = ((difference @ gram) * difference).sum()
+            total = ((original @ gram) * original).sum()
+        else:
+            return None
+        return float(lost / total) if float(total) > 0 else 0.0
+
+    def advance(self) -> None:
+        """Run the layer as it is now; its outputs become the inputs of the next one."""
+        hidden = self.stream.hidden
+        with torch.no_grad(), self.stream.stages("forward"):
+            for batch in range(len(self.stream.batches)):
+                output = self._forward(batch)
+                self._check(output, f"the output of {self.name}")
+                hidden[batch] = output
+
+    def _forward(self, batch: int) -> Tensor:
+        args, kwargs = self.stream.calls.get(self.index, batch)
+        output = self.module(self.stream.hidden[batch].to(self.stream.settings.device), *args, **kwargs)
+        self.stream.returns_tuple = isinstance(output, tuple)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _view(self, name: str) -> Tensor:
+        matrix = self.matrices[name]
+        return matrix.view(self._parameters[matrix.parameter].detach())
+
+    def _check(self, values: Tensor, what: str) -> None:
+        try:
+            check_finite(values, what)
+        except NumericsError as error:
+            raise NumericsError(
+                f"{self.name}: {error.what}", expected=error.expected, fix=error.fix
+            ) from None
+
+
+class _CapturedError(Exception):
+    """Ends a forward once the last decoder layer has been called."""
+
+
+class _TupleWantedError(Exception):
+    """The model unpacks what its layers return."""
+
+
+class _Recorder:
+    """Stands in for all decoder layers during one forward: passes the hidden states on and records the calls."""
+
+    def __init__(self, layers: int, as_tuple: bool, model_name: str) -> None:
+        self._layers, self._as_tuple, self._model_name = layers, as_tuple, model_name
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.first_hidden: Tensor
+
+    def forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """One decoder layer's call."""
+        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+        if index == 0:
+            self.first_hidden = hidden
+        elif not self._as_tuple and hidden.dim() < self.first_hidden.dim():
+            raise _TupleWantedError
+        elif hidden.data_ptr() != self.first_hidden.data_ptr() or hidden.shape != self.first_hidden.shape:
+            raise ModelError(
+                f"{self._model_name} changes the hidden states between its decoder layers (before layer {index})",
+                expected="layers that hand their output to the next one unchanged",
+                fix="this architecture cannot be streamed layer by layer yet",
+            )
+        self.calls.append((args[1:], kwargs))
+        if index == self._layers - 1:
+            raise _CapturedError
+        return (hidden, None, None) if self._as_tuple else hidden
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward(index, ...)` stand in for every layer's forward."""
+    for index, layer in enumerate(layers):
+        layer.forward = functools.partial(forward, index)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
