@@ -37,8 +37,8 @@ def _body(model: str, recipe: Recipe, report: Report) -> str:
     lines = [
         f"# {name}, pruned",
         "",
-        f"{name} with {report.sparsity:.1%} of the weights of {len(report.rows)} matrices set to zero ({patterns}), one "
-        f"decoder layer at a time, by [llmprune](https://pypi.org/project/llmprune/) {report.header['version']['llmprune']}.",
+        f"{name} with {report.sparsity:.1%} of the weights of {len(report.rows)} matrices set to zero ({patterns}), "
+        f"one decoder layer at a time, by llmprune {report.header['version']['llmprune']}.",
         "It loads with `AutoModelForCausalLM.from_pretrained`, like the original.",
         "",
         *_table(report),

@@ -58,13 +58,13 @@ def read_index(folder: Path) -> dict[str, Stored]:
     """List the tensors of a checkpoint folder without reading them.
 
     Raises:
-        CheckpointError: no safetensors, a shard missing, truncated or corrupted, or without a tensor the index promises.
+        CheckpointError: no safetensors, or a shard missing, truncated, corrupted or without a tensor of the index.
     """
     index = folder / INDEX_NAME
     weight_map = None
     files = {folder / SINGLE_NAME}
     if index.exists() and not (folder / SINGLE_NAME).exists():  # transformers prefers the single file as well
-        weight_map = _read_json(index).get("weight_map", {})
+        weight_map = _read_weight_map(index)
         files = {folder / name for name in weight_map.values()}
     tensors: dict[str, Stored] = {}
     for file in sorted(files):
@@ -177,12 +177,16 @@ def _open(file: Path) -> Iterator[Any]:
         yield handle
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_weight_map(index: Path) -> dict[str, str]:
+    fix = "download the checkpoint again"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}", fix="download the checkpoint again") from error
-    return content if isinstance(content, dict) else {}
+        raise CheckpointError(f"{index} cannot be read: {error}", fix=fix) from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map", expected="tensor names and their files", fix=fix)
+    return weight_map
 
 
 def _and_more(items: list[str]) -> str:

@@ -11,9 +11,10 @@ calls           masks and rotary embeddings that the model hands to its layers, 
 weights         one decoder layer in the compute dtype
 statistics      4 d^2 bytes for each Gram of width d, 4 d for column norms; matrices with one input share it
 held-back rows  up to 1,024 rows of each group's input
-forward         batch x length tokens x (6 hidden sizes + 3 widest products) in the compute dtype, and a float32 copy of the
-                widest input while its Gram is formed
-solving         for the matrix at hand [o, i]: 8 i^2 for a factorisation (the damped Gram and its factor), 24 o i for the sweep
+forward         batch x length tokens x (6 hidden sizes + 3 widest products) in the compute dtype, and a float32 copy of
+                the widest input while its Gram is formed
+solving         for the matrix at hand [o, i]: 24 o i for the sweep, and 8 i^2 where a Gram is factorised (the damped
+                Gram and its factor)
 """
 
 import threading
@@ -40,6 +41,8 @@ class LayerMemory:
         held_back: input rows kept to measure errors.
         forward: activations of one batch.
         solving: workspace of its largest matrix.
+        shapes: (out, in) of the matrices that are pruned.
+        gram_widths: width of every Gram.
     """
 
     weights: int
@@ -47,6 +50,8 @@ class LayerMemory:
     held_back: int
     forward: int
     solving: int
+    shapes: tuple[tuple[int, int], ...] = ()
+    gram_widths: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
@@ -78,6 +83,8 @@ def layer_memory(
         held_back=sum(min(HELD_BACK_ROWS, held_back_tokens) * width * itemsize for width, _ in widths),
         forward=batch_tokens * (itemsize * (6 * hidden + 3 * widest) + 4 * widest),
         solving=max((_solving(shape, jobs[name]) for name, shape in zip(jobs, shapes, strict=True)), default=0),
+        shapes=tuple(shapes),
+        gram_widths=tuple(width for width, gram in widths if gram),
     )
 
 

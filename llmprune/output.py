@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from llmprune.checkpoint import INDEX_NAME, Stored, file_digest, write_json, write_shard
@@ -16,14 +18,19 @@ from llmprune.report import REPORT_NAME, MatrixRow
 
 MANIFEST_NAME = ".llmprune.json"
 
+_FORMAT = 1
+
 # Everything beside the weights that makes a checkpoint usable; copied as it is.
 _COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
-    "merges.txt", "*.model", "chat_template*", "*.jinja", "preprocessor_config.json", "LICENSE*", "NOTICE*",
+    "merges.txt", "*.model", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja",
+    "preprocessor_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 # What --overwrite removes: the files that a checkpoint or a run of ours consists of, and nothing else.
-_REPLACED = (*_COMPANIONS, "*.safetensors", INDEX_NAME, "README.md", "recipe.yaml", REPORT_NAME, MANIFEST_NAME, ".*.partial")
+_REPLACED = (
+    *_COMPANIONS, "*.safetensors", INDEX_NAME, "README.md", "recipe.yaml", REPORT_NAME, MANIFEST_NAME, ".*.partial",
+)  # fmt: skip
 
 
 @dataclass
@@ -34,11 +41,14 @@ class OutputFolder:
         path: the folder.
         keys: what must be equal for a run to continue: name -> value.
         layers: decoder layer name -> {"shard", "sha256", "rows"} of what is committed.
+        ends: {"shard", "sha256"} of what is outside the decoder layers, once it is written.
+        complete: whether the run has nothing left to do.
     """
 
     path: Path
     keys: dict[str, Any]
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ends: dict[str, str] = field(default_factory=dict)
     complete: bool = False
 
     @classmethod
@@ -52,14 +62,13 @@ class OutputFolder:
             overwrite: remove an earlier checkpoint from the folder first.
 
         Raises:
-            ResumeError: the folder is not empty and neither was asked for, or its keys differ.
+            ResumeError: the folder is not empty and neither was asked for, its keys differ, or its record is damaged.
             CheckpointError: it cannot be written.
         """
         require_empty(path, resume=resume, overwrite=overwrite)
-        manifest = path / MANIFEST_NAME
         folder = cls(path, json.loads(json.dumps(keys)))
-        if resume and manifest.exists():
-            folder._continue(json.loads(manifest.read_text(encoding="utf-8")))
+        if resume and (path / MANIFEST_NAME).exists():
+            folder._continue(_read_manifest(path))
             return folder
         with writing_to(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -78,6 +87,10 @@ class OutputFolder:
         """The report rows of a committed layer."""
         return [MatrixRow.from_dict(row) for row in self.layers[layer]["rows"]]
 
+    def commit_ends(self, shard: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write what is outside the decoder layers."""
+        self.ends = {"shard": shard, "sha256": write_shard(self.path / shard, tensors)}
+
     def finish(self, source: Path, shards: Mapping[str, Sequence[Stored]]) -> None:
         """Copy the companions of the weights and write the index; now the folder loads.
 
@@ -88,7 +101,8 @@ class OutputFolder:
         copy_companions(source, self.path)
         weight_map = {stored.key: shard for shard, tensors in shards.items() for stored in tensors}
         total = sum(stored.nbytes for tensors in shards.values() for stored in tensors)
-        write_json(self.path / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(self.path / INDEX_NAME, index)
 
     def close(self) -> None:
         """Mark the run as complete."""
@@ -104,15 +118,30 @@ class OutputFolder:
                     fix="undo the change, or start again with --overwrite",
                 )
         for name, layer in manifest["layers"].items():
-            shard = self.path / layer["shard"]
             # A shard that went missing or was damaged is done again, and so is every layer behind it.
-            if not shard.exists() or file_digest(shard) != layer["sha256"]:
+            if not self._intact(layer):
                 break
             self.layers[name] = layer
-        self.complete = manifest["complete"] and len(self.layers) == len(manifest["layers"])
+        index = self.path / INDEX_NAME
+        whole = len(self.layers) == len(manifest["layers"]) and index.exists()
+        self.complete = manifest["complete"] and whole and self._intact(manifest["ends"])
+        if not self.complete:
+            # Shards are about to change: until all of them are there again, the folder must not load.
+            with writing_to(self.path):
+                index.unlink(missing_ok=True)
+
+    def _intact(self, committed: Mapping[str, Any]) -> bool:
+        shard = self.path / committed["shard"]
+        return shard.exists() and file_digest(shard) == committed["sha256"]
 
     def _write_manifest(self) -> None:
-        content = {"format": 1, "keys": self.keys, "complete": self.complete, "layers": self.layers}
+        content = {
+            "format": _FORMAT,
+            "keys": self.keys,
+            "complete": self.complete,
+            "ends": self.ends,
+            "layers": self.layers,
+        }
         write_json(self.path / MANIFEST_NAME, content)
 
 
@@ -121,7 +150,7 @@ def writing_to(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals into a `CheckpointError`."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write {path}: {error}",
             expected="a writable folder with enough free space",
@@ -135,26 +164,53 @@ def copy_companions(source: Path, target: Path) -> None:
         for pattern in _COMPANIONS:
             for file in source.glob(pattern):
                 if file.is_file():
-                    shutil.copyfile(file, target / file.name)
+                    copy = target / file.relative_to(source)
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, copy)
+
+
+def require_other(path: Path, source: str | Path) -> None:
+    """Refuse to write over the model that is pruned.
+
+    Raises:
+        ResumeError: both are one folder.
+    """
+    if str(source) and path.resolve() == Path(source).resolve():
+        raise ResumeError(f"{path} is the model itself", fix="choose another output folder")
 
 
 def require_empty(path: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that holds something, unless the user said what to do with it.
 
+    Args:
+        path: the output folder.
+        resume: an interrupted run of ours may be in it.
+        overwrite: a checkpoint may be in it.
+
     Raises:
-        ResumeError: the folder is not empty; says what can be done.
+        ResumeError: the folder is not empty, or is no folder; says what can be done.
     """
-    if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if resume and overwrite:
+        raise ResumeError("resume and overwrite contradict each other", fix="ask for one of them")
+    existing = _existing(path)
+    if not existing.is_dir():
+        raise ResumeError(f"{existing} is a file", expected="an output folder", fix="choose another output folder")
+    # A run that was killed before it was recorded leaves no more than this.
+    if existing != path or all(file.name == f".{MANIFEST_NAME}.partial" for file in path.iterdir()):
         return
-    if not path.is_dir():
-        raise ResumeError(f"{path} is a file", expected="an output folder")
     ours = (path / MANIFEST_NAME).exists()
     if resume and not ours:
         raise ResumeError(
             f"{path} holds files but no run of llmprune to resume",
             fix="choose an empty folder, or start again with --overwrite",
         )
-    if not resume:
+    if overwrite and not (ours or (path / INDEX_NAME).exists() or any(path.glob("*.safetensors"))):
+        raise ResumeError(
+            f"{path} holds files but no checkpoint",
+            expected="an empty folder, or a checkpoint that --overwrite can replace",
+            fix="choose an empty folder",
+        )
+    if not resume and not overwrite:
         way_on = "continue the run with --resume, or replace it" if ours else "choose another, or replace what is in it"
         raise ResumeError(f"{path} is not empty", expected="a new or empty folder", fix=f"{way_on} with --overwrite")
 
@@ -162,11 +218,17 @@ def require_empty(path: Path, *, resume: bool, overwrite: bool) -> None:
 def require_space(path: Path, nbytes: int) -> None:
     """Refuse to start what cannot be finished.
 
+    Args:
+        path: the output folder; shards that are in it will be replaced, so their space counts as free.
+        nbytes: size of the pruned checkpoint.
+
     Raises:
-        CheckpointError: the disk under `path` has less than `nbytes` free.
+        CheckpointError: the folder is not writable, or there is less space.
     """
-    existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    existing = _existing(path)
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{existing} is not writable", fix="mend the permissions or choose another output folder")
+    free = shutil.disk_usage(existing).free + sum(shard.stat().st_size for shard in path.glob("*.safetensors"))
     if free < nbytes:
         raise CheckpointError(
             f"{free / 1e9:.1f} GB are free under {existing}",
@@ -181,6 +243,30 @@ def remove_checkpoint(path: Path) -> None:
         for file in path.glob(pattern):
             if file.is_file():
                 file.unlink()
+
+
+def _existing(path: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        known = manifest["format"] == _FORMAT
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(
+            f"{folder / MANIFEST_NAME} cannot be read: {error}",
+            expected="the record of an interrupted run",
+            fix="start again with --overwrite",
+        ) from error
+    if not known:
+        raise ResumeError(
+            f"{folder / MANIFEST_NAME} has format {manifest['format']}",
+            expected=f"format {_FORMAT}, which this version of llmprune writes",
+            fix="resume with the version that began the run, or start again with --overwrite",
+        )
+    return manifest
 
 
 def _difference(key: str, before: Any, now: Any) -> str:

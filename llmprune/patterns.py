@@ -14,7 +14,7 @@ The masks here are the only top-k of the project: the count is exact and ties fa
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Shaped
@@ -27,6 +27,7 @@ Scope = Literal["row", "matrix", "layer"]
 _SYNTAX = "a sparsity such as 0.5, 0.5/row, 0.5/matrix or 0.5/layer, N:M such as 2:4, or blocks such as 0.5@64x64"
 
 
+@runtime_checkable  # so that annotations that name it can be executed in the tests
 class Pattern(Protocol):
     """What a method needs to know about the zeros it may make."""
 
@@ -82,7 +83,7 @@ class Unstructured:
         _check_sparsity(self.sparsity)
 
     def __str__(self) -> str:
-        return f"{self.sparsity!r}" + (f"/{self.over}" if self.over else "")
+        return f"{float(self.sparsity)!r}" + (f"/{self.over}" if self.over else "")
 
     @property
     def column_multiple(self) -> int:
@@ -177,7 +178,7 @@ class Block:
             raise PatternError(f"block size {self.size[0]}x{self.size[1]}", expected="at least 1x1")
 
     def __str__(self) -> str:
-        return f"{self.sparsity!r}@{self.size[0]}x{self.size[1]}" + ("/row" if self.over == "row" else "")
+        return f"{float(self.sparsity)!r}@{self.size[0]}x{self.size[1]}" + ("/row" if self.over == "row" else "")
 
     @property
     def column_multiple(self) -> int:

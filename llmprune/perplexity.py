@@ -1,12 +1,13 @@
 """Perplexity and divergence by one pinned protocol, streamed layer by layer.
 
 Text is tokenised with a beginning-of-sequence token in front of each document, packed, and cut into chunks of `length`
-tokens; the stride is the length, so no token is scored twice. Each token but the first is predicted from its own chunk. The
-sum of negative log-likelihoods is taken in float64 over log-softmax in float32.
+tokens; the stride is the length, so no token is scored twice. Each token but the first is predicted from its own chunk.
+Negative log-likelihoods are summed in float64, from log-softmax in float32.
 """
 
 import math
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmprune.activations import HiddenStates
-from llmprune.calibration import Tokens
+from llmprune.calibration import TextSpec, Tokens
 from llmprune.errors import NumericsError
+from llmprune.hub import resolve_model
 from llmprune.progress import Progress, Watcher, ignore
-from llmprune.source import Source
+from llmprune.source import CheckpointSource, Source
 from llmprune.stream import Stream, StreamSettings
+from llmprune.texts import load_texts, load_tokenizer
 
 # Positions whose logits are widened to float32 at once: bounds the memory for vocabularies of 250,000.
 _POSITIONS = 512
@@ -75,6 +78,32 @@ class Comparison:
             "kl_divergence": self.kl_divergence,
             "agreement": self.agreement,
         }
+
+
+def evaluate(
+    model: str | Path,
+    text: TextSpec,
+    settings: StreamSettings,
+    compute_dtype: torch.dtype | None = None,
+    watch: Watcher = ignore,
+) -> Perplexity:
+    """Measure the perplexity of a checkpoint on a text.
+
+    Args:
+        model: a hub id, a local checkpoint folder or "testbed".
+        text: which text, and how it becomes chunks; what a model samples from itself says nothing about another.
+        settings: device, batch size and memory.
+        compute_dtype: of the forward; None: as config.json says.
+        watch: told about each layer.
+
+    Raises:
+        LlmpruneError: the model or the text cannot be read, the text is too short, or the logits are not finite.
+    """
+    folder = resolve_model(model)
+    source = CheckpointSource(folder, compute_dtype)
+    watch(Progress("text"))
+    tokens = load_texts({"text": text}, folder, load_tokenizer(folder), settings.device)["text"]
+    return measure_perplexity(source, tokens, settings, watch)
 
 
 def measure_perplexity(

@@ -3,7 +3,8 @@
 import datetime
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,19 @@ from transformers import PreTrainedModel
 
 from llmprune.calibration import TextSpec, Tokenizer, Tokens
 from llmprune.card import write_card
-from llmprune.checkpoint import Stored, read_header, write_shard, write_text
+from llmprune.checkpoint import Stored, read_header, write_text
 from llmprune.devices import describe_device, resolve_device
 from llmprune.errors import RecipeError, ResumeError
 from llmprune.hub import checkpoint_digest, resolve_model
 from llmprune.memory import LayerMemory, PeakWatch, layer_memory, predict_peak
-from llmprune.output import OutputFolder, remove_checkpoint, require_empty, require_space, writing_to
+from llmprune.output import OutputFolder, remove_checkpoint, require_empty, require_other, require_space, writing_to
 from llmprune.perplexity import compare_perplexity, run_stream
 from llmprune.planning import plan_jobs
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.recipe import Recipe, load_recipe
 from llmprune.report import REPORT_NAME, MatrixRow, Report, load_report
 from llmprune.solving import Job, solve_layer
-from llmprune.source import CheckpointSource, ModelSource, Source, positive_zeros
+from llmprune.source import CheckpointSource, ModelSource, Source, positive_zeros, quiet_transformers
 from llmprune.stream import ResidentLayer, Stream, StreamSettings
 from llmprune.texts import load_texts, load_tokenizer
 from llmprune.timing import Stages
@@ -49,8 +50,8 @@ def prune(
     """Prune a causal LM one decoder layer at a time.
 
     Args:
-        model: a hub id, a local checkpoint folder or "testbed", which are read layer by layer and never changed; or a model
-            in memory, which is pruned in place.
+        model: a hub id, a local checkpoint folder or "testbed", which are read layer by layer and never changed; or a
+            model in memory, which is pruned in place.
         recipe: a bundled recipe's name, a YAML file, a mapping or a `Recipe`.
         output: folder for the pruned checkpoint; optional for a model in memory.
         overrides: changes to the recipe, "key.path=value".
@@ -96,8 +97,7 @@ class Run:
 
     def from_checkpoint(self, name: str, folder: Path, output: Path, *, resume: bool, overwrite: bool) -> Report:
         """Prune a checkpoint folder into another one."""
-        if output.resolve() == folder.resolve():
-            raise ResumeError(f"{output} is the model itself", fix="choose another output folder")
+        require_other(output, folder)
         require_empty(output, resume=resume, overwrite=overwrite)
         source = self.open(folder)
         jobs = plan_jobs(source, self.recipe)
@@ -118,9 +118,9 @@ class Run:
         for layer in target.layers.values():
             source.overlay(output / layer["shard"])
         with PeakWatch(self.device) as memory:
-            rows = self._prune(source, jobs, texts["calibration"], target, memory)
+            rows = self.prune_layers(source, jobs, texts["calibration"], target, memory)
         with self.stages("write"):
-            target.finish(folder, self._write_ends(source, target))
+            target.finish(folder, self.write_ends(source, target))
         report = self._report(name, keys, source, texts, rows, dense, memory)
         report.save(output)
         write_card(output, name, self.recipe, report)
@@ -132,16 +132,20 @@ class Run:
     ) -> Report:
         """Prune a model in place, and save it if there is an output folder."""
         if output is not None:
+            require_other(output, model.config._name_or_path)
             require_empty(output, resume=False, overwrite=overwrite)
+            require_space(output, sum(parameter.nbytes for parameter in model.parameters()))
+        self._require_dtype(model)
         source = ModelSource(model, self.recipe.decoder_layers)
         jobs = plan_jobs(source, self.recipe)
-        texts = self._texts(model, tokenizer)
-        dense = self._final_states(source, texts, "dense perplexity")
-        with PeakWatch(self.device) as memory:
-            rows = self._prune(source, jobs, texts["calibration"], None, memory)
         name = model.config._name_or_path or type(model).__name__
         keys = {"version": versions(), "device": describe_device(self.device)}
-        report = self._report(name, keys, source, texts, rows, dense, memory)
+        with evaluating(model):
+            texts = self._texts(model, tokenizer)
+            dense = self._final_states(source, texts, "dense perplexity")
+            with PeakWatch(self.device) as memory:
+                rows = self.prune_layers(source, jobs, texts["calibration"], None, memory)
+            report = self._report(name, keys, source, texts, rows, dense, memory)
         if output is not None:
             self._save(model, tokenizer, output, name, report)
         return report
@@ -167,7 +171,7 @@ class Run:
         with self.stages(stage):
             return run_stream(source, texts["evaluation"].ids, self.settings, self.watch, stage)
 
-    def _prune(
+    def prune_layers(
         self,
         source: Source,
         jobs: Sequence[dict[str, Job]],
@@ -175,6 +179,7 @@ class Run:
         target: OutputFolder | None,
         memory: PeakWatch,
     ) -> tuple[MatrixRow, ...]:
+        """Stream the layers, prune each, and commit it where there is a target; returns the report rows."""
         rows: list[MatrixRow] = []
         stream = Stream(source, tokens.ids, self.settings, self.stages)
         for layer in stream:
@@ -204,20 +209,18 @@ class Run:
         peak = memory.read()
         return [replace(row, peak_bytes=peak) for row in rows]
 
-    def _commit(
-        self, layer: ResidentLayer, source: Source, target: OutputFolder, rows: Sequence[MatrixRow]
-    ) -> None:
+    def _commit(self, layer: ResidentLayer, source: Source, target: OutputFolder, rows: Sequence[MatrixRow]) -> None:
         assert isinstance(source, CheckpointSource)
         self._tell(layer, "writing")
         with self.stages("write"):
             shard = shard_name(source, layer.index + 1)
             source.overlay(target.commit(layer.name, shard, source.checkpoint_tensors(layer.index), rows))
 
-    def _write_ends(self, source: CheckpointSource, target: OutputFolder) -> dict[str, list[Stored]]:
+    def write_ends(self, source: CheckpointSource, target: OutputFolder) -> dict[str, list[Stored]]:
         """Write everything outside the decoder layers; returns each shard's tensors."""
         first = shard_name(source, 0)
         tensors = {key: positive_zeros(source.stored[key][...]) for key in source.end_keys()}
-        write_shard(target.path / first, tensors)
+        target.commit_ends(first, tensors)
         shards = [first, *(layer["shard"] for layer in target.layers.values())]
         return {shard: read_header(target.path / shard) for shard in shards}
 
@@ -253,20 +256,36 @@ class Run:
         }
         return Report(rows, header)
 
+    def _require_dtype(self, model: PreTrainedModel) -> None:
+        wanted = self.recipe.compute_dtype
+        if wanted not in ("auto", str(model.dtype).removeprefix("torch.")):
+            raise RecipeError(
+                f"compute_dtype: {wanted} for a model in memory in {str(model.dtype).removeprefix('torch.')}",
+                expected="auto: a model in memory is computed in the dtype that it has",
+                fix="load the model in this dtype, or prune its folder",
+            )
+
     def _save(self, model: PreTrainedModel, tokenizer: Tokenizer, output: Path, name: str, report: Report) -> None:
         """Save a model in memory beside the output folder first, then move the finished files in."""
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with writing_to(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=".llmprune-") as staging:
-            folder = Path(staging)
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
-            write_text(folder / RECIPE_NAME, self.recipe.to_yaml())
-            report.save(folder)
-            write_card(folder, name, self.recipe, report)
-            output.mkdir(exist_ok=True)
-            remove_checkpoint(output)
-            for file in folder.iterdir():
-                file.replace(output / file.name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(positive_zeros(parameter))
+        with writing_to(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=output.parent, prefix=".llmprune-") as staging:
+                folder = Path(staging)
+                with quiet_transformers():
+                    model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+                for shard in folder.glob("*.safetensors"):
+                    shard.chmod(0o644)  # safetensors creates private files
+                write_text(folder / RECIPE_NAME, self.recipe.to_yaml())
+                report.save(folder)
+                write_card(folder, name, self.recipe, report)
+                output.mkdir(exist_ok=True)
+                remove_checkpoint(output)
+                for file in folder.iterdir():
+                    file.replace(output / file.name)
 
     def _tell(self, layer: ResidentLayer, step: str) -> None:
         self.watch(Progress("pruning", layer.index, len(layer.stream.source.layers), step, self._mean_error()))
@@ -276,6 +295,18 @@ class Run:
 
     def _mean_error(self) -> float | None:
         return sum(self.errors) / len(self.errors) if self.errors else None
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Keep a model in evaluation mode: dropout would blur what calibration sees."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def shard_name(source: Source, number: int) -> str:

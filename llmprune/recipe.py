@@ -11,12 +11,11 @@
 Types are pydantic's. Ours are the bundled names, the overrides, and errors that say where the mistake stands.
 """
 
-import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
@@ -45,8 +44,17 @@ from llmprune.calibration import TextSpec
 from llmprune.errors import LlmpruneError, RecipeError
 from llmprune.methods import METHODS, Method
 from llmprune.patterns import Pattern, parse
-
-_KeyPath = tuple[str | int, ...]
+from llmprune.recipe_text import (
+    Document,
+    KeyPath,
+    RecipeDumper,
+    did_you_mean,
+    dotted,
+    one_of,
+    override,
+    parse_document,
+    shown_value,
+)
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid")
 
@@ -80,10 +88,10 @@ def _read_method(value: object) -> Method:
         value = {value: {}}
     if not isinstance(value, Mapping) or len(value) != 1:
         form = "one name such as wanda, or one name with its knobs such as {sparsegpt: {damping: 0.01}}"
-        raise _refusal(RecipeError(f"method is {_shown(value)}", expected=form))
+        raise _refusal(RecipeError(f"method is {shown_value(value)}", expected=form))
     ((name, knobs),) = value.items()
     if name not in METHODS:
-        raise _refusal(RecipeError(f"unknown method {name!r}{_did_you_mean(name, METHODS)}", expected=_one_of(METHODS)))
+        raise _refusal(RecipeError(f"unknown method {name!r}{did_you_mean(name, METHODS)}", expected=one_of(METHODS)))
     knobs = {} if knobs is None else knobs
     # The method stays inside its one-key mapping: for a bare dataclass pydantic takes no configuration.
     kind = dict[str, METHODS[name]]  # type: ignore[valid-type]
@@ -240,7 +248,7 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         """Write every key and every knob as YAML that `load_recipe` reads back to an equal recipe."""
-        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+        return yaml.dump(self.to_dict(), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
 
     @property
     def digest(self) -> str:
@@ -273,7 +281,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     if repeated := [key for key in keys if keys.count(key) > 1]:
         raise RecipeError(f"--set {repeated[0]} is given {keys.count(repeated[0])} times", fix="keep one of them")
     for assignment, _ in sorted(zip(overrides, keys, strict=True), key=lambda pair: pair[1].count(".")):
-        _override(document, assignment)
+        override(document, assignment)
     try:
         # As JSON, because pydantic's strict types then still take lists for tuples and mappings for dataclasses.
         return Recipe.model_validate_json(json.dumps(document.data), strict=True)
@@ -284,7 +292,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
 
 def bundled_recipes() -> list[tuple[str, str]]:
     """List the recipes that come with the package as (name, description), sorted by name."""
-    return [(name, str(_parse(text, name).data.get("description", ""))) for name, text in _bundled().items()]
+    return [(name, str(parse_document(text, name).data.get("description", ""))) for name, text in _bundled().items()]
 
 
 def _matches(globs: Iterable[str], name: str) -> bool:
@@ -306,48 +314,6 @@ def _check_reachable(rule: Rule, earlier: Sequence[Rule]) -> None:
             raise _refusal(error, "rules", len(earlier))
 
 
-@dataclass
-class _Document:
-    """A recipe as plain data, with the place (file:line, or override) where each key was written."""
-
-    data: Any
-    name: str
-    places: dict[_KeyPath, str] = field(default_factory=dict)
-
-    def place(self, path: _KeyPath) -> str:
-        """The place of a key, or of the innermost section around it that was written somewhere."""
-        written = (path[:length] for length in range(len(path), 0, -1) if path[:length] in self.places)
-        return self.places.get(next(written, ()), self.name)
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain words as YAML 1.2 reads them: 2:4, no and dates are text (2:4 was 124 in YAML 1.1), 1e-3 is a number."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - declared by the base class
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent) or event.tag:
-            raise yaml.MarkedYAMLError(problem="an alias (*) or a tag (!)", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes whatever either version of YAML would not read back as text."""
-
-
-_FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-
-for _kind, _form, _first in (
-    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", "[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
-    ("float", _FLOAT, list("-+0123456789.")),
-):
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"({_form})$"), _first)
-
-
 def _bundled() -> dict[str, str]:
     """The text of each bundled recipe."""
     entries = sorted(files("llmprune.recipes").iterdir(), key=lambda entry: entry.name)
@@ -356,105 +322,26 @@ def _bundled() -> dict[str, str]:
     }
 
 
-def _open(recipe: str | Path | Mapping[str, Any] | Recipe) -> _Document:
+def _open(recipe: str | Path | Mapping[str, Any] | Recipe) -> Document:
     if isinstance(recipe, Recipe):
-        return _Document(recipe.to_dict(), "recipe")
+        return Document(recipe.to_dict(), "recipe")
     if isinstance(recipe, Mapping):
-        return _Document(json.loads(json.dumps(dict(recipe), default=str)), "recipe")
+        return Document(json.loads(json.dumps(dict(recipe), default=str)), "recipe")
     if isinstance(recipe, str) and "\n" in recipe:
-        return _parse(recipe, "recipe")
+        return parse_document(recipe, "recipe")
     bundled = _bundled()
     if isinstance(recipe, str) and recipe in bundled:
-        return _parse(bundled[recipe], f"{recipe}.yaml")
+        return parse_document(bundled[recipe], f"{recipe}.yaml")
     try:
-        return _parse(Path(recipe).read_text("utf-8"), str(recipe))
+        return parse_document(Path(recipe).read_text("utf-8"), str(recipe))
     except FileNotFoundError as error:
-        hint = _did_you_mean(Path(recipe).name.removesuffix(".yaml"), bundled)
-        raise RecipeError(f"no recipe {str(recipe)!r}{hint}", expected=f"a YAML file, or {_one_of(bundled)}") from error
+        hint = did_you_mean(Path(recipe).name.removesuffix(".yaml"), bundled)
+        raise RecipeError(f"no recipe {str(recipe)!r}{hint}", expected=f"a YAML file, or {one_of(bundled)}") from error
     except (OSError, UnicodeError) as error:
         raise RecipeError(f"{recipe} cannot be read: {error}", expected="a YAML file in UTF-8") from error
 
 
-def _parse(text: str, name: str) -> _Document:
-    def place(line: int) -> str:
-        return f"{name}:{line}"
-
-    data, lines = _read_yaml(text, place)
-    if not isinstance(data, dict):
-        raise RecipeError(f"{name} holds {_shown(data)}", expected="keys and values, pattern and method at least")
-    return _Document(data, name, {path: place(line) for path, line in lines.items()})
-
-
-def _read_yaml(text: str, place: Callable[[int], str]) -> tuple[Any, dict[_KeyPath, int]]:
-    """Read YAML as plain data, and the line of each key and list item; `place` names a line in an error."""
-    lines: dict[_KeyPath, int] = {}
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        return (None if node is None else _build(loader, node, (), lines)), lines
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
-        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise RecipeError(
-            f"{place(line + 1)}: {problem}",
-            expected="valid YAML without aliases and tags, each key once",
-            fix="check indentation and quotes; a glob that begins with * needs quotes",
-        ) from error
-
-
-def _build(loader: _Loader, node: yaml.Node, path: _KeyPath, lines: dict[_KeyPath, int]) -> Any:
-    if isinstance(node, yaml.SequenceNode):
-        lines.update({(*path, index): item.start_mark.line + 1 for index, item in enumerate(node.value)})
-        return [_build(loader, item, (*path, index), lines) for index, item in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
-    content: dict[str, Any] = {}
-    for key_node, value in node.value:
-        key, inside = key_node.value, (*path, key_node.value)
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise yaml.MarkedYAMLError(problem="a list or mapping as a key", problem_mark=key_node.start_mark)
-        if key in content:
-            problem = f"key {_dotted(inside)!r} stands in line {lines[inside]} already"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
-        lines[inside] = key_node.start_mark.line + 1
-        content[key] = _build(loader, value, inside, lines)
-    return content
-
-
-def _override(document: _Document, assignment: str) -> None:
-    """Set one key, and the sections around it where they are missing."""
-    label = f"--set {assignment}"
-    key, equals, text = assignment.partition("=")
-    path = tuple(key.strip().split("."))
-    if not equals or "" in path:
-        raise RecipeError(f"{label} cannot be read", expected="KEY=VALUE such as pattern=0.6 or calibration.samples=32")
-    section = document.data
-    for depth, part in enumerate(path[:-1], start=1):
-        if part not in section:
-            document.places[path[:depth]] = label
-        section = _enter(section, part, f"{label}: {_dotted(path[:depth])}")
-        if part == "method" and section and path[depth] not in section:
-            raise RecipeError(
-                f"{label}: the method is {_one_of(section)}, not {path[depth]}",
-                fix="name a knob of this method, or set the method as well",
-            )
-    section[path[-1]], lines = _read_yaml(text, lambda line: label)
-    document.places = {old: place for old, place in document.places.items() if old[: len(path)] != path}
-    document.places.update({path + inside: label for inside in ((), *lines)})
-
-
-def _enter(section: dict[str, Any], part: str, where: str) -> dict[str, Any]:
-    """The section of this name, added where it is missing; a method's bare name becomes a mapping to its knobs."""
-    child = section.setdefault(part, {})
-    if part == "method" and isinstance(child, str):
-        child = section[part] = {child: {}}
-    if not isinstance(child, dict):
-        raise RecipeError(f"{where} is {_shown(child)}, which has no keys to set", fix="set all of it by one --set")
-    return child
-
-
-def _explain(error: ValidationError, document: _Document) -> tuple[Exception, RecipeError]:
+def _explain(error: ValidationError, document: Document) -> tuple[Exception, RecipeError]:
     """Our error for pydantic's, and its cause: all problems with their places, then what was expected instead."""
     details = error.errors(include_url=False)
     problems = [_problem(detail, document) for detail in details]
@@ -463,22 +350,22 @@ def _explain(error: ValidationError, document: _Document) -> tuple[Exception, Re
     return cause, RecipeError(what, expected=expected, fix=fix)
 
 
-def _problem(detail: ErrorDetails, document: _Document) -> tuple[str, str, str]:
+def _problem(detail: ErrorDetails, document: Document) -> tuple[str, str, str]:
     """What happened, what was expected, how to fix it."""
     context = detail.get("ctx", {})
-    path: _KeyPath = (*detail["loc"], *context.get("keys", ()))
-    place, dotted, kind = document.place(path), _dotted(path), detail["type"]
+    path: KeyPath = (*detail["loc"], *context.get("keys", ()))
+    place, name, kind = document.place(path), dotted(path), detail["type"]
     if kind == "llmprune":
-        return f"{place}: {context['what']}" + (f" (in {dotted})" if path else ""), context["expected"], context["fix"]
+        return f"{place}: {context['what']}" + (f" (in {name})" if path else ""), context["expected"], context["fix"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        known, section = _known_keys(path[:-1]), f" in {_dotted(path[:-1])}" if path[1:] else ""
-        hint = _did_you_mean(str(path[-1]), known)
-        return f"{place}: unknown key {str(path[-1])!r}{section}{hint}", _one_of(known), ""
+        known, section = _known_keys(path[:-1]), f" in {dotted(path[:-1])}" if path[1:] else ""
+        hint = did_you_mean(str(path[-1]), known)
+        return f"{place}: unknown key {str(path[-1])!r}{section}{hint}", one_of(known), ""
     if kind == "missing":
-        return f"{place}: {dotted} is missing", "", ""
+        return f"{place}: {name} is missing", "", ""
     expected = _EXPECTED.get(kind, detail["msg"].removeprefix("Input should be "))
     fix = "put it in quotes" if kind == "string_type" and isinstance(detail["input"], int | float) else ""
-    return f"{place}: {dotted} is {_shown(detail['input'])}", expected, fix
+    return f"{place}: {name} is {shown_value(detail['input'])}", expected, fix
 
 
 # Where pydantic speaks of Python or JSON, and a recipe is YAML.
@@ -493,7 +380,7 @@ _EXPECTED = {
 }
 
 
-def _known_keys(section: _KeyPath) -> list[str]:
+def _known_keys(section: KeyPath) -> list[str]:
     """The keys that a section may hold."""
     match section:
         case ("calibration" | "evaluation",):
@@ -505,23 +392,3 @@ def _known_keys(section: _KeyPath) -> list[str]:
         case (*_, "method", str(name)):
             return [knob.name for knob in fields(cast(Any, METHODS[name]))]
     return list(Recipe.model_fields)
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _one_of(known: Iterable[str]) -> str:
-    names = list(known)
-    return f"one of {', '.join(names)}" if names[1:] else "".join(names) or "no keys"
-
-
-def _shown(value: object) -> str:
-    """A value as YAML would show it, cut where it is long."""
-    shown = json.dumps(value, default=str)
-    return shown if len(shown) <= 60 else shown[:60] + "..."
-
-
-def _dotted(path: _KeyPath) -> str:
-    return ".".join(map(str, path))

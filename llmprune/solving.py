@@ -116,9 +116,9 @@ def _layer_shares(layer: ResidentLayer, groups: list[Group], jobs: Mapping[str, 
 def _add_priors(groups: list[Group], min_tokens: int) -> dict[str, int]:
     """Complete the statistics of experts that too few tokens reached.
 
-    Below `min_tokens` an expert's Gram is mostly noise, and without any token it would make every weight look useless. The
-    missing tokens are replaced by uncorrelated ones with the mean square that the layer's other experts see, which pulls
-    the solution towards magnitude pruning of this expert as far as data is missing.
+    Below `min_tokens` an expert's Gram is mostly noise, and without any token it would make every weight look useless.
+    The missing tokens are replaced by uncorrelated ones with the mean square that the layer's other experts see, which
+    pulls the solution towards magnitude pruning of this expert as far as data is missing.
     """
     priors: dict[str, int] = {}
     for group in groups:

@@ -2,31 +2,31 @@
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from typing_extensions import Self
 
 from llmprune.errors import NumericsError
 from llmprune.precision import add_gram, float32_products
 
 
+@runtime_checkable  # so that annotations that name it can be executed in the tests
 class Statistics(Protocol):
     """Sums over calibration tokens of one matrix's inputs."""
 
     tokens: int
 
     @classmethod
-    def empty(cls, width: int, device: torch.device | str = "cpu") -> Self:
+    def empty(cls, width: int, device: torch.device | str = "cpu") -> "Statistics":
         """Sums over no tokens, for inputs of `width` features."""
 
     def update(self, x: Float[Tensor, "tokens width"]) -> None:
         """Add the rows of x."""
 
-    def merge(self, other: Self) -> None:
-        """Add another shard's sums; exact up to rounding, whatever the order."""
+    def merge(self, other: Any) -> None:
+        """Add another shard's sums, of the same kind; exact up to rounding, whatever the order."""
 
     def add_prior(self, tokens: int, variance: float) -> None:
         """Add `tokens` imaginary tokens with uncorrelated features of this mean square."""
@@ -70,7 +70,7 @@ class Factor:
     """The Cholesky factor that left-to-right solvers need, of the damped Gram matrix in reversed column order.
 
     Attributes:
-        lower: [width, width], float32, lower triangular: lower @ lower.T is the damped Gram with rows and columns reversed.
+        lower: [width, width], float32, lower triangular: lower @ lower.T is the damped Gram, rows and columns reversed.
         damping: the damping that succeeded, as a fraction of the mean diagonal.
         tried: every damping tried, in order.
     """
@@ -163,5 +163,5 @@ def check_finite(values: Tensor, what: str) -> None:
         raise NumericsError(
             f"{what} holds {int(bad.sum())} values that are NaN or infinite (of {values.numel()})",
             expected="finite numbers",
-            fix="check the source checkpoint; for overflowing bfloat16 or float16 activations set compute_dtype: float32",
+            fix="check the source checkpoint; where 16-bit activations overflow, set compute_dtype: float32",
         )

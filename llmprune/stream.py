@@ -79,8 +79,7 @@ class Stream:
 
     def __iter__(self) -> Iterator["ResidentLayer"]:
         """Yield the layers in order; after each loop body its outputs become the next layer's inputs."""
-        with torch.no_grad(), self.stages("forward"):
-            self._capture()
+        self.capture()
         last = len(self.source.layers) - 1
         for index in range(last + 1):
             with self.stages("load"):
@@ -107,18 +106,19 @@ class Stream:
             finally:
                 self.source.free_ends()
 
-    def _capture(self) -> None:
+    def capture(self) -> None:
         """Run the model's own code around its decoder layers, and record how it calls each of them."""
-        self.source.load_ends(self.settings.device)
-        try:
-            for batch, ids in enumerate(self.batches):
-                recorder = self._record(ids)
-                self.hidden[batch] = recorder.first_hidden
-                for index, (args, kwargs) in enumerate(recorder.calls):
-                    self.calls.record(index, batch, args, kwargs)
-                self.calls.end_batch()
-        finally:
-            self.source.free_ends()
+        with torch.no_grad(), self.stages("forward"):
+            self.source.load_ends(self.settings.device)
+            try:
+                for batch, ids in enumerate(self.batches):
+                    recorder = self._record(ids)
+                    self.hidden[batch] = recorder.first_hidden
+                    for index, (args, kwargs) in enumerate(recorder.calls):
+                        self.calls.record(index, batch, args, kwargs)
+                    self.calls.end_batch()
+            finally:
+                self.source.free_ends()
 
     def _record(self, ids: Tensor) -> "_Recorder":
         recorder = _Recorder(len(self.source.layers), self.returns_tuple, type(self.source.model).__name__)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from llmprune.calibration import TextSpec, Tokenizer, Tokens, generate_text, load_tokens
+from llmprune.calibration import TextSpec, Tokenizer, Tokens, load_tokens
 from llmprune.checkpoint import read_index
 from llmprune.errors import ModelError
+from llmprune.generation import generate_text
 from llmprune.source import quiet_transformers
 
 
@@ -47,7 +48,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         ModelError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"no tokenizer in {folder}: {str(error).strip().splitlines()[0]}",
@@ -62,7 +63,6 @@ def _load_dense(folder: Path, device: torch.device) -> PreTrainedModel:
     room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     fits = nbytes < 0.8 * room
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", device_map={"": device} if fits else "auto", experts_implementation="eager"
         )
-    return model  # type: ignore[no-any-return]

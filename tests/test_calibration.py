@@ -19,8 +19,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from llmprune.calibration import TextSpec, generate_text, load_tokens
+from llmprune.calibration import TextSpec, load_tokens
 from llmprune.errors import CalibrationError, NumericsError
+from llmprune.generation import generate_text
 
 TESTBED = Path(__file__).parents[1] / "eval" / "testbed"
 SHARED_TEXT = Path(__file__).parents[2] / "shared" / "testbed" / "calibration.jsonl"

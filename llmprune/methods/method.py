@@ -2,13 +2,13 @@
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llmprune.patterns import Pattern, Scope
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.statistics import ColumnNorm, Gram, check_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +29,15 @@ class Pruned:
 
 
 class Method(Protocol):
-    """Which weights go, and what the rest become: a pure function of one matrix, with its knobs as fields.
+    """Which weights go, and what the rest become: a pure function of one matrix, with its knobs as fields."""
 
-    Attributes:
-        needs: the statistics it reads; None if the weights alone are enough.
-        scope: where an unstructured pattern compares scores if the pattern does not say.
-    """
+    @property
+    def needs(self) -> type[ColumnNorm] | type[Gram] | None:
+        """The statistics it reads; None if the weights alone are enough."""
 
-    needs: ClassVar[type[ColumnNorm] | type[Gram] | None]
-    scope: ClassVar[Scope]
+    @property
+    def scope(self) -> Scope:
+        """Where an unstructured pattern compares scores if the pattern does not say."""
 
     def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
         """How much each weight matters, in the same units for all matrices of a layer."""
@@ -60,5 +60,6 @@ class Method(Protocol):
 
 def select(weight: Tensor, scores: Tensor, pattern: Pattern) -> Pruned:
     """Keep the weights with the highest scores, unchanged."""
+    check_finite(weight, "the weight")
     mask = pattern.mask(scores)
     return Pruned(weight.where(mask, weight.new_zeros(())), mask)

@@ -27,8 +27,9 @@ class Random:
 
     def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
         """Uniform in [0, 1), reproducible from the seed and the weights, the same on every device."""
-        content = zlib.crc32(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
-        generator = torch.Generator().manual_seed((self.seed << 32) ^ content)
+        # torch's CPU generator reads 32 bits of its seed, so both have to enter them.
+        content = weight.detach().cpu().contiguous().numpy().data
+        generator = torch.Generator().manual_seed(zlib.crc32(content, zlib.crc32(str(self.seed).encode())))
         return torch.rand(weight.shape, generator=generator).to(weight.device)
 
     def __call__(

@@ -1,8 +1,8 @@
 """SparseGPT: one sweep over the columns, each error passed on to the columns still to come (arXiv 2301.00774).
 
-The paper inverts the damped Gram G and updates the remaining columns by rows of U, the upper Cholesky factor of G^-1. With
-G = R R^T, R upper triangular, U is R^-1, so the same sweep reads off R itself and nothing has to be inverted. Writing
-E = W - Q for the error made so far, F for the columns done and B for the next ones,
+The paper inverts the damped Gram G and updates the remaining columns by rows of U, the upper Cholesky factor of G^-1.
+With G = R R^T, R upper triangular, U is R^-1, so the same sweep reads off R itself and nothing has to be inverted.
+Writing E = W - Q for the error made so far, F for the columns done and B for the next ones,
 
     S_B = E_F R_FB                        what the columns done ask of the next ones,
     W'_B = W_B + S_B R_BB^-1              their present values, from which the mask is chosen,
@@ -12,6 +12,7 @@ E = W - Q for the error made so far, F for the columns done and B for the next o
 arithmetic, and the error never passes through an ill-conditioned inverse.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,13 +21,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmprune.errors import RecipeError
+from llmprune.kernels.obs_sweep import sweep_block
 from llmprune.methods.method import Pruned
-from llmprune.patterns import Pattern, Scope
+from llmprune.patterns import NM, Pattern, Scope
 from llmprune.precision import float32_products
-from llmprune.statistics import ColumnNorm, Gram
-
-# Columns that are updated one by one; all longer-range updates are matrix products.
-_STRIP = 16
+from llmprune.statistics import ColumnNorm, Gram, check_finite
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class SparseGPT:
     Attributes:
         damping: added to the Gram's diagonal, as a fraction of its mean, >= 0; raised to 0.01, 0.1, 1 where the
             factorisation fails, which the report shows.
-        block_size: columns whose unstructured mask is chosen together, >= 1 (the paper's 128). N:M groups are decided one
-            by one, from columns that are up to date.
+        block_size: columns whose unstructured mask is chosen together, >= 1 (the paper's 128). N:M groups are decided
+            one by one, from columns that are up to date.
     """
 
     damping: float = 0.01
@@ -64,22 +63,21 @@ class SparseGPT:
         assert isinstance(statistics, Gram), "SparseGPT needs the inputs' Gram matrix"
         rows, width = weight.shape
         pattern.check((rows, width))
+        check_finite(weight, "the weight")
         factor = statistics.factor(self.damping)
         sweep = _Sweep(weight, factor.lower.to(weight.dtype), statistics.squares == 0, pattern.compared(self.scope))
-        multiple = pattern.column_multiple
-        block = -(-self.block_size // multiple) * multiple
         with float32_products("ieee"):
-            for start in range(0, width, block):
-                sweep.decide(start, min(start + block, width))
+            for start, stop in _blocks(pattern, self.block_size, width):
+                sweep.decide(start, stop)
         return Pruned(sweep.result(), sweep.mask, factor.damping, factor.tried)
 
 
 class _Sweep:
-    """The state of one sweep, transposed ([in, out]: a column of W is a contiguous row) and in reversed column order."""
+    """The state of one sweep: transposed ([in, out], so that a column of W is contiguous), columns in reverse order."""
 
     def __init__(self, weight: Tensor, lower: Tensor, dead: Tensor, pattern: Pattern) -> None:
         self.width = weight.shape[1]
-        self.columns = weight.T.flip(0)
+        self.columns = weight.T.flip(0).contiguous()
         self.errors = torch.empty_like(self.columns)
         self.mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
         self.lower, self.pattern = lower, pattern
@@ -89,53 +87,30 @@ class _Sweep:
     def decide(self, start: int, stop: int) -> None:
         """Decide the columns start:stop (in natural order) as one block."""
         low, high = self.width - stop, self.width - start
-        asked = self._asked(low, high, since=high, until=self.width)
-        unit = self.pattern.column_multiple
-        if unit == 1:
-            self._choose(asked, low, high)
-        strip = max(_STRIP // unit, 1) * unit
-        for top in range(high, low, -strip):
-            bottom = max(low, top - strip)
-            asked_strip = asked[bottom - low : top - low]
-            if top < high:
-                asked_strip = asked_strip + self._asked(bottom, top, since=top, until=high)
-            if unit == 1:
-                self._update(asked_strip, bottom, top)
-            else:
-                self._decide_groups(asked_strip, bottom, top)
+        asked = self.lower[high:, low:high].T @ self.errors[high:]
+        factor, original = self.lower[low:high, low:high], self.columns[low:high]
+        group = (self.pattern.keep, self.pattern.of) if isinstance(self.pattern, NM) else None
+        if group is None:
+            self.mask[:, start:stop] = self._choose(asked, low, high)
+        keep = self.mask[:, start:stop].T.flip(0)
+        errors, keep = sweep_block(asked, original, factor, self.importance[low:high], keep, group)
+        self.errors[low:high] = errors
+        self.mask[:, start:stop] = keep.flip(0).T
 
     def result(self) -> Tensor:
         """The pruned matrix [out, in]."""
         weight = (self.columns - self.errors).flip(0).T
         return weight.where(self.mask, weight.new_zeros(())).contiguous()
 
-    def _asked(self, low: int, high: int, *, since: int, until: int) -> Tensor:
-        """S of the columns low:high, for the errors made in the columns since:until."""
-        return self.lower[since:until, low:high].T @ self.errors[since:until]
-
-    def _choose(self, asked: Tensor, low: int, high: int) -> None:
-        """Fix the mask of the columns low:high, from their present values."""
+    def _choose(self, asked: Tensor, low: int, high: int) -> Tensor:
+        """The mask [out, columns] of the columns low:high, from their present values W'_B."""
         adjustment = torch.linalg.solve_triangular(self.lower[low:high, low:high].T, asked, upper=True)
         scores = (self.columns[low:high] + adjustment).square_() * self.importance[low:high, None]
-        start, stop = self.width - high, self.width - low
-        self.mask[:, start:stop] = self.pattern.mask(scores.flip(0).T, start=start, width=self.width)
+        return self.pattern.mask(scores.flip(0).T, start=self.width - high, width=self.width)
 
-    def _decide_groups(self, asked: Tensor, bottom: int, top: int) -> None:
-        unit = self.pattern.column_multiple
-        for high in range(top, bottom, -unit):
-            low = high - unit
-            group = asked[low - bottom : high - bottom]
-            if high < top:
-                group = group + self._asked(low, high, since=high, until=top)
-            self._choose(group, low, high)
-            self._update(group, low, high)
 
-    def _update(self, asked: Tensor, low: int, high: int) -> None:
-        """Record the errors of the columns low:high, one after another."""
-        errors = self.errors[low:high]
-        keep = self.mask[:, self.width - high : self.width - low].T.flip(0)
-        coefficients = self.lower[low:high, low:high].T.contiguous()
-        scale = -1 / self.lower.diagonal()[low:high]
-        for k in range(high - low - 1, -1, -1):
-            absorbed = torch.addmv(asked[k], errors[k + 1 :].T, coefficients[k, k + 1 :]).mul_(scale[k])
-            torch.where(keep[k], absorbed, self.columns[low + k], out=errors[k])
+def _blocks(pattern: Pattern, block_size: int, width: int) -> Iterator[tuple[int, int]]:
+    """The column blocks of a sweep: of whole N:M groups, or of one column of blocks for block patterns."""
+    multiple = pattern.column_multiple
+    step = multiple if multiple > 1 and not isinstance(pattern, NM) else -(-block_size // multiple) * multiple
+    return ((start, min(start + step, width)) for start in range(0, width, step))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmprune.methods.method import Pruned, select
 from llmprune.patterns import Pattern, Scope
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.statistics import ColumnNorm, Gram, check_finite
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Wanda:
     def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
         """|W_ij| times the root mean square of input j."""
         assert statistics is not None, "Wanda needs the inputs' column norms"
+        check_finite(statistics.squares, "the inputs' sum of squares")
         mean_square = statistics.squares.to(weight.dtype) / max(statistics.tokens, 1)
         return weight.abs() * mean_square.sqrt()
 

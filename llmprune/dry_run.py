@@ -1,0 +1,388 @@
+"""What a run would do, take and need, without running it: the plan, its arithmetic, its memory and its disk space.
+
+The checkpoint's structure says what happens to each matrix. One layer of every kind is loaded and shown a few random
+tokens, which tells the groups of matrices that share an input and the share of the tokens that reaches each expert.
+Counted are the matrix products:
+
+    forward   2 x elements x tokens for each matrix of a layer, and that twice: to observe the layer, and to advance
+    Gram      2 x tokens x d^2 for each group of width d
+    solve     d^3 / 3 for each group's factorisation, 2 x out x d^2 for each matrix that is swept
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmprune.devices import describe_device
+from llmprune.hub import resolve_model
+from llmprune.memory import LayerMemory, layer_memory, predict_peak
+from llmprune.observation import Group
+from llmprune.patterns import Unstructured
+from llmprune.pipeline import Run
+from llmprune.planning import plan_jobs
+from llmprune.precision import add_gram, float32_products
+from llmprune.recipe import Recipe, load_recipe
+from llmprune.solving import Job
+from llmprune.source import CheckpointSource
+from llmprune.statistics import ColumnNorm, Gram
+from llmprune.stream import ResidentLayer, Stream, StreamSettings
+
+# The look at a layer: few tokens, and sizes that hardly any dimension of a model has, so that a tensor's shape tells
+# which of its dimensions grow with the batch and with the length.
+_SAMPLES, _LENGTH = 2, 61
+
+# How long each rate is measured, and the size of the square matrices it is measured on.
+_RATE_SECONDS = 0.08
+_RATE_SIZES = {"cpu": 1024, "cuda": 4096}
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixPlan:
+    """What will be done to one matrix.
+
+    Attributes:
+        name: dotted name inside its decoder layer.
+        shape: (out, in).
+        pattern: "dense" if it is left alone.
+        method: None if it is left alone.
+        zeros: how many there will be; an average where a pattern is compared over the whole layer.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    method: str | None
+    zeros: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The matrix products of a run: floating-point operations, or their rates in operations a second, or seconds.
+
+    Attributes:
+        forward: both forwards of all calibration tokens.
+        gram: Gram matrices.
+        solve: factorisations and sweeps.
+    """
+
+    forward: float
+    gram: float
+    solve: float
+
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return self.forward + self.gram + self.solve
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """Decoder layers with the same structure and the same plan.
+
+    Attributes:
+        indices: which layers.
+        matrices: in the order of the layer's modules.
+        work: operations of one of these layers.
+        memory: bytes while one of them is resident.
+    """
+
+    indices: tuple[int, ...]
+    matrices: tuple[MatrixPlan, ...]
+    work: Work
+    memory: LayerMemory
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The parts of the predicted peak in bytes, as `llmprune.memory` defines them.
+
+    Attributes:
+        ends: embeddings, final norm and head.
+        hidden_states: in memory; at most the recipe's activation_budget.
+        calls: masks and rotary embeddings.
+        layer: of the layer that takes most.
+    """
+
+    ends: int
+    hidden_states: int
+    calls: int
+    layer: LayerMemory
+
+    @property
+    def peak(self) -> int:
+        """The predicted peak, above what the interpreter holds."""
+        return predict_peak(self.ends, self.hidden_states, self.calls, [self.layer])
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a run would do.
+
+    Attributes:
+        model: as it was named.
+        recipe: as it will be run.
+        device: its name.
+        compute_dtype: dtype of the forward, as torch names it.
+        layers_path: dotted name of the list of decoder layers.
+        tokens: calibration tokens, the held-back ones included.
+        layers: the plan; layers with the same one stand together.
+        rates: matrix products a second on this device, measured just now.
+        memory: predicted peak.
+        disk_bytes: size of the pruned checkpoint.
+        spilled_bytes: hidden states beyond the activation budget, in the temporary folder.
+        notes: what the figures leave out.
+    """
+
+    model: str
+    recipe: dict[str, Any]
+    device: str
+    compute_dtype: str
+    layers_path: str
+    tokens: int
+    layers: tuple[LayerPlan, ...]
+    rates: Work
+    memory: MemoryPlan
+    disk_bytes: int
+    spilled_bytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def work(self) -> Work:
+        """Operations of all layers."""
+        counted = [(len(plan.indices), plan.work) for plan in self.layers]
+        return Work(
+            forward=sum(count * work.forward for count, work in counted),
+            gram=sum(count * work.gram for count, work in counted),
+            solve=sum(count * work.solve for count, work in counted),
+        )
+
+    @property
+    def seconds(self) -> Work:
+        """The operations at the measured rates: a lower bound, see `notes`."""
+        work, rates = self.work, self.rates
+        return Work(work.forward / rates.forward, work.gram / rates.gram, work.solve / rates.solve)
+
+    @property
+    def sparsity(self) -> float:
+        """Expected fraction of zeros over all matrices that are pruned."""
+        pruned = [(len(p.indices), m) for p in self.layers for m in p.matrices if m.method is not None]
+        elements = sum(count * matrix.shape[0] * matrix.shape[1] for count, matrix in pruned)
+        return sum(count * matrix.zeros for count, matrix in pruned) / max(elements, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        derived = {"sparsity": self.sparsity, "work": asdict(self.work), "seconds": asdict(self.seconds)}
+        return {**asdict(self), **derived, "memory": {**asdict(self.memory), "peak": self.memory.peak}}
+
+
+def dry_run(
+    model: str | Path, recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()
+) -> DryRun:
+    """Work out what `prune` would do with a checkpoint; nothing is written.
+
+    Args:
+        model: a hub id, a local checkpoint folder or "testbed".
+        recipe: a bundled recipe's name, a YAML file, a mapping or a `Recipe`.
+        overrides: changes to the recipe, "key.path=value".
+
+    Raises:
+        LlmpruneError: what a run would refuse whatever the text is: the recipe, the model, a pattern that does not fit,
+            a device that is not there, a matrix that is never used.
+    """
+    run = Run(load_recipe(recipe, overrides))
+    settings, device = run.recipe, run.device
+    source = run.open(resolve_model(model))
+    jobs = plan_jobs(source, settings)
+    look = _Look(source, settings, device)
+    layers = tuple(look.plan(indices, jobs) for indices in _kinds(source, jobs))
+    hidden = look.hidden_bytes
+    resident = min(hidden, int(settings.activation_budget))
+    ends = sum(p.nbytes for n, p in source.model.named_parameters() if not n.startswith(source.layers_path + "."))
+    largest = max((plan.memory for plan in layers), key=lambda memory: memory.total)
+    return DryRun(
+        model=str(model),
+        recipe=settings.to_dict(),
+        device=describe_device(device),
+        compute_dtype=str(source.model.dtype).removeprefix("torch."),
+        layers_path=source.layers_path,
+        tokens=look.tokens,
+        layers=layers,
+        rates=measure_rates(device, source.model.dtype),
+        memory=MemoryPlan(ends, resident, look.calls_bytes, largest),
+        disk_bytes=sum(stored.nbytes for stored in source.stored.values()),
+        spilled_bytes=hidden - resident,
+        notes=tuple(_notes(settings, source)),
+    )
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Work:
+    """Measure how fast a device multiplies matrices, in operations a second.
+
+    Args:
+        device: where.
+        dtype: of the forward; Grams are formed from it, and solved in float32.
+    """
+    size = _RATE_SIZES.get(device.type, 1024)
+    narrow = torch.randn(size, size, device=device).to(dtype)
+    wide, total = narrow.float(), torch.zeros(size, size, device=device)
+    with torch.no_grad():
+        forward = _rate(lambda: F.linear(narrow, narrow), size, device)
+        gram = _rate(lambda: add_gram(total, narrow), size, device)
+        with float32_products("ieee"):
+            solve = _rate(lambda: wide @ wide, size, device)
+    return Work(forward, gram, solve)
+
+
+class _Look:
+    """A look at single layers with a few random tokens, and what it says about a run over all of them."""
+
+    def __init__(self, source: CheckpointSource, recipe: Recipe, device: torch.device) -> None:
+        self._source, self._recipe, self._device = source, recipe, device
+        self._length = recipe.calibration.length
+        self._batch = min(recipe.batch_size, recipe.calibration.samples)
+        self.tokens = (recipe.calibration.samples + recipe.held_back) * self._length
+        vocabulary = source.model.get_input_embeddings().weight.shape[0]
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocabulary, (_SAMPLES, min(self._length, _LENGTH)), generator=generator)
+        self._stream = Stream(source, ids, StreamSettings(device, _SAMPLES))
+        self._stream.capture()
+        self._seen = ids.numel()
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Hidden states of all samples."""
+        return self._stream.hidden[0].nbytes * self.tokens // self._seen
+
+    @property
+    def calls_bytes(self) -> int:
+        """What the model hands to its layers, in batches of full size."""
+        calls = [self._stream.calls.get(index, 0) for index in range(len(self._source.layers))]
+        tensors = {id(tensor): tensor for tensor in _tensors(calls)}
+        return sum(self._scaled(tensor) for tensor in tensors.values())
+
+    def plan(self, indices: tuple[int, ...], jobs: Sequence[dict[str, Job]]) -> LayerPlan:
+        """Load the first of some equal layers, and say what will be done to each of them."""
+        index = indices[0]
+        self._source.load_layer(index, self._device)
+        try:
+            layer = ResidentLayer(self._stream, index)
+            # Column norms where nothing is needed: their count says how many tokens reach an expert.
+            groups = layer.observe({name: job.method.needs or ColumnNorm for name, job in jobs[index].items()})
+            held_back = self._recipe.held_back * self._length
+            memory = layer_memory(layer, groups, jobs[index], self._batch * self._length, held_back)
+            work = self._work(layer, groups, jobs[index])
+        finally:
+            self._source.free_layer(index)
+        prefix = layer.name + "."
+        matrices = (
+            _matrix_plan(name.removeprefix(prefix), matrix.shape, jobs[index].get(name))
+            for name, matrix in layer.matrices.items()
+        )
+        return LayerPlan(indices, tuple(matrices), work, memory)
+
+    def _work(self, layer: ResidentLayer, groups: Sequence[Group], jobs: Mapping[str, Job]) -> Work:
+        shares = self._shares(layer, groups)
+        elements = sum(shares[name] * matrix.shape[0] * matrix.shape[1] for name, matrix in layer.matrices.items())
+        counted = self._recipe.calibration.samples * self._length
+        products = factors = 0.0
+        for group in groups:
+            if isinstance(group.statistics, Gram):
+                width = layer.matrices[group.names[0]].shape[1]
+                products += 2 * counted * shares[group.names[0]] * width**2
+                factors += width**3 / 3
+        swept = [layer.matrices[name].shape for name, job in jobs.items() if job.method.needs is Gram]
+        sweeps = sum(2 * rows * width**2 for rows, width in swept)
+        return Work(2 * 2 * elements * self.tokens, products, factors + sweeps)
+
+    def _shares(self, layer: ResidentLayer, groups: Sequence[Group]) -> dict[str, float]:
+        """The fraction of the tokens that reaches each matrix: 1, but for experts."""
+        seen = {
+            name: group.statistics.tokens / self._seen
+            for group in groups
+            for name in group.names
+            if group.statistics is not None and _is_expert(name)
+        }
+        # Experts that stay dense are not watched; they see as many tokens as the others do.
+        average = sum(seen.values()) / len(seen) if seen else 1.0
+        return {name: seen.get(name, average) if _is_expert(name) else 1.0 for name in layer.matrices}
+
+    def _scaled(self, tensor: Tensor) -> int:
+        """Bytes of a recorded tensor in a batch of full size."""
+        nbytes, few = float(tensor.nbytes), self._seen // _SAMPLES
+        for dimension, size in enumerate(tensor.shape):
+            if dimension == 0 and size == _SAMPLES:
+                nbytes *= self._batch / _SAMPLES
+            elif size == few:
+                nbytes *= self._length / few
+        return round(nbytes)
+
+
+def _kinds(source: CheckpointSource, jobs: Sequence[dict[str, Job]]) -> list[tuple[int, ...]]:
+    """Sort the layers by what they are and what is done to them."""
+    kinds: dict[object, list[int]] = {}
+    for index, layer in enumerate(source.layers):
+        prefix = f"{source.layer_name(index)}."
+        parameters = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+        plan = tuple((name.removeprefix(prefix), job) for name, job in jobs[index].items())
+        kinds.setdefault((parameters, plan), []).append(index)
+    return [tuple(indices) for indices in kinds.values()]
+
+
+def _matrix_plan(name: str, shape: tuple[int, int], job: Job | None) -> MatrixPlan:
+    if job is None:
+        return MatrixPlan(name, shape, "dense", None, 0)
+    zeros = job.pattern.compared(job.method.scope).zeros(shape)
+    return MatrixPlan(name, shape, str(job.pattern), job.method_name, zeros)
+
+
+def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
+    yield "The calibration text is not looked at: nothing is tokenised, sampled or checked for its length."
+    yield (
+        "The seconds are a lower bound, at the rate of large matrix products. Elementwise work, attention, the sweeps' "
+        "small steps, loading and writing come on top, and so do the text and the perplexity."
+    )
+    texts = [text for text in (recipe.calibration, recipe.evaluation) if text is not None]
+    if any(text.source == "self" for text in texts):
+        size = sum(stored.nbytes for stored in source.stored.values())
+        yield f"The text is sampled from the dense model, which is loaded whole for it: {size / 1e9:.2f} GB."
+    patterns = [recipe.pattern, *(rule.pattern for rule in recipe.rules)]
+    if any(isinstance(pattern, Unstructured) and pattern.over == "layer" for pattern in patterns):
+        yield "Where scores are compared over a whole layer, the zeros are those of the average matrix."
+
+
+def _is_expert(name: str) -> bool:
+    return re.search(r"\.experts\.\d+\.", name) is not None
+
+
+def _rate(product: Callable[[], object], size: int, device: torch.device) -> float:
+    """Operations a second of a product of two square matrices."""
+    product()
+    _wait(device)
+    runs, start = 0, time.perf_counter()
+    while runs == 0 or time.perf_counter() - start < _RATE_SECONDS:
+        product()
+        _wait(device)
+        runs += 1
+    return runs * 2 * size**3 / (time.perf_counter() - start)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,162 @@
+"""Recipes as text: YAML with the line of every key, and overrides from the command line."""
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from llmprune.errors import RecipeError
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass
+class Document:
+    """A recipe as plain data, with the place (file:line, or override) where each key was written."""
+
+    data: Any
+    name: str
+    places: dict[KeyPath, str] = field(default_factory=dict)
+
+    def place(self, path: KeyPath) -> str:
+        """The place of a key, or of the innermost section around it that was written somewhere."""
+        written = (path[:length] for length in range(len(path), 0, -1) if path[:length] in self.places)
+        return self.places.get(next(written, ()), self.name)
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Plain words as YAML 1.2 reads them: 2:4, no and dates are text (2:4 was 124 in YAML 1.1), 1e-3 is a number."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - declared by the base class
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or event.tag:
+            raise yaml.MarkedYAMLError(problem="an alias (*) or a tag (!)", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+
+class RecipeDumper(yaml.SafeDumper):
+    """Quotes whatever either version of YAML would not read back as text."""
+
+
+_FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+
+for _kind, _form, _first in (
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", "[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    ("float", _FLOAT, list("-+0123456789.")),
+):
+    for _class in (_RecipeLoader, RecipeDumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"({_form})$"), _first)
+
+
+def parse_document(text: str, name: str) -> Document:
+    """Read a recipe from text; `name` names it in errors."""
+
+    def place(line: int) -> str:
+        return f"{name}:{line}"
+
+    data, lines = _read_yaml(text, place)
+    if not isinstance(data, dict):
+        raise RecipeError(f"{name} holds {shown_value(data)}", expected="keys and values, pattern and method at least")
+    return Document(data, name, {path: place(line) for path, line in lines.items()})
+
+
+def _read_yaml(text: str, place: Callable[[int], str]) -> tuple[Any, dict[KeyPath, int]]:
+    """Read YAML as plain data, and the line of each key and list item; `place` names a line in an error."""
+    lines: dict[KeyPath, int] = {}
+    try:
+        loader = _RecipeLoader(text)
+        node = loader.get_single_node()
+        return (None if node is None else _build(loader, node, (), lines)), lines
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise RecipeError(
+            f"{place(line + 1)}: {problem}",
+            expected="valid YAML without aliases and tags, each key once",
+            fix="check indentation and quotes; a glob that begins with * needs quotes",
+        ) from error
+
+
+def _build(loader: _RecipeLoader, node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        lines.update({(*path, index): item.start_mark.line + 1 for index, item in enumerate(node.value)})
+        return [_build(loader, item, (*path, index), lines) for index, item in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        return loader.construct_object(node)
+    content: dict[str, Any] = {}
+    for key_node, value in node.value:
+        key, inside = key_node.value, (*path, key_node.value)
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="a list or mapping as a key", problem_mark=key_node.start_mark)
+        if key in content:
+            problem = f"key {dotted(inside)!r} stands in line {lines[inside]} already"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+        lines[inside] = key_node.start_mark.line + 1
+        content[key] = _build(loader, value, inside, lines)
+    return content
+
+
+def override(document: Document, assignment: str) -> None:
+    """Set one key, and the sections around it where they are missing."""
+    label = f"--set {assignment}"
+    key, equals, text = assignment.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or "" in path:
+        raise RecipeError(f"{label} cannot be read", expected="KEY=VALUE such as pattern=0.6 or calibration.samples=32")
+    section = document.data
+    for depth, part in enumerate(path[:-1], start=1):
+        if part not in section:
+            document.places[path[:depth]] = label
+        section = _enter(section, part, f"{label}: {dotted(path[:depth])}")
+        if part == "method" and section and path[depth] not in section:
+            raise RecipeError(
+                f"{label}: the method is {one_of(section)}, not {path[depth]}",
+                fix="name a knob of this method, or set the method as well",
+            )
+    section[path[-1]], lines = _read_yaml(text, lambda line: label)
+    document.places = {old: place for old, place in document.places.items() if old[: len(path)] != path}
+    document.places.update({path + inside: label for inside in ((), *lines)})
+
+
+def _enter(section: dict[str, Any], part: str, where: str) -> dict[str, Any]:
+    """The section of this name, added where it is missing; a method's bare name becomes a mapping to its knobs."""
+    child = section.setdefault(part, {})
+    if part == "method" and isinstance(child, str):
+        child = section[part] = {child: {}}
+    if not isinstance(child, dict):
+        raise RecipeError(
+            f"{where} is {shown_value(child)}, which has no keys to set", fix="set all of it by one --set"
+        )
+    return child
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint at the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def one_of(known: Iterable[str]) -> str:
+    """The words that were expected."""
+    names = list(known)
+    return f"one of {', '.join(names)}" if names[1:] else "".join(names) or "no keys"
+
+
+def shown_value(value: object) -> str:
+    """A value as YAML would show it, cut where it is long."""
+    shown = json.dumps(value, default=str)
+    return shown if len(shown) <= 60 else shown[:60] + "..."
+
+
+def dotted(path: KeyPath) -> str:
+    """A key path as it is written in an override."""
+    return ".".join(map(str, path))

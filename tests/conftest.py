@@ -1,0 +1,31 @@
+"""What all tests share: shape annotations that are executed, and fixed seeds."""
+
+import random
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Before any test module imports these: jaxtyping's annotations are then checked at every call. As for static type
+# checkers, an int will do for a float.
+install_import_hook(
+    ["llmprune.patterns", "llmprune.statistics", "llmprune.methods"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+
+settings.register_profile("llmprune", derandomize=True, database=None, deadline=None)
+settings.load_profile("llmprune")
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> Iterator[None]:
+    """Start every test from the same seeds, and leave the generators as they were."""
+    import torch
+
+    before = random.getstate(), torch.random.get_rng_state()
+    random.seed(0)
+    torch.manual_seed(0)
+    yield
+    random.setstate(before[0])
+    torch.random.set_rng_state(before[1])

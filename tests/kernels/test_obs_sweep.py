@@ -1,0 +1,95 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmprune.kernels.obs_sweep import sweep_block
+from llmprune.kernels.obs_sweep.reference import sweep_block_reference
+
+triton = pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
+
+SHAPES = [(1, 1), (3, 63), (16, 5), (20, 33), (128, 70)]
+
+
+def operands(columns, rows, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(columns * 1000 + rows)
+    x = torch.randn(2 * columns + 3, columns, generator=generator, dtype=torch.float64)
+    lower = torch.linalg.cholesky(x.T @ x)
+    asked = 20 * torch.randn(columns, rows, generator=generator, dtype=torch.float64)
+    original = torch.randn(columns, rows, generator=generator, dtype=torch.float64)
+    keep = torch.rand(columns, rows, generator=generator) > 0.5
+    return asked.to(dtype), original.to(dtype), lower.to(dtype), lower.diagonal().square().to(dtype), keep
+
+
+def by_definition(asked, original, lower, keep):
+    """Column by column, in float64, straight from the formula."""
+    errors = torch.zeros_like(original)
+    for k in range(len(asked) - 1, -1, -1):
+        total = asked[k] + lower[k + 1 :, k] @ errors[k + 1 :]
+        errors[k] = torch.where(keep[k], -total / lower[k, k], original[k])
+    return errors
+
+
+@pytest.mark.parametrize(("columns", "rows"), SHAPES)
+def test_reference_follows_the_formula(columns, rows):
+    asked, original, lower, importance, keep = operands(columns, rows, torch.float64)
+    errors, kept = sweep_block_reference(asked, original, lower, importance, keep, None)
+    torch.testing.assert_close(errors, by_definition(asked, original, lower, keep), rtol=1e-9, atol=1e-9)
+    assert torch.equal(kept, keep)
+
+
+@pytest.mark.parametrize(("columns", "rows", "group"), [(4, 7, (2, 4)), (32, 9, (2, 4)), (24, 5, (4, 8)), (6, 3, (1, 3))])
+def test_groups_are_chosen_by_their_values_when_their_turn_comes(columns, rows, group):
+    asked, original, lower, importance, keep = operands(columns, rows, torch.float64)
+    errors, kept = sweep_block_reference(asked, original, lower, importance, keep, group)
+    n, m = group
+    for high in range(columns, 0, -m):
+        # With everything after it fixed and everything in it kept, a column is worth its present value.
+        trial = kept.clone()
+        trial[high - m : high] = True
+        present = original - by_definition(asked, original, lower, trial)
+        scores = (present.square() * importance[:, None])[high - m : high]
+        expected = torch.zeros(m, rows, dtype=torch.bool).scatter(0, scores.topk(n, dim=0).indices, True)
+        assert torch.equal(kept[high - m : high], expected)
+    torch.testing.assert_close(errors, by_definition(asked, original, lower, kept), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("group", [None, (2, 4), (1, 4), (4, 8), (1, 2)])
+@pytest.mark.parametrize(("columns", "rows"), [(16, 5), (24, 33), (128, 65)])
+def test_kernel_equals_the_reference(columns, rows, group):
+    from llmprune.kernels.obs_sweep.kernel import sweep_block_triton
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = [tensor.to(device) for tensor in operands(columns, rows)]
+    errors, kept = sweep_block_triton(*inputs, group)
+    expected, expected_kept = sweep_block_reference(*inputs, group)
+    exact, _ = sweep_block_reference(*(t.double() if t.is_floating_point() else t for t in inputs), group)
+    assert torch.equal(kept, expected_kept)
+    ours, theirs = ((e.double() - exact).abs().max() for e in (errors, expected))
+    assert not errors.isnan().any()
+    assert ours <= 2 * theirs + 1e-6
+
+
+def test_inputs_are_not_changed():
+    inputs = operands(32, 8)
+    copies = [tensor.clone() for tensor in inputs]
+    sweep_block(*inputs, (2, 4))
+    sweep_block(*inputs, None)
+    assert all(torch.equal(one, other) for one, other in zip(inputs, copies, strict=True))
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 0), (2, 4), (4, 8)])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiles_for_gpus_without_spilling(capability, n, m):
+    script = Path(__file__).with_name("aot_obs_sweep.py")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", str(script), str(capability), str(n), str(m)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    used = json.loads(run.stdout)
+    assert used["STACK"] == 0
+    assert used["LOCAL"] == 0

@@ -1,0 +1,179 @@
+"""Safetensors read lazily, and files that are either complete or absent."""
+
+import errno
+import hashlib
+import json
+import os
+import resource
+import signal
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from folders import contents, same
+from safetensors.torch import load_file, save_file
+
+from llmprune import checkpoint
+from llmprune.checkpoint import (
+    DTYPES,
+    INDEX_NAME,
+    file_digest,
+    read_header,
+    read_index,
+    write_json,
+    write_shard,
+    write_text,
+)
+from llmprune.errors import CheckpointError
+
+
+@contextmanager
+def largest_file(nbytes: int) -> Iterator[None]:
+    """Let every write beyond this size fail, as on a full disk but with another number."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def sharded(folder: Path) -> Path:
+    """Two shards, an index, and a tensor that the index does not name."""
+    save_file({"a": torch.arange(6.0).view(2, 3), "unnamed": torch.ones(1)}, folder / "one.safetensors")
+    save_file({"b": torch.ones(4, dtype=torch.bfloat16)}, folder / "two.safetensors")
+    weight_map = {"b": "two.safetensors", "a": "one.safetensors"}
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_every_dtype_is_read_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = torch.randn(3, 5).mul(9).to(dtype)
+    save_file({"x": tensor}, tmp_path / "model.safetensors")
+    stored = read_index(tmp_path)["x"]
+    assert (stored.shape, stored.dtype, stored.nbytes) == ((3, 5), dtype, tensor.nbytes)
+    assert DTYPES[stored.get_dtype()] == dtype
+    assert same(stored[...], tensor)
+
+
+def test_a_read_tensor_is_independent_of_the_file(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(4)}, tmp_path / "model.safetensors")
+    before = contents(tmp_path)
+    stored = read_index(tmp_path)["x"]
+    stored[...].fill_(1)
+    assert not stored[...].any()
+    assert contents(tmp_path) == before
+
+
+def test_the_index_says_which_tensors_there_are(tmp_path: Path) -> None:
+    stored = read_index(sharded(tmp_path))
+    assert list(stored) == ["b", "a"]
+    assert stored["a"].file == tmp_path / "one.safetensors"
+
+
+def test_a_single_file_comes_before_the_index(tmp_path: Path) -> None:
+    save_file({"single": torch.ones(1)}, sharded(tmp_path) / "model.safetensors")
+    assert list(read_index(tmp_path)) == ["single"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "two.safetensors").unlink(), "two.safetensors does not exist"),
+        (lambda folder: os.truncate(folder / "two.safetensors", 40), "two.safetensors is truncated"),
+        (lambda folder: (folder / "two.safetensors").write_bytes(b"x" * 99), "two.safetensors is truncated"),
+        (lambda folder: save_file({"c": torch.ones(1)}, folder / "two.safetensors"), "two.safetensors lacks 'b'"),
+        (lambda folder: (folder / INDEX_NAME).write_text("{"), f"{INDEX_NAME} cannot be read"),
+        (lambda folder: (folder / INDEX_NAME).write_text("[]"), f"{INDEX_NAME} has no weight_map"),
+        (lambda folder: (folder / INDEX_NAME).write_text("{}"), f"{INDEX_NAME} has no weight_map"),
+        (lambda folder: (folder / INDEX_NAME).unlink(), "model.safetensors does not exist"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage: object, message: str) -> None:
+    damage(sharded(tmp_path))  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_index(tmp_path)
+    assert caught.value.fix
+
+
+def test_a_dtype_that_torch_cannot_hold_exactly_is_refused(tmp_path: Path) -> None:
+    header = json.dumps({"x": {"dtype": "U16", "shape": [1], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0\0")
+    with pytest.raises(CheckpointError, match="'x' has dtype U16"):
+        read_header(tmp_path / "model.safetensors")
+
+
+def test_a_shard_is_public_hashed_and_stock(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    tensor = torch.randn(6, 4)
+    digest = write_shard(file, {"transposed": tensor.T, "part": tensor[:, 1]})
+    assert digest == hashlib.sha256(file.read_bytes()).hexdigest() == file_digest(file)
+    assert file.stat().st_mode & 0o777 == 0o644
+    read = load_file(file)
+    assert torch.equal(read["transposed"], tensor.T)
+    assert torch.equal(read["part"], tensor[:, 1])
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_files_are_flushed_before_they_get_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    replace = Path.replace
+
+    def note_flush(handle: int) -> None:
+        calls.append(next(file for file in tmp_path.iterdir() if file.stat().st_ino == os.fstat(handle).st_ino))
+
+    def note_replace(file: Path, target: Path) -> Path:
+        calls.append((file, target))
+        return replace(file, target)
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    write_shard(tmp_path / "x.safetensors", {"x": torch.ones(1)})
+    write_text(tmp_path / "x.txt", "x")
+    temporary = [tmp_path / ".x.safetensors.partial", tmp_path / ".x.txt.partial"]
+    final = [tmp_path / "x.safetensors", tmp_path / "x.txt"]
+    assert calls == [temporary[0], (temporary[0], final[0]), temporary[1], (temporary[1], final[1])]
+
+
+def test_a_shard_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
+    with largest_file(10_000), pytest.raises(CheckpointError, match="cannot write") as caught:
+        write_shard(tmp_path / "x.safetensors", {"x": torch.ones(100, 100)})
+    assert "--resume" in caught.value.fix
+    assert contents(tmp_path) == {}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "x.safetensors", {"x": torch.ones(3)})
+    write_text(tmp_path / "x.json", "old\n")
+    before = contents(tmp_path)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        write_shard(tmp_path / "x.safetensors", {"x": torch.zeros(3)})
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        write_text(tmp_path / "x.json", "new\n")
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_that_went_away_is_a_typed_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot write"):
+        write_shard(tmp_path / "gone" / "x.safetensors", {"x": torch.ones(1)})
+    with pytest.raises(CheckpointError, match="cannot write"):
+        write_text(tmp_path / "gone" / "x.txt", "x")
+
+
+def test_json_is_indented_ends_in_a_newline_and_holds_no_nan(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": [1]})
+    assert (tmp_path / "x.json").read_text() == '{\n  "a": [\n    1\n  ]\n}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert list(contents(tmp_path)) == ["x.json"]

@@ -1,0 +1,95 @@
+"""The sweep as one Triton kernel: each program takes a tile of rows through all columns of the block.
+
+The pending sums [columns, rows] of the tile stay in registers. Column k is read out by a masked reduction (a register
+file has no dynamic index), its error is formed, and its share is added to all columns below k: L[k, :k] outer e_k.
+Arithmetic per block and row: 4 columns^2 FLOP, far below what the launches cost that it replaces.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS = 32
+_WARPS = 8
+
+
+@triton.jit
+def _sweep_kernel(
+    asked, original, lower, importance, keep, errors,
+    rows, columns, stride,
+    N: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    column = tl.arange(0, COLUMNS)
+    tile = column[:, None] * stride + row[None, :]
+    present = (column < columns)[:, None] & inside[None, :]
+    pending = tl.load(asked + tile, mask=present, other=0.0)
+    group = tl.zeros([ROWS], tl.int32)
+    for step in range(columns):
+        k = columns - 1 - step
+        if M > 0:  # noqa: SIM102 - M is a constant of the compilation, step is not
+            if step % M == 0:
+                group = _choose(pending, original, lower, importance, row, inside, column, k, columns, stride, N, M)
+        here = tl.sum(tl.where((column == k)[:, None], pending, 0.0), axis=0)
+        weight = tl.load(original + k * stride + row, mask=inside, other=0.0)
+        if M > 0:
+            stays = ((group >> (step % M)) & 1) != 0
+            tl.store(keep + k * stride + row, stays.to(tl.int8), mask=inside)
+        else:
+            stays = tl.load(keep + k * stride + row, mask=inside, other=0) != 0
+        error = tl.where(stays, -here / tl.load(lower + k * columns + k), weight)
+        tl.store(errors + k * stride + row, error, mask=inside)
+        share = tl.load(lower + k * columns + column, mask=column < k, other=0.0)
+        pending += share[:, None] * error[None, :]
+
+
+@triton.jit
+def _choose(
+    pending, original, lower, importance, row, inside, column, top, columns, stride, N: tl.constexpr, M: tl.constexpr
+):  # fmt: skip
+    """Which of the columns top, top - 1, ... top - M + 1 stay: bit i for column top - i."""
+    relaxed = pending
+    for i in tl.static_range(M):
+        k = top - i
+        here = tl.sum(tl.where((column == k)[:, None], relaxed, 0.0), axis=0)
+        moved = -here / tl.load(lower + k * columns + k)
+        share = tl.load(lower + k * columns + column, mask=(column < k) & (column > top - M), other=0.0)
+        relaxed += share[:, None] * moved[None, :]
+    scores = ()
+    for i in tl.static_range(M):
+        scores = scores + (_score(relaxed, original, lower, importance, row, inside, column, top - i, columns, stride),)
+    stays = tl.zeros_like(row)
+    for i in tl.static_range(M):
+        beaten_by = tl.zeros_like(row)
+        for j in tl.static_range(M):
+            if j != i:
+                # Ties go against the lower column index, which is the larger k here: the earlier i.
+                wins = (scores[j] >= scores[i]) if j > i else (scores[j] > scores[i])
+                beaten_by += wins.to(tl.int32)
+        stays += (beaten_by < N).to(tl.int32) << i
+    return stays
+
+
+@triton.jit
+def _score(relaxed, original, lower, importance, row, inside, column, k, columns, stride):
+    here = tl.sum(tl.where((column == k)[:, None], relaxed, 0.0), axis=0)
+    value = tl.load(original + k * stride + row, mask=inside, other=0.0) + here / tl.load(lower + k * columns + k)
+    return value * value * tl.load(importance + k)
+
+
+def sweep_block_triton(
+    asked: Tensor, original: Tensor, lower: Tensor, importance: Tensor, keep: Tensor, group: tuple[int, int] | None
+) -> tuple[Tensor, Tensor]:
+    """See `sweep_block`."""
+    columns, rows = asked.shape
+    asked, original = asked.contiguous(), original.contiguous()
+    keep = keep.to(torch.int8).contiguous() if group is None else torch.empty_like(asked, dtype=torch.int8)
+    errors = torch.empty_like(asked)
+    n, m = group or (0, 0)
+    _sweep_kernel[(triton.cdiv(rows, _ROWS),)](
+        asked, original, lower.contiguous(), importance.contiguous(), keep, errors, rows, columns, rows,
+        N=n, M=m, COLUMNS=max(triton.next_power_of_2(columns), 16), ROWS=_ROWS, num_warps=_WARPS,
+    )  # fmt: skip
+    return errors, keep.bool()
