@@ -1,12 +1,20 @@
-"""Hidden states between decoder layers: in CPU memory up to a budget, on disk beyond it."""
+"""What flows between decoder layers: hidden states, in CPU memory up to a budget on disk beyond it, and the rest."""
 
+import math
+import shutil
 import tempfile
+import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from llmprune.errors import CheckpointError, ModelError
 
 
 class HiddenStates:
@@ -20,7 +28,7 @@ class HiddenStates:
         self._budget = budget_bytes
         self._resident: dict[int, Tensor] = {}
         self._on_disk: set[int] = set()
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self._resident) + len(self._on_disk)
@@ -38,7 +46,7 @@ class HiddenStates:
             self._on_disk.discard(batch)
         else:
             self._resident.pop(batch, None)
-            save_file({"hidden": hidden.contiguous()}, self._file(batch))
+            self._write(self._file(batch), hidden)
             self._on_disk.add(batch)
 
     @property
@@ -48,59 +56,154 @@ class HiddenStates:
 
     def _file(self, batch: int) -> Path:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="llmprune-hidden-")
-        return Path(self._folder.name) / f"{batch}.safetensors"
+            self._folder = Path(tempfile.mkdtemp(prefix="llmprune-hidden-"))
+            # Goes with the last reference, or with the process; TemporaryDirectory would warn about that.
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        return self._folder / f"{batch}.safetensors"
+
+    def _write(self, file: Path, hidden: Tensor) -> None:
+        try:
+            save_file({"hidden": hidden.contiguous()}, file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"hidden states cannot be written to {file.parent}: {error}",
+                expected=f"room for what exceeds activation_budget ({self._budget} bytes)",
+                fix="raise activation_budget, or set the environment variable TMPDIR to a folder with more space",
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """Stands for what a layer returns, in the recorded call of a later one."""
+
+    layer: int
+    leaf: int
 
 
 class LayerCalls:
-    """The arguments, other than the hidden states, with which the model calls each decoder layer for each batch.
+    """What the model hands to each decoder layer beside the hidden states, for each batch.
 
-    Most are the same for every batch (masks, rotary embeddings): equal tensors are stored once.
+    Most of it is the same for every batch (masks, rotary embeddings): equal tensors are stored once. Some layers return
+    more than hidden states, and the model hands that to a later layer; such a value is known when its layer has run.
+
+    Args:
+        device: where the layers run.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._calls: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self._moved: dict[int, tuple[Tensor, Tensor]] = {}
+        self._seen: dict[int, tuple[object, Any]] = {}
         self._known: dict[tuple[object, ...], list[Tensor]] = {}
+        self._returned: list[Any] = []
+        self._structure: Any = None
+        self._last_use: dict[_Link, int] = {}
+        self._carried: dict[tuple[_Link, int], Any] = {}
+
+    def learn(self, output: Any) -> None:
+        """Learn from one layer's output what layers return around and beside the hidden states."""
+        (_, *beside), self._structure = tree_flatten(output)
+        self._returned = [_filled(value, 0) for value in beside]
+
+    def stand_in(self, layer: int, hidden: Tensor) -> Any:
+        """What the model gets as output of a layer that did not run: `hidden`, and nothing that it can compute with."""
+        beside = [_filled(value, _unusable(value)) for value in self._returned]
+        self._seen.update({id(v): (v, _Link(layer, leaf)) for leaf, v in enumerate(beside) if isinstance(v, Tensor)})
+        return tree_unflatten([hidden, *beside], self._structure)
 
     def record(self, layer: int, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember one call; `args` without the hidden states."""
-        self._calls[layer, batch] = self._share(args), self._share(kwargs)
+        """Remember one call; `args` without the hidden states.
+
+        Raises:
+            ModelError: the model computes something from what a layer returns beside the hidden states.
+        """
+        call = tuple(map(self._share, args)), {key: self._share(value) for key, value in kwargs.items()}
+        self._calls[layer, batch] = call
+        self._last_use.update(dict.fromkeys(_leaves(call, _Link), layer))
 
     def get(self, layer: int, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of one call."""
-        return self._calls[layer, batch]
+        """The arguments of one call; zeros stand in for what a layer that has not run yet will return."""
+        args, kwargs = self._calls[layer, batch]
+        return self._resolve(args, batch), {key: self._resolve(value, batch) for key, value in kwargs.items()}
+
+    def carry(self, layer: int, batch: int, output: Any) -> Tensor:
+        """Keep what a later layer wants of a layer's output; returns the hidden states."""
+        hidden, *beside = tree_leaves(output)
+        for leaf, value in enumerate(beside):
+            if (link := _Link(layer, leaf)) in self._last_use:
+                self._carried[link, batch] = value.cpu() if isinstance(value, Tensor) else value
+        for link in [link for link, last in self._last_use.items() if last <= layer]:
+            self._carried.pop((link, batch), None)
+        return hidden
 
     def end_batch(self) -> None:
-        """Forget the identities of the tensors of the batch that ends."""
-        self._moved.clear()
+        """Forget the identities of the objects of the batch that ends."""
+        self._seen.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes held by the stored tensors."""
-        return sum(t.nbytes for tensors in self._known.values() for t in tensors)
+        tensors = {id(t): t for t in _leaves((list(self._calls.values()), list(self._carried.values())), Tensor)}
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    def _resolve(self, value: Any, batch: int) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(self._resolve(item, batch) for item in value)
+        if isinstance(value, dict) and _leaves(value, _Link):
+            return {key: self._resolve(item, batch) for key, item in value.items()}
+        if not isinstance(value, _Link):
+            return value
+        value = self._carried.get((value, batch), self._returned[value.leaf])
+        return value.to(self._device) if isinstance(value, Tensor) else value
 
     def _share(self, value: Any) -> Any:
+        """A copy of `value` on the device that has all its equal tensors in common with others."""
+        # The layers of one batch are handed the same objects: looking at each once is enough, and what one layer writes
+        # into a mapping reaches the later ones.
+        if id(value) not in self._seen and isinstance(value, Tensor | dict | list | tuple):
+            self._seen[id(value)] = value, self._copy(value)
+        return self._seen[id(value)][1] if id(value) in self._seen else value
+
+    def _copy(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self._shared_tensor(value)
         if isinstance(value, dict):
             return {key: self._share(item) for key, item in value.items()}
-        if type(value) in (tuple, list):
-            return type(value)(self._share(item) for item in value)
-        return value
+        return tuple(map(self._share, value)) if isinstance(value, tuple) else list(map(self._share, value))
 
     def _shared_tensor(self, tensor: Tensor) -> Tensor:
-        # The layers of one batch are handed the same object; comparing it by value once is enough.
-        if id(tensor) in self._moved:
-            return self._moved[id(tensor)][1]
+        if _is_unusable(tensor):
+            raise ModelError(
+                "the model computes something from what a decoder layer returns beside its hidden states",
+                expected="layers whose outputs reach later layers unchanged",
+                fix="this architecture cannot be streamed layer by layer",
+            )
         candidates = self._known.setdefault((tuple(tensor.shape), tensor.dtype), [])
         here = tensor.detach().to(self._device)
         for known in candidates:
             if torch.equal(known, here):
-                here = known
-                break
-        else:
-            candidates.append(here)
-        self._moved[id(tensor)] = tensor, here
+                return known
+        candidates.append(here)
         return here
+
+
+def _leaves(tree: Any, kind: type) -> list[Any]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, kind)]
+
+
+def _filled(value: Any, number: float) -> Any:
+    """A tensor of the same form in no memory, every element the same; other things as they are."""
+    return value.new_full((), number).expand(value.shape) if isinstance(value, Tensor) else value
+
+
+def _unusable(value: Any) -> float:
+    """A number that gives away whatever is computed from it, as far as the dtype has one."""
+    if not isinstance(value, Tensor) or value.dtype == torch.bool:
+        return 0
+    return math.nan if value.is_floating_point() or value.is_complex() else torch.iinfo(value.dtype).min
+
+
+def _is_unusable(tensor: Tensor) -> bool:
+    if tensor.is_floating_point() or tensor.is_complex():
+        return bool(tensor.isnan().any())
+    return tensor.dtype != torch.bool and bool((tensor == torch.iinfo(tensor.dtype).min).any())

@@ -1,5 +1,7 @@
 """The model card of a pruned checkpoint: README.md with the Hub's metadata."""
 
+import re
+import shlex
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -20,9 +22,9 @@ def write_card(folder: Path, model: str, recipe: Recipe, report: Report) -> None
         recipe: as it was run.
         report: what came out.
     """
-    base_model = model if model.count("/") == 1 and not Path(model).exists() else None
+    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not Path(model).exists()
     data = ModelCardData(
-        base_model=base_model,
+        base_model=model if hub_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["llmprune", "pruned", "sparse", *sorted({row.method for row in report.rows})],
@@ -51,7 +53,7 @@ def _body(model: str, recipe: Recipe, report: Report) -> str:
         "`report.json` holds a row for every matrix; `recipe.yaml` repeats the run:",
         "",
         "```bash",
-        f"llmprune prune {model} --recipe recipe.yaml --output pruned",
+        f"llmprune prune {shlex.quote(model)} --recipe recipe.yaml --output pruned",
         "```",
         "",
     ]

@@ -3,7 +3,8 @@
 No code here knows a model by name. What structure cannot tell stands in the tables at the top.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,11 +13,18 @@ from transformers.pytorch_utils import Conv1D
 
 from llmprune.errors import ModelError
 
-# Matrices that choose a path rather than compute: small and decisive, so never pruned.
-ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "wg")
+# Modules that choose a path rather than compute: small and decisive, so nothing in them is ever pruned.
+ROUTER_NAMES = {"gate", "router", "shared_expert_gate"}
 
-# Fused expert weights [experts, in, out] of classes that do not say so by `is_transposed`.
-TRANSPOSED_EXPERTS = ("Llama4TextExperts",)
+# Classes whose 3-D weights are [experts, in, out] although they do not say so by `is_transposed`.
+TRANSPOSED_EXPERTS = {"Llama4TextExperts", "RecurrentGemmaRglru"}
+
+# Matrices stacked along the first dimension of a 2-D parameter.
+# class: (attribute that counts them, parameters stored [out, in], parameters stored [in, out])
+STACKED = {
+    "DbrxExpertGLU": ("moe_num_experts", ("w1", "v1"), ("w2",)),
+    "DeepseekV4GroupedLinear": ("n_groups", ("weight",), ()),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +35,10 @@ class Matrix:
         name: dotted name in the model; a fused expert's number stands before the parameter's name
             ("model.layers.3.mlp.experts.7.down_proj").
         parameter: dotted name of the parameter that holds it, inside its decoder layer.
-        expert: index along the first dimension of a fused expert tensor; None for an ordinary matrix.
+        expert: which of the matrices of a fused parameter it is; None for an ordinary matrix.
         transposed: stored [in, out] (GPT-2's Conv1D) instead of [out, in].
         shape: (out, in).
+        experts: how many matrices the parameter holds.
     """
 
     name: str
@@ -37,66 +46,100 @@ class Matrix:
     expert: int | None
     transposed: bool
     shape: tuple[int, int]
+    experts: int = 1
+
+    @property
+    def kind(self) -> str | None:
+        """The name with the expert's number left open, alike for the same matrix of all experts; None for no expert."""
+        if self.expert is not None:
+            head, _, leaf = self.name.rpartition(f".{self.expert}.")
+            return f"{head}.*.{leaf}"
+        kind = re.sub(r"\.experts\.\d+\.", ".experts.*.", self.name)
+        return None if kind == self.name else kind
 
     def view(self, parameter: Tensor) -> Tensor:
         """The matrix as [out, in], a view of its parameter."""
-        matrix = parameter if self.expert is None else parameter[self.expert]
+        if self.expert is None:
+            matrix = parameter
+        else:
+            matrix = (parameter if parameter.dim() == 3 else parameter.unflatten(0, (self.experts, -1)))[self.expert]
         return matrix.T if self.transposed else matrix
 
 
 def find_decoder_layers(model: PreTrainedModel, path: str | None = None) -> tuple[str, nn.ModuleList]:
-    """Locate the list of decoder layers: the outermost ModuleList that holds most of the parameters.
+    """Locate the list of decoder layers: the text decoder's outermost ModuleList that holds most of its parameters.
 
     Args:
         model: any causal LM; meta tensors suffice.
         path: dotted name of the list, where the search fails (recipe key `decoder_layers`).
 
     Raises:
-        ModelError: nothing is there, or two lists are too close to call.
+        ModelError: nothing is there, two lists are too close to call, or the layers have parameters in common.
     """
-    if path is not None:
-        return path, _named_list(model, path)
-    sizes = {name: (_parameters(module), module) for name, module in _outermost_lists(model)}
-    ranked = sorted(sizes, key=lambda name: -sizes[name][0])
-    ranked = [name for name in ranked if any(True for layer in sizes[name][1] for _ in prunable_matrices(layer, ""))]
-    looked = ", ".join(f"{name} ({len(sizes[name][1])} modules)" for name in ranked) or "no ModuleList with matrices"
-    if not ranked or (len(ranked) > 1 and sizes[ranked[1]][0] > 0.5 * sizes[ranked[0]][0]):
+    if path is None:
+        path = _largest_list(model)
+    layers = _named_list(model, path)
+    _require_separate(layers, path)
+    return path, layers
+
+
+def _largest_list(model: PreTrainedModel) -> str:
+    lists = dict(_outermost_lists(model))
+    # A model of several modalities has other towers beside its text decoder.
+    decoder = set(model.get_decoder().modules())
+    lists = {name: layers for name, layers in lists.items() if layers in decoder} or lists
+    sizes = {name: _parameters(layers) for name, layers in lists.items() if _holds_matrices(layers)}
+    ranked = sorted(sizes, key=lambda name: -sizes[name])
+    looked = ", ".join(f"{name} ({len(lists[name])} modules)" for name in ranked) or "no ModuleList with matrices"
+    if not ranked or (len(ranked) > 1 and sizes[ranked[1]] > 0.5 * sizes[ranked[0]]):
         raise ModelError(
             f"the decoder layers of {type(model).__name__} cannot be told: found {looked}",
             expected="one outermost torch.nn.ModuleList that holds most of the parameters",
             fix="name it in the recipe, for example decoder_layers: model.layers",
         )
-    return ranked[0], sizes[ranked[0]][1]
+    return ranked[0]
 
 
 def prunable_matrices(layer: nn.Module, prefix: str) -> Iterator[Matrix]:
     """Yield the matrices of a decoder layer, in the order of its modules.
 
-    These are the weights of Linear and Conv1D modules and the fused 3-D weights of experts; routers are left alone.
+    These are the weights of Linear and Conv1D modules and the fused weights of experts; routers are left alone.
     """
     for module_name, module in layer.named_modules():
-        if module_name.rpartition(".")[2] in ROUTER_NAMES:
+        if not ROUTER_NAMES.isdisjoint(module_name.split(".")):
             continue
         full = ".".join(part for part in (prefix, module_name) if part)
-        if isinstance(module, nn.Linear | Conv1D):
+        if type(module).__name__ in STACKED:
+            yield from _stacked_matrices(module, module_name, full)
+        elif isinstance(module, nn.Linear | Conv1D):
             transposed = isinstance(module, Conv1D)
             rows, columns = module.weight.shape
             shape = (columns, rows) if transposed else (rows, columns)
             yield Matrix(full, _join(module_name, "weight"), None, transposed, shape)
-        else:
+        elif not isinstance(module, nn.Conv1d | nn.Conv2d):
             yield from _expert_matrices(module, module_name, full)
 
 
 def _expert_matrices(module: nn.Module, module_name: str, full: str) -> Iterator[Matrix]:
-    convolution = isinstance(module, nn.Conv1d | nn.Conv2d)
     for name, parameter in module.named_parameters(recurse=False):
-        if convolution or parameter.dim() != 3 or min(parameter.shape[1:]) == 1 or "bias" in name:
-            continue
-        transposed = getattr(module, "is_transposed", type(module).__name__ in TRANSPOSED_EXPERTS)
-        experts, rows, columns = parameter.shape
-        shape = (columns, rows) if transposed else (rows, columns)
-        for expert in range(experts):
-            yield Matrix(f"{full}.{expert}.{name}", _join(module_name, name), expert, transposed, shape)
+        if parameter.dim() == 3 and min(parameter.shape[1:]) > 1 and "bias" not in name:
+            transposed = getattr(module, "is_transposed", type(module).__name__ in TRANSPOSED_EXPERTS)
+            yield from _split(parameter.shape, module_name, full, name, transposed)
+
+
+def _stacked_matrices(module: nn.Module, module_name: str, full: str) -> Iterator[Matrix]:
+    count, plain, transposed = STACKED[type(module).__name__]
+    experts = getattr(module, count)
+    for name in plain + transposed:
+        rows, columns = module.get_parameter(name).shape
+        yield from _split((experts, rows // experts, columns), module_name, full, name, name in transposed)
+
+
+def _split(size: Sequence[int], module_name: str, full: str, name: str, transposed: bool) -> Iterator[Matrix]:
+    experts, rows, columns = size
+    shape = (columns, rows) if transposed else (rows, columns)
+    for expert in range(experts):
+        yield Matrix(f"{full}.{expert}.{name}", _join(module_name, name), expert, transposed, shape, experts)
 
 
 def _named_list(model: PreTrainedModel, path: str) -> nn.ModuleList:
@@ -119,6 +162,23 @@ def _outermost_lists(model: PreTrainedModel) -> Iterator[tuple[str, nn.ModuleLis
         if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for outer in found):
             found.append(name)
             yield name, module
+
+
+def _holds_matrices(layers: nn.ModuleList) -> bool:
+    return any(True for layer in layers for _ in prunable_matrices(layer, ""))
+
+
+def _require_separate(layers: nn.ModuleList, path: str) -> None:
+    owners: dict[int, str] = {}
+    for index, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            owner = owners.setdefault(id(parameter), f"{path}.{index}")
+            if owner != f"{path}.{index}":
+                raise ModelError(
+                    f"{owner} and {path}.{index} have the parameter {name} in common",
+                    expected="decoder layers that are pruned one at a time, each with its own parameters",
+                    fix="this architecture cannot be streamed layer by layer",
+                )
 
 
 def _parameters(module: nn.Module) -> int:

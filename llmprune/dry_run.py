@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from llmprune.devices import describe_device
 from llmprune.hub import resolve_model
@@ -246,11 +247,12 @@ class _Look:
     def __init__(self, source: CheckpointSource, recipe: Recipe, device: torch.device) -> None:
         self._source, self._recipe, self._device = source, recipe, device
         self._length = recipe.calibration.length
-        self._batch = min(recipe.batch_size, recipe.calibration.samples)
+        self._batches = _batch_sizes(recipe)
         self.tokens = (recipe.calibration.samples + recipe.held_back) * self._length
         vocabulary = source.model.get_input_embeddings().weight.shape[0]
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (_SAMPLES, min(self._length, _LENGTH)), generator=generator)
+        # Two batches, because what differs between them is kept for each.
+        ids = torch.randint(vocabulary, (2 * _SAMPLES, min(self._length, _LENGTH)), generator=generator)
         self._stream = Stream(source, ids, StreamSettings(device, _SAMPLES))
         self._stream.capture()
         self._seen = ids.numel()
@@ -258,14 +260,19 @@ class _Look:
     @property
     def hidden_bytes(self) -> int:
         """Hidden states of all samples."""
-        return self._stream.hidden[0].nbytes * self.tokens // self._seen
+        return 2 * self._stream.hidden[0].nbytes * self.tokens // self._seen
 
     @property
     def calls_bytes(self) -> int:
-        """What the model hands to its layers, in batches of full size."""
-        calls = [self._stream.calls.get(index, 0) for index in range(len(self._source.layers))]
-        tensors = {id(tensor): tensor for tensor in _tensors(calls)}
-        return sum(self._scaled(tensor) for tensor in tensors.values())
+        """What the model hands to its layers; equal tensors are kept once, but for batches of another size."""
+        first, second = (
+            {id(tensor): tensor for index in range(len(self._source.layers)) for tensor in self._handed(index, batch)}
+            for batch in (0, 1)
+        )
+        samples = self.tokens // self._length
+        return sum(
+            self._scaled(tensor, sum(self._batches) if key in second else samples) for key, tensor in first.items()
+        )
 
     def plan(self, indices: tuple[int, ...], jobs: Sequence[dict[str, Job]]) -> LayerPlan:
         """Load the first of some equal layers, and say what will be done to each of them."""
@@ -276,7 +283,7 @@ class _Look:
             # Column norms where nothing is needed: their count says how many tokens reach an expert.
             groups = layer.observe({name: job.method.needs or ColumnNorm for name, job in jobs[index].items()})
             held_back = self._recipe.held_back * self._length
-            memory = layer_memory(layer, groups, jobs[index], self._batch * self._length, held_back)
+            memory = layer_memory(layer, groups, jobs[index], max(self._batches) * self._length, held_back)
             work = self._work(layer, groups, jobs[index])
         finally:
             self._source.free_layer(index)
@@ -313,12 +320,17 @@ class _Look:
         average = sum(seen.values()) / len(seen) if seen else 1.0
         return {name: seen.get(name, average) if _is_expert(name) else 1.0 for name in layer.matrices}
 
-    def _scaled(self, tensor: Tensor) -> int:
-        """Bytes of a recorded tensor in a batch of full size."""
-        nbytes, few = float(tensor.nbytes), self._seen // _SAMPLES
+    def _handed(self, index: int, batch: int) -> list[Tensor]:
+        leaves = tree_leaves(self._stream.calls.get(index, batch))
+        # What stands for the output of a layer that did not run takes no memory: its strides are 0.
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor) and any(leaf.stride())]
+
+    def _scaled(self, tensor: Tensor, samples: int) -> int:
+        """Bytes of a tensor that the model handed to a layer, for so many samples of full length."""
+        nbytes, few = float(tensor.nbytes), self._seen // (2 * _SAMPLES)
         for dimension, size in enumerate(tensor.shape):
             if dimension == 0 and size == _SAMPLES:
-                nbytes *= self._batch / _SAMPLES
+                nbytes *= samples / _SAMPLES
             elif size == few:
                 nbytes *= self._length / few
         return round(nbytes)
@@ -333,6 +345,14 @@ def _kinds(source: CheckpointSource, jobs: Sequence[dict[str, Job]]) -> list[tup
         plan = tuple((name.removeprefix(prefix), job) for name, job in jobs[index].items())
         kinds.setdefault((parameters, plan), []).append(index)
     return [tuple(indices) for indices in kinds.values()]
+
+
+def _batch_sizes(recipe: Recipe) -> set[int]:
+    """The different numbers of samples in a batch; held-back samples have batches of their own."""
+    sizes = set()
+    for samples in (recipe.calibration.samples, recipe.held_back):
+        sizes |= {min(recipe.batch_size, samples), samples % recipe.batch_size}
+    return sizes - {0}
 
 
 def _matrix_plan(name: str, shape: tuple[int, int], job: Job | None) -> MatrixPlan:
@@ -376,13 +396,3 @@ def _rate(product: Callable[[], object], size: int, device: torch.device) -> flo
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)

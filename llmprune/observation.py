@@ -1,9 +1,11 @@
 """Watch a decoder layer's matrix products and collect what its matrices read.
 
-Weights are recognised by their storage, whichever operation reads them (Linear, Conv1D, `x @ w.T`, fused experts), and
-matrices that read the same tensor form a group with one set of statistics.
+Weights are recognised by their storage, whichever operation reads them (Linear, Conv1D, `x @ w.T`, `w @ x`, fused
+experts), and matrices that read the same tensor form a group with one set of statistics.
 """
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +20,10 @@ from llmprune.errors import ModelError
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.timing import Stages
 
-_MATMULS = {
-    torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__,
+# Functions that multiply two of their arguments, and which the first of these is.
+_PRODUCTS = {
+    torch.matmul: 0, torch.Tensor.matmul: 0, torch.Tensor.__matmul__: 0, torch.mm: 0, torch.Tensor.mm: 0,
+    torch.bmm: 0, torch.Tensor.bmm: 0, torch.addmm: 1, torch.baddbmm: 1, torch.Tensor.baddbmm: 1,
 }  # fmt: skip
 
 # Rows of held-back inputs kept per group to measure the output error: plenty for a ratio of norms.
@@ -63,11 +67,13 @@ class Observer(TorchFunctionMode):
         stages: Stages,
     ) -> None:
         super().__init__()
-        self._places = {_address(matrix.view(parameters[matrix.parameter])): matrix for matrix in matrices}
-        self._fused: dict[int, list[Matrix]] = {}
-        for matrix in matrices:
+        views = [(matrix, matrix.view(parameters[matrix.parameter])) for matrix in matrices]
+        self._places = {_address(view): (matrix, view.stride()) for matrix, view in views}
+        # Where all experts are multiplied at once, the weight is the whole parameter.
+        self._fused: dict[tuple[int, int], list[tuple[Matrix, tuple[int, ...]]]] = {}
+        for matrix, view in views:
             if matrix.expert is not None:
-                self._fused.setdefault(parameters[matrix.parameter].data_ptr(), []).append(matrix)
+                self._fused.setdefault(_address(parameters[matrix.parameter]), []).append((matrix, view.stride()))
         self._needs, self._stages = needs, stages
         self._device = next(iter(parameters.values())).device
         self._group_of: dict[str, Group] = {}
@@ -83,11 +89,13 @@ class Observer(TorchFunctionMode):
         """Look at matrix products on their way through."""
         kwargs = kwargs or {}
         if func is F.linear:
-            self._see(args[0] if args else kwargs["input"], args[1] if len(args) > 1 else kwargs["weight"], linear=True)
-        elif func is torch.addmm:
-            self._see(args[1], args[2], linear=False)
-        elif func in _MATMULS and isinstance(args[1] if len(args) > 1 else None, Tensor):
-            self._see(args[0], args[1], linear=False)
+            self._see(args[0] if args else kwargs["input"], args[1] if len(args) > 1 else kwargs["weight"])
+        elif func in _PRODUCTS:
+            left, right = (*args, None, None)[_PRODUCTS[func] :][:2]
+            if isinstance(left, Tensor) and isinstance(right, Tensor) and min(left.dim(), right.dim()) > 1:
+                # x @ w.T is linear(x, w); in w @ x the inputs are columns.
+                self._see(left, right.mT)
+                self._see(right.mT, left)
         if self._stoppable and len(self._calls_in_batch) == len(self._needs):
             raise EveryMatrixSeenError
         return func(*args, **kwargs)
@@ -101,42 +109,48 @@ class Observer(TorchFunctionMode):
         self._inputs.clear()
 
     def finish(self) -> None:
-        """Give every matrix a group; fused experts that no token reached get empty statistics.
+        """Give every matrix a group; experts that no token reached get empty statistics.
 
         Raises:
-            ModelError: an ordinary matrix took part in no matrix product.
+            ModelError: ordinary matrices took part in no matrix product.
         """
-        for matrix in self._places.values():
-            if matrix.name in self._group_of:
-                continue
-            if matrix.expert is None and ".experts." not in matrix.name:
-                raise ModelError(
-                    f"{matrix.name} took part in no matrix product during calibration",
-                    expected="a weight that multiplies the layer's activations",
-                    fix=f'leave it dense: exclude: ["{matrix.name}"]',
-                )
+        unused = [matrix for matrix, _ in self._places.values() if matrix.name not in self._group_of]
+        if ordinary := [matrix for matrix in unused if matrix.kind is None]:
+            raise ModelError(
+                f"{ordinary[0].name} took part in no matrix product during calibration"
+                + (f", nor did {len(ordinary) - 1} more in its layer" if ordinary[1:] else ""),
+                expected="weights that multiply the layer's activations",
+                fix=f"leave them dense: {_exclude(*ordinary)}",
+            )
+        for matrix in unused:
             self._new_group(matrix)
 
-    def _see(self, x: Tensor, weight: Tensor, *, linear: bool) -> None:
-        if weight.dim() == 3 and weight.data_ptr() in self._fused and x.dim() == 3:
-            for matrix, rows in zip(self._fused[weight.data_ptr()], x, strict=True):
-                self._take(matrix, rows, weight.shape[-1] if linear else weight.shape[-2])
+    def _see(self, x: Tensor, weight: Tensor) -> None:
+        """Look at a product of inputs [..., in] and a weight [..., out, in]."""
+        address = _address(weight)
+        if address in self._places:
+            self._take(*self._places[address], x, weight)
             return
-        matrix = self._places.get(_address(weight))
-        if matrix is not None:
-            self._take(matrix, x, weight.shape[-1] if linear else weight.shape[-2])
+        for matrix, stride in self._fused.get(address, ()):
+            rows = x[matrix.expert].reshape(-1, x.shape[-1])
+            # Tokens that were sent to other experts may be there as rows of zeros.
+            sent = rows.any(-1)
+            self._take(matrix, stride, rows if bool(sent.all()) else rows[sent], weight)
 
-    def _take(self, matrix: Matrix, x: Tensor, width: int) -> None:
-        if width != matrix.shape[1]:
+    def _take(self, matrix: Matrix, stride: tuple[int, ...], x: Tensor, weight: Tensor) -> None:
+        if weight.shape[-2:] != matrix.shape or (weight.stride()[-2:] != stride and min(matrix.shape) > 1):
             raise ModelError(
-                f"{matrix.name} multiplies inputs of width {width}, but its input dimension was taken for {matrix.shape[1]}",
-                fix="the layout of this class is unknown: report it, and exclude the matrix meanwhile",
+                f"the layout of {matrix.name} is unknown: taken for {matrix.shape} (out, in), "
+                f"it multiplies as {tuple(weight.shape[-2:])} with strides {weight.stride()[-2:]}, not {stride}",
+                fix=f"report it, and leave such matrices dense meanwhile: {_exclude(matrix)}",
             )
         self._calls_in_batch[matrix.name] = self._calls_in_batch.get(matrix.name, 0) + 1
+        if not x.numel():
+            return
         group = self._group_of.get(matrix.name) or self._join(matrix, x)
-        if group.names[0] == matrix.name and x.numel():
+        if group.names[0] == matrix.name:
             with self._stages("gram"):
-                rows = x.detach().reshape(-1, width)
+                rows = x.detach().reshape(-1, x.shape[-1])
                 if self.keep_rows:
                     self._keep(group, rows)
                 elif group.statistics is not None:
@@ -144,7 +158,7 @@ class Observer(TorchFunctionMode):
 
     def _join(self, matrix: Matrix, x: Tensor) -> Group:
         # The input is kept alive until the batch ends, so its address cannot be handed to another tensor meanwhile.
-        key = (x.data_ptr(), x.shape[-1], x.numel(), x._version)
+        key = (x.data_ptr(), x._version, _rows_layout(x))
         if key in self._inputs and self._needs_same(matrix, self._inputs[key][1]):
             group = self._inputs[key][1]
             group.names.append(matrix.name)
@@ -157,7 +171,7 @@ class Observer(TorchFunctionMode):
     def _needs_same(self, matrix: Matrix, group: Group) -> bool:
         # A Gram holds the column norms too; the other way round the matrix gets statistics of its own.
         need = self._needs[matrix.name]
-        return need is None or isinstance(group.statistics, need) or isinstance(group.statistics, Gram)
+        return need is None or isinstance(group.statistics, need | Gram)
 
     def _new_group(self, matrix: Matrix) -> Group:
         need = self._needs[matrix.name]
@@ -176,3 +190,21 @@ class Observer(TorchFunctionMode):
 def _address(weight: Tensor) -> tuple[int, int]:
     """Where a matrix begins in memory, and its size; the same for the matrix and its transpose."""
     return weight.data_ptr(), weight.numel()
+
+
+def _rows_layout(x: Tensor) -> tuple[tuple[int, int], ...]:
+    """Sizes and strides of x [..., in], dimensions merged where possible: alike for all shapes of the same rows."""
+    merged = [(x.shape[-1], x.stride(-1))]
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        inner_size, inner_stride = merged[-1]
+        if len(merged) > 1 and stride == inner_size * inner_stride:
+            merged[-1] = size * inner_size, inner_stride
+        elif size > 1:
+            merged.append((size, stride))
+    return tuple(merged)
+
+
+def _exclude(*matrices: Matrix) -> str:
+    """The line of a recipe that leaves these matrices, and their likes in other layers, dense."""
+    globs = ["*" + re.split(r"\.\d+(?=\.)", matrix.kind or matrix.name, maxsplit=1)[-1] for matrix in matrices]
+    return f"exclude: {json.dumps(list(dict.fromkeys(globs)))}"

@@ -128,7 +128,8 @@ class OutputFolder:
         if not self.complete:
             # Shards are about to change: until all of them are there again, the folder must not load.
             with writing_to(self.path):
-                index.unlink(missing_ok=True)
+                for leftover in (index, *self.path.glob(".*.partial")):
+                    leftover.unlink(missing_ok=True)
 
     def _intact(self, committed: Mapping[str, Any]) -> bool:
         shard = self.path / committed["shard"]

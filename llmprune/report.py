@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.checkpoint import write_json
+from llmprune.errors import CheckpointError
 
 REPORT_NAME = "report.json"
 
@@ -109,8 +110,19 @@ class Report:
 
 
 def load_report(folder: Path) -> Report:
-    """Read a run's report.json back."""
-    content = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
-    rows = tuple(MatrixRow.from_dict(row) for row in content.pop("rows"))
-    content.pop("summary")
+    """Read a run's report.json back.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        content = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+        rows = tuple(MatrixRow.from_dict(row) for row in content.pop("rows"))
+        del content["summary"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / REPORT_NAME} cannot be read: {error}",
+            expected="the report of a finished run",
+            fix="remove it and run again with --resume, which writes it anew",
+        ) from error
     return Report(rows, content)

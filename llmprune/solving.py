@@ -1,8 +1,8 @@
 """Solve one resident decoder layer: every matrix by its own method under its own pattern."""
 
-import re
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ def solve_layer(
     Raises:
         NumericsError: a value is not finite or a factorisation fails at every damping; names the matrix.
     """
-    priors = _add_priors(groups, min_tokens)
+    priors = _add_priors(layer, groups, min_tokens)
     with torch.no_grad(), stages("solve"):
         shares = _layer_shares(layer, groups, jobs)
         rows: list[MatrixRow] = []
@@ -72,6 +72,13 @@ def _solve_matrix(
     pruned = _apply(job.method, original, group.statistics, pattern, name)
     layer.replace(name, pruned.weight)
     statistics = group.statistics
+    error = layer.output_error(group, name, original)
+    if error is not None and not math.isfinite(error):
+        raise NumericsError(
+            f"{name}: the relative output error is {error}",
+            expected="inputs and outputs whose squares add up to a finite float32",
+            fix="check the source checkpoint; for overflowing activations set compute_dtype: float32",
+        )
     return MatrixRow(
         layer=layer.name,
         name=name,
@@ -79,7 +86,7 @@ def _solve_matrix(
         pattern=str(job.pattern),
         method=job.method_name,
         zeros=layer.count_zeros(name),
-        error=layer.output_error(group, name, original),
+        error=error,
         damping=pruned.damping,
         damping_tried=pruned.tried,
         tokens=statistics.tokens - prior_tokens if statistics else 0,
@@ -90,9 +97,7 @@ def _solve_matrix(
     )
 
 
-def _apply(
-    method: Method, weight: Tensor, statistics: ColumnNorm | Gram | None, pattern: Pattern, name: str
-) -> Pruned:
+def _apply(method: Method, weight: Tensor, statistics: ColumnNorm | Gram | None, pattern: Pattern, name: str) -> Pruned:
     try:
         return method(weight, statistics, pattern)
     except NumericsError as error:
@@ -113,7 +118,7 @@ def _layer_shares(layer: ResidentLayer, groups: list[Group], jobs: Mapping[str, 
     return shares
 
 
-def _add_priors(groups: list[Group], min_tokens: int) -> dict[str, int]:
+def _add_priors(layer: ResidentLayer, groups: list[Group], min_tokens: int) -> dict[str, int]:
     """Complete the statistics of experts that too few tokens reached.
 
     Below `min_tokens` an expert's Gram is mostly noise, and without any token it would make every weight look useless.
@@ -121,23 +126,20 @@ def _add_priors(groups: list[Group], min_tokens: int) -> dict[str, int]:
     pulls the solution towards magnitude pruning of this expert as far as data is missing.
     """
     priors: dict[str, int] = {}
+    kinds = {group.names[0]: layer.matrices[group.names[0]].kind for group in groups}
     for group in groups:
-        if group.statistics is None or ".experts." not in group.names[0]:
+        kind = kinds[group.names[0]]
+        if group.statistics is None or kind is None:
             continue
         missing = min_tokens - group.statistics.tokens
         if missing > 0:
-            group.statistics.add_prior(missing, _mean_square(groups, _kind(group.names[0])))
+            alike = [g.statistics for g in groups if g.statistics is not None and kinds[g.names[0]] == kind]
+            group.statistics.add_prior(missing, _mean_square(alike))
             priors.update(dict.fromkeys(group.names, missing))
     return priors
 
 
-def _mean_square(groups: list[Group], kind: str) -> float:
-    alike = [g.statistics for g in groups if g.statistics is not None and _kind(g.names[0]) == kind]
+def _mean_square(alike: Sequence[ColumnNorm | Gram]) -> float:
     elements = sum(statistics.tokens * len(statistics.squares) for statistics in alike)
     total = sum(float(statistics.squares.sum()) for statistics in alike)
     return total / elements if total > 0 else 1.0
-
-
-def _kind(name: str) -> str:
-    """The name without the expert's number: alike for the same matrix of all experts."""
-    return re.sub(r"\.experts\.\d+\.", ".experts.*.", name)

@@ -58,9 +58,24 @@ class Source(Protocol):
 
 
 class ModelSource:
-    """A model in memory, pruned in place; layers visit the device and return to where they were."""
+    """A model in memory, pruned in place; layers visit the device and return to where they were.
+
+    Args:
+        model: a causal LM, all of it in memory and not quantised.
+        decoder_layers: dotted name of the decoder layers, where they are not found.
+
+    Raises:
+        ModelError: parts of the model are elsewhere or quantised, or its decoder layers cannot be told.
+    """
 
     def __init__(self, model: PreTrainedModel, decoder_layers: str | None = None) -> None:
+        _refuse_quantised(model.config, type(model).__name__)
+        if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+            raise ModelError(
+                f"{absent[0]} and {len(absent) - 1} other parameters are not in memory",
+                expected="a model without offloaded parameters",
+                fix="pass the checkpoint's folder instead: it is read layer by layer",
+            )
         self.model = model
         self.layers_path, self.layers = find_decoder_layers(model, decoder_layers)
         self._homes: dict[nn.Module, torch.device] = {}
@@ -192,8 +207,19 @@ class CheckpointSource:
                 f"the tensors of {prefix} do not convert back to the checkpoint's keys: {sorted(extra)[:3]}",
                 fix="report it with the model's id",
             )
-        result = {key: tensor.to(self.stored[key].dtype) for key, tensor in renamed.items()}
+        result = {key: self._as_stored(key, tensor) for key, tensor in renamed.items()}
         return {key: positive_zeros(tensor) for key, tensor in {**result, **carried}.items()}
+
+    def _as_stored(self, key: str, tensor: Tensor) -> Tensor:
+        """A resident tensor in its stored dtype; what pruning left alone loses nothing to a narrower compute dtype."""
+        dtype = self.stored[key].dtype
+        if torch.promote_types(tensor.dtype, dtype) == tensor.dtype:
+            return tensor.to(dtype)
+        tensor, original = tensor.to("cpu"), self.stored[key][...]
+        same = original.to(tensor.dtype) == tensor
+        # Among changed values a zero was pruned, even where the original rounds to zero as well.
+        kept = same if bool(same.all()) else same & (tensor != 0)
+        return original.where(kept, tensor.to(dtype))
 
     def _plan_targets(self) -> dict[str, str]:
         renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
@@ -260,9 +286,12 @@ def read_config(folder: Path) -> PretrainedConfig:
             expected="the configuration of a model that the installed transformers knows",
             fix="upgrade transformers if the model is new",
         ) from error
+    _refuse_quantised(config, str(folder))
     architectures = config.architectures or []
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (architectures and not causal & set(architectures)):
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
+        architectures and not causal & set(architectures)
+    ):
         raise ModelError(
             f"{folder} holds {', '.join(architectures) or config.model_type}, which is not a causal LM",
             expected="an architecture that AutoModelForCausalLM loads",
@@ -270,11 +299,21 @@ def read_config(folder: Path) -> PretrainedConfig:
     return config
 
 
+def _refuse_quantised(config: PretrainedConfig, name: str) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{name} is quantised",
+            expected="weights in float32, bfloat16 or float16",
+            fix="load it with transformers' dequantisation, save it, and prune that copy",
+        )
+
+
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Build the model with parameters on the meta device and real buffers."""
     dtype = dtype or config.dtype or torch.float32
     with init_empty_weights(include_buffers=False), quiet_transformers():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, experts_implementation="eager")
+    model.tie_weights()  # moving to the meta device has undone it
     model.eval()
     model.requires_grad_(False)
     return model
@@ -283,6 +322,20 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -
 def positive_zeros(tensor: Tensor) -> Tensor:
     """Replace -0.0 by 0.0, so that a zero is all zero bits."""
     return tensor + 0.0 if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else tensor
+
+
+@contextmanager
+def eager_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Have the experts of a mixture computed by ordinary matrix products, which can be watched."""
+    before = model.get_experts_implementation()
+    if set(before.values()) == {"eager"}:
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 @contextmanager
@@ -309,10 +362,13 @@ def _modules_outside(model: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Mod
 
 
 def _to_meta(module: nn.Module) -> None:
+    """Drop the parameters; buffers wait on the CPU."""
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             empty: Any = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
             setattr(owner, name, empty)
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer.to("cpu"))
 
 
 def _as_in(wanted: list[str], key: str, base_prefix: str) -> str:

@@ -158,6 +158,9 @@ def _factorise(gram: Tensor, damping: float, tokens: int) -> Factor:
 
 def check_finite(values: Tensor, what: str) -> None:
     """Raise `NumericsError`, with the count, if any value is NaN or infinite."""
+    # One pass for the usual case: a sum is finite only if all its terms are.
+    if bool(torch.isfinite(values.sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32))):
+        return
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
         raise NumericsError(

@@ -5,13 +5,14 @@
             for name in group.names:
                 layer.replace(name, method(layer.weight(name), group.statistics, pattern).weight)
 
-The caller's loop body is the algorithm. When it ends, the stream runs the layer as it now is and hands its outputs to the next
-one, so that every layer is calibrated on what the pruned prefix produces.
+The caller's loop body is the algorithm. When it ends, the stream runs the layer as it now is and hands its outputs to
+the next one, so that every layer is calibrated on what the pruned prefix produces.
 """
 
+import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from llmprune.decoder import Matrix, prunable_matrices
 from llmprune.errors import ModelError, NumericsError
 from llmprune.observation import EveryMatrixSeenError, Group, Observer
 from llmprune.precision import float32_products
-from llmprune.source import Source
+from llmprune.source import Source, eager_experts
 from llmprune.statistics import ColumnNorm, Gram, check_finite
 from llmprune.timing import Stages
 
@@ -74,29 +75,28 @@ class Stream:
         self.batches = [*ids[:counted].split(size), *(ids[counted:].split(size) if self.settings.held_back else ())]
         self.statistics_batches = -(-counted // size)
         self.calls = LayerCalls(self.settings.device)
-        # Some models unpack what their layers return; seen in the capture and whenever a layer runs.
-        self.returns_tuple = False
 
     def __iter__(self) -> Iterator["ResidentLayer"]:
         """Yield the layers in order; after each loop body its outputs become the next layer's inputs."""
-        self.capture()
-        last = len(self.source.layers) - 1
-        for index in range(last + 1):
-            with self.stages("load"):
-                self.source.load_layer(index, self.settings.device)
-            layer = ResidentLayer(self, index)
-            try:
-                yield layer
-                if index < last or self.settings.outputs:
-                    layer.advance()
-            finally:
-                self.source.free_layer(index)
+        with eager_experts(self.source.model):
+            self.capture()
+            last = len(self.source.layers) - 1
+            for index in range(last + 1):
+                with self.stages("load"):
+                    self.source.load_layer(index, self.settings.device)
+                layer = ResidentLayer(self, index)
+                try:
+                    yield layer
+                    if index < last or self.settings.outputs:
+                        layer.advance()
+                finally:
+                    self.source.free_layer(index)
 
     def logits(self, *final: HiddenStates) -> Iterator[tuple[Tensor, ...]]:
         """Yield, batch by batch, the logits [samples, length, vocabulary] of one or more sets of final hidden states.
 
-        The model's own code is run with its decoder layers replaced by the given hidden states, so whatever it does around
-        the head (norm, scaling, soft-capping) is done.
+        The model's own code is run with its decoder layers replaced by the given hidden states, so whatever it does
+        around the head (norm, scaling, soft-capping) is done.
         """
         with torch.no_grad(), self.stages("forward"):
             self.source.load_ends(self.settings.device)
@@ -111,33 +111,40 @@ class Stream:
         with torch.no_grad(), self.stages("forward"):
             self.source.load_ends(self.settings.device)
             try:
+                self._learn(self.batches[0])
                 for batch, ids in enumerate(self.batches):
-                    recorder = self._record(ids)
-                    self.hidden[batch] = recorder.first_hidden
-                    for index, (args, kwargs) in enumerate(recorder.calls):
-                        self.calls.record(index, batch, args, kwargs)
-                    self.calls.end_batch()
+                    self._record(batch, ids)
             finally:
                 self.source.free_ends()
 
-    def _record(self, ids: Tensor) -> "_Recorder":
-        recorder = _Recorder(len(self.source.layers), self.returns_tuple, type(self.source.model).__name__)
+    def _learn(self, ids: Tensor) -> None:
+        """Run the first layer as part of the model, to see what its layers return."""
+        layer = self.source.layers[0]
+        forward = layer.forward
+
+        def run(index: int, *args: Any, **kwargs: Any) -> Any:
+            self.calls.learn(forward(*args, **kwargs))
+            raise _CapturedError
+
+        self.source.load_layer(0, self.settings.device)
         try:
-            with _replaced(self.source.layers, recorder.forward):
+            with _replaced(self.source.layers, run), contextlib.suppress(_CapturedError):
                 self._run_model(ids)
-        except _TupleWantedError:
-            self.returns_tuple = True
-            return self._record(ids)
-        except _CapturedError:
-            pass
-        if len(recorder.calls) != len(self.source.layers):
+        finally:
+            self.source.free_layer(0)
+
+    def _record(self, batch: int, ids: Tensor) -> None:
+        recorder = _Recorder(self, batch)
+        with _replaced(self.source.layers, recorder.forward), contextlib.suppress(_CapturedError):
+            self._run_model(ids)
+        self.calls.end_batch()
+        if recorder.expected != len(self.source.layers):
             raise ModelError(
-                f"{type(self.source.model).__name__} called {len(recorder.calls)} of {len(self.source.layers)} layers "
+                f"{type(self.source.model).__name__} called {recorder.expected} of {len(self.source.layers)} layers "
                 f"in {self.source.layers_path}",
                 expected="a forward that calls each decoder layer once, in order",
                 fix="name another list of layers in the recipe (decoder_layers)",
             )
-        return recorder
 
     def _run_model(self, ids: Tensor) -> Any:
         return self.source.model(input_ids=ids.to(self.settings.device), use_cache=False)
@@ -146,10 +153,12 @@ class Stream:
         final = final.to(self.settings.device)
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
-            return (final, None, None) if self.returns_tuple else final
+            return self.calls.stand_in(index, final)
 
         with _replaced(self.source.layers, stand_in):
-            return self._run_model(ids).logits  # type: ignore[no-any-return]
+            logits = self._run_model(ids).logits
+        self.calls.end_batch()
+        return logits
 
 
 class ResidentLayer:
@@ -212,7 +221,9 @@ class ResidentLayer:
     def replace(self, name: str, weight: Tensor) -> None:
         """Put a matrix [out, in] in place, rounded to the dtype in which it will be stored."""
         with torch.no_grad():
-            self._view(name).copy_(weight.to(self.stream.source.stored_dtype(self.index, self.matrices[name].parameter)))
+            self._view(name).copy_(
+                weight.to(self.stream.source.stored_dtype(self.index, self.matrices[name].parameter))
+            )
 
     def count_zeros(self, name: str) -> int:
         """Zeros in the matrix as it is now."""
@@ -243,15 +254,13 @@ class ResidentLayer:
         hidden = self.stream.hidden
         with torch.no_grad(), self.stream.stages("forward"):
             for batch in range(len(self.stream.batches)):
-                output = self._forward(batch)
+                output = self.stream.calls.carry(self.index, batch, self._forward(batch))
                 self._check(output, f"the output of {self.name}")
                 hidden[batch] = output
 
-    def _forward(self, batch: int) -> Tensor:
+    def _forward(self, batch: int) -> Any:
         args, kwargs = self.stream.calls.get(self.index, batch)
-        output = self.module(self.stream.hidden[batch].to(self.stream.settings.device), *args, **kwargs)
-        self.stream.returns_tuple = isinstance(output, tuple)
-        return output[0] if isinstance(output, tuple) else output
+        return self.module(self.stream.hidden[batch].to(self.stream.settings.device), *args, **kwargs)
 
     def _view(self, name: str) -> Tensor:
         matrix = self.matrices[name]
@@ -261,53 +270,70 @@ class ResidentLayer:
         try:
             check_finite(values, what)
         except NumericsError as error:
-            raise NumericsError(
-                f"{self.name}: {error.what}", expected=error.expected, fix=error.fix
-            ) from None
+            # Where a parameter is the cause, the activation that shows it first would mislead.
+            for name, parameter in self._parameters.items():
+                check_finite(parameter, f"{self.name}: the parameter {name}")
+            raise NumericsError(f"{self.name}: {error.what}", expected=error.expected, fix=error.fix) from None
 
 
 class _CapturedError(Exception):
     """Ends a forward once the last decoder layer has been called."""
 
 
-class _TupleWantedError(Exception):
-    """The model unpacks what its layers return."""
-
-
 class _Recorder:
-    """Stands in for all decoder layers during one forward: passes the hidden states on and records the calls."""
+    """Stands in for all decoder layers during one forward: passes the hidden states on and records the calls.
 
-    def __init__(self, layers: int, as_tuple: bool, model_name: str) -> None:
-        self._layers, self._as_tuple, self._model_name = layers, as_tuple, model_name
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.first_hidden: Tensor
+    Attributes:
+        expected: index of the layer that must be called next.
+    """
+
+    def __init__(self, stream: Stream, batch: int) -> None:
+        self._stream, self._batch = stream, batch
+        self._names = [next(iter(inspect.signature(layer.forward).parameters)) for layer in stream.source.layers]
+        self._state: tuple[object, ...] = ()
+        self.expected = 0
 
     def forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """One decoder layer's call."""
-        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-        if index == 0:
-            self.first_hidden = hidden
-        elif not self._as_tuple and hidden.dim() < self.first_hidden.dim():
-            raise _TupleWantedError
-        elif hidden.data_ptr() != self.first_hidden.data_ptr() or hidden.shape != self.first_hidden.shape:
-            raise ModelError(
-                f"{self._model_name} changes the hidden states between its decoder layers (before layer {index})",
-                expected="layers that hand their output to the next one unchanged",
-                fix="this architecture cannot be streamed layer by layer yet",
-            )
-        self.calls.append((args[1:], kwargs))
-        if index == self._layers - 1:
+        if args:
+            hidden, *rest = args
+        else:
+            hidden, rest = kwargs.pop(self._names[index]), []
+        self._check(index, hidden)
+        self._stream.calls.record(index, self._batch, tuple(rest), kwargs)
+        self.expected += 1
+        if self.expected == len(self._names):
             raise _CapturedError
-        return (hidden, None, None) if self._as_tuple else hidden
+        return self._stream.calls.stand_in(index, hidden)
+
+    def _check(self, index: int, hidden: Tensor) -> None:
+        state = hidden.data_ptr(), hidden.shape, hidden.stride(), hidden.dtype, hidden._version
+        if index == 0 and self.expected == 0:
+            self._state = state
+            self._stream.hidden[self._batch] = hidden
+        name = type(self._stream.source.model).__name__
+        if index != self.expected or state != self._state:
+            raise ModelError(
+                f"{name} calls layer {index} of {self._stream.source.layers_path} after {self.expected} others"
+                if index != self.expected
+                else f"{name} changes the hidden states between its decoder layers (before layer {index})",
+                expected="layers that are called in order, and hand their output to the next one unchanged",
+                fix="this architecture cannot be streamed layer by layer",
+            )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
     """Let `forward(index, ...)` stand in for every layer's forward."""
+    # A model that accelerate has dispatched keeps its hooks in a `forward` of the instance.
+    before = [vars(layer).get("forward") for layer in layers]
     for index, layer in enumerate(layers):
         layer.forward = functools.partial(forward, index)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, original in zip(layers, before, strict=True):
+            if original is None:
+                del layer.forward
+            else:
+                layer.forward = original

@@ -120,6 +120,7 @@ class KillAt:
 
 def main() -> None:
     """Run one job a line of stdin in a fork of its own; answers with how it ended. Jobs are JSON."""
+    build("llama")  # so that the forks need not import its modules
     for line in sys.stdin:
         job = json.loads(line)
         child = os.fork()
@@ -144,36 +145,39 @@ def run_job(job: dict[str, Any]) -> None:
 
 
 class Runner:
-    """A process that imports everything once and runs each job in a fork."""
+    """Hands jobs to the process in which `main` runs."""
 
-    def __init__(self, whole: Whole, threads: int) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        start = "import test_resume; test_resume.main()"
-        self.whole = whole
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+    def __init__(self, whole: Whole, process: "subprocess.Popen[str]") -> None:
+        assert process.stdin
+        assert process.stdout
+        self.whole, self.jobs, self.answers = whole, process.stdin, process.stdout
 
     def __call__(self, output: Path, kill_at: int, resume: bool = False) -> tuple[int, list[str]]:
         """How a run ended (-9: killed), and the layers that it solved."""
         log = output.with_name(f"{output.name}.solved")
         log.write_text("")
         job = {"source": str(self.whole.source), "recipe": self.whole.recipe, "resume": resume, "solved": str(log)}
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(json.dumps({**job, "output": str(output), "kill_at": kill_at}) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline()), log.read_text().split()
+        self.jobs.write(json.dumps({**job, "output": str(output), "kill_at": kill_at}) + "\n")
+        self.jobs.flush()
+        return int(self.answers.readline()), log.read_text().split()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def runner(whole: Whole) -> Iterator[Runner]:
-    runner = Runner(whole, torch.get_num_threads())
-    yield runner
-    assert runner.process.stdin
-    runner.process.stdin.close()
-    assert runner.process.wait() == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    start = [sys.executable, "-c", "import test_resume; test_resume.main()"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(start, env=environment, **pipes) as process:
+        yield Runner(whole, process)
+    assert process.returncode == 0
+
+
+def state(folder: Path) -> list[tuple[str, int]]:
+    """Names and sizes; the size of what holds times varies from run to run."""
+    files = sorted(folder.iterdir()) if folder.exists() else []
+    timed = (MANIFEST_NAME, "report.json")
+    return [(file.name, 0 if any(name in file.name for name in timed) else file.stat().st_size) for file in files]
 
 
 def test_killed_before_every_change_and_resumed(
@@ -181,6 +185,7 @@ def test_killed_before_every_change_and_resumed(
 ) -> None:
     lost: set[int] = set()
     committed_at: set[int] = set()
+    seen: list[tuple[str, int]] = []
     for kill_at in range(1, 200):
         folder = tmp_path / str(kill_at) / "pruned"
         folder.parent.mkdir()
@@ -188,27 +193,27 @@ def test_killed_before_every_change_and_resumed(
         if ended == 0:
             break
         assert ended == -signal.SIGKILL
+        if seen == (seen := state(folder)):
+            continue
         manifest = folder / MANIFEST_NAME
         committed = len(json.loads(manifest.read_text())["layers"]) if manifest.exists() else 0
-        if folder.exists():
-            assert_incomplete_or_whole(whole, folder)
+        assert_incomplete_or_whole(whole, folder)
         solved.clear()
         report = prune(whole.source, whole.recipe, folder, resume=True)
         assert_equal_to(whole, folder, report)
         assert solved == [f"model.layers.{number}" for number in range(committed, LAYERS)]
         lost.add(len(solved_before) - committed)
         committed_at.add(committed)
-        shutil.rmtree(folder)
-    # Every layer, every shard and every small file was interrupted, and no kill cost more than one layer.
-    assert kill_at > 50
+    # Every shard and every other file was interrupted, and no kill cost more than one layer.
+    assert kill_at > 3 * len(contents(whole.folder))
     assert lost == {0, 1}
     assert committed_at == set(range(LAYERS + 1))
 
 
 def test_killed_again_and_again(whole: Whole, runner: Runner, tmp_path: Path) -> None:
     folder, total, kills = tmp_path / "pruned", 0, 0
-    while True:
-        ended, solved_now = runner(folder, kill_at=9, resume=True)
+    for kill_at in range(12, 40):
+        ended, solved_now = runner(folder, kill_at, resume=True)
         total += len(solved_now)
         if ended == 0:
             break
@@ -257,7 +262,9 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda file: os.truncate(file, 100)], ids=["flip", "gone", "cut"])
+@pytest.mark.parametrize(
+    "damage", [flip, Path.unlink, lambda file: os.truncate(file, 100)], ids=["flip", "gone", "cut"]
+)
 @pytest.mark.parametrize("layer", range(LAYERS))
 def test_a_damaged_layer_is_done_again_and_so_is_what_follows(
     whole: Whole, solved: list[str], tmp_path: Path, layer: int, damage: Callable[[Path], None]
@@ -305,11 +312,7 @@ def test_half_written_files_are_written_again(whole: Whole, tmp_path: Path) -> N
         (folder / f".{file.name}.partial").write_bytes(file.read_bytes()[:5])
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((whole.folder / name).read_bytes()[:5])
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
-    copied = {f".{name}.partial" for name in names}
     report = prune(whole.source, whole.recipe, folder, resume=True)
-    for name in copied:
-        (folder / name).unlink(missing_ok=True)
     assert_equal_to(whole, folder, report)
 
 

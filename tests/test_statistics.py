@@ -197,20 +197,23 @@ def test_no_tokens_at_all_factorise_to_the_identity() -> None:
         assert torch.equal(Gram.empty(5).factor(damping).lower, torch.eye(5))
 
 
-# Two equal inputs: the second pivot is exactly zero at any scale that is a power of two.
-SINGULAR = torch.tensor([[4.0, 4.0], [4.0, 4.0]])
+def singular_gram() -> Tensor:
+    """Of 8 tokens and 64 inputs: 56 pivots are nothing but rounding, so some are negative whatever computes them."""
+    x = torch.randn(8, 64)
+    return x.T @ x
 
 
 @pytest.mark.parametrize("scale", [2.0**-60, 1.0, 2.0**60])
 def test_a_singular_gram_climbs_the_ladder_and_says_so(scale: float) -> None:
-    factor = Gram(SINGULAR * scale).factor(0.0)
+    gram = singular_gram() * scale
+    factor = Gram(gram).factor(0.0)
     assert factor.damping == 0.01
     assert factor.tried == (0.0, 0.01)
-    assert torch.equal(factor.lower, Gram(SINGULAR * scale).factor(0.01).lower)
+    assert torch.equal(factor.lower, Gram(gram).factor(0.01).lower)
 
 
 def test_damping_that_works_is_not_raised() -> None:
-    assert Gram(SINGULAR).factor(1e-3).tried == (1e-3,)
+    assert Gram(singular_gram()).factor(1e-3).tried == (1e-3,)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +222,7 @@ def test_damping_that_works_is_not_raised() -> None:
         (-0.05, 0.0, (0.0, 0.01, 0.1)),
         (-0.05, 0.03, (0.03, 0.1)),
         (-0.5, 0.01, (0.01, 0.1, 1.0)),
-        (-0.5, 0.5, (0.5, 1.0)),
+        (-0.5, 0.4, (0.4, 1.0)),
         (-0.5, 2.0, (2.0,)),
     ],
 )
