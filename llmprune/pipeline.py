@@ -214,7 +214,8 @@ class Run:
         self._tell(layer, "writing")
         with self.stages("write"):
             shard = shard_name(source, layer.index + 1)
-            source.overlay(target.commit(layer.name, shard, source.checkpoint_tensors(layer.index), rows))
+            tensors = source.checkpoint_tensors(layer.index, layer.replaced)
+            source.overlay(target.commit(layer.name, shard, tensors, rows))
 
     def write_ends(self, source: CheckpointSource, target: OutputFolder) -> dict[str, list[Stored]]:
         """Write everything outside the decoder layers; returns each shard's tensors."""

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -187,14 +187,23 @@ class CheckpointSource:
         layers = tuple(f"{self.layer_name(index)}." for index in range(len(self.layers)))
         return [key for key, target in self._targets.items() if not target.startswith(layers)]
 
-    def checkpoint_tensors(self, index: int) -> dict[str, Tensor]:
+    def checkpoint_tensors(self, index: int, changed: Collection[str] = ()) -> dict[str, Tensor]:
         """The resident layer under the checkpoint's own keys and dtypes.
+
+        Args:
+            index: place of the layer.
+            changed: its parameters that hold new values; from a narrower compute dtype, the others are not taken.
 
         Raises:
             CheckpointError: the conversion does not give the source's keys back.
         """
         prefix = self.layer_name(index)
         state = {f"{prefix}.{name}": tensor for name, tensor in self.layers[index].state_dict().items()}
+        # Buffers that the checkpoint lacks have kept their initial values.
+        for name in {f"{prefix}.{name}" for name, _ in self.layers[index].named_buffers()} - set(
+            self._targets.values()
+        ):
+            state.pop(name, None)
         self.model._weight_conversions = [c for c in self._conversions if c.was_used()]
         reverted = revert_weight_conversion(self.model, state)
         wanted = self.layer_keys(index)
@@ -207,19 +216,21 @@ class CheckpointSource:
                 f"the tensors of {prefix} do not convert back to the checkpoint's keys: {sorted(extra)[:3]}",
                 fix="report it with the model's id",
             )
-        result = {key: self._as_stored(key, tensor) for key, tensor in renamed.items()}
+        new = {f"{prefix}.{name}" for name in changed}
+        result = {key: self._as_stored(key, tensor, self._targets[key] in new) for key, tensor in renamed.items()}
         return {key: positive_zeros(tensor) for key, tensor in {**result, **carried}.items()}
 
-    def _as_stored(self, key: str, tensor: Tensor) -> Tensor:
-        """A resident tensor in its stored dtype; what pruning left alone loses nothing to a narrower compute dtype."""
+    def _as_stored(self, key: str, tensor: Tensor, changed: bool) -> Tensor:
+        """A resident tensor in its stored dtype; a narrower compute dtype costs only the weights that have changed."""
         dtype = self.stored[key].dtype
         if torch.promote_types(tensor.dtype, dtype) == tensor.dtype:
             return tensor.to(dtype)
-        tensor, original = tensor.to("cpu"), self.stored[key][...]
-        same = original.to(tensor.dtype) == tensor
-        # Among changed values a zero was pruned, even where the original rounds to zero as well.
-        kept = same if bool(same.all()) else same & (tensor != 0)
-        return original.where(kept, tensor.to(dtype))
+        original = self.stored[key][...]
+        if not changed:
+            return original
+        tensor = tensor.to("cpu")
+        # A zero was pruned, even where the original rounds to zero as well.
+        return original.where((original.to(tensor.dtype) == tensor) & (tensor != 0), tensor.to(dtype))
 
     def _plan_targets(self) -> dict[str, str]:
         renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]

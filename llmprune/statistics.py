@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmprune.errors import NumericsError
-from llmprune.precision import add_gram, float32_products
+from llmprune.factorisation import Factor, factorise
+from llmprune.precision import add_gram
 
 
 @runtime_checkable  # so that annotations that name it can be executed in the tests
@@ -65,21 +66,6 @@ class ColumnNorm:
         self.tokens += tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Factor:
-    """The Cholesky factor that left-to-right solvers need, of the damped Gram matrix in reversed column order.
-
-    Attributes:
-        lower: [width, width], float32, lower triangular: lower @ lower.T is the damped Gram, rows and columns reversed.
-        damping: the damping that succeeded, as a fraction of the mean diagonal.
-        tried: every damping tried, in order.
-    """
-
-    lower: Float[Tensor, "width width"]
-    damping: float
-    tried: tuple[float, ...]
-
-
 @dataclass(slots=True)
 class Gram:
     """The Gram matrix X X^T of the inputs; enough for every regression-based solver.
@@ -129,31 +115,9 @@ class Gram:
             NumericsError: the Gram is not finite, or no damping up to 1 makes it positive definite.
         """
         if damping not in self._factors:
-            self._factors[damping] = _factorise(self.products, damping, self.tokens)
+            check_finite(self.squares, "the Gram matrix of the inputs")
+            self._factors[damping] = factorise(self.products, damping, self.tokens)
         return self._factors[damping]
-
-
-def _factorise(gram: Tensor, damping: float, tokens: int) -> Factor:
-    diagonal = gram.diagonal()
-    check_finite(diagonal, "the Gram matrix of the inputs")
-    mean = float(diagonal.mean())
-    tried: list[float] = []
-    for fraction in (damping, *(step for step in (0.01, 0.1, 1.0) if step > damping)):
-        tried.append(fraction)
-        damped = gram.flip(0, 1)
-        damped.diagonal().add_(fraction * mean)
-        damped.diagonal().masked_fill_(diagonal.flip(0) == 0, 1.0)
-        with float32_products("ieee"):
-            lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            return Factor(lower, fraction, tuple(tried))
-        del damped, lower
-    raise NumericsError(
-        f"a Gram matrix of width {len(gram)} from {tokens} tokens is not positive definite at damping {tried} "
-        f"(diagonal from {float(diagonal.min()):.3e} to {float(diagonal.max()):.3e}, mean {mean:.3e})",
-        expected="a finite, symmetric Gram matrix",
-        fix="check the calibration text and the model's activations, or give this matrix another method by a rule",
-    )
 
 
 def check_finite(values: Tensor, what: str) -> None:

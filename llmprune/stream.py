@@ -169,6 +169,7 @@ class ResidentLayer:
         index: its place in the stream.
         module: the layer itself.
         matrices: name -> its prunable matrices.
+        replaced: the parameters in which a matrix was replaced.
     """
 
     def __init__(self, stream: Stream, index: int) -> None:
@@ -176,6 +177,7 @@ class ResidentLayer:
         self.name = f"{stream.source.layers_path}.{index}"
         self.module: nn.Module = stream.source.layers[index]
         self.matrices: dict[str, Matrix] = {m.name: m for m in prunable_matrices(self.module, self.name)}
+        self.replaced: set[str] = set()
         self._parameters = dict(self.module.named_parameters())
 
     def observe(self, needs: Needs) -> list[Group]:

@@ -27,7 +27,8 @@ def textbook_sparsegpt(
         weight: [out, in].
         gram: [in, in], the inputs' X X^T.
         pattern: an `Unstructured` mask is chosen for `block_size` columns at once, over all rows or inside each; N:M
-            groups and blocks are decided one after another, from columns that are up to date.
+            groups are decided one after another, from columns that are up to date; blocks (not in the paper) all at
+            once, before the first column.
         damping: fraction of the mean diagonal that is added to the diagonal.
         block_size: columns between two long-range updates; rounded up to whole groups.
         dtype: in which everything is computed.
@@ -41,12 +42,15 @@ def textbook_sparsegpt(
     mask = torch.ones(rows, width, dtype=torch.bool)
     together = 1 if isinstance(pattern, Unstructured) else group_width(pattern)
     block_size = -(-block_size // together) * together
+    if isinstance(pattern, Block):
+        scores = remaining**2 / upper.diagonal() ** 2
+        mask = torch.from_numpy(slow_mask(scores.numpy(), pattern))
     for first in range(0, width, block_size):
         last = min(first + block_size, width)
         errors = torch.zeros(rows, last - first, dtype=dtype)
         for column in range(first, last):
             decided = last - first if isinstance(pattern, Unstructured) else together
-            if (column - first) % decided == 0:
+            if (column - first) % decided == 0 and not isinstance(pattern, Block):
                 chosen = slice(column, column + decided)
                 scores = remaining[:, chosen] ** 2 / upper.diagonal()[chosen] ** 2
                 scores[:, gram.diagonal()[chosen] == 0] = 0

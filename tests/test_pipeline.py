@@ -87,7 +87,7 @@ KEYS: dict[str, tuple[Any, bool]] = {
     "held_back": (0, True),
     "decoder_layers": ("model.layers", True),
     "experts": ({"min_tokens": 1000}, True),
-    "device": ("auto", True),
+    "device": ("cpu" if torch.cuda.is_available() else "auto", True),
     "compute_dtype": ("float32", True),
     "activation_budget": (0, True),
 }
@@ -291,6 +291,25 @@ def test_the_compute_dtype_leaves_no_trace_in_what_is_not_pruned(
         if name in pruned:
             assert pruned[name].zeros == zeros(after[name])
             assert same(after[name], before[name].where(after[name] != 0, torch.zeros((), dtype=before[name].dtype)))
+        else:
+            assert same(after[name], before[name])
+
+
+def test_what_underflows_in_the_compute_dtype_is_still_pruned(tmp_path: Path) -> None:
+    """Zeros that stand for tiny values come back in a matrix that stays dense; in a pruned one they are zeros."""
+    source = save(build("llama"), tmp_path / "dense")
+    before = tensors(source)
+    tiny = [name for name in before if name.endswith(("q_proj.weight", "o_proj.weight"))]
+    for name in tiny:
+        before[name][::2] *= 1e-9
+    save_file(before, source / "model.safetensors", metadata={"format": "pt"})
+    settings = recipe(method="magnitude", exclude=["*.o_proj"], pattern=0.25, compute_dtype="float16")
+    report = prune(source, settings, tmp_path / "pruned")
+    after = tensors(tmp_path / "pruned")
+    counted = {f"{row.name}.weight": row.zeros for row in report.rows}
+    for name in tiny:
+        if name in counted:
+            assert counted[name] == zeros(after[name]) >= after[name].numel() // 2
         else:
             assert same(after[name], before[name])
 

@@ -29,7 +29,7 @@ EXPECTED = {
 }
 
 SMALL = {"pattern": "2:4", "method": "wanda"}
-EVALUATION = {"samples": 32, "order": "text", "seed": 12345}
+EVALUATION = {"samples": 32, "seed": 12345}
 
 FULL = """\
 description: everything at once
@@ -53,7 +53,6 @@ experts: {min_tokens: 0}
 device: cuda:1
 compute_dtype: bfloat16
 activation_budget: 512MiB
-seed: 7
 """
 
 
@@ -114,7 +113,6 @@ def test_defaults() -> None:
         "device": "auto",
         "compute_dtype": "auto",
         "activation_budget": 4 * 2**30,
-        "seed": 0,
     }
 
 
@@ -131,7 +129,7 @@ def test_every_key_of_a_file_is_read(tmp_path: Path) -> None:
     assert recipe.evaluation == TextSpec("wikitext", samples=5, length=64, order="text", seed=12345)
     assert (recipe.batch_size, recipe.held_back, recipe.decoder_layers) == (2, 0, "model.layers")
     assert (recipe.experts.min_tokens, recipe.device, recipe.compute_dtype) == (0, "cuda:1", "bfloat16")
-    assert (recipe.activation_budget, recipe.seed) == (512 * 2**20, 7)
+    assert recipe.activation_budget == 512 * 2**20
 
 
 def test_each_matrix_gets_the_first_rule_that_matches() -> None:
@@ -220,13 +218,13 @@ def test_digest_depends_on_every_key_but_the_description() -> None:
         "device": "cpu",
         "compute_dtype": "float32",
         "activation_budget": "3",
-        "seed": "3",
+        "held_back": "3",
     }
     assert set(changes) == set(Recipe.model_fields) - {"description"}
     others = {load_recipe(SMALL, [f"{key}={value}"]).digest for key, value in changes.items()}
     assert len(others | {digest}) == len(changes) + 1
     assert load_recipe(SMALL, ["description=other"]).digest == digest
-    assert load_recipe({"method": {"wanda": {}}, "pattern": NM(2, 4), "seed": 0}).digest == digest
+    assert load_recipe({"method": {"wanda": {}}, "pattern": NM(2, 4), "held_back": 4}).digest == digest
     content = {key: value for key, value in load_recipe(SMALL).to_dict().items() if key != "description"}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     assert digest == hashlib.sha256(canonical.encode()).hexdigest()
@@ -234,7 +232,7 @@ def test_digest_depends_on_every_key_but_the_description() -> None:
 
 def test_recipe_cannot_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        load_recipe(SMALL).seed = 1
+        load_recipe(SMALL).held_back = 1
 
 
 @pytest.mark.parametrize(
@@ -319,9 +317,9 @@ def test_evaluation_follows_the_length_of_calibration() -> None:
         ("compute_dtype: fp16", '3: compute_dtype is "fp16"', "'auto', 'float32', 'bfloat16' or 'float16'"),
         ("activation_budget: 4 gigs", '3: activation_budget is "4 gigs"', "512MiB or 4GB"),
         ("activation_budget: -1", "3: activation_budget is -1", "512MiB or 4GB"),
-        ("seed: 1.0", "3: seed is 1.0", "a valid integer"),
+        ("held_back: 1.0", "3: held_back is 1.0", "a valid integer"),
         ("batch_size: null", "3: batch_size is null", "a valid integer"),
-        ("seed: 0\nseed: 1", "4: key 'seed' stands in line 3 already", "each key once"),
+        ("held_back: 0\nheld_back: 1", "4: key 'held_back' stands in line 3 already", "each key once"),
         ("evaluation:\n  seed: 1\n  seed: 2", "5: key 'evaluation.seed' stands in line 4 already", "each key once"),
         ("include: [*.mlp.*]", "3: expected alphabetic or numeric character, but found '.'", "valid YAML"),
         ("include: &a [x]\nexclude: *a", "4: an alias (*) or a tag (!)", "without aliases"),
@@ -368,7 +366,7 @@ def test_mistakes_in_overrides_name_the_override(overrides: list[str], what: str
         assert str(refusal(recipe, *overrides)).startswith(f"--set {overrides[0]}: {what}")
 
 
-@pytest.mark.parametrize("override", ["seed", "=3", "experts..x=3"])
+@pytest.mark.parametrize("override", ["held_back", "=3", "experts..x=3"])
 def test_overrides_are_key_and_value(override: str) -> None:
     error = refusal(SMALL, override)
     assert error.what == f"--set {override} cannot be read"
@@ -376,7 +374,7 @@ def test_overrides_are_key_and_value(override: str) -> None:
 
 
 def test_an_override_is_given_once() -> None:
-    assert refusal(SMALL, "seed=3", "seed = 3").what == "--set seed is given 2 times"
+    assert refusal(SMALL, "held_back=3", "held_back = 3").what == "--set held_back is given 2 times"
 
 
 def test_an_override_may_contradict_what_it_does_not_set() -> None:

@@ -27,12 +27,13 @@ def evaluated(dense: float, pruned: float) -> Report:
 
 
 def test_figures_follow_from_the_rows() -> None:
-    report = Report((row(), row(shape=(10, 8), zeros=20, error=0.75), row(shape=(0, 3), zeros=0, error=None)))
+    nothing = row(shape=(0, 3), zeros=0, error=None)
+    report = Report((row(), row(shape=(5, 8), zeros=10, error=1.25), row(shape=(5, 8), zeros=10, error=0.0), nothing))
     assert row().sparsity == 0.5
     assert report.sparsity == 30 / 100
     assert report.mean_error == 0.5
     summary = report.to_dict()["summary"]
-    assert summary == {"sparsity": 0.3, "mean_error": 0.5, "matrices": 3}
+    assert summary == {"sparsity": 0.3, "mean_error": 0.5, "matrices": 4}
 
 
 def test_figures_that_were_not_measured_are_none() -> None:

@@ -9,8 +9,9 @@ from references import correlated_inputs, inverse_cholesky
 from torch import Tensor
 
 from llmprune.errors import NumericsError
+from llmprune.factorisation import Factor
 from llmprune.precision import add_gram, float32_products
-from llmprune.statistics import ColumnNorm, Factor, Gram, check_finite
+from llmprune.statistics import ColumnNorm, Gram, check_finite
 
 Kind = TypeVar("Kind", ColumnNorm, Gram)
 
@@ -163,14 +164,14 @@ def test_the_factor_reproduces_the_damped_gram(damping: float, x: Tensor) -> Non
     factor = gram.factor(damping)
     damped = gram.products.double() + damping * gram.products.double().diagonal().mean() * torch.eye(40)
     assert (factor.damping, factor.tried) == (damping, (damping,))
-    assert torch.equal(factor.lower, factor.lower.tril())
-    lower = factor.lower.double()
-    assert relative_error((lower @ lower.T).flip(0, 1), damped) < 1e-5
+    assert torch.equal(factor.upper, factor.upper.triu())
+    upper = factor.upper.double()
+    assert relative_error(upper @ upper.T, damped) < 1e-5
 
 
 def test_the_factor_is_the_inverse_of_the_papers_upper_factor(x: Tensor) -> None:
     gram = Gram(x.double().T @ x.double(), len(x))
-    upper = gram.factor(0.01).lower.flip(0, 1)
+    upper = gram.factor(0.01).upper
     assert torch.allclose(upper @ inverse_cholesky(gram.products, 0.01), torch.eye(40, dtype=torch.float64), atol=1e-9)
 
 
@@ -183,8 +184,8 @@ def test_factorising_leaves_the_sums_alone(x: Tensor) -> None:
 
 def test_dead_inputs_get_a_diagonal_of_one(x: Tensor) -> None:
     x[:, [0, 7, 39]] = 0
-    damped = collected(Gram, x).factor(0.01).lower
-    damped = (damped @ damped.T).flip(0, 1)
+    damped = collected(Gram, x).factor(0.01).upper
+    damped = damped @ damped.T
     for dead in (0, 7, 39):
         assert torch.equal(damped[dead], torch.eye(40)[dead])
     # The living are damped as if the dead counted in the mean: it is the mean of the whole diagonal.
@@ -194,7 +195,7 @@ def test_dead_inputs_get_a_diagonal_of_one(x: Tensor) -> None:
 
 def test_no_tokens_at_all_factorise_to_the_identity() -> None:
     for damping in (0.0, 0.01):
-        assert torch.equal(Gram.empty(5).factor(damping).lower, torch.eye(5))
+        assert torch.equal(Gram.empty(5).factor(damping).upper, torch.eye(5))
 
 
 def singular_gram() -> Tensor:
@@ -209,7 +210,7 @@ def test_a_singular_gram_climbs_the_ladder_and_says_so(scale: float) -> None:
     factor = Gram(gram).factor(0.0)
     assert factor.damping == 0.01
     assert factor.tried == (0.0, 0.01)
-    assert torch.equal(factor.lower, Gram(gram).factor(0.01).lower)
+    assert torch.equal(factor.upper, Gram(gram).factor(0.01).upper)
 
 
 def test_damping_that_works_is_not_raised() -> None:
@@ -269,7 +270,7 @@ def test_new_tokens_make_the_factor_anew(x: Tensor) -> None:
         before: Factor = gram.factor(0.01)
         change()
         assert gram.factor(0.01) is not before
-        assert torch.equal(gram.factor(0.01).lower, Gram(gram.products).factor(0.01).lower)
+        assert torch.equal(gram.factor(0.01).upper, Gram(gram.products).factor(0.01).upper)
 
 
 def test_check_finite_counts_and_names() -> None:

@@ -12,7 +12,6 @@ Writing E = W - Q for the error made so far, F for the columns done and B for th
 arithmetic, and the error never passes through an ill-conditioned inverse.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from llmprune.errors import RecipeError
 from llmprune.kernels.obs_sweep import sweep_block
 from llmprune.methods.method import Pruned
-from llmprune.patterns import NM, Pattern, Scope
+from llmprune.patterns import NM, Block, Pattern, Scope
 from llmprune.precision import float32_products
 from llmprune.statistics import ColumnNorm, Gram, check_finite
 
@@ -36,7 +35,7 @@ class SparseGPT:
         damping: added to the Gram's diagonal, as a fraction of its mean, >= 0; raised to 0.01, 0.1, 1 where the
             factorisation fails, which the report shows.
         block_size: columns whose unstructured mask is chosen together, >= 1 (the paper's 128). N:M groups are decided
-            one by one, from columns that are up to date.
+            one by one, from columns that are up to date; blocks are chosen before the sweep, all at once.
     """
 
     damping: float = 0.01
@@ -53,8 +52,7 @@ class SparseGPT:
     def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
         """w^2 R_kk^2: the error of removing one weight, all later columns adjusting (the paper's w^2 / U_kk^2)."""
         assert isinstance(statistics, Gram), "SparseGPT needs the inputs' Gram matrix"
-        importance = statistics.factor(self.damping).lower.diagonal().square().flip(0)
-        return weight.square() * importance.masked_fill(statistics.squares == 0, 0).to(weight.dtype)
+        return weight.square() * _importance(statistics, self.damping).to(weight.dtype)
 
     def __call__(
         self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None, pattern: Pattern
@@ -64,53 +62,50 @@ class SparseGPT:
         rows, width = weight.shape
         pattern.check((rows, width))
         check_finite(weight, "the weight")
+        pattern = pattern.compared(self.scope)
         factor = statistics.factor(self.damping)
-        sweep = _Sweep(weight, factor.lower.to(weight.dtype), statistics.squares == 0, pattern.compared(self.scope))
+        importance = _importance(statistics, self.damping).to(weight.dtype)
+        sweep = _Sweep(weight, factor.upper.to(weight.dtype), importance, pattern)
+        step = -(-self.block_size // pattern.column_multiple) * pattern.column_multiple
         with float32_products("ieee"):
-            for start, stop in _blocks(pattern, self.block_size, width):
-                sweep.decide(start, stop)
+            for start in range(0, width, step):
+                sweep.decide(start, min(start + step, width))
         return Pruned(sweep.result(), sweep.mask, factor.damping, factor.tried)
 
 
 class _Sweep:
-    """The state of one sweep: transposed ([in, out], so that a column of W is contiguous), columns in reverse order."""
+    """The state of one sweep."""
 
-    def __init__(self, weight: Tensor, lower: Tensor, dead: Tensor, pattern: Pattern) -> None:
-        self.width = weight.shape[1]
-        self.columns = weight.T.flip(0).contiguous()
-        self.errors = torch.empty_like(self.columns)
+    def __init__(self, weight: Tensor, upper: Tensor, importance: Tensor, pattern: Pattern) -> None:
+        self.weight, self.upper, self.importance, self.pattern = weight, upper, importance, pattern
+        self.errors = torch.empty_like(weight, memory_format=torch.contiguous_format)
         self.mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-        self.lower, self.pattern = lower, pattern
-        # A dead input contributes nothing, so its weights go first.
-        self.importance = lower.diagonal().square().masked_fill(dead.flip(0), 0)
+        self.group = (pattern.keep, pattern.of) if isinstance(pattern, NM) else None
+        # A block of weights loses what its columns lose together, which no single block of columns can judge.
+        self.fixed = isinstance(pattern, Block)
+        if self.fixed:
+            self.mask[:] = pattern.mask(weight.square() * importance)
 
     def decide(self, start: int, stop: int) -> None:
-        """Decide the columns start:stop (in natural order) as one block."""
-        low, high = self.width - stop, self.width - start
-        asked = self.lower[high:, low:high].T @ self.errors[high:]
-        factor, original = self.lower[low:high, low:high], self.columns[low:high]
-        group = (self.pattern.keep, self.pattern.of) if isinstance(self.pattern, NM) else None
-        if group is None:
-            self.mask[:, start:stop] = self._choose(asked, low, high)
-        keep = self.mask[:, start:stop].T.flip(0)
-        errors, keep = sweep_block(asked, original, factor, self.importance[low:high], keep, group)
-        self.errors[low:high] = errors
-        self.mask[:, start:stop] = keep.flip(0).T
+        """Decide the columns start:stop as one block."""
+        factor, importance = self.upper[start:stop, start:stop], self.importance[start:stop]
+        # Transposed, so that a column of W is contiguous; one block of columns fits the cache.
+        original = self.weight[:, start:stop].T.contiguous()
+        asked = (self.errors[:, :start] @ self.upper[:start, start:stop]).T.contiguous()
+        if self.group is None and not self.fixed:
+            present = original + torch.linalg.solve_triangular(factor.T, asked, upper=False)
+            scores = present.square_().mul_(importance[:, None]).T
+            self.mask[:, start:stop] = self.pattern.mask(scores, start=start, width=self.weight.shape[1])
+        keep = self.mask[:, start:stop].T.contiguous()
+        errors, keep = sweep_block(asked, original, factor, importance, keep, self.group)
+        self.errors[:, start:stop] = errors.T
+        self.mask[:, start:stop] = keep.T
 
     def result(self) -> Tensor:
         """The pruned matrix [out, in]."""
-        weight = (self.columns - self.errors).flip(0).T
-        return weight.where(self.mask, weight.new_zeros(())).contiguous()
-
-    def _choose(self, asked: Tensor, low: int, high: int) -> Tensor:
-        """The mask [out, columns] of the columns low:high, from their present values W'_B."""
-        adjustment = torch.linalg.solve_triangular(self.lower[low:high, low:high].T, asked, upper=True)
-        scores = (self.columns[low:high] + adjustment).square_() * self.importance[low:high, None]
-        return self.pattern.mask(scores.flip(0).T, start=self.width - high, width=self.width)
+        return (self.weight - self.errors).masked_fill_(~self.mask, 0)
 
 
-def _blocks(pattern: Pattern, block_size: int, width: int) -> Iterator[tuple[int, int]]:
-    """The column blocks of a sweep: of whole N:M groups, or of one column of blocks for block patterns."""
-    multiple = pattern.column_multiple
-    step = multiple if multiple > 1 and not isinstance(pattern, NM) else -(-block_size // multiple) * multiple
-    return ((start, min(start + step, width)) for start in range(0, width, step))
+def _importance(statistics: Gram, damping: float) -> Tensor:
+    """R_kk^2; zero for a dead input, which contributes nothing, so that its weights go first."""
+    return statistics.factor(damping).upper.diagonal().square().masked_fill(statistics.squares == 0, 0)

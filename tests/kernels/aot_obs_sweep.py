@@ -11,13 +11,12 @@ import tempfile
 from pathlib import Path
 
 import triton
+from llmprune.kernels.obs_sweep.kernel import _ROWS, _WARPS, _sweep_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llmprune.kernels.obs_sweep.kernel import _ROWS, _WARPS, _sweep_kernel
-
 capability, n, m = map(int, sys.argv[1:])
-pointers = {"asked": "*fp32", "original": "*fp32", "lower": "*fp32", "importance": "*fp32", "keep": "*i8", "errors": "*fp32"}
+pointers = dict.fromkeys(("asked", "original", "upper", "importance", "errors"), "*fp32") | {"keep": "*i8"}
 constants = {"N": n, "M": m, "COLUMNS": 128, "ROWS": _ROWS}
 names = _sweep_kernel.arg_names
 signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}

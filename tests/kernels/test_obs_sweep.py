@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from llmprune.kernels.obs_sweep import sweep_block
 from llmprune.kernels.obs_sweep.reference import sweep_block_reference
 
@@ -18,48 +17,50 @@ SHAPES = [(1, 1), (3, 63), (16, 5), (20, 33), (128, 70)]
 def operands(columns, rows, dtype=torch.float32):
     generator = torch.Generator().manual_seed(columns * 1000 + rows)
     x = torch.randn(2 * columns + 3, columns, generator=generator, dtype=torch.float64)
-    lower = torch.linalg.cholesky(x.T @ x)
+    upper = torch.linalg.cholesky(x.T @ x).T.contiguous()
     asked = 20 * torch.randn(columns, rows, generator=generator, dtype=torch.float64)
     original = torch.randn(columns, rows, generator=generator, dtype=torch.float64)
     keep = torch.rand(columns, rows, generator=generator) > 0.5
-    return asked.to(dtype), original.to(dtype), lower.to(dtype), lower.diagonal().square().to(dtype), keep
+    return asked.to(dtype), original.to(dtype), upper.to(dtype), upper.diagonal().square().to(dtype), keep
 
 
-def by_definition(asked, original, lower, keep):
+def by_definition(asked, original, upper, keep):
     """Column by column, in float64, straight from the formula."""
     errors = torch.zeros_like(original)
-    for k in range(len(asked) - 1, -1, -1):
-        total = asked[k] + lower[k + 1 :, k] @ errors[k + 1 :]
-        errors[k] = torch.where(keep[k], -total / lower[k, k], original[k])
+    for k in range(len(asked)):
+        total = asked[k] + upper[:k, k] @ errors[:k]
+        errors[k] = torch.where(keep[k], -total / upper[k, k], original[k])
     return errors
 
 
 @pytest.mark.parametrize(("columns", "rows"), SHAPES)
 def test_reference_follows_the_formula(columns, rows):
-    asked, original, lower, importance, keep = operands(columns, rows, torch.float64)
-    errors, kept = sweep_block_reference(asked, original, lower, importance, keep, None)
-    torch.testing.assert_close(errors, by_definition(asked, original, lower, keep), rtol=1e-9, atol=1e-9)
+    asked, original, upper, importance, keep = operands(columns, rows, torch.float64)
+    errors, kept = sweep_block_reference(asked, original, upper, importance, keep, None)
+    torch.testing.assert_close(errors, by_definition(asked, original, upper, keep), rtol=1e-9, atol=1e-9)
     assert torch.equal(kept, keep)
 
 
-@pytest.mark.parametrize(("columns", "rows", "group"), [(4, 7, (2, 4)), (32, 9, (2, 4)), (24, 5, (4, 8)), (6, 3, (1, 3))])
+@pytest.mark.parametrize(
+    ("columns", "rows", "group"), [(4, 7, (2, 4)), (32, 9, (2, 4)), (24, 5, (4, 8)), (6, 3, (1, 3))]
+)
 def test_groups_are_chosen_by_their_values_when_their_turn_comes(columns, rows, group):
-    asked, original, lower, importance, keep = operands(columns, rows, torch.float64)
-    errors, kept = sweep_block_reference(asked, original, lower, importance, keep, group)
+    asked, original, upper, importance, keep = operands(columns, rows, torch.float64)
+    errors, kept = sweep_block_reference(asked, original, upper, importance, keep, group)
     n, m = group
-    for high in range(columns, 0, -m):
-        # With everything after it fixed and everything in it kept, a column is worth its present value.
+    for high in range(m, columns + 1, m):
+        # With everything before it fixed and everything in it kept, a column is worth its present value.
         trial = kept.clone()
         trial[high - m : high] = True
-        present = original - by_definition(asked, original, lower, trial)
+        present = original - by_definition(asked, original, upper, trial)
         scores = (present.square() * importance[:, None])[high - m : high]
         expected = torch.zeros(m, rows, dtype=torch.bool).scatter(0, scores.topk(n, dim=0).indices, True)
         assert torch.equal(kept[high - m : high], expected)
-    torch.testing.assert_close(errors, by_definition(asked, original, lower, kept), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(errors, by_definition(asked, original, upper, kept), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("group", [None, (2, 4), (1, 4), (4, 8), (1, 2)])
-@pytest.mark.parametrize(("columns", "rows"), [(16, 5), (24, 33), (128, 65)])
+@pytest.mark.parametrize(("columns", "rows"), [(16, 5), (24, 33), (128, 33)])
 def test_kernel_equals_the_reference(columns, rows, group):
     from llmprune.kernels.obs_sweep.kernel import sweep_block_triton
 
@@ -69,9 +70,9 @@ def test_kernel_equals_the_reference(columns, rows, group):
     expected, expected_kept = sweep_block_reference(*inputs, group)
     exact, _ = sweep_block_reference(*(t.double() if t.is_floating_point() else t for t in inputs), group)
     assert torch.equal(kept, expected_kept)
-    ours, theirs = ((e.double() - exact).abs().max() for e in (errors, expected))
+    ours, theirs = ((e.double() - exact).norm() / exact.norm() for e in (errors, expected))
     assert not errors.isnan().any()
-    assert ours <= 2 * theirs + 1e-6
+    assert ours <= 2 * theirs + 1e-7
 
 
 def test_inputs_are_not_changed():

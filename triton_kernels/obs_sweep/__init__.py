@@ -14,17 +14,16 @@ MAX_GROUP = 16
 
 
 def sweep_block(
-    asked: Tensor, original: Tensor, lower: Tensor, importance: Tensor, keep: Tensor, group: tuple[int, int] | None
+    asked: Tensor, original: Tensor, upper: Tensor, importance: Tensor, keep: Tensor, group: tuple[int, int] | None
 ) -> tuple[Tensor, Tensor]:
     """Decide the columns of a block one after another, and return what they lose.
 
-    All operands are transposed (a column of the weight matrix is a row here) and run from the last column of the block
-    to the first, so that index k is decided after every j > k.
+    All operands are transposed: a column of the weight matrix is a row here. Column k is decided after every j < k.
 
     Args:
         asked: [columns, rows], float32: what the columns done before the block ask of each column.
         original: [columns, rows], float32: the weights before pruning.
-        lower: [columns, columns], float32: the block's part of the Cholesky factor, lower triangular.
+        upper: [columns, columns], float32: the block's part of the factor R, upper triangular.
         importance: [columns], float32: the weight of a column's squared value in its score.
         keep: [columns, rows], bool: the mask; ignored if `group` is given.
         group: (N, M) to choose the mask inside: the N best of M columns stay, judged by their values when the group's
@@ -36,8 +35,8 @@ def sweep_block(
     if asked.is_cuda and _has_triton() and (group is None or group[1] <= MAX_GROUP):
         from .kernel import sweep_block_triton
 
-        return sweep_block_triton(asked, original, lower, importance, keep, group)
-    return sweep_block_reference(asked, original, lower, importance, keep, group)
+        return sweep_block_triton(asked, original, upper, importance, keep, group)
+    return sweep_block_reference(asked, original, upper, importance, keep, group)
 
 
 def _has_triton() -> bool:

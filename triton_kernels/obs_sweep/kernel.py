@@ -1,7 +1,7 @@
 """The sweep as one Triton kernel: each program takes a tile of rows through all columns of the block.
 
 The pending sums [columns, rows] of the tile stay in registers. Column k is read out by a masked reduction (a register
-file has no dynamic index), its error is formed, and its share is added to all columns below k: L[k, :k] outer e_k.
+file has no dynamic index), its error is formed, and its share is added to all columns after k: R[k, k+1:] outer e_k.
 Arithmetic per block and row: 4 columns^2 FLOP, far below what the launches cost that it replaces.
 """
 
@@ -16,7 +16,7 @@ _WARPS = 8
 
 @triton.jit
 def _sweep_kernel(
-    asked, original, lower, importance, keep, errors,
+    asked, original, upper, importance, keep, errors,
     rows, columns, stride,
     N: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -27,45 +27,46 @@ def _sweep_kernel(
     present = (column < columns)[:, None] & inside[None, :]
     pending = tl.load(asked + tile, mask=present, other=0.0)
     group = tl.zeros([ROWS], tl.int32)
-    for step in range(columns):
-        k = columns - 1 - step
-        if M > 0:  # noqa: SIM102 - M is a constant of the compilation, step is not
-            if step % M == 0:
-                group = _choose(pending, original, lower, importance, row, inside, column, k, columns, stride, N, M)
+    for k in range(columns):
+        if M > 0:  # noqa: SIM102 - M is a constant of the compilation, k is not
+            if k % M == 0:
+                group = _choose(pending, original, upper, importance, row, inside, column, k, columns, stride, N, M)
         here = tl.sum(tl.where((column == k)[:, None], pending, 0.0), axis=0)
         weight = tl.load(original + k * stride + row, mask=inside, other=0.0)
         if M > 0:
-            stays = ((group >> (step % M)) & 1) != 0
+            stays = ((group >> (k % M)) & 1) != 0
             tl.store(keep + k * stride + row, stays.to(tl.int8), mask=inside)
         else:
             stays = tl.load(keep + k * stride + row, mask=inside, other=0) != 0
-        error = tl.where(stays, -here / tl.load(lower + k * columns + k), weight)
+        error = tl.where(stays, -here / tl.load(upper + k * columns + k), weight)
         tl.store(errors + k * stride + row, error, mask=inside)
-        share = tl.load(lower + k * columns + column, mask=column < k, other=0.0)
+        share = tl.load(upper + k * columns + column, mask=(column > k) & (column < columns), other=0.0)
         pending += share[:, None] * error[None, :]
 
 
 @triton.jit
 def _choose(
-    pending, original, lower, importance, row, inside, column, top, columns, stride, N: tl.constexpr, M: tl.constexpr
+    pending, original, upper, importance, row, inside, column, first, columns, stride, N: tl.constexpr, M: tl.constexpr
 ):  # fmt: skip
-    """Which of the columns top, top - 1, ... top - M + 1 stay: bit i for column top - i."""
+    """Which of the columns first, first + 1, ... first + M - 1 stay: bit i for column first + i."""
     relaxed = pending
     for i in tl.static_range(M):
-        k = top - i
+        k = first + i
         here = tl.sum(tl.where((column == k)[:, None], relaxed, 0.0), axis=0)
-        moved = -here / tl.load(lower + k * columns + k)
-        share = tl.load(lower + k * columns + column, mask=(column < k) & (column > top - M), other=0.0)
+        moved = -here / tl.load(upper + k * columns + k)
+        share = tl.load(upper + k * columns + column, mask=(column > k) & (column < first + M), other=0.0)
         relaxed += share[:, None] * moved[None, :]
     scores = ()
     for i in tl.static_range(M):
-        scores = scores + (_score(relaxed, original, lower, importance, row, inside, column, top - i, columns, stride),)
+        scores = scores + (  # noqa: RUF005 - Triton does not unpack
+            _score(relaxed, original, upper, importance, row, inside, column, first + i, columns, stride),
+        )
     stays = tl.zeros_like(row)
     for i in tl.static_range(M):
         beaten_by = tl.zeros_like(row)
         for j in tl.static_range(M):
             if j != i:
-                # Ties go against the lower column index, which is the larger k here: the earlier i.
+                # Ties go against the lower column index.
                 wins = (scores[j] >= scores[i]) if j > i else (scores[j] > scores[i])
                 beaten_by += wins.to(tl.int32)
         stays += (beaten_by < N).to(tl.int32) << i
@@ -73,14 +74,14 @@ def _choose(
 
 
 @triton.jit
-def _score(relaxed, original, lower, importance, row, inside, column, k, columns, stride):
+def _score(relaxed, original, upper, importance, row, inside, column, k, columns, stride):
     here = tl.sum(tl.where((column == k)[:, None], relaxed, 0.0), axis=0)
-    value = tl.load(original + k * stride + row, mask=inside, other=0.0) + here / tl.load(lower + k * columns + k)
+    value = tl.load(original + k * stride + row, mask=inside, other=0.0) + here / tl.load(upper + k * columns + k)
     return value * value * tl.load(importance + k)
 
 
 def sweep_block_triton(
-    asked: Tensor, original: Tensor, lower: Tensor, importance: Tensor, keep: Tensor, group: tuple[int, int] | None
+    asked: Tensor, original: Tensor, upper: Tensor, importance: Tensor, keep: Tensor, group: tuple[int, int] | None
 ) -> tuple[Tensor, Tensor]:
     """See `sweep_block`."""
     columns, rows = asked.shape
@@ -89,7 +90,7 @@ def sweep_block_triton(
     errors = torch.empty_like(asked)
     n, m = group or (0, 0)
     _sweep_kernel[(triton.cdiv(rows, _ROWS),)](
-        asked, original, lower.contiguous(), importance.contiguous(), keep, errors, rows, columns, rows,
+        asked, original, upper.contiguous(), importance.contiguous(), keep, errors, rows, columns, rows,
         N=n, M=m, COLUMNS=max(triton.next_power_of_2(columns), 16), ROWS=_ROWS, num_warps=_WARPS,
     )  # fmt: skip
     return errors, keep.bool()

@@ -8,50 +8,51 @@ _STRIP = 16
 
 
 def sweep_block_reference(
-    asked: Tensor, original: Tensor, lower: Tensor, importance: Tensor, keep: Tensor, group: tuple[int, int] | None
+    asked: Tensor, original: Tensor, upper: Tensor, importance: Tensor, keep: Tensor, group: tuple[int, int] | None
 ) -> tuple[Tensor, Tensor]:
-    """Column k loses original_k where it is pruned, else -(asked_k + sum_{j>k} L_jk e_j) / L_kk; see `sweep_block`."""
+    """Column k loses original_k where it is pruned, else -(asked_k + sum_{j<k} R_jk e_j) / R_kk; see `sweep_block`."""
     errors = torch.empty_like(original)
     keep = keep.clone() if group is None else torch.empty_like(keep)
     unit = 1 if group is None else group[1]
     strip = max(_STRIP // unit, 1) * unit
-    for top in range(len(asked), 0, -strip):
-        bottom = max(0, top - strip)
-        pending = torch.addmm(asked[bottom:top], lower[top:, bottom:top].T, errors[top:])
+    for low in range(0, len(asked), strip):
+        high = min(low + strip, len(asked))
+        pending = torch.addmm(asked[low:high], upper[:low, low:high].T, errors[:low])
         if group is None:
-            _lose(errors, pending, original, lower, keep, bottom, top)
+            _lose(errors, pending, original, upper, keep, low, high)
             continue
-        for high in range(top, bottom, -unit):
-            low = high - unit
-            within = torch.addmm(pending[low - bottom : high - bottom], lower[high:top, low:high].T, errors[high:top])
-            values = original[low:high] + _relaxed(within, lower[low:high, low:high])
-            keep[low:high] = _best(values.square() * importance[low:high, None], group[0])
-            _lose(errors, within, original, lower, keep, low, high)
+        for start in range(low, high, unit):
+            stop = start + unit
+            within = torch.addmm(pending[start - low : stop - low], upper[low:start, start:stop].T, errors[low:start])
+            values = original[start:stop] + _relaxed(within, upper[start:stop, start:stop])
+            keep[start:stop] = _best(values.square_().mul_(importance[start:stop, None]), group[0])
+            _lose(errors, within, original, upper, keep, start, stop)
     return errors, keep
 
 
-def _lose(errors: Tensor, pending: Tensor, original: Tensor, lower: Tensor, keep: Tensor, low: int, high: int) -> None:
+def _lose(errors: Tensor, pending: Tensor, original: Tensor, upper: Tensor, keep: Tensor, low: int, high: int) -> None:
     """Fill errors[low:high]."""
-    coefficients = lower[low:high, low:high].T.contiguous()
-    scale = -1 / lower.diagonal()[low:high]
+    coefficients = upper[low:high, low:high].T.contiguous()
+    scale = (-1 / upper.diagonal()[low:high]).tolist()
     part = errors[low:high]
-    for k in range(high - low - 1, -1, -1):
-        absorbed = torch.addmv(pending[k], part[k + 1 :].T, coefficients[k, k + 1 :]).mul_(scale[k])
-        torch.where(keep[low + k], absorbed, original[low + k], out=part[k])
+    rows = zip(pending.unbind(), keep[low:high].unbind(), original[low:high].unbind(), part.unbind(), strict=True)
+    for k, (waiting, stays, whole, out) in enumerate(rows):
+        absorbed = torch.addmv(waiting, part[:k].T, coefficients[k, :k]).mul_(scale[k])
+        torch.where(stays, absorbed, whole, out=out)
 
 
-def _relaxed(pending: Tensor, lower: Tensor) -> Tensor:
+def _relaxed(pending: Tensor, upper: Tensor) -> Tensor:
     """By how much the columns of a group would move if all of them stayed."""
-    return torch.linalg.solve_triangular(lower.T, pending, upper=True)
+    return torch.linalg.solve_triangular(upper.T, pending, upper=False)
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """True for the `count` highest of each column of scores; ties go against the later row (the lower column index)."""
+    """True for the `count` highest of each column of scores; ties go against the earlier row."""
     size = len(scores)
     beaten_by = torch.zeros(scores.shape, dtype=torch.uint8, device=scores.device)
     for low in range(size):
         for high in range(low + 1, size):
-            low_wins = scores[low] >= scores[high]
-            beaten_by[high] += low_wins
-            beaten_by[low] += ~low_wins
+            later_wins = scores[high] >= scores[low]
+            beaten_by[low] += later_wins
+            beaten_by[high] += ~later_wins
     return beaten_by < count
