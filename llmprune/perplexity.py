@@ -106,9 +106,7 @@ def evaluate(
     return measure_perplexity(source, tokens, settings, watch)
 
 
-def measure_perplexity(
-    source: Source, tokens: Tokens, settings: StreamSettings, watch: Watcher = ignore
-) -> Perplexity:
+def measure_perplexity(source: Source, tokens: Tokens, settings: StreamSettings, watch: Watcher = ignore) -> Perplexity:
     """Measure one model's perplexity with at most one decoder layer in memory.
 
     Args:

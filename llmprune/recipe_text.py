@@ -34,7 +34,7 @@ class _RecipeLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 - declared by the base class
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.tag:
             raise yaml.MarkedYAMLError(problem="an alias (*) or a tag (!)", problem_mark=event.start_mark)
         return super().compose_node(parent, index)

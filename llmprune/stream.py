@@ -222,10 +222,10 @@ class ResidentLayer:
 
     def replace(self, name: str, weight: Tensor) -> None:
         """Put a matrix [out, in] in place, rounded to the dtype in which it will be stored."""
+        parameter = self.matrices[name].parameter
         with torch.no_grad():
-            self._view(name).copy_(
-                weight.to(self.stream.source.stored_dtype(self.index, self.matrices[name].parameter))
-            )
+            self._view(name).copy_(weight.to(self.stream.source.stored_dtype(self.index, parameter)))
+        self.replaced.add(parameter)
 
     def count_zeros(self, name: str) -> int:
         """Zeros in the matrix as it is now."""

@@ -296,7 +296,7 @@ def test_the_compute_dtype_leaves_no_trace_in_what_is_not_pruned(
 
 
 def test_what_underflows_in_the_compute_dtype_is_still_pruned(tmp_path: Path) -> None:
-    """Zeros that stand for tiny values come back in a matrix that stays dense; in a pruned one they are zeros."""
+    """In a matrix that stays dense, tiny values are what they were; in a pruned one they are zeros."""
     source = save(build("llama"), tmp_path / "dense")
     before = tensors(source)
     tiny = [name for name in before if name.endswith(("q_proj.weight", "o_proj.weight"))]

@@ -1,4 +1,6 @@
-"""SparseGPT by llm-compressor on the same model and tokens, for comparison. Runs in an environment of its own:
+"""SparseGPT by llm-compressor on the same model and tokens, for comparison.
+
+It runs in an environment of its own:
 
     python -m venv peer && peer/bin/pip install llmcompressor==0.14.0.1 transformers==5.17.0
     peer/bin/python eval/bench/peer_llmcompressor.py eval/testbed --samples 128 --length 256
@@ -30,7 +32,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (args.samples, args.length), generator=generator)
     data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
-    modifier = SparseGPTModifier(sparsity=args.sparsity, mask_structure="0:0", targets=["Linear"], ignore=["re:.*lm_head"])
+    modifier = SparseGPTModifier(
+        sparsity=args.sparsity, mask_structure="0:0", targets=["Linear"], ignore=["re:.*lm_head"]
+    )
     start = time.perf_counter()
     oneshot(
         model=model, dataset=data, recipe=[modifier], max_seq_length=args.length, num_calibration_samples=args.samples

@@ -4,8 +4,9 @@
     python -m llmprune.eval.bench.prune llama-1.2b --samples 16 --length 512
     python -m llmprune.eval.bench.prune llama-8b --samples 128 --length 2048 --device cuda
 
-The floor is what the arithmetic alone must take: two forwards of the calibration tokens through the decoder layers at the
-measured rate of the checkpoint's dtype, and the Gram products at the measured rate of exact products with float32 sums.
+The floor is what the arithmetic alone must take: two forwards of the calibration tokens through the decoder layers at
+the measured rate of the checkpoint's dtype, and the Gram products at the measured rate of exact products with float32
+sums.
 `llama-1.2b` and `llama-8b` are random models of those shapes, written once to --work.
 """
 
@@ -21,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmprune.calibration import Tokens
 from llmprune.checkpoint import write_json
-from llmprune.devices import describe_device, resolve_device
+from llmprune.devices import describe_device
 from llmprune.hub import resolve_model
 from llmprune.memory import PeakWatch
 from llmprune.output import OutputFolder

@@ -3,9 +3,9 @@
     python -m llmprune.eval.bench.quality --calibration calibration.jsonl --heldout heldout.jsonl --json quality.json
 
 Protocol: weights and activations in float32; calibration is the first 128 packed samples of 256 tokens, with a
-beginning-of-sequence token in front of each document; perplexity is measured on the first 400 packed chunks of 256 held-out
-tokens, each predicted from its own chunk. The error is the mean over matrices of ||(W - V) X||^2 / ||W X||^2 on 8 further
-calibration samples. All matrices of the decoder layers are pruned; the head stays dense.
+beginning-of-sequence token in front of each document; perplexity is measured on the first 400 packed chunks of 256
+held-out tokens, each predicted from its own chunk. The error is the mean over matrices of ||(W - V) X||^2 / ||W X||^2
+on 8 further calibration samples. All matrices of the decoder layers are pruned; the head stays dense.
 """
 
 import argparse
