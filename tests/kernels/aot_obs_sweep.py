@@ -11,9 +11,10 @@ import tempfile
 from pathlib import Path
 
 import triton
-from llmprune.kernels.obs_sweep.kernel import _ROWS, _WARPS, _sweep_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from llmprune.kernels.obs_sweep.kernel import _ROWS, _WARPS, _sweep_kernel
 
 capability, n, m = map(int, sys.argv[1:])
 pointers = dict.fromkeys(("asked", "original", "upper", "importance", "errors"), "*fp32") | {"keep": "*i8"}

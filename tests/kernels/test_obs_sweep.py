@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from llmprune.kernels.obs_sweep import sweep_block
 from llmprune.kernels.obs_sweep.reference import sweep_block_reference
 
