@@ -172,7 +172,7 @@ class LayerCalls:
         return tuple(map(self._share, value)) if isinstance(value, tuple) else list(map(self._share, value))
 
     def _shared_tensor(self, tensor: Tensor) -> Tensor:
-        if _is_unusable(tensor):
+        if _leaves(self._returned, Tensor) and _is_unusable(tensor):
             raise ModelError(
                 "the model computes something from what a decoder layer returns beside its hidden states",
                 expected="layers whose outputs reach later layers unchanged",

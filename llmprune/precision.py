@@ -25,21 +25,37 @@ def float32_products(mode: str) -> Iterator[None]:
         cpu.fp32_precision, cuda.fp32_precision = before
 
 
+# Columns of a Gram that are formed by one product.
+_PANEL = 1024
+
+
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """Add x^T x to `total` in place, with exact products and sums in the dtype of `total`.
+    """Add the lower triangle of x^T x to `total` in place, with exact products and sums in the dtype of `total`.
 
     bfloat16 inputs multiply on the matrix units: on CUDA with float32 output, on a CPU by a float32 product that may
-    round its inputs to bfloat16, which changes nothing because they are bfloat16 already.
+    round its inputs to bfloat16, which changes nothing because they are bfloat16 already. What lies above the diagonal
+    is left in an unspecified state: `mirror_lower` completes it.
 
     Args:
         total: [in, in], float32 or float64.
         x: [tokens, in], any floating dtype.
     """
-    if total.dtype == torch.float64:
-        total.addmm_(x.T.double(), x.double())
-    elif x.dtype in (torch.bfloat16, torch.float16) and x.is_cuda:
-        total += torch.mm(x.T, x, out_dtype=torch.float32)
-    else:
-        wide = x.float()
-        with float32_products("bf16" if x.dtype == torch.bfloat16 else "ieee"):
-            total.addmm_(wide.T, wide)
+    on_cuda = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and total.dtype == torch.float32
+    rows = x if on_cuda else x.to(total.dtype)
+    with float32_products("bf16" if x.dtype == torch.bfloat16 and not x.is_cuda else "ieee"):
+        for start in range(0, x.shape[1], _PANEL):
+            stop = start + _PANEL
+            left, right = rows[:, start:].T, rows[:, start:stop]
+            if on_cuda:
+                total[start:, start:stop] += torch.mm(left, right, out_dtype=torch.float32)
+            else:
+                total[start:, start:stop].addmm_(left, right)
+
+
+def mirror_lower(total: Tensor) -> None:
+    """Complete a symmetric matrix whose lower triangle was summed by `add_gram`, in place and to the bit."""
+    for start in range(0, len(total), _PANEL):
+        stop = min(start + _PANEL, len(total))
+        corner = total[start:stop, start:stop]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+        total[start:stop, stop:] = total[stop:, start:stop].T

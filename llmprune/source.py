@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,11 +82,11 @@ class ModelSource:
 
     def load_layer(self, index: int, device: torch.device) -> None:
         """Move one layer to the device."""
-        self._visit(self.layers[index], device)
+        self._visit(self.layers[index].modules(), device)
 
     def free_layer(self, index: int) -> None:
         """Move it back."""
-        self._return(self.layers[index])
+        self._return(self.layers[index].modules())
 
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
         """The dtype that the parameter has."""
@@ -94,21 +94,23 @@ class ModelSource:
 
     def load_ends(self, device: torch.device) -> None:
         """Move everything outside the layers to the device."""
-        for module in _modules_outside(self.model, self.layers):
-            self._visit(module, device)
+        self._visit(_modules_outside(self.model, self.layers), device)
 
     def free_ends(self) -> None:
         """Move it back."""
-        for module in _modules_outside(self.model, self.layers):
-            self._return(module)
+        self._return(_modules_outside(self.model, self.layers))
 
-    def _visit(self, module: nn.Module, device: torch.device) -> None:
-        tensors = [*module.parameters(), *module.buffers()]
-        self._homes[module] = tensors[0].device if tensors else device
-        module.to(device)
+    def _visit(self, modules: Iterable[nn.Module], device: torch.device) -> None:
+        # All homes are noted before anything moves: tied weights belong to two modules.
+        homes = {module: tensor.device for module in modules for tensor in _own_tensors(module)}
+        self._homes.update(homes)
+        for module in homes:
+            _move(module, device)
 
-    def _return(self, module: nn.Module) -> None:
-        module.to(self._homes.pop(module))
+    def _return(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            if module in self._homes:
+                _move(module, self._homes.pop(module))
 
 
 class CheckpointSource:
@@ -147,16 +149,17 @@ class CheckpointSource:
         prefix = self.layer_name(index) + "."
         self._load({key: self.stored[key] for key in self.layer_keys(index)}, device)
         self._require_loaded(prefix)
-        self.layers[index].to(device)
+        for module in self.layers[index].modules():
+            _move(module, device)
 
     def free_layer(self, index: int) -> None:
         """Drop one decoder layer's parameters."""
-        _to_meta(self.layers[index])
+        _drop(self.layers[index].modules())
 
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
         """The dtype of the parameter (or of the first tensor that it is fused from) in the source checkpoint."""
         target = f"{self.layer_name(index)}.{parameter}"
-        return next(self.stored[key].dtype for key, name in self._targets.items() if name == target)
+        return next(self.stored[key].dtype for key, names in self._targets.items() if target in names)
 
     def load_ends(self, device: torch.device) -> None:
         """Read everything outside the decoder layers onto the device, and tie what is tied."""
@@ -165,12 +168,11 @@ class CheckpointSource:
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         self._require_loaded("")
         for module in _modules_outside(self.model, self.layers):
-            module.to(device)
+            _move(module, device)
 
     def free_ends(self) -> None:
         """Drop them."""
-        for module in _modules_outside(self.model, self.layers):
-            _to_meta(module)
+        _drop(_modules_outside(self.model, self.layers))
         self.model.tie_weights()
 
     def layer_name(self, index: int) -> str:
@@ -180,12 +182,12 @@ class CheckpointSource:
     def layer_keys(self, index: int) -> list[str]:
         """The checkpoint's own keys of one decoder layer."""
         prefix = self.layer_name(index) + "."
-        return [key for key, target in self._targets.items() if target.startswith(prefix)]
+        return [key for key, targets in self._targets.items() if targets[0].startswith(prefix)]
 
     def end_keys(self) -> list[str]:
         """The checkpoint's keys outside the decoder layers, those that the model does not know included."""
         layers = tuple(f"{self.layer_name(index)}." for index in range(len(self.layers)))
-        return [key for key, target in self._targets.items() if not target.startswith(layers)]
+        return [key for key, targets in self._targets.items() if not targets[0].startswith(layers)]
 
     def checkpoint_tensors(self, index: int, changed: Collection[str] = ()) -> dict[str, Tensor]:
         """The resident layer under the checkpoint's own keys and dtypes.
@@ -200,10 +202,9 @@ class CheckpointSource:
         prefix = self.layer_name(index)
         state = {f"{prefix}.{name}": tensor for name, tensor in self.layers[index].state_dict().items()}
         # Buffers that the checkpoint lacks have kept their initial values.
-        for name in {f"{prefix}.{name}" for name, _ in self.layers[index].named_buffers()} - set(
-            self._targets.values()
-        ):
-            state.pop(name, None)
+        for name, _ in self.layers[index].named_buffers():
+            if not any(f"{prefix}.{name}" in targets for targets in self._targets.values()):
+                state.pop(f"{prefix}.{name}", None)
         self.model._weight_conversions = [c for c in self._conversions if c.was_used()]
         reverted = revert_weight_conversion(self.model, state)
         wanted = self.layer_keys(index)
@@ -211,13 +212,13 @@ class CheckpointSource:
         extra = set(renamed) - set(wanted)
         # Keys that the model ignores (old rotary buffers, say) are carried over; others must all be there.
         carried = {key: self.stored[key][...] for key in wanted if key not in renamed}
-        if extra or any(self._targets[key] in self._state_names for key in carried):
+        if extra or any(self._feeds(key, self._state_names) for key in carried):
             raise CheckpointError(
                 f"the tensors of {prefix} do not convert back to the checkpoint's keys: {sorted(extra)[:3]}",
                 fix="report it with the model's id",
             )
         new = {f"{prefix}.{name}" for name in changed}
-        result = {key: self._as_stored(key, tensor, self._targets[key] in new) for key, tensor in renamed.items()}
+        result = {key: self._as_stored(key, tensor, self._feeds(key, new)) for key, tensor in renamed.items()}
         return {key: positive_zeros(tensor) for key, tensor in {**result, **carried}.items()}
 
     def _as_stored(self, key: str, tensor: Tensor, changed: bool) -> Tensor:
@@ -232,22 +233,28 @@ class CheckpointSource:
         # A zero was pruned, even where the original rounds to zero as well.
         return original.where((original.to(tensor.dtype) == tensor) & (tensor != 0), tensor.to(dtype))
 
-    def _plan_targets(self) -> dict[str, str]:
+    def _feeds(self, key: str, names: Collection[str]) -> bool:
+        return any(target in names for target in self._targets[key])
+
+    def _plan_targets(self) -> dict[str, tuple[str, ...]]:
+        """Say for each key of the checkpoint which parameters its tensor becomes, or is a part of."""
         renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
+        patterns = {source: c.target_patterns for c in converters for source in c.source_patterns}
         state = self.model.state_dict()
         self._state_names = set(state)
         prefix = self.model.base_model_prefix
         targets = {}
         for key in self.stored:
-            target = rename_source_key(key, renamings, converters, prefix, state)[0]
+            target, source = rename_source_key(key, renamings, converters, prefix, state)
             if target not in state and key in state:
-                target = rename_source_key(key, [], [], prefix, state)[0]
-            targets[key] = target
+                target, source = rename_source_key(key, [], [], prefix, state)
+            first, *others = patterns.get(source, [target])
+            targets[key] = target, *(target.replace(first, other) for other in others)
         return targets
 
     def _load(self, tensors: Mapping[str, Stored], device: torch.device) -> None:
-        known = {key: tensor for key, tensor in tensors.items() if self._targets[key] in self._state_names}
+        known = {key: tensor for key, tensor in tensors.items() if self._feeds(key, self._state_names)}
         dtype = self.model.dtype
         settings = LoadStateDictConfig(
             device_map={"": device},
@@ -362,19 +369,23 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _modules_outside(model: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
-    """The largest modules that hold none of the layers."""
-    for child in model.children():
-        if child is layers:
-            continue
-        if any(module is layers for module in child.modules()):
-            yield from _modules_outside(child, layers)
-        else:
-            yield child
+    """Every module that is neither a layer nor in one."""
+    inside = set(layers.modules())
+    return (module for module in model.modules() if module not in inside)
 
 
-def _to_meta(module: nn.Module) -> None:
-    """Drop the parameters; buffers wait on the CPU."""
-    for owner in module.modules():
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    """Move a module's own parameters and buffers, and not those of its children."""
+    module._apply(lambda tensor: tensor.to(device), recurse=False)
+
+
+def _drop(modules: Iterable[nn.Module]) -> None:
+    """Drop the parameters of these modules; their buffers wait on the CPU."""
+    for owner in modules:
         for name, parameter in owner.named_parameters(recurse=False):
             empty: Any = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
             setattr(owner, name, empty)

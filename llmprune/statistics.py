@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmprune.errors import NumericsError
 from llmprune.factorisation import Factor, factorise
-from llmprune.precision import add_gram
+from llmprune.precision import add_gram, mirror_lower
 
 
 @runtime_checkable  # so that annotations that name it can be executed in the tests
@@ -71,12 +71,14 @@ class Gram:
     """The Gram matrix X X^T of the inputs; enough for every regression-based solver.
 
     Attributes:
-        products: [width, width], float32 (exact products, float32 sums) or float64 in references.
+        sums: [width, width], float32 (exact products, float32 sums) or float64 in references; between updates only its
+            lower triangle counts, so read `products`.
         tokens: rows seen.
     """
 
-    products: Float[Tensor, "width width"]
+    sums: Float[Tensor, "width width"]
     tokens: int = 0
+    _symmetric: bool = field(default=True, repr=False)
     _factors: dict[float, Factor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -84,22 +86,32 @@ class Gram:
         return cls(torch.zeros(width, width, device=device))
 
     @property
+    def products(self) -> Float[Tensor, "width width"]:
+        """X X^T, [width, width], symmetric to the bit once anything was added."""
+        if not self._symmetric:
+            mirror_lower(self.sums)
+            self._symmetric = True
+        return self.sums
+
+    @property
     def squares(self) -> Float[Tensor, " width"]:
-        return self.products.diagonal()
+        return self.sums.diagonal()
 
     def update(self, x: Float[Tensor, "tokens width"]) -> None:
         self._factors.clear()
-        add_gram(self.products, x)
+        add_gram(self.sums, x)
         self.tokens += len(x)
+        self._symmetric = False
 
     def merge(self, other: "Gram") -> None:
         self._factors.clear()
-        self.products += other.products
+        self.sums += other.sums
         self.tokens += other.tokens
+        self._symmetric = self._symmetric and other._symmetric
 
     def add_prior(self, tokens: int, variance: float) -> None:
         self._factors.clear()
-        self.products.diagonal().add_(tokens * variance)
+        self.sums.diagonal().add_(tokens * variance)
         self.tokens += tokens
 
     def factor(self, damping: float) -> Factor:

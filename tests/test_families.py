@@ -1,6 +1,6 @@
 """Every architecture: streamed as transformers computes it, pruned where the recipe says and nowhere else."""
 
-import copy
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from folders import same, tensors, zeros
-from tiny_models import FAMILIES, build, known, random_ids, recipe, save
+from tiny_models import FAMILIES, VOCABULARY, build, known, random_ids, recipe, save
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmprune import prune
 from llmprune.decoder import Matrix, find_decoder_layers, prunable_matrices
+from llmprune.errors import ModelError
 from llmprune.report import Report
 from llmprune.source import CheckpointSource, ModelSource
 from llmprune.statistics import Gram
@@ -276,14 +277,30 @@ def test_routers_and_their_corrections_stay(tmp_path: Path) -> None:
     assert not any("gate_up_proj" in key for key in after)
 
 
-def test_other_implementations_of_experts_are_put_back() -> None:
-    model = build("qwen3_moe")
-    model.set_experts_implementation("grouped_mm")
-    expected = copy.deepcopy(model)
-    expected.set_experts_implementation("eager")
-    stream = Stream(ModelSource(model), random_ids(4, 16), StreamSettings(batch_size=2, outputs=True))
-    for layer in stream:
-        layer.observe(dict.fromkeys(layer.matrices, Gram))
-    assert model.config._experts_implementation == "grouped_mm"
-    streamed = [batch for (batch,) in stream.logits(stream.hidden)]
-    assert all(torch.equal(*pair) for pair in zip(streamed, logits(expected, stream.batches), strict=True))
+def test_experts_are_watched_whatever_their_implementation() -> None:
+    eager, fused = build("qwen3_moe"), build("qwen3_moe")
+    fused.set_experts_implementation("grouped_mm")
+    found = []
+    for model in (eager, fused):
+        for layer in Stream(ModelSource(model), random_ids(4, 16), StreamSettings(batch_size=2)):
+            groups = layer.observe(dict.fromkeys(layer.matrices, Gram))
+            found.append({name: group.statistics for group in groups for name in group.names})
+    for expected, watched in zip(found[:3], found[3:], strict=True):
+        assert expected.keys() == watched.keys()
+        assert all(torch.equal(gram.products, watched[name].products) for name, gram in expected.items())
+    assert fused.config._experts_implementation == "grouped_mm"
+
+
+def test_a_decoder_without_its_encoder_is_pruned_without_cross_attention(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "bart", vocab_size=VOCABULARY, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
+        max_position_embeddings=64, is_encoder_decoder=False, is_decoder=True,
+    )  # fmt: skip
+    save(AutoModelForCausalLM.from_config(config), tmp_path / "source")
+    with pytest.raises(
+        ModelError, match=r"encoder_attn\.k_proj took part in no matrix product .* nor did 3 more"
+    ) as caught:
+        prune(tmp_path / "source", recipe(), tmp_path / "output")
+    exclude = json.loads(caught.value.fix.partition("exclude: ")[2])
+    report = prune(tmp_path / "source", recipe(exclude=exclude), tmp_path / "output", overwrite=True)
+    assert len(report.rows) == 2 * 6

@@ -10,6 +10,7 @@ from folders import contents, same, tensors, zeros
 from safetensors.torch import load_file, save_file
 from tiny_models import build, random_ids, recipe, save
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmprune import prune
 from llmprune.errors import CheckpointError, ModelError
@@ -133,6 +134,24 @@ def test_tensors_that_the_model_does_not_know_are_carried_over(tmp_path: Path) -
     assert all(same(output[key], tensor) for key, tensor in strangers.items())
 
 
+def test_a_tensor_may_become_several_parameters(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "hrm_text", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=8, num_layers_per_stack=2,
+    )  # fmt: skip
+    save(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), tmp_path)
+    key = "model.L_module.layers.0.mlp.gate_up_proj.weight"
+    rewrite(tmp_path, lambda stored: {name: t.float() if name == key else t for name, t in stored.items()})
+    source = CheckpointSource(tmp_path, decoder_layers="model.L_module.layers")
+    source.load_layer(0, CPU)
+    assert source.stored_dtype(0, "mlp.up_proj.weight") == torch.float32
+    source.layers[0].get_parameter("mlp.up_proj.weight").data.zero_()
+    assert zeros(source.checkpoint_tensors(0)[key]) == 0
+    gate, up = source.checkpoint_tensors(0, {"mlp.up_proj.weight"})[key].chunk(2)
+    assert torch.equal(gate, tensors(tmp_path)[key].chunk(2)[0])
+    assert zeros(up) == up.numel()
+
+
 def test_a_buffer_that_the_checkpoint_lacks_stays_out(tmp_path: Path) -> None:
     folder = save(build("deepseek_v3"), tmp_path / "source")
     rewrite(folder, lambda stored: {k: t for k, t in stored.items() if not k.endswith("e_score_correction_bias")})
@@ -196,6 +215,17 @@ def test_models_that_cannot_be_pruned_are_refused(llama: Path, change: dict[str,
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ModelError, match=message):
         CheckpointSource(llama)
+
+
+def test_layers_that_share_a_block_are_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "zamba", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, attention_head_dim=16, attention_hidden_size=64, mamba_dt_rank=4, mamba_d_state=4,
+        layers_block_type=["hybrid", "linear_attention", "hybrid", "linear_attention"],
+    )  # fmt: skip
+    save(AutoModelForCausalLM.from_config(config), tmp_path)
+    with pytest.raises(ModelError, match=r"layers\.0 and model\.layers\.2 have the parameter shared_transf"):
+        CheckpointSource(tmp_path)
 
 
 def test_offloaded_models_are_refused() -> None:

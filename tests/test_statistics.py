@@ -297,3 +297,18 @@ def test_float32_inputs_are_never_rounded_to_bfloat16() -> None:
     with float32_products("bf16"):
         statistics = collected(Gram, x)
     assert relative_error(statistics.products, exact_sums(Gram, x)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gram_wider_than_one_panel_is_whole_and_symmetric_to_the_bit(dtype: torch.dtype) -> None:
+    x = torch.randn(40, 1100).to(dtype)
+    gram = Gram.empty(1100)
+    gram.update(x[:30])
+    gram.update(x[30:])
+    exact = x.double().T @ x.double()
+    assert relative_error(gram.products, exact) < 1e-6
+    assert torch.equal(gram.products, gram.products.T)
+    half = Gram.empty(1100)
+    half.update(x[:30])
+    half.merge(gram)
+    assert relative_error(half.products, exact + x[:30].double().T @ x[:30].double()) < 1e-6

@@ -79,9 +79,11 @@ def test_hidden_states_move_between_memory_and_disk() -> None:
     assert states[1].tolist() == [0.0] * 5
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "mamba"])
-def test_statistics_do_not_depend_on_the_batch_size(family: str) -> None:
-    one, three = (grams(build(family), batch_size=size) for size in (1, 3))
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "jetmoe", "mamba"])
+@pytest.mark.parametrize("length", [12, 1])
+def test_statistics_do_not_depend_on_the_batch_size(family: str, length: int) -> None:
+    """A batch of one token leaves most experts without any."""
+    one, three = (grams(build(family), ids=random_ids(12, length), batch_size=size) for size in (1, 3))
     assert one.keys() == three.keys()
     for name, gram in one.items():
         assert gram.tokens == three[name].tokens
@@ -157,6 +159,16 @@ def test_stopping_early_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 def walk(run: Stream, visit: Callable[[ResidentLayer], Any]) -> None:
     for layer in run:
         visit(layer)
+
+
+def test_a_matrix_that_is_used_twice_is_summed_twice() -> None:
+    run = stream(wired(lambda block, x: block.linear(block.linear(x).tanh()), in_turn))
+    layer = next(iter(run))
+    (group,) = observe(layer)
+    inputs = torch.cat([run.hidden[batch] for batch in range(3)]).reshape(-1, 32)
+    both = torch.cat([inputs, layer.module.linear(inputs).tanh()])
+    assert group.statistics.tokens == len(both)
+    torch.testing.assert_close(group.statistics.products, both.T @ both)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -28,7 +28,7 @@ from llmprune.memory import PeakWatch
 from llmprune.output import OutputFolder
 from llmprune.pipeline import Run, versions
 from llmprune.planning import plan_jobs
-from llmprune.precision import add_gram
+from llmprune.precision import float32_products
 from llmprune.recipe import load_recipe
 
 SHAPES = {
@@ -74,12 +74,13 @@ def rate(product: Callable[[], object], flops: float, device: torch.device) -> f
 def measure_rates(dtype: torch.dtype, device: torch.device, size: int) -> dict[str, float]:
     """FLOP/s of a forward's products and of a Gram, square of this size."""
     x = torch.randn(size, size, device=device).to(dtype)
-    total = torch.zeros(size, size, device=device)
     flops = 2.0 * size**3
-    return {
-        "forward": rate(lambda: x @ x, flops, device),
-        "gram": rate(lambda: add_gram(total, x), flops, device),
-    }
+    forward = rate(lambda: x @ x, flops, device)
+    if device.type == "cuda" and dtype != torch.float32:
+        return {"forward": forward, "gram": rate(lambda: torch.mm(x, x, out_dtype=torch.float32), flops, device)}
+    wide = x.float()
+    with float32_products("bf16" if dtype == torch.bfloat16 and device.type == "cpu" else "ieee"):
+        return {"forward": forward, "gram": rate(lambda: wide @ wide, flops, device)}
 
 
 def main() -> None:
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--held-back", type=int, default=0)
+    parser.add_argument("--held-back", type=int, default=4)
     parser.add_argument("--pattern", default="0.5")
     parser.add_argument("--method", default="sparsegpt")
     parser.add_argument("--device", default="auto")

@@ -91,7 +91,7 @@ class _Sweep:
         factor, importance = self.upper[start:stop, start:stop], self.importance[start:stop]
         # Transposed, so that a column of W is contiguous; one block of columns fits the cache.
         original = self.weight[:, start:stop].T.contiguous()
-        asked = (self.errors[:, :start] @ self.upper[:start, start:stop]).T.contiguous()
+        asked = self.upper[:start, start:stop].T @ self.errors[:, :start].T
         if self.group is None and not self.fixed:
             present = original + torch.linalg.solve_triangular(factor.T, asked, upper=False)
             scores = present.square_().mul_(importance[:, None]).T
