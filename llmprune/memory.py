@@ -13,8 +13,8 @@ statistics      4 d^2 bytes for each Gram of width d, 4 d for column norms; matr
 held-back rows  up to 1,024 rows of each group's input
 forward         batch x length tokens x (6 hidden sizes + 3 widest products) in the compute dtype, and a float32 copy of
                 the widest input while its Gram is formed
-solving         for the matrix at hand [o, i]: 24 o i for the sweep, and 8 i^2 where a Gram is factorised (the damped
-                Gram and its factor)
+solving         for the matrix at hand [o, i]: 24 o i for the sweep, and 6 i^2 where a Gram is factorised (the
+                damped Gram, which becomes its factor, and copies in passing)
 """
 
 import threading
@@ -95,7 +95,7 @@ def predict_peak(ends: int, hidden_states: int, calls: int, layers: Sequence[Lay
 
 def _solving(shape: tuple[int, int], job: Job) -> int:
     rows, width = shape
-    return 24 * rows * width + (8 * width**2 if job.method.needs is Gram else 0)
+    return 24 * rows * width + (6 * width**2 if job.method.needs is Gram else 0)
 
 
 class PeakWatch:

@@ -270,7 +270,7 @@ class Run:
         """Save a model in memory beside the output folder first, then move the finished files in."""
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.copy_(positive_zeros(parameter))
+                positive_zeros(parameter)
         with writing_to(output):
             output.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=output.parent, prefix=".llmprune-") as staging:

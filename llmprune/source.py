@@ -338,8 +338,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -
 
 
 def positive_zeros(tensor: Tensor) -> Tensor:
-    """Replace -0.0 by 0.0, so that a zero is all zero bits."""
-    return tensor + 0.0 if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else tensor
+    """Replace -0.0 by 0.0 in place, so that a zero is all zero bits; returns the tensor."""
+    return tensor.add_(0.0) if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else tensor
 
 
 @contextmanager
