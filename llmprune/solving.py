@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmprune.devices import return_freed_memory
 from llmprune.errors import NumericsError
 from llmprune.methods import Method, Pruned
 from llmprune.observation import Group
@@ -53,6 +54,7 @@ def solve_layer(
     """
     priors = _add_priors(layer, groups, min_tokens)
     with torch.no_grad(), stages("solve"):
+        return_freed_memory()  # what the forward left behind, before the workspaces of the solvers
         shares = _layer_shares(layer, groups, jobs)
         rows: list[MatrixRow] = []
         while groups:

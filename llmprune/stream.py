@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llmprune.activations import HiddenStates, LayerCalls
 from llmprune.decoder import Matrix, prunable_matrices
+from llmprune.devices import return_freed_memory
 from llmprune.errors import ModelError, NumericsError
 from llmprune.observation import EveryMatrixSeenError, Group, Observer
 from llmprune.precision import float32_products
@@ -91,6 +92,7 @@ class Stream:
                         layer.advance()
                 finally:
                     self.source.free_layer(index)
+                    return_freed_memory()
 
     def logits(self, *final: HiddenStates) -> Iterator[tuple[Tensor, ...]]:
         """Yield, batch by batch, the logits [samples, length, vocabulary] of one or more sets of final hidden states.
