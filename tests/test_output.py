@@ -338,6 +338,9 @@ def test_what_a_killed_start_leaves_counts_as_empty(tmp_path: Path) -> None:
     (tmp_path / f".{MANIFEST_NAME}.partial").write_text('{"for')
     for resume in (False, True):
         require_empty(tmp_path, resume=resume, overwrite=False)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ResumeError):
+        require_empty(tmp_path, resume=False, overwrite=False)
 
 
 def test_errors_are_one_family() -> None:
