@@ -50,3 +50,11 @@ class ResumeError(LlmpruneError):
 
 class DeviceError(LlmpruneError):
     """A device that this machine does not have."""
+
+
+class ServingError(LlmpruneError):
+    """A server that cannot start."""
+
+
+class FormatError(LlmpruneError):
+    """Packed tensors that do not hold what their layout says."""

@@ -1,0 +1,214 @@
+"""Which configuration a kernel runs with: choices measured on this machine, else on another of its kind, else none.
+
+A choice is looked up by operation, device and exact shape, in two places:
+
+1. the cache file, where tuning records what it measured: `kernels.json` in the folder `$LLMPRUNE_CACHE`, by default
+   `~/.cache/llmprune`. It is read once per process;
+2. `BUILT_IN`, choices that were measured elsewhere and ship with the package.
+
+Where neither has the shape, `measured` returns None and the operation takes its own calculated default. A choice in the
+file belongs to the versions of torch, Triton and our kernels that it was measured with: under others it is not found.
+"""
+
+import functools
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+# What one measurement decides, in the operation's own words; for a kernel the fields of its configuration.
+Choice = dict[str, int | float | str]
+
+Configuration = TypeVar("Configuration")
+
+# Raise it when a kernel changes so much that earlier measurements say nothing about it.
+KERNELS_VERSION = 1
+
+# device -> operation -> shape, as in the file. Empty: no GPU has been measured yet, calculated defaults run everywhere.
+BUILT_IN: dict[str, dict[str, dict[str, Choice]]] = {}
+
+
+def measured(op: str, device: torch.device, **shape: int) -> Choice | None:
+    """Look up the choice that was measured best.
+
+    Args:
+        op: name of the operation, such as "linear_24".
+        device: the device that it runs on.
+        shape: named sizes; only a choice recorded under exactly these is found.
+
+    Returns:
+        The choice, not to be changed; None where this was never measured.
+    """
+    return _choices().get((op, device_key(device), _shape_key(shape)))
+
+
+def measured_as(
+    make: Callable[..., Configuration], op: str, device: torch.device, **shape: int
+) -> Configuration | None:
+    """Look up the choice that was measured best, as a configuration.
+
+    Args:
+        make: takes the settings of the choice by name; raises TypeError or ValueError for those no kernel can run with.
+        op: as for `measured`.
+        device: as for `measured`.
+        shape: as for `measured`.
+
+    Returns:
+        What `make` made; None where nothing was measured or, with a warning, where `make` refused it.
+    """
+    choice = measured(op, device, **shape)
+    if choice is None:
+        return None
+    try:
+        return make(**choice)
+    except (TypeError, ValueError) as error:
+        warnings.warn(
+            f"{op}, {_shape_key(shape)}: the measured choice {choice} is not used: {error}\n"
+            "expected: a choice that this version of the kernels can run; a calculated default runs instead\n"
+            f"fix: tune again, which replaces it in {cache_file()}",
+            stacklevel=2,
+        )
+        return None
+
+
+def dispatch_limit(op: str, device: torch.device, highest: int, **shape: int) -> int:
+    """Tell from how many tokens on an operation leaves its decode kernel for the dense path.
+
+    Args:
+        op: name of the operation; the measured limit is the choice {"limit": tokens} of `<op>.dispatch`.
+        device: the device that it runs on.
+        highest: most tokens that the decode kernel can take. Without a measurement it takes them all: it moves 0.56 of
+            the dense bytes, while the dense path moves 0.56 + 1 + 1 of them.
+        shape: named sizes, without the tokens.
+    """
+    limit = measured_as(_limit, f"{op}.dispatch", device, **shape)
+    return highest + 1 if limit is None else min(limit, highest + 1)
+
+
+def record(op: str, device: torch.device, choice: Choice, **shape: int) -> None:
+    """Write a measured choice to the cache file; `measured` finds it from now on, also in later processes.
+
+    The file is replaced atomically. Of two processes that record at the same moment, one may lose its choice.
+
+    Raises:
+        TypeError: a value of the choice is not an int, a float or a string.
+        OSError: the cache folder cannot be written.
+    """
+    if not _is_choice(choice):
+        raise TypeError(f"choice {choice!r} for {op}: expected a dict with str keys and int, float or str values")
+    path = cache_file()
+    content = _read(path)
+    ours = content.setdefault(_versions(), {})
+    ours.setdefault(device_key(device), {}).setdefault(op, {})[_shape_key(shape)] = dict(choice)
+    _replace(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    forget()
+
+
+def forget() -> None:
+    """Read the cache file again at the next look-up."""
+    _choices.cache_clear()
+
+
+def cache_file() -> Path:
+    """Return where measured choices are kept; the file need not exist."""
+    folder = os.environ.get("LLMPRUNE_CACHE")
+    return (Path(folder).expanduser() if folder else Path.home() / ".cache" / "llmprune") / "kernels.json"
+
+
+@functools.cache
+def device_key(device: torch.device) -> str:
+    """Name the kind of device as its driver does, such as "NVIDIA H200"; "cpu" for the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Count the multiprocessors of a GPU; 1 for other devices."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def _choices() -> dict[tuple[str, str, str], Choice]:
+    try:
+        cached = _read(cache_file()).get(_versions(), {})
+    except RuntimeError:  # this user has no home folder: so there is no cache either
+        cached = {}
+    return {
+        (op, device, shape): choice
+        for table in (BUILT_IN, cached)
+        for device, operations in table.items()
+        for op, shapes in operations.items()
+        for shape, choice in shapes.items()
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Versions -> device -> operation -> shape -> choice; empty, with a warning, where the file is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        _check(content)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        warnings.warn(
+            f"{path} cannot be read: {error}\n"
+            "expected: the measured kernel configurations that tuning wrote; calculated defaults run instead\n"
+            "fix: delete the file, or tune again, which replaces it",
+            stacklevel=2,
+        )
+        return {}
+    return dict(content)
+
+
+def _check(content: Any, depth: int = 4) -> None:
+    """Raise ValueError unless `content` is `depth` dicts inside one another around choices."""
+    if depth == 0:
+        if not _is_choice(content):
+            raise ValueError(f"{str(content)[:60]} is not a choice")
+        return
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(content)[:60]} is not an object")
+    for inner in content.values():
+        _check(inner, depth - 1)
+
+
+def _is_choice(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(setting, int | float | str) for name, setting in value.items()
+    )
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _limit(limit: int) -> int:
+    return int(limit)
+
+
+def _shape_key(shape: dict[str, int]) -> str:
+    return " ".join(f"{name}={shape[name]}" for name in sorted(shape))
+
+
+@functools.cache
+def _versions() -> str:
+    try:
+        import triton  # type: ignore[import-untyped]
+    except ImportError:
+        compiler = "no triton"
+    else:
+        compiler = f"triton {triton.__version__}"
+    return f"torch {torch.__version__}, {compiler}, kernels {KERNELS_VERSION}"
