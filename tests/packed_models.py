@@ -1,0 +1,49 @@
+"""Packed checkpoints, written by hand: a tiny model, pruned by magnitude, with its linear layers packed."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tiny_models import build, save
+
+from llmprune.checkpoint import read_index
+from llmprune.formats import fit_layout
+from llmprune.packed import packing_record
+from llmprune.patterns import Pattern, parse
+
+
+def save_packed(
+    folder: Path, layout: str = "nm", pattern: str = "2:4", dtype: torch.dtype = torch.bfloat16, **config: Any
+) -> Path:
+    """Save a tiny Llama as `folder`/dense, pruned, and as `folder`/packed; returns the folder."""
+    dense, packed = folder / "dense", folder / "packed"
+    save(build("llama", dtype, **config), dense)
+    prune_by_magnitude(dense, parse(pattern))
+    shutil.copytree(dense, packed)
+    tensors = {key: stored[...] for key, stored in read_index(dense).items()}
+    layouts = {}
+    for name in linear_layers(tensors):
+        weight = tensors.pop(f"{name}.weight")
+        layouts[name] = fit_layout(layout, weight, parse(pattern))
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in layouts[name].pack(weight).items()}
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    description = json.loads((dense / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps({**description, **packing_record(layouts)}))
+    return folder
+
+
+def prune_by_magnitude(folder: Path, pattern: Pattern) -> None:
+    """Prune the linear layers of a checkpoint of one file."""
+    tensors = {key: stored[...] for key, stored in read_index(folder).items()}
+    for name in linear_layers(tensors):
+        weight = tensors[f"{name}.weight"]
+        tensors[f"{name}.weight"] = weight * pattern.compared("row").mask(weight.float().abs())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def linear_layers(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """The linear layers inside decoder layers."""
+    return [key.removesuffix(".weight") for key, tensor in tensors.items() if key.endswith("proj.weight")]
