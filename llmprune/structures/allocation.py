@@ -1,0 +1,224 @@
+"""How much of each structure goes: the levels that lose least within one budget for the whole model.
+
+Each structure (the FFN channels of a layer, its KV groups, ...) offers levels with a size and an error; one level of
+each is chosen so that the sizes stay within the budget and the errors add up to as little as possible. That is the
+multiple-choice knapsack problem. Dynamic programming over the budget solves it exactly where the sizes are multiples
+of a quantum that fits the resolution (parameters nearly always are); elsewhere sizes are rounded up, so that the
+budget holds. A Lagrangian sweep gives a lower bound, which says how far from the optimum a result can be, and a
+second candidate, which matters only where rounding costs something.
+
+Errors of one layer say little about the model: weigh them by what the model loses, for example by the divergence
+measured with one structure at one level and everything else dense.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import NumericsError, PatternError, RecipeError
+
+# Prices tried between one that buys everything and one that buys nothing.
+_PRICES = 64
+# A size may pass the budget by this fraction: sums of floats.
+_SLACK = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """The levels that one structure can be pruned to.
+
+    Attributes:
+        name: what it is, for errors and results.
+        errors: the error at each level, finite, in the same unit for all structures.
+        sizes: the size at each level, >= 0, finite: parameters, FLOPs or microseconds, alike for all structures.
+        weight: what an error of 1 costs the model, >= 0.
+    """
+
+    name: str
+    errors: Sequence[float]
+    sizes: Sequence[float]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.errors or len(self.errors) != len(self.sizes):
+            raise PatternError(
+                f"{self.name}: {len(self.errors)} errors and {len(self.sizes)} sizes", expected="one of each per level"
+            )
+        if not all(map(math.isfinite, (*self.errors, *self.sizes, self.weight))):
+            raise NumericsError(f"{self.name}: an error, a size or the weight is not finite", expected="finite numbers")
+        if min(self.sizes) < 0 or self.weight < 0:
+            raise PatternError(f"{self.name}: a size or the weight is negative", expected="numbers >= 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """The chosen levels.
+
+    Attributes:
+        levels: name -> index of its level.
+        error: sum of weight * error.
+        size: sum of the sizes, at most the budget.
+        bound: no choice within the budget has an error below this.
+    """
+
+    levels: dict[str, int]
+    error: float
+    size: float
+    bound: float
+
+
+def aligned_levels(groups: int, multiple: int, most: int) -> tuple[int, ...]:
+    """Numbers of groups to remove so that a multiple of something stays; 0 is always among them.
+
+    Args:
+        groups: groups that there are.
+        multiple: what the number of groups that stay must be a multiple of, >= 1.
+        most: the most groups to remove, in [0, groups].
+
+    Raises:
+        PatternError: a number is out of range.
+
+    Example:
+        >>> aligned_levels(704, 128, 352)
+        (0, 64, 192, 320)
+    """
+    if multiple < 1 or not 0 <= most <= groups:
+        raise PatternError(
+            f"at most {most} of {groups} groups, the rest a multiple of {multiple}",
+            expected="a multiple >= 1, and at most all groups",
+        )
+    return (0, *(removed for removed in range(1, most + 1) if (groups - removed) % multiple == 0))
+
+
+def allocate(ladders: Sequence[Ladder], budget: float, resolution: int = 20_000) -> Allocation:
+    """Choose a level for each structure so that the total error is least within the budget.
+
+    Args:
+        ladders: the structures, with distinct names.
+        budget: what the sizes of the chosen levels may add up to.
+        resolution: the most steps that the budget is cut into, >= 1. Time and memory grow with it and with the number
+            of levels.
+
+    Returns:
+        The optimum, where the sizes are multiples of budget / resolution or have a common divisor above it; otherwise
+        at most `error - bound` from it. Ties go to the smaller size, then to the lower level.
+
+    Raises:
+        PatternError: names repeat, or even the smallest levels exceed the budget.
+        RecipeError: the resolution is below 1.
+    """
+    _check(ladders, budget, resolution)
+    errors = [torch.tensor(ladder.errors, dtype=torch.float64) * ladder.weight for ladder in ladders]
+    sizes = [torch.tensor(ladder.sizes, dtype=torch.float64) for ladder in ladders]
+    bound, swept = _sweep(errors, sizes, budget)
+    candidates = [swept]
+    if (exact := _program(errors, sizes, budget, resolution)) is not None:
+        candidates.append(exact)
+    totals = [(_chosen(errors, levels), _chosen(sizes, levels), levels) for levels in candidates]
+    error, size, levels = min(totals)
+    names = [ladder.name for ladder in ladders]
+    return Allocation(dict(zip(names, levels, strict=True)), error, size, min(bound, error))
+
+
+def _program(errors: list[Tensor], sizes: list[Tensor], budget: float, resolution: int) -> list[int] | None:
+    """Dynamic programming: the least error within each whole number of quanta; None if rounding leaves no choice."""
+    # What every choice contains need not be cut into quanta.
+    least = [size.min() for size in sizes]
+    extra = [size - low for size, low in zip(sizes, least, strict=True)]
+    room = max(budget - float(sum(least)), 0.0)
+    steps, quantum = _quantise(extra, room, resolution)
+    cells = min(math.floor(room / quantum * (1 + _SLACK)), sum(int(step.max()) for step in steps)) if room else 0
+    table = torch.zeros(cells + 1, dtype=torch.float64)
+    choices = []
+    for error, step in zip(errors, steps, strict=True):
+        best, choice = torch.full_like(table, math.inf), torch.zeros(len(table), dtype=torch.int64)
+        for level, (cost, width) in enumerate(zip(error.tolist(), step.tolist(), strict=True)):
+            if width <= cells:
+                offered = table[: cells + 1 - width] + cost
+                better = offered < best[width:]
+                best[width:][better], choice[width:][better] = offered[better], level
+        table = best
+        choices.append(choice)
+    return _trace(table, choices, steps)
+
+
+def _trace(table: Tensor, choices: list[Tensor], steps: list[Tensor]) -> list[int] | None:
+    # The first cell that has the least error is the smallest size that reaches it.
+    cell = int((table == table.min()).nonzero()[0])
+    if not math.isfinite(float(table[cell])):
+        return None
+    levels: list[int] = []
+    for choice, step in zip(reversed(choices), reversed(steps), strict=True):
+        levels.append(int(choice[cell]))
+        cell -= int(step[levels[-1]])
+    return levels[::-1]
+
+
+def _quantise(sizes: list[Tensor], room: float, resolution: int) -> tuple[list[Tensor], float]:
+    """Sizes as whole numbers of quanta: their greatest common divisor where that is fine, rounded up elsewhere."""
+    values = torch.cat(sizes).tolist()
+    if all(value.is_integer() for value in values):
+        divisor = math.gcd(*map(int, values)) or 1
+        if room / divisor <= resolution:
+            return [(size / divisor).round().long() for size in sizes], divisor
+    quantum = room / resolution or 1.0
+    return [(size / quantum * (1 - _SLACK)).ceil().long() for size in sizes], quantum
+
+
+def _sweep(errors: list[Tensor], sizes: list[Tensor], budget: float) -> tuple[float, list[int]]:
+    """Bisect the price of size: the best lower bound found, and the best levels that keep within the budget."""
+    smallest = [_best(size, error) for error, size in zip(errors, sizes, strict=True)]
+    best, bound = smallest, -math.inf
+    low, high = 0.0, _highest_price(errors, sizes)
+    for price in (low, *(None,) * _PRICES):
+        tried = (low + high) / 2 if price is None else price
+        levels = [_best(error + tried * size, size) for error, size in zip(errors, sizes, strict=True)]
+        size = _chosen(sizes, levels)
+        bound = max(bound, _chosen(errors, levels) + tried * (size - budget))
+        if size <= budget * (1 + _SLACK):
+            high = tried
+            if _chosen(errors, levels) < _chosen(errors, best):
+                best = levels
+        else:
+            low = tried
+    return bound, best
+
+
+def _highest_price(errors: list[Tensor], sizes: list[Tensor]) -> float:
+    """A price at which every structure takes its smallest level: the steepest slope between two levels."""
+    steepest = 0.0
+    for error, size in zip(errors, sizes, strict=True):
+        gaps = size[:, None] - size
+        slopes = (error - error[:, None]) / gaps
+        rising = slopes[gaps > 0]
+        steepest = max(steepest, float(rising.max()) if len(rising) else 0.0)
+    return 2 * steepest or 1.0
+
+
+def _best(values: Tensor, tie: Tensor) -> int:
+    """Index of the least value; among equals the least of `tie`, then the first."""
+    least = values == values.min()
+    return int(tie.masked_fill(~least, math.inf).argmin())
+
+
+def _chosen(values: list[Tensor], levels: list[int]) -> float:
+    return math.fsum(float(value[level]) for value, level in zip(values, levels, strict=True))
+
+
+def _check(ladders: Sequence[Ladder], budget: float, resolution: int) -> None:
+    if resolution < 1:
+        raise RecipeError(f"a resolution of {resolution}", expected="at least 1")
+    if len({ladder.name for ladder in ladders}) < len(ladders) or not ladders:
+        raise PatternError(
+            f"{len(ladders)} structures: {', '.join(ladder.name for ladder in ladders)}",
+            expected="at least one, and distinct names",
+        )
+    least = math.fsum(min(ladder.sizes) for ladder in ladders)
+    if not least <= budget * (1 + _SLACK):
+        raise PatternError(
+            f"a budget of {budget:,.6g}, but the smallest levels already need {least:,.6g}",
+            fix="raise the budget, or allow more to be removed from each structure",
+        )

@@ -1,0 +1,185 @@
+"""Scores of groups of channels: pure functions of what is known about the channels; the lowest scores go.
+
+A channel is a column of every matrix given here: matrices that write it (gate_proj, q_proj, ...) are transposed, so
+that channels come last, and matrices that read it (down_proj, o_proj) stay as they are. The channels of a matrix split
+into `groups` runs of equal length, which may differ between matrices: with grouped-query attention a KV group has the
+columns of several query heads in o_proj and the rows of one head in v_proj.
+"""
+
+# No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llmprune.errors import PatternError
+from llmprune.patterns import keep_highest
+from llmprune.statistics import check_finite
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """What is known about the channels of one layer; `NEEDS` says which of it a score reads.
+
+    Attributes:
+        groups: groups that the channels split into, >= 1.
+        matrices: all weights that go with the channels, each [*, channels].
+        reading: the matrix that multiplies the activations, [out, channels].
+        tokens: calibration tokens behind the sums, >= 1.
+        sums: [channels], sum over tokens of the activation.
+        squares: [channels], sum over tokens of its square.
+        active: [channels], tokens whose activation is above zero.
+        gradients: of the loss, averaged over samples; one [*, channels] for each of `matrices`.
+        squared_gradients: their squares, averaged over samples; one [*, channels] for each of `matrices`.
+        gains: scales of the norms that the channels pass through, each [channels].
+    """
+
+    groups: int
+    matrices: Sequence[Float[Tensor, "_ _"]] = ()
+    reading: Float[Tensor, "out channels"] | None = None
+    tokens: int = 1
+    sums: Float[Tensor, " channels"] | None = None
+    squares: Float[Tensor, " channels"] | None = None
+    active: Float[Tensor, " channels"] | None = None
+    gradients: Sequence[Float[Tensor, "_ _"]] = ()
+    squared_gradients: Sequence[Float[Tensor, "_ _"]] = ()
+    gains: Sequence[Float[Tensor, " channels"]] = ()
+
+
+def magnitude_l1(channels: Channels) -> Float[Tensor, " groups"]:
+    """Sum of |w| over the group's weights (Li et al., arXiv 1608.08710)."""
+    return _total(channels, [matrix.abs() for matrix in channels.matrices])
+
+
+def magnitude_l2(channels: Channels) -> Float[Tensor, " groups"]:
+    """Euclidean norm of the group's weights."""
+    return _total(channels, [matrix.square() for matrix in channels.matrices]).sqrt()
+
+
+def activation_norm(channels: Channels) -> Float[Tensor, " groups"]:
+    """Root of the sum over the group of mean_t x_tj^2 (the channel importance of Minitron, arXiv 2407.14679)."""
+    return _grouped(_mean_squares(channels), channels.groups).sqrt()
+
+
+def activation_frequency(channels: Channels) -> Float[Tensor, " groups"]:
+    """Mean over the group of the fraction of tokens with x_tj > 0, for ReLU-like units (arXiv 1607.03250)."""
+    assert channels.active is not None, "the activation frequency needs counts of active tokens"
+    frequency = channels.active.double() / channels.tokens
+    return _grouped(frequency, channels.groups) * channels.groups / len(frequency)
+
+
+def wanda(channels: Channels) -> Float[Tensor, " groups"]:
+    """Sum over the group of |W_ij| sqrt(mean_t x_tj^2) (Wanda-sp of arXiv 2312.11983)."""
+    weights = _reading(channels).abs().sum(0, dtype=torch.float64)
+    return _grouped(weights * _mean_squares(channels).sqrt(), channels.groups)
+
+
+def fluctuation(channels: Channels) -> Float[Tensor, " groups"]:
+    """Sum over the group of Var_t(x_tj) ||W_:j||^2 (FLAP, arXiv 2312.11983, equation 5)."""
+    assert channels.sums is not None, "the fluctuation needs sums of the activations"
+    mean = channels.sums.double() / channels.tokens
+    variance = (_mean_squares(channels) - mean.square()).clamp(min=0)
+    energy = _reading(channels).square().sum(0, dtype=torch.float64)
+    return _grouped(variance * energy, channels.groups)
+
+
+def taylor(channels: Channels) -> Float[Tensor, " groups"]:
+    """Sum of |g w| over the group's weights (first order; LLM-Pruner, arXiv 2305.11627)."""
+    pairs = zip(channels.gradients, channels.matrices, strict=True)
+    return _total(channels, [(gradient * matrix).abs() for gradient, matrix in pairs])
+
+
+def fisher(channels: Channels) -> Float[Tensor, " groups"]:
+    """Sum of w^2 F / 2 over the group's weights, F the mean squared gradient (optimal brain damage, LeCun 1989)."""
+    pairs = zip(channels.squared_gradients, channels.matrices, strict=True)
+    return _total(channels, [0.5 * squared * matrix.square() for squared, matrix in pairs])
+
+
+def norm_gain(channels: Channels) -> Float[Tensor, " groups"]:
+    """Sum of the norms' |scales| over the group: how much of a hidden channel the layers read."""
+    return _total(channels, [gain.abs()[None] for gain in channels.gains])
+
+
+SCORES: dict[str, Callable[[Channels], Tensor]] = {
+    "magnitude-l1": magnitude_l1,
+    "magnitude-l2": magnitude_l2,
+    "activation-norm": activation_norm,
+    "activation-frequency": activation_frequency,
+    "wanda": wanda,
+    "flap": fluctuation,
+    "taylor": taylor,
+    "fisher": fisher,
+    "norm-gain": norm_gain,
+}
+
+# Fields of `Channels` that each score reads.
+NEEDS: dict[str, frozenset[str]] = {
+    "magnitude-l1": frozenset({"matrices"}),
+    "magnitude-l2": frozenset({"matrices"}),
+    "activation-norm": frozenset({"tokens", "squares"}),
+    "activation-frequency": frozenset({"tokens", "active"}),
+    "wanda": frozenset({"reading", "tokens", "squares"}),
+    "flap": frozenset({"reading", "tokens", "sums", "squares"}),
+    "taylor": frozenset({"matrices", "gradients"}),
+    "fisher": frozenset({"matrices", "squared_gradients"}),
+    "norm-gain": frozenset({"gains"}),
+}
+
+
+def standardise(scores: Float[Tensor, " groups"]) -> Float[Tensor, " groups"]:
+    """Shift and scale the scores of one layer to mean 0 and variance 1, so that layers compare (FLAP); alike: all 0."""
+    centred = scores.double() - scores.double().mean()
+    deviation = centred.square().mean().sqrt()
+    # Scores that differ by rounding alone are alike.
+    return centred / deviation if bool(deviation > 1e-12 * scores.abs().max()) else torch.zeros_like(centred)
+
+
+def lowest_groups(scores: Float[Tensor, " groups"], remove: int, partitions: int = 1) -> Int[Tensor, " removed"]:
+    """Pick the groups with the lowest scores; a tie goes against the lower index.
+
+    Args:
+        scores: [groups].
+        remove: groups to remove, in [0, groups].
+        partitions: consecutive runs of groups, of equal length, that lose the same number.
+
+    Returns:
+        [remove], int64, ascending.
+
+    Raises:
+        PatternError: the numbers do not fit.
+        NumericsError: a score is NaN.
+    """
+    if not 0 <= remove <= len(scores) or len(scores) % partitions or remove % partitions:
+        raise PatternError(
+            f"{remove} of {len(scores)} groups to remove from {partitions} partitions",
+            expected="at most all groups, and multiples of the partitions",
+        )
+    keep = keep_highest(scores.view(partitions, -1), remove // partitions)
+    return (~keep).view(-1).nonzero().view(-1)
+
+
+def _reading(channels: Channels) -> Tensor:
+    assert channels.reading is not None, "this score needs the matrix that reads the activations"
+    return channels.reading
+
+
+def _mean_squares(channels: Channels) -> Tensor:
+    assert channels.squares is not None, "this score needs sums of squares of the activations"
+    return channels.squares.double() / channels.tokens
+
+
+def _total(channels: Channels, weighed: Sequence[Tensor]) -> Tensor:
+    """The sum over all matrices [*, channels] of what falls to each group."""
+    assert weighed, "this score needs weights, gradients or gains"
+    return torch.stack([_grouped(values.sum(0, dtype=torch.float64), channels.groups) for values in weighed]).sum(0)
+
+
+def _grouped(values: Tensor, groups: int) -> Tensor:
+    """[groups], float64: sums over runs of [channels]."""
+    if groups < 1 or len(values) % groups:
+        raise PatternError(f"{len(values)} channels in {groups} groups", expected="groups of equal size")
+    sums = values.view(groups, -1).sum(1)
+    check_finite(sums, "a score")
+    return sums
