@@ -64,13 +64,14 @@ def _table(report: Report) -> list[str]:
     evaluation = report.header.get("evaluation")
     if not evaluation:
         return []
-    dense, pruned = evaluation["dense"], evaluation["pruned"]
+    dense = evaluation["dense"]
     text = dense["text"]["source"]
+    divergence = "not finite" if evaluation["kl_divergence"] is None else f"{evaluation['kl_divergence']:.4f}"
     return [
         "| | dense | pruned |",
         "|---|---|---|",
-        f"| perplexity | {dense['perplexity']:.3f} | {pruned['perplexity']:.3f} |",
-        f"| KL divergence to the dense model (nats a token) | 0 | {evaluation['kl_divergence']:.4f} |",
+        f"| perplexity | {report.dense_perplexity:.3f} | {report.pruned_perplexity:.3f} |",
+        f"| KL divergence to the dense model (nats a token) | 0 | {divergence} |",
         f"| same most likely token | 100 % | {evaluation['agreement']:.1%} |",
         "",
         f"On {dense['predicted_tokens']} tokens of text "

@@ -1,10 +1,14 @@
-"""Read a safetensors checkpoint one tensor at a time, and write shards atomically."""
+"""Read a safetensors checkpoint one tensor at a time, and write shards atomically.
+
+Which files belong to a checkpoint is decided here, as transformers decides it: model.safetensors where it exists,
+otherwise what model.safetensors.index.json names.
+"""
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,8 @@ from llmprune.errors import CheckpointError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -28,30 +34,76 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of a checkpoint: where it is and what it is, without its values."""
+    """One tensor of a checkpoint: where it is and what it is, without its values.
+
+    Attributes:
+        key: its name in the checkpoint.
+        file: the safetensors file that holds it.
+        shape: its dimensions.
+        dtype: its element type.
+        span: first byte of its values in the file, and the one behind the last.
+    """
 
     key: str
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    span: tuple[int, int]
 
     @property
     def nbytes(self) -> int:
         """Size on disk."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return self.span[1] - self.span[0]
 
     def __getitem__(self, index: object) -> Tensor:
-        """Read it: a fresh copy, independent of the file (transformers reads its lazy tensors as `tensor[...]`)."""
-        with _open(self.file) as handle:
-            # Cloned because a mapped tensor may be misaligned, and results depend on alignment in the last bit.
-            return handle.get_tensor(self.key).clone()
+        """Read it: a fresh copy, independent of the file (transformers reads its lazy tensors as `tensor[...]`).
+
+        Raises:
+            CheckpointError: the file went away or was cut short.
+        """
+        # Not mapped: pages of the file would count beside the copy, and a mapped tensor may be misaligned, on which the
+        # last bit of results depends.
+        values = torch.empty(self.nbytes, dtype=torch.uint8)
+        with _reading(self.file), self.file.open("rb") as handle:
+            handle.seek(self.span[0])
+            if handle.readinto(values.numpy().data) < self.nbytes:
+                raise OSError(f"it ends before the values of {self.key!r}")
+        return values.view(self.dtype).view(self.shape)
 
     def get_dtype(self) -> str:
         """The safetensors name of the dtype, as transformers asks for it."""
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List the safetensors files of a checkpoint, in the order of their names.
+
+    Other safetensors files beside them (original or consolidated copies) are not part of the checkpoint.
+
+    Raises:
+        CheckpointError: neither a single file nor an index exists, the index cannot be read, or it names a file that
+            is not there.
+    """
+    names = shard_names(folder)
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise CheckpointError(
+            f"{folder / INDEX_NAME} names {len(missing)} of {len(names)} files that are not there: {listed(missing)}",
+            fix="download or copy the missing files into the folder",
+        )
+    return [folder / name for name in names]
+
+
+def shard_names(folder: Path) -> list[str]:
+    """Name the safetensors files that make up a checkpoint, whether they are there or not.
+
+    Raises:
+        CheckpointError: neither a single file nor an index exists, or the index cannot be read.
+    """
+    if (folder / SINGLE_NAME).is_file():
+        return [SINGLE_NAME]
+    if not (folder / INDEX_NAME).is_file():
+        raise without_weights(str(folder), [path.name for path in folder.iterdir()] if folder.is_dir() else [])
+    return sorted(set(_read_weight_map(folder / INDEX_NAME).values()))
 
 
 def read_index(folder: Path) -> dict[str, Stored]:
@@ -60,20 +112,14 @@ def read_index(folder: Path) -> dict[str, Stored]:
     Raises:
         CheckpointError: no safetensors, or a shard missing, truncated, corrupted or without a tensor of the index.
     """
-    index = folder / INDEX_NAME
-    weight_map = None
-    files = {folder / SINGLE_NAME}
-    if index.exists() and not (folder / SINGLE_NAME).exists():  # transformers prefers the single file as well
-        weight_map = _read_weight_map(index)
-        files = {folder / name for name in weight_map.values()}
-    tensors: dict[str, Stored] = {}
-    for file in sorted(files):
-        tensors.update({stored.key: stored for stored in read_header(file)})
-    if weight_map is None:
+    files = weight_files(folder)
+    tensors = {stored.key: stored for file in files for stored in read_header(file)}
+    if files == [folder / SINGLE_NAME]:
         return tensors
+    weight_map = _read_weight_map(folder / INDEX_NAME)
     if absent := sorted(set(weight_map) - set(tensors)):
         raise CheckpointError(
-            f"{folder / weight_map[absent[0]]} lacks {absent[0]!r}" + _and_more(absent),
+            f"{folder / weight_map[absent[0]]} lacks {listed([repr(key) for key in absent], most=1)}",
             expected=f"every tensor that {INDEX_NAME} names",
             fix="download the checkpoint again",
         )
@@ -81,19 +127,32 @@ def read_index(folder: Path) -> dict[str, Stored]:
 
 
 def read_header(file: Path) -> list[Stored]:
-    """List the tensors of one safetensors file.
+    """List the tensors of one safetensors file, in the order of their keys.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or corrupted, or holds a dtype that torch has not.
+    """
+    header = header_bytes(file)
+    found = []
+    for key, entry in sorted(json.loads(header).items()):
+        if key == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(f"{file}: {key!r} has dtype {entry['dtype']}", expected=", ".join(DTYPES))
+        start, end = (8 + len(header) + offset for offset in entry["data_offsets"])
+        found.append(Stored(key, file, tuple(entry["shape"]), DTYPES[entry["dtype"]], (start, end)))
+    return found
+
+
+def header_bytes(file: Path) -> bytes:
+    """The JSON at the start of a safetensors file, behind the 8 bytes of its length.
 
     Raises:
         CheckpointError: the file is missing, truncated or corrupted.
     """
-    with _open(file) as handle:
-        found = []
-        for key in handle.keys():  # noqa: SIM118 - safe_open is no mapping
-            part = handle.get_slice(key)
-            if part.get_dtype() not in DTYPES:
-                raise CheckpointError(f"{file}: {key!r} has dtype {part.get_dtype()}", expected=", ".join(DTYPES))
-            found.append(Stored(key, file, tuple(part.get_shape()), DTYPES[part.get_dtype()]))
-    return found
+    # safetensors itself refuses what does not add up: lengths, shapes, overlaps, gaps.
+    with _reading(file), safe_open(file, framework="pt"), file.open("rb") as handle:
+        return handle.read(int.from_bytes(handle.read(8), "little"))
 
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -160,9 +219,10 @@ def file_digest(file: Path) -> str:
 
 
 @contextlib.contextmanager
-def _open(file: Path) -> Iterator[Any]:
+def _reading(file: Path) -> Iterator[None]:
+    """Turn a safetensors file that cannot be read into a `CheckpointError`."""
     try:
-        handle = safe_open(file, framework="pt")
+        yield
     except FileNotFoundError:
         raise CheckpointError(
             f"{file} does not exist", expected="a safetensors file", fix="download the checkpoint again"
@@ -173,21 +233,65 @@ def _open(file: Path) -> Iterator[Any]:
             expected="a complete safetensors file",
             fix="download the checkpoint again",
         ) from error
-    with handle:
-        yield handle
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}", fix="download or copy the file again; it may be cut short"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} holds a JSON {type(content).__name__}",
+            expected="a JSON object",
+            fix="download or copy the file again",
+        )
+    return content
+
+
+def without_weights(where: str, names: Sequence[str]) -> CheckpointError:
+    """Say why a folder or repository with these file names is no checkpoint that we read."""
+    pickles = sorted(name for name in names if name.endswith(_PICKLES))
+    others = sorted(name for name in names if name.endswith((".safetensors", ".gguf")))
+    if pickles:
+        what = f"{where} has its weights only as pickles, which can run code when they are read: {listed(pickles)}"
+        fix = "convert it once: AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER) writes safetensors"
+    elif others:
+        what = f"{where} has neither {SINGLE_NAME} nor {INDEX_NAME}, only {listed(others)}"
+        fix = "use the folder or repository that transformers' from_pretrained loads"
+    else:
+        what = f"{where} has no weights"
+        fix = "check that this is a model, and that it was downloaded completely"
+    return CheckpointError(what, expected=f"{SINGLE_NAME}, or {INDEX_NAME} and the files that it names", fix=fix)
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    fix = "download the checkpoint again"
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{index} cannot be read: {error}", fix=fix) from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map", expected="tensor names and their files", fix=fix)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(
+            f"{index} has no weight_map",
+            expected="a JSON object from tensor names to file names",
+            fix="download or copy the file again",
+        )
+    names = sorted(set(weight_map.values()))
+    # A plain name cannot lead out of the folder.
+    if strange := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise CheckpointError(
+            f"{index} names {listed(strange)}",
+            expected="names of safetensors files in the same folder",
+            fix="save the model again with save_pretrained",
+        )
     return weight_map
-
-
-def _and_more(items: list[str]) -> str:
-    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""

@@ -1,12 +1,17 @@
-"""Which device a run uses, and giving back its host's memory."""
+"""Which device a run uses, how fast it works, and giving back its host's memory."""
 
 import ctypes
 import platform
 import sys
+import time
+from collections.abc import Callable
 
 import torch
 
 from llmprune.errors import DeviceError
+
+# How long a rate is measured.
+_RATE_SECONDS = 0.08
 
 
 def resolve_device(name: str) -> torch.device:
@@ -17,7 +22,10 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"device {name!r}", expected="auto, cpu, cuda, or one GPU such as cuda:1") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         built = "" if torch.version.cuda else " (the installed PyTorch is a CPU build)"
         raise DeviceError(
@@ -35,6 +43,18 @@ def describe_device(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def runs_per_second(work: Callable[[], object], device: torch.device) -> float:
+    """Measure how often a device does some work in a second, after a first time that does not count."""
+    work()
+    _wait(device)
+    runs, start = 0, time.perf_counter()
+    while runs == 0 or time.perf_counter() - start < _RATE_SECONDS:
+        work()
+        _wait(device)
+        runs += 1
+    return runs / (time.perf_counter() - start)
+
+
 def return_freed_memory() -> None:
     """Hand freed heap memory back to the system; does nothing where the C library is not glibc.
 
@@ -45,3 +65,8 @@ def return_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -8,23 +8,30 @@ transformers would read. Pickles are never downloaded or opened: reading one can
 import glob
 import hashlib
 import importlib.resources
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 
+from llmprune.checkpoint import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    header_bytes,
+    listed,
+    read_header,
+    read_json,
+    shard_names,
+    weight_files,
+    without_weights,
+)
 from llmprune.errors import CheckpointError, LlmpruneError, ModelError
+from llmprune.packed import QUANT_METHOD
 
 TESTBED = "testbed"
 
 _CONFIG = "config.json"
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _SAMPLE_BYTES = 1 << 20
 _TENSOR_SAMPLE_BYTES = 1 << 12
@@ -63,29 +70,6 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
     return folder
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """List the safetensors files of a checkpoint, in the order of their names.
-
-    As transformers does: model.safetensors where it exists, otherwise what model.safetensors.index.json names. Other
-    safetensors files beside them (original or consolidated copies) are not part of the checkpoint.
-
-    Raises:
-        CheckpointError: neither exists, the index cannot be read, or it names a file that is not there.
-    """
-    if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS]
-    if not (folder / _INDEX).is_file():
-        raise _without_weights(str(folder), [path.name for path in folder.iterdir()])
-    names = _shard_names(folder / _INDEX)
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{folder / _INDEX} names {len(missing)} of {len(names)} files that are not there: {_listed(missing)}",
-            fix="download or copy the missing files into the folder",
-        )
-    return [folder / name for name in names]
-
-
 def checkpoint_digest(folder: Path) -> str:
     """Identify a checkpoint without reading all of it: some milliseconds a shard, whatever its size.
 
@@ -104,13 +88,26 @@ def checkpoint_digest(folder: Path) -> str:
     digest = hashlib.sha256((folder / _CONFIG).read_bytes())
     for path in weight_files(folder):
         digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(header_bytes(path))
         with path.open("rb") as file:
-            header, spans = _header(file, path)
-            digest.update(header)
-            for start, end in spans:
+            for start, end in _samples(path):
                 file.seek(start)
                 digest.update(file.read(end - start))
     return digest.hexdigest()
+
+
+def _samples(path: Path) -> list[tuple[int, int]]:
+    """The spans [start, end) of a safetensors file that stand for its data, in a fixed order."""
+    size, tensors = path.stat().st_size, sorted(stored.span for stored in read_header(path))
+    first = tensors[0][0] if tensors else size
+    whole = [_around(at, (first, size), _SAMPLE_BYTES) for at in (first, (first + size) // 2, size)]
+    return whole + [_around((start + end) // 2, (start, end), _TENSOR_SAMPLE_BYTES) for start, end in tensors]
+
+
+def _around(middle: int, span: tuple[int, int], length: int) -> tuple[int, int]:
+    """At most `length` bytes around a position, inside the span."""
+    start = max(span[0], min(middle - length // 2, span[1] - length))
+    return start, min(start + length, span[1])
 
 
 def _looks_local(model: str) -> bool:
@@ -143,104 +140,15 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_config(folder: Path) -> None:
-    config = _read_json(folder / _CONFIG)
+    config = read_json(folder / _CONFIG)
     quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+    if quantization and method != QUANT_METHOD:
         raise CheckpointError(
             f"{folder / _CONFIG} says that the model is quantised already (quantization_config: {method})",
             expected="weights in float32, bfloat16 or float16",
             fix="prune the unquantised model, then quantise the result",
         )
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}", fix="download or copy the file again; it may be cut short"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} holds a JSON {type(content).__name__}",
-            expected="a JSON object",
-            fix="download or copy the file again",
-        )
-    return content
-
-
-def _shard_names(index: Path) -> list[str]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(
-            f"{index} has no weight_map",
-            expected="a JSON object from tensor names to file names",
-            fix="download or copy the file again",
-        )
-    names = sorted(set(weight_map.values()))
-    # A plain name cannot lead out of the folder.
-    if strange := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-        raise CheckpointError(
-            f"{index} names {_listed(strange)}",
-            expected="names of safetensors files in the same folder",
-            fix="save the model again with save_pretrained",
-        )
-    return names
-
-
-def _without_weights(where: str, names: Sequence[str]) -> CheckpointError:
-    pickles = sorted(name for name in names if name.endswith(_PICKLES))
-    others = sorted(name for name in names if name.endswith((".safetensors", ".gguf")))
-    if pickles:
-        what = f"{where} has its weights only as pickles, which can run code when they are read: {_listed(pickles)}"
-        fix = "convert it once: AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER) writes safetensors"
-    elif others:
-        what = f"{where} has neither {_WEIGHTS} nor {_INDEX}, only {_listed(others)}"
-        fix = "use the folder or repository that transformers' from_pretrained loads"
-    else:
-        what = f"{where} has no weights"
-        fix = "check that this is a model, and that it was downloaded completely"
-    return CheckpointError(what, expected=f"{_WEIGHTS}, or {_INDEX} and the files that it names", fix=fix)
-
-
-def _listed(names: Sequence[str], most: int = 3) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-def _header(file: BinaryIO, path: Path) -> tuple[bytes, list[tuple[int, int]]]:
-    """Read a safetensors header, and choose the spans [start, end) of the file that stand for its data."""
-    size = path.stat().st_size
-    length = int.from_bytes(file.read(8), "little")
-    first = 8 + length
-    if size < 8 or first > size:
-        raise _truncated(path)
-    header = file.read(length)
-    try:
-        entries = json.loads(header)
-        tensors = [entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"]
-        spans = [(first + int(start), first + int(end)) for start, end in tensors]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no safetensors file", fix="download or copy the file again") from error
-    if max((end for _, end in spans), default=first) != size:
-        raise _truncated(path)
-    whole = [_around(at, (first, size), _SAMPLE_BYTES) for at in (first, (first + size) // 2, size)]
-    parts = [_around((start + end) // 2, (start, end), _TENSOR_SAMPLE_BYTES) for start, end in spans]
-    return header, whole + parts
-
-
-def _around(middle: int, span: tuple[int, int], length: int) -> tuple[int, int]:
-    """At most `length` bytes around a position, inside the span."""
-    start = max(span[0], min(middle - length // 2, span[1] - length))
-    return start, min(start + length, span[1])
-
-
-def _truncated(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is damaged: its {path.stat().st_size} bytes are not what its header says",
-        fix="download or copy the file again",
-    )
 
 
 def _from_hub(repository: str, revision: str | None) -> Path:
@@ -252,19 +160,20 @@ def _from_hub(repository: str, revision: str | None) -> Path:
         with _hub_errors(repository, revision):
             published = HfApi().list_repo_files(repository, revision=commit)
         raise CheckpointError(
-            f"hub model {repository} has no {_CONFIG}, only {_listed(published)}",
+            f"hub model {repository} has no {_CONFIG}, only {listed(published)}",
             expected="a repository that transformers' from_pretrained loads",
             fix="for an adapter or a GGUF file, give the model that it was made from",
         )
     _check_config(folder)
-    names = _shard_names(folder / _INDEX) if (folder / _INDEX).is_file() else [_WEIGHTS]
+    # Without an index among the small files, the weights can only be in a single one.
+    names = shard_names(folder) if (folder / INDEX_NAME).is_file() else [SINGLE_NAME]
     # What is complete needs no further request, nor its retries where there is no connection.
     if all((folder / name).is_file() for name in names):
         return folder
     with _hub_errors(repository, revision):
         snapshot_download(repository, revision=commit, allow_patterns=[glob.escape(name) for name in names])
-        if names == [_WEIGHTS] and not (folder / _WEIGHTS).is_file():
-            raise _without_weights(f"hub model {repository}", HfApi().list_repo_files(repository, revision=commit))
+        if names == [SINGLE_NAME] and not (folder / SINGLE_NAME).is_file():
+            raise without_weights(f"hub model {repository}", HfApi().list_repo_files(repository, revision=commit))
     weight_files(folder)
     return folder
 

@@ -1,11 +1,13 @@
 """How much memory a run will take: a formula, and a watch that says what it took.
 
     peak = what the interpreter holds before
-         + max( ends,
+         + max( ends + weights + forward of the first layer,
+                ends + hidden states + calls,
                 hidden states + calls + max over layers of
                     ( weights + statistics + held-back rows + max(forward, solving) ) )
 
-ends            embeddings, final norm and head, while text is embedded or scored
+ends            embeddings, final norm and head, while text is embedded; the first layer runs beside them, once, on one
+                batch, to show what it returns, and is let go before the hidden states gather
 hidden states   samples x length x hidden size, at most `activation_budget` (the rest is on disk)
 calls           masks and rotary embeddings that the model hands to its layers, equal ones once
 weights         one decoder layer in the compute dtype
@@ -15,6 +17,8 @@ forward         batch x length tokens x (6 hidden sizes + 3 widest products) in 
                 the widest input while its Gram is formed
 solving         for the matrix at hand [o, i]: 24 o i for the sweep, and 6 i^2 where a Gram is factorised (the
                 damped Gram, which becomes its factor, and copies in passing)
+
+Not counted: what the libraries load and keep with the first products of a process, some tens of megabytes.
 """
 
 import threading
@@ -27,6 +31,7 @@ import torch
 
 from llmprune.observation import HELD_BACK_ROWS, Group
 from llmprune.solving import Job
+from llmprune.source import Source
 from llmprune.statistics import Gram
 from llmprune.stream import ResidentLayer
 
@@ -58,20 +63,33 @@ class LayerMemory:
         """Peak while the layer is resident."""
         return self.weights + self.statistics + self.held_back + max(self.forward, self.solving)
 
+    @property
+    def shown(self) -> int:
+        """What it takes to run the layer once on one batch."""
+        return self.weights + self.forward
+
 
 def layer_memory(
-    layer: ResidentLayer, groups: Sequence[Group], jobs: dict[str, Job], batch_tokens: int, held_back_tokens: int
+    layer: ResidentLayer,
+    groups: Sequence[Group] | None,
+    jobs: dict[str, Job],
+    batch_tokens: int,
+    held_back_tokens: int,
 ) -> LayerMemory:
-    """Apply the formula to a resident layer whose groups are known.
+    """Apply the formula to a layer; its parameters may be on the meta device.
 
     Args:
         layer: the layer.
-        groups: its groups of matrices with a common input.
+        groups: its groups of matrices with a common input; None before they are known gives an upper bound, as if no
+            two matrices had their input in common.
         jobs: what is done to its matrices.
         batch_tokens: tokens in a forward.
         held_back_tokens: tokens that the statistics do not see.
     """
-    widths = [(layer.matrices[group.names[0]].shape[1], isinstance(group.statistics, Gram)) for group in groups]
+    if groups is None:
+        widths = [(layer.matrices[name].shape[1], job.method.needs is Gram) for name, job in jobs.items()]
+    else:
+        widths = [(layer.matrices[group.names[0]].shape[1], isinstance(group.statistics, Gram)) for group in groups]
     shapes = [layer.matrices[name].shape for name in jobs]
     parameters = list(layer.module.parameters())
     itemsize = max((parameter.element_size() for parameter in parameters), default=4)
@@ -89,8 +107,23 @@ def layer_memory(
 
 
 def predict_peak(ends: int, hidden_states: int, calls: int, layers: Sequence[LayerMemory]) -> int:
-    """The formula's peak in bytes, above what the interpreter holds."""
-    return max(ends, hidden_states + calls + max((layer.total for layer in layers), default=0))
+    """The formula's peak in bytes, above what the interpreter holds.
+
+    Args:
+        ends: bytes outside the decoder layers.
+        hidden_states: bytes of them in memory.
+        calls: bytes that the model hands to its layers.
+        layers: the first one first.
+    """
+    between = hidden_states + calls
+    first = max((layer.shown for layer in layers[:1]), default=0)
+    return max(ends + max(first, between), between + max((layer.total for layer in layers), default=0))
+
+
+def ends_bytes(source: Source) -> int:
+    """Bytes of the parameters outside the decoder layers; they may be on the meta device."""
+    inside = source.layers_path + "."
+    return sum(p.nbytes for name, p in source.model.named_parameters() if not name.startswith(inside))
 
 
 def _solving(shape: tuple[int, int], job: Job) -> int:

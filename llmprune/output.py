@@ -9,16 +9,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
-from llmprune.checkpoint import INDEX_NAME, Stored, file_digest, write_json, write_shard
+from llmprune.checkpoint import INDEX_NAME, Stored, file_digest, read_json, write_json, write_shard
 from llmprune.errors import CheckpointError, ResumeError
+from llmprune.formats import Layout, layout_from_dict
+from llmprune.packed import packing_record, without_packing_record
 from llmprune.report import REPORT_NAME, MatrixRow
 
 MANIFEST_NAME = ".llmprune.json"
+LOCK_NAME = ".llmprune.lock"
 
-_FORMAT = 1
+_FORMAT = 2
 
 # Everything beside the weights that makes a checkpoint usable; copied as it is.
 _COMPANIONS = (
@@ -76,12 +80,37 @@ class OutputFolder:
         folder._write_manifest()
         return folder
 
-    def commit(self, layer: str, shard: str, tensors: Mapping[str, Tensor], rows: Sequence[MatrixRow]) -> Path:
-        """Write one decoder layer's shard and record it; after this it survives any crash."""
+    def commit(
+        self,
+        layer: str,
+        shard: str,
+        tensors: Mapping[str, Tensor],
+        rows: Sequence[MatrixRow],
+        layouts: Mapping[str, Layout],
+    ) -> Path:
+        """Write one decoder layer's shard and record it; after this it survives any crash.
+
+        Args:
+            layer: dotted name of the layer.
+            shard: name of its file.
+            tensors: what the file holds.
+            rows: what the report says of its matrices.
+            layouts: of its packed matrices, by name.
+        """
         digest = write_shard(self.path / shard, tensors)
-        self.layers[layer] = {"shard": shard, "sha256": digest, "rows": [asdict(row) for row in rows]}
+        self.layers[layer] = {
+            "shard": shard,
+            "sha256": digest,
+            "rows": [asdict(row) for row in rows],
+            "layouts": {name: layout.to_dict() for name, layout in layouts.items()},
+        }
         self._write_manifest()
         return self.path / shard
+
+    @staticmethod
+    def layouts_of(layer: Mapping[str, Any]) -> dict[str, Layout]:
+        """The layouts of a committed layer's packed matrices."""
+        return {name: layout_from_dict(row) for name, row in layer["layouts"].items()}
 
     def rows_of(self, layer: str) -> list[MatrixRow]:
         """The report rows of a committed layer."""
@@ -99,10 +128,20 @@ class OutputFolder:
             shards: shard name -> its tensors.
         """
         copy_companions(source, self.path)
+        self._describe()
         weight_map = {stored.key: shard for shard, tensors in shards.items() for stored in tensors}
         total = sum(stored.nbytes for tensors in shards.values() for stored in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.path / INDEX_NAME, index)
+
+    def _describe(self) -> None:
+        """Have config.json say what is packed now, and nothing of what the source had packed."""
+        with writing_to(self.path):
+            config = read_json(self.path / "config.json")
+        layouts = {name: layout for layer in self.layers.values() for name, layout in self.layouts_of(layer).items()}
+        described = without_packing_record(config) | (packing_record(layouts) if layouts else {})
+        if described != config:
+            write_json(self.path / "config.json", described)
 
     def close(self) -> None:
         """Mark the run as complete."""
@@ -147,6 +186,36 @@ class OutputFolder:
 
 
 @contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep every other run out of an output folder, which is created if it does not exist.
+
+    The operating system holds the lock while this process lives; what a killed run leaves of it is no obstacle.
+
+    Raises:
+        ResumeError: another run is writing into the folder.
+        CheckpointError: the folder cannot be written.
+    """
+    lock = FileLock(path / LOCK_NAME)
+    with writing_to(path):
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ResumeError(
+                f"another run of llmprune is writing into {path}",
+                expected="one run at a time in an output folder",
+                fix="wait for it to end, or choose another output folder",
+            ) from None
+    try:
+        yield
+    finally:
+        # While it is held: whoever comes now finds no file, or one that is locked.
+        with contextlib.suppress(OSError):
+            (path / LOCK_NAME).unlink()
+        lock.release()
+
+
+@contextlib.contextmanager
 def writing_to(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals into a `CheckpointError`."""
     try:
@@ -159,15 +228,31 @@ def writing_to(path: Path) -> Iterator[None]:
         ) from error
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy configuration and tokenizer files, unchanged."""
+def copy_companions(source: Path, target: Path, *, but: str = "") -> None:
+    """Copy configuration and tokenizer files, unchanged, except the one called `but`."""
     with writing_to(target):
         for pattern in _COMPANIONS:
             for file in source.glob(pattern):
-                if file.is_file():
+                if file.is_file() and file.name != but:
                     copy = target / file.relative_to(source)
                     copy.parent.mkdir(exist_ok=True)
                     shutil.copyfile(file, copy)
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with ~ replaced by a home folder.
+
+    Raises:
+        ResumeError: ~name of a user whom this machine does not know.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ResumeError(
+            f"{path} begins with a home folder that is not known: {error}",
+            expected="an output folder",
+            fix="write the path in full, or ./~ for a folder of that name",
+        ) from error
 
 
 def require_other(path: Path, source: str | Path) -> None:
@@ -178,6 +263,17 @@ def require_other(path: Path, source: str | Path) -> None:
     """
     if str(source) and path.resolve() == Path(source).resolve():
         raise ResumeError(f"{path} is the model itself", fix="choose another output folder")
+
+
+def require_free(path: Path) -> None:
+    """Refuse a folder into which another run is writing; creates nothing.
+
+    Raises:
+        ResumeError: there is such a run.
+    """
+    if (path / LOCK_NAME).exists():
+        with locked(path):
+            pass
 
 
 def require_empty(path: Path, *, resume: bool, overwrite: bool) -> None:
@@ -196,8 +292,9 @@ def require_empty(path: Path, *, resume: bool, overwrite: bool) -> None:
     existing = _existing(path)
     if not existing.is_dir():
         raise ResumeError(f"{existing} is a file", expected="an output folder", fix="choose another output folder")
-    # A run that was killed before it was recorded leaves no more than this.
-    if existing != path or all(file.name == f".{MANIFEST_NAME}.partial" for file in path.iterdir()):
+    # A run that was killed before it was recorded leaves no more than this, and so does one that has just begun.
+    beginnings = {f".{MANIFEST_NAME}.partial", LOCK_NAME}
+    if existing != path or all(file.name in beginnings for file in path.iterdir()):
         return
     ours = (path / MANIFEST_NAME).exists()
     if resume and not ours:

@@ -6,6 +6,7 @@ Negative log-likelihoods are summed in float64, from log-softmax in float32.
 """
 
 import math
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from llmprune.calibration import TextSpec, Tokens
 from llmprune.errors import NumericsError
 from llmprune.hub import resolve_model
 from llmprune.progress import Progress, Watcher, ignore
+from llmprune.shortage import MemoryGuard, sampling_needs, scoring_needs
 from llmprune.source import CheckpointSource, Source
 from llmprune.stream import Stream, StreamSettings
 from llmprune.texts import load_texts, load_tokenizer
@@ -26,13 +28,15 @@ from llmprune.texts import load_texts, load_tokenizer
 # Positions whose logits are widened to float32 at once: bounds the memory for vocabularies of 250,000.
 _POSITIONS = 512
 
+_LARGEST_NATS = math.log(sys.float_info.max)
+
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
     """One measurement.
 
     Attributes:
-        perplexity: exp(nats).
+        perplexity: exp(nats); infinite where that exceeds float64, from 709 nats on.
         nats: mean negative log-likelihood of a predicted token.
         predicted_tokens: tokens scored.
         samples: chunks.
@@ -50,8 +54,8 @@ class Perplexity:
     text: dict[str, object]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, ready for JSON."""
-        return {**asdict(self), "stride": self.length}
+        """As plain data, ready for JSON, which has no infinity: such a perplexity is null, beside its nats."""
+        return {**asdict(self), "perplexity": finite(self.perplexity), "stride": self.length}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,8 @@ class Comparison:
     Attributes:
         dense: perplexity before.
         pruned: perplexity after.
-        kl_divergence: mean over positions of KL(dense || pruned) of the next-token distributions, in nats.
+        kl_divergence: mean over positions of KL(dense || pruned) of the next-token distributions, in nats; not finite
+            where the pruned model rules out, to float32, what the dense one does not.
         agreement: fraction of positions whose most likely next token is the same.
     """
 
@@ -71,11 +76,11 @@ class Comparison:
     agreement: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, ready for JSON."""
+        """As plain data, ready for JSON: a divergence that is not finite is null."""
         return {
             "dense": self.dense.to_dict(),
             "pruned": self.pruned.to_dict(),
-            "kl_divergence": self.kl_divergence,
+            "kl_divergence": finite(self.kl_divergence),
             "agreement": self.agreement,
         }
 
@@ -83,7 +88,7 @@ class Comparison:
 def evaluate(
     model: str | Path,
     text: TextSpec,
-    settings: StreamSettings,
+    settings: StreamSettings | None = None,
     compute_dtype: torch.dtype | None = None,
     watch: Watcher = ignore,
 ) -> Perplexity:
@@ -92,18 +97,28 @@ def evaluate(
     Args:
         model: a hub id, a local checkpoint folder or "testbed".
         text: which text, and how it becomes chunks; what a model samples from itself says nothing about another.
-        settings: device, batch size and memory.
+        settings: device, batch size and memory; default: the CPU, 8 chunks a forward.
         compute_dtype: of the forward; None: as config.json says.
         watch: told about each layer.
 
     Raises:
-        LlmpruneError: the model or the text cannot be read, the text is too short, or the logits are not finite.
+        LlmpruneError: the model or the text cannot be read, the text is too short, the logits are not finite, or there
+            is not enough memory.
+
+    Example:
+        >>> evaluate("testbed", TextSpec("self", samples=4, length=256)).samples  # doctest: +SKIP
+        4
     """
-    folder = resolve_model(model)
-    source = CheckpointSource(folder, compute_dtype)
-    watch(Progress("text"))
-    tokens = load_texts({"text": text}, folder, load_tokenizer(folder), settings.device)["text"]
-    return measure_perplexity(source, tokens, settings, watch)
+    settings = settings or StreamSettings()
+    with MemoryGuard(settings, watch) as guard:
+        folder = resolve_model(model)
+        source = CheckpointSource(folder, compute_dtype)
+        guard(Progress("text"))
+        if text.source == "self":
+            guard.expected = lambda: sampling_needs(source)
+        tokens = load_texts({"text": text}, folder, load_tokenizer(folder), settings.device)["text"]
+        guard.expected = lambda: scoring_needs(source, tokens, settings)
+        return measure_perplexity(source, tokens, settings, guard)
 
 
 def measure_perplexity(source: Source, tokens: Tokens, settings: StreamSettings, watch: Watcher = ignore) -> Perplexity:
@@ -157,6 +172,11 @@ def run_stream(source: Source, ids: Tensor, settings: StreamSettings, watch: Wat
     return stream
 
 
+def finite(value: float) -> float | None:
+    """The number, or None where JSON cannot write it."""
+    return value if math.isfinite(value) else None
+
+
 def _positions(ids: Tensor, *logits: Tensor) -> Any:
     """Cut [samples, length, vocabulary] logits into float32 pieces with the tokens that they predict."""
     targets = ids[:, 1:].reshape(-1).to(logits[0].device)
@@ -181,4 +201,6 @@ def _summary(nats: float, tokens: Tokens) -> Perplexity:
             expected="a finite number",
             fix="set compute_dtype: float32 if activations overflow",
         )
-    return Perplexity(math.exp(mean), mean, count, samples, length, tokens.digest, tokens.description)
+    # math.exp raises where float64 ends.
+    perplexity = math.exp(mean) if mean < _LARGEST_NATS else math.inf
+    return Perplexity(perplexity, mean, count, samples, length, tokens.digest, tokens.description)

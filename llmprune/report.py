@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,12 @@ class Report:
 
     @property
     def dense_perplexity(self) -> float | None:
-        """Perplexity of the dense model; None if the recipe measures none."""
+        """Perplexity of the dense model, which may be infinite; None if the recipe measures none."""
         return self._evaluation("dense")
 
     @property
     def pruned_perplexity(self) -> float | None:
-        """Perplexity of the pruned model; None if the recipe measures none."""
+        """Perplexity of the pruned model, which may be infinite; None if the recipe measures none."""
         return self._evaluation("pruned")
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,7 +107,11 @@ class Report:
 
     def _evaluation(self, which: str) -> float | None:
         evaluation = self.header.get("evaluation")
-        return evaluation[which]["perplexity"] if evaluation else None
+        if not evaluation:
+            return None
+        perplexity = evaluation[which]["perplexity"]
+        # JSON has no infinity.
+        return math.inf if perplexity is None else perplexity
 
 
 def load_report(folder: Path) -> Report:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -20,12 +19,13 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
 
-from llmprune.checkpoint import Stored, read_header, read_index
+from llmprune.checkpoint import Stored, read_header, read_index, read_json
 from llmprune.decoder import find_decoder_layers
 from llmprune.errors import CheckpointError, ModelError
+from llmprune.formats import Layout
+from llmprune.packed import PackedWeight, as_dense, packed_layouts
+from llmprune.skeleton import build_skeleton, quiet_transformers, read_config, refuse_quantised
 
 
 class Source(Protocol):
@@ -69,7 +69,7 @@ class ModelSource:
     """
 
     def __init__(self, model: PreTrainedModel, decoder_layers: str | None = None) -> None:
-        _refuse_quantised(model.config, type(model).__name__)
+        refuse_quantised(model.config, type(model).__name__)
         if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
             raise ModelError(
                 f"{absent[0]} and {len(absent) - 1} other parameters are not in memory",
@@ -133,16 +133,15 @@ class CheckpointSource:
     ) -> None:
         self.folder = folder
         self.config = read_config(folder)
-        self.stored = read_index(folder)
+        self.stored = as_dense(read_index(folder), packed_layouts(read_json(folder / "config.json")))
         self.model = build_skeleton(self.config, compute_dtype)
         self.layers_path, self.layers = find_decoder_layers(self.model, decoder_layers)
         self._conversions = get_model_conversion_mapping(self.model)
         self._targets = self._plan_targets()
 
-    def overlay(self, shard: Path) -> None:
-        """Read the tensors of this shard from now on instead of the source's."""
-        for stored in read_header(shard):
-            self.stored[stored.key] = stored
+    def overlay(self, shard: Path, layouts: Mapping[str, Layout] | None = None) -> None:
+        """Read the tensors of this shard from now on instead of the source's; `layouts` are those of packed layers."""
+        self.stored |= as_dense({stored.key: stored for stored in read_header(shard)}, layouts or {})
 
     def load_layer(self, index: int, device: torch.device) -> None:
         """Read one decoder layer onto the device."""
@@ -178,6 +177,14 @@ class CheckpointSource:
     def layer_name(self, index: int) -> str:
         """Dotted name of a decoder layer."""
         return f"{self.layers_path}.{index}"
+
+    def linear_key(self, matrix: str) -> str | None:
+        """The checkpoint's key of a linear layer's weight; None if it is no `Linear`, or fused from several tensors."""
+        weight = f"{matrix}.weight"
+        if weight not in self._state_names or not isinstance(self.model.get_submodule(matrix), nn.Linear):
+            return None
+        keys = [key for key, targets in self._targets.items() if targets == (weight,)]
+        return keys[0] if len(keys) == 1 else None
 
     def layer_keys(self, index: int) -> list[str]:
         """The checkpoint's own keys of one decoder layer."""
@@ -253,7 +260,7 @@ class CheckpointSource:
             targets[key] = target, *(target.replace(first, other) for other in others)
         return targets
 
-    def _load(self, tensors: Mapping[str, Stored], device: torch.device) -> None:
+    def _load(self, tensors: Mapping[str, Stored | PackedWeight], device: torch.device) -> None:
         known = {key: tensor for key, tensor in tensors.items() if self._feeds(key, self._state_names)}
         dtype = self.model.dtype
         settings = LoadStateDictConfig(
@@ -290,53 +297,6 @@ class CheckpointSource:
             )
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """Read config.json and make sure that it describes a causal LM.
-
-    Raises:
-        ModelError: it is unreadable, of an unknown type, or of no causal LM.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{folder}/config.json cannot be read: {str(error).strip().splitlines()[0]}",
-            expected="the configuration of a model that the installed transformers knows",
-            fix="upgrade transformers if the model is new",
-        ) from error
-    _refuse_quantised(config, str(folder))
-    architectures = config.architectures or []
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
-        architectures and not causal & set(architectures)
-    ):
-        raise ModelError(
-            f"{folder} holds {', '.join(architectures) or config.model_type}, which is not a causal LM",
-            expected="an architecture that AutoModelForCausalLM loads",
-        )
-    return config
-
-
-def _refuse_quantised(config: PretrainedConfig, name: str) -> None:
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{name} is quantised",
-            expected="weights in float32, bfloat16 or float16",
-            fix="load it with transformers' dequantisation, save it, and prune that copy",
-        )
-
-
-def build_skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Build the model with parameters on the meta device and real buffers."""
-    dtype = dtype or config.dtype or torch.float32
-    with init_empty_weights(include_buffers=False), quiet_transformers():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, experts_implementation="eager")
-    model.tie_weights()  # moving to the meta device has undone it
-    model.eval()
-    model.requires_grad_(False)
-    return model
-
-
 def positive_zeros(tensor: Tensor) -> Tensor:
     """Replace -0.0 by 0.0 in place, so that a zero is all zero bits; returns the tensor."""
     return tensor.add_(0.0) if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else tensor
@@ -354,18 +314,6 @@ def eager_experts(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_experts_implementation(before)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars: one a layer would drown ours."""
-    was_active = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_active:
-            transformers_logging.enable_progress_bar()
 
 
 def _modules_outside(model: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:

@@ -12,7 +12,7 @@ from llmprune.calibration import TextSpec, Tokenizer, Tokens, load_tokens
 from llmprune.checkpoint import read_index
 from llmprune.errors import ModelError
 from llmprune.generation import generate_text
-from llmprune.source import quiet_transformers
+from llmprune.skeleton import quiet_transformers
 
 
 def load_texts(

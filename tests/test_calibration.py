@@ -1,44 +1,28 @@
+"""From documents to tokens: layouts, orders, sources, digests."""
+
 import hashlib
 import json
 import logging
 import struct
-from collections import Counter
 from pathlib import Path
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
+from documents import BOS, DOCUMENTS, TESTBED, one_by_one, write_jsonl, write_parquet
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
-    BloomConfig,
-    BloomForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from llmprune.calibration import TextSpec, load_tokens
-from llmprune.errors import CalibrationError, NumericsError
-from llmprune.generation import generate_text
+from llmprune.errors import CalibrationError
 
-TESTBED = Path(__file__).parents[1] / "eval" / "testbed"
 SHARED_TEXT = Path(__file__).parents[2] / "shared" / "testbed" / "calibration.jsonl"
-BOS = 0
-
-# 40 documents of 3 to 120 words: shorter and longer than the samples of the tests.
-DOCUMENTS = [" ".join(f"word{(7 * i + j * j) % 97} of {i}" for j in range(1 + i % 40)) for i in range(40)]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(TESTBED)
-
-
-@pytest.fixture(scope="module")
-def testbed():
-    return AutoModelForCausalLM.from_pretrained(TESTBED, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -51,36 +35,9 @@ def dataset_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def write_jsonl(path, texts, column="text"):
-    path.write_text("".join(json.dumps({column: text, "id": i}) + "\n" for i, text in enumerate(texts)), "utf-8")
-    return path
-
-
-def write_parquet(path, texts, column="text"):
-    pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(texts))), column: texts}), path)
-    return path
-
-
-def one_by_one(tokenizer, texts):
-    """Encode without batches: the BOS and the bare ids of each document that is not blank."""
-    return [[BOS, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts if text.strip()]
-
-
 def windows_of(tokenizer, texts, length):
     flat = [token for document in one_by_one(tokenizer, texts) for token in document]
     return [flat[start : start + length] for start in range(0, len(flat) - length + 1, length)]
-
-
-def tiny_model(vocabulary=32, *, positions=64, **settings):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(
-        vocab_size=vocabulary, max_position_embeddings=positions, **sizes, num_key_value_heads=1, **settings
-    )
-    model = LlamaForCausalLM(config).eval()
-    # A fresh model is nearly uniform; sharper logits make a mistake visible.
-    model.lm_head.weight.data *= 20
-    return model
 
 
 class Recorder:
@@ -347,319 +304,3 @@ def test_self_asks_the_generator(tokenizer):
 def test_self_without_a_generator(tokenizer):
     with pytest.raises(CalibrationError, match="without a model"):
         load_tokens(TextSpec(), tokenizer)
-
-
-def test_generated_text_follows_the_seed_and_not_the_global_state(testbed):
-    spec = TextSpec(samples=3, length=24, seed=3)
-    torch.manual_seed(1)
-    first = generate_text(testbed, spec, BOS)
-    torch.manual_seed(2)
-    state = torch.get_rng_state()
-    again = generate_text(testbed, spec, BOS)
-    assert torch.equal(state, torch.get_rng_state())
-    assert torch.equal(first, again)
-    assert not torch.equal(first, generate_text(testbed, TextSpec(samples=3, length=24, seed=4), BOS))
-    assert first.shape == (3, 24)
-    assert first.dtype == torch.int64
-    assert (first[:, 0] == BOS).all()
-    assert len({tuple(row) for row in first.tolist()}) == 3
-
-
-def test_generated_text_is_likely_text(testbed):
-    """The mean log-likelihood of the samples agrees with the entropy of the distributions that they came from."""
-    ids = generate_text(testbed, TextSpec(samples=8, length=64), BOS)
-    with torch.no_grad():
-        logs = testbed(ids).logits[:, :-1].log_softmax(-1)
-    likelihood = logs.gather(-1, ids[:, 1:, None]).mean()
-    entropy = (logs.exp() * -logs).sum(-1).mean()
-    assert abs(float(likelihood + entropy)) < 0.25
-
-
-@pytest.mark.parametrize("bos", [3, None])
-def test_cached_sampling_equals_sampling_without_cache(bos):
-    model, length, temperature = tiny_model(eos_token_id=None), 20, 0.8
-    ids = generate_text(model, TextSpec(samples=3, length=length, seed=11, temperature=temperature), bos)
-    draws = torch.rand(3, length, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
-    for row, draw in zip(ids.tolist(), draws, strict=True):
-        assert row[0] == (int(draw[0] * 32) if bos is None else bos)
-        for position in range(1, length):
-            with torch.no_grad():
-                logits = model(torch.tensor([row[:position]]), use_cache=False).logits[0, -1]
-            cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
-            assert row[position] == int((cumulative <= draw[position]).sum())
-
-
-def test_sampling_does_not_depend_on_the_batch():
-    model, spec = tiny_model(), TextSpec(samples=5, length=16)
-    assert torch.equal(generate_text(model, spec, 1, batch=2), generate_text(model, spec, 1, batch=5))
-
-
-def test_models_without_a_cache_are_sampled_too(monkeypatch):
-    model, spec = tiny_model(), TextSpec(samples=2, length=12)
-    cached = generate_text(model, spec, 1)
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda input_ids, **_: forward(input_ids, use_cache=False))
-    assert torch.equal(generate_text(model, spec, 1), cached)
-
-
-def test_sampling_frequencies_follow_the_distribution():
-    model = tiny_model(4, eos_token_id=None)
-    model.lm_head.weight.data.zero_()
-    counts = Counter(generate_text(model, TextSpec(samples=100, length=41), 0, batch=100)[:, 1:].flatten().tolist())
-    # 4000 draws of four equal tokens: 1000 each, with a standard deviation of 27.
-    assert all(abs(counts[token] - 1000) < 110 for token in range(4))
-
-
-def test_low_temperature_is_greedy():
-    model = tiny_model(eos_token_id=None)
-    ids = generate_text(model, TextSpec(samples=1, length=16, temperature=1e-4), 1)
-    with torch.no_grad():
-        assert ids[0, 1:].tolist() == model(ids).logits[0, :-1].argmax(-1).tolist()
-
-
-@pytest.mark.parametrize("ends", [5, [5, 6]])
-def test_a_bos_follows_every_eos(ends):
-    model = tiny_model(8, eos_token_id=ends)
-    model.lm_head.weight.data.zero_()
-    ids = generate_text(model, TextSpec(samples=8, length=64), 2)
-    ended = torch.isin(ids[:, :-1], torch.tensor(ends))
-    assert ended.sum() > 40
-    assert (ids[:, 1:][ended] == 2).all()
-    # Tokens after a BOS are sampled again, not all the same.
-    assert len(set(ids[:, 1:][ids[:, :-1] == 2].tolist())) == 8
-
-
-def test_one_token_for_bos_and_eos_is_not_repeated_for_ever():
-    model = tiny_model(8, eos_token_id=5)
-    model.lm_head.weight.data.zero_()
-    ids = generate_text(model, TextSpec(samples=8, length=64), 5)
-    assert len(set(ids[:, 1:][ids[:, :-1] == 5].tolist())) == 8
-
-
-def test_no_bos_starts_from_seeded_tokens_and_runs_through_eos():
-    model = tiny_model(8, eos_token_id=5)
-    model.lm_head.weight.data.zero_()
-    ids = generate_text(model, TextSpec(samples=64, length=8), None, batch=64)
-    assert set(ids[:, 0].tolist()) == set(range(8))
-    assert len(set(ids[:, 1:][ids[:, :-1] == 5].tolist())) == 8
-
-
-def test_dropout_is_off_while_sampling_and_on_again_after():
-    model = tiny_model(attention_dropout=0.9)
-    spec = TextSpec(samples=2, length=16)
-    expected = generate_text(model, spec, 1)
-    assert torch.equal(generate_text(model.train(), spec, 1), expected)
-    assert model.training
-
-
-def test_length_beyond_the_positions():
-    model = tiny_model(positions=16)
-    assert generate_text(model, TextSpec(samples=1, length=16), 1).shape == (1, 16)
-    with pytest.raises(CalibrationError, match="17 tokens from a model with 16 positions"):
-        generate_text(model, TextSpec(samples=1, length=17), 1)
-
-
-def test_models_without_a_limit_of_positions():
-    config = BloomConfig(vocab_size=16, hidden_size=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
-    ids = generate_text(BloomForCausalLM(config), TextSpec(samples=1, length=12), 1)
-    assert ids.shape == (1, 12)
-
-
-def test_a_token_without_probability_is_never_drawn(monkeypatch):
-    model = tiny_model(8, eos_token_id=None)
-    forward = model.forward
-
-    def refuse_token_0(**inputs):
-        output = forward(**inputs)
-        output.logits[..., 0] = -torch.inf
-        return output
-
-    monkeypatch.setattr(model, "forward", refuse_token_0)
-    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **_: torch.zeros(shape, dtype=dtype))
-    assert generate_text(model, TextSpec(samples=1, length=8), 3).tolist() == [[3, 1, 1, 1, 1, 1, 1, 1]]
-
-
-def test_logits_that_are_not_finite():
-    model = tiny_model()
-    model.lm_head.weight.data[3] = torch.nan
-    with pytest.raises(NumericsError, match="2 of 2 samples"):
-        generate_text(model, TextSpec(samples=2, length=8), 1)
-
-
-# Errors
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"source": ""},
-        {"samples": 0},
-        {"length": 1},
-        {"seed": -1},
-        {"temperature": 0.0},
-        {"temperature": float("nan")},
-        {"temperature": float("inf")},
-    ],
-    ids=str,
-)
-def test_values_out_of_range(values):
-    (name,) = values
-    with pytest.raises(CalibrationError, match=name):
-        TextSpec(**values)
-
-
-@pytest.mark.parametrize(("name", "expected"), [("layout", "pack or truncate"), ("order", "text or shuffled")])
-def test_words_that_are_not_on_the_list(name, expected):
-    spec = TextSpec()
-    # Not through the constructor: where annotations are executed, it refuses the type first.
-    object.__setattr__(spec, name, "random")
-    with pytest.raises(CalibrationError, match=f"{name} 'random'\nexpected: {expected}"):
-        spec.__post_init__()
-
-
-@pytest.mark.parametrize(
-    ("layout", "message"),
-    [("pack", "22 tokens in 3 documents .1 of them empty. give 1 of 2 samples of 20"), ("truncate", "give 0 of 2")],
-)
-def test_too_little_text(tmp_path, tokenizer, layout, message):
-    texts = [DOCUMENTS[2], "", DOCUMENTS[1]]
-    assert sum(map(len, one_by_one(tokenizer, texts))) == 22
-    path = write_jsonl(tmp_path / "text.jsonl", texts)
-    for order in ("text", "shuffled"):
-        spec = TextSpec(str(path), samples=2, length=20, layout=layout, order=order)
-        with pytest.raises(CalibrationError, match=message) as caught:
-            load_tokens(spec, tokenizer)
-        assert ("at least 40 tokens" if layout == "pack" else "at least 2 documents of 20") in caught.value.expected
-
-
-@pytest.mark.parametrize("name", ["text.txt", "text.jsonl", "text.parquet"])
-def test_files_without_text(tmp_path, tokenizer, name):
-    path = tmp_path / name
-    write_parquet(path, pyarrow.array([], pyarrow.string())) if name.endswith("parquet") else path.touch()
-    with pytest.raises(CalibrationError, match=r"0 tokens .* give 0 of 128 samples"):
-        load_tokens(TextSpec(str(path)), tokenizer)
-
-
-@pytest.mark.parametrize("source", ["missing.txt", "a/b.jsonl", "./corpus", "~/corpus", "/no/corpus", "data/my/corpus"])
-def test_no_such_path(tmp_path, tokenizer, source, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CalibrationError, match="no such file or folder"):
-        load_tokens(TextSpec(source), tokenizer)
-
-
-def test_unknown_kind_of_file(tmp_path, tokenizer):
-    (tmp_path / "text.csv").write_text("text\nhello\n")
-    with pytest.raises(CalibrationError, match=r"unknown kind[\s\S]*\.txt, \.jsonl, \.parquet"):
-        load_tokens(TextSpec(str(tmp_path / "text.csv")), tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"content": "x", "id": 2}', r"line 2: no column 'text'\nexpected: one of content, id"),
-        (b"{", "line 2 is not JSON"),
-        (b'{"text": "\xff"}', "line 2 is not JSON"),
-        (b'["x"]', "line 2 is a list"),
-        (b'{"text": 5}', "line 2: column 'text' holds int"),
-        (rb'{"text": "a \ud800"}', "document 2 .* is not text"),
-    ],
-)
-def test_broken_jsonl(tmp_path, tokenizer, line, message):
-    path = tmp_path / "text.jsonl"
-    path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
-    with pytest.raises(CalibrationError, match=message):
-        load_tokens(TextSpec(str(path), samples=1, length=2), tokenizer)
-
-
-def test_parquet_errors(tmp_path, tokenizer):
-    path = write_parquet(tmp_path / "text.parquet", DOCUMENTS, column="content")
-    with pytest.raises(CalibrationError, match=r"no column 'text'\nexpected: one of id, content"):
-        load_tokens(TextSpec(str(path)), tokenizer)
-    with pytest.raises(CalibrationError, match="row 1: column 'id' holds int"):
-        load_tokens(TextSpec(str(path), column="id"), tokenizer)
-    path.write_bytes(b"not parquet")
-    with pytest.raises(CalibrationError, match="cannot be read"):
-        load_tokens(TextSpec(str(path)), tokenizer)
-
-
-def test_txt_that_is_not_utf8(tmp_path, tokenizer):
-    (tmp_path / "text.txt").write_bytes("Grüße".encode("latin-1"))
-    with pytest.raises(CalibrationError, match=r"cannot be read.*utf-8"):
-        load_tokens(TextSpec(str(tmp_path / "text.txt")), tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"split": "validation"}, r"validation[\s\S]*train"),
-        ({"config": "english"}, "english"),
-        ({"column": "content"}, r"no column 'content'\nexpected: one of text, id"),
-        ({"column": "id"}, "row 1: column 'id' holds int"),
-    ],
-    ids=str,
-)
-def test_dataset_errors(tmp_path, tokenizer, dataset_cache, changed, message):
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    write_jsonl(folder / "train.jsonl", DOCUMENTS)
-    with pytest.raises(CalibrationError, match=message):
-        load_tokens(TextSpec(str(folder), **changed), tokenizer)
-
-
-def test_folder_without_data(tmp_path, tokenizer, dataset_cache):
-    with pytest.raises(CalibrationError, match="cannot be loaded"):
-        load_tokens(TextSpec(str(tmp_path)), tokenizer)
-
-
-def test_hub_while_offline(tokenizer, dataset_cache, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CalibrationError, match=r"Couldn't reach 'nobody/corpus-2\.1'[\s\S]*connect to the hub"):
-        load_tokens(TextSpec("nobody/corpus-2.1"), tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("error", "fix"),
-    [
-        (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"), "check the name"),
-        (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub."), "login"),
-        (datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset"), ""),
-        (ValueError("Config name is missing. Please pick one among: ['en', 'fr']"), "config"),
-        (RuntimeError("Dataset scripts are no longer supported, but found b.py"), ""),
-    ],
-)
-def test_hub_refusals_keep_their_reason(tokenizer, monkeypatch, error, fix):
-    def refuse(path, name, *, split, streaming):
-        assert (path, name, split, streaming) == ("a/b", "en", "test", False)
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(CalibrationError, match="dataset a/b") as caught:
-        load_tokens(TextSpec("a/b", config="en", split="test"), tokenizer)
-    assert str(error) in caught.value.what
-    assert fix in caught.value.fix
-    assert caught.value.__cause__ is error
-
-
-@pytest.mark.parametrize(
-    ("source", "changed"),
-    [
-        ("self", {"config": "en"}),
-        ("self", {"split": "test"}),
-        ("self", {"column": "content"}),
-        ("self", {"layout": "truncate"}),
-        ("self", {"order": "text"}),
-        ("text.txt", {"temperature": 0.5}),
-        ("text.txt", {"column": "content"}),
-        ("text.txt", {"split": "test"}),
-        ("text.jsonl", {"config": "en"}),
-        ("text.jsonl", {"split": "test"}),
-        ("some/dataset", {"temperature": 0.5}),
-    ],
-)
-def test_options_without_effect_are_refused(tmp_path, tokenizer, monkeypatch, source, changed):
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text(DOCUMENTS[9])
-    write_jsonl(Path("text.jsonl"), DOCUMENTS)
-    (name,) = changed
-    with pytest.raises(CalibrationError, match=f"^{name} .*\nexpected: no {name}"):
-        load_tokens(TextSpec(source, **changed), tokenizer, lambda spec: torch.zeros(128, 2048))

@@ -21,8 +21,10 @@ from llmprune.checkpoint import (
     DTYPES,
     INDEX_NAME,
     file_digest,
+    header_bytes,
     read_header,
     read_index,
+    weight_files,
     write_json,
     write_shard,
     write_text,
@@ -79,6 +81,26 @@ def test_a_read_tensor_is_aligned_wherever_it_lies(tmp_path: Path) -> None:
     assert all(stored[...].data_ptr() % 16 == 0 for stored in read_index(tmp_path).values())
 
 
+def test_a_file_that_changed_since_its_header_was_read_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3), "b": torch.ones(3)}, tmp_path / "model.safetensors")
+    stored = read_index(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", (tmp_path / "model.safetensors").stat().st_size - 4)
+    assert torch.equal(stored["a"][...], torch.ones(3))
+    with pytest.raises(CheckpointError, match=r"truncated or corrupted: it ends before the values of 'b'"):
+        stored["b"][...]
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="does not exist"):
+        stored["a"][...]
+
+
+def test_no_file_is_mapped_to_read_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mapped pages would stand in memory beside their copy: twice the size of a large embedding."""
+    save_file({"x": torch.arange(3.0)}, tmp_path / "model.safetensors")
+    stored = read_index(tmp_path)["x"]
+    monkeypatch.setattr(checkpoint, "safe_open", None)
+    assert stored[...].tolist() == [0, 1, 2]
+
+
 def test_the_index_says_which_tensors_there_are(tmp_path: Path) -> None:
     stored = read_index(sharded(tmp_path))
     assert list(stored) == ["b", "a"]
@@ -93,14 +115,19 @@ def test_a_single_file_comes_before_the_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "two.safetensors").unlink(), "two.safetensors does not exist"),
+        (lambda folder: (folder / "two.safetensors").unlink(), "names 1 of 2 files that are not there: two.safe"),
         (lambda folder: os.truncate(folder / "two.safetensors", 40), "two.safetensors is truncated"),
         (lambda folder: (folder / "two.safetensors").write_bytes(b"x" * 99), "two.safetensors is truncated"),
         (lambda folder: save_file({"c": torch.ones(1)}, folder / "two.safetensors"), "two.safetensors lacks 'b'"),
         (lambda folder: (folder / INDEX_NAME).write_text("{"), f"{INDEX_NAME} cannot be read"),
-        (lambda folder: (folder / INDEX_NAME).write_text("[]"), f"{INDEX_NAME} has no weight_map"),
+        (lambda folder: (folder / INDEX_NAME).write_text("[]"), f"{INDEX_NAME} holds a JSON list"),
+        (
+            lambda folder: (folder / INDEX_NAME).write_text('{"weight_map": {"a": 1}}'),
+            f"{INDEX_NAME} has no weight_map",
+        ),
         (lambda folder: (folder / INDEX_NAME).write_text("{}"), f"{INDEX_NAME} has no weight_map"),
-        (lambda folder: (folder / INDEX_NAME).unlink(), "model.safetensors does not exist"),
+        (lambda folder: (folder / INDEX_NAME).unlink(), "neither model.safetensors nor .*, only one.safetensors, two"),
+        (lambda folder: (folder / "one.safetensors").rename(folder / "a.bin"), "names 1 of 2 files"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: object, message: str) -> None:
@@ -108,6 +135,31 @@ def test_damage_is_named(tmp_path: Path, damage: object, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         read_index(tmp_path)
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "two.bin"])
+def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "outside.safetensors")
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": name}}))
+    for read in (read_index, weight_files):
+        with pytest.raises(CheckpointError, match="names of safetensors files in the same folder"):
+            read(folder)
+
+
+def test_a_header_says_where_the_values_are(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(5, dtype=torch.bfloat16), "empty": torch.ones(0, 3)}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    content, stored = (tmp_path / "x.safetensors").read_bytes(), read_header(tmp_path / "x.safetensors")
+    assert [tensor.key for tensor in stored] == ["a", "b", "empty"]
+    for tensor in stored:
+        start, end = tensor.span
+        assert content[start:end] == tensors[tensor.key].contiguous().view(torch.uint8).numpy().tobytes()
+    header = header_bytes(tmp_path / "x.safetensors")
+    assert content.startswith(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(CheckpointError, match=r"gone\.safetensors does not exist"):
+        read_header(tmp_path / "gone.safetensors")
 
 
 def test_a_dtype_that_torch_cannot_hold_exactly_is_refused(tmp_path: Path) -> None:

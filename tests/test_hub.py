@@ -3,61 +3,20 @@
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
-from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+from fake_hub import COMMIT, INDEX, FakeHub, write_checkpoint
 from huggingface_hub import close_session, constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from safetensors.torch import save_file
 
+from llmprune.checkpoint import weight_files
 from llmprune.errors import CheckpointError, LlmpruneError, ModelError
-from llmprune.hub import checkpoint_digest, resolve_model, weight_files
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-INDEX = "model.safetensors.index.json"
-
-
-@dataclass
-class FakeHub:
-    """The routes that a snapshot download asks for: revision, tree, and the files themselves."""
-
-    repositories: dict[str, Path] = field(default_factory=dict)
-    statuses: dict[str, tuple[int, str]] = field(default_factory=dict)  # repository -> status and error code
-    gated_files: bool = False
-    requested: list[str] = field(default_factory=list)
-    endpoint: str = ""
-
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        parts = unquote(urlsplit(path).path).strip("/").split("/")
-        self.requested.append("/".join(parts))
-        api = parts[:2] == ["api", "models"]
-        repository = "/".join(parts[2:4] if api else parts[:2])
-        route, revision, *name = parts[4:] if api else parts[2:]
-        if repository in self.statuses or repository not in self.repositories:
-            status, code = self.statuses.get(repository, (404, "RepoNotFound"))
-            return status, {"X-Error-Code": code}, b"{}"
-        if revision not in ("main", COMMIT):
-            return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
-        return self._serve(self.repositories[repository], route, "/".join(name))
-
-    def _serve(self, folder: Path, route: str, name: str) -> tuple[int, dict[str, str], bytes]:
-        if route == "revision":
-            return 200, {}, json.dumps({"id": "x", "sha": COMMIT, "siblings": []}).encode()
-        if route == "tree":
-            files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-            entries = [
-                {"type": "file", "path": str(p.relative_to(folder)), "size": p.stat().st_size, "oid": f"{n:040x}"}
-                for n, p in enumerate(files)
-            ]
-            return 200, {}, json.dumps(entries).encode()
-        if self.gated_files:
-            return 403, {"X-Error-Code": "GatedRepo"}, b"{}"
-        return 200, {"ETag": f'"{name.replace("/", "-")}"', "X-Repo-Commit": COMMIT}, (folder / name).read_bytes()
+from llmprune.hub import checkpoint_digest, resolve_model
 
 
 @pytest.fixture
@@ -123,20 +82,6 @@ def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     # The library reads HF_ENDPOINT once, on import.
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-
-
-def write_checkpoint(folder: Path, *, shards: int = 1, config: dict[str, object] | None = None) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **(config or {})}))
-    (folder / "tokenizer.json").write_text("{}")
-    if shards == 1:
-        save_file({"a": torch.arange(6.0)}, folder / "model.safetensors")
-    elif shards:
-        names = {f"t{n}": f"model-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)}
-        for tensor, name in names.items():
-            save_file({tensor: torch.ones(4)}, folder / name)
-        (folder / INDEX).write_text(json.dumps({"weight_map": names}))
-    return folder
 
 
 def write_cache(cache: Path, repository: str, **kwargs: object) -> Path:
@@ -398,60 +343,3 @@ def test_offline_with_only_part_of_it(offline: Path, cached: str) -> None:
 @pytest.mark.parametrize("model", ["a b", "org/", "--name"])
 def test_neither_folder_nor_hub_id(cache: Path, model: str) -> None:
     assert "neither an existing folder nor a hub id" in refusal(ModelError, model).what
-
-
-def write_digest_case(folder: Path, middle: float = 0.0) -> Path:
-    """Bytes that depend on nothing but this function: 4 MiB so that the samples do not cover all."""
-    folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    data = torch.arange(1 << 20, dtype=torch.float32)
-    data[3 << 16] += middle
-    save_file({"a": data[: 3 << 17], "b": data[3 << 17 :]}, folder / "model.safetensors")
-    return folder
-
-
-def test_digest_is_golden(tmp_path: Path) -> None:
-    golden = "607a32bc299de87772aa58563a8c0cc1bd49cec72381b6d9c15866664b428277"
-    assert checkpoint_digest(write_digest_case(tmp_path / "m")) == golden
-
-
-def test_digest_does_not_depend_on_the_folder(tmp_path: Path) -> None:
-    digests = {checkpoint_digest(write_checkpoint(tmp_path / name, shards=2)) for name in "ab"}
-    assert len(digests) == 1
-
-
-@pytest.mark.parametrize("position", ["start", "middle", "end"])
-def test_digest_sees_the_data(tmp_path: Path, position: str) -> None:
-    before = checkpoint_digest(write_digest_case(tmp_path / "m"))
-    path = tmp_path / "m" / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    header = 8 + int.from_bytes(content[:8], "little")
-    content[{"start": header, "middle": (header + len(content)) // 2, "end": len(content) - 1}[position]] ^= 1
-    path.write_bytes(content)
-    assert checkpoint_digest(tmp_path / "m") != before
-
-
-def test_digest_samples_every_tensor(tmp_path: Path) -> None:
-    """A change in the middle of one tensor, far from the start, the middle and the end of the file."""
-    first, second = write_digest_case(tmp_path / "m"), write_digest_case(tmp_path / "n", middle=1.0)
-    assert checkpoint_digest(first) != checkpoint_digest(second)
-
-
-def test_digest_sees_config_and_names(tmp_path: Path) -> None:
-    digests = {checkpoint_digest(write_checkpoint(tmp_path / "m"))}
-    (tmp_path / "m" / "config.json").write_text('{"model_type": "qwen3"}')
-    digests.add(checkpoint_digest(tmp_path / "m"))
-    save_file({"b": torch.arange(6.0)}, tmp_path / "m" / "model.safetensors")
-    digests.add(checkpoint_digest(tmp_path / "m"))
-    assert len(digests) == 3
-
-
-@pytest.mark.parametrize("damage", ["empty", "cut header", "cut data", "longer", "no json"])
-def test_digest_of_a_damaged_file(tmp_path: Path, damage: str) -> None:
-    path = write_checkpoint(tmp_path / "m") / "model.safetensors"
-    good = path.read_bytes()
-    changes = {"empty": b"", "cut header": good[:20], "cut data": good[:-4], "longer": good + b"x"}
-    path.write_bytes(changes.get(damage, good[:8] + b"[" + good[9:]))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors") as caught:
-        checkpoint_digest(tmp_path / "m")
-    assert "again" in caught.value.fix

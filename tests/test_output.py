@@ -17,7 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmprune import checkpoint, load_recipe, output, prune
 from llmprune.errors import CheckpointError, LlmpruneError, ResumeError
-from llmprune.output import MANIFEST_NAME, copy_companions, remove_checkpoint, require_empty, require_space
+from llmprune.output import (
+    MANIFEST_NAME,
+    copy_companions,
+    remove_checkpoint,
+    require_empty,
+    require_space,
+)
 from llmprune.report import load_report
 
 QUICK = {"method": "magnitude", "calibration": {"samples": 1, "length": 8}, "held_back": 0}
@@ -190,6 +196,20 @@ def test_overwrite_of_a_folder_by_a_model_in_memory_keeps_strangers(source: Path
     assert not names & {MANIFEST_NAME, "model.safetensors.index.json", "model-00001-of-00003.safetensors"}
 
 
+def test_home_is_expanded(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    prune(source, recipe(**QUICK), "~/streamed")
+    prune(AutoModelForCausalLM.from_pretrained(source), recipe(**QUICK), Path("~/in-memory"))
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"streamed", "in-memory"}
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_a_home_that_is_not_known_is_a_typed_error(source: Path) -> None:
+    with pytest.raises(ResumeError, match="~no-such-user/x begins with a home folder that is not known"):
+        prune(source, recipe(), "~no-such-user/x")
+
+
 @pytest.mark.parametrize("way", ["plain", "relative", "link", "dotted"])
 def test_the_source_is_never_the_output(
     source: Path, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
@@ -253,7 +273,7 @@ def test_shards_that_will_be_replaced_count_as_free(tmp_path: Path, monkeypatch:
         require_space(tmp_path, 1001)
 
 
-# --- a disk that fills up on the way
+# --- two runs at once
 
 
 def full() -> OSError:

@@ -1,231 +1,33 @@
-"""A run that is killed at any moment and resumed gives the same bytes as one that was left alone."""
+"""What resuming finds, mends and refuses."""
 
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import torch
-from folders import contents, tensors, untimed, weights_and_texts
+from folders import contents, tensors
+from runs import LAYERS, Whole, assert_equal_to, note_solved, uninterrupted
 from safetensors.torch import load_file, save_file
-from tiny_models import build, recipe, save
 from transformers import AutoModelForCausalLM
 
 from llmprune import output, pipeline, prune
-from llmprune.checkpoint import INDEX_NAME, read_index
+from llmprune.checkpoint import INDEX_NAME
 from llmprune.errors import ResumeError
 from llmprune.output import MANIFEST_NAME
-from llmprune.report import Report, load_report
-from llmprune.stream import ResidentLayer
-
-LAYERS = 3
-
-
-class Whole(NamedTuple):
-    """An uninterrupted run."""
-
-    source: Path
-    recipe: dict[str, Any]
-    folder: Path
-    report: Report
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
-    folder = tmp_path_factory.mktemp("whole")
-    model = build("llama", torch.bfloat16, num_hidden_layers=LAYERS)
-    source = save(model, folder / "dense")
-    text = " ".join(f"w{number % 120 + 4}" for number in range(700))
-    (folder / "text.txt").write_text(text)
-    calibration = {"source": str(folder / "text.txt"), "samples": 4, "length": 16}
-    settings = dict(recipe(calibration=calibration, evaluation={"samples": 1, "source": str(folder / "text.txt")}))
-    before = contents(source)
-    report = prune(source, settings, folder / "pruned")
-    yield Whole(source, settings, folder / "pruned", report)
-    assert contents(source) == before
+    with uninterrupted(tmp_path_factory.mktemp("whole")) as run:
+        yield run
 
 
 @pytest.fixture
 def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The layers that are solved in this process, in order."""
-    names: list[str] = []
-    solve_layer = pipeline.solve_layer
-
-    def note(layer: ResidentLayer, *arguments: Any) -> Any:
-        rows = solve_layer(layer, *arguments)
-        names.append(layer.name)
-        return rows
-
-    monkeypatch.setattr(pipeline, "solve_layer", note)
-    return names
-
-
-def assert_equal_to(whole: Whole, folder: Path, report: Report) -> None:
-    assert weights_and_texts(folder) == weights_and_texts(whole.folder)
-    assert untimed(report) == untimed(whole.report)
-    assert untimed(load_report(folder)) == untimed(whole.report)
-    assert json.loads((folder / MANIFEST_NAME).read_text())["complete"] is True
-
-
-def assert_incomplete_or_whole(whole: Whole, folder: Path) -> None:
-    """Nobody mistakes an unfinished folder for a model."""
-    if (folder / INDEX_NAME).exists():
-        assert list(read_index(folder)) == list(read_index(whole.folder))
-        assert {name: tensor.tolist() for name, tensor in tensors(folder).items()} == {
-            name: tensor.tolist() for name, tensor in tensors(whole.folder).items()
-        }
-    else:
-        with pytest.raises((OSError, ValueError)):
-            AutoModelForCausalLM.from_pretrained(folder)
-
-
-# --- killed at every change that a run makes to its folder
-
-
-class KillAt:
-    """Ends the process by SIGKILL right before the n-th change below a folder; also in the middle of shards."""
-
-    def __init__(self, folder: Path, number: int) -> None:
-        self.folder, self.left = str(folder), number
-
-    def watch(self) -> None:
-        from llmprune import checkpoint
-
-        save_file = checkpoint.save_file
-
-        def in_two_halves(content: Any, file: Path, **options: Any) -> None:
-            save_file(content, file, **options)
-            data = file.read_bytes()
-            os.truncate(file, len(data) // 2)
-            file.write_bytes(data)
-
-        checkpoint.save_file = in_two_halves
-        sys.addaudithook(self.step)
-
-    def step(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not arguments or not str(arguments[0]).startswith(self.folder):
-            return
-        reads = event == "open" and not (arguments[2] & (os.O_WRONLY | os.O_RDWR))
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.chmod", "os.truncate") and not reads:
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-
-def main() -> None:
-    """Run one job a line of stdin in a fork of its own; answers with how it ended. Jobs are JSON."""
-    build("llama")  # so that the forks need not import its modules
-    for line in sys.stdin:
-        job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            run_job(job)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
-def run_job(job: dict[str, Any]) -> None:
-    solve_layer = pipeline.solve_layer
-
-    def note(layer: ResidentLayer, *arguments: Any) -> Any:
-        rows = solve_layer(layer, *arguments)
-        with Path(job["solved"]).open("a") as log:
-            log.write(f"{layer.name}\n")
-        return rows
-
-    pipeline.solve_layer = note
-    KillAt(job["output"], job["kill_at"]).watch()
-    prune(job["source"], job["recipe"], job["output"], resume=job["resume"])
-    os._exit(0)
-
-
-class Runner:
-    """Hands jobs to the process in which `main` runs."""
-
-    def __init__(self, whole: Whole, process: "subprocess.Popen[str]") -> None:
-        assert process.stdin
-        assert process.stdout
-        self.whole, self.jobs, self.answers = whole, process.stdin, process.stdout
-
-    def __call__(self, output: Path, kill_at: int, resume: bool = False) -> tuple[int, list[str]]:
-        """How a run ended (-9: killed), and the layers that it solved."""
-        log = output.with_name(f"{output.name}.solved")
-        log.write_text("")
-        job = {"source": str(self.whole.source), "recipe": self.whole.recipe, "resume": resume, "solved": str(log)}
-        self.jobs.write(json.dumps({**job, "output": str(output), "kill_at": kill_at}) + "\n")
-        self.jobs.flush()
-        return int(self.answers.readline()), log.read_text().split()
-
-
-@pytest.fixture(scope="module")
-def runner(whole: Whole) -> Iterator[Runner]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "TOKENIZERS_PARALLELISM": "false"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    start = [sys.executable, "-c", "import test_resume; test_resume.main()"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(start, env=environment, **pipes) as process:
-        yield Runner(whole, process)
-    assert process.returncode == 0
-
-
-def state(folder: Path) -> list[tuple[str, int]]:
-    """Names and sizes; the size of what holds times varies from run to run."""
-    files = sorted(folder.iterdir()) if folder.exists() else []
-    timed = (MANIFEST_NAME, "report.json")
-    return [(file.name, 0 if any(name in file.name for name in timed) else file.stat().st_size) for file in files]
-
-
-def test_killed_before_every_change_and_resumed(
-    whole: Whole, runner: Runner, solved: list[str], tmp_path: Path
-) -> None:
-    lost: set[int] = set()
-    committed_at: set[int] = set()
-    seen: list[tuple[str, int]] = []
-    for kill_at in range(1, 200):
-        folder = tmp_path / str(kill_at) / "pruned"
-        folder.parent.mkdir()
-        ended, solved_before = runner(folder, kill_at)
-        if ended == 0:
-            break
-        assert ended == -signal.SIGKILL
-        if seen == (seen := state(folder)):
-            continue
-        manifest = folder / MANIFEST_NAME
-        committed = len(json.loads(manifest.read_text())["layers"]) if manifest.exists() else 0
-        assert_incomplete_or_whole(whole, folder)
-        solved.clear()
-        report = prune(whole.source, whole.recipe, folder, resume=True)
-        assert_equal_to(whole, folder, report)
-        assert solved == [f"model.layers.{number}" for number in range(committed, LAYERS)]
-        lost.add(len(solved_before) - committed)
-        committed_at.add(committed)
-    # Every shard and every other file was interrupted, and no kill cost more than one layer.
-    assert kill_at > 3 * len(contents(whole.folder))
-    assert lost == {0, 1}
-    assert committed_at == set(range(LAYERS + 1))
-
-
-def test_killed_again_and_again(whole: Whole, runner: Runner, tmp_path: Path) -> None:
-    folder, total, kills = tmp_path / "pruned", 0, 0
-    for kill_at in range(12, 40):
-        ended, solved_now = runner(folder, kill_at, resume=True)
-        total += len(solved_now)
-        if ended == 0:
-            break
-        assert ended == -signal.SIGKILL
-        kills += 1
-        assert_incomplete_or_whole(whole, folder)
-    assert_equal_to(whole, folder, load_report(folder))
-    assert kills >= LAYERS
-    assert total <= LAYERS + kills
-
-
-# --- what resuming finds
+    return note_solved(monkeypatch)
 
 
 def interrupted(whole: Whole, folder: Path, layers: int) -> Path:
@@ -393,7 +195,7 @@ def test_another_description_is_no_other_run(whole: Whole, solved: list[str], tm
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
         ("{}", "cannot be read"),
-        ('{"format": 2}', "has format 2"),
+        ('{"format": 99}', "has format 99"),
     ],
 )
 def test_a_damaged_record_is_a_typed_error(whole: Whole, tmp_path: Path, text: str, message: str) -> None:

@@ -7,38 +7,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from streams import IDS, final_states, in_turn, observe, stream, walk, wired
 from tiny_models import build, random_ids, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmprune.activations import HiddenStates, LayerCalls
 from llmprune.errors import ModelError, NumericsError
-from llmprune.observation import Group
-from llmprune.source import CheckpointSource, ModelSource
+from llmprune.source import CheckpointSource
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.stream import ResidentLayer, Stream, StreamSettings
-
-IDS = random_ids(5, 12)
-
-
-def stream(model: PreTrainedModel, ids: Tensor = IDS, **settings: Any) -> Stream:
-    return Stream(ModelSource(model), ids, StreamSettings(**{"batch_size": 2, **settings}))
-
-
-def observe(layer: ResidentLayer, needs: Any = Gram) -> list[Group]:
-    return layer.observe(dict.fromkeys(layer.matrices, needs))
-
-
-def final_states(model: PreTrainedModel, **settings: Any) -> list[Tensor]:
-    """Prune half of every matrix by sign on the way, so that later layers depend on it."""
-    run = stream(model, outputs=True, **settings)
-    for layer in run:
-        observe(layer)
-        for name in layer.matrices:
-            weight = layer.weight(name)
-            layer.replace(name, weight * (weight > 0))
-    return [run.hidden[batch] for batch in range(len(run.batches))]
 
 
 def grams(model: PreTrainedModel, **settings: Any) -> dict[str, Gram]:
@@ -156,11 +134,6 @@ def test_stopping_early_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(group.statistics.products, whole[0].statistics.products)
 
 
-def walk(run: Stream, visit: Callable[[ResidentLayer], Any]) -> None:
-    for layer in run:
-        visit(layer)
-
-
 def test_a_matrix_that_is_used_twice_is_summed_twice() -> None:
     run = stream(wired(lambda block, x: block.linear(block.linear(x).tanh()), in_turn))
     layer = next(iter(run))
@@ -233,171 +206,6 @@ def test_a_layout_that_was_guessed_wrong_is_refused() -> None:
 
 
 # Models whose layers are wired in ways of their own.
-
-
-class Block(GradientCheckpointingLayer):
-    """A layer as a test wants it: `act(itself, hidden states, what else it is handed)`."""
-
-    def __init__(self, act: Callable[..., Any], index: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(32, 32)
-        self.act, self.index = act, index
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.act(self, x, *args, **kwargs)
-
-
-def wired(act: Callable[..., Any], run: Callable[[nn.ModuleList, Tensor], Tensor]) -> PreTrainedModel:
-    """A Llama with other layers, called by `run(layers, hidden states)`."""
-    model = build("llama", num_hidden_layers=4)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layers = nn.ModuleList([Block(act, index).requires_grad_(False) for index in range(4)])
-    model.model.layers = layers
-    inner = model.model.forward
-
-    def forward(input_ids: Tensor, **kwargs: Any) -> Any:
-        model.model.layers = nn.ModuleList()
-        try:
-            output = inner(input_ids=input_ids, **kwargs)
-        finally:
-            model.model.layers = layers
-        return output
-
-    embed = model.model.embed_tokens
-
-    def embed_and_run(ids: Tensor) -> Tensor:
-        return run(layers, F.embedding(ids, embed.weight))
-
-    embed.forward = embed_and_run
-    model.model.forward = forward
-    return model
-
-
-def in_turn(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    for layer in layers:
-        x = layer(x)
-    return x
-
-
-def through_tuples(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    state = None
-    for layer in layers:
-        x, state, _ = layer(x=x, state=state)
-    return x
-
-
-def skipping(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    """Every layer gets what the first one has returned beside its hidden states."""
-    x, first, _ = layers[0](x)
-    for layer in layers[1:]:
-        x, _, _ = layer(x, first)
-    return x
-
-
-def through_a_mapping(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    shared: dict[str, Tensor] = {}
-    for layer in layers:
-        x = layer(x, shared=shared)
-    return x
-
-
-def plain(block: Block, x: Tensor) -> Tensor:
-    return block.linear(x).tanh()
-
-
-def in_a_list(block: Block, x: Tensor, state: None) -> list[Any]:
-    return [plain(block, x), None, None]
-
-
-def add_state(block: Block, x: Tensor, state: Tensor | None = None) -> tuple[Any, ...]:
-    y = block.linear(x) if state is None else block.linear(x) + state
-    return y.tanh(), y, {"unused": None}
-
-
-def add_shared(block: Block, x: Tensor, shared: dict[str, Tensor]) -> Tensor:
-    """The first two layers leave something for the others."""
-    y = block.linear(x)
-    if block.index < 2:
-        shared[f"from {block.index}"] = y
-        return y
-    return (y + shared[f"from {block.index % 2}"]).tanh()
-
-
-@pytest.mark.parametrize(
-    ("act", "run"),
-    [
-        (plain, in_turn),
-        (in_a_list, through_tuples),
-        (add_state, through_tuples),
-        (add_state, skipping),
-        (add_shared, through_a_mapping),
-    ],
-    ids=["tensor", "list", "state of the layer before", "state of the first layer", "a mapping that all share"],
-)
-def test_what_layers_return_reaches_the_next_ones(act: Callable[..., Any], run: Callable[..., Any]) -> None:
-    model = wired(act, run)
-    streamed = final_states(model)
-    with torch.no_grad():
-        for ids, states in zip(IDS.split(2), streamed, strict=True):
-            assert torch.equal(run(model.model.layers, F.embedding(ids, model.model.embed_tokens.weight)), states)
-
-
-def test_values_are_carried_no_longer_than_needed() -> None:
-    run = stream(wired(add_state, through_tuples))
-    held = [run.calls.nbytes for _ in run]
-    assert held[1] == held[2] == held[3] == IDS.numel() * 32 * 4
-
-
-def broken(change: Callable[[Tensor], Tensor]) -> Callable[[nn.ModuleList, Tensor], Tensor]:
-    def run(layers: nn.ModuleList, x: Tensor) -> Tensor:
-        for layer in layers:
-            x = change(layer(x))
-        return x
-
-    return run
-
-
-def backwards(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    for layer in reversed(layers):
-        x = layer(x)
-    return x
-
-
-def repeated(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    for layer in (*layers[:2], *layers):
-        x = layer(x)
-    return x
-
-
-def half(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    return in_turn(layers[:2], x)
-
-
-def computed_state(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    state = None
-    for layer in layers:
-        x, state, _ = layer(x, None if state is None else state * 2)
-    return x
-
-
-@pytest.mark.parametrize(
-    ("act", "run", "message"),
-    [
-        (plain, broken(lambda x: x / 2), "changes the hidden states between its decoder layers"),
-        (plain, broken(lambda x: x.mul_(0.5)), "changes the hidden states between its decoder layers"),
-        (plain, broken(lambda x: x[:, 1:]), "changes the hidden states between its decoder layers"),
-        (plain, broken(lambda x: x.double().float()), "changes the hidden states between its decoder layers"),
-        (plain, backwards, r"calls layer 3 of model\.layers after 0 others"),
-        (plain, repeated, r"calls layer 0 of model\.layers after 2 others"),
-        (plain, half, r"called 2 of 4 layers in model\.layers"),
-        (add_state, computed_state, "computes something from what a decoder layer returns"),
-    ],
-)
-def test_wiring_that_cannot_be_streamed_is_refused(act: Any, run: Callable[..., Any], message: str) -> None:
-    model = wired(act, run)
-    with pytest.raises(ModelError, match=message):
-        walk(stream(model), lambda layer: None)
 
 
 def test_equal_arguments_are_stored_once() -> None:

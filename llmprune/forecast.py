@@ -10,8 +10,7 @@ Counted are the matrix products:
 """
 
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from llmprune.devices import describe_device
+from llmprune.devices import describe_device, runs_per_second
 from llmprune.hub import resolve_model
-from llmprune.memory import LayerMemory, layer_memory, predict_peak
+from llmprune.memory import LayerMemory, ends_bytes, layer_memory, predict_peak
 from llmprune.observation import Group
 from llmprune.patterns import Unstructured
 from llmprune.pipeline import Run
@@ -39,8 +38,7 @@ from llmprune.stream import ResidentLayer, Stream, StreamSettings
 # which of its dimensions grow with the batch and with the length.
 _SAMPLES, _LENGTH = 2, 61
 
-# How long each rate is measured, and the size of the square matrices it is measured on.
-_RATE_SECONDS = 0.08
+# The size of the square matrices that rates are measured on.
 _RATE_SIZES = {"cpu": 1024, "cuda": 4096}
 
 
@@ -108,18 +106,20 @@ class MemoryPlan:
         ends: embeddings, final norm and head.
         hidden_states: in memory; at most the recipe's activation_budget.
         calls: masks and rotary embeddings.
+        first: of the first layer, which is shown one batch beside the ends.
         layer: of the layer that takes most.
     """
 
     ends: int
     hidden_states: int
     calls: int
+    first: LayerMemory
     layer: LayerMemory
 
     @property
     def peak(self) -> int:
         """The predicted peak, above what the interpreter holds."""
-        return predict_peak(self.ends, self.hidden_states, self.calls, [self.layer])
+        return predict_peak(self.ends, self.hidden_states, self.calls, [self.first, self.layer])
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,20 +195,23 @@ def dry_run(
 
     Raises:
         LlmpruneError: what a run would refuse whatever the text is: the recipe, the model, a pattern that does not fit,
-            a device that is not there, a matrix that is never used.
+            a device that is not there, a matrix that is never used; or there is not enough memory for one layer.
     """
     run = Run(load_recipe(recipe, overrides))
+    with run.guard:
+        return _forecast(run, str(model), run.open(resolve_model(model)))
+
+
+def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     settings, device = run.recipe, run.device
-    source = run.open(resolve_model(model))
     jobs = plan_jobs(source, settings)
     look = _Look(source, settings, device)
     layers = tuple(look.plan(indices, jobs) for indices in _kinds(source, jobs))
     hidden = look.hidden_bytes
     resident = min(hidden, int(settings.activation_budget))
-    ends = sum(p.nbytes for n, p in source.model.named_parameters() if not n.startswith(source.layers_path + "."))
     largest = max((plan.memory for plan in layers), key=lambda memory: memory.total)
     return DryRun(
-        model=str(model),
+        model=model,
         recipe=settings.to_dict(),
         device=describe_device(device),
         compute_dtype=str(source.model.dtype).removeprefix("torch."),
@@ -216,7 +219,7 @@ def dry_run(
         tokens=look.tokens,
         layers=layers,
         rates=measure_rates(device, source.model.dtype),
-        memory=MemoryPlan(ends, resident, look.calls_bytes, largest),
+        memory=MemoryPlan(ends_bytes(source), resident, look.calls_bytes, layers[0].memory, largest),
         disk_bytes=sum(stored.nbytes for stored in source.stored.values()),
         spilled_bytes=hidden - resident,
         notes=tuple(_notes(settings, source)),
@@ -234,11 +237,12 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Work:
     narrow = torch.randn(size, size, device=device).to(dtype)
     wide, total = narrow.float(), torch.zeros(size, size, device=device)
     with torch.no_grad():
-        forward = _rate(lambda: F.linear(narrow, narrow), size, device)
-        gram = _rate(lambda: add_gram(total, narrow), size, device)
+        forward = runs_per_second(lambda: F.linear(narrow, narrow), device)
+        gram = runs_per_second(lambda: add_gram(total, narrow), device)
         with float32_products("ieee"):
-            solve = _rate(lambda: wide @ wide, size, device)
-    return Work(forward, gram, solve)
+            solve = runs_per_second(lambda: wide @ wide, device)
+    operations = 2 * size**3
+    return Work(operations * forward, operations * gram, operations * solve)
 
 
 class _Look:
@@ -379,20 +383,3 @@ def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
 
 def _is_expert(name: str) -> bool:
     return re.search(r"\.experts\.\d+\.", name) is not None
-
-
-def _rate(product: Callable[[], object], size: int, device: torch.device) -> float:
-    """Operations a second of a product of two square matrices."""
-    product()
-    _wait(device)
-    runs, start = 0, time.perf_counter()
-    while runs == 0 or time.perf_counter() - start < _RATE_SECONDS:
-        product()
-        _wait(device)
-        runs += 1
-    return runs * 2 * size**3 / (time.perf_counter() - start)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -8,11 +8,11 @@ import torch
 from folders import contents, tensors, zeros
 
 from llmprune import prune
-from llmprune.console import dry_run_tables
 from llmprune.devices import describe_device
-from llmprune.dry_run import DryRun, Work, dry_run, measure_rates
 from llmprune.errors import DeviceError, PatternError, RecipeError
+from llmprune.forecast import DryRun, Work, dry_run, measure_rates
 from llmprune.source import CheckpointSource
+from llmprune.tables.pruning import dry_run_tables
 
 # Of the recipe of tiny_models: 6 samples and one held back, 24 tokens each.
 COUNTED, TOKENS = 6 * 24, 7 * 24
@@ -35,7 +35,7 @@ RATES = Work(forward=1e9, gram=2e9, solve=3e9)
 
 @pytest.fixture(autouse=True)
 def rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmprune.dry_run.measure_rates", lambda device, dtype: RATES)
+    monkeypatch.setattr("llmprune.forecast.measure_rates", lambda device, dtype: RATES)
 
 
 def look(folder: Path, **changes: Any) -> DryRun:

@@ -1,0 +1,138 @@
+"""What every bundled recipe gives on the bundled model.
+
+    OMP_NUM_THREADS=1 python -m llmprune.eval.bench.recipes --json eval/bench/results/recipes-testbed-cpu.json --write
+
+Protocol: the recipe as it is, but with samples of 256 tokens, which the bundled model can hold; the dense model writes
+them, with one seed for the statistics and another one for the perplexities. Seconds are those of the processor, all
+threads together, while the layers are pruned: reading, forwards, statistics, solving and writing, not the text and the
+perplexities. Other programs on the machine add up to half to them; what a run costs without is in eval/bench/prune.py.
+
+--write puts the figures into the recipes, as the comment lines that begin with "# Testbed:" and "# Made by".
+"""
+
+import argparse
+import json
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from llmprune.checkpoint import write_json
+from llmprune.devices import describe_device, resolve_device
+from llmprune.errors import PatternError
+from llmprune.pipeline import prune
+from llmprune.progress import Progress
+from llmprune.recipe import bundled_recipes
+
+PROTOCOL = ("calibration.length=256", "evaluation.length=256")
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+class ProcessorTime:
+    """Watches a run, and adds up the processor's time while layers are pruned.
+
+    Attributes:
+        seconds: so far, of all threads.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = self._since = 0.0
+        self._pruning = False
+
+    def __call__(self, progress: Progress) -> None:
+        """Note one step."""
+        now = time.process_time()
+        if self._pruning:
+            self.seconds += now - self._since
+        self._pruning, self._since = progress.stage == "pruning" and progress.layer < progress.layers, now
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Run one recipe; what the model cannot carry is said in place of the figures."""
+    clock = ProcessorTime()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            report = prune("testbed", name, Path(folder) / "pruned", overrides=PROTOCOL, watch=clock)
+        except PatternError as error:
+            return {"recipe": name, "refused": error.what, "device": describe_device(resolve_device("auto"))}
+    evaluation = report.header["evaluation"]
+    return {
+        "recipe": name,
+        "dense_perplexity": report.dense_perplexity,
+        "perplexity": report.pruned_perplexity,
+        "kl_divergence": evaluation["kl_divergence"],
+        "agreement": evaluation["agreement"],
+        "sparsity": report.sparsity,
+        "error": report.mean_error,
+        "samples": report.header["texts"]["calibration"]["samples"],
+        "evaluation_samples": evaluation["dense"]["samples"],
+        "processor_seconds": clock.seconds,
+        "tokens": report.header["tokens"],
+        "versions": report.header["version"],
+        "device": report.header["device"],
+    }
+
+
+def comment(row: dict[str, Any]) -> str:
+    """The lines of a recipe that say what it gave.
+
+    Args:
+        row: what `measure` returned.
+    """
+    made = f"# Made by python -m llmprune.eval.bench.recipes, which states the protocol, on {row['device']}."
+    if "refused" in row:
+        return f"# Testbed: cannot carry it ({row['refused']}).\n{made}"
+    return (
+        f"# Testbed: perplexity {row['dense_perplexity']:.2f} dense, {row['perplexity']:.2f} pruned; KL divergence "
+        f"{row['kl_divergence']:.4f}; {row['sparsity']:.1%} zeros; {row['processor_seconds']:.1f} processor seconds."
+        f"\n{made}"
+    )
+
+
+def write_comment(name: str, row: dict[str, Any]) -> None:
+    """Put a recipe's figures into its file: in place of the old ones, or below the other comments at its top."""
+    file = RECIPES / f"{name}.yaml"
+    text = re.sub(r"^# (Testbed:|Made by) .*\n", "", file.read_text("utf-8"), flags=re.MULTILINE)
+    head = re.match(r"(description:.*\n)?(#.*\n)*", text)
+    assert head is not None
+    file.write_text(f"{head[0]}{comment(row)}\n{text[head.end() :]}", "utf-8")
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The figures, one recipe a row."""
+    shown = Table("recipe", "dense", "pruned", "KL", "same token", "zeros", "error", "seconds")
+    for row in rows:
+        if "refused" in row:
+            shown.add_row(row["recipe"], row["refused"])
+            continue
+        numbers = f"{row['kl_divergence']:.4f}", f"{row['agreement']:.1%}", f"{row['sparsity']:.1%}"
+        perplexities = f"{row['dense_perplexity']:.3f}", f"{row['perplexity']:.3f}"
+        shown.add_row(row["recipe"], *perplexities, *numbers, f"{row['error']:.4f}", f"{row['processor_seconds']:.1f}")
+    return shown
+
+
+def main() -> None:
+    """Run the recipes, print the table, write the JSON and the comments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=[name for name, _ in bundled_recipes()])
+    parser.add_argument("--json", type=Path, help="where to write the figures; those of other recipes stay")
+    parser.add_argument("--write", action="store_true", help="also write them into the recipes")
+    args = parser.parse_args()
+    known = json.loads(args.json.read_text("utf-8")) if args.json and args.json.exists() else []
+    rows = {row["recipe"]: row for row in known}
+    for name in args.recipes:
+        rows[name] = measure(name)
+        print(f"{name}: {comment(rows[name]).splitlines()[0].removeprefix('# Testbed: ')}", flush=True)
+        if args.json:
+            write_json(args.json, [rows[name] for name in sorted(rows)])
+        if args.write:
+            write_comment(name, rows[name])
+    Console().print(table([rows[name] for name in sorted(rows)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""An uninterrupted run, and what every other way to its end must have in common with it."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from folders import contents, tensors, untimed, weights_and_texts
+from tiny_models import build, recipe, save
+from transformers import AutoModelForCausalLM
+
+from llmprune import pipeline, prune
+from llmprune.checkpoint import INDEX_NAME, read_index
+from llmprune.output import MANIFEST_NAME
+from llmprune.report import Report, load_report
+from llmprune.stream import ResidentLayer
+
+LAYERS = 3
+
+
+class Whole(NamedTuple):
+    """An uninterrupted run."""
+
+    source: Path
+    recipe: dict[str, Any]
+    folder: Path
+    report: Report
+
+
+@contextmanager
+def uninterrupted(folder: Path) -> Iterator[Whole]:
+    """Prune a Llama of three layers in one go; its source must stay as it is."""
+    model = build("llama", torch.bfloat16, num_hidden_layers=LAYERS)
+    source = save(model, folder / "dense")
+    text = " ".join(f"w{number % 120 + 4}" for number in range(700))
+    (folder / "text.txt").write_text(text)
+    calibration = {"source": str(folder / "text.txt"), "samples": 4, "length": 16}
+    settings = dict(recipe(calibration=calibration, evaluation={"samples": 1, "source": str(folder / "text.txt")}))
+    before = contents(source)
+    report = prune(source, settings, folder / "pruned")
+    yield Whole(source, settings, folder / "pruned", report)
+    assert contents(source) == before
+
+
+def note_solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The layers that are solved in this process, in order."""
+    names: list[str] = []
+    solve_layer = pipeline.solve_layer
+
+    def note(layer: ResidentLayer, *arguments: Any) -> Any:
+        rows = solve_layer(layer, *arguments)
+        names.append(layer.name)
+        return rows
+
+    monkeypatch.setattr(pipeline, "solve_layer", note)
+    return names
+
+
+def assert_equal_to(whole: Whole, folder: Path, report: Report) -> None:
+    assert weights_and_texts(folder) == weights_and_texts(whole.folder)
+    assert untimed(report) == untimed(whole.report)
+    assert untimed(load_report(folder)) == untimed(whole.report)
+    assert json.loads((folder / MANIFEST_NAME).read_text())["complete"] is True
+
+
+def assert_incomplete_or_whole(whole: Whole, folder: Path) -> None:
+    """Nobody mistakes an unfinished folder for a model."""
+    if (folder / INDEX_NAME).exists():
+        assert list(read_index(folder)) == list(read_index(whole.folder))
+        assert {name: tensor.tolist() for name, tensor in tensors(folder).items()} == {
+            name: tensor.tolist() for name, tensor in tensors(whole.folder).items()
+        }
+    else:
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
+# --- killed at every change that a run makes to its folder

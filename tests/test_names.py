@@ -1,0 +1,38 @@
+"""The names that `import llmprune` offers."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import llmprune
+
+
+@pytest.mark.parametrize("name", sorted(set(llmprune.__all__) - {"__version__"}))
+def test_every_public_name_is_there(name: str) -> None:
+    value = getattr(llmprune, name)
+    assert not isinstance(value, ModuleType)
+    assert value is getattr(llmprune, name)
+
+
+def test_planning_and_measuring_need_no_second_import() -> None:
+    assert llmprune.dry_run.__module__ == "llmprune.forecast"
+    assert llmprune.evaluate.__module__ == "llmprune.perplexity"
+    assert llmprune.TextSpec("self").source == "self"
+
+
+def test_no_module_stands_in_the_place_of_a_name() -> None:
+    """Importing `llmprune.x` puts the module x among the package's names, before anything found on demand."""
+    modules = {module.name for module in pkgutil.iter_modules(llmprune.__path__)}
+    assert not modules & set(llmprune.__all__)
+    importlib.import_module("llmprune.forecast")
+    assert callable(llmprune.dry_run)
+
+
+def test_importing_waits_for_nothing() -> None:
+    code = "import sys, llmprune; print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

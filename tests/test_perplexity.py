@@ -1,0 +1,95 @@
+"""Perplexity at the end of what float64 and JSON can say."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from command_line import make_plain, run
+from folders import tensors
+from safetensors.torch import save_file
+
+from llmprune import TextSpec, evaluate, prune
+from llmprune.report import load_report
+from llmprune.stream import StreamSettings
+
+
+def logits_of(scale: float, folder: Path) -> Path:
+    """A checkpoint whose logits are very sure of themselves, and mostly wrong."""
+    source = tiny_models.save(tiny_models.build("llama"), folder)
+    weights = tensors(source)
+    weights["lm_head.weight"] *= scale
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    return source
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> TextSpec:
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(f"w{number}" for number in torch.randint(40, 100, (100,)).tolist()))
+    return TextSpec(str(file), samples=4, length=16, order="text")
+
+
+def test_a_perplexity_beyond_float64_is_infinite(tmp_path: Path, text: TextSpec) -> None:
+    sure, hopeless = (evaluate(logits_of(scale, tmp_path / str(scale)), text) for scale in (1.0, 1e4))
+    assert sure.perplexity == math.exp(sure.nats)
+    assert 710 < hopeless.nats < 1e6
+    assert hopeless.perplexity == math.inf
+    content = json.loads(json.dumps(hopeless.to_dict(), allow_nan=False))
+    assert content["perplexity"] is None
+    assert content["nats"] == hopeless.nats
+
+
+def test_the_largest_perplexity_is_still_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmprune.calibration import Tokens
+    from llmprune.perplexity import _summary
+
+    tokens = Tokens(torch.zeros(1, 2, dtype=torch.int64), "", {})
+    assert _summary(709.0, tokens).perplexity == math.exp(709.0)
+    assert _summary(709.79, tokens).perplexity == math.inf
+
+
+def test_a_hopeless_run_is_reported_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_plain(monkeypatch)
+    source = logits_of(1e4, tmp_path / "dense")
+    settings: Any = tiny_models.recipe(pattern=0.9, method="random", evaluation={"samples": 2})
+    report = prune(source, settings, tmp_path / "out")
+    assert report.pruned_perplexity == math.inf
+    content = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
+    assert content["evaluation"]["pruned"]["perplexity"] is None
+    assert content["evaluation"]["pruned"]["nats"] > 710
+    assert load_report(tmp_path / "out") == report
+    assert "| inf |" in (tmp_path / "out" / "README.md").read_text()
+    (tmp_path / "recipe.json").write_text(json.dumps(settings))
+    arguments = ["prune", source, "--recipe", tmp_path / "recipe.json", "--output", tmp_path / "out", "--resume"]
+    assert " dense, inf pruned" in run(*arguments).stdout
+
+
+def test_a_divergence_that_is_not_finite_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_plain(monkeypatch)
+    monkeypatch.setattr("torch.nn.functional.kl_div", lambda *arguments, **options: torch.tensor(math.inf))
+    source = tiny_models.save(tiny_models.build("llama"), tmp_path / "dense")
+    arguments = ["prune", source, "--recipe", "demo", "--output", tmp_path / "out"]
+    small = ("calibration.samples=2", "calibration.length=8", "evaluation.samples=1", "evaluation.length=8")
+    shown = run(*arguments, *[part for setting in small for part in ("--set", setting)]).stdout
+    assert "not finite" in shown
+    content = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
+    assert content["evaluation"]["kl_divergence"] is None
+    assert "| not finite |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_command_prints_null(tmp_path: Path, text: TextSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_plain(monkeypatch)
+    source = logits_of(1e4, tmp_path / "dense")
+    arguments = ["perplexity", source, "--text", text.source, "--length", 16, "--samples", 4]
+    content = json.loads(run(*arguments, "--json").stdout, parse_constant=pytest.fail)
+    assert content["perplexity"] is None
+    assert f"{content['nats']:.5f}" in run(*arguments).stdout
+
+
+def test_settings_have_a_default(tmp_path: Path, text: TextSpec) -> None:
+    source = tiny_models.save(tiny_models.build("llama"), tmp_path / "dense")
+    assert evaluate(source, text) == evaluate(source, text, StreamSettings(batch_size=8))
