@@ -2,27 +2,35 @@
 
 from typing import TYPE_CHECKING, Any
 
+from llmprune.registration import register_with_transformers
 from llmprune.version import __version__
 
 if TYPE_CHECKING:
+    from llmprune.calibration import TextSpec
     from llmprune.errors import LlmpruneError
+    from llmprune.forecast import dry_run
     from llmprune.inspection import inspect_checkpoint
     from llmprune.methods import METHODS
     from llmprune.patterns import NM, Block, Unstructured, parse
+    from llmprune.perplexity import evaluate
     from llmprune.pipeline import prune
     from llmprune.recipe import Recipe, load_recipe
     from llmprune.report import Report
     from llmprune.stream import Stream
 
-# Resolved on first use, so that `import llmprune` and `llmprune --help` do not wait for torch.
+# Resolved on first use, so that `import llmprune` and `llmprune --help` do not wait for torch. No module may be called
+# like one of these: once it is imported, it would stand in the name's place.
 _HOMES = {
+    "TextSpec": "calibration",
     "LlmpruneError": "errors",
+    "dry_run": "forecast",
     "inspect_checkpoint": "inspection",
     "METHODS": "methods",
     "NM": "patterns",
     "Block": "patterns",
     "Unstructured": "patterns",
     "parse": "patterns",
+    "evaluate": "perplexity",
     "prune": "pipeline",
     "Recipe": "recipe",
     "load_recipe": "recipe",
@@ -31,8 +39,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "METHODS", "NM", "Block", "LlmpruneError", "Recipe", "Report", "Stream", "Unstructured", "__version__",
-    "inspect_checkpoint", "load_recipe", "parse", "prune",
+    "METHODS", "NM", "Block", "LlmpruneError", "Recipe", "Report", "Stream", "TextSpec", "Unstructured", "__version__",
+    "dry_run", "evaluate", "inspect_checkpoint", "load_recipe", "parse", "prune",
 ]  # fmt: skip
 
 
@@ -42,3 +50,6 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"llmprune.{_HOMES[name]}"), name)
+
+
+register_with_transformers()

@@ -6,16 +6,18 @@ asked for, and shows what a checkpoint of unknown origin could run on.
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmprune.checkpoint import read_header, read_json, weight_files
 from llmprune.errors import CheckpointError, PatternError
-from llmprune.hub import weight_files
+from llmprune.packed import PackedWeight, as_dense, packed_layouts
 
 _EMBEDDINGS = re.compile(r"embed|lm_head|wte|wpe")
 
@@ -53,7 +55,8 @@ class TensorRow:
             words, indices, masks and scales without a zero).
         negative_zeros: those of `zeros` that are -0.0.
         pattern: what `detect_pattern` says; None for vectors, and where the elements are not weights.
-        bytes: size of its data.
+        bytes: size of its data, as stored.
+        layout: how it is stored, for example "nm"; the other columns are those of the dense tensor.
     """
 
     name: str
@@ -64,6 +67,7 @@ class TensorRow:
     negative_zeros: int
     pattern: str | None
     bytes: int
+    layout: str = "dense"
 
     @property
     def sparsity(self) -> float:
@@ -121,16 +125,20 @@ class Inspection:
 def inspect_checkpoint(folder: Path) -> Inspection:
     """Count the zeros of every tensor of a checkpoint and find their patterns.
 
+    The matrices of a packed checkpoint are unpacked for it, one by one.
+
     Args:
-        folder: holds safetensors files, with or without an index; nothing else in it is read.
+        folder: holds safetensors files, with or without an index; config.json is asked only what is packed.
 
     Raises:
         CheckpointError: there are no safetensors files, one is damaged or missing, or two hold the same tensor.
     """
     files = _files(folder)
-    rows: dict[str, TensorRow] = {}
+    packed = _packed(folder, files)
+    parts = {part.key for weight in packed for part in weight.parts.values()}
+    rows = {weight.key: replace(_row(weight.key, weight[...]), **_as_stored(weight)) for weight in packed}
     for path in files:
-        for row in _rows(path):
+        for row in _rows(path, parts):
             if row.name in rows:
                 raise CheckpointError(
                     f"tensor {row.name} is in {path} and in another file of the folder",
@@ -177,10 +185,22 @@ def _files(folder: Path) -> list[Path]:
     return named if named and not standard else weight_files(folder)
 
 
-def _rows(path: Path) -> Iterator[TensorRow]:
+def _packed(folder: Path, files: Sequence[Path]) -> list[PackedWeight]:
+    if not (folder / "config.json").is_file():
+        return []
+    layouts = packed_layouts(read_json(folder / "config.json"))
+    stored = {stored.key: stored for path in files for stored in read_header(path)} if layouts else {}
+    return [weight for weight in as_dense(stored, layouts).values() if isinstance(weight, PackedWeight)]
+
+
+def _as_stored(weight: PackedWeight) -> dict[str, Any]:
+    return {"bytes": weight.packed_bytes, "layout": weight.layout.name}
+
+
+def _rows(path: Path, parts: Collection[str]) -> Iterator[TensorRow]:
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (the handle is no mapping)
+            for name in set(file.keys()) - set(parts):
                 yield _row(name, file.get_tensor(name))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(

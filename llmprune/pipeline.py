@@ -19,15 +19,29 @@ from llmprune.checkpoint import Stored, read_header, write_text
 from llmprune.devices import describe_device, resolve_device
 from llmprune.errors import RecipeError, ResumeError
 from llmprune.hub import checkpoint_digest, resolve_model
-from llmprune.memory import LayerMemory, PeakWatch, layer_memory, predict_peak
-from llmprune.output import OutputFolder, remove_checkpoint, require_empty, require_other, require_space, writing_to
+from llmprune.memory import LayerMemory, PeakWatch, ends_bytes, layer_memory, predict_peak
+from llmprune.output import (
+    OutputFolder,
+    expanded,
+    locked,
+    remove_checkpoint,
+    require_empty,
+    require_free,
+    require_other,
+    require_space,
+    writing_to,
+)
+from llmprune.packed import pack_matrices
+from llmprune.packing import pack
 from llmprune.perplexity import compare_perplexity, run_stream
 from llmprune.planning import plan_jobs
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.recipe import Recipe, load_recipe
 from llmprune.report import REPORT_NAME, MatrixRow, Report, load_report
+from llmprune.shortage import MemoryGuard, pruning_needs, sampling_needs
+from llmprune.skeleton import quiet_transformers
 from llmprune.solving import Job, solve_layer
-from llmprune.source import CheckpointSource, ModelSource, Source, positive_zeros, quiet_transformers
+from llmprune.source import CheckpointSource, ModelSource, Source, positive_zeros
 from llmprune.stream import ResidentLayer, Stream, StreamSettings
 from llmprune.texts import load_texts, load_tokenizer
 from llmprune.timing import Stages
@@ -75,18 +89,21 @@ def prune(
     if not isinstance(model, PreTrainedModel):
         if output is None:
             raise RecipeError(f"no output folder for {model}", fix='pass one, for example output="pruned"')
-        return run.from_checkpoint(str(model), resolve_model(model), Path(output), resume=resume, overwrite=overwrite)
+        folder = resolve_model(model)
+        with run.guard:
+            return run.from_checkpoint(str(model), folder, expanded(output), resume=resume, overwrite=overwrite)
     if resume:
         raise ResumeError("a model in memory cannot be resumed", fix="save it and pass the folder")
     tokenizer = tokenizer or load_tokenizer(model.config._name_or_path)
-    return run.in_memory(model, None if output is None else Path(output), tokenizer, overwrite=overwrite)
+    with run.guard:
+        return run.in_memory(model, None if output is None else expanded(output), tokenizer, overwrite=overwrite)
 
 
 class Run:
     """One run: the recipe, and what all its parts share."""
 
     def __init__(self, recipe: Recipe, watch: Watcher = ignore) -> None:
-        self.recipe, self.watch = recipe, watch
+        self.recipe = recipe
         self.device = resolve_device(recipe.device)
         self.stages = Stages()
         self.started = time.perf_counter()
@@ -94,15 +111,17 @@ class Run:
         self.errors: list[float] = []
         self.held_by_stream = 0, 0
         self.settings = StreamSettings(self.device, recipe.batch_size, recipe.held_back, int(recipe.activation_budget))
+        self.guard = self.watch = MemoryGuard(self.settings, watch)
 
     def from_checkpoint(self, name: str, folder: Path, output: Path, *, resume: bool, overwrite: bool) -> Report:
         """Prune a checkpoint folder into another one."""
         require_other(output, folder)
+        require_free(output)
         require_empty(output, resume=resume, overwrite=overwrite)
         source = self.open(folder)
         jobs = plan_jobs(source, self.recipe)
         require_space(output, sum(stored.nbytes for stored in source.stored.values()))
-        texts = self._texts(folder, load_tokenizer(folder))
+        texts = self._texts(source, jobs, folder, load_tokenizer(folder))
         keys = {
             "recipe": self.recipe.to_dict() | {"description": ""},
             "tokens": {text: tokens.digest for text, tokens in texts.items()},
@@ -110,20 +129,33 @@ class Run:
             "version": versions(),
             "device": describe_device(self.device),
         }
-        target = OutputFolder.open(output, keys, resume=resume, overwrite=overwrite)
-        if target.complete and (output / REPORT_NAME).exists():
-            return load_report(output)
-        write_text(output / RECIPE_NAME, self.recipe.to_yaml())
+        with locked(output):
+            target = OutputFolder.open(output, keys, resume=resume, overwrite=overwrite)
+            self.guard.resumable = True
+            if target.complete and (output / REPORT_NAME).exists():
+                return load_report(output)
+            return self._into(target, name, source, jobs, texts)
+
+    def _into(
+        self,
+        target: OutputFolder,
+        name: str,
+        source: CheckpointSource,
+        jobs: Sequence[dict[str, Job]],
+        texts: Mapping[str, Tokens],
+    ) -> Report:
+        """Do what is left to do in an output folder that was opened."""
+        write_text(target.path / RECIPE_NAME, self.recipe.to_yaml())
         dense = self._final_states(source, texts, "dense perplexity")
         for layer in target.layers.values():
-            source.overlay(output / layer["shard"])
+            source.overlay(target.path / layer["shard"], target.layouts_of(layer))
         with PeakWatch(self.device) as memory:
             rows = self.prune_layers(source, jobs, texts["calibration"], target, memory)
         with self.stages("write"):
-            target.finish(folder, self.write_ends(source, target))
-        report = self._report(name, keys, source, texts, rows, dense, memory)
-        report.save(output)
-        write_card(output, name, self.recipe, report)
+            target.finish(source.folder, self.write_ends(source, target))
+        report = self._report(name, target.keys, source, texts, rows, dense, memory)
+        report.save(target.path)
+        write_card(target.path, name, self.recipe, report)
         target.close()
         return report
 
@@ -133,6 +165,7 @@ class Run:
         """Prune a model in place, and save it if there is an output folder."""
         if output is not None:
             require_other(output, model.config._name_or_path)
+            require_free(output)
             require_empty(output, resume=False, overwrite=overwrite)
             require_space(output, sum(parameter.nbytes for parameter in model.parameters()))
         self._require_dtype(model)
@@ -141,13 +174,13 @@ class Run:
         name = model.config._name_or_path or type(model).__name__
         keys = {"version": versions(), "device": describe_device(self.device)}
         with evaluating(model):
-            texts = self._texts(model, tokenizer)
+            texts = self._texts(source, jobs, model, tokenizer)
             dense = self._final_states(source, texts, "dense perplexity")
             with PeakWatch(self.device) as memory:
                 rows = self.prune_layers(source, jobs, texts["calibration"], None, memory)
             report = self._report(name, keys, source, texts, rows, dense, memory)
         if output is not None:
-            self._save(model, tokenizer, output, name, report)
+            self._save(model, tokenizer, output, report, overwrite=overwrite)
         return report
 
     def open(self, folder: Path) -> CheckpointSource:
@@ -155,15 +188,21 @@ class Run:
         dtype = None if self.recipe.compute_dtype == "auto" else getattr(torch, self.recipe.compute_dtype)
         return CheckpointSource(folder, dtype, self.recipe.decoder_layers)
 
-    def _texts(self, model: Path | PreTrainedModel, tokenizer: Tokenizer) -> dict[str, Tokens]:
+    def _texts(
+        self, source: Source, jobs: Sequence[dict[str, Job]], model: Path | PreTrainedModel, tokenizer: Tokenizer
+    ) -> dict[str, Tokens]:
         recipe = self.recipe
         total = recipe.calibration.samples + recipe.held_back
         specs: dict[str, TextSpec] = {"calibration": replace(recipe.calibration, samples=total)}
         if recipe.evaluation is not None:
             specs["evaluation"] = recipe.evaluation
         self.watch(Progress("calibration text"))
+        if any(spec.source == "self" for spec in specs.values()):
+            self.guard.expected = lambda: sampling_needs(source)
         with self.stages("text"):
-            return load_texts(specs, model, tokenizer, self.device)
+            texts = load_texts(specs, model, tokenizer, self.device)
+        self.guard.expected = lambda: pruning_needs(source, jobs, texts, self.settings)
+        return texts
 
     def _final_states(self, source: Source, texts: Mapping[str, Tokens], stage: str) -> Stream | None:
         if "evaluation" not in texts:
@@ -189,7 +228,7 @@ class Run:
             else:
                 new = self._prune_layer(layer, jobs[layer.index], stream, memory)
                 if target is not None:
-                    self._commit(layer, source, target, new)
+                    self._commit(layer, source, target, new, jobs[layer.index])
             rows += new
             self.errors += [row.error for row in new if row.error is not None]
             self._tell(layer, "advancing")
@@ -209,13 +248,23 @@ class Run:
         peak = memory.read()
         return [replace(row, peak_bytes=peak) for row in rows]
 
-    def _commit(self, layer: ResidentLayer, source: Source, target: OutputFolder, rows: Sequence[MatrixRow]) -> None:
+    def _commit(
+        self,
+        layer: ResidentLayer,
+        source: Source,
+        target: OutputFolder,
+        rows: Sequence[MatrixRow],
+        jobs: Mapping[str, Job],
+    ) -> None:
         assert isinstance(source, CheckpointSource)
         self._tell(layer, "writing")
         with self.stages("write"):
             shard = shard_name(source, layer.index + 1)
             tensors = source.checkpoint_tensors(layer.index, layer.replaced)
-            source.overlay(target.commit(layer.name, shard, tensors, rows))
+            # Under another key than the layer's name, the parts could not be told from it (see packing.py).
+            patterns = {name: job.pattern for name, job in jobs.items() if source.linear_key(name) == f"{name}.weight"}
+            tensors, layouts = pack_matrices(tensors, patterns, self.recipe.format)
+            source.overlay(target.commit(layer.name, shard, tensors, rows, layouts), layouts)
 
     def write_ends(self, source: CheckpointSource, target: OutputFolder) -> dict[str, list[Stored]]:
         """Write everything outside the decoder layers; returns each shard's tensors."""
@@ -240,7 +289,6 @@ class Run:
         if dense is not None and pruned is not None:
             with self.stages("pruned perplexity"):
                 evaluation = compare_perplexity(pruned, texts["evaluation"], dense.hidden, pruned.hidden).to_dict()
-        ends = sum(p.nbytes for n, p in source.model.named_parameters() if not n.startswith(source.layers_path + "."))
         header = {
             "model": name,
             "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -249,7 +297,7 @@ class Run:
             "texts": {text: tokens.description | {"digest": tokens.digest} for text, tokens in texts.items()},
             "seconds": {"total": time.perf_counter() - self.started, **self.stages.seconds},
             "memory": {
-                "predicted_bytes": predict_peak(ends, *self.held_by_stream, self.memories),
+                "predicted_bytes": predict_peak(ends_bytes(source), *self.held_by_stream, self.memories),
                 "measured_bytes": memory.peak - memory.baseline,
                 "baseline_bytes": memory.baseline,
             },
@@ -266,7 +314,9 @@ class Run:
                 fix="load the model in this dtype, or prune its folder",
             )
 
-    def _save(self, model: PreTrainedModel, tokenizer: Tokenizer, output: Path, name: str, report: Report) -> None:
+    def _save(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, output: Path, report: Report, *, overwrite: bool
+    ) -> None:
         """Save a model in memory beside the output folder first, then move the finished files in."""
         with torch.no_grad():
             for parameter in model.parameters():
@@ -274,7 +324,7 @@ class Run:
         with writing_to(output):
             output.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=output.parent, prefix=".llmprune-") as staging:
-                folder = Path(staging)
+                folder = Path(staging) / "dense"
                 with quiet_transformers():
                     model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
@@ -282,11 +332,14 @@ class Run:
                     shard.chmod(0o644)  # safetensors creates private files
                 write_text(folder / RECIPE_NAME, self.recipe.to_yaml())
                 report.save(folder)
-                write_card(folder, name, self.recipe, report)
-                output.mkdir(exist_ok=True)
-                remove_checkpoint(output)
-                for file in folder.iterdir():
-                    file.replace(output / file.name)
+                write_card(folder, report.header["model"], self.recipe, report)
+                if self.recipe.format != "dense":
+                    folder = pack(folder, folder.with_name("packed"), self.recipe.format).folder
+                with locked(output):
+                    require_empty(output, resume=False, overwrite=overwrite)
+                    remove_checkpoint(output)
+                    for file in folder.iterdir():
+                        file.replace(output / file.name)
 
     def _tell(self, layer: ResidentLayer, step: str) -> None:
         self.watch(Progress("pruning", layer.index, len(layer.stream.source.layers), step, self._mean_error()))

@@ -42,7 +42,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from llmprune.calibration import TextSpec
 from llmprune.errors import LlmpruneError, RecipeError
+from llmprune.globs import covers, matches_any
 from llmprune.methods import METHODS, Method
+from llmprune.packed import Format, layout_name
 from llmprune.patterns import Pattern, parse
 from llmprune.recipe_text import (
     Document,
@@ -183,6 +185,8 @@ class Recipe(BaseModel):
         decoder_layers: module path of the list of decoder layers, for a model where they are not found.
         experts: what holds for the experts of a mixture.
         device: auto, cpu, cuda or cuda:N.
+        format: how pruned matrices are stored: dense, with their zeros; nm, block or bitmask where the pattern is of
+            that kind (bitmask: any); auto: what suits each pattern. A packed checkpoint loads where llmprune is.
         compute_dtype: dtype of the forward; auto is the checkpoint's.
         activation_budget: bytes of hidden states kept in memory, at least 0; the rest goes to disk.
     """
@@ -202,6 +206,7 @@ class Recipe(BaseModel):
     decoder_layers: Annotated[str, Field(min_length=1)] | None = None
     experts: Experts = Experts()
     device: Annotated[str, AfterValidator(_check_device)] = "auto"
+    format: Format = "dense"
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     activation_budget: ByteSize = ByteSize(4 * 2**30)
 
@@ -219,10 +224,18 @@ class Recipe(BaseModel):
     def _check(self) -> "Recipe":
         if not self.include:
             raise _refusal(RecipeError("include is empty: nothing would be pruned", fix="drop the key"), "include")
-        if all(any(_covers(out, glob) for out in self.exclude) for glob in self.include):
+        if all(any(covers(out, glob) for out in self.exclude) for glob in self.include):
             raise _refusal(RecipeError("exclude covers all of include: nothing would be pruned"), "exclude")
         for number, rule in enumerate(self.rules):
             _check_reachable(rule, self.rules[:number])
+        patterns = [self.pattern, *(rule.pattern for rule in self.rules if rule.pattern)]
+        if self.format != "dense" and not any(layout_name(self.format, pattern) for pattern in patterns):
+            error = RecipeError(
+                f"format is {self.format}, which stores none of {', '.join(map(str, patterns))}",
+                expected="nm for N:M, block for square blocks of 16, 32, 64 or 128, bitmask or auto for anything",
+                fix="change the format or the pattern",
+            )
+            raise _refusal(error, "format")
         evaluation, calibration = self.evaluation, self.calibration
         if evaluation and evaluation.source == calibration.source == "self" and evaluation.seed == calibration.seed:
             error = RecipeError(
@@ -235,7 +248,7 @@ class Recipe(BaseModel):
 
     def for_matrix(self, name: str) -> tuple[Pattern, Method] | None:
         """Say how the matrix of this full name is pruned; None if it stays dense."""
-        if not _matches(self.include, name) or _matches(self.exclude, name):
+        if not matches_any(self.include, name) or matches_any(self.exclude, name):
             return None
         rule = next((rule for rule in self.rules if fnmatchcase(name, rule.match)), None)
         if rule is None:
@@ -295,18 +308,9 @@ def bundled_recipes() -> list[tuple[str, str]]:
     return [(name, str(parse_document(text, name).data.get("description", ""))) for name, text in _bundled().items()]
 
 
-def _matches(globs: Iterable[str], name: str) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
-
-
-def _covers(wide: str, narrow: str) -> bool:
-    """Whether `wide` matches whatever `narrow` matches; False as well where a set, or a ? in `wide`, leaves it open."""
-    return wide == narrow or (not re.search(r"[?[]", wide) and "[" not in narrow and fnmatchcase(narrow, wide))
-
-
 def _check_reachable(rule: Rule, earlier: Sequence[Rule]) -> None:
     for other in earlier:
-        if _covers(other.match, rule.match):
+        if covers(other.match, rule.match):
             error = RecipeError(
                 f"the rule for {rule.match!r} is never reached: {other.match!r} stands before it and matches the same",
                 fix="put the narrower rule first",

@@ -10,7 +10,14 @@ from jaxtyping import install_import_hook
 # Before any test module imports these: jaxtyping's annotations are then checked at every call. As for static type
 # checkers, an int will do for a float.
 install_import_hook(
-    ["llmprune.patterns", "llmprune.factorisation", "llmprune.statistics", "llmprune.methods"],
+    [
+        "llmprune.patterns",
+        "llmprune.factorisation",
+        "llmprune.statistics",
+        "llmprune.methods",
+        "llmprune.formats",
+        "llmprune.structures",
+    ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 

@@ -22,6 +22,10 @@ ALLOWED = {
     "factorisation": {"errors", "precision"},
     "statistics": {"errors", "factorisation", "precision"},
     "methods": {"errors", "factorisation", "kernels", "patterns", "precision", "statistics"},
+    "formats": {"errors", "patterns"},
+    "forms": {"errors", "formats", "kernels", "patterns"},
+    "sparse_linear": {"errors", "formats", "forms", "kernels", "patterns"},
+    "fusion": {"errors", "formats", "forms", "kernels", "patterns", "sparse_linear"},
     "calibration": {"errors"},
     "checkpoint": {"errors"},
     "decoder": {"errors"},
@@ -35,6 +39,10 @@ LIBRARIES = {
     "factorisation": {"jaxtyping", "torch"},
     "statistics": {"jaxtyping", "torch"},
     "methods": {"jaxtyping", "numpy", "torch"},
+    "formats": {"jaxtyping", "torch"},
+    "forms": {"torch"},
+    "sparse_linear": {"torch"},
+    "fusion": {"torch"},
 }
 SELECTION = {"topk", "kthvalue", "argsort", "argpartition", "msort", "quantile", "nanquantile"}
 ARRAY_SELECTION = {"sort", "partition", "median", "nanmedian"}

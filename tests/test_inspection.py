@@ -220,6 +220,7 @@ def test_dictionary_is_json(tmp_path: Path) -> None:
         "sparsity": 0.5,
         "pattern": "2:4",
         "bytes": 1024,
+        "layout": "dense",
     }
 
 

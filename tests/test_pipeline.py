@@ -1,16 +1,15 @@
-"""The front door: every recipe key through `prune`, and numbers checked against transformers and plain torch."""
+"""The front door: every recipe key through `prune`."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from folders import contents, same, tensors, untimed, weights_and_texts, zeros
-from safetensors.torch import save_file
-from tiny_models import build, recipe, save, tokenizer
+from front_door import DTYPES, LENGTH, on_text, save_dense, unchanged, write_words
+from tiny_models import build, recipe, tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,52 +17,18 @@ from llmprune import Report, load_recipe, prune
 from llmprune.errors import CalibrationError, DeviceError, ModelError, PatternError, RecipeError
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
-
-LENGTH = 16
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from llmprune.source import CheckpointSource
 
 
 @pytest.fixture(scope="module", params=DTYPES)
 def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A three-layer Llama; no test may change it."""
-    folder = save(build("llama", DTYPES[request.param], **SIZES), tmp_path_factory.mktemp("dense") / request.param)
-    before = contents(folder)
-    yield folder
-    assert contents(folder) == before
+    with unchanged(save_dense(request.param, tmp_path_factory.mktemp("dense"))) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of 320 words, which are 321 tokens with the one that begins it."""
-    file = tmp_path_factory.mktemp("text") / "words.txt"
-    # From 40 on, because the special tokens w0 to w3 are found inside longer words as well.
-    numbers = torch.randint(40, 100, (320,), generator=torch.Generator().manual_seed(5)).tolist()
-    file.write_text(" ".join(f"w{number}" for number in numbers))
-    return file
-
-
-def samples(words: Path) -> Tensor:
-    """The tokens [20, 16] of that text, read without our code."""
-    ids = [1, *(int(word[1:]) for word in words.read_text().split())]
-    return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
-
-
-def on_text(words: Path, **changes: Any) -> Mapping[str, Any]:
-    """A recipe that calibrates on the first six samples of the text and holds back two more."""
-    calibration = {"source": str(words), "samples": 6, "length": LENGTH, "order": "text"}
-    return recipe(**{"calibration": calibration, "held_back": 2, **changes})
-
-
-def inputs_of(folder: Path, name: str, ids: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Tensor:
-    """What a matrix reads [tokens, in], seen by a hook in the stock model, some weights of which are replaced."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.load_state_dict(dict(replaced or {}), strict=False)
-    seen: list[Tensor] = []
-    model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    with torch.no_grad():
-        model(ids)
-    return seen[0].reshape(-1, seen[0].shape[-1]).double()
+    return write_words(tmp_path_factory.mktemp("text") / "words.txt")
 
 
 def weights(folder: Path, rows: Any) -> dict[str, Tensor]:
@@ -72,6 +37,7 @@ def weights(folder: Path, rows: Any) -> dict[str, Tensor]:
 
 
 # --- every key
+
 
 # key: (value, whether the weights come out the same to the bit as without it).
 KEYS: dict[str, tuple[Any, bool]] = {
@@ -88,6 +54,7 @@ KEYS: dict[str, tuple[Any, bool]] = {
     "decoder_layers": ("model.layers", True),
     "experts": ({"min_tokens": 1000}, True),
     "device": ("cpu" if torch.cuda.is_available() else "auto", True),
+    "format": ("bitmask", True),
     "compute_dtype": ("float32", True),
     "activation_budget": (0, True),
 }
@@ -110,7 +77,8 @@ def test_a_key_changes_what_it_should(dense: Path, plain: dict[str, Tensor], tmp
     value, equal = KEYS[key]
     settings = {**recipe(calibration={"samples": 6, "length": LENGTH}, held_back=1), key: value}
     report = prune(dense, settings, tmp_path / "pruned")
-    pruned = tensors(tmp_path / "pruned")
+    # A packed checkpoint is read as the dense one that it stands for.
+    pruned = {name: stored[...] for name, stored in CheckpointSource(tmp_path / "pruned").stored.items()}
     assert {name: (t.shape, t.dtype) for name, t in pruned.items()} == {n: (t.shape, t.dtype) for n, t in plain.items()}
     assert report.header["recipe"] == load_recipe(settings).to_dict()
     if key == "batch_size":
@@ -238,103 +206,6 @@ def test_one_seed_one_result(dense: Path, tmp_path: Path, method: str) -> None:
 
 
 # --- against transformers and plain torch
-
-
-@pytest.mark.parametrize("held_back", [0, 2])
-@pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("matrix", ["self_attn.q_proj", "mlp.down_proj"])
-def test_errors_are_measured_on_the_right_rows(
-    dense: Path, words: Path, tmp_path: Path, held_back: int, layer: int, matrix: str
-) -> None:
-    """On the held-back samples, as the pruned prefix and the still dense layer hand them to the matrix."""
-    report = prune(dense, on_text(words, held_back=held_back), tmp_path / "pruned")
-    before, after = tensors(dense), tensors(tmp_path / "pruned")
-    name = f"model.layers.{layer}.{matrix}"
-    prefix = {key: after[key] for key in after if layer and key.startswith("model.layers.0.")}
-    ids = samples(words)
-    rows = inputs_of(dense, name, ids[6:8] if held_back else ids[:6], prefix)
-    old, new = (tensors[f"{name}.weight"].double() for tensors in (before, after))
-    expected = float((rows @ (old - new).T).square().sum() / (rows @ old.T).square().sum())
-    (row,) = (row for row in report.rows if row.name == name)
-    assert row.error == pytest.approx(expected, rel=0.02 if dense.name == "bf16" else 1e-4)
-    assert row.tokens == 6 * LENGTH
-
-
-@pytest.mark.parametrize("compute_dtype", ["auto", "float32", "bfloat16"])
-def test_a_layer_sees_its_prefix_as_it_is_stored(dense: Path, words: Path, tmp_path: Path, compute_dtype: str) -> None:
-    """Pruning layer 1 of a model whose layer 0 is pruned already gives the bits of the whole run."""
-    settings = dict(on_text(words, compute_dtype=compute_dtype, held_back=0))
-    prune(dense, settings, tmp_path / "whole")
-    whole, before = tensors(tmp_path / "whole"), tensors(dense)
-    prefix = save(AutoModelForCausalLM.from_pretrained(dense), tmp_path / "prefix")
-    mixed = {name: whole[name] if name.startswith("model.layers.0.") else before[name] for name in before}
-    save_file(mixed, prefix / "model.safetensors", metadata={"format": "pt"})
-    prune(prefix, {**settings, "include": ["*.layers.1.*"]}, tmp_path / "second")
-    second = tensors(tmp_path / "second")
-    expected = {
-        **before,
-        **{name: whole[name] for name in whole if name.startswith(("model.layers.0", "model.layers.1"))},
-    }
-    assert all(same(second[name], expected[name]) for name in expected)
-
-
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16", "float16"])
-def test_the_compute_dtype_leaves_no_trace_in_what_is_not_pruned(
-    dense: Path, tmp_path: Path, compute_dtype: str
-) -> None:
-    report = prune(
-        dense, recipe(method="wanda", exclude=["*.o_proj"], compute_dtype=compute_dtype), tmp_path / "pruned"
-    )
-    before, after = tensors(dense), tensors(tmp_path / "pruned")
-    pruned = {f"{row.name}.weight": row for row in report.rows}
-    for name in before:
-        if name in pruned:
-            assert pruned[name].zeros == zeros(after[name])
-            assert same(after[name], before[name].where(after[name] != 0, torch.zeros((), dtype=before[name].dtype)))
-        else:
-            assert same(after[name], before[name])
-
-
-def test_what_underflows_in_the_compute_dtype_is_still_pruned(tmp_path: Path) -> None:
-    """In a matrix that stays dense, tiny values are what they were; in a pruned one they are zeros."""
-    source = save(build("llama"), tmp_path / "dense")
-    before = tensors(source)
-    tiny = [name for name in before if name.endswith(("q_proj.weight", "o_proj.weight"))]
-    for name in tiny:
-        before[name][::2] *= 1e-9
-    save_file(before, source / "model.safetensors", metadata={"format": "pt"})
-    settings = recipe(method="magnitude", exclude=["*.o_proj"], pattern=0.25, compute_dtype="float16")
-    report = prune(source, settings, tmp_path / "pruned")
-    after = tensors(tmp_path / "pruned")
-    counted = {f"{row.name}.weight": row.zeros for row in report.rows}
-    for name in tiny:
-        if name in counted:
-            assert counted[name] == zeros(after[name]) >= after[name].numel() // 2
-        else:
-            assert same(after[name], before[name])
-
-
-def test_perplexity_is_what_transformers_gives(dense: Path, words: Path, tmp_path: Path) -> None:
-    ids = samples(words)[10:14]
-    file = tmp_path / "evaluation.txt"
-    file.write_text(" ".join(f"w{number}" for number in ids.reshape(-1).tolist()))
-    ids = torch.cat((torch.tensor([1]), ids.reshape(-1)))[: 4 * LENGTH].view(4, LENGTH)
-    settings = on_text(words, evaluation={"source": str(file), "samples": 4}, compute_dtype="float32", batch_size=3)
-    report = prune(dense, settings, tmp_path / "pruned")
-    logits = {}
-    for which, folder in (("dense", dense), ("pruned", tmp_path / "pruned")):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        with torch.no_grad():
-            logits[which] = model(ids).logits[:, :-1].double().log_softmax(-1)
-    nats = {which: F.nll_loss(values.flatten(0, 1), ids[:, 1:].flatten()) for which, values in logits.items()}
-    evaluation = report.header["evaluation"]
-    assert report.dense_perplexity == pytest.approx(float(nats["dense"].exp()), rel=1e-5)
-    assert report.pruned_perplexity == pytest.approx(float(nats["pruned"].exp()), rel=1e-5)
-    assert evaluation["dense"]["predicted_tokens"] == 4 * (LENGTH - 1)
-    before, after = logits["dense"], logits["pruned"]
-    divergence = (before.exp() * (before - after)).sum(-1).mean()
-    assert evaluation["kl_divergence"] == pytest.approx(float(divergence), rel=1e-4)
-    assert evaluation["agreement"] == pytest.approx(float((before.argmax(-1) == after.argmax(-1)).double().mean()))
 
 
 def test_without_evaluation_there_is_no_perplexity(dense: Path, tmp_path: Path) -> None:

@@ -1,120 +1,183 @@
-"""Everything about pruning that only a GPU can tell, in one command: correctness first, then seconds by stage.
+"""Everything that only a GPU can tell, in one command: correctness first, then speed, written down row by row.
 
-    python -m llmprune.eval.bench.gpu --work /tmp/bench --json results.json
+    pip install --no-deps --no-build-isolation -e .       # where there is no network
+    python -m llmprune.eval.bench.gpu --json out/gpu.json --seconds 540
+    python -m llmprune.eval.bench.gpu --json out/gpu.json --parts linear,block --tune
 
-1. The sweep kernel against its reference, the Gram of bfloat16 rows and SparseGPT on the GPU against float64.
-2. The sweep with the kernel against the sweep with the reference: milliseconds for one matrix.
-3. A random model of Llama-3-8B shape, 128 x 2048 tokens: seconds by stage beside the arithmetic floor.
+| part | what |
+|---|---|
+| checks | tests/kernels on the GPU; every kernel at every shape against float64, twice |
+| linear | 2:4 products of the shapes of Llama, Qwen beside cuBLAS and cuSPARSELt |
+| block | block-sparse products beside cuBLAS and torch.sparse |
+| decode | a random model of Llama-3-8B shape: steps of decode in CUDA graphs and a prefill, dense and 2:4 |
+| sweep | SparseGPT's kernel against float64 and beside its reference |
+| prune | a random model of Llama-3-8B shape, pruned: seconds by stage beside the arithmetic floor |
 
-Nothing is timed if a check fails.
+A product that is wrong is not timed. A part that fails does not keep the others from running; its traceback is in the
+results, and the exit code is 1. The file is written after every row, so that a time limit costs one row at most; parts
+that an earlier run has left in it stay. Kernel configurations that --tune finds are kept beside it, in kernels.json.
+
+`--rehearse` runs all of it with tiny shapes on a CPU, so that the script itself is known to work.
 """
 
 import argparse
+import json
+import os
 import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
+from llmprune.checkpoint import read_json, write_json
 
-from llmprune.checkpoint import write_json
-from llmprune.eval.bench.prune import measure, random_model
-from llmprune.kernels.obs_sweep import kernel as sweep_kernel
-from llmprune.kernels.obs_sweep.reference import sweep_block_reference
-from llmprune.methods import SparseGPT
-from llmprune.patterns import parse
-from llmprune.recipe import load_recipe
-from llmprune.statistics import Gram
+Row = dict[str, Any]
+Part = Callable[[], Iterator[Row]]
+
+PARTS = ("checks", "linear", "block", "decode", "sweep", "prune")
 
 
-def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    """||ours - exact|| / ||exact||, in float64."""
-    return float((ours.double() - exact.double()).norm() / exact.double().norm())
+class Results:
+    """A JSON file that is whole after every row.
+
+    Args:
+        path: of the file; what other parts have left in it is kept.
+        header: device, versions, commit.
+        seconds: from now on, after which no further row is begun.
+        clock: seconds, ever rising.
+    """
+
+    def __init__(self, path: Path, header: Row, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._clock = path, clock
+        self._end = clock() + seconds
+        self._header = header
+        earlier = read_json(path).get("parts", {}) if path.exists() else {}
+        self.content: Row = {**header, "parts": dict(earlier)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    @property
+    def left(self) -> float:
+        """Seconds until no further row is begun."""
+        return self._end - self._clock()
+
+    def run(self, name: str, part: Part) -> bool:
+        """Run a part to its end, to the end of the time, or to its failure; returns whether nothing in it failed."""
+        started = self._clock()
+        entry: Row = {"status": "running", "rows": [], "run": self._header}
+        self.content["parts"][name] = entry
+        try:
+            rows = part()
+            while self.left > 0 and (row := next(rows, None)) is not None:
+                json.dumps(row, allow_nan=False)  # what cannot be written must not spoil the file
+                entry["rows"].append(row)
+                entry["seconds"] = round(self._clock() - started, 3)
+                self._write()
+                print(f"{name}: {summary(row)}", flush=True)
+            entry["status"] = "done" if self.left > 0 else "stopped: no time left"
+        except Exception:  # noqa: BLE001 - another part may still tell something; this one is reported as failed
+            entry.update(status="failed", traceback=traceback.format_exc())
+            print(f"{name}: {entry['traceback']}", flush=True)
+        entry["seconds"] = round(self._clock() - started, 3)
+        self._write()
+        return entry["status"] != "failed" and not any(row.get("passed") is False for row in entry["rows"])
+
+    def _write(self) -> None:
+        write_json(self._path, self.content)
 
 
-def check() -> dict[str, float]:
-    """Compare with float64; raises AssertionError where the GPU is wrong."""
-    torch.manual_seed(0)
-    errors: dict[str, float] = {}
-    rows = torch.randn(4096, 1024, device="cuda").to(torch.bfloat16)
-    gram = Gram.empty(1024, "cuda")
-    gram.update(rows)
-    errors["gram"] = relative(gram.products, rows.double().T @ rows.double())
-    assert errors["gram"] < 1e-6, errors
-    upper = torch.linalg.cholesky(gram.products[:128, :128]).T.contiguous()
-    inputs = [torch.randn(128, 999, device="cuda"), torch.randn(128, 999, device="cuda"), upper]
-    keep = torch.rand(128, 999, device="cuda") > 0.5
-    for group in (None, (2, 4), (4, 8)):
-        ours, mask = sweep_kernel.sweep_block_triton(*inputs, upper.diagonal().square(), keep, group)
-        exact, expected = sweep_block_reference(
-            *(t.double() for t in inputs), upper.diagonal().square().double(), keep, group
-        )
-        assert (mask != expected).float().mean() < 1e-4, group
-        errors[f"sweep {group}"] = relative(ours.where(mask == expected, 0.0), exact.where(mask == expected, 0.0))
-        assert errors[f"sweep {group}"] < 1e-5, errors
-    weight = torch.randn(512, 1024, device="cuda")
-    for pattern in ("0.5", "2:4", "0.5@64x64"):
-        ours = SparseGPT()(weight, gram, parse(pattern))
-        exact = SparseGPT()(weight.double().cpu(), Gram(gram.products.double().cpu(), gram.tokens), parse(pattern))
-        lost = [
-            float(((e := weight.double().cpu() - p.weight.double().cpu()) @ gram.products.double().cpu() * e).sum())
-            for p in (ours, exact)
-        ]
-        errors[f"sparsegpt {pattern}"] = abs(lost[0] / lost[1] - 1)
-        assert errors[f"sparsegpt {pattern}"] < 1e-2, errors
-    return errors
+def summary(row: Row) -> str:
+    """A row on one line: what it is, and its ratios; with what tests have printed where they failed."""
+    shown = {key: row[key] for key in row if key in _SHOWN}
+    if "comparisons" in row:
+        shown["ratios"] = {c["tokens"]: c.get("ratio", "WRONG") for c in row["comparisons"]}
+    if row.get("passed") is False:
+        shown["output"] = row.get("output", "")
+    return "  ".join(f"{key} {value}" for key, value in shown.items()) or str(row)
 
 
-def time_sweep(rows: int, width: int, pattern: str) -> dict[str, object]:
-    """Milliseconds of SparseGPT on one matrix, the factor ready, with the kernel and with the reference."""
-    weight, x = torch.randn(rows, width, device="cuda"), torch.randn(2 * width, width, device="cuda")
-    gram = Gram.empty(width, "cuda")
-    gram.update(x)
-    gram.factor(0.01)
-    result: dict[str, object] = {"rows": rows, "width": width, "pattern": pattern}
-    for name, implementation in (("kernel", sweep_kernel.sweep_block_triton), ("reference", sweep_block_reference)):
-        times = []
-        for _ in range(4):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            _sweep_with(implementation, weight, gram, pattern)
-            torch.cuda.synchronize()
-            times.append(1e3 * (time.perf_counter() - start))
-        result[f"{name}_ms"] = sorted(times[1:])[1]
-    return result
+_SHOWN = (
+    "name", "form", "block", "sparsity", "balanced", "peer", "tokens", "passed", "wrong", "model", "step", "median_us",
+    "ratio", "tokens_per_second", "refused", "captured", "rows", "width", "pattern", "kernel_ms", "reference_ms",
+    "seconds", "floor_share", "fused", "cusparselt",
+)  # fmt: skip
 
 
-def _sweep_with(implementation, weight: torch.Tensor, gram: Gram, pattern: str) -> None:
-    from llmprune.methods import sparsegpt
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts; returns the exit code."""
+    args = _parse(arguments)
+    # Before anything looks for measured choices: they come back with the results.
+    os.environ.setdefault("LLMPRUNE_CACHE", str(args.json.resolve().parent))
+    import torch
 
-    before = sparsegpt.sweep_block
-    sparsegpt.sweep_block = implementation
-    try:
-        SparseGPT()(weight, gram, parse(pattern))
-    finally:
-        sparsegpt.sweep_block = before
+    from llmprune.benchmark.machine import commit, device_name, versions
+    from llmprune.eval.bench.gpu_plan import Plan, rehearsal
+
+    if not args.rehearse and not torch.cuda.is_available():
+        print("no GPU here: --rehearse runs the script on a CPU")
+        return 1
+    plan = replace(rehearsal() if args.rehearse else Plan(), tune=args.tune)
+    header = {
+        "device": device_name(plan.device),
+        "versions": versions(),
+        "commit": args.commit or commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "rehearsal": args.rehearse,
+    }
+    print(header, flush=True)
+    results = Results(args.json, header, args.seconds)
+    passed = [results.run(name, _part(name, plan, args)) for name in args.parts]
+    print(f"{sum(passed)} of {len(passed)} parts without a failure; figures in {args.json}")
+    return 0 if all(passed) else 1
 
 
-def main() -> None:
-    """Check, time, write JSON."""
+def _part(name: str, plan: Any, args: argparse.Namespace) -> Part:
+    """The rows of a part; imported when its turn comes, so that a missing package costs that part alone."""
+
+    def rows() -> Iterator[Row]:
+        if name == "checks":
+            from llmprune.eval.bench.gpu_checks import checks
+
+            return checks(plan)
+        if name in ("linear", "block"):
+            from llmprune.eval.bench import gpu_products
+
+            return gpu_products.PARTS[name](plan)
+        if name == "decode":
+            from llmprune.eval.bench.gpu_model import decode
+
+            return decode(plan)
+        from llmprune.eval.bench import gpu_prune
+
+        if name == "sweep":
+            return gpu_prune.sweep(plan)
+        return gpu_prune.prune(plan, args.work, args.shape, args.samples, args.length)
+
+    return rows
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("out/bench"), help="where the random model goes")
-    parser.add_argument("--shape", default="llama-8b")
+    parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
+    parser.add_argument("--parts", type=_parts, default=PARTS, help=f"some of {','.join(PARTS)}, in this order")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so long")
+    parser.add_argument("--tune", action="store_true", help="search kernel configurations before measuring")
+    parser.add_argument("--commit", help="of the code, where it is no git checkout")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU: does the script work?")
+    parser.add_argument("--work", type=Path, default=Path("out/bench"), help="where `prune` puts its random model")
+    parser.add_argument("--shape", default="llama-8b", help="of the model of `prune`")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
-    args = parser.parse_args()
-    results: dict[str, object] = {"checks": check()}
-    print(results["checks"], flush=True)
-    results["sweeps"] = [time_sweep(4096, width, p) for width in (4096, 14336) for p in ("0.5", "2:4")]
-    print(results["sweeps"], flush=True)
-    for pattern in ("0.5", "2:4"):
-        recipe = load_recipe(
-            {"pattern": pattern, "method": "sparsegpt", "evaluation": None, "device": "cuda", "held_back": 0}
-        )
-        folder = random_model(args.shape, args.work)
-        results[pattern] = measure(folder, args.work / "pruned", recipe, args.samples, args.length)
-        print(results[pattern], flush=True)
-        write_json(args.json, results)
+    return parser.parse_args(arguments)
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    wanted = text.split(",")
+    if unknown := [name for name in wanted if name not in PARTS]:
+        raise argparse.ArgumentTypeError(f"no part {unknown[0]}; there are {', '.join(PARTS)}")
+    return tuple(name for name in PARTS if name in wanted)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

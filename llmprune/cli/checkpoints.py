@@ -1,0 +1,113 @@
+"""`llmprune inspect`, `llmprune pack` and `llmprune unpack`."""
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmprune import console
+from llmprune.cli.options import EXIT_CODES, AsJson, Folder, Model, Quiet, explained
+
+if TYPE_CHECKING:
+    from llmprune.packing import PackReport
+
+_PACK_EXAMPLES = """
+Examples:
+
+llmprune pack out/demo
+
+llmprune pack out/sparse --output out/sparse-nm --format nm
+"""
+
+
+class PackFormat(str, Enum):
+    """What `llmprune pack` writes."""
+
+    auto = "auto"
+    nm = "nm"
+    block = "block"
+    bitmask = "bitmask"
+
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in the output folder.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command(epilog=EXIT_CODES)(inspect)
+    app.command(epilog=_PACK_EXAMPLES + "\n" + EXIT_CODES)(pack)
+    app.command(epilog=EXIT_CODES)(unpack)
+
+
+def inspect(
+    model: Model,
+    every: Annotated[bool, typer.Option("--all", help="List every matrix, however many there are.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Count the zeros of a checkpoint and name their patterns.
+
+    Read from the files, whoever pruned them. A long list is shown layer by layer unless --all is given.
+    """
+    with explained(as_json):
+        from llmprune.hub import resolve_model
+        from llmprune.inspection import inspect_checkpoint
+        from llmprune.tables.checkpoints import inspection_tables
+
+        # Any folder with safetensors will do, even one that cannot be pruned.
+        folder = Path(model).expanduser()
+        inspection = inspect_checkpoint(folder if folder.is_dir() else resolve_model(model))
+        if as_json:
+            console.show_json(inspection.to_dict())
+        else:
+            console.show(*inspection_tables(inspection, every=every))
+
+
+def pack(
+    folder: Folder,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Another folder; default: DIR-packed.")
+    ] = None,
+    stored_as: Annotated[
+        PackFormat,
+        typer.Option("--format", help="nm for N:M, block for blocks, bitmask for any zeros; auto for what suits each."),
+    ] = PackFormat.auto,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a pruned checkpoint again with its matrices packed: 2:4 in bfloat16 takes 0.5625 of the bytes.
+
+    A packed checkpoint loads with from_pretrained after `import llmprune`; `llmprune unpack` is the way back.
+    """
+    with explained(as_json, lambda: "interrupted; nothing that loads was written"):
+        from llmprune import packing
+
+        with console.Display(quiet=quiet) as display:
+            report = packing.pack(folder, output, stored_as.value, overwrite, display)
+        _show(report, as_json)
+
+
+def unpack(
+    folder: Folder,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Another folder.")],
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a packed checkpoint again as a dense one, which loads everywhere."""
+    with explained(as_json, lambda: "interrupted; nothing that loads was written"):
+        from llmprune import packing
+
+        with console.Display(quiet=quiet) as display:
+            report = packing.unpack(folder, output, overwrite, display)
+        _show(report, as_json)
+
+
+def _show(report: "PackReport", as_json: bool) -> None:
+    if as_json:
+        console.show_json(report.to_dict())
+    else:
+        from llmprune.tables.checkpoints import packing_tables
+
+        console.show(*packing_tables(report))

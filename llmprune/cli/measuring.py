@@ -1,0 +1,200 @@
+"""`llmprune perplexity`, `llmprune explain` and `llmprune bench`."""
+
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmprune import console
+from llmprune.cli.options import EXIT_CODES, AsJson, Device, Folder, Model, Quiet, explained, quieten
+
+_PERPLEXITY_EXAMPLES = """
+Examples:
+
+llmprune perplexity out/demo --text test.txt --length 1024
+
+llmprune perplexity org/model --text Salesforce/wikitext --config wikitext-2-raw-v1 --split test --length 2048
+"""
+
+_BENCH_EXAMPLES = """
+Examples:
+
+llmprune bench out/packed
+
+llmprune bench out/packed --against org/model --tokens 1,8,2048 --batches 1
+
+llmprune bench out/packed --tune
+"""
+
+# The evaluation seed of recipes, so that `--text self` measures what a report calls the dense perplexity.
+_SEED = 12345
+
+
+class ComputeDtype(str, Enum):
+    """The dtype of the forward."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command(epilog=_PERPLEXITY_EXAMPLES + "\n" + EXIT_CODES)(perplexity)
+    app.command(epilog=EXIT_CODES)(explain)
+    app.command(epilog=_BENCH_EXAMPLES + "\n" + EXIT_CODES)(bench)
+
+
+def perplexity(
+    model: Model,
+    text: Annotated[
+        str,
+        typer.Option(
+            "--text",
+            metavar="TEXT",
+            help='A .txt, .jsonl or .parquet file, a dataset of the hub, or "self": sampled from MODEL itself, which '
+            "says nothing about another model.",
+        ),
+    ],
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a chunk, which is also the stride.")],
+    samples: Annotated[int, typer.Option(min=1, help="Chunks, from the beginning of the text.")] = 128,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    column: Annotated[str, typer.Option(help="Column, or key, that holds the text.")] = "text",
+    config: Annotated[str | None, typer.Option(help="Configuration of the dataset, where it has several.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Chunks in a forward.")] = 8,
+    device: Device = None,
+    compute_dtype: Annotated[
+        ComputeDtype, typer.Option(help="Dtype of the forward; auto is the checkpoint's.")
+    ] = ComputeDtype.auto,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model's perplexity, one decoder layer at a time.
+
+    Documents are packed behind their beginning-of-sequence tokens and cut into chunks; no token is scored twice.
+    """
+    started = time.perf_counter()
+    display = console.Display(quiet=quiet)
+    with explained(as_json):
+        import torch
+
+        from llmprune.calibration import TextSpec
+        from llmprune.devices import describe_device, resolve_device
+        from llmprune.perplexity import evaluate
+        from llmprune.pipeline import versions
+        from llmprune.stream import StreamSettings
+        from llmprune.tables.measuring import perplexity_table
+
+        quieten(quiet)
+        order: Any = {} if text == "self" else {"order": "text"}
+        spec = TextSpec(text, config, split, column, samples, length, seed=_SEED, **order)
+        dtype = None if compute_dtype is ComputeDtype.auto else getattr(torch, compute_dtype.value)
+        where = resolve_device(device or "auto")
+        with display:
+            result = evaluate(model, spec, StreamSettings(where, batch_size), dtype, display)
+        run = {
+            "model": model,
+            "device": describe_device(where),
+            "compute_dtype": compute_dtype.value,
+            "seconds": time.perf_counter() - started,
+        }
+        if as_json:
+            console.show_json({**run, "version": versions(), **result.to_dict()})
+        else:
+            console.show(perplexity_table(result, run))
+
+
+def explain(folder: Folder, device: Device = None, as_json: AsJson = False) -> None:
+    """Say what will serve each matrix of a checkpoint here, why nothing faster does, and what that can gain.
+
+    Read from config.json and the headers of the weights; gains are shown where `llmprune bench` has measured them.
+    """
+    with explained(as_json):
+        from llmprune import explain as explaining
+        from llmprune.devices import resolve_device
+        from llmprune.tables.measuring import explain_tables
+
+        explanation = explaining.explain(_existing(folder), resolve_device(device or "auto"))
+        if as_json:
+            console.show_json(explanation.to_dict())
+        else:
+            console.show(*explain_tables(explanation))
+
+
+def bench(
+    folder: Folder,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The dense model to compare with; default: DIR itself, unpacked."),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Tokens in a product; default: decode and some prefill.")
+    ] = None,
+    batches: Annotated[str, typer.Option(metavar="N,N,...", help="Sequences at once in the whole model.")] = "1,4,16",
+    tune: Annotated[bool, typer.Option("--tune", help="First search and record kernel configurations (GPU).")] = False,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Spent on each time of a product.")] = 0.25,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write; default: DIR/bench.json.")
+    ] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a checkpoint here, beside dense weights: each product, the first token, tokens a second, memory.
+
+    Every product is compared with the exact one first; nothing wrong is timed. Results are kept in bench.json, one for
+    each device.
+    """
+    sizes = (_numbers(tokens, "--tokens") if tokens else None, _numbers(batches, "--batches"))
+    display = console.Display(quiet=quiet)
+    with explained(as_json):
+        from llmprune.benchmark import bench as benching
+        from llmprune.benchmark.record import BENCH_NAME, read_results, write_result
+        from llmprune.benchmark.timing import Effort
+        from llmprune.tables.measuring import bench_tables
+
+        checkpoint = _existing(folder)
+        target = output.expanduser() if output else checkpoint / BENCH_NAME
+        # A file that cannot be added to is found now, not after minutes.
+        read_results(target)
+        settings = benching.BenchSettings(device or "auto", *sizes, tune=tune, effort=Effort(seconds))
+        if tune:
+            _say_if_nothing_to_tune(settings.device)
+        with display:
+            result = benching.bench(checkpoint, settings, against, display)
+        write_result(target, result)
+        if as_json:
+            console.show_json(result)
+        else:
+            console.show(*bench_tables(result), f"written to {target}")
+        benching.require_right(result)
+
+
+def _existing(folder: Path) -> Path:
+    from llmprune.errors import ModelError
+
+    folder = folder.expanduser()
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} has no config.json" if folder.is_dir() else f"no folder {folder}",
+            expected="a local checkpoint folder",
+            fix="for a model of the hub, run `hf download` and give the folder that it prints",
+        )
+    return folder
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: give whole numbers such as 1,4,16", param_hint=option) from None
+
+
+def _say_if_nothing_to_tune(device: str) -> None:
+    from llmprune.devices import resolve_device
+
+    if resolve_device(device).type != "cuda":
+        console.tell("nothing to tune: kernels for GPUs have configurations, products on a CPU have none")

@@ -1,0 +1,170 @@
+"""`llmprune prune` and `llmprune recipes`."""
+
+import shlex
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmprune import console
+from llmprune.cli.options import EXIT_CODES, AsJson, Device, Model, Quiet, explained, quieten
+
+_PRUNE_EXAMPLES = """
+Examples:
+
+llmprune prune testbed --recipe demo --output out/demo
+
+llmprune prune org/model --recipe sparsegpt-2of4 --output out --set calibration.source=text.jsonl --set batch_size=4
+
+llmprune prune org/model --recipe wanda-50 --output out --dry-run
+"""
+
+
+class StoredFormat(str, Enum):
+    """How pruned matrices are stored."""
+
+    dense = "dense"
+    auto = "auto"
+    nm = "nm"
+    block = "block"
+    bitmask = "bitmask"
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add both commands."""
+    app.command(epilog=_PRUNE_EXAMPLES + "\n" + EXIT_CODES)(prune)
+    app.command(epilog=EXIT_CODES)(recipes)
+
+
+def prune(
+    model: Model,
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="A bundled recipe (see `llmprune recipes`) or a YAML file.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder for the pruned checkpoint and its report. Required."
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be given several times."),
+    ] = None,
+    stored_as: Annotated[
+        StoredFormat | None,
+        typer.Option(
+            "--format",
+            help="How pruned matrices are stored: dense, with their zeros; packed: nm, block, bitmask; auto for what "
+            "suits each pattern. Default: the recipe's.",
+        ),
+    ] = None,
+    device: Device = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in DIR.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Only say what would be done, how long it takes and what it needs; DIR is optional."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune a causal LM and report what it cost.
+
+    The model is read one decoder layer at a time and never changed. A layer that is finished survives any crash.
+    """
+    if output is None and not dry_run:
+        raise typer.BadParameter("missing; only --dry-run goes without it", param_hint="--output")
+    if resume and overwrite:
+        raise typer.BadParameter("--resume continues what is in DIR, --overwrite replaces it: give one of them")
+    chosen = {"device": device, "format": stored_as.value if stored_as else None}
+    settings = [*(overrides or ()), *(f"{key}={value}" for key, value in chosen.items() if value)]
+    if output is None or dry_run:
+        _dry_run(model, recipe, settings, output, resume=resume, overwrite=overwrite, as_json=as_json)
+        return
+    options = [part for setting in overrides or () for part in ("--set", setting)]
+    options += [part for key, value in chosen.items() if value for part in (f"--{key}", value)]
+    options += [*["--json"] * as_json, *["--quiet"] * quiet]
+    command = ["llmprune", "prune", model, "--recipe", recipe, "--output", str(output), *options]
+    display = console.Display(quiet=quiet)
+    ways_on = (
+        lambda: _way_on(display, command, resume=resume, overwrite=overwrite),
+        lambda: _way_on_with_more(display, command),
+    )
+    with explained(as_json, *ways_on):
+        from llmprune import pipeline
+        from llmprune.output import expanded
+        from llmprune.tables.pruning import report_table
+
+        quieten(quiet)
+        with display:
+            report = pipeline.prune(
+                model, recipe, output, overrides=settings, resume=resume, overwrite=overwrite, watch=display
+            )
+        if as_json:
+            console.show_json(report.to_dict())
+        else:
+            console.show(report_table(report, expanded(output)))
+
+
+def recipes(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A bundled recipe or a YAML file: print all of its keys.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the bundled recipes, or print one with every default filled in."""
+    with explained(as_json):
+        from llmprune.recipe import bundled_recipes, load_recipe
+        from llmprune.tables.pruning import recipes_table
+
+        if recipe is not None:
+            resolved = load_recipe(recipe)
+            if as_json:
+                console.show_json(resolved.to_dict())
+            else:
+                typer.echo(resolved.to_yaml(), nl=False)
+        elif as_json:
+            console.show_json([{"name": name, "description": line} for name, line in bundled_recipes()])
+        else:
+            console.show(recipes_table(bundled_recipes()))
+
+
+def _dry_run(
+    model: str, recipe: str, settings: list[str], output: Path | None, *, resume: bool, overwrite: bool, as_json: bool
+) -> None:
+    with explained(as_json, lambda: "interrupted; nothing was written"):
+        from llmprune.forecast import dry_run
+        from llmprune.output import expanded, require_empty, require_free, require_space
+        from llmprune.tables.pruning import dry_run_tables
+
+        if output is not None:
+            output = expanded(output)
+            require_free(output)
+            require_empty(output, resume=resume, overwrite=overwrite)
+        plan = dry_run(model, recipe, settings)
+        if output is not None:
+            require_space(output, plan.disk_bytes)
+        if as_json:
+            console.show_json(plan.to_dict())
+        else:
+            console.show(*dry_run_tables(plan))
+
+
+def _way_on(display: console.Display, command: list[str], *, resume: bool, overwrite: bool) -> str:
+    """One line for an interrupted run: where it was, and the command that goes on."""
+    # The output folder is opened when the text is there; before, an old checkpoint in it is still to be replaced.
+    begun = display.progress is not None and display.progress.layers > 0
+    option = ["--resume"] if begun or resume else ["--overwrite"] * overwrite
+    where = f" ({display.where()})" if display.where() else ""
+    verb = "continue" if begun or resume else "nothing was written yet; start again"
+    return f"interrupted{where}; {verb} with: {shlex.join([*command, *option])}"
+
+
+def _way_on_with_more(display: console.Display, command: list[str]) -> str:
+    """One line for a run that needed more memory than there was; empty if it had not begun."""
+    begun = display.progress is not None and display.progress.layers > 0
+    return f"with more memory, continue with: {shlex.join([*command, '--resume'])}" if begun else ""

@@ -1,0 +1,143 @@
+"""The commands that use a checkpoint: `llmprune generate` and `llmprune serve`."""
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmprune import console
+from llmprune.cli.options import EXIT_CODES, AsJson, Device, Model, Quiet, explained, quieten
+from llmprune.progress import Progress
+
+if TYPE_CHECKING:
+    from llmprune.serving import Written
+
+_GENERATE_EXAMPLES = """
+Examples:
+
+llmprune generate out/packed --prompt "Once upon a time"
+
+llmprune generate out/packed --prompt - --max-new-tokens 500 --temperature 0 < prompt.txt
+"""
+
+_SERVE_EXAMPLES = """
+Example:
+
+llmprune serve out/packed --port 8000
+
+curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon"}'
+"""
+
+
+class ServedAs(str, Enum):
+    """How packed matrices are held in memory."""
+
+    auto = "auto"
+    packed = "packed"
+    dense = "dense"
+
+
+Served = Annotated[
+    ServedAs,
+    typer.Option(
+        help="Packed matrices in memory: auto for what is fastest here, packed for the least memory, dense for "
+        "ordinary weights."
+    ),
+]
+Graphs = Annotated[bool, typer.Option("--graphs", help="Replay each step of a token as a CUDA graph (GPU).")]
+Template = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A chat template (Jinja) instead of the model's own.")
+]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add both commands."""
+    app.command(epilog=_GENERATE_EXAMPLES + "\n" + EXIT_CODES)(generate)
+    app.command(epilog=_SERVE_EXAMPLES + "\n" + EXIT_CODES)(serve)
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help='Text to go on from; "-": from stdin.')],
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to write at most.")] = 128,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="0 takes the likeliest token each time. Default: the model's configuration."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws. Default: another one each time.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="TEXT is a user's message to a chat model. Implied by --chat-template.")
+    ] = False,
+    chat_template: Template = None,
+    device: Device = None,
+    served: Served = ServedAs.auto,
+    graphs: Graphs = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write on from a prompt; the text is on stdout as it comes, the speed on stderr."""
+    with explained(as_json):
+        from llmprune.serving import Sampling, encode, load, load_tokenizer, write
+        from llmprune.skeleton import quiet_transformers
+
+        quieten(quiet)
+        tokenizer = load_tokenizer(model, chat_template)
+        ids = encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat=chat or chat_template is not None)
+        with console.Display(quiet=quiet) as display, quiet_transformers():
+            display(Progress(f"loading {model}"))
+            loaded = load(model, device=device or "auto", served=served.value, graphs=graphs)
+        sampling = Sampling(max_new_tokens, temperature, seed)
+        written = write(loaded, tokenizer, ids, sampling, _ignore if as_json else _say)
+        if as_json:
+            console.show_json({"model": model, **written.to_dict()})
+        else:
+            _say("\n")
+        if not quiet:
+            console.tell(_speed(written))
+        if written.finish == "interrupted":
+            raise KeyboardInterrupt
+
+
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model. Default: MODEL as given.")] = None,
+    chat_template: Template = None,
+    device: Device = None,
+    served: Served = ServedAs.auto,
+    graphs: Graphs = False,
+) -> None:
+    """Serve a model with transformers' OpenAI-compatible server, until Ctrl-C.
+
+    Endpoints: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health. Needs the extra `serve`.
+    """
+    with explained(False, lambda: "the server has shut down"):
+        from llmprune import server
+        from llmprune.serving import load, load_tokenizer
+
+        server.serve(
+            lambda: load(model, device=device or "auto", served=served.value, graphs=graphs),
+            lambda: load_tokenizer(model, chat_template),
+            name or model,
+            host=host,
+            port=port,
+        )
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _ignore(_: str) -> None:
+    pass
+
+
+def _speed(written: "Written") -> str:
+    tokens = f"{written.tokens} token{'s' * (written.tokens != 1)} in {written.seconds:.2f} s"
+    rate = written.tokens_per_second
+    later = "" if rate is None else f", then {rate:.1f} tokens a second"
+    return f"{tokens}: the first after {written.first_token_seconds:.2f} s{later}"

@@ -1,0 +1,1 @@
+"""What the commands show on stdout: tables that fit 80 columns."""

@@ -1,0 +1,226 @@
+"""What `llmprune explain` and `llmprune bench` show: tables that fit 80 columns and hide nothing that is slower."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from llmprune.console import facts, format_seconds, format_size, new_table, spans
+
+if TYPE_CHECKING:
+    from llmprune.explain import DenseRow, Explanation, PackedRow
+    from llmprune.perplexity import Perplexity
+
+_NUMBERED = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_UNMEASURED = "not measured: run `llmprune bench` on the folder"
+
+Row = TypeVar("Row", "PackedRow", "DenseRow")
+
+
+def perplexity_table(result: "Perplexity", run: dict[str, Any]) -> RenderableType:
+    """One measurement with its protocol."""
+    return facts(
+        ("model", run["model"]),
+        ("perplexity", f"{result.perplexity:.4f}"),
+        ("nats a token", f"{result.nats:.5f}"),
+        ("text", str(result.text["source"])),
+        ("protocol", f"{result.samples} chunks of {result.length}, {result.predicted_tokens:,} predicted tokens"),
+        ("tokens", f"sha256 {result.tokens_digest}"),
+        ("computed", f"in {run['compute_dtype']} on {run['device']} in {format_seconds(run['seconds'])} s"),
+    )
+
+
+def explain_tables(explanation: "Explanation") -> list[RenderableType]:
+    """What will serve each matrix, why nothing faster does, and the limit of the whole model."""
+    parts: list[RenderableType] = []
+    notes: list[str] = []
+    if explanation.packed:
+        parts.append(_packed_table(explanation.packed, notes))
+    if explanation.dense:
+        parts.append(_dense_table(explanation.dense, notes))
+    parts += [Text(f"[{number}] {note}") for number, note in enumerate(notes, 1)]
+    dense, served = explanation.token_bytes
+    parts.append(
+        facts(
+            ("device", explanation.device),
+            ("a token reads", f"{format_size(served)} of weights, {format_size(dense)} if all were dense"),
+            ("limit", f"decode at most {explanation.limit:.2f} times as fast, the matrices that stay dense included"),
+            ("measured", explanation.measured or _UNMEASURED),
+        )
+    )
+    return parts
+
+
+def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
+    """The products, the whole model, and what was slower."""
+    parts: list[RenderableType] = []
+    for product in result["products"]:
+        parts += _product_parts(product)
+    if any(product["comparisons"] for product in result["products"]):
+        copy, matmul = (result["rates"][f"{name}_per_second"] for name in ("copy", "matmul"))
+        parts.append(
+            Text(
+                "ratio: times as fast as dense; share: of what the measured rates allow, "
+                f"{copy / 1e9:,.0f} GB/s copied or {matmul / 1e12:,.2f} TFLOP/s multiplied, whichever takes longer"
+            )
+        )
+    parts.append(_whole_model_table(result["whole_model"]))
+    if result["tuned"]:
+        parts.append(_tuned_table(result["tuned"]))
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    parts.append(facts(("device", result["device"]), ("versions", versions), ("commit", result["commit"] or "unknown")))
+    return parts
+
+
+def grouped(names: Sequence[str]) -> str:
+    """Names with their layers joined: "model.layers.0-31: mlp.gate_proj, mlp.up_proj"."""
+    places: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        before, number, after = _split(name)
+        places.setdefault((before, after), []).extend([] if number is None else [number])
+    layers: dict[str, list[str]] = {}
+    for (before, after), numbers in places.items():
+        layers.setdefault(_layers(before, numbers), []).append(after)
+    return "; ".join(
+        f"{layer}: {', '.join(inside)}" if layer else ", ".join(inside) for layer, inside in layers.items()
+    )
+
+
+def _packed_table(rows: Sequence["PackedRow"], notes: list[str]) -> RenderableType:
+    shown = new_table("packed", "shape", "layout", "served as", "bytes", "limit", "gain", left=(0, 2, 3))
+    for layer, inside in _by_layer(
+        rows, lambda row: (row.layout["shape"], _layout(row), row.form, row.reason, row.gains)
+    ):
+        shown.add_row(Text(layer, "bold"))
+        for name, row, _ in inside:
+            # Decode and prefill; the numbers between are in the JSON.
+            ends = dict.fromkeys((*row.gains[:1], *row.gains[-1:]))
+            gain = "\n".join(f"{ratio:.2f} at {tokens}" for tokens, ratio in ends)
+            if row.form == "dense":
+                # What was measured is not used for it.
+                gain = f"({gain})" if gain else "none"
+            form = row.form + (f" [{_note(notes, row.reason)}]" if row.reason else "")
+            shape = "x".join(map(str, row.layout["shape"]))
+            share = f"{row.packed_bytes / max(row.dense_bytes, 1):.1%}"
+            shown.add_row(f"  {name}", shape, _layout(row), form, share, f"{row.limit:.2f}", gain or "?")
+    return shown
+
+
+def _dense_table(rows: Sequence["DenseRow"], notes: list[str]) -> RenderableType:
+    shown = new_table("not packed", "shape", "size", "why", left=(0, 3))
+    for layer, inside in _by_layer(rows, lambda row: (row.shape, row.reason)):
+        if layer:
+            shown.add_row(Text(layer, "bold"))
+        for name, row, count in inside:
+            shape, note = " x ".join(map(str, row.shape)), f"[{_note(notes, row.reason)}]"
+            shown.add_row(f"  {name}" if layer else name, shape, format_size(row.bytes * count), note)
+    return shown
+
+
+def _by_layer(rows: Sequence[Row], key: Callable[[Row], object]) -> list[tuple[str, list[tuple[str, Row, int]]]]:
+    """Rows that say the same once: (layers, [(name inside, first row, how many)])."""
+    merged: dict[object, tuple[Row, list[int]]] = {}
+    for row in rows:
+        before, number, after = _split(row.name)
+        merged.setdefault((before, after, str(key(row))), (row, []))[1].append(-1 if number is None else number)
+    layers: dict[str, list[tuple[str, Row, int]]] = {}
+    for row, numbers in merged.values():
+        before, _, after = _split(row.name)
+        layer = _layers(before, [number for number in numbers if number >= 0])
+        layers.setdefault(layer, []).append((after, row, len(numbers)))
+    return list(layers.items())
+
+
+def _split(name: str) -> tuple[str, int | None, str]:
+    """What stands before the number of the layer, the number, and what stands behind, experts left open."""
+    match = _NUMBERED.match(name)
+    return (match[1], int(match[2]), _NUMBER.sub("*", match[3])) if match else ("", None, name)
+
+
+def _layers(before: str, numbers: Sequence[int]) -> str:
+    return f"{before}.{spans(sorted(set(numbers)))}" if numbers else before
+
+
+def _layout(row: "PackedRow") -> str:
+    layout = row.layout
+    if layout["layout"] == "nm":
+        return f"{layout['keep']}:{layout['of']}"
+    if layout["layout"] == "block":
+        stored = layout["blocks"] * layout["block"] ** 2 / max(layout["shape"][0] * layout["shape"][1], 1)
+        return f"{1 - stored:.2g}@{layout['block']}x{layout['block']}"
+    return str(layout["layout"])
+
+
+def _note(notes: list[str], text: str) -> int:
+    """The number of a footnote, which is added where it is new."""
+    if text not in notes:
+        notes.append(text)
+    return notes.index(text) + 1
+
+
+def _product_parts(product: dict[str, Any]) -> list[RenderableType]:
+    names = grouped([name for names in product["names"] for name in names])
+    rows, columns = product["shape"]
+    title = Text(f"{names}  {rows} x {columns}, served as {product['served']}", "bold")
+    if product["measured"] is None:
+        return [title, Text(f"  nothing sparse to measure: {product['reason']}")]
+    shown = new_table("tokens", "dense us", "sparse us", "ratio", "share", "error", "", left=(6,))
+    for row in product["comparisons"]:
+        error = f"{float(row['error']):.1e}"
+        if not row["correct"]:
+            shown.add_row(str(row["tokens"]), "", "", "", "", error, Text("WRONG, not timed", "bold red"))
+            continue
+        dense, sparse = (_spread(row[name]) for name in ("dense", "sparse"))
+        share = f"{row['sparse']['share']:.0%}"
+        shown.add_row(str(row["tokens"]), dense, sparse, f"{row['ratio']:.2f}", share, error, _verdict(row, product))
+    return [title, shown]
+
+
+def _verdict(row: dict[str, Any], product: dict[str, Any]) -> Text:
+    if row["ratio"] >= 1:
+        unused = product["served"] == "dense"
+        return Text("faster, unused" if unused else "", "yellow")
+    if product["served"] == "dense":
+        return Text("slower, unused", "yellow")
+    return Text("SLOWER", "bold red")
+
+
+def _spread(timing: dict[str, Any]) -> str:
+    """A median with half of the width between the tenth and the ninetieth percentile."""
+    return f"{timing['median_us']:,.1f} ±{(timing['high_us'] - timing['low_us']) / 2:,.1f}"
+
+
+def _whole_model_table(model: dict[str, Any]) -> RenderableType:
+    shown = new_table("whole model", "batch", "first token", "tokens/s", "resident", "peak", left=(0,))
+    dense: dict[str, Any] | None = model.get("dense")
+    for index, row in enumerate(model["batches"]):
+        if dense is None:
+            shown.add_row(*_model_row("this", row, model, ""))
+            continue
+        other = dense["batches"][index]
+        ratio = row["tokens_per_second"] / other["tokens_per_second"]
+        shown.add_row(*_model_row("this", row, model, f" ({ratio:.2f}x)"))
+        shown.add_row(*_model_row("dense", other, dense, ""))
+    return shown
+
+
+def _model_row(name: str, row: dict[str, Any], model: dict[str, Any], ratio: str) -> tuple[str, ...]:
+    first = f"{row['first_token']['median_us'] / 1e3:,.1f} ms"
+    # The spread of the runs, in tokens a second.
+    run = row["run"]
+    spread = row["tokens_per_second"] * (run["high_us"] - run["low_us"]) / (2 * run["median_us"])
+    speed = f"{row['tokens_per_second']:,.1f} ±{spread:,.1f}{ratio}"
+    return name, str(row["batch"]), first, speed, format_size(model["resident_bytes"]), format_size(model["peak_bytes"])
+
+
+def _tuned_table(tuned: Sequence[dict[str, Any]]) -> RenderableType:
+    shown = new_table("tuned", "shape", "before us", "now us", "choice", left=(0, 4))
+    for row in tuned:
+        shape = " ".join(f"{name}={value}" for name, value in row["shape"].items())
+        choice = " ".join(f"{name}={value}" for name, value in row["choice"].items())
+        before, now = ("-" if row[k] is None else f"{1e6 * row[k]:,.1f}" for k in ("before_seconds", "seconds"))
+        shown.add_row(row["op"], shape, before, now, choice)
+    return shown
