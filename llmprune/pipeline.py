@@ -301,6 +301,7 @@ class Run:
                 "measured_bytes": memory.peak - memory.baseline,
                 "baseline_bytes": memory.baseline,
             },
+            "size": source.sizes() if isinstance(source, CheckpointSource) else None,
             "evaluation": evaluation,
         }
         return Report(rows, header)

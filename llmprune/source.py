@@ -178,6 +178,12 @@ class CheckpointSource:
         """Dotted name of a decoder layer."""
         return f"{self.layers_path}.{index}"
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of all tensors, as they are stored and as the dense checkpoint that they stand for."""
+        tensors = self.stored.values()
+        packed = sum(t.packed_bytes if isinstance(t, PackedWeight) else t.nbytes for t in tensors)
+        return {"stored_bytes": packed, "dense_bytes": sum(t.nbytes for t in tensors)}
+
     def linear_key(self, matrix: str) -> str | None:
         """The checkpoint's key of a linear layer's weight; None if it is no `Linear`, or fused from several tensors."""
         weight = f"{matrix}.weight"

@@ -60,6 +60,9 @@ def test_holds_the_same_weights_as_a_dense_checkpoint(
     stored = CheckpointSource(tmp_path / "packed").stored
     assert all(same(stored[key][...], tensor) for key, tensor in tensors(tmp_path / "dense").items())
     size = sum(file.stat().st_size for file in (tmp_path / "packed").glob("*.safetensors"))
+    report_size = report.header["size"]
+    assert report_size["stored_bytes"] == sum(tensor.nbytes for tensor in tensors(tmp_path / "packed").values())
+    assert report_size["dense_bytes"] == sum(tensor.nbytes for tensor in tensors(tmp_path / "dense").values())
     assert size < sum(file.stat().st_size for file in (tmp_path / "dense").glob("*.safetensors"))
 
 

@@ -59,7 +59,7 @@ def _layer_row(layer: str, rows: Sequence["TensorRow"]) -> tuple[str, ...]:
         ", ".join(dict.fromkeys(row.dtype for row in rows)),
         f"{zeros / max(elements, 1):.2%}",
         named + (", ..." if len(patterns) > 3 else ""),
-        format_size(sum(row.bytes for row in rows)),
+        format_size(sum(row.bytes for row in rows)) + _as_layouts(rows),
     )
 
 
@@ -70,7 +70,12 @@ def _tensor_row(row: "TensorRow", *, indented: bool) -> tuple[str, ...]:
 
 
 def _stored(row: "TensorRow") -> str:
-    return format_size(row.bytes) + ("" if row.layout == "dense" else f" as {row.layout}")
+    return format_size(row.bytes) + _as_layouts([row])
+
+
+def _as_layouts(rows: Sequence["TensorRow"]) -> str:
+    layouts = dict.fromkeys(row.layout for row in rows if row.layout != "dense")
+    return f" as {', '.join(layouts)}" if layouts else ""
 
 
 def packing_tables(report: "PackReport") -> list[RenderableType]:

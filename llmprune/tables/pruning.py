@@ -38,8 +38,18 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
             "peak memory",
             f"{format_size(memory['predicted_bytes'])} predicted, {format_size(memory['measured_bytes'])} measured",
         ),
+        *_size_facts(header["size"]),
         ("report", str(folder / "report.json")),
     )
+
+
+def _size_facts(size: dict[str, int] | None) -> list[tuple[str, str]]:
+    """What the checkpoint takes; nothing of a model in memory."""
+    if size is None:
+        return []
+    stored, dense = size["stored_bytes"], size["dense_bytes"]
+    packed = "" if stored == dense else f", {stored / dense:.4f} of the dense {format_size(dense)}"
+    return [("size", format_size(stored) + packed)]
 
 
 def recipes_table(recipes: Iterable[tuple[str, str]]) -> RenderableType:
