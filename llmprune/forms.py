@@ -3,6 +3,7 @@
 A form says what a layer holds in memory and how it multiplies. The forms are tried in the order of `FORMS`; each that
 does not fit gives its reason, which `llmprune explain` shows.
 
+    cusparselt  fragments, and a second copy for prefill by cuSPARSELt; only on request
     fragments   2:4 in the order of the sparse tensor cores (NVIDIA, 8.0 and up): decode reads 0.5625 of the bytes
     portable    2:4 as on disk, expanded inside the kernel: other GPUs
     blocks      block-sparse
@@ -22,10 +23,15 @@ from llmprune.formats import BlockLayout, Layout, NMLayout
 from llmprune.kernels import block_linear, nm_linear
 from llmprune.kernels.nm_linear.fragments import from_fragments, to_fragments
 
-Served = Literal["auto", "packed", "dense"]
+Served = Literal["auto", "packed", "dense", "cusparselt"]
 
 # Below this sparsity a CPU multiplies the dense matrix faster (eval/bench/LOG.md).
 CPU_BLOCK_SPARSITY = 0.85
+
+# Below it users report that the library is slower than the dense product (pytorch/pytorch#111339).
+CUSPARSELT_TOKENS = 256
+
+_ALGORITHMS: dict[tuple[torch.device, torch.dtype, tuple[int, int]], int] = {}
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -82,6 +88,36 @@ class Fragments:
         return multiply_fragments(held["a"], held["e"], x, bias, layout.shape)
 
 
+class Cusparselt(Fragments):
+    """Fragments for decode; for prefill a second copy, which cuSPARSELt has compressed: 1.125 times the dense bytes.
+
+    Holds also compressed, weights' dtype, flat. The algorithm is searched once for each shape.
+    """
+
+    name: ClassVar[str] = "cusparselt"
+
+    def refusal(self, layout: Layout, device: torch.device, dtype: torch.dtype, served: Served) -> str | None:
+        if reason := super().refusal(layout, device, dtype, served):
+            return reason
+        if not torch.backends.cusparselt.is_available():
+            return "this PyTorch has no cuSPARSELt"
+        return None if not any(size % 64 for size in layout.shape) else "cuSPARSELt needs multiples of 64"
+
+    def build(self, layout: Layout, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {**super().build(layout, stored), "compressed": torch._cslt_compress(layout.unpack(stored))}
+
+    def multiply(self, layout: Layout, held: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        if len(tokens) < CUSPARSELT_TOKENS:
+            return super().multiply(layout, held, x, bias)
+        compressed = held["compressed"]
+        key = x.device, x.dtype, layout.shape
+        if key not in _ALGORITHMS:
+            _ALGORITHMS[key] = int(torch._cslt_sparse_mm_search(compressed, tokens.t(), transpose_result=True))
+        y = torch._cslt_sparse_mm(compressed, tokens.t(), bias=bias, transpose_result=True, alg_id=_ALGORITHMS[key])
+        return y.view(*x.shape[:-1], layout.shape[0])
+
+
 class _AsOnDisk:
     def build(self, layout: Layout, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(stored)
@@ -123,6 +159,10 @@ class Blocks(_AsOnDisk):
             return f"a CPU is faster with the dense matrix below {CPU_BLOCK_SPARSITY:.0%} block sparsity"
         return None
 
+    def build(self, layout: Layout, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        block_linear.reserve(layout.shape[1], layout.shape[0], stored["values"])
+        return dict(stored)
+
     def multiply(self, layout: Layout, held: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
         assert isinstance(layout, BlockLayout)
         return block_linear.block_linear(
@@ -162,7 +202,7 @@ class Unpacked(_AsOnDisk):
         return F.linear(x, layout.unpack(held), bias)
 
 
-FORMS: tuple[Form, ...] = (Fragments(), Portable(), Blocks(), Dense(), Unpacked())
+FORMS: tuple[Form, ...] = (Cusparselt(), Fragments(), Portable(), Blocks(), Dense(), Unpacked())
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +225,13 @@ def choose_form(layout: Layout, device: torch.device, dtype: torch.dtype, served
         layout: of the matrix.
         device: where it will be.
         dtype: of its values.
-        served: "auto": what is fastest; "packed": what needs the least memory; "dense": as ordinary weights.
+        served: "auto": what is fastest; "packed": what needs the least memory; "dense": as ordinary weights;
+            "cusparselt": as auto, with a second copy for prefill.
     """
     refused: list[tuple[str, str]] = []
     for form in FORMS:
+        if form.name == Cusparselt.name != served:
+            continue
         reason = form.refusal(layout, device, dtype, served)
         if reason is None:
             return Choice(form, tuple(refused))

@@ -85,7 +85,7 @@ def fuse(model: nn.Module, **example: Any) -> list[list[str]]:
 
 
 def _fits(layer: SparseLinear) -> bool:
-    return isinstance(layer.form, Fragments) and layer.out_features % _TILE == 0 and layer.fusion is None
+    return type(layer.form) is Fragments and layer.out_features % _TILE == 0 and layer.fusion is None
 
 
 def _readers(model: nn.Module, example: dict[str, Any]) -> list[list[SparseLinear]]:

@@ -37,7 +37,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformer
     Args:
         modules: name of a linear layer -> its layout, as `Layout.to_dict` gives it.
         version: of this record.
-        served: "auto", "packed" or "dense": see `llmprune.forms.choose_form`; not saved.
+        served: see `llmprune.forms.choose_form`; not saved.
 
     Raises:
         CheckpointError: the version is unknown.

@@ -49,7 +49,7 @@ def load(
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: of the weights; "auto": the checkpoint's.
         served: how packed matrices are held. "auto": what is fastest; "packed": what needs the least memory; "dense":
-            as ordinary weights.
+            as ordinary weights; "cusparselt": as auto, with a second copy of 2:4 matrices for prefill by cuSPARSELt.
         fused: multiply what reads the same input in one launch, where 2:4 kernels serve it.
         graphs: a static cache and CUDA graphs for `generate`: see `llmprune.decode_graphs`. `model.decode_graphs.warm`
             records them ahead.
@@ -74,7 +74,7 @@ def load(
     config = AutoConfig.from_pretrained(folder)
     _choose_served(config, served, folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, device_map={"": target})
-    if fused and any(isinstance(layer.form, Fragments) for _, layer in sparse_layers(loaded)):
+    if fused and any(type(layer.form) is Fragments for _, layer in sparse_layers(loaded)):
         fuse(loaded, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=target))
     if graphs:
         DecodeGraphs(loaded)

@@ -14,8 +14,8 @@ from llmprune.forms import Choice, Form, Served, choose_form
 if TYPE_CHECKING:
     from llmprune.fusion import Fusion
 
-# Tokens of the self-test: one decode and one prefill product.
-_TEST_TOKENS = (5, 80)
+# Tokens of the self-test: decode, and prefill by either library.
+_TEST_TOKENS = (5, 80, 300)
 
 # Times the dtype's epsilon: what rounding the result, and a float32 sum in another order, can cost.
 _TEST_TOLERANCE = 4
@@ -87,7 +87,7 @@ class SparseLinear(nn.Module):
         """Bring the loaded tensors into the form that serves them.
 
         Args:
-            served: "auto": what is fastest; "packed": what needs the least memory; "dense": as ordinary weights.
+            served: as for `choose_form`.
 
         Raises:
             FormatError: they are not what the layout says, where the form unpacks them.

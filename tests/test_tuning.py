@@ -118,6 +118,28 @@ def test_the_dispatch_limit_is_where_the_dense_product_begins_to_win(
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(("wins", "limit"), [((), 1 << 31), ((2048,), 1025)])
+def test_blocks_have_a_dispatch_limit_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wins: tuple[int, ...], limit: int
+) -> None:
+    model = load(save_packed(tmp_path, "block", "0.9@16x16", **SIZES) / "packed")
+    layer = next(p for p in products.packed_products(model) if p.shape == (64, 320)).layers[0]
+    kernel = tuning.BlockKernel(layer)
+    seen: list[int] = []
+    multiply = kernel.expanded
+    monkeypatch.setattr(kernel, "expanded", lambda *a: seen.append(len(a[1])) or multiply(*a))
+
+    def fake_time(calls: list[Any], *_: object) -> Timing:
+        calls[0]()
+        return Timing(*[0.5 if seen[-1] in wins else 2.0] * 3, 1)
+
+    monkeypatch.setattr(tuning, "time_calls", fake_time)
+    found = tuning._dispatch(kernel, [layer], layer.unpack(), dict.fromkeys((16, 2048), 1.0), FAST)
+    assert found.choice == {"limit": limit}
+    assert configurations.measured(found.op, CPU, **found.shape) == {"limit": limit}
+
+
+@pytest.mark.usefixtures("cache")
 def test_choices_are_recorded_where_the_operations_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(forms.Fragments, "refusal", lambda *_: None)
     product = products.packed_products(load(save_packed(tmp_path, **SIZES) / "packed"))[0]

@@ -87,6 +87,12 @@ class Kernel(Protocol):
     def run(self, layer: SparseLinear, x: Tensor, configuration: Any) -> Tensor:
         """The product with one copy."""
 
+    def expanded(self, layer: SparseLinear, x: Tensor, scratch: Tensor) -> Tensor:
+        """The other path of the operation: write the dense matrix, and let the library multiply."""
+
+    def dispatch(self) -> tuple[dict[str, int], int]:
+        """The sizes that the limit between both paths is recorded under, and the limit that is never reached."""
+
 
 class FragmentsKernel:
     """2:4 on sparse tensor cores; all layers of a fusion at once."""
@@ -115,8 +121,10 @@ class FragmentsKernel:
 
         return linear_24_decode(x, *_fragments(layer), self._out, configuration)
 
+    def dispatch(self) -> tuple[dict[str, int], int]:
+        return {"out_features": self._out, "in_features": self._in}, nm_linear.HIGHEST_DECODE_TOKENS + 1
+
     def expanded(self, layer: SparseLinear, x: Tensor, scratch: Tensor) -> Tensor:
-        """The other path of the operation: write the dense matrix, and let the library multiply."""
         from llmprune.kernels.nm_linear.expand import expand_fragments
 
         a, e, bias = _fragments(layer)
@@ -157,8 +165,10 @@ class PortableKernel:
         held = layer.held
         return linear_24_decode_portable(x, held["values"], held["meta"], layer.bias, configuration, partials)
 
+    def dispatch(self) -> tuple[dict[str, int], int]:
+        return {"out_features": self._out, "in_features": self._in}, nm_linear.HIGHEST_DECODE_TOKENS + 1
+
     def expanded(self, layer: SparseLinear, x: Tensor, scratch: Tensor) -> Tensor:
-        """The other path of the operation: write the dense matrix, and let the library multiply."""
         from llmprune.kernels.nm_linear.expand import expand
 
         expand(layer.held["values"], layer.held["meta"], scratch)
@@ -200,6 +210,14 @@ class BlockKernel:
         indices = held["crow"], held["col"]
         return block_linear_allocating(x, held["values"], indices, layer.bias, self._out, self._per_row, configuration)
 
+    def dispatch(self) -> tuple[dict[str, int], int]:
+        return block_linear.dispatch_shape(self._in, self._out, self._values), block_linear.NEVER
+
+    def expanded(self, layer: SparseLinear, x: Tensor, scratch: Tensor) -> Tensor:
+        held = layer.held
+        block_linear.expand_into(scratch, held["values"], held["crow"], held["col"])
+        return F.linear(x, scratch, layer.bias)
+
 
 KERNELS: dict[str, Callable[[SparseLinear], Kernel]] = {
     "fragments": FragmentsKernel,
@@ -217,7 +235,7 @@ def tune_product(product: Product, effort: Effort) -> Iterator[Tuned]:
         effort: for each of the times.
 
     Yields:
-        One outcome for each number of tokens, and one for the dispatch limit of 2:4.
+        One outcome for each number of tokens, and one for the limit from which the dense matrix is written out.
 
     Raises:
         NumericsError: no configuration works.
@@ -236,8 +254,7 @@ def tune_product(product: Product, effort: Effort) -> Iterator[Tuned]:
         configurations.record(kernel.op, operands[0].device, tuned.choice, **tuned.shape)
         best[tokens] = tuned.seconds
         yield tuned
-    if isinstance(kernel, FragmentsKernel | PortableKernel):
-        yield _dispatch(kernel, copies, operands[0], best, effort)
+    yield _dispatch(kernel, copies, operands[0], best, effort)
 
 
 def _search(
@@ -292,24 +309,20 @@ def _problem(
 
 
 def _dispatch(
-    kernel: FragmentsKernel | PortableKernel,
-    copies: Sequence[SparseLinear],
-    weight: Tensor,
-    best: dict[int, float],
-    effort: Effort,
+    kernel: Kernel, copies: Sequence[SparseLinear], weight: Tensor, best: dict[int, float], effort: Effort
 ) -> Tuned:
-    """Record from how many tokens on the expanded matrix is faster; 65 if never."""
+    """Record from how many tokens on the expanded matrix is faster."""
     scratch = torch.empty_like(weight)
-    limit, seconds, dense = nm_linear.HIGHEST_DECODE_TOKENS + 1, 0.0, 0.0
+    shape, limit = kernel.dispatch()
+    seconds = dense = 0.0
     for tokens in sorted(best, reverse=True):
         x = random_inputs(tokens, weight)
         calls = [_expanded_call(kernel, layer, x, scratch) for layer in copies]
         expanded = time_calls(calls, weight.device, effort.seconds).median
         if expanded >= _MARGIN * best[tokens]:
             break
-        # The kernel compiled for 64 tokens serves 33 to 64, in about the same time.
+        # What was measured for 64 tokens serves 33 to 64, in about the same time.
         limit, seconds, dense = tokens // 2 + 1, expanded, best[tokens]
-    shape = {"out_features": weight.shape[0], "in_features": weight.shape[1]}
     op = f"{kernel.op}.dispatch"
     configurations.record(op, weight.device, {"limit": limit}, **shape)
     return Tuned(op, shape, {"limit": limit}, seconds, dense, len(best), ())
@@ -336,7 +349,5 @@ def _call(kernel: Kernel, layer: SparseLinear, x: Tensor, configuration: Any) ->
     return lambda: kernel.run(layer, x, configuration)
 
 
-def _expanded_call(
-    kernel: FragmentsKernel | PortableKernel, layer: SparseLinear, x: Tensor, scratch: Tensor
-) -> Callable[[], object]:
+def _expanded_call(kernel: Kernel, layer: SparseLinear, x: Tensor, scratch: Tensor) -> Callable[[], object]:
     return lambda: kernel.expanded(layer, x, scratch)

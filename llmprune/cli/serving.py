@@ -37,13 +37,14 @@ class ServedAs(str, Enum):
     auto = "auto"
     packed = "packed"
     dense = "dense"
+    cusparselt = "cusparselt"
 
 
 Served = Annotated[
     ServedAs,
     typer.Option(
         help="Packed matrices in memory: auto for what is fastest here, packed for the least memory, dense for "
-        "ordinary weights."
+        "ordinary weights, cusparselt for a second copy that serves long prompts."
     ),
 ]
 Graphs = Annotated[bool, typer.Option("--graphs", help="Replay each step of a token as a CUDA graph (GPU).")]

@@ -4,8 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llmprune.kernels import configurations
-from llmprune.kernels.block_linear import BLOCKS, Configuration, block_linear, choose_configuration, choose_default
+from llmprune.kernels import block_linear as block_linear_package
+from llmprune.kernels import configurations, workspace
+from llmprune.kernels.block_linear import (
+    BLOCKS,
+    NEVER,
+    Configuration,
+    block_linear,
+    choose_configuration,
+    choose_default,
+    dispatch_shape,
+    expand_into,
+)
 
 triton = pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
 
@@ -253,6 +263,29 @@ def test_operator_is_right(block, dtype):
     y = block_linear(x[0], *matrix.operands, None, out_features, None)
     assert_as_good_as_dense(y.flatten(0, -2), x[0].flatten(0, -2), matrix, bias=False)
     assert block_linear(x[:0], *matrix.operands, matrix.bias, out_features, None).shape == (0, 1, 5, out_features)
+
+
+def test_the_dense_path_is_right_in_memory_that_others_used():
+    workspace.release(torch.device(DEVICE))
+    matrix = Matrix(16, uneven(5, 4))
+    workspace.scratch(torch.device(DEVICE), (200, 200), torch.float16).fill_(torch.nan)
+    x = matrix.inputs(7)
+    y = block_linear_package._expanded_product(x, *matrix.operands, matrix.bias, len(matrix.dense))
+    assert_as_good_as_dense(y, x, matrix)
+    expected = torch.empty_like(matrix.dense)
+    expand_into(expected, *matrix.operands)
+    assert torch.equal(expected, matrix.dense)
+
+
+def test_the_dense_path_begins_where_it_was_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path))
+    configurations.forget()
+    values = Matrix(16, uneven(5, 4)).values
+    assert block_linear_package._dense_from(64, 80, values) == NEVER
+    configurations.record("block_linear.dispatch", values.device, {"limit": 33}, **dispatch_shape(64, 80, values))
+    assert block_linear_package._dense_from(64, 80, values) == 33
+    assert block_linear_package._dense_from(64, 96, values) == NEVER
+    configurations.forget()
 
 
 def test_operator_takes_a_vector_and_a_matrix_without_blocks():

@@ -4,26 +4,34 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .. import configurations
+from .. import configurations, workspace
 from .configuration import BLOCKS, DECODE_TOKENS, Configuration, choose_default
-from .reference import block_linear_reference, expand
+from .reference import block_linear_reference, expand, expand_into
 
 __all__ = [
     "BLOCKS",
     "DECODE_TOKENS",
     "DTYPES",
+    "NEVER",
     "Configuration",
     "block_linear",
     "choose_configuration",
     "choose_default",
+    "dispatch_shape",
+    "expand_into",
     "measured_shape",
+    "reserve",
 ]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # More tokens than these run with the choice that was measured for as many.
 MEASURED_TOKENS = 8192
+
+# A limit of tokens for "the kernel is always the faster one", which holds until something else is measured.
+NEVER = 1 << 31
 
 
 def block_linear(
@@ -101,6 +109,23 @@ def measured_shape(
     }
 
 
+def dispatch_shape(in_features: int, out_features: int, values: Tensor) -> dict[str, int]:
+    """Name the sizes under which it is recorded from how many tokens on the dense matrix is written out."""
+    blocks, block, _ = values.shape
+    return {"in_features": in_features, "out_features": out_features, "block": block, "blocks": blocks}
+
+
+def reserve(in_features: int, out_features: int, values: Tensor) -> None:
+    """Allocate the scratch that the dense path needs, where a limit was measured; call it when a layer is built."""
+    if values.is_cuda and _dense_from(in_features, out_features, values) < NEVER:
+        workspace.reserve(values.device, in_features * out_features * values.element_size(), 0)
+
+
+def _dense_from(in_features: int, out_features: int, values: Tensor) -> int:
+    shape = dispatch_shape(in_features, out_features, values)
+    return configurations.dispatch_limit("block_linear", values.device, NEVER - 1, **shape)
+
+
 @torch.library.custom_op("llmprune::block_linear", mutates_args=())
 def _operator(
     x: Tensor,
@@ -113,13 +138,25 @@ def _operator(
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if x.is_cuda and len(rows) and _kernel_runs(x.device):
-        from .kernel import block_linear_allocating
+        if len(rows) >= _dense_from(rows.shape[1], out_features, values):
+            y = _expanded_product(rows, values, crow, col, bias, out_features)
+        else:
+            from .kernel import block_linear_allocating
 
-        chosen = choose_configuration(len(rows), rows.shape[1], out_features, values, per_row)
-        y = block_linear_allocating(rows, values, (crow, col), bias, out_features, per_row, chosen)
+            chosen = choose_configuration(len(rows), rows.shape[1], out_features, values, per_row)
+            y = block_linear_allocating(rows, values, (crow, col), bias, out_features, per_row, chosen)
     else:
         y = block_linear_reference(rows, values, crow, col, bias, out_features)
     return y.view(*x.shape[:-1], out_features)
+
+
+def _expanded_product(
+    rows: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """Multiply by the dense matrix, written to the scratch of the device."""
+    weight = workspace.scratch(rows.device, (out_features, rows.shape[1]), values.dtype)
+    expand_into(weight, values, crow, col)
+    return F.linear(rows, weight, bias)
 
 
 @_operator.register_fake

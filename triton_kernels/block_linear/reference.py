@@ -30,11 +30,17 @@ def block_linear_reference(
 
 
 def expand(values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Write the blocks into a dense matrix of this shape, [out, in]."""
+    """Write the blocks into a new dense matrix of this shape, [out, in]."""
+    dense = values.new_empty(shape)
+    expand_into(dense, values, crow, col)
+    return dense
+
+
+def expand_into(dense: Tensor, values: Tensor, crow: Tensor, col: Tensor) -> None:
+    """Write the blocks, and zeros, into a dense matrix [out, in], contiguous, of the values' dtype."""
     block = values.shape[-1]
-    dense = values.new_zeros(shape[0] // block, block, shape[1] // block, block)
-    dense[_block_rows(crow, col), :, col] = values
-    return dense.view(shape)
+    tiles = dense.zero_().view(dense.shape[0] // block, block, dense.shape[1] // block, block)
+    tiles[_block_rows(crow, col), :, col] = values
 
 
 def _block_rows(crow: Tensor, col: Tensor) -> Tensor:
