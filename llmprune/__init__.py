@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from llmprune.forecast import dry_run
     from llmprune.inspection import inspect_checkpoint
     from llmprune.methods import METHODS
+    from llmprune.packing import pack, unpack
     from llmprune.patterns import NM, Block, Unstructured, parse
     from llmprune.perplexity import evaluate
     from llmprune.pipeline import prune
     from llmprune.recipe import Recipe, load_recipe
     from llmprune.report import Report
+    from llmprune.serving import load
     from llmprune.stream import Stream
 
 # Resolved on first use, so that `import llmprune` and `llmprune --help` do not wait for torch. No module may be called
@@ -26,6 +28,8 @@ _HOMES = {
     "dry_run": "forecast",
     "inspect_checkpoint": "inspection",
     "METHODS": "methods",
+    "pack": "packing",
+    "unpack": "packing",
     "NM": "patterns",
     "Block": "patterns",
     "Unstructured": "patterns",
@@ -35,12 +39,13 @@ _HOMES = {
     "Recipe": "recipe",
     "load_recipe": "recipe",
     "Report": "report",
+    "load": "serving",
     "Stream": "stream",
 }
 
 __all__ = [
     "METHODS", "NM", "Block", "LlmpruneError", "Recipe", "Report", "Stream", "TextSpec", "Unstructured", "__version__",
-    "dry_run", "evaluate", "inspect_checkpoint", "load_recipe", "parse", "prune",
+    "dry_run", "evaluate", "inspect_checkpoint", "load", "load_recipe", "pack", "parse", "prune", "unpack",
 ]  # fmt: skip
 
 

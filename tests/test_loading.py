@@ -14,11 +14,13 @@ from folders import same, tensors
 from packed_models import save_packed
 from safetensors.torch import load_file, save_file
 from tiny_models import random_ids, tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, pipeline
 
 import llmprune  # noqa: F401 - registers with transformers
 from llmprune import forms
 from llmprune.errors import CheckpointError, FormatError, ModelError, NumericsError
+from llmprune.formats import NMLayout
 from llmprune.loading import replace_linear, settle, sparse_layers
 from llmprune.packed import NOTICE, NOTICE_KEY
 from llmprune.sparse_linear import SparseLinear
@@ -66,6 +68,24 @@ def test_packed_serving_holds_only_packed_bytes(tmp_path: Path) -> None:
     assert set(layer.held) == {"values", "meta"}
     held = sum(tensor.nbytes for tensor in layer.held.values())
     assert held == 0.5625 * layer.in_features * layer.out_features * 2
+
+
+def test_loading_never_makes_a_dense_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_packed(tmp_path)
+    monkeypatch.setattr(NMLayout, "unpack", lambda *_: pytest.fail("unpacked"))
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = function(*args, **(kwargs or {}))
+            nonlocal largest
+            if isinstance(result, torch.Tensor) and result.device.type != "meta" and result.shape[-1:] == (48,):
+                largest = max(largest, result.nbytes)
+            return result
+
+    with Watch():
+        served(folder / "packed", "packed")
+    assert largest < 32 * 48 * 2, "down_proj, [32, 48], would be dense with so many bytes"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
