@@ -26,7 +26,11 @@ from llmprune.kernels.nm_linear.fragments import from_fragments, to_fragments
 Served = Literal["auto", "packed", "dense", "cusparselt"]
 
 # Below this sparsity a CPU multiplies the dense matrix faster (eval/bench/LOG.md).
-CPU_BLOCK_SPARSITY = 0.85
+CPU_BLOCK_SPARSITY = 0.9
+
+# Smaller blocks and smaller matrices lose as well (the same log).
+CPU_BLOCK_SIZE = 32
+CPU_BLOCK_WEIGHTS = 1 << 20
 
 # Below it users report that the library is slower than the dense product (pytorch/pytorch#111339).
 CUSPARSELT_TOKENS = 256
@@ -154,10 +158,7 @@ class Blocks(_AsOnDisk):
             return "not block-sparse"
         if device.type != "cpu" or served == "dense":
             return _no_kernel(device, dtype, served)
-        rows, columns = layout.grid
-        if served == "auto" and layout.blocks > (1 - CPU_BLOCK_SPARSITY) * rows * columns:
-            return f"a CPU is faster with the dense matrix below {CPU_BLOCK_SPARSITY:.0%} block sparsity"
-        return None
+        return _too_dense_for_a_cpu(layout) if served == "auto" else None
 
     def build(self, layout: Layout, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         block_linear.reserve(layout.shape[1], layout.shape[0], stored["values"])
@@ -248,6 +249,19 @@ def _not_two_of_four(layout: Layout) -> str | None:
     if isinstance(layout, NMLayout) and (layout.keep, layout.of) == (2, 4):
         return None if layout.shape[1] % 8 == 0 else "the input dimension is not a multiple of 8"
     return "not 2:4"
+
+
+def _too_dense_for_a_cpu(layout: BlockLayout) -> str | None:
+    """Why the dense product is the faster one on a CPU; None if it is not."""
+    rows, columns = layout.grid
+    # Padding, and rounding to whole blocks, may leave a little more than asked for.
+    if layout.blocks > 1.02 * (1 - CPU_BLOCK_SPARSITY) * rows * columns:
+        return f"a CPU is faster with the dense matrix below {CPU_BLOCK_SPARSITY:.0%} block sparsity"
+    if layout.block < CPU_BLOCK_SIZE:
+        return f"a CPU is faster with the dense matrix for blocks smaller than {CPU_BLOCK_SIZE}"
+    if layout.shape[0] * layout.shape[1] < CPU_BLOCK_WEIGHTS:
+        return "a CPU is faster with the dense matrix where it is as small as this one"
+    return None
 
 
 def _no_kernel(device: torch.device, dtype: torch.dtype, served: Served) -> str | None:

@@ -35,6 +35,14 @@ def load(folder: Path, **options: Any) -> Any:
     return serving.load(folder, device="cpu", **options)
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a CPU serve blocks as small as those of tiny models."""
+    monkeypatch.setattr(forms, "CPU_BLOCK_SIZE", 16)
+    monkeypatch.setattr(forms, "CPU_BLOCK_WEIGHTS", 0)
+    monkeypatch.setattr(forms, "CPU_BLOCK_SPARSITY", 0.85)  # a tenth of few blocks is rounded up
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers, nine of ten blocks zero: `packed` and `dense`."""

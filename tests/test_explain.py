@@ -27,6 +27,14 @@ WHOLE = {"hidden_size": 256, "intermediate_size": 512}
 
 
 @pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a CPU serve blocks as small as those of tiny models."""
+    monkeypatch.setattr(forms, "CPU_BLOCK_SIZE", 16)
+    monkeypatch.setattr(forms, "CPU_BLOCK_WEIGHTS", 0)
+    monkeypatch.setattr(forms, "CPU_BLOCK_SPARSITY", 0.85)  # a tenth of few blocks is rounded up
+
+
+@pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     """No colours, 80 columns, and no weights."""
     for name in ("FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TERM", "GITHUB_ACTIONS"):

@@ -68,9 +68,12 @@ def test_without_triton_weights_are_dense(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_cpu_multiplies_densely_unless_hardly_a_block_is_left() -> None:
     assert name(TWO_OF_FOUR, CPU) == "dense"
     assert name(TWO_OF_FOUR, CPU, "packed") == "unpacked"
-    grid = 128 // 16 * (256 // 16)
-    sparse, dense = (BlockLayout((128, 256), 16, count, balanced=False) for count in (grid // 10, grid // 2))
-    assert name(sparse, CPU, "packed") == "blocks"
+    sparse, dense, finer, smaller = (
+        BlockLayout((size, size), block, round(kept * (size // block) ** 2), balanced=False)
+        for size, block, kept in ((1024, 64, 0.1), (1024, 64, 0.5), (1024, 16, 0.1), (512, 64, 0.1))
+    )
+    assert name(sparse, CPU) == "blocks"
+    assert {name(layout, CPU) for layout in (dense, finer, smaller)} == {"dense"}
     assert name(dense, CPU) == "dense"
     assert name(dense, CPU, "packed") == "blocks"
     assert name(sparse, CPU, "dense") == "dense"

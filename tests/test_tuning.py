@@ -26,6 +26,14 @@ FAST = Effort(0.0, rotated_bytes=1)
 SIZES = {"hidden_size": 64, "intermediate_size": 320}
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a CPU serve blocks as small as those of tiny models."""
+    monkeypatch.setattr(forms, "CPU_BLOCK_SIZE", 16)
+    monkeypatch.setattr(forms, "CPU_BLOCK_WEIGHTS", 0)
+    monkeypatch.setattr(forms, "CPU_BLOCK_SPARSITY", 0.85)  # a tenth of few blocks is rounded up
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Measured choices of this test alone."""

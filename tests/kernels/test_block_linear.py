@@ -277,6 +277,21 @@ def test_the_dense_path_is_right_in_memory_that_others_used():
     assert torch.equal(expected, matrix.dense)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU chooses by what was measured on it")
+def test_many_tokens_are_multiplied_densely_on_a_cpu(monkeypatch):
+    matrix = Matrix(16, uneven(5, 4))
+    paths = []
+    multiply = block_linear_package.block_linear_reference
+    monkeypatch.setattr(
+        block_linear_package, "block_linear_reference", lambda *rest: paths.append("blocks") or multiply(*rest)
+    )
+    few, many = matrix.inputs(511), matrix.inputs(2, 256)
+    for x in (few, many):
+        y = block_linear(x, *matrix.operands, matrix.bias, len(matrix.dense), None)
+        assert_as_good_as_dense(y.flatten(0, -2), x.flatten(0, -2), matrix)
+    assert paths == ["blocks"]
+
+
 def test_the_dense_path_begins_where_it_was_measured(monkeypatch, tmp_path):
     monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path))
     configurations.forget()

@@ -30,6 +30,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # More tokens than these run with the choice that was measured for as many.
 MEASURED_TOKENS = 8192
 
+# From so many tokens on, a CPU multiplies the dense matrix faster, the time to write it included, if a larger part of
+# the blocks is stored than this, by block size (eval/bench/LOG.md).
+_CPU_TOKENS = 512
+_CPU_DENSITY = {16: 0.014, 32: 0.022, 64: 0.05, 128: 0.11}
+
 # A limit of tokens for "the kernel is always the faster one", which holds until something else is measured.
 NEVER = 1 << 31
 
@@ -145,9 +150,18 @@ def _operator(
 
             chosen = choose_configuration(len(rows), rows.shape[1], out_features, values, per_row)
             y = block_linear_allocating(rows, values, (crow, col), bias, out_features, per_row, chosen)
+    elif len(rows) >= _CPU_TOKENS and len(values) > _CPU_DENSITY[values.shape[-1]] * _blocks(
+        rows, out_features, values
+    ):
+        y = F.linear(rows, expand(values, crow, col, (out_features, rows.shape[1])), bias)
     else:
         y = block_linear_reference(rows, values, crow, col, bias, out_features)
     return y.view(*x.shape[:-1], out_features)
+
+
+def _blocks(rows: Tensor, out_features: int, values: Tensor) -> int:
+    """How many blocks there would be if all were stored."""
+    return rows.shape[1] * out_features // values.shape[-1] ** 2
 
 
 def _expanded_product(
