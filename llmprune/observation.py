@@ -21,7 +21,7 @@ from llmprune.statistics import ColumnNorm, Gram
 from llmprune.timing import Stages
 
 # Functions that multiply two of their arguments, and which the first of these is.
-_PRODUCTS = {
+PRODUCTS = {
     torch.matmul: 0, torch.Tensor.matmul: 0, torch.Tensor.__matmul__: 0, torch.mm: 0, torch.Tensor.mm: 0,
     torch.bmm: 0, torch.Tensor.bmm: 0, torch.addmm: 1, torch.baddbmm: 1, torch.Tensor.baddbmm: 1,
 }  # fmt: skip
@@ -90,8 +90,8 @@ class Observer(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             self._see(args[0] if args else kwargs["input"], args[1] if len(args) > 1 else kwargs["weight"])
-        elif func in _PRODUCTS:
-            left, right = (*args, None, None)[_PRODUCTS[func] :][:2]
+        elif func in PRODUCTS:
+            left, right = (*args, None, None)[PRODUCTS[func] :][:2]
             if isinstance(left, Tensor) and isinstance(right, Tensor) and min(left.dim(), right.dim()) > 1:
                 # x @ w.T is linear(x, w); in w @ x the inputs are columns.
                 self._see(left, right.mT)

@@ -1,0 +1,390 @@
+"""Describe the smaller model: which attributes of config.json change, found by search and checked.
+
+No table says what a family calls its sizes. Integers of the config that could stand for a size are changed, the model
+is built from the changed config without weights, and the change holds if every parameter then has exactly the shape
+that it shrinks to, and nothing else is different: no other shape, no buffer (rotary frequencies), no scale.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from llmprune.decoder import find_decoder_layers
+from llmprune.errors import ModelError
+from llmprune.structures.overrides import (
+    UNBUILDABLE,
+    Changes,
+    build_uneven_skeleton,
+    changed,
+    nested,
+    one_line,
+    text_part,
+    with_overrides,
+)
+from llmprune.structures.removal import Cut, removed_indices
+from llmprune.structures.tracing import Run, eagerly
+
+# What configs call the number of query heads and of key and value heads.
+_HEADS = {"num_attention_heads", "num_heads", "n_head", "n_heads", "attention_heads"}
+_HEADS |= {"num_key_value_heads", "num_kv_heads", "kv_n_heads"}
+# Where None, the width follows from the hidden size.
+_IMPLIED_WIDTHS = ("n_inner", "ffn_hidden_size", "intermediate_size")
+_WIDTH_WORDS = ("intermediate", "ffn", "inner", "mlp", "ff_")
+_MOST_TRIES = 40
+
+
+def smaller_config(
+    config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], decoder_layers: str | None = None
+) -> PretrainedConfig:
+    """The config of the model whose layers have been shrunk, alike in all layers.
+
+    Args:
+        config: of the model at full size.
+        cuts: layer -> what goes there.
+        decoder_layers: dotted name of the decoder layers, where they are not found.
+
+    Raises:
+        ModelError: no change of the config gives these shapes; says what was tried.
+    """
+    search = _Search(config, cuts, decoder_layers)
+    changes: Changes = {}
+    for requests in search.joined(list(cuts)):
+        changes |= requests
+    if differences := search.differences(changes, everything=True) or search.other_differences(changes, None):
+        raise ModelError(
+            f"no config describes the smaller model: with {_shown(changes)}, {differences[0]}",
+            expected="the same widths in every layer with such a structure, and sizes that the config can express",
+            fix="remove as many groups from each of its structures in all layers, or allow widths that differ",
+        )
+    smaller = changed(config, changes)
+    if problems := [*_unbalanced(smaller), *stumbles(search.built(changes))]:
+        raise ModelError(
+            f"the smaller model would not work: with {_shown(changes)}, {problems[0]}", fix="remove fewer groups"
+        )
+    return smaller
+
+
+def uneven_config(
+    config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], decoder_layers: str | None = None
+) -> PretrainedConfig:
+    """A config with `per_layer_config`, for layers that have been shrunk each in its own way.
+
+    Args:
+        config: of the model at full size.
+        cuts: layer -> what goes there; the groups of a layer's structures may be fewer than another's.
+        decoder_layers: dotted name of the decoder layers, where they are not found.
+
+    Raises:
+        ModelError: no change of the config gives a layer its shapes; says what was tried.
+    """
+    with_overrides(config, {"0": {}})  # refuses an architecture that has its own
+    search = _Search(config, cuts, decoder_layers)
+    overrides: dict[str, Any] = {}
+    found: dict[tuple[object, ...], Changes] = {}
+    for layer in sorted(cuts):
+        key = search.signature(layer)
+        if key not in found:
+            found[key] = {}
+            for part in search.joined([layer]):
+                found[key] |= part
+            if differences := search.other_differences(found[key], [layer]):
+                raise ModelError(f"no config describes layer {layer}: with {_shown(found[key])}, {differences[0]}")
+        if found[key]:
+            overrides[str(layer)] = nested(found[key])
+    return with_overrides(config, overrides)
+
+
+def audit(config: PretrainedConfig, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Check a config and the tensors of a checkpoint against each other.
+
+    Args:
+        config: of the checkpoint, with or without `per_layer_config`.
+        shapes: the model's own name of each tensor -> its shape.
+
+    Returns:
+        What is wrong, a line each; empty if all is well.
+    """
+    problems = list(_unbalanced(config))
+    try:
+        model = build_uneven_skeleton(config)
+    except (*UNBUILDABLE, ModelError) as error:
+        return [*problems, f"the model cannot be built: {one_line(error)}"]
+    state = model.state_dict()
+    copies = {name for names in _tied(model) for name in names if any(other in shapes for other in names)}
+    problems += [f"{name} is missing" for name in state if name not in shapes and name not in copies]
+    problems += [f"{name} is not part of the model" for name in shapes if name not in state]
+    for name in state.keys() & shapes.keys():
+        if tuple(state[name].shape) != tuple(shapes[name]):
+            problems.append(f"{name} has shape {list(shapes[name])}, the config says {list(state[name].shape)}")
+    if not problems:
+        problems += stumbles(model)
+    return sorted(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """All cuts of one kind of structure to the same number of groups."""
+
+    kind: str
+    consumer: str
+    groups: int
+    columns: int
+    kept: int
+
+
+class _Search:
+    """Tries changes of a config against the shapes that are wanted."""
+
+    def __init__(self, config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], decoder_layers: str | None) -> None:
+        self.config, self._cuts, self._path = config, cuts, decoder_layers
+        self._before = build_uneven_skeleton(config)
+        self.path, self._layers = find_decoder_layers(self._before, decoder_layers)
+        if outside := [layer for layer in cuts if not 0 <= layer < len(self._layers)]:
+            raise ModelError(f"there is no layer {outside[0]}", expected=f"layers below {len(self._layers)}")
+        self._built: dict[str, PreTrainedModel | str] = {}
+        self._gone: dict[object, dict[tuple[str, int], int]] = {}
+
+    def signature(self, layer: int) -> tuple[object, ...]:
+        """Alike for layers that need the same changes."""
+        shapes = tuple((name, tuple(p.shape)) for name, p in self._layers[layer].named_parameters())
+        return (tuple(self._requests([layer])), shapes)
+
+    def joined(self, layers: Sequence[int]) -> Iterator[Changes]:
+        """The changes for each request; requests that no change meets alone are tried together.
+
+        Raises:
+            ModelError: nothing fits.
+        """
+        alone: list[_Request] = []
+        for request in self._requests(layers):
+            found = self._first_fit([request], layers)
+            if found is None:
+                alone.append(request)
+            else:
+                yield found
+        for _, group in itertools.groupby(alone, lambda r: (r.kind, r.kept / r.groups)):
+            requests = list(group)
+            found = self._first_fit(requests, layers) if len(requests) > 1 else None
+            if found is None:
+                raise self._nothing_fits(requests, layers)
+            yield found
+
+    def _requests(self, layers: Sequence[int]) -> list[_Request]:
+        cuts = [cut for layer in layers for cut in self._cuts.get(layer, ()) if cut.removed]
+        found = [(cut.structure, cut.kept) for cut in cuts]
+        return list(dict.fromkeys(_Request(s.kind, s.consumer, s.groups, s.columns, kept) for s, kept in found))
+
+    def _first_fit(self, requests: list[_Request], layers: Sequence[int]) -> Changes | None:
+        for changes in self._candidates(requests):
+            if not self.differences(changes, layers, requests):
+                return changes
+        return None
+
+    def _candidates(self, requests: list[_Request]) -> list[Changes]:
+        found = [changes for request in requests for changes in _candidates(self.config, request)]
+        unique = {repr(changes): changes for changes in found}
+        return list(unique.values())[:_MOST_TRIES]
+
+    def differences(
+        self,
+        changes: Changes,
+        layers: Sequence[int] = (),
+        requests: Sequence[_Request] | None = None,
+        *,
+        everything: bool = False,
+    ) -> list[str]:
+        """How the shapes of a changed config differ from those that are left.
+
+        Args:
+            changes: of the config.
+            layers: the layers that are compared.
+            requests: the cuts that have been made; None: all of them.
+            everything: compare all layers, and what is outside them.
+        """
+        model = self._build(changes)
+        if isinstance(model, str):
+            return [model]
+        after = dict(model.named_parameters())
+        differences = []
+        for name, parameter in self._before.named_parameters():
+            layer, inner = self._place(name)
+            if everything or layer in layers:
+                wanted = self._shrunk(layer, inner, parameter, requests)
+                shape = tuple(after[name].shape) if name in after else ()
+                if shape != wanted:
+                    differences.append(f"{name} would be {list(shape)}, not {list(wanted)}")
+        return differences
+
+    def other_differences(self, changes: Changes, layers: Sequence[int] | None) -> list[str]:
+        """Buffers and numbers in modules, of some layers or all (None), that change although nothing of them goes."""
+        model = self._build(changes)
+        assert isinstance(model, PreTrainedModel), model
+        modules = dict(model.named_modules())
+        differences = []
+        for name, module in self._before.named_modules():
+            layer, inner = self._place(name)
+            if layers is not None and layer not in layers:
+                continue
+            other = modules.get(name)
+            if other is None or type(other) is not type(module):
+                differences.append(f"{name} would be another module")
+                continue
+            for key, value in vars(module).items():
+                if isinstance(value, float) and vars(other).get(key) != value:
+                    differences.append(f"{name}.{key} would be {vars(other).get(key)}, not {value}")
+            for key, buffer in module.named_buffers(recurse=False):
+                full = f"{inner}.{key}" if inner else key
+                if not _same_buffer(buffer, other.get_buffer(key), self._shrunk(layer, full, buffer)):
+                    differences.append(f"the buffer {name}.{key} would change")
+        return differences
+
+    def _shrunk(
+        self, layer: int | None, name: str, tensor: Tensor, requests: Sequence[_Request] | None = None
+    ) -> tuple[int, ...]:
+        """The shape that is left of a layer's tensor by some of the cuts; None: all of them."""
+        key = layer, None if requests is None else tuple(requests)
+        if key not in self._gone:
+            cuts = [] if layer is None else self._cuts.get(layer, ())
+            asked = [cut for cut in cuts if requests is None or self._request(cut) in requests]
+            self._gone[key] = {place: len(gone) for place, gone in removed_indices(asked).items()}
+        return tuple(size - self._gone[key].get((name, dim), 0) for dim, size in enumerate(tensor.shape))
+
+    def _place(self, name: str) -> tuple[int | None, str]:
+        """The layer in which a dotted name lies, and the rest of the name."""
+        if not name.startswith(self.path + "."):
+            return None, name
+        number, _, inner = name.removeprefix(self.path + ".").partition(".")
+        return int(number), inner
+
+    def _request(self, cut: Cut) -> _Request:
+        structure = cut.structure
+        return _Request(structure.kind, structure.consumer, structure.groups, structure.columns, cut.kept)
+
+    def _build(self, changes: Changes) -> PreTrainedModel | str:
+        key = repr(sorted(changes.items()))
+        if key not in self._built:
+            try:
+                self._built[key] = build_uneven_skeleton(changed(self.config, changes))
+            except UNBUILDABLE as error:
+                self._built[key] = f"the model cannot be built: {one_line(error)}"
+        return self._built[key]
+
+    def built(self, changes: Changes) -> PreTrainedModel:
+        """The model of a changed config that has been found to fit."""
+        model = self._build(changes)
+        assert isinstance(model, PreTrainedModel), model
+        return model
+
+    def _nothing_fits(self, requests: list[_Request], layers: Sequence[int]) -> ModelError:
+        request = requests[0]
+        tried = [f"{_shown(c)}: {self.differences(c, layers, requests)[0]}" for c in self._candidates(requests)[:4]]
+        return ModelError(
+            f"no attribute of {type(self.config).__name__} makes {request.consumer} smaller: {request.kept} of "
+            f"{request.groups} groups ({request.kind})",
+            expected="one that gives every parameter the shape that is left; tried "
+            + ("; ".join(tried) or "nothing: no attribute has such a value"),
+            fix=f"remove another number of groups, or leave {request.kind} out of the recipe",
+        )
+
+
+def _candidates(config: PretrainedConfig, request: _Request) -> Iterator[Changes]:
+    """Changes that could do what is asked, the most plausible first."""
+    integers = _integers(config)
+    scaled = {path: value * request.kept // request.groups for path, value in integers.items()}
+    whole = [path for path, value in integers.items() if value * request.kept % request.groups == 0]
+    if request.kind == "heads":
+        yield from _head_candidates(config, request, integers, {path: scaled[path] for path in whole})
+    elif request.kind == "experts":
+        equal = [p for p in whole if integers[p] == request.groups and "expert" in p[-1] and "per_tok" not in p[-1]]
+        yield dict.fromkeys(equal, request.kept)
+        yield from ({path: request.kept} for path in equal if len(equal) > 1)
+    else:
+        text = text_part(config.to_dict(), config)
+        named = [path for path in whole if any(word in path[-1] for word in _WIDTH_WORDS)]
+        exact = [path for path in named if integers[path] == request.groups]
+        implied = [(key,) for key in _IMPLIED_WIDTHS if key in text and text[key] is None]
+        for path in dict.fromkeys([*exact, *implied, *named]):
+            yield {path: scaled.get(path, request.kept)}
+
+
+def _head_candidates(
+    config: PretrainedConfig, request: _Request, integers: Mapping[tuple[str, ...], int], scaled: Changes
+) -> Iterator[Changes]:
+    counts = [path for path in scaled if path[-1] in _HEADS]
+    queries = max((integers[path] for path in counts), default=request.groups)
+    size = request.groups * request.columns // queries
+    derived = isinstance(getattr(type(config), "head_dim", None), property)
+    unset = not derived and text_part(config.to_dict(), config).get("head_dim") is None
+    explicit = {("head_dim",): size} if unset else {}
+    for chosen in (counts, *([path] for path in counts)):
+        changes = {path: scaled[path] for path in chosen}
+        if changes:
+            yield changes | explicit
+            yield changes
+
+
+def _integers(config: PretrainedConfig, least: int = 2) -> Changes:
+    """Every integer of the text config and of the mappings in it, but for small ones and rotary settings."""
+    found: Changes = {}
+    for key, value in text_part(copy.deepcopy(config.to_dict()), config).items():
+        if isinstance(value, dict) and "rope" not in key:
+            found |= {
+                (key, inner): number for inner, number in value.items() if type(number) is int and number >= least
+            }
+        elif (
+            isinstance(value, list) and len(set(map(repr, value))) == 1 and type(value[0]) is int and value[0] >= least
+        ):
+            found[(key,)] = value[0]
+        elif type(value) is int and value >= least:
+            found[(key,)] = value
+    return found
+
+
+def _same_buffer(before: Tensor, after: Tensor, wanted: tuple[int, ...]) -> bool:
+    if wanted != tuple(before.shape):
+        return tuple(after.shape) == wanted
+    return before.shape == after.shape and torch.equal(before, after)
+
+
+def _unbalanced(config: PretrainedConfig) -> Iterator[str]:
+    """Counts in the config that contradict one another."""
+    text = config.get_text_config(decoder=True)
+    values = {path[-1]: value for path, value in _integers(config, least=1).items()}
+    experts = max((v for k, v in values.items() if "experts" in k and "per_tok" not in k), default=None)
+    chosen = max((v for k, v in values.items() if "experts_per_tok" in k or k == "moe_top_k"), default=0)
+    if experts is not None and chosen > experts:
+        yield f"{chosen} of {experts} experts are to be chosen for each token"
+    if experts is not None and experts % values.get("n_group", 1):
+        yield f"{experts} experts do not split into {values['n_group']} groups"
+    for name in ("layer_types", "mlp_layer_types"):
+        kinds = getattr(text, name, None)
+        if isinstance(kinds, list) and len(kinds) != text.num_hidden_layers:
+            yield f"{name} has {len(kinds)} entries for {text.num_hidden_layers} layers"
+
+
+def _tied(model: PreTrainedModel) -> list[set[str]]:
+    """Names that stand for one parameter, set by set."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return [together for together in names.values() if len(together) > 1]
+
+
+def stumbles(model: PreTrainedModel) -> Iterator[str]:
+    """What stops the model's own code with these shapes: head sizes, rotary and cache dimensions."""
+    path, layers = find_decoder_layers(model)
+    try:
+        with torch.enable_grad(), eagerly(model):
+            Run(model, path, layers, frozen=False).each(lambda index, trace: None)
+    except UNBUILDABLE as error:
+        yield f"the model does not run: {one_line(error)}"
+
+
+def _shown(changes: Changes) -> str:
+    return ", ".join(f"{'.'.join(path)}={value}" for path, value in changes.items()) or "no change"
