@@ -63,7 +63,10 @@ class Results:
         return self._end - self._clock()
 
     def run(self, name: str, part: Part) -> bool:
-        """Run a part to its end, to the end of the time, or to its failure; returns whether nothing in it failed."""
+        """Run a part to its end, to the end of the time, or to its failure; returns whether all of it was right."""
+        if self.left <= 0:
+            print(f"{name}: not run, no time left", flush=True)
+            return False
         started = self._clock()
         entry: Row = {"status": "running", "rows": [], "run": self._header}
         self.content["parts"][name] = entry

@@ -21,13 +21,19 @@ Row = dict[str, Any]
 
 
 def decode(plan: Plan) -> Iterator[Row]:
-    """A row for each batch of the dense model, then of the 2:4 model, and the ratios."""
+    """A row for each batch of the dense model, of the 2:4 model layer by layer, and of the fused one, with the ratios.
+
+    The dense model is not fused: its ratio to the 2:4 model layer by layer is that of like to like.
+    """
     model = random_model(plan)
     dense: dict[str, Timing] = {}
     for key, timing in _times(model, plan):
         dense[key] = timing
         yield {"model": "dense", "step": key, "weight_bytes": weight_bytes(model), **timing.to_dict()}
     prune_24(model, plan)
+    for key, timing in _times(model, plan):
+        ratio = round(dense[key].median / timing.median, 4)
+        yield {"model": "2:4, not fused", "step": key, **timing.to_dict(), "ratio": ratio}
     fused = fuse(model, input_ids=torch.zeros(1, 1, dtype=torch.long, device=plan.device))
     yield {"model": "2:4", "fused": len(fused), "example": fused[:2]}
     for key, timing in _times(model, plan):

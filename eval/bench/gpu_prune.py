@@ -49,7 +49,11 @@ def prune(plan: Plan, work: Path, shape: str, samples: int, length: int) -> Iter
 
 
 def _sweep_errors(plan: Plan) -> dict[str, float]:
-    """Compare with float64; raises AssertionError where the device is wrong."""
+    """Compare with float64; raises AssertionError where the device is wrong.
+
+    Tensor cores sum long rows with a little less than float32's rounding, and a near tie that falls the other way
+    changes the rest of its row: rows are compared where the whole mask agrees.
+    """
     torch.manual_seed(0)
     device, rows_seen = plan.device, 512 if plan.rehearsal else 4096
     errors: dict[str, float] = {}
@@ -58,7 +62,7 @@ def _sweep_errors(plan: Plan) -> dict[str, float]:
     gram = Gram.empty(width, device)
     gram.update(rows)
     errors["gram"] = relative(gram.products, rows.double().T @ rows.double())
-    assert errors["gram"] < 1e-6, errors
+    assert errors["gram"] < 2e-5, errors
     upper = torch.linalg.cholesky(gram.products[:128, :128]).T.contiguous()
     inputs = [torch.randn(128, 999, device=device), torch.randn(128, 999, device=device), upper]
     keep = torch.rand(128, 999, device=device) > 0.5
@@ -67,8 +71,9 @@ def _sweep_errors(plan: Plan) -> dict[str, float]:
         exact, expected = sweep_block_reference(
             *(t.double() for t in inputs), upper.diagonal().square().double(), keep, group
         )
-        assert (mask != expected).float().mean() < 1e-4, group
-        errors[f"sweep {group}"] = relative(ours.where(mask == expected, 0.0), exact.where(mask == expected, 0.0))
+        agreed = (mask == expected).all(0)
+        assert agreed.float().mean() > 0.99, group
+        errors[f"sweep {group}"] = relative(ours[:, agreed], exact[:, agreed])
         assert errors[f"sweep {group}"] < 1e-5, errors
     weight = torch.randn(width // 2, width, device=device)
     products = gram.products.double().cpu()

@@ -20,6 +20,7 @@ _LEAST_ROTATED, _MOST_ROTATED = 150 << 20, 1 << 30
 _MOST_COPIES = 256
 _GRAPH_CALLS = 10
 _REPEATS = (5, 200)
+_WARM_UP_SECONDS = 0.1
 _CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
 
@@ -73,8 +74,8 @@ class Timing:
 def rotated_bytes(device: torch.device) -> int:
     """How many bytes of weights do not fit into the last cache, with a margin; at most 1 GiB."""
     if device.type == "cuda":
-        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-        return min(max(_LEAST_ROTATED, 3 * cache), _MOST_ROTATED)
+        # Loads that evict first leave old lines in the cache, which would answer part of a few times its size.
+        return _MOST_ROTATED
     return min(max(_LEAST_ROTATED, _last_cache() * 5 // 4), _MOST_ROTATED)
 
 
@@ -113,9 +114,11 @@ def _time_on_gpu(calls: Sequence[Call], device: torch.device, seconds: float, ca
             call()
         torch.cuda.synchronize()
         replay = capture(calls, rounds) if captured else lambda: _make(calls, rounds)
-        # The first replay uploads the graph.
+        # The first replay uploads the graph; then the clocks rise, which takes longer than a short product.
         replay()
-        estimate = _elapsed(replay, 1)[0]
+        estimate, warm = _elapsed(replay, 1)[0], time.perf_counter() + _WARM_UP_SECONDS
+        while time.perf_counter() < warm:
+            estimate = _elapsed(replay, 1)[0]
         repeats = max(_REPEATS[0], min(_REPEATS[1], int(seconds / max(estimate, 1e-6))))
         return Timing.of([elapsed / (rounds * len(calls)) for elapsed in _elapsed(replay, repeats)])
 
