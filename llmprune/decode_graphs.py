@@ -20,7 +20,9 @@ from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLaye
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llmprune.errors import ModelError
+from llmprune.forms import Unpacked
 from llmprune.graph_memory import GraphCache, Memory, is_adoptable
+from llmprune.loading import sparse_layers
 
 # Tokens in the smallest cache.
 SMALLEST = 256
@@ -94,6 +96,8 @@ class DecodeGraphs:
         self._capture = capture or CudaCapture(model.device)
         self._memory = Memory()
         self._steps: dict[tuple[int, int], _Step] = {}
+        # Where the weights lay when the steps were recorded.
+        self._weights: list[int] = []
         self._callers_cache: object = None
         self._forward, self._prepare = model.forward, model.prepare_inputs_for_generation
         self._names = list(inspect.signature(self._forward).parameters)
@@ -149,7 +153,9 @@ class DecodeGraphs:
         room = self._smallest
         while room <= length:
             room *= 2
-        if self._memory.reserve(past, batch, room):
+        weights = [parameter.data_ptr() for parameter in self._model.parameters()]
+        moved, self._weights = weights != self._weights, weights
+        if self._memory.reserve(past, batch, room) or moved:
             self._steps.clear()
         cache = GraphCache(self._memory, batch, length, room)
         cache.fill(past)
@@ -268,6 +274,9 @@ def _require_recordable(model: PreTrainedModel) -> None:
         raise _refusal(f"transformers says that {name} cannot be compiled")
     if attention not in ("sdpa", "eager"):
         raise _refusal(f"{name} uses the attention {attention!r}")
+    for path, layer in sparse_layers(model):
+        if layer.form is None or isinstance(layer.form, Unpacked):
+            raise _refusal(f"{path} is unpacked by each call, which a recorded step cannot repeat")
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise _refusal(f"{name} lies on several devices")
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 import torch
+import torch.utils._triton  # not there by itself
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -112,14 +113,16 @@ class Cusparselt(Fragments):
 
     def multiply(self, layout: Layout, held: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        if len(tokens) < CUSPARSELT_TOKENS:
+        count, compressed = len(tokens), held["compressed"]
+        if count < CUSPARSELT_TOKENS:
             return super().multiply(layout, held, x, bias)
-        compressed = held["compressed"]
+        # The library takes multiples of 8.
+        tokens = F.pad(tokens, (0, 0, 0, -count % 8))
         key = x.device, x.dtype, layout.shape
         if key not in _ALGORITHMS:
             _ALGORITHMS[key] = int(torch._cslt_sparse_mm_search(compressed, tokens.t(), transpose_result=True))
         y = torch._cslt_sparse_mm(compressed, tokens.t(), bias=bias, transpose_result=True, alg_id=_ALGORITHMS[key])
-        return y.view(*x.shape[:-1], layout.shape[0])
+        return y[:count].view(*x.shape[:-1], layout.shape[0])
 
 
 class _AsOnDisk:

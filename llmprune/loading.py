@@ -5,7 +5,6 @@ A quantizer of transformers, `quant_method: llmprune`, replaces each packed line
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType
@@ -26,9 +25,7 @@ from llmprune.errors import ModelError
 from llmprune.formats import layout_from_dict
 from llmprune.forms import Served
 from llmprune.packed import FORMAT_VERSION, NOTICE, NOTICE_KEY, QUANT_METHOD, require_version, without_notice
-from llmprune.sparse_linear import SparseLinear
-
-SELF_TEST_VARIABLE = "LLMPRUNE_SELFTEST"
+from llmprune.sparse_linear import SparseLinear, self_tests_wanted
 
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers is not typed
@@ -154,12 +151,11 @@ def settle(model: nn.Module, served: Served = "auto") -> None:
         FormatError: the tensors of a layer are damaged.
         NumericsError: a kernel gives wrong numbers here; `LLMPRUNE_SELFTEST=0` in the environment leaves this test out.
     """
-    testing = os.environ.get(SELF_TEST_VARIABLE, "1") != "0"
     for name, layer in sparse_layers(model):
         if _is_offloaded(layer):
             continue
         choice = layer.settle(served)
-        if testing and choice.form.tested:
+        if choice.form.tested and self_tests_wanted():
             layer.test(name)
 
 
@@ -176,6 +172,11 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _save_with_notice(model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
     """`PreTrainedModel.save_pretrained`, and the notice in the configuration."""
+    if kwargs.get("push_to_hub"):
+        # The upload would come before the notice.
+        raise ModelError(
+            "save_pretrained with push_to_hub, of a packed model", fix="call model.push_to_hub(REPOSITORY)"
+        )
     result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
     path = Path(save_directory) / "config.json"
     if path.exists():

@@ -119,8 +119,12 @@ def pack_matrices(
     for name, pattern in patterns.items():
         layout = layout_name(wanted, pattern)
         if layout is not None:
-            weight = packed.pop(f"{name}.weight").to("cpu")
-            layouts[name] = fit_layout(layout, weight, pattern)
+            weight = packed[f"{name}.weight"].to("cpu")
+            fitted = fit_layout(layout, weight, pattern)
+            if fitted.nbytes(weight.itemsize) >= weight.nbytes:
+                continue  # it would not be smaller
+            del packed[f"{name}.weight"]
+            layouts[name] = fitted
             packed |= {f"{name}.{suffix}": part for suffix, part in layouts[name].pack(weight).items()}
     return packed, layouts
 

@@ -1,5 +1,6 @@
 """Prune a model by a recipe: the whole run, from text to report."""
 
+import contextlib
 import datetime
 import tempfile
 import time
@@ -17,7 +18,7 @@ from llmprune.calibration import TextSpec, Tokenizer, Tokens
 from llmprune.card import write_card
 from llmprune.checkpoint import Stored, read_header, write_text
 from llmprune.devices import describe_device, resolve_device
-from llmprune.errors import RecipeError, ResumeError
+from llmprune.errors import PatternError, RecipeError, ResumeError
 from llmprune.hub import checkpoint_digest, resolve_model
 from llmprune.memory import LayerMemory, PeakWatch, ends_bytes, layer_memory, predict_peak
 from llmprune.output import (
@@ -335,7 +336,9 @@ class Run:
                 report.save(folder)
                 write_card(folder, report.header["model"], self.recipe, report)
                 if self.recipe.format != "dense":
-                    folder = pack(folder, folder.with_name("packed"), self.recipe.format).folder
+                    # Where nothing gets smaller, all matrices stay dense, as they do from a checkpoint.
+                    with contextlib.suppress(PatternError):
+                        folder = pack(folder, folder.with_name("packed"), self.recipe.format).folder
                 with locked(output):
                     require_empty(output, resume=False, overwrite=overwrite)
                     remove_checkpoint(output)

@@ -1,5 +1,6 @@
 """A linear layer over a packed matrix: allocated from its layout alone, filled like any other, saved as it was."""
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,8 @@ class SparseLinear(nn.Module):
 
     def unpack(self) -> Tensor:
         """The dense matrix [out, in]."""
-        return self.layout.unpack(self.stored())
+        held = self.held
+        return held["weight"].detach() if self.form and "weight" in held else self.layout.unpack(self.stored())
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., in]."""
@@ -160,7 +162,7 @@ class SparseLinear(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         # Some models look at `weight.dtype` of their layers; PEFT and inspection want the matrix itself.
-        if name == "weight" and self.__dict__.get("choice") is not None:
+        if name == "weight" and self.__dict__.get("choice") is not None and "weight" not in self._parameters:
             return self.unpack()
         return super().__getattr__(name)
 
@@ -171,13 +173,30 @@ class SparseLinear(nn.Module):
             self._parameters[name] = _fixed(tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
-        before = self.device
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if self.choice is None or (probe.dtype, probe.device) == (self.dtype, self.device):
+            addresses = self._addresses()
+            super()._apply(fn, recurse)
+            if self._addresses() != addresses:
+                self.fusion = None  # copies are no longer parts of the fused tensors
+            return self
+        # Held forms are no numbers that could be cast, and another device may multiply another form faster.
+        self._unsettle()
         super()._apply(fn, recurse)
-        # The copies are no longer parts of the fused tensors.
-        self.fusion = None
-        if self.choice is not None and self.device not in (before, torch.device("meta")):
+        if self.device.type != "meta":
             self.settle(self.served)
+            if self.form and self.form.tested and self_tests_wanted():
+                self.test("a layer that was moved")
         return self
+
+    def _unsettle(self) -> None:
+        """Hold the layout's tensors again."""
+        stored = self.stored()
+        self.choice = self.fusion = None
+        self._hold(stored)
+
+    def _addresses(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self.parameters() if not parameter.is_meta]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination.update({prefix + name: tensor for name, tensor in self.stored().items()})
@@ -188,13 +207,16 @@ class SparseLinear(nn.Module):
         settled = self.choice
         if settled is not None:
             # The layout's tensors are copied into their places, and brought into the same form as before.
-            stored = self.stored()
-            self.choice = None
-            self._hold(stored)
+            self._unsettle()
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if settled is not None:
             self._hold(settled.form.build(self.layout, self.stored()))
             self.choice = settled
+
+
+def self_tests_wanted() -> bool:
+    """Whether layers are compared with their dense products; `LLMPRUNE_SELFTEST=0` in the environment says no."""
+    return os.environ.get("LLMPRUNE_SELFTEST", "1") != "0"
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:

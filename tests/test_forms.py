@@ -101,6 +101,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def multiply(compressed: Tensor, x: Tensor, *, bias: Tensor | None, transpose_result: bool, alg_id: int) -> Tensor:
         called.append(f"multiply by {alg_id}")
+        assert x.shape[1] % 8 == 0
         assert transpose_result
         return F.linear(x.t(), compressed.view(shape), bias)
 
@@ -126,5 +127,6 @@ def test_cusparselt_serves_prefill_and_fragments_serve_decode(library: list[str]
     assert library == ["compress"]
     x = torch.randn(2, CUSPARSELT_TOKENS // 2, 256).bfloat16()
     assert same(form.multiply(layout, held, x, bias), F.linear(x, weight, bias))
-    form.multiply(layout, held, x, bias)
+    x = x.flatten(0, 1)[: CUSPARSELT_TOKENS - 3].repeat(2, 1)
+    assert same(form.multiply(layout, held, x, bias), F.linear(x, weight, bias))
     assert library == ["compress", "search", "multiply by 7", "multiply by 7"]

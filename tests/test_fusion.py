@@ -102,10 +102,39 @@ def test_moving_the_model_parts_the_layers_again(model: PreTrainedModel) -> None
     before = logits(model)
     fuse(model, input_ids=IDS[:1, :1])
     for _, layer in sparse_layers(model):
-        layer.double()
+        layer.half()
         assert layer.fusion is None
         layer.bfloat16()
     torch.testing.assert_close(logits(model), before, rtol=0.02, atol=0.02)
+
+
+def test_loading_other_weights_parts_the_layers(model: PreTrainedModel, tmp_path: Path) -> None:
+    fuse(model, input_ids=IDS[:1, :1])
+    other = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name = "model.layers.0.self_attn.q_proj.values"
+    other[name] = -other[name]
+    model.load_state_dict(other)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.fusion is None
+    x = torch.randn(3, 64).bfloat16()
+    assert same(layer(x), torch.nn.functional.linear(x, layer.unpack(), layer.bias))
+    assert same(model.state_dict()[name], other[name])
+
+
+def test_a_cast_goes_through_the_stored_form(model: PreTrainedModel) -> None:
+    layer = model.model.layers[0].self_attn.q_proj
+    before = layer.unpack()
+    layer.to(torch.float16)
+    assert layer.dtype == torch.float16
+    assert torch.equal(layer.unpack(), before.to(torch.float16))
+
+
+def test_moving_to_where_the_model_is_keeps_the_fusion(model: PreTrainedModel) -> None:
+    fuse(model, input_ids=IDS[:1, :1])
+    for _, layer in sparse_layers(model):
+        before = layer.fusion
+        layer.to("cpu")
+        assert layer.fusion is before
 
 
 def test_leaves_out_what_does_not_fill_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,12 @@ def test_saves_in_shards(tmp_path: Path) -> None:
     assert same(logits(load(tmp_path / "shards")), logits(load(folder / "dense")))
 
 
+def test_pushing_while_saving_is_refused(tmp_path: Path) -> None:
+    model = load(save_packed(tmp_path) / "packed")
+    with pytest.raises(ModelError, match="push_to_hub"):
+        model.save_pretrained(tmp_path / "again", push_to_hub=True)
+
+
 def test_dequantize_gives_ordinary_layers(tmp_path: Path) -> None:
     folder = save_packed(tmp_path)
     model = load(folder / "packed").dequantize()

@@ -138,6 +138,14 @@ def test_a_model_in_memory_is_saved_packed(model: Path, tmp_path: Path) -> None:
     assert same(logits(tmp_path / "packed"), logits(tmp_path / "dense"))
 
 
+def test_what_would_not_be_smaller_stays_dense(model: Path, tmp_path: Path) -> None:
+    settings = recipe(method="magnitude", pattern="0.02", format="auto")
+    prune(model, settings, tmp_path / "from-folder")
+    prune(AutoModelForCausalLM.from_pretrained(model), settings, tmp_path / "from-memory")
+    assert layouts(tmp_path / "from-folder") == layouts(tmp_path / "from-memory") == {}
+    assert same(logits(tmp_path / "from-folder"), logits(tmp_path / "from-memory"))
+
+
 @pytest.mark.parametrize(("stored_as", "pattern"), [("nm", "0.5"), ("block", "2:4"), ("block", "0.5@8x8")])
 def test_a_format_that_stores_no_pattern_is_refused(stored_as: str, pattern: str) -> None:
     with pytest.raises(RecipeError, match=f"format is {stored_as}"):

@@ -1,8 +1,10 @@
 """Multiply by a matrix of which only some square blocks are stored: one op for decode and prefill, CPU and GPU."""
 
+import contextlib
 from functools import lru_cache
 
 import torch
+import torch.utils._triton  # not there by itself
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -141,8 +143,22 @@ def _operator(
     out_features: int,
     per_row: int | None,
 ) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if x.is_cuda and len(rows) and _kernel_runs(x.device):
+    # Triton launches on the current device.
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        y = _multiply(x.reshape(-1, x.shape[-1]).contiguous(), values, crow, col, bias, out_features, per_row)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _multiply(
+    rows: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    per_row: int | None,
+) -> Tensor:
+    if rows.is_cuda and len(rows) and _kernel_runs(rows.device):
         if len(rows) >= _dense_from(rows.shape[1], out_features, values):
             y = _expanded_product(rows, values, crow, col, bias, out_features)
         else:
@@ -156,7 +172,7 @@ def _operator(
         y = F.linear(rows, expand(values, crow, col, (out_features, rows.shape[1])), bias)
     else:
         y = block_linear_reference(rows, values, crow, col, bias, out_features)
-    return y.view(*x.shape[:-1], out_features)
+    return y
 
 
 def _blocks(rows: Tensor, out_features: int, values: Tensor) -> int:

@@ -5,6 +5,7 @@ Rows are independent given the mask, so a program can take some rows through all
 """
 
 import torch
+import torch.utils._triton  # not there by itself
 from torch import Tensor
 
 from .reference import sweep_block_reference
