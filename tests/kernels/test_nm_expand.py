@@ -8,6 +8,7 @@ from llmprune.kernels.nm_linear.reference import dense_24_reference
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
 
+from llmprune.kernels.nm_linear import expand as expand_module
 from llmprune.kernels.nm_linear.expand import expand, expand_fragments
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
@@ -63,9 +64,12 @@ def test_many_programs_with_a_ragged_end():
     check_written(lambda out: expand(values, meta, out), dense)
 
 
-def test_nothing_to_expand():
+def test_nothing_to_expand_launches_nothing(monkeypatch):
+    launched = []
+    monkeypatch.setattr(expand_module, "_expand_kernel", {(0,): lambda *_, **__: launched.append(0)})
     values, meta = torch.empty(0, 4, dtype=torch.float16), torch.empty(0, 1, dtype=torch.uint8)
     expand(values, meta, torch.empty(0, 8, dtype=torch.float16))
+    assert not launched
 
 
 def test_groups_with_fewer_than_two_non_zeros():
