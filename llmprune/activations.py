@@ -49,6 +49,13 @@ class HiddenStates:
             self._write(self._file(batch), hidden)
             self._on_disk.add(batch)
 
+    def copy(self) -> "HiddenStates":
+        """The same states under a budget of their own; replacing one in either leaves the other as it is."""
+        other = HiddenStates(self._budget)
+        for batch in range(len(self)):
+            other[batch] = self[batch]
+        return other
+
     @property
     def resident_bytes(self) -> int:
         """Bytes held in memory."""

@@ -171,7 +171,7 @@ class Observer(TorchFunctionMode):
     def _needs_same(self, matrix: Matrix, group: Group) -> bool:
         # A Gram holds the column norms too; the other way round the matrix gets statistics of its own.
         need = self._needs[matrix.name]
-        return need is None or isinstance(group.statistics, need | Gram)
+        return need is None or isinstance(group.statistics, (need, Gram) if need is ColumnNorm else need)
 
     def _new_group(self, matrix: Matrix) -> Group:
         need = self._needs[matrix.name]

@@ -67,6 +67,35 @@ class ColumnNorm:
 
 
 @dataclass(slots=True)
+class Moments(ColumnNorm):
+    """What scores of whole channels read: sums of the values, and how often they are above zero.
+
+    Attributes:
+        totals: [width], float32, sum over tokens of each feature.
+        active: [width], float32, tokens where it is above zero.
+    """
+
+    totals: Float[Tensor, " width"] = field(kw_only=True)
+    active: Float[Tensor, " width"] = field(kw_only=True)
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device | str = "cpu") -> "Moments":
+        squares, totals, active = (torch.zeros(width, device=device) for _ in range(3))
+        return cls(squares, totals=totals, active=active)
+
+    def update(self, x: Float[Tensor, "tokens width"]) -> None:
+        ColumnNorm.update(self, x)
+        self.totals += x.sum(0, dtype=self.totals.dtype)
+        self.active += (x > 0).sum(0)
+
+    def merge(self, other: ColumnNorm) -> None:
+        assert isinstance(other, Moments)
+        ColumnNorm.merge(self, other)
+        self.totals += other.totals
+        self.active += other.active
+
+
+@dataclass(slots=True)
 class Gram:
     """The Gram matrix X X^T of the inputs; enough for every regression-based solver.
 
@@ -130,6 +159,34 @@ class Gram:
             check_finite(self.squares, "the Gram matrix of the inputs")
             self._factors[damping] = factorise(self.products, damping, self.tokens)
         return self._factors[damping]
+
+
+@dataclass(slots=True)
+class ChannelGram(Gram):
+    """A Gram matrix, and the moments that scores of whole channels read.
+
+    Attributes:
+        moments: of the same tokens.
+    """
+
+    moments: Moments = field(kw_only=True)
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device | str = "cpu") -> "ChannelGram":
+        return cls(torch.zeros(width, width, device=device), moments=Moments.empty(width, device))
+
+    def update(self, x: Float[Tensor, "tokens width"]) -> None:
+        Gram.update(self, x)
+        self.moments.update(x)
+
+    def merge(self, other: Gram) -> None:
+        assert isinstance(other, ChannelGram)
+        Gram.merge(self, other)
+        self.moments.merge(other.moments)
+
+    def add_prior(self, tokens: int, variance: float) -> None:
+        Gram.add_prior(self, tokens, variance)
+        self.moments.add_prior(tokens, variance)
 
 
 def check_finite(values: Tensor, what: str) -> None:

@@ -88,7 +88,7 @@ class Stream:
                 layer = ResidentLayer(self, index)
                 try:
                     yield layer
-                    if index < last or self.settings.outputs:
+                    if not layer.skipped and (index < last or self.settings.outputs):
                         layer.advance()
                 finally:
                     self.source.free_layer(index)
@@ -172,15 +172,25 @@ class ResidentLayer:
         module: the layer itself.
         matrices: name -> its prunable matrices.
         replaced: the parameters in which a matrix was replaced.
+        skipped: whether the next layer gets this one's inputs, as if it were not there.
     """
 
     def __init__(self, stream: Stream, index: int) -> None:
         self.stream, self.index = stream, index
-        self.name = f"{stream.source.layers_path}.{index}"
-        self.module: nn.Module = stream.source.layers[index]
-        self.matrices: dict[str, Matrix] = {m.name: m for m in prunable_matrices(self.module, self.name)}
         self.replaced: set[str] = set()
-        self._parameters = dict(self.module.named_parameters())
+        self.skipped = False
+        self.become(stream.source.layers[index], f"{stream.source.layers_path}.{index}")
+
+    def become(self, module: nn.Module, name: str) -> None:
+        """Let another module, on the device already, stand for this layer from now on; who made it frees it.
+
+        Args:
+            module: takes the same arguments, and its parameters have the same names.
+            name: dotted name of the layer.
+        """
+        self.module, self.name = module, name
+        self.matrices: dict[str, Matrix] = {m.name: m for m in prunable_matrices(module, name)}
+        self._parameters = dict(module.named_parameters())
 
     def observe(self, needs: Needs) -> list[Group]:
         """Run the layer over all batches and collect statistics.
@@ -202,7 +212,7 @@ class ResidentLayer:
                 observer.keep_rows = batch >= self.stream.statistics_batches
                 try:
                     with observer:
-                        self._forward(batch)
+                        self.forward(self.stream.hidden[batch], batch)
                 except EveryMatrixSeenError:
                     pass
                 observer.end_batch()
@@ -253,18 +263,23 @@ class ResidentLayer:
             return None
         return float(lost / total) if float(total) > 0 else 0.0
 
-    def advance(self) -> None:
-        """Run the layer as it is now; its outputs become the inputs of the next one."""
-        hidden = self.stream.hidden
+    def advance(self, states: HiddenStates | None = None) -> None:
+        """Run the layer as it is now; its outputs take the place of its inputs.
+
+        Args:
+            states: other hidden states than the stream's own, for a model that differs in some layer before.
+        """
+        hidden = self.stream.hidden if states is None else states
         with torch.no_grad(), self.stream.stages("forward"):
             for batch in range(len(self.stream.batches)):
-                output = self.stream.calls.carry(self.index, batch, self._forward(batch))
+                output = self.stream.calls.carry(self.index, batch, self.forward(hidden[batch], batch))
                 self._check(output, f"the output of {self.name}")
                 hidden[batch] = output
 
-    def _forward(self, batch: int) -> Any:
+    def forward(self, hidden: Tensor, batch: int) -> Any:
+        """Call the layer with hidden states [samples, length, hidden] and what the model hands it in this batch."""
         args, kwargs = self.stream.calls.get(self.index, batch)
-        return self.module(self.stream.hidden[batch].to(self.stream.settings.device), *args, **kwargs)
+        return self.module(hidden.to(self.stream.settings.device), *args, **kwargs)
 
     def _view(self, name: str) -> Tensor:
         matrix = self.matrices[name]
