@@ -376,8 +376,7 @@ def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
     if any(text.source == "self" for text in texts):
         size = sum(stored.nbytes for stored in source.stored.values())
         yield f"The text is sampled from the dense model, which is loaded whole for it: {size / 1e9:.2f} GB."
-    patterns = [recipe.pattern, *(rule.pattern for rule in recipe.rules)]
-    if any(isinstance(pattern, Unstructured) and pattern.over == "layer" for pattern in patterns):
+    if any(isinstance(pattern, Unstructured) and pattern.over == "layer" for pattern in recipe.patterns):
         yield "Where scores are compared over a whole layer, the zeros are those of the average matrix."
 
 

@@ -38,7 +38,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
 
 from llmprune.calibration import TextSpec
 from llmprune.errors import LlmpruneError, RecipeError
@@ -46,28 +45,24 @@ from llmprune.globs import covers, matches_any
 from llmprune.methods import METHODS, Method
 from llmprune.packed import Format, layout_name
 from llmprune.patterns import Pattern, parse
+from llmprune.recipe_errors import explain
 from llmprune.recipe_text import (
     Document,
     KeyPath,
     RecipeDumper,
     did_you_mean,
-    dotted,
     one_of,
     override,
     parse_document,
+    refusal,
     shown_value,
 )
+from llmprune.structure_recipe import SECTIONS, Structures
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid")
 
 # What evaluation is unless it says otherwise; its length is that of calibration.
 _EVALUATION = {"samples": 32, "seed": 12345}
-
-
-def _refusal(error: LlmpruneError, *keys: str | int) -> PydanticCustomError:
-    """Our error in a form that pydantic gathers with its own; `keys` lead from the value to the culprit."""
-    context = {"what": error.what, "expected": error.expected, "fix": error.fix, "keys": keys, "cause": error}
-    return PydanticCustomError("llmprune", "{what}", context)
 
 
 def _culprit(error: LlmpruneError, keys: Iterable[str]) -> list[str]:
@@ -79,7 +74,7 @@ def _read_pattern(value: object) -> Pattern:
     try:
         return parse(str(value))
     except LlmpruneError as error:
-        raise _refusal(error) from error
+        raise refusal(error) from error
 
 
 def _read_method(value: object) -> Method:
@@ -90,10 +85,10 @@ def _read_method(value: object) -> Method:
         value = {value: {}}
     if not isinstance(value, Mapping) or len(value) != 1:
         form = "one name such as wanda, or one name with its knobs such as {sparsegpt: {damping: 0.01}}"
-        raise _refusal(RecipeError(f"method is {shown_value(value)}", expected=form))
+        raise refusal(RecipeError(f"method is {shown_value(value)}", expected=form))
     ((name, knobs),) = value.items()
     if name not in METHODS:
-        raise _refusal(RecipeError(f"unknown method {name!r}{did_you_mean(name, METHODS)}", expected=one_of(METHODS)))
+        raise refusal(RecipeError(f"unknown method {name!r}{did_you_mean(name, METHODS)}", expected=one_of(METHODS)))
     knobs = {} if knobs is None else knobs
     # The method stays inside its one-key mapping: for a bare dataclass pydantic takes no configuration.
     kind = dict[str, METHODS[name]]  # type: ignore[valid-type]
@@ -101,7 +96,7 @@ def _read_method(value: object) -> Method:
     try:
         return adapter.validate_json(json.dumps({name: knobs}), strict=True)[name]
     except LlmpruneError as error:
-        raise _refusal(error, name, *_culprit(error, knobs)) from error
+        raise refusal(error, name, *_culprit(error, knobs)) from error
 
 
 def _write_method(method: Method) -> dict[str, Any]:
@@ -113,12 +108,12 @@ def _read_text_spec(value: Any, build: ValidatorFunctionWrapHandler) -> TextSpec
     try:
         return cast(TextSpec, build(value))
     except LlmpruneError as error:
-        raise _refusal(error, *_culprit(error, value)) from error
+        raise refusal(error, *_culprit(error, value)) from error
 
 
 def _check_device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise _refusal(RecipeError(f"device is {name!r}", expected="auto, cpu, cuda, or one GPU such as cuda:1"))
+        raise refusal(RecipeError(f"device is {name!r}", expected="auto, cpu, cuda, or one GPU such as cuda:1"))
     return name
 
 
@@ -151,7 +146,7 @@ class Rule(BaseModel):
                 expected="pattern, method or both",
                 fix="give it one, or list the glob under exclude if these matrices are to stay dense",
             )
-            raise _refusal(error)
+            raise refusal(error)
         return self
 
 
@@ -171,8 +166,9 @@ class Recipe(BaseModel):
     """Everything a run needs. Built by `load_recipe`, which turns mistakes into `RecipeError`.
 
     Attributes:
-        pattern: the zeros that are legal.
+        pattern: the zeros that are legal; None, and no method, where only structures are removed.
         method: which weights go, with its knobs.
+        structures: what is removed physically, before weights are; None: nothing.
         description: one line for people; not part of the digest.
         include: shell globs over full matrix names such as model.layers.3.self_attn.q_proj; others stay dense.
         exclude: matrices that stay dense all the same.
@@ -194,8 +190,9 @@ class Recipe(BaseModel):
     model_config = _CONFIG
 
     description: str = ""
-    pattern: _Pattern
-    method: _Method
+    pattern: _Pattern | None = None
+    method: _Method | None = None
+    structures: Structures | None = None
     include: tuple[_Glob, ...] = ("*",)
     exclude: tuple[_Glob, ...] = ()
     rules: tuple[Rule, ...] = ()
@@ -222,20 +219,40 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
+        if absent := [name for name in ("pattern", "method") if getattr(self, name) is None]:
+            self._check_without_weights(absent)
+            return self
         if not self.include:
-            raise _refusal(RecipeError("include is empty: nothing would be pruned", fix="drop the key"), "include")
+            raise refusal(RecipeError("include is empty: nothing would be pruned", fix="drop the key"), "include")
         if all(any(covers(out, glob) for out in self.exclude) for glob in self.include):
-            raise _refusal(RecipeError("exclude covers all of include: nothing would be pruned"), "exclude")
+            raise refusal(RecipeError("exclude covers all of include: nothing would be pruned"), "exclude")
         for number, rule in enumerate(self.rules):
             _check_reachable(rule, self.rules[:number])
-        patterns = [self.pattern, *(rule.pattern for rule in self.rules if rule.pattern)]
-        if self.format != "dense" and not any(layout_name(self.format, pattern) for pattern in patterns):
+        if self.format != "dense" and not any(layout_name(self.format, pattern) for pattern in self.patterns):
             error = RecipeError(
-                f"format is {self.format}, which stores none of {', '.join(map(str, patterns))}",
+                f"format is {self.format}, which stores none of {', '.join(map(str, self.patterns))}",
                 expected="nm for N:M, block for square blocks of 16, 32, 64 or 128, bitmask or auto for anything",
                 fix="change the format or the pattern",
             )
-            raise _refusal(error, "format")
+            raise refusal(error, "format")
+        self._check_seeds()
+        return self
+
+    def _check_without_weights(self, absent: Sequence[str]) -> None:
+        """A recipe that prunes no weights must remove structures, and say nothing about weights."""
+        if self.structures is None or len(absent) == 1:
+            missing = RecipeError(
+                f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing",
+                expected="pattern and method, which prune weights, or structures, which removes heads, channels or "
+                "layers, or all three",
+            )
+            raise refusal(missing)
+        if self.rules or self.format != "dense":
+            key = "rules" if self.rules else "format"
+            raise refusal(RecipeError(f"{key} without a pattern and a method", fix="add them, or drop the key"), key)
+        self._check_seeds()
+
+    def _check_seeds(self) -> None:
         evaluation, calibration = self.evaluation, self.calibration
         if evaluation and evaluation.source == calibration.source == "self" and evaluation.seed == calibration.seed:
             error = RecipeError(
@@ -243,11 +260,17 @@ class Recipe(BaseModel):
                 expected="two seeds: from one seed the model writes one text, and perplexity would be measured on it",
                 fix="change one of them",
             )
-            raise _refusal(error, "evaluation", "seed")
-        return self
+            raise refusal(error, "evaluation", "seed")
+
+    @property
+    def patterns(self) -> list[Pattern]:
+        """The patterns of the recipe and of its rules."""
+        return [pattern for pattern in (self.pattern, *(rule.pattern for rule in self.rules)) if pattern is not None]
 
     def for_matrix(self, name: str) -> tuple[Pattern, Method] | None:
         """Say how the matrix of this full name is pruned; None if it stays dense."""
+        if self.pattern is None or self.method is None:
+            return None
         if not matches_any(self.include, name) or matches_any(self.exclude, name):
             return None
         rule = next((rule for rule in self.rules if fnmatchcase(name, rule.match)), None)
@@ -299,7 +322,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
         # As JSON, because pydantic's strict types then still take lists for tuples and mappings for dataclasses.
         return Recipe.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
-        cause, refused = _explain(error, document)
+        cause, refused = explain(error, document, _known_keys)
         raise refused from cause
 
 
@@ -315,7 +338,7 @@ def _check_reachable(rule: Rule, earlier: Sequence[Rule]) -> None:
                 f"the rule for {rule.match!r} is never reached: {other.match!r} stands before it and matches the same",
                 fix="put the narrower rule first",
             )
-            raise _refusal(error, "rules", len(earlier))
+            raise refusal(error, "rules", len(earlier))
 
 
 def _bundled() -> dict[str, str]:
@@ -345,45 +368,6 @@ def _open(recipe: str | Path | Mapping[str, Any] | Recipe) -> Document:
         raise RecipeError(f"{recipe} cannot be read: {error}", expected="a YAML file in UTF-8") from error
 
 
-def _explain(error: ValidationError, document: Document) -> tuple[Exception, RecipeError]:
-    """Our error for pydantic's, and its cause: all problems with their places, then what was expected instead."""
-    details = error.errors(include_url=False)
-    problems = [_problem(detail, document) for detail in details]
-    what, expected, fix = ("\n".join(dict.fromkeys(filter(None, parts))) for parts in zip(*problems, strict=True))
-    cause = next((detail["ctx"]["cause"] for detail in details if detail["type"] == "llmprune"), error)
-    return cause, RecipeError(what, expected=expected, fix=fix)
-
-
-def _problem(detail: ErrorDetails, document: Document) -> tuple[str, str, str]:
-    """What happened, what was expected, how to fix it."""
-    context = detail.get("ctx", {})
-    path: KeyPath = (*detail["loc"], *context.get("keys", ()))
-    place, name, kind = document.place(path), dotted(path), detail["type"]
-    if kind == "llmprune":
-        return f"{place}: {context['what']}" + (f" (in {name})" if path else ""), context["expected"], context["fix"]
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        known, section = _known_keys(path[:-1]), f" in {dotted(path[:-1])}" if path[1:] else ""
-        hint = did_you_mean(str(path[-1]), known)
-        return f"{place}: unknown key {str(path[-1])!r}{section}{hint}", one_of(known), ""
-    if kind == "missing":
-        return f"{place}: {name} is missing", "", ""
-    expected = _EXPECTED.get(kind, detail["msg"].removeprefix("Input should be "))
-    fix = "put it in quotes" if kind == "string_type" and isinstance(detail["input"], int | float) else ""
-    return f"{place}: {name} is {shown_value(detail['input'])}", expected, fix
-
-
-# Where pydantic speaks of Python or JSON, and a recipe is YAML.
-_EXPECTED = {
-    "string_type": "text",
-    "tuple_type": "a list",
-    "model_type": "keys and values",
-    "dataclass_type": "keys and values",
-    "string_too_short": "text that is not empty",
-    "byte_size": "bytes, or a size such as 512MiB or 4GB",
-    "byte_size_unit": "bytes, or a size such as 512MiB or 4GB",
-}
-
-
 def _known_keys(section: KeyPath) -> list[str]:
     """The keys that a section may hold."""
     match section:
@@ -391,6 +375,10 @@ def _known_keys(section: KeyPath) -> list[str]:
             return [knob.name for knob in fields(TextSpec)]
         case ("experts",):
             return list(Experts.model_fields)
+        case ("structures",):
+            return list(Structures.model_fields)
+        case ("structures", str(part)) if part in SECTIONS:
+            return list(SECTIONS[part].model_fields)
         case ("rules", _):
             return list(Rule.model_fields)
         case (*_, "method", str(name)):

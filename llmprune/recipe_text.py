@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+from pydantic_core import PydanticCustomError
 
-from llmprune.errors import RecipeError
+from llmprune.errors import LlmpruneError, RecipeError
 
 KeyPath = tuple[str | int, ...]
 
@@ -54,6 +55,12 @@ for _kind, _form, _first in (
 ):
     for _class in (_RecipeLoader, RecipeDumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"({_form})$"), _first)
+
+
+def refusal(error: LlmpruneError, *keys: str | int) -> PydanticCustomError:
+    """Our error in a form that pydantic gathers with its own; `keys` lead from the value to the culprit."""
+    context = {"what": error.what, "expected": error.expected, "fix": error.fix, "keys": keys, "cause": error}
+    return PydanticCustomError("llmprune", "{what}", context)
 
 
 def parse_document(text: str, name: str) -> Document:

@@ -88,6 +88,7 @@ def test_defaults() -> None:
         "description": "",
         "pattern": "2:4",
         "method": {"wanda": {}},
+        "structures": None,
         "include": ["*"],
         "exclude": [],
         "rules": [],
@@ -196,6 +197,7 @@ def test_digest_depends_on_every_key_but_the_description() -> None:
     changes = {
         "pattern": "0.5",
         "method": "sparsegpt",
+        "structures": "{ffn: {remove: 0.5}}",
         "include": "[a*]",
         "exclude": "[a]",
         "rules": "[{match: a, pattern: 0.5}]",

@@ -138,10 +138,11 @@ def test_an_override_of_a_section_forgets_the_lines_inside_it(tmp_path: Path) ->
     assert error.what.startswith("--set evaluation={samples: 3}: evaluation.seed and calibration.seed are both 12345")
 
 
-def test_no_key_is_required_but_two(tmp_path: Path) -> None:
+def test_weights_or_structures_are_required(tmp_path: Path) -> None:
     path = written(tmp_path, "description: nothing else\n")
-    assert refusal(path).what.splitlines() == [f"{path}: pattern is missing", f"{path}: method is missing"]
-    assert refusal({}).what.splitlines() == ["recipe: pattern is missing", "recipe: method is missing"]
+    assert refusal(path).what == f"{path}: pattern and method are missing"
+    assert refusal({"pattern": 0.5}).what == "recipe: method is missing"
+    assert "structures" in refusal({"method": "wanda"}).expected
 
 
 def test_the_error_of_a_value_is_the_cause() -> None:
