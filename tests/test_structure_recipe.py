@@ -16,25 +16,32 @@ def refused(structures: Any, **others: Any) -> RecipeError:
 
 def test_structures_alone_are_a_recipe() -> None:
     recipe = load_recipe({"structures": {"ffn": {"remove": 0.25}, "heads": {"remove": 1}}})
-    assert recipe.structures is not None and recipe.for_matrix("model.layers.0.mlp.down_proj") is None
-    assert recipe.structures.ffn is not None and recipe.structures.heads is not None
-    assert recipe.structures.ffn.count(704) == 176 and recipe.structures.heads.count(4) == 1
+    assert recipe.structures is not None
+    assert recipe.for_matrix("model.layers.0.mlp.down_proj") is None
+    assert recipe.structures.ffn is not None
+    assert recipe.structures.heads is not None
+    assert recipe.structures.ffn.count(704) == 176
+    assert recipe.structures.heads.count(4) == 1
     assert load_recipe(recipe.to_yaml()) == recipe
 
 
 def test_weights_and_structures_go_together() -> None:
     recipe = load_recipe({"structures": {"ffn": {"remove": 0.25}}, "pattern": "2:4", "method": "wanda", "format": "nm"})
-    assert recipe.for_matrix("anything") is not None and recipe.structures is not None
+    assert recipe.for_matrix("anything") is not None
+    assert recipe.structures is not None
 
 
 def test_only_obs_refits_unless_asked() -> None:
     def refitted(**keys: Any) -> bool:
         structures = load_recipe({"structures": {"ffn": {"remove": 0.25, **keys}}}).structures
-        assert structures is not None and structures.ffn is not None
+        assert structures is not None
+        assert structures.ffn is not None
         return structures.ffn.refitted
 
-    assert refitted() and not refitted(method="wanda")
-    assert refitted(method="wanda", refit=True) and not refitted(refit=False)
+    assert refitted()
+    assert not refitted(method="wanda")
+    assert refitted(method="wanda", refit=True)
+    assert not refitted(refit=False)
 
 
 @pytest.mark.parametrize(
