@@ -2,14 +2,15 @@
 
 import copy
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -113,6 +114,28 @@ class ModelSource:
                 _move(module, self._homes.pop(module))
 
 
+@dataclass(frozen=True, slots=True)
+class Smaller:
+    """A decoder layer with fewer heads, channels or experts, to be stored in the place of the one in the checkpoint.
+
+    Attributes:
+        model: the whole smaller model.
+        layer: the layer, its parameters resident.
+        kept: (name inside the layer, dimension) -> indices, int64, that stay of the original.
+    """
+
+    model: PreTrainedModel
+    layer: nn.Module
+    kept: Mapping[tuple[str, int], Tensor]
+
+    def part(self, name: str, original: Tensor) -> Tensor:
+        """What is left of a tensor."""
+        for (own, dim), index in self.kept.items():
+            if own == name:
+                original = original.index_select(dim, index.to(original.device))
+        return original
+
+
 class CheckpointSource:
     """A checkpoint folder, read lazily: at most one decoder layer, or the ends, is in memory.
 
@@ -122,6 +145,7 @@ class CheckpointSource:
         folder: a local folder with config.json and safetensors.
         compute_dtype: dtype of the parameters in memory; None: as config.json says.
         decoder_layers: dotted name of the decoder layers, where they are not found.
+        config: of a checkpoint that is still to be written, in the place of config.json; its tensors come by `overlay`.
 
     Raises:
         ModelError: no causal LM, or its decoder layers cannot be told.
@@ -129,19 +153,26 @@ class CheckpointSource:
     """
 
     def __init__(
-        self, folder: Path, compute_dtype: torch.dtype | None = None, decoder_layers: str | None = None
+        self,
+        folder: Path,
+        compute_dtype: torch.dtype | None = None,
+        decoder_layers: str | None = None,
+        config: PretrainedConfig | None = None,
     ) -> None:
         self.folder = folder
-        self.config = read_config(folder)
-        self.stored = as_dense(read_index(folder), packed_layouts(read_json(folder / "config.json")))
+        self.config = config or read_config(folder)
         self.model = build_skeleton(self.config, compute_dtype)
         self.layers_path, self.layers = find_decoder_layers(self.model, decoder_layers)
         self._conversions = get_model_conversion_mapping(self.model)
-        self._targets = self._plan_targets()
+        self._state_names = set(self.model.state_dict())
+        self.stored: dict[str, Stored | PackedWeight] = {}
+        self._targets: dict[str, tuple[str, ...]] = {}
+        if config is None:
+            self._add(as_dense(read_index(folder), packed_layouts(read_json(folder / "config.json"))))
 
     def overlay(self, shard: Path, layouts: Mapping[str, Layout] | None = None) -> None:
         """Read the tensors of this shard from now on instead of the source's; `layouts` are those of packed layers."""
-        self.stored |= as_dense({stored.key: stored for stored in read_header(shard)}, layouts or {})
+        self._add(as_dense({stored.key: stored for stored in read_header(shard)}, layouts or {}))
 
     def load_layer(self, index: int, device: torch.device) -> None:
         """Read one decoder layer onto the device."""
@@ -202,44 +233,54 @@ class CheckpointSource:
         layers = tuple(f"{self.layer_name(index)}." for index in range(len(self.layers)))
         return [key for key, targets in self._targets.items() if not targets[0].startswith(layers)]
 
-    def checkpoint_tensors(self, index: int, changed: Collection[str] = ()) -> dict[str, Tensor]:
+    def checkpoint_tensors(
+        self, index: int, changed: Collection[str] = (), smaller: Smaller | None = None
+    ) -> dict[str, Tensor]:
         """The resident layer under the checkpoint's own keys and dtypes.
 
         Args:
             index: place of the layer.
             changed: its parameters that hold new values; from a narrower compute dtype, the others are not taken.
+            smaller: what is stored in its place; keys of what it has no more (experts, blocks) are left out.
 
         Raises:
             CheckpointError: the conversion does not give the source's keys back.
         """
         prefix = self.layer_name(index)
-        state = {f"{prefix}.{name}": tensor for name, tensor in self.layers[index].state_dict().items()}
+        layer, model = (self.layers[index], self.model) if smaller is None else (smaller.layer, smaller.model)
+        state = {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
         # Buffers that the checkpoint lacks have kept their initial values.
-        for name, _ in self.layers[index].named_buffers():
+        for name, _ in layer.named_buffers():
             if not any(f"{prefix}.{name}" in targets for targets in self._targets.values()):
                 state.pop(f"{prefix}.{name}", None)
-        self.model._weight_conversions = [c for c in self._conversions if c.was_used()]
-        reverted = revert_weight_conversion(self.model, state)
+        model._weight_conversions = [c for c in self._conversions if c.was_used()]
+        reverted = revert_weight_conversion(model, state)
         wanted = self.layer_keys(index)
         renamed = {_as_in(wanted, key, self.model.base_model_prefix): tensor for key, tensor in reverted.items()}
         extra = set(renamed) - set(wanted)
         # Keys that the model ignores (old rotary buffers, say) are carried over; others must all be there.
-        carried = {key: self.stored[key][...] for key in wanted if key not in renamed}
-        if extra or any(self._feeds(key, self._state_names) for key in carried):
+        absent = [key for key in wanted if key not in renamed]
+        lost = [key for key in absent if self._feeds(key, self._state_names)]
+        if extra or (lost and smaller is None):
             raise CheckpointError(
                 f"the tensors of {prefix} do not convert back to the checkpoint's keys: {sorted(extra)[:3]}",
                 fix="report it with the model's id",
             )
         new = {f"{prefix}.{name}" for name in changed}
-        result = {key: self._as_stored(key, tensor, self._feeds(key, new)) for key, tensor in renamed.items()}
+        result = {key: self._as_stored(key, tensor, self._feeds(key, new), smaller) for key, tensor in renamed.items()}
+        carried = {key: self.stored[key][...] for key in absent if key not in lost}
         return {key: positive_zeros(tensor) for key, tensor in {**result, **carried}.items()}
 
-    def _as_stored(self, key: str, tensor: Tensor, changed: bool) -> Tensor:
+    def _as_stored(self, key: str, tensor: Tensor, changed: bool, smaller: Smaller | None) -> Tensor:
         """A resident tensor in its stored dtype; a narrower compute dtype costs only the weights that have changed."""
         dtype = self.stored[key].dtype
         if torch.promote_types(tensor.dtype, dtype) == tensor.dtype:
             return tensor.to(dtype)
         original = self.stored[key][...]
+        if smaller is not None:
+            original = smaller.part(self._inside(key), original)
+            if original.shape != tensor.shape:  # one of several tensors that a parameter is fused from
+                return tensor.to(dtype)
         if not changed:
             return original
         tensor = tensor.to("cpu")
@@ -249,16 +290,26 @@ class CheckpointSource:
     def _feeds(self, key: str, names: Collection[str]) -> bool:
         return any(target in names for target in self._targets[key])
 
-    def _plan_targets(self) -> dict[str, tuple[str, ...]]:
+    def _inside(self, key: str) -> str:
+        """The parameter that a key of the checkpoint becomes, as its layer calls it."""
+        return self._targets[key][0].removeprefix(self.layers_path + ".").partition(".")[2]
+
+    def _add(self, tensors: Mapping[str, Stored | PackedWeight]) -> None:
+        """Read these tensors from now on."""
+        self._targets |= self._plan_targets([key for key in tensors if key not in self._targets])
+        self.stored |= tensors
+
+    def _plan_targets(self, keys: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Say for each key of the checkpoint which parameters its tensor becomes, or is a part of."""
+        if not keys:
+            return {}
         renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
         patterns = {source: c.target_patterns for c in converters for source in c.source_patterns}
         state = self.model.state_dict()
-        self._state_names = set(state)
         prefix = self.model.base_model_prefix
         targets = {}
-        for key in self.stored:
+        for key in keys:
             target, source = rename_source_key(key, renamings, converters, prefix, state)
             if target not in state and key in state:
                 target, source = rename_source_key(key, [], [], prefix, state)
