@@ -1,13 +1,14 @@
-"""Packed checkpoints in transformers: `AutoModelForCausalLM.from_pretrained(DIR)` after `import llmprune`.
+"""Our checkpoints in transformers: `AutoModelForCausalLM.from_pretrained(DIR)` after `import llmprune`.
 
-A quantizer of transformers, `quant_method: llmprune`, replaces each packed linear layer of the skeleton by a
-`SparseLinear` before the weights come, so that the dense model never exists, and settles the layers afterwards.
+A quantizer of transformers, `quant_method: llmprune`, changes the skeleton before the weights come: decoder layers that
+differ in size are built anew, and each packed linear layer is replaced by a `SparseLinear`, so that the dense model
+never exists. The packed layers settle afterwards; a model without any is an ordinary one from then on.
 """
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -24,15 +25,23 @@ from llmprune.checkpoint import write_json
 from llmprune.errors import ModelError
 from llmprune.formats import layout_from_dict
 from llmprune.forms import Served
-from llmprune.packed import FORMAT_VERSION, NOTICE, NOTICE_KEY, QUANT_METHOD, require_version, without_notice
+from llmprune.packed import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    packed_layouts,
+    require_version,
+    with_packing_record,
+    without_notice,
+)
 from llmprune.sparse_linear import SparseLinear, self_tests_wanted
+from llmprune.structures.overrides import apply_overrides, put_overrides, take_overrides
 
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers is not typed
-    """The `quantization_config` of a packed checkpoint.
+    """The `quantization_config` of a checkpoint of ours.
 
     Args:
-        modules: name of a linear layer -> its layout, as `Layout.to_dict` gives it.
+        modules: name of a packed linear layer -> its layout, as `Layout.to_dict` gives it.
         version: of this record.
         served: see `llmprune.forms.choose_form`; not saved.
 
@@ -53,37 +62,48 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformer
 
 
 class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not typed
-    """Loads and saves packed checkpoints."""
+    """Loads and saves checkpoints with packed layers, with decoder layers of different sizes, or both."""
 
     requires_calibration = False
     quantization_config: PackedConfig
 
+    _overrides: dict[int, dict[str, Any]] | None = None
+
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
-        """Take the notice for those without llmprune out of the way; called before the weight files are looked for."""
+        """Take what is not for transformers out of its way; called before the weight files are looked for."""
+        self._overrides = self._overrides or take_overrides(config)
         return without_notice(config)
 
     def update_tp_plan(self, config: PretrainedConfig) -> PretrainedConfig:
         """The same for transformers before 5.18, which has no other hook here."""
-        return without_notice(config)
+        return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        if self._overrides:
+            put_overrides(model.config, self._overrides)
+            apply_overrides(model, model.config)
         for name, row in self.quantization_config.modules.items():
             replace_linear(model, name, row)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         settle(model, self.quantization_config.served)
         # `save_pretrained` drops the notice from the configuration that it writes.
-        model.save_pretrained = MethodType(_save_with_notice, model)
+        model.save_pretrained = partial(_save_with_record, model)
+        if not self.quantization_config.modules:
+            self.remove_quantization_config(model)
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        if isinstance(dtype, str):  # as `save_pretrained` leaves it in the configuration
+            dtype = getattr(torch, dtype)
         for name, layer in list(sparse_layers(model)):
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             linear.weight = nn.Parameter(layer.unpack().to(dtype or layer.dtype), requires_grad=False)
             if layer.bias is not None:
                 linear.bias = layer.bias
             _set_module(model, name, linear)
-        model.__dict__.pop("save_pretrained", None)
+        if not self._overrides:
+            model.__dict__.pop("save_pretrained", None)
         return model
 
     def is_serializable(self, **_: Any) -> bool:
@@ -170,17 +190,19 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _save_with_notice(model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-    """`PreTrainedModel.save_pretrained`, and the notice in the configuration."""
+def _save_with_record(model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """`PreTrainedModel.save_pretrained`, and our record in the configuration."""
     if kwargs.get("push_to_hub"):
-        # The upload would come before the notice.
+        # The upload would come before the record.
         raise ModelError(
-            "save_pretrained with push_to_hub, of a packed model", fix="call model.push_to_hub(REPOSITORY)"
+            "save_pretrained with push_to_hub, of a model that needs llmprune",
+            fix="call model.push_to_hub(REPOSITORY)",
         )
     result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
     path = Path(save_directory) / "config.json"
     if path.exists():
-        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), NOTICE_KEY: NOTICE})
+        config = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, with_packing_record(config, packed_layouts(config)))
     return result
 
 

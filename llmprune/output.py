@@ -17,12 +17,13 @@ from llmprune.checkpoint import INDEX_NAME, Stored, file_digest, read_json, writ
 from llmprune.errors import CheckpointError, ResumeError
 from llmprune.formats import Layout, layout_from_dict
 from llmprune.packed import packing_record, without_packing_record
-from llmprune.report import REPORT_NAME, MatrixRow
+from llmprune.report import REPORT_NAME, MatrixRow, StructureRow
 
 MANIFEST_NAME = ".llmprune.json"
 LOCK_NAME = ".llmprune.lock"
+RECIPE_NAME = "recipe.yaml"
 
-_FORMAT = 2
+_FORMAT = 3
 
 # Everything beside the weights that makes a checkpoint usable; copied as it is.
 _COMPANIONS = (
@@ -33,7 +34,7 @@ _COMPANIONS = (
 
 # What --overwrite removes: the files that a checkpoint or a run of ours consists of, and nothing else.
 _REPLACED = (
-    *_COMPANIONS, "*.safetensors", INDEX_NAME, "README.md", "recipe.yaml", REPORT_NAME, MANIFEST_NAME, ".*.partial",
+    *_COMPANIONS, "*.safetensors", INDEX_NAME, "README.md", RECIPE_NAME, REPORT_NAME, MANIFEST_NAME, ".*.partial",
 )  # fmt: skip
 
 
@@ -47,6 +48,7 @@ class OutputFolder:
         layers: decoder layer name -> {"shard", "sha256", "rows"} of what is committed.
         ends: {"shard", "sha256"} of what is outside the decoder layers, once it is written.
         complete: whether the run has nothing left to do.
+        decisions: what was decided about structures before the first layer; None if nothing was.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class OutputFolder:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     ends: dict[str, str] = field(default_factory=dict)
     complete: bool = False
+    decisions: dict[str, Any] | None = None
 
     @classmethod
     def open(cls, path: Path, keys: Mapping[str, Any], *, resume: bool, overwrite: bool) -> "OutputFolder":
@@ -80,6 +83,11 @@ class OutputFolder:
         folder._write_manifest()
         return folder
 
+    def decide(self, decisions: Mapping[str, Any]) -> None:
+        """Record what was decided about structures, so that a continued run decides the same."""
+        self.decisions = json.loads(json.dumps(decisions))
+        self._write_manifest()
+
     def commit(
         self,
         layer: str,
@@ -87,6 +95,7 @@ class OutputFolder:
         tensors: Mapping[str, Tensor],
         rows: Sequence[MatrixRow],
         layouts: Mapping[str, Layout],
+        structures: Sequence[StructureRow] = (),
     ) -> Path:
         """Write one decoder layer's shard and record it; after this it survives any crash.
 
@@ -96,6 +105,7 @@ class OutputFolder:
             tensors: what the file holds.
             rows: what the report says of its matrices.
             layouts: of its packed matrices, by name.
+            structures: what the report says of what was removed from it.
         """
         digest = write_shard(self.path / shard, tensors)
         self.layers[layer] = {
@@ -103,6 +113,7 @@ class OutputFolder:
             "sha256": digest,
             "rows": [asdict(row) for row in rows],
             "layouts": {name: layout.to_dict() for name, layout in layouts.items()},
+            "structures": [row.to_dict() for row in structures],
         }
         self._write_manifest()
         return self.path / shard
@@ -116,18 +127,27 @@ class OutputFolder:
         """The report rows of a committed layer."""
         return [MatrixRow.from_dict(row) for row in self.layers[layer]["rows"]]
 
+    def structures_of(self, layer: str) -> list[StructureRow]:
+        """What was removed from a committed layer."""
+        return [StructureRow.from_dict(row) for row in self.layers[layer]["structures"]]
+
     def commit_ends(self, shard: str, tensors: Mapping[str, Tensor]) -> None:
         """Write what is outside the decoder layers."""
         self.ends = {"shard": shard, "sha256": write_shard(self.path / shard, tensors)}
 
-    def finish(self, source: Path, shards: Mapping[str, Sequence[Stored]]) -> None:
+    def finish(
+        self, source: Path, shards: Mapping[str, Sequence[Stored]], config: Mapping[str, Any] | None = None
+    ) -> None:
         """Copy the companions of the weights and write the index; now the folder loads.
 
         Args:
             source: the folder that was pruned.
             shards: shard name -> its tensors.
+            config: of the pruned model; None: that of the source.
         """
         copy_companions(source, self.path)
+        if config is not None:
+            write_json(self.path / "config.json", dict(config))
         self._describe()
         weight_map = {stored.key: shard for shard, tensors in shards.items() for stored in tensors}
         total = sum(stored.nbytes for tensors in shards.values() for stored in tensors)
@@ -163,6 +183,7 @@ class OutputFolder:
             self.layers[name] = layer
         index = self.path / INDEX_NAME
         whole = len(self.layers) == len(manifest["layers"]) and index.exists()
+        self.decisions = manifest["decisions"]
         self.complete = manifest["complete"] and whole and self._intact(manifest["ends"])
         if not self.complete:
             # Shards are about to change: until all of them are there again, the folder must not load.
@@ -180,6 +201,7 @@ class OutputFolder:
             "keys": self.keys,
             "complete": self.complete,
             "ends": self.ends,
+            "decisions": self.decisions,
             "layers": self.layers,
         }
         write_json(self.path / MANIFEST_NAME, content)

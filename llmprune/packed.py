@@ -1,9 +1,12 @@
-"""What makes a checkpoint packed, and how it is read as the dense one that it stands for.
+"""What makes a checkpoint ours, and how a packed one is read as the dense one that it stands for.
 
 config.json says which linear layers are stored in which layout:
 
     "quantization_config": {"quant_method": "llmprune", "version": 1, "modules": {"model.layers.0.mlp.up_proj": {...}}},
-    "transformers_weights": "packed by llmprune: ..."
+    "transformers_weights": "written by llmprune: ..."
+
+Where decoder layers differ in size (`per_layer_config`, see `structures.overrides`) the same record, with or without
+modules, has them built in their sizes.
 
 transformers goes on with random weights when it does not know a `quant_method`. The second key stops it: its value is
 no file name, and the error shows it. With llmprune imported it is taken away before it is looked at.
@@ -25,8 +28,11 @@ from llmprune.patterns import NM, Block, Pattern
 QUANT_METHOD = "llmprune"
 FORMAT_VERSION = 1
 NOTICE_KEY = "transformers_weights"
-NOTICE = "packed by llmprune: run `pip install llmprune` and `import llmprune` before from_pretrained"
+NOTICE = "written by llmprune: run `pip install llmprune` and `import llmprune` before from_pretrained"
+_NOTICES = {NOTICE, NOTICE.replace("written", "packed")}
 
+# A mapping with both has decoder layers that differ; some architectures have the first alone.
+_UNEVEN = ("per_layer_config", "allow_global_per_layer_attribute_access")
 
 Format = Literal["dense", "auto", "nm", "block", "bitmask"]
 
@@ -84,11 +90,43 @@ def packing_record(layouts: Mapping[str, Layout]) -> dict[str, Any]:
     }
 
 
+def with_packing_record(config: Mapping[str, Any], layouts: Mapping[str, Layout]) -> dict[str, Any]:
+    """What config.json of a checkpoint says: with our record where stock transformers would load it wrongly.
+
+    Args:
+        config: of the dense checkpoint; `per_layer_config`, if its decoder layers differ.
+        layouts: of the packed layers, by name; may be empty.
+    """
+    config = _unrecorded(config)
+    if not layouts and not is_uneven(config):
+        return config
+    # Text models load from the configuration of a larger one, which hides what stands beside it.
+    inner = {key: {**part, NOTICE_KEY: NOTICE} for key, part in config.items() if _is_text(key, part)}
+    return {**config, **inner, **packing_record(layouts)}
+
+
 def without_packing_record(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json of the dense checkpoint says."""
+    """What config.json of the dense checkpoint says; a record without modules stays where decoder layers differ."""
+    return with_packing_record(config, {})
+
+
+def is_uneven(config: Mapping[str, Any]) -> bool:
+    """Whether config.json describes decoder layers that differ in size, or lack a block."""
+    parts = (config, *(part for part in config.values() if isinstance(part, Mapping)))
+    return any(all(part.get(key) for key in _UNEVEN) for part in parts)
+
+
+def _unrecorded(config: Mapping[str, Any]) -> dict[str, Any]:
     if (config.get("quantization_config") or {}).get("quant_method") != QUANT_METHOD:
         return dict(config)
-    return {key: value for key, value in config.items() if key not in ("quantization_config", NOTICE_KEY)}
+    inner = {
+        key: {k: v for k, v in part.items() if k != NOTICE_KEY} for key, part in config.items() if _is_text(key, part)
+    }
+    return {key: value for key, value in {**config, **inner}.items() if key not in ("quantization_config", NOTICE_KEY)}
+
+
+def _is_text(key: str, part: object) -> bool:
+    return key == "text_config" and isinstance(part, Mapping)
 
 
 def layout_name(wanted: Format, pattern: Pattern) -> str | None:
@@ -167,8 +205,9 @@ def without_record(config: PretrainedConfig) -> PretrainedConfig:
 
 def without_notice(config: PretrainedConfig) -> PretrainedConfig:
     """Take the notice away, in place, so that transformers looks for the weight files."""
-    if getattr(config, NOTICE_KEY, None) == NOTICE:
-        delattr(config, NOTICE_KEY)
+    for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
+        if getattr(part, NOTICE_KEY, None) in _NOTICES:
+            delattr(part, NOTICE_KEY)
     return config
 
 

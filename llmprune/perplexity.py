@@ -7,6 +7,7 @@ Negative log-likelihoods are summed in float64, from log-softmax in float32.
 
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmprune.activations import HiddenStates
 from llmprune.calibration import TextSpec, Tokens
 from llmprune.errors import NumericsError
 from llmprune.hub import resolve_model
@@ -141,17 +141,17 @@ def measure_perplexity(source: Source, tokens: Tokens, settings: StreamSettings,
     return _summary(nats, tokens)
 
 
-def compare_perplexity(stream: Stream, tokens: Tokens, dense: HiddenStates, pruned: HiddenStates) -> Comparison:
-    """Score the final hidden states of a dense and a pruned model through the head that they share.
+def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens) -> Comparison:
+    """Score a pruned model beside the dense one.
 
     Args:
-        stream: a finished run of either model on the tokens; what lies outside its decoder layers is used again.
+        dense: a finished run of the dense model on the tokens; its source may be the pruned one's by now, if only
+            decoder layers have changed.
+        pruned: a finished run of the pruned model.
         tokens: the chunks that both models were run on.
-        dense: final hidden states before pruning.
-        pruned: final hidden states after pruning.
     """
     nats, divergence, same = [0.0, 0.0], 0.0, 0
-    for ids, pair in zip(stream.batches, stream.logits(dense, pruned), strict=True):
+    for ids, pair in zip(dense.batches, _logits(dense, pruned), strict=True):
         for parts, targets in _positions(ids, *pair):
             before, after = (part.log_softmax(-1) for part in parts)
             nats[0] += _negative_log_likelihood(before, targets)
@@ -175,6 +175,15 @@ def run_stream(source: Source, ids: Tensor, settings: StreamSettings, watch: Wat
 def finite(value: float) -> float | None:
     """The number, or None where JSON cannot write it."""
     return value if math.isfinite(value) else None
+
+
+def _logits(dense: Stream, pruned: Stream) -> Iterator[tuple[Tensor, ...]]:
+    """The logits of both, batch by batch; a head that they share is loaded once."""
+    if dense.source is pruned.source:
+        yield from pruned.logits(dense.hidden, pruned.hidden)
+    else:
+        for one, other in zip(dense.logits(dense.hidden), pruned.logits(pruned.hidden), strict=True):
+            yield one[0], other[0]
 
 
 def _positions(ids: Tensor, *logits: Tensor) -> Any:

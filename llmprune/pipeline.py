@@ -1,11 +1,9 @@
 """Prune a model by a recipe: the whole run, from text to report."""
 
-import contextlib
 import datetime
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,41 +12,42 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from llmprune.auditing import audit_checkpoint
 from llmprune.calibration import TextSpec, Tokenizer, Tokens
 from llmprune.card import write_card
 from llmprune.checkpoint import Stored, read_header, write_text
+from llmprune.decisions import Decisions
 from llmprune.devices import describe_device, resolve_device
-from llmprune.errors import PatternError, RecipeError, ResumeError
+from llmprune.errors import RecipeError, ResumeError
 from llmprune.hub import checkpoint_digest, resolve_model
 from llmprune.memory import LayerMemory, PeakWatch, ends_bytes, layer_memory, predict_peak
 from llmprune.output import (
+    RECIPE_NAME,
     OutputFolder,
     expanded,
     locked,
-    remove_checkpoint,
     require_empty,
     require_free,
     require_other,
     require_space,
-    writing_to,
 )
 from llmprune.packed import pack_matrices
-from llmprune.packing import pack
 from llmprune.perplexity import compare_perplexity, run_stream
 from llmprune.planning import plan_jobs
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.recipe import Recipe, load_recipe
-from llmprune.report import REPORT_NAME, MatrixRow, Report, load_report
+from llmprune.reduction import Reduction
+from llmprune.report import REPORT_NAME, MatrixRow, Report, StructureRow, load_report
+from llmprune.saving import evaluating, save_dense, save_pruned, take_over
 from llmprune.shortage import MemoryGuard, pruning_needs, sampling_needs
-from llmprune.skeleton import quiet_transformers
 from llmprune.solving import Job, solve_layer
 from llmprune.source import CheckpointSource, ModelSource, Source, positive_zeros
 from llmprune.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.structures.removal import Cut
+from llmprune.survey import decide
 from llmprune.texts import load_texts, load_tokenizer
 from llmprune.timing import Stages
 from llmprune.version import __version__
-
-RECIPE_NAME = "recipe.yaml"
 
 
 def prune(
@@ -111,6 +110,8 @@ class Run:
         self.memories: list[LayerMemory] = []
         self.errors: list[float] = []
         self.held_by_stream = 0, 0
+        self.reduction: Reduction | None = None
+        self.structures: list[StructureRow] = []
         self.settings = StreamSettings(self.device, recipe.batch_size, recipe.held_back, int(recipe.activation_budget))
         self.guard = self.watch = MemoryGuard(self.settings, watch)
 
@@ -120,7 +121,9 @@ class Run:
         require_free(output)
         require_empty(output, resume=resume, overwrite=overwrite)
         source = self.open(folder)
-        jobs = plan_jobs(source, self.recipe)
+        if self.recipe.structures is not None:
+            self.reduction = Reduction(source, self.recipe.structures, self.recipe.decoder_layers)
+        jobs = plan_jobs(self._result(source), self.recipe)
         require_space(output, sum(stored.nbytes for stored in source.stored.values()))
         texts = self._texts(source, jobs, folder, load_tokenizer(folder))
         keys = {
@@ -135,26 +138,27 @@ class Run:
             self.guard.resumable = True
             if target.complete and (output / REPORT_NAME).exists():
                 return load_report(output)
-            return self._into(target, name, source, jobs, texts)
+            return self._into(target, name, source, texts)
 
-    def _into(
-        self,
-        target: OutputFolder,
-        name: str,
-        source: CheckpointSource,
-        jobs: Sequence[dict[str, Job]],
-        texts: Mapping[str, Tokens],
-    ) -> Report:
+    def _into(self, target: OutputFolder, name: str, source: CheckpointSource, texts: Mapping[str, Tokens]) -> Report:
         """Do what is left to do in an output folder that was opened."""
         write_text(target.path / RECIPE_NAME, self.recipe.to_yaml())
         dense = self._final_states(source, texts, "dense perplexity")
+        if self.reduction is not None:
+            self._decide(self.reduction, target, texts["calibration"])
+        result = self._result(source)
+        jobs = plan_jobs(result, self.recipe)
         for layer in target.layers.values():
-            source.overlay(target.path / layer["shard"], target.layouts_of(layer))
+            result.overlay(target.path / layer["shard"], target.layouts_of(layer))
         with PeakWatch(self.device) as memory:
-            rows = self.prune_layers(source, jobs, texts["calibration"], target, memory)
+            dense_layers = source if self.reduction is None else self.reduction.source
+            rows = self.prune_layers(dense_layers, jobs, texts["calibration"], target, memory)
         with self.stages("write"):
-            target.finish(source.folder, self.write_ends(source, target))
-        report = self._report(name, target.keys, source, texts, rows, dense, memory)
+            target.finish(source.folder, self.write_ends(source, target), self._new_config())
+        if self.reduction is not None:
+            # What was written is what is measured; reading it checks it.
+            result = self._audited(target.path)
+        report = self._report(name, target.keys, result, texts, rows, dense, memory)
         report.save(target.path)
         write_card(target.path, name, self.recipe, report)
         target.close()
@@ -164,6 +168,8 @@ class Run:
         self, model: PreTrainedModel, output: Path | None, tokenizer: Tokenizer, *, overwrite: bool
     ) -> Report:
         """Prune a model in place, and save it if there is an output folder."""
+        if self.recipe.structures is not None:
+            return self._shrink(model, output, tokenizer, overwrite=overwrite)
         if output is not None:
             require_other(output, model.config._name_or_path)
             require_free(output)
@@ -181,8 +187,44 @@ class Run:
                 rows = self.prune_layers(source, jobs, texts["calibration"], None, memory)
             report = self._report(name, keys, source, texts, rows, dense, memory)
         if output is not None:
-            self._save(model, tokenizer, output, report, overwrite=overwrite)
+            save_pruned(model, tokenizer, output, self.recipe, report, overwrite=overwrite)
         return report
+
+    def _shrink(self, model: PreTrainedModel, output: Path | None, tokenizer: Tokenizer, *, overwrite: bool) -> Report:
+        """Prune a copy on the disk, because modules cannot change their size, and take over what came out."""
+        self._require_dtype(model)
+        if output is not None:
+            require_other(output, model.config._name_or_path)
+        name = model.config._name_or_path or type(model).__name__
+        with tempfile.TemporaryDirectory(prefix="llmprune-model-") as staging:
+            dense = Path(staging) / "dense"
+            save_dense(model, tokenizer, dense)
+            folder = output or Path(staging) / "pruned"
+            report = self.from_checkpoint(name, dense, folder, resume=False, overwrite=overwrite)
+            take_over(model, folder)
+        return report
+
+    def _result(self, source: CheckpointSource) -> CheckpointSource:
+        """Where the pruned layers are read from: the source itself, unless they have another size."""
+        return source if self.reduction is None else self.reduction.result
+
+    def _decide(self, reduction: Reduction, target: OutputFolder, tokens: Tokens) -> None:
+        """Decide what is removed, or read what an interrupted run has decided."""
+        if target.decisions is None:
+            with self.stages("survey"):
+                target.decide(decide(reduction, tokens.ids, self.settings, self.stages, self.watch).to_dict())
+        assert target.decisions is not None
+        reduction.settle(Decisions.from_dict(target.decisions))
+
+    def _new_config(self) -> dict[str, Any] | None:
+        return None if self.reduction is None else self.reduction.result.config.to_dict()
+
+    def _audited(self, folder: Path) -> CheckpointSource:
+        """Open the checkpoint that was written, and check its config and its tensors against each other."""
+        source = self.open(folder)
+        with self.stages("audit"):
+            audit_checkpoint(source)
+        return source
 
     def open(self, folder: Path) -> CheckpointSource:
         """Open a checkpoint as this recipe computes it."""
@@ -221,33 +263,55 @@ class Run:
     ) -> tuple[MatrixRow, ...]:
         """Stream the layers, prune each, and commit it where there is a target; returns the report rows."""
         rows: list[MatrixRow] = []
+        reduction = self.reduction
         stream = Stream(source, tokens.ids, self.settings, self.stages)
         for layer in stream:
-            if target is not None and layer.name in target.layers:
+            number = layer.index if reduction is None else reduction.numbers.get(layer.index)
+            if number is None:
+                layer.skipped = True
+                continue
+            name = f"{source.layers_path}.{number}"
+            if target is not None and name in target.layers:
                 self._tell(layer, "replaying")
-                new = target.rows_of(layer.name)
+                if reduction is not None:
+                    reduction.replay(layer)
+                new, removed = target.rows_of(name), target.structures_of(name)
             else:
-                new = self._prune_layer(layer, jobs[layer.index], stream, memory)
-                if target is not None:
-                    self._commit(layer, source, target, new, jobs[layer.index])
+                new, removed = self._prune_layer(layer, jobs[number], stream, memory, target)
             rows += new
-            self.errors += [row.error for row in new if row.error is not None]
+            self.structures += removed
+            self.errors += [error for error in (r.error for rs in (removed, new) for r in rs) if error is not None]
             self._tell(layer, "advancing")
+        if reduction is not None:
+            reduction.free()
         self.held_by_stream = stream.hidden.resident_bytes, stream.calls.nbytes
         self.watch(Progress("pruning", len(source.layers), len(source.layers), "", self._mean_error()))
         return tuple(rows)
 
     def _prune_layer(
-        self, layer: ResidentLayer, jobs: dict[str, Job], stream: Stream, memory: PeakWatch
-    ) -> list[MatrixRow]:
-        self._tell(layer, "statistics")
-        groups = layer.observe({name: job.method.needs for name, job in jobs.items()})
+        self,
+        layer: ResidentLayer,
+        jobs: dict[str, Job],
+        stream: Stream,
+        memory: PeakWatch,
+        target: OutputFolder | None,
+    ) -> tuple[list[MatrixRow], list[StructureRow]]:
+        cuts: list[Cut] = []
+        removed: list[StructureRow] = []
         batch_tokens = stream.batches[0].numel()
         held_back = self.recipe.held_back * stream.batches[0].shape[1]
+        min_tokens, tell = self.recipe.experts.min_tokens, self._teller(layer)
+        if self.reduction is not None:
+            cuts, removed = self.reduction.reduce(layer, min_tokens, tell)
+        tell("statistics")
+        groups = layer.observe({name: job.method.needs for name, job in jobs.items()}) if jobs else []
         self.memories.append(layer_memory(layer, groups, jobs, batch_tokens, held_back))
-        rows = solve_layer(layer, groups, jobs, self.recipe.experts.min_tokens, self.stages, self._teller(layer))
+        rows = solve_layer(layer, groups, jobs, min_tokens, self.stages, tell)
         peak = memory.read()
-        return [replace(row, peak_bytes=peak) for row in rows]
+        rows = [replace(row, peak_bytes=peak) for row in rows]
+        if target is not None:
+            self._commit(layer, stream.source, target, rows, jobs, cuts, removed)
+        return rows, removed
 
     def _commit(
         self,
@@ -256,21 +320,38 @@ class Run:
         target: OutputFolder,
         rows: Sequence[MatrixRow],
         jobs: Mapping[str, Job],
+        cuts: Sequence[Cut],
+        removed: Sequence[StructureRow],
     ) -> None:
-        assert isinstance(source, CheckpointSource)
         self._tell(layer, "writing")
         with self.stages("write"):
-            shard = shard_name(source, layer.index + 1)
-            tensors = source.checkpoint_tensors(layer.index, layer.replaced)
-            # Under another key than the layer's name, the parts could not be told from it (see packing.py).
-            patterns = {name: job.pattern for name, job in jobs.items() if source.linear_key(name) == f"{name}.weight"}
+            if self.reduction is None:
+                assert isinstance(source, CheckpointSource)
+                result, number = source, layer.index
+                tensors = source.checkpoint_tensors(layer.index, layer.replaced)
+            else:
+                result, number = self.reduction.result, self.reduction.numbers[layer.index]
+                tensors = self.reduction.tensors(layer, cuts)
+            patterns = {name: job.pattern for name, job in jobs.items() if self._is_linear(source, layer, name)}
             tensors, layouts = pack_matrices(tensors, patterns, self.recipe.format)
-            source.overlay(target.commit(layer.name, shard, tensors, rows, layouts), layouts)
+            shard = shard_name(result, number + 1)
+            result.overlay(target.commit(layer.name, shard, tensors, rows, layouts, removed), layouts)
+
+    def _is_linear(self, source: Source, layer: ResidentLayer, name: str) -> bool:
+        """Whether a matrix is a linear layer that can be packed.
+
+        Under another key than the layer's name, the parts could not be told from it (see packing.py).
+        """
+        dense = source if self.reduction is None else self.reduction.dense
+        assert isinstance(dense, CheckpointSource)
+        original = f"{dense.layer_name(layer.index)}{name.removeprefix(layer.name)}"
+        return dense.linear_key(original) == f"{original}.weight"
 
     def write_ends(self, source: CheckpointSource, target: OutputFolder) -> dict[str, list[Stored]]:
         """Write everything outside the decoder layers; returns each shard's tensors."""
-        first = shard_name(source, 0)
-        tensors = {key: positive_zeros(source.stored[key][...]) for key in source.end_keys()}
+        first = shard_name(self._result(source), 0)
+        whole = source if self.reduction is None else self.reduction.source
+        tensors = {key: positive_zeros(tensor) for key, tensor in whole.end_tensors().items()}
         target.commit_ends(first, tensors)
         shards = [first, *(layer["shard"] for layer in target.layers.values())]
         return {shard: read_header(target.path / shard) for shard in shards}
@@ -289,7 +370,7 @@ class Run:
         evaluation = None
         if dense is not None and pruned is not None:
             with self.stages("pruned perplexity"):
-                evaluation = compare_perplexity(pruned, texts["evaluation"], dense.hidden, pruned.hidden).to_dict()
+                evaluation = compare_perplexity(dense, pruned, texts["evaluation"]).to_dict()
         header = {
             "model": name,
             "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -305,7 +386,7 @@ class Run:
             "size": source.sizes() if isinstance(source, CheckpointSource) else None,
             "evaluation": evaluation,
         }
-        return Report(rows, header)
+        return Report(rows, header, tuple(self.structures))
 
     def _require_dtype(self, model: PreTrainedModel) -> None:
         wanted = self.recipe.compute_dtype
@@ -316,35 +397,6 @@ class Run:
                 fix="load the model in this dtype, or prune its folder",
             )
 
-    def _save(
-        self, model: PreTrainedModel, tokenizer: Tokenizer, output: Path, report: Report, *, overwrite: bool
-    ) -> None:
-        """Save a model in memory beside the output folder first, then move the finished files in."""
-        with torch.no_grad():
-            for parameter in model.parameters():
-                positive_zeros(parameter)
-        with writing_to(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=output.parent, prefix=".llmprune-") as staging:
-                folder = Path(staging) / "dense"
-                with quiet_transformers():
-                    model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
-                for shard in folder.glob("*.safetensors"):
-                    shard.chmod(0o644)  # safetensors creates private files
-                write_text(folder / RECIPE_NAME, self.recipe.to_yaml())
-                report.save(folder)
-                write_card(folder, report.header["model"], self.recipe, report)
-                if self.recipe.format != "dense":
-                    # Where nothing gets smaller, all matrices stay dense, as they do from a checkpoint.
-                    with contextlib.suppress(PatternError):
-                        folder = pack(folder, folder.with_name("packed"), self.recipe.format).folder
-                with locked(output):
-                    require_empty(output, resume=False, overwrite=overwrite)
-                    remove_checkpoint(output)
-                    for file in folder.iterdir():
-                        file.replace(output / file.name)
-
     def _tell(self, layer: ResidentLayer, step: str) -> None:
         self.watch(Progress("pruning", layer.index, len(layer.stream.source.layers), step, self._mean_error()))
 
@@ -353,18 +405,6 @@ class Run:
 
     def _mean_error(self) -> float | None:
         return sum(self.errors) / len(self.errors) if self.errors else None
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Keep a model in evaluation mode: dropout would blur what calibration sees."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def shard_name(source: Source, number: int) -> str:

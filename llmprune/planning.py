@@ -15,12 +15,15 @@ def plan_jobs(source: Source, recipe: Recipe) -> list[dict[str, Job]]:
     """Say for each layer what is done to each matrix, and check that every pattern fits.
 
     Returns:
-        One mapping per decoder layer: matrix name -> job; matrices that stay dense are left out.
+        One mapping per decoder layer: matrix name -> job; matrices that stay dense are left out (all of them, where the
+        recipe has no pattern).
 
     Raises:
         PatternError: a pattern does not divide a matrix; names it.
         RecipeError: no matrix is selected, or a glob matches none.
     """
+    if recipe.pattern is None:
+        return [{} for _ in source.layers]
     layers = [
         list(prunable_matrices(layer, f"{source.layers_path}.{index}")) for index, layer in enumerate(source.layers)
     ]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,16 +63,64 @@ class MatrixRow:
 
 
 @dataclass(frozen=True, slots=True)
+class StructureRow:
+    """What was removed from one structure.
+
+    Attributes:
+        layer: dotted name of its decoder layer in the smaller model.
+        kind: heads, ffn or experts.
+        consumer: dotted name of the matrix that reads the groups (for experts: that gives their output).
+        groups: how many there were.
+        kept: how many stay.
+        method: how they were chosen.
+        refit: whether what stays was refitted.
+        error: ||(W - V) X||^2 / ||W X||^2 of the consumer on held-back rows, averaged over the experts of a mixture;
+            None where nothing could be measured.
+        damping: the largest damping used; None without a refit.
+        swaps: exchanges made after the greedy search.
+        tokens: input rows behind the statistics.
+        removed: the groups that went; None where they differ from expert to expert.
+        seconds: spent on choosing and refitting.
+    """
+
+    layer: str
+    kind: str
+    consumer: str
+    groups: int
+    kept: int
+    method: str
+    refit: bool
+    error: float | None
+    damping: float | None
+    swaps: int
+    tokens: int
+    removed: tuple[int, ...] | None
+    seconds: float
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> "StructureRow":
+        """Read a row back from JSON."""
+        removed = row["removed"]
+        return cls(**{**row, "removed": None if removed is None else tuple(removed)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The result of a run.
 
     Attributes:
         rows: one per pruned matrix, in the order of the layers.
         header: model, recipe, versions, hashes, device, seconds by stage, memory, perplexities; JSON-ready.
+        structures: one per structure that lost groups, in the order of the layers.
     """
 
     rows: tuple[MatrixRow, ...]
     header: dict[str, Any] = field(default_factory=dict)
+    structures: tuple[StructureRow, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -82,7 +131,8 @@ class Report:
     @property
     def mean_error(self) -> float | None:
         """Mean relative output error of the matrices where it was measured."""
-        errors = [row.error for row in self.rows if row.error is not None]
+        measured = [row.error for row in self.structures] + [row.error for row in self.rows]
+        errors = [error for error in measured if error is not None]
         return sum(errors) / len(errors) if errors else None
 
     @property
@@ -98,7 +148,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON."""
         summary = {"sparsity": self.sparsity, "mean_error": self.mean_error, "matrices": len(self.rows)}
-        return {**self.header, "summary": summary, "rows": [dataclasses.asdict(row) for row in self.rows]}
+        structures = [row.to_dict() for row in self.structures]
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        return {**self.header, "summary": summary, "structures": structures, "rows": rows}
 
     def save(self, folder: Path) -> Path:
         """Write report.json into a folder, atomically; returns its path."""
@@ -123,6 +175,7 @@ def load_report(folder: Path) -> Report:
     try:
         content = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
         rows = tuple(MatrixRow.from_dict(row) for row in content.pop("rows"))
+        structures = tuple(StructureRow.from_dict(row) for row in content.pop("structures"))
         del content["summary"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -130,4 +183,4 @@ def load_report(folder: Path) -> Report:
             expected="the report of a finished run",
             fix="remove it and run again with --resume, which writes it anew",
         ) from error
-    return Report(rows, content)
+    return Report(rows, content, structures)

@@ -268,7 +268,7 @@ class _Streamer(TextStreamer):  # type: ignore[misc] # transformers is not typed
 
 def _choose_served(config: PretrainedConfig, served: Served, folder: Path) -> None:
     record = getattr(config, "quantization_config", None) or {}
-    if record.get("quant_method") == QUANT_METHOD:
+    if record.get("quant_method") == QUANT_METHOD and record["modules"]:
         record["served"] = served
     elif served == "packed":
         raise ModelError(

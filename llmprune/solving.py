@@ -52,7 +52,7 @@ def solve_layer(
     Raises:
         NumericsError: a value is not finite or a factorisation fails at every damping; names the matrix.
     """
-    priors = _add_priors(layer, groups, min_tokens)
+    priors = add_priors(layer, groups, min_tokens)
     with torch.no_grad(), stages("solve"):
         return_freed_memory()  # what the forward left behind, before the workspaces of the solvers
         shares = _layer_shares(layer, groups, jobs)
@@ -120,7 +120,7 @@ def _layer_shares(layer: ResidentLayer, groups: list[Group], jobs: Mapping[str, 
     return shares
 
 
-def _add_priors(layer: ResidentLayer, groups: list[Group], min_tokens: int) -> dict[str, int]:
+def add_priors(layer: ResidentLayer, groups: list[Group], min_tokens: int) -> dict[str, int]:
     """Complete the statistics of experts that too few tokens reached.
 
     Below `min_tokens` an expert's Gram is mostly noise, and without any token it would make every weight look useless.

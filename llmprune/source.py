@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,11 @@ from llmprune.decoder import find_decoder_layers
 from llmprune.errors import CheckpointError, ModelError
 from llmprune.formats import Layout
 from llmprune.packed import PackedWeight, as_dense, packed_layouts
-from llmprune.skeleton import build_skeleton, quiet_transformers, read_config, refuse_quantised
+from llmprune.skeleton import quiet_transformers, read_config, refuse_quantised
+from llmprune.structures.overrides import build_uneven_skeleton
 
 
+@runtime_checkable  # so that annotations that name it can be executed in the tests
 class Source(Protocol):
     """Where decoder layers come from.
 
@@ -95,11 +97,11 @@ class ModelSource:
 
     def load_ends(self, device: torch.device) -> None:
         """Move everything outside the layers to the device."""
-        self._visit(_modules_outside(self.model, self.layers), device)
+        self._visit(modules_outside(self.model, self.layers), device)
 
     def free_ends(self) -> None:
         """Move it back."""
-        self._return(_modules_outside(self.model, self.layers))
+        self._return(modules_outside(self.model, self.layers))
 
     def _visit(self, modules: Iterable[nn.Module], device: torch.device) -> None:
         # All homes are noted before anything moves: tied weights belong to two modules.
@@ -161,12 +163,12 @@ class CheckpointSource:
     ) -> None:
         self.folder = folder
         self.config = config or read_config(folder)
-        self.model = build_skeleton(self.config, compute_dtype)
+        self.model = build_uneven_skeleton(self.config, compute_dtype, decoder_layers)
         self.layers_path, self.layers = find_decoder_layers(self.model, decoder_layers)
         self._conversions = get_model_conversion_mapping(self.model)
         self._state_names = set(self.model.state_dict())
         self.stored: dict[str, Stored | PackedWeight] = {}
-        self._targets: dict[str, tuple[str, ...]] = {}
+        self.targets: dict[str, tuple[str, ...]] = {}
         if config is None:
             self._add(as_dense(read_index(folder), packed_layouts(read_json(folder / "config.json"))))
 
@@ -184,12 +186,12 @@ class CheckpointSource:
 
     def free_layer(self, index: int) -> None:
         """Drop one decoder layer's parameters."""
-        _drop(self.layers[index].modules())
+        drop_parameters(self.layers[index].modules())
 
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
         """The dtype of the parameter (or of the first tensor that it is fused from) in the source checkpoint."""
         target = f"{self.layer_name(index)}.{parameter}"
-        return next(self.stored[key].dtype for key, names in self._targets.items() if target in names)
+        return next(self.stored[key].dtype for key, names in self.targets.items() if target in names)
 
     def load_ends(self, device: torch.device) -> None:
         """Read everything outside the decoder layers onto the device, and tie what is tied."""
@@ -197,12 +199,12 @@ class CheckpointSource:
         missing = {name for name, tensor in self.model.named_parameters(remove_duplicate=False) if tensor.is_meta}
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         self._require_loaded("")
-        for module in _modules_outside(self.model, self.layers):
+        for module in modules_outside(self.model, self.layers):
             _move(module, device)
 
     def free_ends(self) -> None:
         """Drop them."""
-        _drop(_modules_outside(self.model, self.layers))
+        drop_parameters(modules_outside(self.model, self.layers))
         self.model.tie_weights()
 
     def layer_name(self, index: int) -> str:
@@ -220,18 +222,22 @@ class CheckpointSource:
         weight = f"{matrix}.weight"
         if weight not in self._state_names or not isinstance(self.model.get_submodule(matrix), nn.Linear):
             return None
-        keys = [key for key, targets in self._targets.items() if targets == (weight,)]
+        keys = [key for key, targets in self.targets.items() if targets == (weight,)]
         return keys[0] if len(keys) == 1 else None
 
     def layer_keys(self, index: int) -> list[str]:
         """The checkpoint's own keys of one decoder layer."""
         prefix = self.layer_name(index) + "."
-        return [key for key, targets in self._targets.items() if targets[0].startswith(prefix)]
+        return [key for key, targets in self.targets.items() if targets[0].startswith(prefix)]
+
+    def end_tensors(self) -> dict[str, Tensor]:
+        """What lies outside the decoder layers, as it is stored."""
+        return {key: self.stored[key][...] for key in self.end_keys()}
 
     def end_keys(self) -> list[str]:
         """The checkpoint's keys outside the decoder layers, those that the model does not know included."""
         layers = tuple(f"{self.layer_name(index)}." for index in range(len(self.layers)))
-        return [key for key, targets in self._targets.items() if not targets[0].startswith(layers)]
+        return [key for key, targets in self.targets.items() if not targets[0].startswith(layers)]
 
     def checkpoint_tensors(
         self, index: int, changed: Collection[str] = (), smaller: Smaller | None = None
@@ -251,7 +257,7 @@ class CheckpointSource:
         state = {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
         # Buffers that the checkpoint lacks have kept their initial values.
         for name, _ in layer.named_buffers():
-            if not any(f"{prefix}.{name}" in targets for targets in self._targets.values()):
+            if not any(f"{prefix}.{name}" in targets for targets in self.targets.values()):
                 state.pop(f"{prefix}.{name}", None)
         model._weight_conversions = [c for c in self._conversions if c.was_used()]
         reverted = revert_weight_conversion(model, state)
@@ -288,15 +294,15 @@ class CheckpointSource:
         return original.where((original.to(tensor.dtype) == tensor) & (tensor != 0), tensor.to(dtype))
 
     def _feeds(self, key: str, names: Collection[str]) -> bool:
-        return any(target in names for target in self._targets[key])
+        return any(target in names for target in self.targets[key])
 
     def _inside(self, key: str) -> str:
         """The parameter that a key of the checkpoint becomes, as its layer calls it."""
-        return self._targets[key][0].removeprefix(self.layers_path + ".").partition(".")[2]
+        return self.targets[key][0].removeprefix(self.layers_path + ".").partition(".")[2]
 
     def _add(self, tensors: Mapping[str, Stored | PackedWeight]) -> None:
         """Read these tensors from now on."""
-        self._targets |= self._plan_targets([key for key in tensors if key not in self._targets])
+        self.targets |= self._plan_targets([key for key in tensors if key not in self.targets])
         self.stored |= tensors
 
     def _plan_targets(self, keys: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -373,7 +379,7 @@ def eager_experts(model: PreTrainedModel) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
-def _modules_outside(model: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
+def modules_outside(model: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
     """Every module that is neither a layer nor in one."""
     inside = set(layers.modules())
     return (module for module in model.modules() if module not in inside)
@@ -388,7 +394,7 @@ def _move(module: nn.Module, device: torch.device) -> None:
     module._apply(lambda tensor: tensor.to(device), recurse=False)
 
 
-def _drop(modules: Iterable[nn.Module]) -> None:
+def drop_parameters(modules: Iterable[nn.Module]) -> None:
     """Drop the parameters of these modules; their buffers wait on the CPU."""
     for owner in modules:
         for name, parameter in owner.named_parameters(recurse=False):

@@ -104,7 +104,7 @@ class Stream:
             self.source.load_ends(self.settings.device)
             try:
                 for batch, ids in enumerate(self.batches):
-                    yield tuple(self._head(ids, states[batch]) for states in final)
+                    yield tuple(self.head(ids, states[batch]) for states in final)
             finally:
                 self.source.free_ends()
 
@@ -151,7 +151,8 @@ class Stream:
     def _run_model(self, ids: Tensor) -> Any:
         return self.source.model(input_ids=ids.to(self.settings.device), use_cache=False)
 
-    def _head(self, ids: Tensor, final: Tensor) -> Tensor:
+    def head(self, ids: Tensor, final: Tensor) -> Tensor:
+        """The logits of one batch of tokens, for given final hidden states; the ends must be loaded."""
         final = final.to(self.settings.device)
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:

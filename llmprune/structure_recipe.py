@@ -129,7 +129,7 @@ class Width(_Section):
         multiple: what stays is a multiple of it; "auto" as for FFN channels.
     """
 
-    method: Literal["activation-norm", "norm-gain", "magnitude-l1", "magnitude-l2"] = "activation-norm"
+    method: Literal["energy", "activation-norm", "norm-gain", "magnitude-l1", "magnitude-l2"] = "energy"
     multiple: PositiveInt | Literal["auto"] = "auto"
 
 

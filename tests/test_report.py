@@ -76,7 +76,7 @@ def test_a_run_s_report_says_what_was_done(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "pruned" / "report.json").read_text())
     assert list(written) == [
         "model", "finished", "recipe", "tokens", "source", "version", "device", "texts", "seconds", "memory", "size",
-        "evaluation", "summary", "rows",
+        "evaluation", "summary", "structures", "rows",
     ]  # fmt: skip
     assert written["model"] == str(source)
     assert written["recipe"]["exclude"] == ["*.o_proj"]

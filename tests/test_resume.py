@@ -213,6 +213,6 @@ def test_a_model_in_memory_cannot_be_resumed(whole: Whole, tmp_path: Path) -> No
 
 def test_the_manifest_is_read_by_its_format(whole: Whole) -> None:
     manifest = json.loads((whole.folder / MANIFEST_NAME).read_text())
-    assert set(manifest) == {"format", "keys", "complete", "ends", "layers"}
+    assert set(manifest) == {"format", "keys", "complete", "ends", "decisions", "layers"}
     assert list(manifest["keys"]) == ["recipe", "tokens", "source", "version", "device"]
     assert output.MANIFEST_NAME == ".llmprune.json"

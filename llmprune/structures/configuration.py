@@ -5,10 +5,8 @@ is built from the changed config without weights, and the change holds if every 
 that it shrinks to, and nothing else is different: no other shape, no buffer (rotary frequencies), no scale.
 """
 
-import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +15,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.decoder import find_decoder_layers
 from llmprune.errors import ModelError
+from llmprune.structures.candidates import Request, candidates, integers
+from llmprune.structures.equals import equal_config
 from llmprune.structures.overrides import (
     UNBUILDABLE,
     Changes,
@@ -24,18 +24,11 @@ from llmprune.structures.overrides import (
     changed,
     nested,
     one_line,
-    text_part,
     with_overrides,
 )
 from llmprune.structures.removal import Cut, removed_indices
 from llmprune.structures.tracing import Run, eagerly
 
-# What configs call the number of query heads and of key and value heads.
-_HEADS = {"num_attention_heads", "num_heads", "n_head", "n_heads", "attention_heads"}
-_HEADS |= {"num_key_value_heads", "num_kv_heads", "kv_n_heads"}
-# Where None, the width follows from the hidden size.
-_IMPLIED_WIDTHS = ("n_inner", "ffn_hidden_size", "intermediate_size")
-_WIDTH_WORDS = ("intermediate", "ffn", "inner", "mlp", "ff_")
 _MOST_TRIES = 40
 
 
@@ -49,25 +42,13 @@ def smaller_config(
         cuts: layer -> what goes there.
         decoder_layers: dotted name of the decoder layers, where they are not found.
 
+    Returns:
+        Of the same class; where that refuses the sizes, of one with the same layers that does not (see `equals`).
+
     Raises:
         ModelError: no change of the config gives these shapes; says what was tried.
     """
-    search = _Search(config, cuts, decoder_layers)
-    changes: Changes = {}
-    for requests in search.joined(list(cuts)):
-        changes |= requests
-    if differences := search.differences(changes, everything=True) or search.other_differences(changes, None):
-        raise ModelError(
-            f"no config describes the smaller model: with {_shown(changes)}, {differences[0]}",
-            expected="the same widths in every layer with such a structure, and sizes that the config can express",
-            fix="remove as many groups from each of its structures in all layers, or allow widths that differ",
-        )
-    smaller = changed(config, changes)
-    if problems := [*_unbalanced(smaller), *stumbles(search.built(changes))]:
-        raise ModelError(
-            f"the smaller model would not work: with {_shown(changes)}, {problems[0]}", fix="remove fewer groups"
-        )
-    return smaller
+    return _described(_smaller, _Search(config, cuts, decoder_layers))
 
 
 def uneven_config(
@@ -80,14 +61,56 @@ def uneven_config(
         cuts: layer -> what goes there; the groups of a layer's structures may be fewer than another's.
         decoder_layers: dotted name of the decoder layers, where they are not found.
 
+    Returns:
+        Of the same class; where that refuses the sizes, of one with the same layers that does not (see `equals`).
+
     Raises:
         ModelError: no change of the config gives a layer its shapes; says what was tried.
     """
     with_overrides(config, {"0": {}})  # refuses an architecture that has its own
-    search = _Search(config, cuts, decoder_layers)
+    return _described(_uneven, _Search(config, cuts, decoder_layers))
+
+
+def _described(describe: Callable[["_Search"], PretrainedConfig], search: "_Search") -> PretrainedConfig:
+    """What `describe` finds for the config, or for an equal one where the config's own class refuses sizes."""
+    try:
+        return describe(search)
+    except ModelError as error:
+        if not search.refused:
+            raise
+        try:
+            equal = equal_config(search.config)
+            if equal is None:
+                raise error
+            return describe(_Search(equal, search.cuts, search.path))
+        except ModelError as other:
+            if other.what == error.what:
+                raise error from None
+            raise ModelError(error.what, expected=error.expected, fix=f"{error.fix}; {other.what}") from other
+
+
+def _smaller(search: "_Search") -> PretrainedConfig:
+    changes: Changes = {}
+    for requests in search.joined(list(search.cuts)):
+        changes |= requests
+    if differences := search.differences(changes, everything=True) or search.other_differences(changes, None):
+        raise ModelError(
+            f"no config describes the smaller model: with {_shown(changes)}, {differences[0]}",
+            expected="the same widths in every layer with such a structure, and sizes that the config can express",
+            fix="remove as many groups from each of its structures in all layers, or allow widths that differ",
+        )
+    smaller = changed(search.config, changes)
+    if problems := [*_unbalanced(smaller), *stumbles(search.built(changes))]:
+        raise ModelError(
+            f"the smaller model would not work: with {_shown(changes)}, {problems[0]}", fix="remove fewer groups"
+        )
+    return smaller
+
+
+def _uneven(search: "_Search") -> PretrainedConfig:
     overrides: dict[str, Any] = {}
     found: dict[tuple[object, ...], Changes] = {}
-    for layer in sorted(cuts):
+    for layer in sorted(search.cuts):
         key = search.signature(layer)
         if key not in found:
             found[key] = {}
@@ -97,7 +120,7 @@ def uneven_config(
                 raise ModelError(f"no config describes layer {layer}: with {_shown(found[key])}, {differences[0]}")
         if found[key]:
             overrides[str(layer)] = nested(found[key])
-    return with_overrides(config, overrides)
+    return with_overrides(search.config, overrides)
 
 
 def audit(config: PretrainedConfig, shapes: Mapping[str, Sequence[int]]) -> list[str]:
@@ -127,28 +150,22 @@ def audit(config: PretrainedConfig, shapes: Mapping[str, Sequence[int]]) -> list
     return sorted(problems)
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """All cuts of one kind of structure to the same number of groups."""
-
-    kind: str
-    consumer: str
-    groups: int
-    columns: int
-    kept: int
-
-
 class _Search:
     """Tries changes of a config against the shapes that are wanted."""
 
     def __init__(self, config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], decoder_layers: str | None) -> None:
-        self.config, self._cuts, self._path = config, cuts, decoder_layers
+        self.config, self.cuts = config, cuts
         self._before = build_uneven_skeleton(config)
         self.path, self._layers = find_decoder_layers(self._before, decoder_layers)
         if outside := [layer for layer in cuts if not 0 <= layer < len(self._layers)]:
             raise ModelError(f"there is no layer {outside[0]}", expected=f"layers below {len(self._layers)}")
         self._built: dict[str, PreTrainedModel | str] = {}
         self._gone: dict[object, dict[tuple[str, int], int]] = {}
+
+    @property
+    def refused(self) -> bool:
+        """Whether the config's class has refused values that were tried."""
+        return any(isinstance(model, str) for model in self._built.values())
 
     def signature(self, layer: int) -> tuple[object, ...]:
         """Alike for layers that need the same changes."""
@@ -161,7 +178,7 @@ class _Search:
         Raises:
             ModelError: nothing fits.
         """
-        alone: list[_Request] = []
+        alone: list[Request] = []
         for request in self._requests(layers):
             found = self._first_fit([request], layers)
             if found is None:
@@ -175,19 +192,19 @@ class _Search:
                 raise self._nothing_fits(requests, layers)
             yield found
 
-    def _requests(self, layers: Sequence[int]) -> list[_Request]:
-        cuts = [cut for layer in layers for cut in self._cuts.get(layer, ()) if cut.removed]
+    def _requests(self, layers: Sequence[int]) -> list[Request]:
+        cuts = [cut for layer in layers for cut in self.cuts.get(layer, ()) if cut.removed]
         found = [(cut.structure, cut.kept) for cut in cuts]
-        return list(dict.fromkeys(_Request(s.kind, s.consumer, s.groups, s.columns, kept) for s, kept in found))
+        return list(dict.fromkeys(Request(s.kind, s.consumer, s.groups, s.columns, kept) for s, kept in found))
 
-    def _first_fit(self, requests: list[_Request], layers: Sequence[int]) -> Changes | None:
+    def _first_fit(self, requests: list[Request], layers: Sequence[int]) -> Changes | None:
         for changes in self._candidates(requests):
             if not self.differences(changes, layers, requests):
                 return changes
         return None
 
-    def _candidates(self, requests: list[_Request]) -> list[Changes]:
-        found = [changes for request in requests for changes in _candidates(self.config, request)]
+    def _candidates(self, requests: list[Request]) -> list[Changes]:
+        found = [changes for request in requests for changes in candidates(self.config, request)]
         unique = {repr(changes): changes for changes in found}
         return list(unique.values())[:_MOST_TRIES]
 
@@ -195,7 +212,7 @@ class _Search:
         self,
         changes: Changes,
         layers: Sequence[int] = (),
-        requests: Sequence[_Request] | None = None,
+        requests: Sequence[Request] | None = None,
         *,
         everything: bool = False,
     ) -> list[str]:
@@ -245,12 +262,12 @@ class _Search:
         return differences
 
     def _shrunk(
-        self, layer: int | None, name: str, tensor: Tensor, requests: Sequence[_Request] | None = None
+        self, layer: int | None, name: str, tensor: Tensor, requests: Sequence[Request] | None = None
     ) -> tuple[int, ...]:
         """The shape that is left of a layer's tensor by some of the cuts; None: all of them."""
         key = layer, None if requests is None else tuple(requests)
         if key not in self._gone:
-            cuts = [] if layer is None else self._cuts.get(layer, ())
+            cuts = [] if layer is None else self.cuts.get(layer, ())
             asked = [cut for cut in cuts if requests is None or self._request(cut) in requests]
             self._gone[key] = {place: len(gone) for place, gone in removed_indices(asked).items()}
         return tuple(size - self._gone[key].get((name, dim), 0) for dim, size in enumerate(tensor.shape))
@@ -262,9 +279,9 @@ class _Search:
         number, _, inner = name.removeprefix(self.path + ".").partition(".")
         return int(number), inner
 
-    def _request(self, cut: Cut) -> _Request:
+    def _request(self, cut: Cut) -> Request:
         structure = cut.structure
-        return _Request(structure.kind, structure.consumer, structure.groups, structure.columns, cut.kept)
+        return Request(structure.kind, structure.consumer, structure.groups, structure.columns, cut.kept)
 
     def _build(self, changes: Changes) -> PreTrainedModel | str:
         key = repr(sorted(changes.items()))
@@ -281,7 +298,7 @@ class _Search:
         assert isinstance(model, PreTrainedModel), model
         return model
 
-    def _nothing_fits(self, requests: list[_Request], layers: Sequence[int]) -> ModelError:
+    def _nothing_fits(self, requests: list[Request], layers: Sequence[int]) -> ModelError:
         request = requests[0]
         tried = [f"{_shown(c)}: {self.differences(c, layers, requests)[0]}" for c in self._candidates(requests)[:4]]
         return ModelError(
@@ -293,59 +310,6 @@ class _Search:
         )
 
 
-def _candidates(config: PretrainedConfig, request: _Request) -> Iterator[Changes]:
-    """Changes that could do what is asked, the most plausible first."""
-    integers = _integers(config)
-    scaled = {path: value * request.kept // request.groups for path, value in integers.items()}
-    whole = [path for path, value in integers.items() if value * request.kept % request.groups == 0]
-    if request.kind == "heads":
-        yield from _head_candidates(config, request, integers, {path: scaled[path] for path in whole})
-    elif request.kind == "experts":
-        equal = [p for p in whole if integers[p] == request.groups and "expert" in p[-1] and "per_tok" not in p[-1]]
-        yield dict.fromkeys(equal, request.kept)
-        yield from ({path: request.kept} for path in equal if len(equal) > 1)
-    else:
-        text = text_part(config.to_dict(), config)
-        named = [path for path in whole if any(word in path[-1] for word in _WIDTH_WORDS)]
-        exact = [path for path in named if integers[path] == request.groups]
-        implied = [(key,) for key in _IMPLIED_WIDTHS if key in text and text[key] is None]
-        for path in dict.fromkeys([*exact, *implied, *named]):
-            yield {path: scaled.get(path, request.kept)}
-
-
-def _head_candidates(
-    config: PretrainedConfig, request: _Request, integers: Mapping[tuple[str, ...], int], scaled: Changes
-) -> Iterator[Changes]:
-    counts = [path for path in scaled if path[-1] in _HEADS]
-    queries = max((integers[path] for path in counts), default=request.groups)
-    size = request.groups * request.columns // queries
-    derived = isinstance(getattr(type(config), "head_dim", None), property)
-    unset = not derived and text_part(config.to_dict(), config).get("head_dim") is None
-    explicit = {("head_dim",): size} if unset else {}
-    for chosen in (counts, *([path] for path in counts)):
-        changes = {path: scaled[path] for path in chosen}
-        if changes:
-            yield changes | explicit
-            yield changes
-
-
-def _integers(config: PretrainedConfig, least: int = 2) -> Changes:
-    """Every integer of the text config and of the mappings in it, but for small ones and rotary settings."""
-    found: Changes = {}
-    for key, value in text_part(copy.deepcopy(config.to_dict()), config).items():
-        if isinstance(value, dict) and "rope" not in key:
-            found |= {
-                (key, inner): number for inner, number in value.items() if type(number) is int and number >= least
-            }
-        elif (
-            isinstance(value, list) and len(set(map(repr, value))) == 1 and type(value[0]) is int and value[0] >= least
-        ):
-            found[(key,)] = value[0]
-        elif type(value) is int and value >= least:
-            found[(key,)] = value
-    return found
-
-
 def _same_buffer(before: Tensor, after: Tensor, wanted: tuple[int, ...]) -> bool:
     if wanted != tuple(before.shape):
         return tuple(after.shape) == wanted
@@ -355,7 +319,7 @@ def _same_buffer(before: Tensor, after: Tensor, wanted: tuple[int, ...]) -> bool
 def _unbalanced(config: PretrainedConfig) -> Iterator[str]:
     """Counts in the config that contradict one another."""
     text = config.get_text_config(decoder=True)
-    values = {path[-1]: value for path, value in _integers(config, least=1).items()}
+    values = {path[-1]: value for path, value in integers(config, least=1).items()}
     experts = max((v for k, v in values.items() if "experts" in k and "per_tok" not in k), default=None)
     chosen = max((v for k, v in values.items() if "experts_per_tok" in k or k == "moe_top_k"), default=0)
     if experts is not None and chosen > experts:

@@ -10,7 +10,7 @@ A norm makes every row feed every column a little. So the model runs twice: with
 which shows what belongs together, and as it is, which shows whether the rest would notice that it has gone.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,11 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.decoder import find_decoder_layers
+from llmprune.structures.influence import PARTLY, STAYS, group_size, owners_of, pull
 from llmprune.structures.tracing import OUT, Axis, Run, Trace, eagerly
 
 Kind = Literal["heads", "ffn", "experts", "mixer"]
-
-_STAYS, _UNUSED, _PARTLY = -1, -2, -3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +53,8 @@ class Structure:
         columns: the consumer's input columns in each group, consecutive; 0 for experts.
         slices: what goes, the consumer's own columns included; empty where refused.
         refusal: why groups of it cannot be removed exactly; None if they can.
+        partitions: consecutive runs of groups, of equal length, each of which must lose as many (query heads of one key
+            and value head).
     """
 
     kind: Kind
@@ -62,6 +63,7 @@ class Structure:
     columns: int
     slices: tuple[Slice, ...]
     refusal: str | None = None
+    partitions: int = 1
 
 
 def find_structures(model: PreTrainedModel, decoder_layers: str | None = None) -> list[list[Structure]]:
@@ -77,10 +79,34 @@ def find_structures(model: PreTrainedModel, decoder_layers: str | None = None) -
     Raises:
         ModelError: the decoder layers cannot be told, or a matrix is multiplied in an unknown layout.
     """
+    return _found(model, decoder_layers, _draft)
+
+
+def find_query_heads(model: PreTrainedModel, decoder_layers: str | None = None) -> list[list[Structure]]:
+    """Find the single query heads of every decoder layer; their key and value heads stay.
+
+    Args:
+        model: a causal LM; meta tensors suffice. Left as it was.
+        decoder_layers: dotted name of the decoder layers, where they are not found.
+
+    Returns:
+        For each layer a structure of kind "heads" for each of its attentions, with as many partitions as there are key
+        and value heads. Refused where each of these has one query head: `find_structures` has the same groups then.
+
+    Raises:
+        ModelError: the decoder layers cannot be told, or a matrix is multiplied in an unknown layout.
+    """
+    return _found(model, decoder_layers, _draft_query_heads)
+
+
+def _found(
+    model: PreTrainedModel, decoder_layers: str | None, draft: Callable[[Trace], list["_Draft"]]
+) -> list[list[Structure]]:
+    """The structures that are drafted with the statistics of norms held constant, and confirmed without."""
     path, layers = find_decoder_layers(model, decoder_layers)
     with torch.enable_grad(), eagerly(model):
         first = Run(model, path, layers, frozen=True)
-        drafts = first.each(_once(lambda index, trace: _draft(trace)))
+        drafts = first.each(_once(lambda index, trace: draft(trace)))
         second = Run(model, path, layers, frozen=False)
         second.handed_on = first.handed_on
         found: list[list[Structure]] = second.each(
@@ -115,9 +141,9 @@ def _draft(trace: Trace) -> list[_Draft]:
     for consumer in dict.fromkeys(product.parameter for product in trace.products):
         inputs = trace.inputs(consumer)
         width = trace.matrices[consumer][0].shape[1]
-        if not inputs or width < 2 or (size := _group_size(trace, inputs, width)) is None or _is_linear(trace, inputs):
+        if not inputs or width < 2 or (size := group_size(trace, inputs, width)) is None or _is_linear(trace, inputs):
             continue
-        owners = _owners(trace, inputs, width, size)
+        owners = owners_of(trace, inputs, width, size)
         slices, refusal = _slices(trace, owners, width // size)
         slices.append(_matrix_slice(trace, consumer, torch.arange(width).view(-1, size), output=False))
         if width == size:
@@ -126,97 +152,30 @@ def _draft(trace: Trace) -> list[_Draft]:
     return drafts + _draft_experts(trace)
 
 
-def _group_size(trace: Trace, inputs: list[tuple[Tensor, int]], width: int) -> int | None:
-    """How many consecutive columns have rows of matrices to themselves, or None if no matrix feeds them so.
-
-    The second column is asked, since the heads' first channels may follow one another where heads have one value.
-    """
-    here, last = (_pull(trace, inputs, torch.arange(width) == column) for column in (1, width - 1))
-    rows = {
-        axis: mine & ~(last[axis] if width > 2 else False)
-        for axis, mine in here.items()
-        if axis[1] == OUT and bool((mine & ~last[axis]).any())
-    }
-    if not rows:
-        return None
-    reached = _push(trace, inputs, rows, width).tolist()
-    first = end = 1
-    while first and reached[first - 1]:
-        first -= 1
-    while end < width and reached[end]:
-        end += 1
-    size = end - first
-    return size if size and first % size == 0 and width % size == 0 else None
-
-
-def _pull(trace: Trace, inputs: list[tuple[Tensor, int]], columns: Tensor | None = None) -> dict[Axis, Tensor]:
-    """Which indices of each axis have an influence on the columns (bool [width]; None: on any)."""
-    random = torch.Generator().manual_seed(1)
-    weights = [
-        torch.randn(x.shape, generator=random) * (1 if columns is None else _along(columns, x, dim))
-        for x, dim in inputs
-    ]
-    sources = trace.sources()
-    gradients = torch.autograd.grad(
-        [x for x, _ in inputs], [leaf for _, leaf, _ in sources], weights, retain_graph=True, allow_unused=True
-    )
-    hits: dict[Axis, Tensor] = {}
-    for (axis, leaf, dim), gradient in zip(sources, gradients, strict=True):
-        if gradient is None:
-            seen = torch.zeros(leaf.shape[dim], dtype=torch.bool)
-        else:
-            seen = (gradient != 0).movedim(dim, -1).reshape(-1, leaf.shape[dim]).any(0)
-        hits[axis] = hits[axis] | seen if axis in hits else seen
-    return hits
-
-
-def _push(trace: Trace, inputs: list[tuple[Tensor, int]], rows: Mapping[Axis, Tensor], width: int) -> Tensor:
-    """Which columns (bool [width]) the rows of matrices have an influence on: a Jacobian-vector product."""
-    random = torch.Generator().manual_seed(2)
-    sources = [source for source in trace.sources() if source[0] in rows]
-    probes = [torch.zeros_like(x).requires_grad_() for x, _ in inputs]
-    gradients = torch.autograd.grad(
-        [x for x, _ in inputs], [leaf for _, leaf, _ in sources], probes, create_graph=True, allow_unused=True
-    )
-    total = torch.zeros(())
-    for (axis, leaf, dim), gradient in zip(sources, gradients, strict=True):
-        if gradient is not None:
-            total = total + (gradient * torch.randn(leaf.shape, generator=random) * _along(rows[axis], leaf, dim)).sum()
-    effects = torch.autograd.grad(total, probes, retain_graph=True, allow_unused=True)
-    reached = torch.zeros(width, dtype=torch.bool)
-    for (_, dim), effect in zip(inputs, effects, strict=True):
-        if effect is not None:
-            reached |= (effect != 0).movedim(dim, -1).reshape(-1, width).any(0)
-    return reached
-
-
-def _along(values: Tensor, like: Tensor, dim: int) -> Tensor:
-    """Values [n] shaped to multiply a tensor along its dimension."""
-    return values.view([-1 if place == dim % like.dim() else 1 for place in range(like.dim())])
-
-
-def _owners(trace: Trace, inputs: list[tuple[Tensor, int]], width: int, size: int) -> dict[Axis, Tensor]:
-    """For each index of each axis the only group that it has an influence on.
-
-    _UNUSED says none, _STAYS all of them, _PARTLY several that have a bit of their numbers in common.
-    """
-    group = torch.arange(width) // size
-    owners: dict[Axis, Tensor] = {}
-    ones: dict[Axis, list[Tensor]] = {}
-    zeros: dict[Axis, list[Tensor]] = {}
-    for bit in range(max(int(group[-1]).bit_length(), 1)):
-        coded = (group >> bit & 1).bool()
-        for hits, found in ((ones, _pull(trace, inputs, coded)), (zeros, _pull(trace, inputs, ~coded))):
-            for axis, hit in found.items():
-                hits.setdefault(axis, []).append(hit)
-    for axis in ones:
-        one, zero = torch.stack(ones[axis]), torch.stack(zeros[axis])
-        owner = (one.long() << torch.arange(len(one))[:, None]).sum(0)
-        owner[(one & zero).any(0)] = _PARTLY
-        owner[(one & zero).all(0)] = _STAYS
-        owner[~(one | zero).any(0)] = _UNUSED
-        owners[axis] = owner
-    return owners
+def _draft_query_heads(trace: Trace) -> list[_Draft]:
+    drafts = []
+    for consumer in dict.fromkeys(product.parameter for product in trace.products):
+        inputs = trace.inputs(consumer)
+        width = trace.matrices[consumer][0].shape[1]
+        if not inputs or width < 2 or (outer := group_size(trace, inputs, width)) is None:
+            continue
+        if _kind(trace, inputs) != "heads":
+            continue
+        size = group_size(trace, inputs, width, within=outer) if outer > 2 else None
+        if size is None or size in (1, outer) or outer % size:
+            one = Structure("heads", consumer, width // outer, outer, (), "its groups are single query heads already")
+            drafts.append(_Draft(one, {}))
+            continue
+        # What feeds several heads of a group, keys and values, stays.
+        found = owners_of(trace, inputs, width, size)
+        owners = {axis: owner.where(owner != PARTLY, STAYS) for axis, owner in found.items()}
+        slices, refusal = _slices(trace, owners, width // size)
+        if not any(dim == OUT and bool((owner >= 0).any()) for (_, dim), owner in owners.items()):
+            refusal = "no rows belong to one query head only"
+        slices.append(_matrix_slice(trace, consumer, torch.arange(width).view(-1, size), output=False))
+        structure = Structure("heads", consumer, width // size, size, tuple(slices), refusal, width // outer)
+        drafts.append(_Draft(structure, owners))
+    return drafts
 
 
 def _slices(trace: Trace, owners: dict[Axis, Tensor], groups: int) -> tuple[list[Slice], str | None]:
@@ -225,7 +184,7 @@ def _slices(trace: Trace, owners: dict[Axis, Tensor], groups: int) -> tuple[list
     refusal = None
     for (name, dim), owner in owners.items():
         places = [place for place, group in enumerate(owner.tolist()) if group >= 0]
-        if bool((owner == _PARTLY).any()):
+        if bool((owner == PARTLY).any()):
             refusal = f"some of its groups have {name} in common"
         if not places:
             continue
@@ -279,7 +238,7 @@ def _draft_experts(trace: Trace) -> list[_Draft]:
     drafts: list[_Draft] = []
     for scores in trace.selections:
         count = scores.shape[-1]
-        slices, refusal = _slices(trace, _owners(trace, [(scores, -1)], count, 1), count)
+        slices, refusal = _slices(trace, owners_of(trace, [(scores, -1)], count, 1), count)
         routers = [s.name for s in slices]
         own = _experts_beside(trace, routers[0], count) if routers else []
         if not own or any(draft.structure.consumer in own for draft in drafts):
@@ -326,14 +285,14 @@ def _confirm(draft: _Draft, trace: Trace) -> Structure | None:
 
     def feeds(sinks: list[Tensor]) -> bool:
         known = [(sink, -1) for sink in sinks if sink.requires_grad]
-        hits = _pull(trace, known) if known else {}
-        return any(bool((hit & taken[axis]).any()) for axis, hit in hits.items())
+        hits = pull(trace, known) if known else {}
+        return any(bool((hits[axis] & mine).any()) for axis, mine in taken.items() if axis in hits)
 
     others = [p.read for p in trace.products if p.parameter != structure.consumer]
     if feeds([*others, *trace.selections, *trace.hidden]):
         return None
     kind = _kind(trace, inputs)
-    owners = _owners(trace, inputs, structure.groups * structure.columns, structure.columns)
+    owners = owners_of(trace, inputs, structure.groups * structure.columns, structure.columns)
     blurred = [axis[0] for axis, mine in taken.items() if bool((owners[axis] != draft.owners[axis])[mine].any())]
     refusal = structure.refusal
     if kind == "mixer":

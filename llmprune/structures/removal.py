@@ -20,11 +20,11 @@ class Cut:
 
     Attributes:
         structure: one that is not refused.
-        removed: groups, distinct, in [0, structure.groups); at least one stays.
+        removed: groups, distinct, in [0, structure.groups); at least one stays, and of each partition as many.
 
     Raises:
         ModelError: the structure is refused.
-        PatternError: the groups are out of range, repeat, or are all there are.
+        PatternError: the groups are out of range, repeat, are all there are, or more of one partition than of another.
     """
 
     structure: Structure
@@ -42,6 +42,13 @@ class Cut:
             raise PatternError(
                 f"{len(self.removed)} groups of {structure.consumer} to remove: {list(self.removed)[:8]}",
                 expected=f"distinct numbers below {structure.groups}, and not all of them",
+            )
+        length = structure.groups // structure.partitions
+        counts = {sum(group // length == run for group in self.removed) for run in range(structure.partitions)}
+        if len(counts) > 1:
+            raise PatternError(
+                f"{min(counts)} to {max(counts)} of {length} consecutive groups of {structure.consumer} to remove",
+                expected=f"as many of each {length}: they share a key and value head",
             )
 
     @property
