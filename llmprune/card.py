@@ -6,11 +6,14 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from llmprune.checkpoint import write_text
+from llmprune.checkpoint import read_json, write_text
+from llmprune.packed import NOTICE_KEY
 from llmprune.recipe import Recipe
 from llmprune.report import Report
 
 CARD_NAME = "README.md"
+
+_WORDS = {"heads": "groups of heads", "ffn": "FFN channels"}
 
 
 def write_card(folder: Path, model: str, recipe: Recipe, report: Report) -> None:
@@ -23,25 +26,24 @@ def write_card(folder: Path, model: str, recipe: Recipe, report: Report) -> None
         report: what came out.
     """
     hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not Path(model).exists()
+    methods = {row.method for row in report.rows} | {row.method for row in report.structures}
     data = ModelCardData(
         base_model=model if hub_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["llmprune", "pruned", "sparse", *sorted({row.method for row in report.rows})],
+        tags=["llmprune", "pruned", *(["sparse"] if report.rows else []), *sorted(methods)],
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(model, recipe, report)}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(folder, model, recipe, report)}")
     write_text(folder / CARD_NAME, str(card))
 
 
-def _body(model: str, recipe: Recipe, report: Report) -> str:
-    patterns = ", ".join(sorted({f"{row.pattern} by {row.method}" for row in report.rows}))
+def _body(folder: Path, model: str, recipe: Recipe, report: Report) -> str:
     name = Path(model).name
     lines = [
         f"# {name}, pruned",
         "",
-        f"{name} with {report.sparsity:.1%} of the weights of {len(report.rows)} matrices set to zero ({patterns}), "
-        f"one decoder layer at a time, by llmprune {report.header['version']['llmprune']}.",
-        "It loads with `AutoModelForCausalLM.from_pretrained`, like the original.",
+        f"{name}, {_what(report)}, one decoder layer at a time, by llmprune {report.header['version']['llmprune']}.",
+        f"It loads with `AutoModelForCausalLM.from_pretrained`{_how(folder)}.",
         "",
         *_table(report),
         "## How it was made",
@@ -58,6 +60,32 @@ def _body(model: str, recipe: Recipe, report: Report) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _how(folder: Path) -> str:
+    """What stock transformers needs to load the checkpoint: packed weights and layers of different sizes need us."""
+    config = folder / "config.json"
+    ours = config.exists() and NOTICE_KEY in read_json(config)
+    return " after `pip install llmprune` and `import llmprune`" if ours else ", like the original"
+
+
+def _what(report: Report) -> str:
+    """What was taken out, in words."""
+    parts = []
+    extent = report.header.get("extent")
+    if extent and extent["pruned"]["layers"] < extent["dense"]["layers"]:
+        parts.append(f"with {extent['pruned']['layers']} of {extent['dense']['layers']} decoder layers")
+    for kind, (groups, kept, count) in report.removed.items():
+        parts.append(f"with {kept:,} of {groups:,} {_WORDS.get(kind, kind)} in {count} places")
+    if extent:
+        share = extent["pruned"]["parameters"] / extent["dense"]["parameters"]
+        parts.append(f"{share:.1%} of its parameters in all")
+    if report.rows:
+        patterns = ", ".join(sorted({f"{row.pattern} by {row.method}" for row in report.rows}))
+        parts.append(
+            f"with {report.sparsity:.1%} of the weights of {len(report.rows)} matrices set to zero ({patterns})"
+        )
+    return ", ".join(parts)
 
 
 def _table(report: Report) -> list[str]:

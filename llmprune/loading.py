@@ -34,7 +34,6 @@ from llmprune.packed import (
     without_notice,
 )
 from llmprune.sparse_linear import SparseLinear, self_tests_wanted
-from llmprune.structures.overrides import apply_overrides, put_overrides, take_overrides
 
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers is not typed
@@ -71,6 +70,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         """Take what is not for transformers out of its way; called before the weight files are looked for."""
+        # Not at the top: if it is what first imports transformers, which imports this module, it is half imported there.
+        from llmprune.structures.overrides import take_overrides
+
         self._overrides = self._overrides or take_overrides(config)
         return without_notice(config)
 
@@ -79,6 +81,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
         return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        from llmprune.structures.overrides import apply_overrides, put_overrides
+
         if self._overrides:
             put_overrides(model.config, self._overrides)
             apply_overrides(model, model.config)

@@ -16,7 +16,7 @@ from torch import Tensor
 from llmprune.checkpoint import INDEX_NAME, Stored, file_digest, read_json, write_json, write_shard
 from llmprune.errors import CheckpointError, ResumeError
 from llmprune.formats import Layout, layout_from_dict
-from llmprune.packed import packing_record, without_packing_record
+from llmprune.packed import with_packing_record
 from llmprune.report import REPORT_NAME, MatrixRow, StructureRow
 
 MANIFEST_NAME = ".llmprune.json"
@@ -159,7 +159,7 @@ class OutputFolder:
         with writing_to(self.path):
             config = read_json(self.path / "config.json")
         layouts = {name: layout for layer in self.layers.values() for name, layout in self.layouts_of(layer).items()}
-        described = without_packing_record(config) | (packing_record(layouts) if layouts else {})
+        described = with_packing_record(config, layouts)
         if described != config:
             write_json(self.path / "config.json", described)
 

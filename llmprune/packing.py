@@ -36,7 +36,7 @@ from llmprune.packed import (
     as_dense,
     layout_name,
     packed_layouts,
-    packing_record,
+    with_packing_record,
     without_packing_record,
 )
 from llmprune.patterns import NM, Pattern, Unstructured, parse
@@ -172,7 +172,7 @@ def pack(
     report = PackReport(target, tuple(rows), dense, dense - saved)
     shards = {key: tensor.file.name for key, tensor in stored.items()}
     require_space(target, report.packed_checkpoint_bytes)
-    _Writer(source, target, shards, watch).write(read, {**config, **packing_record(layouts)}, "packing")
+    _Writer(source, target, shards, watch).write(read, with_packing_record(config, layouts), "packing")
     return report
 
 

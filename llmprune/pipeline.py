@@ -4,7 +4,7 @@ import datetime
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from llmprune.auditing import audit_checkpoint
 from llmprune.calibration import TextSpec, Tokenizer, Tokens
 from llmprune.card import write_card
-from llmprune.checkpoint import Stored, read_header, write_text
+from llmprune.checkpoint import write_text
 from llmprune.decisions import Decisions
 from llmprune.devices import describe_device, resolve_device
 from llmprune.errors import RecipeError, ResumeError
+from llmprune.extent import measure_extent
 from llmprune.hub import checkpoint_digest, resolve_model
 from llmprune.memory import LayerMemory, PeakWatch, ends_bytes, layer_memory, predict_peak
 from llmprune.output import (
@@ -31,7 +32,6 @@ from llmprune.output import (
     require_other,
     require_space,
 )
-from llmprune.packed import pack_matrices
 from llmprune.perplexity import compare_perplexity, run_stream
 from llmprune.planning import plan_jobs
 from llmprune.progress import Progress, Watcher, ignore
@@ -41,13 +41,15 @@ from llmprune.report import REPORT_NAME, MatrixRow, Report, StructureRow, load_r
 from llmprune.saving import evaluating, save_dense, save_pruned, take_over
 from llmprune.shortage import MemoryGuard, pruning_needs, sampling_needs
 from llmprune.solving import Job, solve_layer
-from llmprune.source import CheckpointSource, ModelSource, Source, positive_zeros
+from llmprune.source import CheckpointSource, ModelSource, Source
+from llmprune.speed import compare_speed
 from llmprune.stream import ResidentLayer, Stream, StreamSettings
 from llmprune.structures.removal import Cut
 from llmprune.survey import decide
 from llmprune.texts import load_texts, load_tokenizer
 from llmprune.timing import Stages
 from llmprune.version import __version__
+from llmprune.writing import Writer
 
 
 def prune(
@@ -154,11 +156,12 @@ class Run:
             dense_layers = source if self.reduction is None else self.reduction.source
             rows = self.prune_layers(dense_layers, jobs, texts["calibration"], target, memory)
         with self.stages("write"):
-            target.finish(source.folder, self.write_ends(source, target), self._new_config())
+            Writer(source, self.reduction, target, self.recipe.format).finish()
         if self.reduction is not None:
             # What was written is what is measured; reading it checks it.
             result = self._audited(target.path)
         report = self._report(name, target.keys, result, texts, rows, dense, memory)
+        report.header.update(self._smaller(source, result, target, texts["calibration"]))
         report.save(target.path)
         write_card(target.path, name, self.recipe, report)
         target.close()
@@ -216,8 +219,23 @@ class Run:
         assert target.decisions is not None
         reduction.settle(Decisions.from_dict(target.decisions))
 
-    def _new_config(self) -> dict[str, Any] | None:
-        return None if self.reduction is None else self.reduction.result.config.to_dict()
+    def _smaller(
+        self, source: CheckpointSource, result: CheckpointSource, target: OutputFolder, tokens: Tokens
+    ) -> dict[str, Any]:
+        """What the report says of a model that became smaller, beside the dense one."""
+        if self.reduction is None:
+            return {}
+        self.watch(Progress("speed"))
+        with self.stages("speed"):
+            speeds = compare_speed(source, result, tokens.ids[:1], self.device)
+        both = ("dense", "pruned")
+        return {
+            "decisions": target.decisions,
+            "extent": {
+                name: measure_extent(model).to_dict() for name, model in zip(both, (source, result), strict=True)
+            },
+            "speed": {name: asdict(speed) for name, speed in zip(both, speeds, strict=True)},
+        }
 
     def _audited(self, folder: Path) -> CheckpointSource:
         """Open the checkpoint that was written, and check its config and its tensors against each other."""
@@ -324,37 +342,9 @@ class Run:
         removed: Sequence[StructureRow],
     ) -> None:
         self._tell(layer, "writing")
+        writer = Writer(source, self.reduction, target, self.recipe.format)
         with self.stages("write"):
-            if self.reduction is None:
-                assert isinstance(source, CheckpointSource)
-                result, number = source, layer.index
-                tensors = source.checkpoint_tensors(layer.index, layer.replaced)
-            else:
-                result, number = self.reduction.result, self.reduction.numbers[layer.index]
-                tensors = self.reduction.tensors(layer, cuts)
-            patterns = {name: job.pattern for name, job in jobs.items() if self._is_linear(source, layer, name)}
-            tensors, layouts = pack_matrices(tensors, patterns, self.recipe.format)
-            shard = shard_name(result, number + 1)
-            result.overlay(target.commit(layer.name, shard, tensors, rows, layouts, removed), layouts)
-
-    def _is_linear(self, source: Source, layer: ResidentLayer, name: str) -> bool:
-        """Whether a matrix is a linear layer that can be packed.
-
-        Under another key than the layer's name, the parts could not be told from it (see packing.py).
-        """
-        dense = source if self.reduction is None else self.reduction.dense
-        assert isinstance(dense, CheckpointSource)
-        original = f"{dense.layer_name(layer.index)}{name.removeprefix(layer.name)}"
-        return dense.linear_key(original) == f"{original}.weight"
-
-    def write_ends(self, source: CheckpointSource, target: OutputFolder) -> dict[str, list[Stored]]:
-        """Write everything outside the decoder layers; returns each shard's tensors."""
-        first = shard_name(self._result(source), 0)
-        whole = source if self.reduction is None else self.reduction.source
-        tensors = {key: positive_zeros(tensor) for key, tensor in whole.end_tensors().items()}
-        target.commit_ends(first, tensors)
-        shards = [first, *(layer["shard"] for layer in target.layers.values())]
-        return {shard: read_header(target.path / shard) for shard in shards}
+            writer.commit(layer, rows, jobs, cuts, removed)
 
     def _report(
         self,
@@ -405,11 +395,6 @@ class Run:
 
     def _mean_error(self) -> float | None:
         return sum(self.errors) / len(self.errors) if self.errors else None
-
-
-def shard_name(source: Source, number: int) -> str:
-    """The usual shard name; number 0 holds what is outside the decoder layers."""
-    return f"model-{number + 1:05d}-of-{len(source.layers) + 1:05d}.safetensors"
 
 
 def versions() -> dict[str, str]:

@@ -136,6 +136,25 @@ class Report:
         return sum(errors) / len(errors) if errors else None
 
     @property
+    def removed(self) -> dict[str, tuple[int, int, int]]:
+        """Kind of structure -> groups before, groups that stay, and structures of this kind and size that lost some.
+
+        Where widths differ, the key says how many kinds there are: "ffn (3 widths)", with the totals.
+        """
+        found: dict[str, list[StructureRow]] = {}
+        for row in self.structures:
+            found.setdefault(row.kind, []).append(row)
+        result = {}
+        for kind, rows in found.items():
+            widths = {(row.groups, row.kept) for row in rows}
+            if len(widths) == 1:
+                result[kind] = rows[0].groups, rows[0].kept, len(rows)
+            else:
+                totals = sum(row.groups for row in rows), sum(row.kept for row in rows)
+                result[f"{kind} ({len(widths)} widths)"] = *totals, len(rows)
+        return result
+
+    @property
     def dense_perplexity(self) -> float | None:
         """Perplexity of the dense model, which may be infinite; None if the recipe measures none."""
         return self._evaluation("dense")

@@ -48,11 +48,11 @@ def save_pruned(
             save_dense(model, tokenizer, folder)
             write_text(folder / RECIPE_NAME, recipe.to_yaml())
             report.save(folder)
-            write_card(folder, report.header["model"], recipe, report)
             if recipe.format != "dense":
                 # Where nothing gets smaller, all matrices stay dense, as they do from a checkpoint.
                 with contextlib.suppress(PatternError):
                     folder = pack(folder, folder.with_name("packed"), recipe.format).folder
+            write_card(folder, report.header["model"], recipe, report)
             with locked(output):
                 require_empty(output, resume=False, overwrite=overwrite)
                 remove_checkpoint(output)

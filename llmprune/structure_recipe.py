@@ -29,6 +29,7 @@ GroupScore = Literal[
     "activation-norm",
     "activation-frequency",
     "wanda",
+    "channel-norm",
     "flap",
     "taylor",
     "fisher",

@@ -30,6 +30,7 @@ from llmprune.pipeline import Run, versions
 from llmprune.planning import plan_jobs
 from llmprune.precision import float32_products
 from llmprune.recipe import load_recipe
+from llmprune.writing import Writer
 
 SHAPES = {
     "llama-1.2b": {
@@ -127,7 +128,7 @@ def measure(folder: Path, output: Path, recipe, samples: int, length: int) -> di
         target = OutputFolder.open(output, {}, resume=False, overwrite=True)
         run.prune_layers(source, jobs, Tokens(ids, "", {}), target, memory)
         with run.stages("write"):
-            target.finish(folder, run.write_ends(source, target))
+            Writer(source, None, target, run.recipe.format).finish()
         total = time.perf_counter() - start
     tokens = samples * length
     forward_flops = 2.0 * 2 * tokens * sum(rows * columns for layer in run.memories for rows, columns in layer.shapes)

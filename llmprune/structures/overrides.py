@@ -142,15 +142,13 @@ def apply_overrides(model: PreTrainedModel, config: PretrainedConfig, decoder_la
             built[repr(values)] = find_decoder_layers(own, decoder_layers)[1]
         if values:
             own_layer = built[repr(values)][layer]
-            _settle_in(own_layer, layers[layer])
+            _share_choices(own_layer, layers[layer])
             layers[layer] = own_layer
         remove_blocks(layers[layer], layer, removed)
 
 
-def _settle_in(layer: nn.Module, replaced: nn.Module) -> None:
-    """Give a layer of its own size what belongs to the model: mode, gradients, and the choice of attention."""
-    layer.train(replaced.training)
-    layer.requires_grad_(any(parameter.requires_grad for parameter in replaced.parameters()))
+def _share_choices(layer: nn.Module, replaced: nn.Module) -> None:
+    """Have a layer of its own size attend as the model's config says, which the replaced layer has."""
     before = dict(replaced.named_modules())
     for name, module in layer.named_modules():
         for key, own in list(vars(module).items()):

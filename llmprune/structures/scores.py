@@ -76,6 +76,12 @@ def wanda(channels: Channels) -> Float[Tensor, " groups"]:
     return _grouped(weights * _mean_squares(channels).sqrt(), channels.groups)
 
 
+def channel_norm(channels: Channels) -> Float[Tensor, " groups"]:
+    """Root of the sum over the group of ||W_:j||^2 mean_t x_tj^2: what the outputs lose if channels are uncorrelated."""
+    energy = _reading(channels).square().sum(0, dtype=torch.float64)
+    return _grouped(energy * _mean_squares(channels), channels.groups).sqrt()
+
+
 def fluctuation(channels: Channels) -> Float[Tensor, " groups"]:
     """Sum over the group of Var_t(x_tj) ||W_:j||^2 (FLAP, arXiv 2312.11983, equation 5)."""
     assert channels.sums is not None, "the fluctuation needs sums of the activations"
@@ -108,6 +114,7 @@ SCORES: dict[str, Callable[[Channels], Tensor]] = {
     "activation-norm": activation_norm,
     "activation-frequency": activation_frequency,
     "wanda": wanda,
+    "channel-norm": channel_norm,
     "flap": fluctuation,
     "taylor": taylor,
     "fisher": fisher,
@@ -121,6 +128,7 @@ NEEDS: dict[str, frozenset[str]] = {
     "activation-norm": frozenset({"tokens", "squares"}),
     "activation-frequency": frozenset({"tokens", "active"}),
     "wanda": frozenset({"reading", "tokens", "squares"}),
+    "channel-norm": frozenset({"reading", "tokens", "squares"}),
     "flap": frozenset({"reading", "tokens", "sums", "squares"}),
     "taylor": frozenset({"matrices", "gradients"}),
     "fisher": frozenset({"matrices", "squared_gradients"}),

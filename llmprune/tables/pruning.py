@@ -29,7 +29,8 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
     return facts(
         ("model", header["model"]),
         *_evaluation_facts(report),
-        ("sparsity", f"{report.sparsity:.2%} of {len(report.rows)} matrices"),
+        *_removal_facts(report),
+        *([("sparsity", f"{report.sparsity:.2%} of {len(report.rows)} matrices")] if report.rows else []),
         ("mean error", error),
         ("raised damping", f"{climbed} matrices"),
         ("expert priors", f"{priors} matrices"),
@@ -41,6 +42,35 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
         *_size_facts(header["size"]),
         ("report", str(folder / "report.json")),
     )
+
+
+def _removal_facts(report: "Report") -> list[tuple[str, str]]:
+    """What became of a model that lost structures; nothing of another one."""
+    extent, speed = report.header.get("extent"), report.header.get("speed")
+    if not extent or not speed:
+        return []
+    dense, pruned = extent["dense"], extent["pruned"]
+    lines = [f"{kind}: {kept:,} of {groups:,} in {count}" for kind, (groups, kept, count) in report.removed.items()]
+    if pruned["layers"] < dense["layers"]:
+        lines.insert(0, f"layers: {pruned['layers']} of {dense['layers']}")
+    prefill, token = (
+        speed["dense"][key] / max(speed["pruned"][key], 1e-12) for key in ("prefill_seconds", "token_seconds")
+    )
+    return [
+        *(("stays" if not place else "", line) for place, line in enumerate(lines)),
+        ("parameters", _of(pruned["parameters"], dense["parameters"])),
+        ("FLOPs a token", _of(pruned["flops_per_token"], dense["flops_per_token"])),
+        ("bytes", _of(pruned["nbytes"], dense["nbytes"])),
+        (
+            "speed",
+            f"{prefill:.2f}x in a prompt of {speed['dense']['prefill_tokens']} tokens, {token:.2f}x in one token",
+        ),
+        ("", "of all decoder layers, dense and pruned in turns"),
+    ]
+
+
+def _of(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,} ({part / whole:.1%})"
 
 
 def _size_facts(size: dict[str, int] | None) -> list[tuple[str, str]]:

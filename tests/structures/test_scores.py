@@ -59,6 +59,7 @@ def slow(name: str, channels: Channels, inputs: Tensor, group: int) -> float:
         "activation-norm": math.sqrt(sum(mean_square.values())),
         "activation-frequency": sum(float((inputs[:, j] > 0).double().mean()) for j in columns) / 3,
         "wanda": sum(float(reading[:, j].double().abs().sum()) * math.sqrt(mean_square[j]) for j in columns),
+        "channel-norm": math.sqrt(sum(norm[j] * mean_square[j] for j in columns)),
         "flap": sum(float(inputs[:, j].var(unbiased=False)) * norm[j] for j in columns),
         "taylor": sum(abs(g * w) for w, g, _ in weights),
         "fisher": sum(w * w * f / 2 for w, _, f in weights),

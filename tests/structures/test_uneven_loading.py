@@ -179,11 +179,35 @@ def test_packed_layers_of_different_sizes(tmp_path: Path, pattern: str, layout: 
 def test_without_llmprune_the_error_says_what_to_install(tmp_path: Path) -> None:
     save_uneven(tmp_path / "a")
     load(tmp_path / "a").save_pretrained(tmp_path / "b")
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r})"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode != 0
-        assert "pip install llmprune" in "".join(done.stderr.splitlines()[-2:])
+    for name in "ab":
+        assert "pip install llmprune" in stock_error(tmp_path / name)
+
+
+def stock_error(folder: Path) -> str:
+    """What transformers says without llmprune."""
+    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    return "".join(done.stderr.splitlines()[-2:])
+
+
+def test_the_text_model_of_a_larger_one(tmp_path: Path) -> None:
+    """AutoModelForCausalLM takes the inner config of Llama 4, which must hold the notice as well."""
+    wanted = save_uneven(tmp_path, "llama4", moe_layers=[])
+    described = read_json(tmp_path / "config.json")
+    inner = {key: value for key, value in described.items() if key not in (*packing_record({}), "architectures")}
+    outer = {"model_type": "llama4", "architectures": described["architectures"], "text_config": inner}
+    (tmp_path / "config.json").write_text(json.dumps(with_packing_record(outer, {})))
+    assert close(logits(load(tmp_path)), wanted)
+    assert "pip install llmprune" in stock_error(tmp_path)
+    config = CheckpointSource(tmp_path).config
+    assert NOTICE not in (getattr(part, NOTICE_KEY, None) for part in (config, config.get_text_config(decoder=True)))
+
+
+@pytest.mark.parametrize("module", ["llmprune.skeleton", "llmprune.structures.overrides", "llmprune.source"])
+def test_any_module_may_be_what_imports_transformers(module: str) -> None:
+    done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True)
+    assert done.stderr == ""
 
 
 def test_is_read_layer_by_layer(tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""How large a model is: parameters, arithmetic and bytes, from its shapes alone."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llmprune.decisions import active_experts
+from llmprune.source import CheckpointSource
+from llmprune.structures.costs import flops, layer_size
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """The size of a model.
+
+    Attributes:
+        layers: decoder layers.
+        parameters: all of them; tied ones once.
+        flops_per_token: of the products with weights, decoder layers and head; of routed experts those that are used.
+            Attention's products of activations, which grow with the length, are left out.
+        nbytes: of the tensors as they are stored.
+    """
+
+    layers: int
+    parameters: int
+    flops_per_token: int
+    nbytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        return asdict(self)
+
+
+def measure_extent(source: CheckpointSource) -> Extent:
+    """Count a checkpoint; no weight is read."""
+    active = active_experts(source.config)
+    head = source.model.get_output_embeddings()
+    return Extent(
+        layers=len(source.layers),
+        parameters=sum(parameter.numel() for parameter in source.model.parameters()),
+        flops_per_token=round(
+            sum(layer_size(layer, flops, active) for layer in source.layers)
+            + (2 * head.weight.numel() if head is not None else 0)
+        ),
+        nbytes=source.sizes()["stored_bytes"],
+    )
