@@ -11,7 +11,6 @@ Counted are the matrix products:
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from llmprune.decoder import prunable_matrices
 from llmprune.devices import describe_device, runs_per_second
 from llmprune.hub import resolve_model
-from llmprune.memory import LayerMemory, ends_bytes, layer_memory, predict_peak
+from llmprune.memory import ends_bytes, layer_memory
 from llmprune.observation import Group
 from llmprune.patterns import Unstructured
 from llmprune.pipeline import Run
+from llmprune.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan, Work
 from llmprune.planning import plan_jobs
 from llmprune.precision import add_gram, float32_products
 from llmprune.recipe import Recipe, load_recipe
+from llmprune.reduction import Reduction
 from llmprune.solving import Job
 from llmprune.source import CheckpointSource
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.structure_plan import (
+    consumer_shapes,
+    observations,
+    plan_structures,
+    removal_work,
+    structure_notes,
+)
 
 # The look at a layer: few tokens, and sizes that hardly any dimension of a model has, so that a tensor's shape tells
 # which of its dimensions grow with the batch and with the length.
@@ -40,147 +49,6 @@ _SAMPLES, _LENGTH = 2, 61
 
 # The size of the square matrices that rates are measured on.
 _RATE_SIZES = {"cpu": 1024, "cuda": 4096}
-
-
-@dataclass(frozen=True, slots=True)
-class MatrixPlan:
-    """What will be done to one matrix.
-
-    Attributes:
-        name: dotted name inside its decoder layer.
-        shape: (out, in).
-        pattern: "dense" if it is left alone.
-        method: None if it is left alone.
-        zeros: how many there will be; an average where a pattern is compared over the whole layer.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    pattern: str
-    method: str | None
-    zeros: int
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """The matrix products of a run: floating-point operations, or their rates in operations a second, or seconds.
-
-    Attributes:
-        forward: both forwards of all calibration tokens.
-        gram: Gram matrices.
-        solve: factorisations and sweeps.
-    """
-
-    forward: float
-    gram: float
-    solve: float
-
-    @property
-    def total(self) -> float:
-        """The sum."""
-        return self.forward + self.gram + self.solve
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPlan:
-    """Decoder layers with the same structure and the same plan.
-
-    Attributes:
-        indices: which layers.
-        matrices: in the order of the layer's modules.
-        work: operations of one of these layers.
-        memory: bytes while one of them is resident.
-    """
-
-    indices: tuple[int, ...]
-    matrices: tuple[MatrixPlan, ...]
-    work: Work
-    memory: LayerMemory
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """The parts of the predicted peak in bytes, as `llmprune.memory` defines them.
-
-    Attributes:
-        ends: embeddings, final norm and head.
-        hidden_states: in memory; at most the recipe's activation_budget.
-        calls: masks and rotary embeddings.
-        first: of the first layer, which is shown one batch beside the ends.
-        layer: of the layer that takes most.
-    """
-
-    ends: int
-    hidden_states: int
-    calls: int
-    first: LayerMemory
-    layer: LayerMemory
-
-    @property
-    def peak(self) -> int:
-        """The predicted peak, above what the interpreter holds."""
-        return predict_peak(self.ends, self.hidden_states, self.calls, [self.first, self.layer])
-
-
-@dataclass(frozen=True, slots=True)
-class DryRun:
-    """What a run would do.
-
-    Attributes:
-        model: as it was named.
-        recipe: as it will be run.
-        device: its name.
-        compute_dtype: dtype of the forward, as torch names it.
-        layers_path: dotted name of the list of decoder layers.
-        tokens: calibration tokens, the held-back ones included.
-        layers: the plan; layers with the same one stand together.
-        rates: matrix products a second on this device, measured just now.
-        memory: predicted peak.
-        disk_bytes: size of the pruned checkpoint.
-        spilled_bytes: hidden states beyond the activation budget, in the temporary folder.
-        notes: what the figures leave out.
-    """
-
-    model: str
-    recipe: dict[str, Any]
-    device: str
-    compute_dtype: str
-    layers_path: str
-    tokens: int
-    layers: tuple[LayerPlan, ...]
-    rates: Work
-    memory: MemoryPlan
-    disk_bytes: int
-    spilled_bytes: int
-    notes: tuple[str, ...]
-
-    @property
-    def work(self) -> Work:
-        """Operations of all layers."""
-        counted = [(len(plan.indices), plan.work) for plan in self.layers]
-        return Work(
-            forward=sum(count * work.forward for count, work in counted),
-            gram=sum(count * work.gram for count, work in counted),
-            solve=sum(count * work.solve for count, work in counted),
-        )
-
-    @property
-    def seconds(self) -> Work:
-        """The operations at the measured rates: a lower bound, see `notes`."""
-        work, rates = self.work, self.rates
-        return Work(work.forward / rates.forward, work.gram / rates.gram, work.solve / rates.solve)
-
-    @property
-    def sparsity(self) -> float:
-        """Expected fraction of zeros over all matrices that are pruned."""
-        pruned = [(len(p.indices), m) for p in self.layers for m in p.matrices if m.method is not None]
-        elements = sum(count * matrix.shape[0] * matrix.shape[1] for count, matrix in pruned)
-        return sum(count * matrix.zeros for count, matrix in pruned) / max(elements, 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, ready for JSON."""
-        derived = {"sparsity": self.sparsity, "work": asdict(self.work), "seconds": asdict(self.seconds)}
-        return {**asdict(self), **derived, "memory": {**asdict(self.memory), "peak": self.memory.peak}}
 
 
 def dry_run(
@@ -204,9 +72,12 @@ def dry_run(
 
 def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     settings, device = run.recipe, run.device
-    jobs = plan_jobs(source, settings)
-    look = _Look(source, settings, device)
+    reduction = Reduction(source, settings.structures, settings.decoder_layers) if settings.structures else None
+    result = source if reduction is None else reduction.result
+    jobs = plan_jobs(result, settings)
+    look = _Look(source, settings, device, reduction)
     layers = tuple(look.plan(indices, jobs) for indices in _kinds(source, jobs))
+    structures = plan_structures(reduction)
     hidden = look.hidden_bytes
     resident = min(hidden, int(settings.activation_budget))
     largest = max((plan.memory for plan in layers), key=lambda memory: memory.total)
@@ -220,9 +91,10 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         layers=layers,
         rates=measure_rates(device, source.model.dtype),
         memory=MemoryPlan(ends_bytes(source), resident, look.calls_bytes, layers[0].memory, largest),
-        disk_bytes=sum(stored.nbytes for stored in source.stored.values()),
+        disk_bytes=_disk_bytes(source, result),
         spilled_bytes=hidden - resident,
-        notes=tuple(_notes(settings, source)),
+        notes=(*_notes(settings, source), *(structure_notes(structures, settings.structures) if structures else ())),
+        structures=structures,
     )
 
 
@@ -248,8 +120,10 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Work:
 class _Look:
     """A look at single layers with a few random tokens, and what it says about a run over all of them."""
 
-    def __init__(self, source: CheckpointSource, recipe: Recipe, device: torch.device) -> None:
-        self._source, self._recipe, self._device = source, recipe, device
+    def __init__(
+        self, source: CheckpointSource, recipe: Recipe, device: torch.device, reduction: Reduction | None
+    ) -> None:
+        self._source, self._recipe, self._device, self._reduction = source, recipe, device, reduction
         self._length = recipe.calibration.length
         self._batches = _batch_sizes(recipe)
         self.tokens = (recipe.calibration.samples + recipe.held_back) * self._length
@@ -285,32 +159,52 @@ class _Look:
         try:
             layer = ResidentLayer(self._stream, index)
             # Column norms where nothing is needed: their count says how many tokens reach an expert.
-            groups = layer.observe({name: job.method.needs or ColumnNorm for name, job in jobs[index].items()})
+            needs = {name: job.method.needs or ColumnNorm for name, job in jobs[index].items()}
+            groups = layer.observe(needs) if needs else []
             held_back = self._recipe.held_back * self._length
-            memory = layer_memory(layer, groups, jobs[index], max(self._batches) * self._length, held_back)
-            work = self._work(layer, groups, jobs[index])
+            consumers = consumer_shapes(self._reduction, index) if self._reduction else []
+            memory = layer_memory(layer, groups, jobs[index], max(self._batches) * self._length, held_back, consumers)
+            left = self._left(layer)
+            work = self._work(layer, groups, jobs[index], left)
         finally:
             self._source.free_layer(index)
         prefix = layer.name + "."
         matrices = (
-            _matrix_plan(name.removeprefix(prefix), matrix.shape, jobs[index].get(name))
-            for name, matrix in layer.matrices.items()
+            _matrix_plan(name.removeprefix(prefix), shape, jobs[index].get(name)) for name, shape in left.items()
         )
         return LayerPlan(indices, tuple(matrices), work, memory)
 
-    def _work(self, layer: ResidentLayer, groups: Sequence[Group], jobs: Mapping[str, Job]) -> Work:
+    def _left(self, layer: ResidentLayer) -> dict[str, tuple[int, int]]:
+        """Matrix -> (out, in) once structures are gone from the layer."""
+        if self._reduction is None:
+            return {name: matrix.shape for name, matrix in layer.matrices.items()}
+        return {m.name: m.shape for m in prunable_matrices(self._reduction.result.layers[layer.index], layer.name)}
+
+    def _work(
+        self,
+        layer: ResidentLayer,
+        groups: Sequence[Group],
+        jobs: Mapping[str, Job],
+        left: Mapping[str, tuple[int, int]],
+    ) -> Work:
         shares = self._shares(layer, groups)
-        elements = sum(shares[name] * matrix.shape[0] * matrix.shape[1] for name, matrix in layer.matrices.items())
         counted = self._recipe.calibration.samples * self._length
         products = factors = 0.0
         for group in groups:
             if isinstance(group.statistics, Gram):
-                width = layer.matrices[group.names[0]].shape[1]
+                width = left[group.names[0]][1]
                 products += 2 * counted * shares[group.names[0]] * width**2
                 factors += width**3 / 3
-        swept = [layer.matrices[name].shape for name, job in jobs.items() if job.method.needs is Gram]
+        swept = [left[name] for name, job in jobs.items() if job.method.needs is Gram]
         sweeps = sum(2 * rows * width**2 for rows, width in swept)
-        return Work(2 * 2 * elements * self.tokens, products, factors + sweeps)
+        elements = sum(shares[name] * rows * columns for name, (rows, columns) in left.items())
+        forward = (1 + bool(jobs)) * elements
+        if self._reduction is not None:
+            dense = sum(shares[name] * m.shape[0] * m.shape[1] for name, m in layer.matrices.items())
+            forward += observations(self._reduction, layer.index) * dense
+            gram, solve = removal_work(self._reduction, layer.index, counted)
+            products, factors = products + gram, factors + solve
+        return Work(2 * forward * self.tokens, products, factors + sweeps)
 
     def _shares(self, layer: ResidentLayer, groups: Sequence[Group]) -> dict[str, float]:
         """The fraction of the tokens that reaches each matrix: 1, but for experts."""
@@ -349,6 +243,13 @@ def _kinds(source: CheckpointSource, jobs: Sequence[dict[str, Job]]) -> list[tup
         plan = tuple((name.removeprefix(prefix), job) for name, job in jobs[index].items())
         kinds.setdefault((parameters, plan), []).append(index)
     return [tuple(indices) for indices in kinds.values()]
+
+
+def _disk_bytes(source: CheckpointSource, result: CheckpointSource) -> int:
+    """Bytes of the pruned checkpoint, by the share of the parameters that stays."""
+    nbytes = sum(stored.nbytes for stored in source.stored.values())
+    whole, left = (sum(p.numel() for p in checkpoint.model.parameters()) for checkpoint in (source, result))
+    return nbytes if result is source else round(nbytes * left / whole)
 
 
 def _batch_sizes(recipe: Recipe) -> set[int]:

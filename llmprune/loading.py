@@ -70,8 +70,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         """Take what is not for transformers out of its way; called before the weight files are looked for."""
-        # Not at the top: if it is what first imports transformers, which imports this module, it is half imported there.
-        from llmprune.structures.overrides import take_overrides
+        # Not at the top of the file: what first imports transformers, and thereby this, may be that module.
+        from llmprune.overrides import take_overrides
 
         self._overrides = self._overrides or take_overrides(config)
         return without_notice(config)
@@ -81,7 +81,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
         return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        from llmprune.structures.overrides import apply_overrides, put_overrides
+        from llmprune.overrides import apply_overrides, put_overrides
 
         if self._overrides:
             put_overrides(model.config, self._overrides)

@@ -75,6 +75,7 @@ def layer_memory(
     jobs: dict[str, Job],
     batch_tokens: int,
     held_back_tokens: int,
+    consumers: Sequence[tuple[int, int]] = (),
 ) -> LayerMemory:
     """Apply the formula to a layer; its parameters may be on the meta device.
 
@@ -85,6 +86,7 @@ def layer_memory(
         jobs: what is done to its matrices.
         batch_tokens: tokens in a forward.
         held_back_tokens: tokens that the statistics do not see.
+        consumers: (out, in) of matrices from whose inputs groups are removed first; their statistics are gone by then.
     """
     if groups is None:
         widths = [(layer.matrices[name].shape[1], job.method.needs is Gram) for name, job in jobs.items()]
@@ -93,14 +95,22 @@ def layer_memory(
     shapes = [layer.matrices[name].shape for name in jobs]
     parameters = list(layer.module.parameters())
     itemsize = max((parameter.element_size() for parameter in parameters), default=4)
-    widest = max((max(shape) for shape in shapes), default=0)
-    hidden = min((min(shape) for shape in shapes), default=0)
+    every = [matrix.shape for matrix in layer.matrices.values()]
+    widest = max((max(shape) for shape in every), default=0)
+    hidden = min((min(shape) for shape in every), default=0)
+    kept_rows = itemsize * min(HELD_BACK_ROWS, held_back_tokens)
+    solving = [_solving(shape, jobs[name]) for name, shape in zip(jobs, shapes, strict=True)]
+    # About five matrices of the width (structures.solver), and the matrix in float32 three times over.
+    removing = [20 * width**2 + 12 * rows * width for rows, width in consumers]
     return LayerMemory(
         weights=sum(parameter.nbytes for parameter in parameters),
-        statistics=sum(4 * width**2 if gram else 4 * width for width, gram in widths),
-        held_back=sum(min(HELD_BACK_ROWS, held_back_tokens) * width * itemsize for width, _ in widths),
+        statistics=max(
+            sum(4 * width**2 if gram else 4 * width for width, gram in widths),
+            sum(4 * width**2 for _, width in consumers),
+        ),
+        held_back=kept_rows * max(sum(width for width, _ in widths), sum(width for _, width in consumers)),
         forward=batch_tokens * (itemsize * (6 * hidden + 3 * widest) + 4 * widest),
-        solving=max((_solving(shape, jobs[name]) for name, shape in zip(jobs, shapes, strict=True)), default=0),
+        solving=max([*solving, *removing], default=0),
         shapes=tuple(shapes),
         gram_widths=tuple(width for width, gram in widths if gram),
     )

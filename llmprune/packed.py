@@ -5,7 +5,7 @@ config.json says which linear layers are stored in which layout:
     "quantization_config": {"quant_method": "llmprune", "version": 1, "modules": {"model.layers.0.mlp.up_proj": {...}}},
     "transformers_weights": "written by llmprune: ..."
 
-Where decoder layers differ in size (`per_layer_config`, see `structures.overrides`) the same record, with or without
+Where decoder layers differ in size (`per_layer_config`, see `llmprune.overrides`) the same record, with or without
 modules, has them built in their sizes.
 
 transformers goes on with random weights when it does not know a `quant_method`. The second key stops it: its value is

@@ -44,6 +44,7 @@ from llmprune.solving import Job, solve_layer
 from llmprune.source import CheckpointSource, ModelSource, Source
 from llmprune.speed import compare_speed
 from llmprune.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.structure_plan import consumer_shapes
 from llmprune.structures.removal import Cut
 from llmprune.survey import decide
 from llmprune.texts import load_texts, load_tokenizer
@@ -320,6 +321,8 @@ class Run:
         held_back = self.recipe.held_back * stream.batches[0].shape[1]
         min_tokens, tell = self.recipe.experts.min_tokens, self._teller(layer)
         if self.reduction is not None:
+            consumers = consumer_shapes(self.reduction, layer.index)
+            self.memories.append(layer_memory(layer, [], {}, batch_tokens, held_back, consumers))
             cuts, removed = self.reduction.reduce(layer, min_tokens, tell)
         tell("statistics")
         groups = layer.observe({name: job.method.needs for name, job in jobs.items()}) if jobs else []

@@ -343,7 +343,7 @@ def _check_reachable(rule: Rule, earlier: Sequence[Rule]) -> None:
 
 def _bundled() -> dict[str, str]:
     """The text of each bundled recipe."""
-    entries = sorted(files("llmprune.recipes").iterdir(), key=lambda entry: entry.name)
+    entries = sorted(files("llmprune.recipes").iterdir(), key=lambda entry: entry.name.removesuffix(".yaml"))
     return {
         entry.name.removesuffix(".yaml"): entry.read_text("utf-8") for entry in entries if entry.name.endswith(".yaml")
     }

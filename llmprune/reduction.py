@@ -181,8 +181,13 @@ class Reduction:
     def _query_heads(self, found: Sequence[Sequence[Structure]]) -> list[list[Structure]]:
         """The structures, with single query heads in the place of whole KV groups."""
         heads = find_query_heads(self.dense.model, self._path)
-        others = [[structure for structure in own if structure.kind != "heads"] for own in found]
-        return [[*own, *rest] for own, rest in zip(heads, others, strict=True)]
+        result = []
+        for own, single in zip(found, heads, strict=True):
+            # Where each query head has its key and value to itself, they are the groups already.
+            exact = [structure for structure in single if structure.refusal is None]
+            replaced = {structure.consumer for structure in exact}
+            result.append([*exact, *(s for s in own if s.kind != "heads" or s.consumer not in replaced)])
+        return result
 
     def _plan_width(self) -> Width | None:
         section = self.spec.width

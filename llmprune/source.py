@@ -25,9 +25,9 @@ from llmprune.checkpoint import Stored, read_header, read_index, read_json
 from llmprune.decoder import find_decoder_layers
 from llmprune.errors import CheckpointError, ModelError
 from llmprune.formats import Layout
+from llmprune.overrides import build_uneven_skeleton
 from llmprune.packed import PackedWeight, as_dense, packed_layouts
 from llmprune.skeleton import quiet_transformers, read_config, refuse_quantised
-from llmprune.structures.overrides import build_uneven_skeleton
 
 
 @runtime_checkable  # so that annotations that name it can be executed in the tests

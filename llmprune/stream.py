@@ -100,13 +100,15 @@ class Stream:
         The model's own code is run with its decoder layers replaced by the given hidden states, so whatever it does
         around the head (norm, scaling, soft-capping) is done.
         """
-        with torch.no_grad(), self.stages("forward"):
-            self.source.load_ends(self.settings.device)
-            try:
-                for batch, ids in enumerate(self.batches):
-                    yield tuple(self.head(ids, states[batch]) for states in final)
-            finally:
-                self.source.free_ends()
+        self.source.load_ends(self.settings.device)
+        try:
+            for batch, ids in enumerate(self.batches):
+                # Not around the yield: what is switched there would stay switched for the caller.
+                with torch.no_grad(), self.stages("forward"):
+                    logits = tuple(self.head(ids, states[batch]) for states in final)
+                yield logits
+        finally:
+            self.source.free_ends()
 
     def capture(self) -> None:
         """Run the model's own code around its decoder layers, and record how it calls each of them."""

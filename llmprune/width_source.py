@@ -9,8 +9,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.decoder import find_decoder_layers
 from llmprune.errors import CheckpointError
+from llmprune.overrides import build_uneven_skeleton
 from llmprune.source import CheckpointSource, Smaller, drop_parameters, modules_outside
-from llmprune.structures.overrides import build_uneven_skeleton
 from llmprune.structures.width import Width, shrink_width
 
 

@@ -10,7 +10,8 @@ from folders import contents, tensors, zeros
 from llmprune import prune
 from llmprune.devices import describe_device
 from llmprune.errors import DeviceError, PatternError, RecipeError
-from llmprune.forecast import DryRun, Work, dry_run, measure_rates
+from llmprune.forecast import dry_run, measure_rates
+from llmprune.plan import DryRun, Work
 from llmprune.source import CheckpointSource
 from llmprune.tables.pruning import dry_run_tables
 

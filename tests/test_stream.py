@@ -246,3 +246,12 @@ def test_hooks_of_a_dispatched_model_survive() -> None:
     walk(stream(model), observe)
     assert layer.forward is hooked
     assert seen
+
+
+def test_logits_leave_gradients_as_they_are() -> None:
+    run = stream(build("llama"), outputs=True)
+    walk(run, lambda layer: None)
+    with torch.enable_grad():
+        for _ in zip(run.logits(run.hidden), run.logits(run.hidden), strict=True):
+            assert torch.is_grad_enabled()
+        assert torch.is_grad_enabled()

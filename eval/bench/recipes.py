@@ -23,7 +23,7 @@ from rich.table import Table
 
 from llmprune.checkpoint import write_json
 from llmprune.devices import describe_device, resolve_device
-from llmprune.errors import PatternError
+from llmprune.errors import ModelError, PatternError, RecipeError
 from llmprune.pipeline import prune
 from llmprune.progress import Progress
 from llmprune.recipe import bundled_recipes
@@ -57,11 +57,13 @@ def measure(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             report = prune("testbed", name, Path(folder) / "pruned", overrides=PROTOCOL, watch=clock)
-        except PatternError as error:
+        except (ModelError, PatternError, RecipeError) as error:
             return {"recipe": name, "refused": error.what, "device": describe_device(resolve_device("auto"))}
-    evaluation = report.header["evaluation"]
+    evaluation, extent = report.header["evaluation"], report.header.get("extent")
+    parameters = {"parameters": extent["pruned"]["parameters"] / extent["dense"]["parameters"]} if extent else {}
     return {
         "recipe": name,
+        **parameters,
         "dense_perplexity": report.dense_perplexity,
         "perplexity": report.pruned_perplexity,
         "kl_divergence": evaluation["kl_divergence"],
@@ -86,9 +88,11 @@ def comment(row: dict[str, Any]) -> str:
     made = f"# Made by python -m llmprune.eval.bench.recipes, which states the protocol, on {row['device']}."
     if "refused" in row:
         return f"# Testbed: cannot carry it ({row['refused']}).\n{made}"
+    left = [f"{row['parameters']:.1%} of the parameters"] if "parameters" in row else []
+    left += [f"{row['sparsity']:.1%} zeros"] if row["sparsity"] else []
     return (
         f"# Testbed: perplexity {row['dense_perplexity']:.2f} dense, {row['perplexity']:.2f} pruned; KL divergence "
-        f"{row['kl_divergence']:.4f}; {row['sparsity']:.1%} zeros; {row['processor_seconds']:.1f} processor seconds."
+        f"{row['kl_divergence']:.4f}; {', '.join(left)}; {row['processor_seconds']:.1f} processor seconds."
         f"\n{made}"
     )
 
@@ -104,14 +108,16 @@ def write_comment(name: str, row: dict[str, Any]) -> None:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The figures, one recipe a row."""
-    shown = Table("recipe", "dense", "pruned", "KL", "same token", "zeros", "error", "seconds")
+    shown = Table("recipe", "dense", "pruned", "KL", "same token", "zeros", "parameters", "error", "seconds")
     for row in rows:
         if "refused" in row:
             shown.add_row(row["recipe"], row["refused"])
             continue
         numbers = f"{row['kl_divergence']:.4f}", f"{row['agreement']:.1%}", f"{row['sparsity']:.1%}"
         perplexities = f"{row['dense_perplexity']:.3f}", f"{row['perplexity']:.3f}"
-        shown.add_row(row["recipe"], *perplexities, *numbers, f"{row['error']:.4f}", f"{row['processor_seconds']:.1f}")
+        error = "" if row["error"] is None else f"{row['error']:.4f}"
+        left = f"{row.get('parameters', 1.0):.1%}"
+        shown.add_row(row["recipe"], *perplexities, *numbers, left, error, f"{row['processor_seconds']:.1f}")
     return shown
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from llmprune.structures.overrides import Changes, text_part
+from llmprune.overrides import Changes, text_part
 
 # What configs call the number of query heads and of key and value heads.
 _HEADS = {"num_attention_heads", "num_heads", "n_head", "n_heads", "attention_heads"}

@@ -15,9 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.decoder import find_decoder_layers
 from llmprune.errors import ModelError
-from llmprune.structures.candidates import Request, candidates, integers
-from llmprune.structures.equals import equal_config
-from llmprune.structures.overrides import (
+from llmprune.overrides import (
     UNBUILDABLE,
     Changes,
     build_uneven_skeleton,
@@ -26,6 +24,8 @@ from llmprune.structures.overrides import (
     one_line,
     with_overrides,
 )
+from llmprune.structures.candidates import Request, candidates, integers
+from llmprune.structures.equals import equal_config
 from llmprune.structures.removal import Cut, removed_indices
 from llmprune.structures.tracing import Run, eagerly
 

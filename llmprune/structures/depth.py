@@ -8,8 +8,8 @@ from transformers import PretrainedConfig
 
 from llmprune.decoder import find_decoder_layers
 from llmprune.errors import ModelError
+from llmprune.overrides import UNBUILDABLE, build_uneven_skeleton, one_line, text_part
 from llmprune.structures.configuration import stumbles
-from llmprune.structures.overrides import UNBUILDABLE, build_uneven_skeleton, one_line, text_part
 from llmprune.structures.tracing import OWN_NUMBER
 
 # Integers that say how many of the first, or of the last, layers are special.

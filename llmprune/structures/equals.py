@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmprune.errors import ModelError
-from llmprune.structures.overrides import build_uneven_skeleton
+from llmprune.overrides import build_uneven_skeleton
 
 
 @dataclass(frozen=True, slots=True)

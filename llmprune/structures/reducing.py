@@ -110,7 +110,7 @@ def _experts(layer: ResidentLayer, targets: Sequence[Target]) -> Iterable[tuple[
 
 def _channels(
     layer: ResidentLayer, targets: Sequence[Target], min_tokens: int, step: Callable[[str], None]
-) -> Iterable[tuple[Cut, StructureRow]]:
+) -> list[tuple[Cut, StructureRow]]:
     matrices = {id(target): _consumers(layer, target) for target in targets}
     needs: Needs = {
         matrix.name: ChannelGram if target.refit or target.method == "obs" else Moments
@@ -122,9 +122,11 @@ def _channels(
     by_name = {name: group for group in groups for name in group.names}
     with torch.no_grad(), layer.stream.stages("solve"):
         # All of a kind are solved on what they saw before any of them is cut.
+        found = []
         for target in targets:
             step(f"removing from {target.structure.consumer.removesuffix('.weight')}")
-            yield _remove(layer, target, matrices[id(target)], by_name)
+            found.append(_remove(layer, target, matrices[id(target)], by_name))
+    return found
 
 
 def _consumers(layer: ResidentLayer, target: Target) -> list[Matrix]:

@@ -20,9 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llmprune.decoder import find_decoder_layers, prunable_matrices
 from llmprune.errors import ModelError
 from llmprune.observation import PRODUCTS
-from llmprune.structures.configuration import stumbles
-from llmprune.structures.discovery import Structure, find_structures
-from llmprune.structures.overrides import (
+from llmprune.overrides import (
     REMOVED,
     UNBUILDABLE,
     build_uneven_skeleton,
@@ -31,6 +29,8 @@ from llmprune.structures.overrides import (
     remove_blocks,
     with_overrides,
 )
+from llmprune.structures.configuration import stumbles
+from llmprune.structures.discovery import Structure, find_structures
 from llmprune.structures.tracing import Run, Trace, eagerly
 
 Part = Literal["attention", "mlp"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.errors import ModelError, NumericsError, PatternError
-from llmprune.structures.overrides import UNBUILDABLE, Changes, build_uneven_skeleton, changed, one_line, text_part
+from llmprune.overrides import UNBUILDABLE, Changes, build_uneven_skeleton, changed, one_line, text_part
 from llmprune.structures.width_probe import Norm, find_norms, first_deviation
 
 # Where None, they follow from the hidden size: times what.

@@ -12,7 +12,7 @@ from rich.text import Text
 from llmprune.console import facts, format_seconds, format_size, new_table, spans
 
 if TYPE_CHECKING:
-    from llmprune.forecast import DryRun, LayerPlan
+    from llmprune.plan import DryRun, LayerPlan
     from llmprune.report import Report
 
 _EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.)")
@@ -93,11 +93,12 @@ def dry_run_tables(plan: "DryRun") -> list[RenderableType]:
         ("model", plan.model),
         ("device", f"{plan.device}, computing in {plan.compute_dtype}"),
         ("tokens", f"{plan.tokens:,} for calibration, the held-back ones included"),
-        ("sparsity", f"{plan.sparsity:.2%} of the matrices that are pruned"),
+        *([("sparsity", f"{plan.sparsity:.2%} of the matrices that are pruned")] if plan.sparsity else []),
         ("disk", _disk(plan)),
     )
     notes = [Text(note) for note in plan.notes]
-    return [head, _plan_table(plan), _work_table(plan), _memory_table(plan), *notes]
+    removal = [_removal_table(plan)] if plan.structures else []
+    return [head, *removal, _plan_table(plan), _work_table(plan), _memory_table(plan), *notes]
 
 
 def _evaluation_facts(report: "Report") -> list[tuple[str, str]]:
@@ -112,6 +113,14 @@ def _evaluation_facts(report: "Report") -> list[tuple[str, str]]:
         ("KL divergence", "not finite" if divergence is None else f"{divergence:.4f} nats a token"),
         ("same top token", f"{evaluation['agreement']:.1%}"),
     ]
+
+
+def _removal_table(plan: "DryRun") -> Table:
+    table = new_table("removed", "where", "groups", "stay", "method", left=(0, 4))
+    for row in plan.structures:
+        stay = "by budget" if row.kept is None else f"{row.kept:,} ({row.kept / row.groups:.1%})"
+        table.add_row(row.kind, f"{row.where} x", f"{row.groups:,}", stay, row.method)
+    return table
 
 
 def _plan_table(plan: "DryRun") -> Table:

@@ -9,10 +9,10 @@ from tiny_models import build, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.errors import ModelError
+from llmprune.overrides import apply_overrides, build_uneven_skeleton, layer_overrides
 from llmprune.skeleton import build_skeleton
 from llmprune.structures.configuration import _Search, audit, smaller_config, uneven_config
 from llmprune.structures.discovery import find_structures
-from llmprune.structures.overrides import apply_overrides, build_uneven_skeleton, layer_overrides
 from llmprune.structures.removal import Cut
 
 

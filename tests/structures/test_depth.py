@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.decoder import find_decoder_layers
 from llmprune.errors import ModelError
+from llmprune.overrides import layer_overrides, with_overrides
 from llmprune.structures.depth import drop_layers
-from llmprune.structures.overrides import layer_overrides, with_overrides
 
 
 def kept_state(model: PreTrainedModel, path: str, numbers: dict[int, int]) -> dict[str, Tensor]:

@@ -20,11 +20,11 @@ from transformers import (
 
 from llmprune.errors import ModelError
 from llmprune.hub import resolve_model
+from llmprune.overrides import build_uneven_skeleton, layer_overrides
 from llmprune.structures import equals
 from llmprune.structures.configuration import audit, smaller_config, uneven_config
 from llmprune.structures.discovery import find_query_heads, find_structures
 from llmprune.structures.equals import equal_config
-from llmprune.structures.overrides import build_uneven_skeleton, layer_overrides
 from llmprune.structures.removal import Cut
 
 IDS = random_ids(2, 40)

@@ -7,9 +7,9 @@ from tiny_models import FAMILIES, build, known, random_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.errors import ModelError, PatternError
+from llmprune.overrides import build_uneven_skeleton
 from llmprune.structures.configuration import audit, smaller_config, uneven_config
 from llmprune.structures.discovery import Structure, find_query_heads, find_structures
-from llmprune.structures.overrides import build_uneven_skeleton
 from llmprune.structures.removal import Cut
 from llmprune.structures.solver import RemovalSettings, remove_groups
 

@@ -13,11 +13,11 @@ from transformers import AutoConfig, PreTrainedModel, StaticCache
 
 from llmprune.decoder import find_decoder_layers
 from llmprune.errors import ModelError
+from llmprune.overrides import RemovedBlock, build_uneven_skeleton, layer_overrides, remove_blocks
 from llmprune.skeleton import build_skeleton
 from llmprune.structures.configuration import audit, smaller_config, uneven_config
 from llmprune.structures.depth import drop_layers
 from llmprune.structures.discovery import Structure, find_structures
-from llmprune.structures.overrides import RemovedBlock, build_uneven_skeleton, layer_overrides, remove_blocks
 from llmprune.structures.removal import Cut, shrink
 from llmprune.structures.subblocks import PARTS, Block, Blocks, Part, find_blocks, without, without_blocks
 

@@ -21,12 +21,12 @@ import llmprune
 from llmprune.checkpoint import read_json
 from llmprune.errors import ModelError
 from llmprune.loading import sparse_layers
+from llmprune.overrides import REMOVED, layer_overrides, with_overrides
 from llmprune.packed import NOTICE, NOTICE_KEY, is_uneven, packing_record, with_packing_record, without_packing_record
 from llmprune.packing import pack, unpack
 from llmprune.patterns import parse
 from llmprune.source import CheckpointSource
 from llmprune.structures.discovery import find_structures
-from llmprune.structures.overrides import REMOVED, layer_overrides, with_overrides
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -204,7 +204,7 @@ def test_the_text_model_of_a_larger_one(tmp_path: Path) -> None:
     assert NOTICE not in (getattr(part, NOTICE_KEY, None) for part in (config, config.get_text_config(decoder=True)))
 
 
-@pytest.mark.parametrize("module", ["llmprune.skeleton", "llmprune.structures.overrides", "llmprune.source"])
+@pytest.mark.parametrize("module", ["llmprune.skeleton", "llmprune.overrides", "llmprune.source"])
 def test_any_module_may_be_what_imports_transformers(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True)
     assert done.stderr == ""

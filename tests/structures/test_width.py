@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.models.llama import modeling_llama
 
 from llmprune.errors import ModelError, NumericsError, PatternError
-from llmprune.structures.overrides import layer_overrides
+from llmprune.overrides import layer_overrides
 from llmprune.structures.width import plan_width, shrink_width
 
 # Older transformers script a function of GPT-BigCode, which torch deprecates.

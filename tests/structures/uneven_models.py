@@ -10,10 +10,10 @@ from tiny_models import build, random_ids, save
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from llmprune.overrides import build_uneven_skeleton
 from llmprune.packed import with_packing_record
 from llmprune.structures.configuration import uneven_config
 from llmprune.structures.discovery import find_structures
-from llmprune.structures.overrides import build_uneven_skeleton
 from llmprune.structures.removal import Cut
 
 IDS = random_ids(2, 12)
