@@ -13,7 +13,7 @@ from llmprune.report import Report
 
 CARD_NAME = "README.md"
 
-_WORDS = {"heads": "groups of heads", "ffn": "FFN channels"}
+_WORDS = {"heads": "groups of attention heads", "ffn": "FFN channels", "experts": "experts"}
 
 
 def write_card(folder: Path, model: str, recipe: Recipe, report: Report) -> None:
@@ -75,8 +75,7 @@ def _what(report: Report) -> str:
     extent = report.header.get("extent")
     if extent and extent["pruned"]["layers"] < extent["dense"]["layers"]:
         parts.append(f"with {extent['pruned']['layers']} of {extent['dense']['layers']} decoder layers")
-    for kind, (groups, kept, count) in report.removed.items():
-        parts.append(f"with {kept:,} of {groups:,} {_WORDS.get(kind, kind)} in {count} places")
+    parts += [f"with {_WORDS[removed.kind]} {removed}" for removed in report.removed]
     if extent:
         share = extent["pruned"]["parameters"] / extent["dense"]["parameters"]
         parts.append(f"{share:.1%} of its parameters in all")

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ class StructureRow:
         kept: how many stay.
         method: how they were chosen.
         refit: whether what stays was refitted.
+        compensated: whether the mean of what went was added to the consumer's bias (FLAP).
         error: ||(W - V) X||^2 / ||W X||^2 of the consumer on held-back rows, averaged over the experts of a mixture;
             None where nothing could be measured.
         damping: the largest damping used; None without a refit.
@@ -90,6 +91,7 @@ class StructureRow:
     kept: int
     method: str
     refit: bool
+    compensated: bool
     error: float | None
     damping: float | None
     swaps: int
@@ -106,6 +108,36 @@ class StructureRow:
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedKind:
+    """What all structures of a kind lost.
+
+    Attributes:
+        kind: heads, ffn or experts.
+        places: how many structures there are.
+        groups: before, of all together.
+        kept: after, of all together.
+        widths: different numbers of groups that stay.
+    """
+
+    kind: str
+    places: int
+    groups: int
+    kept: int
+    widths: int
+
+    @classmethod
+    def of(cls, kind: str, rows: Sequence[StructureRow]) -> "RemovedKind":
+        """Add up the rows of one kind."""
+        groups, kept = sum(row.groups for row in rows), sum(row.kept for row in rows)
+        return cls(kind, len(rows), groups, kept, len({row.kept for row in rows}))
+
+    def __str__(self) -> str:
+        if self.widths == 1:
+            return f"{self.kept // self.places:,} of {self.groups // self.places:,} in each of {self.places}"
+        return f"{self.kept:,} of {self.groups:,} in {self.places}, {self.widths} different widths"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,23 +168,12 @@ class Report:
         return sum(errors) / len(errors) if errors else None
 
     @property
-    def removed(self) -> dict[str, tuple[int, int, int]]:
-        """Kind of structure -> groups before, groups that stay, and structures of this kind and size that lost some.
-
-        Where widths differ, the key says how many kinds there are: "ffn (3 widths)", with the totals.
-        """
+    def removed(self) -> list["RemovedKind"]:
+        """What was removed, by kind, in the order in which it first appears."""
         found: dict[str, list[StructureRow]] = {}
         for row in self.structures:
             found.setdefault(row.kind, []).append(row)
-        result = {}
-        for kind, rows in found.items():
-            widths = {(row.groups, row.kept) for row in rows}
-            if len(widths) == 1:
-                result[kind] = rows[0].groups, rows[0].kept, len(rows)
-            else:
-                totals = sum(row.groups for row in rows), sum(row.kept for row in rows)
-                result[f"{kind} ({len(widths)} widths)"] = *totals, len(rows)
-        return result
+        return [RemovedKind.of(kind, rows) for kind, rows in found.items()]
 
     @property
     def dense_perplexity(self) -> float | None:

@@ -15,7 +15,16 @@ budget: {remove: 0.25, of: parameters}
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from llmprune.errors import RecipeError
 from llmprune.recipe_text import refusal, shown_value
@@ -214,6 +223,10 @@ class Structures(BaseModel):
     ffn: Channels | None = None
     experts: ExpertRemoval | None = None
     budget: Budget | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: section for name, section in write(self).items() if section is not None}
 
     @property
     def sections(self) -> dict[str, Any]:

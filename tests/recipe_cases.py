@@ -1,6 +1,7 @@
 """The bundled recipes, the smallest one, and how the tests look at refusals."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,3 +38,16 @@ def written(folder: Path, text: str) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+# Bundled recipes that remove structures: the sections, and pattern and method where weights are pruned too.
+STRUCTURED: dict[str, tuple[set[str], Any]] = {
+    "heads-25": ({"heads"}, None),
+    "ffn-25": ({"ffn"}, None),
+    "heads-ffn-25": ({"heads", "ffn"}, None),
+    "width-25": ({"width"}, None),
+    "depth-25": ({"depth"}, None),
+    "experts-50": ({"experts"}, None),
+    "budget-25": ({"heads", "ffn", "budget"}, None),
+    "ffn-25-sparsegpt-2of4": ({"ffn"}, (NM(2, 4), SparseGPT())),
+}

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recipe_cases import EXPECTED, SMALL, written
+from recipe_cases import EXPECTED, SMALL, STRUCTURED, written
 
 from llmprune.calibration import TextSpec
 from llmprune.hub import resolve_model
@@ -49,7 +49,7 @@ activation_budget: 512MiB
 
 def test_bundled_recipes_are_these_and_each_has_one_line_of_description() -> None:
     listed = bundled_recipes()
-    assert [name for name, _ in listed] == sorted(EXPECTED)
+    assert [name for name, _ in listed] == sorted([*EXPECTED, *STRUCTURED])
     for name, description in listed:
         assert description == load_recipe(name).description
         assert description
@@ -64,6 +64,18 @@ def test_bundled_recipe_holds_what_its_name_says(name: str) -> None:
     assert (recipe.calibration.source, recipe.calibration.samples, recipe.calibration.length) == ("self", *calibration)
     assert recipe.batch_size == (16 if name == "demo" else 8)
     assert load_recipe(Path(__file__).parents[1] / "recipes" / f"{name}.yaml") == recipe
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_bundled_recipe_removes_what_its_name_says(name: str) -> None:
+    recipe = load_recipe(name)
+    sections, weights = STRUCTURED[name]
+    assert recipe.structures is not None
+    assert set(recipe.to_dict()["structures"]) == sections
+    assert (recipe.pattern, recipe.method) == (weights or (None, None))
+    fraction = int(name.split("-sparsegpt")[0].rpartition("-")[2]) / 100
+    amounts = [section["remove"] for section in recipe.to_dict()["structures"].values() if section["remove"]]
+    assert set(amounts) == {fraction}
 
 
 def test_only_the_mixed_recipe_has_rules() -> None:
@@ -143,7 +155,7 @@ def test_sizes_are_read_as_people_write_them(budget: object, size: int) -> None:
     assert load_recipe({**SMALL, "activation_budget": budget}).activation_budget == size
 
 
-@pytest.mark.parametrize("recipe", [FULL, SMALL, *EXPECTED], ids=["full", "small", *EXPECTED])
+@pytest.mark.parametrize("recipe", [FULL, SMALL, *EXPECTED, *STRUCTURED], ids=["full", "small", *EXPECTED, *STRUCTURED])
 def test_yaml_and_data_round_trip(recipe: str, tmp_path: Path) -> None:
     loaded = load_recipe(recipe)
     assert load_recipe(loaded) is loaded

@@ -151,6 +151,8 @@ def test_flap_moves_the_mean_into_the_bias(llama: Path, tmp_path: Path) -> None:
         compensate: prune(llama, structured(ffn={**section, "compensate": compensate}), tmp_path / str(compensate))
         for compensate in (True, False)
     }
+    assert reports[True].structures[0].compensated
+    assert not reports[False].structures[0].compensated
     key = "model.layers.0.mlp.down_proj.bias"
     dense = read_index(llama)[key][...]
     assert torch.equal(read_index(tmp_path / "False")[key][...], dense)

@@ -226,7 +226,7 @@ def _compensate(layer: ResidentLayer, target: Target, group: Group, weight: Tens
     """Add to the consumer's bias what the removed columns gave on average (FLAP, arXiv 2312.11983, section 3.4)."""
     if target.compensate is False:
         return
-    bias = dict(layer.module.named_parameters()).get(f"{target.structure.consumer.removesuffix('.weight')}.bias")
+    bias = _bias(layer, target)
     moments = group.statistics.moments if isinstance(group.statistics, ChannelGram) else group.statistics
     if bias is None or not isinstance(moments, Moments) or not moments.tokens:
         if target.compensate:
@@ -243,6 +243,11 @@ def _compensate(layer: ResidentLayer, target: Target, group: Group, weight: Tens
     layer.replaced.add(f"{target.structure.consumer.removesuffix('.weight')}.bias")
 
 
+def _bias(layer: ResidentLayer, target: Target) -> Tensor | None:
+    """The bias that is added to what the consumer gives."""
+    return dict(layer.module.named_parameters()).get(f"{target.structure.consumer.removesuffix('.weight')}.bias")
+
+
 def _row(
     layer: ResidentLayer, target: Target, tokens: int, seconds: float, *, removed: tuple[int, ...] | None, **found: Any
 ) -> StructureRow:
@@ -256,6 +261,7 @@ def _row(
         kept=structure.groups - target.remove,
         method=target.method,
         refit=target.refit and structure.kind != "experts",
+        compensated=target.compensate is not False and _bias(layer, target) is not None,
         tokens=tokens,
         removed=removed,
         seconds=seconds,

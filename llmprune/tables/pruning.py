@@ -50,7 +50,7 @@ def _removal_facts(report: "Report") -> list[tuple[str, str]]:
     if not extent or not speed:
         return []
     dense, pruned = extent["dense"], extent["pruned"]
-    lines = [f"{kind}: {kept:,} of {groups:,} in {count}" for kind, (groups, kept, count) in report.removed.items()]
+    lines = [f"{removed.kind}: {removed}" for removed in report.removed]
     if pruned["layers"] < dense["layers"]:
         lines.insert(0, f"layers: {pruned['layers']} of {dense['layers']}")
     prefill, token = (
@@ -63,9 +63,9 @@ def _removal_facts(report: "Report") -> list[tuple[str, str]]:
         ("bytes", _of(pruned["nbytes"], dense["nbytes"])),
         (
             "speed",
-            f"{prefill:.2f}x in a prompt of {speed['dense']['prefill_tokens']} tokens, {token:.2f}x in one token",
+            f"{prefill:.2f}x for a prompt of {speed['dense']['prefill_tokens']} tokens, {token:.2f}x for one token",
         ),
-        ("", "of all decoder layers, dense and pruned in turns"),
+        ("", "measured here, all decoder layers, dense and pruned in turns"),
     ]
 
 
