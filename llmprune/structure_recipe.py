@@ -118,6 +118,15 @@ class Heads(Groups):
 
     unit: Literal["kv-group", "query-head"] = "kv-group"
 
+    @model_validator(mode="after")
+    def _check_method(self) -> "Heads":
+        if self.method == "activation-frequency":
+            error = RecipeError(
+                "activation-frequency counts what ReLU-like units let through", expected="ffn, not heads"
+            )
+            raise refusal(error, "method")
+        return self
+
 
 class Channels(Groups):
     """FFN channels.

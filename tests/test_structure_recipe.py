@@ -55,6 +55,7 @@ def test_only_obs_refits_unless_asked() -> None:
         ({"fnn": {"remove": 0.5}}, "did you mean 'ffn'?"),
         ({"ffn": {"remove": 0.5, "swap": 1}}, "did you mean 'swaps'?"),
         ({"ffn": {"remove": 0.5, "compensate": True}}, "compensate is for flap"),
+        ({"heads": {"remove": 1, "method": "activation-frequency"}}, "ffn, not heads"),
         ({"budget": {"remove": 0.25}}, "structures is empty"),
         ({"depth": {"remove": 1}, "budget": {"remove": 0.25}}, "neither heads nor ffn"),
         ({"ffn": {"remove": 2}, "budget": {"remove": 0.25}}, "ffn.remove is 2"),

@@ -12,6 +12,7 @@
 | decode | a random model of Llama-3-8B shape: steps of decode in CUDA graphs and a prefill, dense and 2:4 |
 | sweep | SparseGPT's kernel against float64 and beside its reference |
 | prune | a random model of Llama-3-8B shape, pruned: seconds by stage beside the arithmetic floor |
+| structures | exact group removal against float64, its seconds at 14336 x 4096, a recipe on the GPU and on the CPU |
 
 A product that is wrong is not timed. A part that fails does not keep the others from running; its traceback is in the
 results, and the exit code is 1. The file is written after every row, so that a time limit costs one row at most; parts
@@ -35,7 +36,7 @@ from llmprune.checkpoint import read_json, write_json
 Row = dict[str, Any]
 Part = Callable[[], Iterator[Row]]
 
-PARTS = ("checks", "linear", "block", "decode", "sweep", "prune")
+PARTS = ("checks", "linear", "block", "decode", "sweep", "prune", "structures")
 
 
 class Results:
@@ -151,6 +152,10 @@ def _part(name: str, plan: Any, args: argparse.Namespace) -> Part:
             from llmprune.eval.bench.gpu_model import decode
 
             return decode(plan)
+        if name == "structures":
+            from llmprune.eval.bench.gpu_structures import structures
+
+            return structures(plan, args.work)
         from llmprune.eval.bench import gpu_prune
 
         if name == "sweep":

@@ -99,10 +99,10 @@ def _time_sweep(rows: int, width: int, pattern: str, device: torch.device) -> Ro
     for name, implementation in (("kernel", _kernel(device)), ("reference", sweep_block_reference)):
         times = []
         for _ in range(4):
-            _wait(device)
+            wait(device)
             start = time.perf_counter()
             _sweep_with(implementation, weight, gram, pattern)
-            _wait(device)
+            wait(device)
             times.append(1e3 * (time.perf_counter() - start))
         result[f"{name}_ms"] = sorted(times[1:])[1]
     return result
@@ -125,6 +125,7 @@ def _sweep_with(implementation, weight: torch.Tensor, gram: Gram, pattern: str) 
         sparsegpt.sweep_block = before
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Let a GPU finish what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
