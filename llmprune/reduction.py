@@ -126,6 +126,7 @@ class Reduction:
             state = {**dict(layer.module.named_parameters()), **dict(layer.module.named_buffers())}
         _adopt(small, shrink({key: tensor.detach() for key, tensor in state.items()}, cuts), name)
         layer.become(small, name)
+        self.source.free_layer(layer.index)  # what stays is shared
         return cuts, rows
 
     def replay(self, layer: ResidentLayer) -> None:
