@@ -8,6 +8,7 @@ from llmprune.version import __version__
 if TYPE_CHECKING:
     from llmprune.calibration import TextSpec
     from llmprune.errors import LlmpruneError
+    from llmprune.evaluation import run_tasks
     from llmprune.forecast import dry_run
     from llmprune.inspection import inspect_checkpoint
     from llmprune.methods import METHODS
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from llmprune.report import Report
     from llmprune.serving import load
     from llmprune.stream import Stream
+    from llmprune.visual import compare, write_report
 
 # Resolved on first use, so that `import llmprune` and `llmprune --help` do not wait for torch. No module may be called
 # like one of these: once it is imported, it would stand in the name's place.
@@ -26,6 +28,7 @@ _HOMES = {
     "TextSpec": "calibration",
     "LlmpruneError": "errors",
     "dry_run": "forecast",
+    "run_tasks": "evaluation",
     "inspect_checkpoint": "inspection",
     "METHODS": "methods",
     "pack": "packing",
@@ -41,11 +44,14 @@ _HOMES = {
     "Report": "report",
     "load": "serving",
     "Stream": "stream",
+    "compare": "visual",
+    "write_report": "visual",
 }
 
 __all__ = [
     "METHODS", "NM", "Block", "LlmpruneError", "Recipe", "Report", "Stream", "TextSpec", "Unstructured", "__version__",
-    "dry_run", "evaluate", "inspect_checkpoint", "load", "load_recipe", "pack", "parse", "prune", "unpack",
+    "compare", "dry_run", "evaluate", "inspect_checkpoint", "load", "load_recipe", "pack", "parse", "prune",
+    "run_tasks", "unpack", "write_report",
 ]  # fmt: skip
 
 

@@ -3,6 +3,11 @@
 Text is tokenised with a beginning-of-sequence token in front of each document, packed, and cut into chunks of `length`
 tokens; the stride is the length, so no token is scored twice. Each token but the first is predicted from its own chunk.
 Negative log-likelihoods are summed in float64, from log-softmax in float32.
+
+The expected calibration error says how far a model's confidence is from its accuracy (Guo et al. 2017, On Calibration
+of Modern Neural Networks, section 2): predictions fall into 15 bins of equal width by the probability of the likeliest
+next token, a bin holds (m - 1) / 15 < confidence <= m / 15, and |accuracy - mean confidence| is averaged over the bins
+by their predictions.
 """
 
 import math
@@ -30,6 +35,8 @@ _POSITIONS = 512
 
 _LARGEST_NATS = math.log(sys.float_info.max)
 
+_BINS = 15
+
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
@@ -43,6 +50,8 @@ class Perplexity:
         length: tokens in a chunk, which is also the stride.
         tokens_digest: sha256 of the chunks.
         text: where they came from.
+        calibration_error: expected calibration error of the likeliest next token, in [0, 1], lower is better; None in
+            measurements of before it was taken.
     """
 
     perplexity: float
@@ -52,6 +61,7 @@ class Perplexity:
     length: int
     tokens_digest: str
     text: dict[str, object]
+    calibration_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON, which has no infinity: such a perplexity is null, beside its nats."""
@@ -134,11 +144,13 @@ def measure_perplexity(source: Source, tokens: Tokens, settings: StreamSettings,
         NumericsError: the logits are not finite.
     """
     stream = run_stream(source, tokens.ids, settings, watch, "perplexity")
-    nats = 0.0
+    nats, calibration = 0.0, _Calibration()
     for ids, (logits,) in zip(stream.batches, stream.logits(stream.hidden), strict=True):
         for part, targets in _positions(ids, logits):
-            nats += _negative_log_likelihood(part[0].log_softmax(-1), targets)
-    return _summary(nats, tokens)
+            log_probabilities = part[0].log_softmax(-1)
+            nats += _negative_log_likelihood(log_probabilities, targets)
+            calibration.add(log_probabilities, targets)
+    return _summary(nats, tokens, calibration.error)
 
 
 def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens) -> Comparison:
@@ -151,14 +163,19 @@ def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens) -> Compari
         tokens: the chunks that both models were run on.
     """
     nats, divergence, same = [0.0, 0.0], 0.0, 0
+    calibrations = (_Calibration(), _Calibration())
     for ids, pair in zip(dense.batches, _logits(dense, pruned), strict=True):
         for parts, targets in _positions(ids, *pair):
             before, after = (part.log_softmax(-1) for part in parts)
             nats[0] += _negative_log_likelihood(before, targets)
             nats[1] += _negative_log_likelihood(after, targets)
+            calibrations[0].add(before, targets)
+            calibrations[1].add(after, targets)
             divergence += float(F.kl_div(after, before, reduction="sum", log_target=True))
             same += int((before.argmax(-1) == after.argmax(-1)).sum())
-    first, second = (_summary(value, tokens) for value in nats)
+    first, second = (
+        _summary(value, tokens, calibration.error) for value, calibration in zip(nats, calibrations, strict=True)
+    )
     return Comparison(first, second, divergence / first.predicted_tokens, same / first.predicted_tokens)
 
 
@@ -200,7 +217,33 @@ def _negative_log_likelihood(log_probabilities: Tensor, targets: Tensor) -> floa
     return -float(torch.sum(picked))
 
 
-def _summary(nats: float, tokens: Tokens) -> Perplexity:
+class _Calibration:
+    """Sums of hits and of confidences, bin by bin."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self._count = 0
+
+    def add(self, log_probabilities: Tensor, targets: Tensor) -> None:
+        """Count predictions [positions, vocabulary] of targets [positions]."""
+        confidence, likeliest = log_probabilities.max(-1)
+        confidence = confidence.double().exp().clamp(max=1.0)
+        bins = (confidence * _BINS).ceil().long().clamp(1, _BINS) - 1
+        values = torch.stack([(likeliest == targets).double(), confidence])
+        # A product, because scattered additions come in another order each time on a GPU.
+        sums = values @ F.one_hot(bins, _BINS).double()
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._count += len(targets)
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error; a bin's weight cancels the counts of its means."""
+        assert self._sums is not None
+        hits, confidences = self._sums
+        return float((hits - confidences).abs().sum()) / self._count
+
+
+def _summary(nats: float, tokens: Tokens, calibration_error: float | None = None) -> Perplexity:
     samples, length = tokens.ids.shape
     count = samples * (length - 1)
     mean = nats / count
@@ -212,4 +255,4 @@ def _summary(nats: float, tokens: Tokens) -> Perplexity:
         )
     # math.exp raises where float64 ends.
     perplexity = math.exp(mean) if mean < _LARGEST_NATS else math.inf
-    return Perplexity(perplexity, mean, count, samples, length, tokens.digest, tokens.description)
+    return Perplexity(perplexity, mean, count, samples, length, tokens.digest, tokens.description, calibration_error)

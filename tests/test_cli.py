@@ -335,7 +335,10 @@ def test_version() -> None:
     assert run("--version").stdout == f"llmprune {__version__}\n"
 
 
-COMMANDS = ("prune", "recipes", "perplexity", "explain", "bench", "inspect", "pack", "unpack", "generate", "serve")
+COMMANDS = (
+    "prune", "recipes", "sweep", "perplexity", "explain", "bench", "eval", "report", "compare", "inspect", "pack",
+    "unpack", "generate", "serve",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)

@@ -11,6 +11,7 @@ import torch
 from command_line import make_plain, run
 from folders import tensors
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from llmprune import TextSpec, evaluate, prune
 from llmprune.report import load_report
@@ -93,3 +94,65 @@ def test_the_command_prints_null(tmp_path: Path, text: TextSpec, monkeypatch: py
 def test_settings_have_a_default(tmp_path: Path, text: TextSpec) -> None:
     source = tiny_models.save(tiny_models.build("llama"), tmp_path / "dense")
     assert evaluate(source, text) == evaluate(source, text, StreamSettings(batch_size=8))
+
+
+def reference_calibration_error(folder: Path, words: list[int], length: int, samples: int) -> float:
+    """Guo et al. (2017) in plain loops and float64, from the logits of a stock model that is loaded whole."""
+    ids = torch.tensor([1, *words])[: samples * length].view(samples, length)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits.double()
+    confidences, likeliest = logits.softmax(-1)[:, :-1].reshape(-1, logits.shape[-1]).max(-1)
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for confidence, token, target in zip(
+        confidences.tolist(), likeliest.tolist(), ids[:, 1:].reshape(-1).tolist(), strict=True
+    ):
+        number = next(m for m in range(1, 16) if confidence <= m / 15 + 1e-12)
+        bins.setdefault(number, []).append((confidence, token == target))
+    total = sum(map(len, bins.values()))
+    return sum(
+        len(rows) / total * abs(sum(hit for _, hit in rows) / len(rows) - sum(c for c, _ in rows) / len(rows))
+        for rows in bins.values()
+    )
+
+
+# At 30, confidences are spread over the bins; at 1, all are in the first.
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_the_calibration_error_is_that_of_plain_loops(scale: float, tmp_path: Path, text: TextSpec) -> None:
+    source = logits_of(scale, tmp_path / "model")
+    words = [int(word[1:]) for word in Path(text.source).read_text().split()]
+    found = evaluate(source, text).calibration_error
+    assert found == pytest.approx(reference_calibration_error(source, words, 16, 4), rel=1e-4)
+
+
+def test_a_model_that_is_sure_and_wrong_is_not_calibrated(tmp_path: Path, text: TextSpec) -> None:
+    result = evaluate(logits_of(1e4, tmp_path / "model"), text)
+    assert result.calibration_error == pytest.approx(1.0, abs=0.1)
+    assert result.to_dict()["calibration_error"] == result.calibration_error
+
+
+def test_the_calibration_error_does_not_depend_on_how_much_is_read_at_once(
+    tmp_path: Path, text: TextSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = logits_of(30.0, tmp_path / "model")
+    whole = evaluate(source, text).calibration_error
+    monkeypatch.setattr("llmprune.perplexity._POSITIONS", 7)
+    assert evaluate(source, text).calibration_error == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_bin_ends_with_its_upper_bound() -> None:
+    from llmprune.perplexity import _Calibration
+
+    # 0.4 is 6 / 15: the end of the sixth bin, with 0.35. In one bin, a hit and a miss pull against one another.
+    probabilities = torch.tensor([[0.4, 0.3, 0.3], [0.35, 0.34, 0.31]], dtype=torch.float64)
+    calibration = _Calibration()
+    calibration.add(probabilities.log(), torch.tensor([0, 1]))
+    assert calibration.error == pytest.approx(abs(1 - 0.75) / 2)
+
+
+def test_both_models_of_a_comparison_are_calibrated(tmp_path: Path) -> None:
+    source = tiny_models.save(tiny_models.build("llama"), tmp_path / "dense")
+    settings: Any = tiny_models.recipe(pattern=0.9, method="random", evaluation={"samples": 2})
+    evaluation = prune(source, settings, tmp_path / "out").to_dict()["evaluation"]
+    found = [evaluation[which]["calibration_error"] for which in ("dense", "pruned")]
+    assert all(0 < value < 1 for value in found)
+    assert found[0] != found[1]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llmprune.cli import checkpoints, measuring, pruning, serving
+from llmprune.cli import checkpoints, evaluating, measuring, pruning, reporting, serving, sweeping
 from llmprune.cli.options import EXIT_CODES
 from llmprune.version import __version__
 
@@ -45,5 +45,5 @@ def _common(
     pass
 
 
-for _part in (pruning, measuring, checkpoints, serving):
+for _part in (pruning, sweeping, measuring, evaluating, reporting, checkpoints, serving):
     _part.add_commands(app)

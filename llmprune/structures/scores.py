@@ -77,7 +77,7 @@ def wanda(channels: Channels) -> Float[Tensor, " groups"]:
 
 
 def channel_norm(channels: Channels) -> Float[Tensor, " groups"]:
-    """Root of the sum over the group of ||W_:j||^2 mean_t x_tj^2: what the outputs lose if channels are uncorrelated."""
+    """Root of the sum over the group of ||W_:j||^2 mean_t x_tj^2: what outputs lose if channels are uncorrelated."""
     energy = _reading(channels).square().sum(0, dtype=torch.float64)
     return _grouped(energy * _mean_squares(channels), channels.groups).sqrt()
 

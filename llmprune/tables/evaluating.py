@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from llmprune.evaluation import EvaluationResult, ScoreRow
 
 _TEST = (
-    "a difference counts from two standard errors on: of the paired answers, as both models answer the same questions"
+    "error: standard error of delta, paired by document, as both models answer the same questions; a difference counts "
+    "if it exceeds two of them, of perplexities by their logarithms"
 )
 _UNPAIRED = "*: of two errors as if independent, as lm-eval gives this score no value for each document"
 _UNKNOWN = "-: lm-eval gives no error of this score"

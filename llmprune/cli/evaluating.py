@@ -1,0 +1,95 @@
+"""`llmprune eval`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmprune import console
+from llmprune.cli.measuring import ComputeDtype
+from llmprune.cli.options import EXIT_CODES, AsJson, Device, Model, Quiet, explained, quieten
+from llmprune.progress import Progress
+
+_EXAMPLES = """
+Examples:
+
+llmprune eval out/packed --tasks hellaswag,arc_easy,wikitext --against org/model --output eval.json
+
+llmprune eval testbed
+"""
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("eval", epilog=_EXAMPLES + "\n" + EXIT_CODES)(evaluate)
+
+
+def evaluate(
+    model: Model,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME,...",
+            help="Tasks, groups or tags of lm-eval, or YAML files. Default: our own, which need no network and say "
+            "something about the bundled test model only.",
+        ),
+    ] = None,
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="The dense model to compare with.")] = None,
+    limit: Annotated[
+        float | None, typer.Option(metavar="N", help="Documents of each task, or a fraction below 1. Default: all.")
+    ] = None,
+    batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Requests in a forward.")] = "8",
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Examples before a question. Default: as the task says.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="JSON of the comparison; lm-eval's own in a folder of that name."
+        ),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep answers here as they come; a second run goes on from them."),
+    ] = None,
+    device: Device = None,
+    dtype: Annotated[
+        ComputeDtype, typer.Option(help="Dtype of the weights; auto is the checkpoint's.")
+    ] = ComputeDtype.auto,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Evaluate a checkpoint with lm-eval, and the dense model on the same questions.
+
+    Needs pip install "llmprune[eval]". A difference counts if it exceeds two standard errors.
+    """
+    batch = _batch_size(batch_size)
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
+        raise typer.BadParameter(f"{limit:g}: give a whole number, or a fraction below 1", param_hint="--limit")
+    with explained(as_json):
+        from llmprune.evaluation import OFFLINE_TASKS, HarnessSettings, run_tasks
+        from llmprune.tables.evaluating import evaluation_tables
+
+        quieten(quiet)
+        names = tuple(tasks.split(",")) if tasks else OFFLINE_TASKS
+        settings = HarnessSettings(limit, batch, num_fewshot, device or "auto", dtype.value, cache, quiet)
+        target = output.expanduser() if output else None
+        result = run_tasks(model, names, against, settings, target, lambda step: _tell(step, quiet))
+        if as_json:
+            console.show_json(result.to_dict())
+        else:
+            console.show(*evaluation_tables(result), *[f"written to {target}"] * bool(target))
+
+
+def _tell(progress: Progress, quiet: bool) -> None:
+    # lm-eval draws bars of its own, so there is no live display around them.
+    if not quiet:
+        console.tell(progress.stage)
+
+
+def _batch_size(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise typer.BadParameter(f'{text!r}: give a number from 1 on, or "auto"', param_hint="--batch-size")

@@ -1,0 +1,76 @@
+"""`llmprune report` and `llmprune compare`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmprune import console
+from llmprune.cli.options import EXIT_CODES, AsJson, explained
+
+_COMPARE_EXAMPLES = """
+Examples:
+
+llmprune compare out/*
+
+llmprune compare out/sparsegpt out/ffn --against org/model --html compare.html
+"""
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command(epilog=EXIT_CODES)(report)
+    app.command(epilog=_COMPARE_EXAMPLES + "\n" + EXIT_CODES)(compare)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The output folder of a finished run.")],
+    open_it: Annotated[
+        bool | None, typer.Option("--open/--no-open", help="Show it in a browser; default: on a terminal.")
+    ] = None,
+) -> None:
+    """Build report.html in an output folder: one page that needs no network.
+
+    From report.json and, where they are beside it, the results of lm-eval (evaluation*.json) and of `llmprune bench`
+    (bench*.json).
+    """
+    with explained(as_json=False):
+        from llmprune.visual import write_report
+
+        page = write_report(folder.expanduser())
+        console.show(f"written to {page}")
+    if sys.stdout.isatty() if open_it is None else open_it:
+        import webbrowser
+
+        if not webbrowser.open(page.resolve().as_uri()):
+            console.tell("no browser found: open the file yourself")
+
+
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of finished runs.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The dense model, as a reference: a hub id or a folder.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw quality against size and speed, as one page.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put runs side by side: quality, size and speed.
+
+    Runs that were evaluated on different texts stand in different tables.
+    """
+    with explained(as_json):
+        from llmprune.tables.comparing import comparison_tables
+        from llmprune.visual import compare as compare_runs
+        from llmprune.visual import write_comparison
+
+        comparison = compare_runs(folders, against)
+        if html is not None:
+            page = write_comparison(comparison, html.expanduser())
+            console.tell(f"written to {page}")
+        if as_json:
+            console.show_json(comparison.to_dict())
+        else:
+            console.show(*comparison_tables(comparison))

@@ -1,0 +1,111 @@
+"use strict";
+(() => {
+  const root = document.documentElement;
+  const button = document.getElementById("theme");
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const drawn = [];
+  const breathe = () => new Promise((resolve) => setTimeout(resolve));
+
+  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
+
+  // Read from elements, so that the style sheet alone knows the colours.
+  const colours = () => {
+    const ink = getComputedStyle(document.body).color;
+    const line = getComputedStyle(document.querySelector("figure")).borderTopColor;
+    const result = { "font.color": ink };
+    for (const axis of ["xaxis", "yaxis"])
+      for (const part of ["gridcolor", "zerolinecolor", "linecolor"]) result[`${axis}.${part}`] = line;
+    return result;
+  };
+
+  const draw = async (plot, figure) => {
+    for (const [path, value] of Object.entries(colours())) {
+      const [part, name] = path.split(".");
+      figure.layout[part] = { ...figure.layout[part], [name]: value };
+    }
+    const buttons = ["select2d", "lasso2d", "autoScale2d"];
+    const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: buttons };
+    if (matchMedia("(pointer: coarse)").matches) {
+      // A finger that moves over a chart scrolls the page, and buttons would lie on the legend.
+      figure.layout.dragmode = false;
+      options.displayModeBar = false;
+    }
+    if (figure.layout.showlegend && plot.clientWidth < 400) {
+      // The legend has a line for each trace.
+      figure.layout.height += 20 * figure.data.length;
+      figure.layout.margin.t += 20 * figure.data.length;
+    }
+    await Plotly.newPlot(plot, figure.data, figure.layout, options);
+    drawn.push(plot);
+  };
+
+  const repaint = async () => {
+    const dark = isDark();
+    button.textContent = dark ? "Light" : "Dark";
+    button.setAttribute("aria-label", dark ? "Switch to light colours" : "Switch to dark colours");
+    for (const plot of drawn) {
+      await Plotly.relayout(plot, colours());
+      await breathe();
+    }
+    root.dataset.painted = isDark() ? "dark" : "light";
+  };
+
+  const remember = (theme) => {
+    try {
+      localStorage.setItem("llmprune-theme", theme);
+    } catch {
+      // Pages from a disk may have no storage; the choice then lasts as long as the page.
+    }
+  };
+
+  const recall = () => {
+    try {
+      return localStorage.getItem("llmprune-theme");
+    } catch {
+      return null;
+    }
+  };
+
+  const load = async () => {
+    const packed = atob(document.getElementById("plotly").textContent);
+    const bytes = Uint8Array.from(packed, (letter) => letter.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const script = document.createElement("script");
+    script.textContent = await new Response(stream).text();
+    document.head.append(script);
+  };
+
+  const start = async () => {
+    const figures = JSON.parse(document.getElementById("figures").textContent);
+    if (!Object.keys(figures).length) return;
+    await load();
+    for (const [name, figure] of Object.entries(figures)) {
+      const plot = document.getElementById(name);
+      await draw(plot, figure);
+      // The first screen is there; the others follow one by one, and the page answers between them.
+      if (plot.getBoundingClientRect().bottom > innerHeight) root.dataset.charts = "ready";
+      await breathe();
+    }
+  };
+
+  const theme = recall();
+  if (theme === "light" || theme === "dark") root.dataset.theme = theme;
+  button.addEventListener("click", () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    remember(root.dataset.theme);
+    repaint();
+  });
+  system.addEventListener("change", repaint);
+  repaint();
+  start().then(
+    () => {
+      root.dataset.charts = "drawn";
+    },
+    (error) => {
+      root.dataset.charts = "failed";
+      document.getElementById("failure").hidden = false;
+      for (const details of document.querySelectorAll("figure details")) details.open = true;
+      console.error(error);
+    },
+  );
+})();

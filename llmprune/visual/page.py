@@ -1,0 +1,236 @@
+"""One HTML file with tables and interactive charts: nothing is fetched, so it opens offline and stays readable.
+
+Every chart has its numbers in a table below it, for readers that cannot use the chart. The plotting library is embedded
+compressed, less than half of its size; browsers from 2023 on decompress it, and others show the tables.
+"""
+
+import base64
+import gzip
+import importlib.util
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from html import escape
+from importlib import import_module
+from importlib.resources import files
+from typing import Any, Protocol
+
+from llmprune.errors import LlmpruneError
+
+_FAILURE = "The charts need JavaScript and a browser from 2023 or later. Their numbers are in the tables."
+
+
+class PlottingError(LlmpruneError):
+    """Charts that cannot be drawn, because the plotting library is not installed."""
+
+
+class Part(Protocol):
+    """Something that stands in a section."""
+
+    def html(self) -> str:
+        """Write it as HTML, with everything escaped that comes from outside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table that scrolls where it is too wide.
+
+    Attributes:
+        columns: their heads.
+        rows: cells, ready to be read.
+        text: which columns hold text; the others hold numbers.
+        caption: what it shows; empty where a heading says it.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    text: tuple[int, ...] = (0,)
+    caption: str = ""
+
+    def html(self) -> str:
+        head = "".join(self._cell("th", index, name) for index, name in enumerate(self.columns))
+        body = "".join(
+            f"<tr>{''.join(self._cell('td', index, cell) for index, cell in enumerate(row))}</tr>\n"
+            for row in self.rows
+        )
+        caption = f"<h3>{escape(self.caption)}</h3>" if self.caption else ""
+        label = escape(self.caption or f"Table by {self.columns[0]}")
+        return (
+            f'<div class="card">{caption}<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
+            f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div></div>"
+        )
+
+    def _cell(self, tag: str, index: int, content: str) -> str:
+        attributes = ' scope="col"' if tag == "th" else ""
+        if index in self.text:
+            attributes += ' class="text"'
+        return f"<{tag}{attributes}>{escape(content)}</{tag}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Names and what there is to say of them."""
+
+    pairs: tuple[tuple[str, str], ...]
+
+    def html(self) -> str:
+        lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n" for name, value in self.pairs)
+        return f'<dl class="card">{lines}</dl>'
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """The few figures to see first: (name, value, remark)."""
+
+    tiles: tuple[tuple[str, str, str], ...]
+
+    def html(self) -> str:
+        tiles = "".join(
+            f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b>'
+            f"<small>{escape(remark)}</small></div>\n"
+            for name, value, remark in self.tiles
+        )
+        return f'<div class="tiles">{tiles}</div>'
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A text to unfold, with its line breaks."""
+
+    title: str
+    text: str
+
+    def html(self) -> str:
+        return f'<details class="card"><summary>{escape(self.title)}</summary><pre>{escape(self.text)}</pre></details>'
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A sentence."""
+
+    text: str
+
+    def html(self) -> str:
+        return f'<p class="note">{escape(self.text)}</p>'
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """An interactive chart, and its numbers in a table to unfold.
+
+    Attributes:
+        name: unique in its page; letters and hyphens.
+        title: what it shows.
+        figure: data and layout, in plotly's JSON schema.
+        table: the same numbers.
+        note: how to read it; may be empty.
+    """
+
+    name: str
+    title: str
+    figure: dict[str, Any]
+    table: Table
+    note: str = ""
+
+    def html(self) -> str:
+        note = f'<p class="note">{escape(self.note)}</p>' if self.note else ""
+        height = int(self.figure["layout"]["height"])
+        return (
+            f"<figure><figcaption><h3>{escape(self.title)}</h3>{note}</figcaption>"
+            f'<div class="plot" id="{self.name}" style="min-height:{height}px" role="img" '
+            f'aria-label="{escape(self.title)}; the table below has its numbers"></div>'
+            f"<details><summary>Numbers: {escape(self.title)}</summary>{self.table.html()}</details></figure>"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading and what stands below it.
+
+    Attributes:
+        name: unique in its page; letters and hyphens.
+        title: the heading.
+        parts: in order; without any the section is left out.
+    """
+
+    name: str
+    title: str
+    parts: Sequence[Part] = field(default_factory=tuple)
+
+    def html(self) -> str:
+        parts = "\n".join(part.html() for part in self.parts)
+        return f'<section id="{self.name}"><h2>{escape(self.title)}</h2>\n{parts}\n</section>'
+
+
+def render(title: str, subtitle: str, sections: Iterable[Section]) -> str:
+    """Write a page.
+
+    Args:
+        title: of the page.
+        subtitle: a line below it.
+        sections: those without parts are left out.
+
+    Raises:
+        PlottingError: plotly is not installed.
+    """
+    shown = [section for section in sections if section.parts]
+    figures = {part.name: part.figure for section in shown for part in section.parts if isinstance(part, Chart)}
+    links = "\n".join(f'<a href="#{section.name}">{escape(section.title)}</a>' for section in shown)
+    body = "\n".join(section.html() for section in shown)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="generator" content="llmprune">
+<title>{escape(title)}</title>
+<style>
+{_asset("page.css")}</style>
+</head>
+<body>
+<header><div><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></div>
+<button id="theme" type="button">Dark</button></header>
+<nav aria-label="Sections">
+{links}
+</nav>
+<main>
+<p id="failure" role="alert" hidden>{_FAILURE}</p>
+<noscript><p>{_FAILURE}</p></noscript>
+{body}
+</main>
+<script type="application/json" id="figures">{_embedded(figures)}</script>
+<script type="text/plain" id="plotly">{_bundle() if figures else ""}</script>
+<script>
+{_asset("page.js")}</script>
+</body>
+</html>
+"""
+
+
+def plotly_installed() -> bool:
+    """Whether charts can be drawn here; the library is not imported."""
+    return importlib.util.find_spec("plotly") is not None
+
+
+def _embedded(content: Any) -> str:
+    """JSON that ends no script element early, whatever names are in it."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+@cache
+def _bundle() -> str:
+    """The plotting library, compressed, in base64."""
+    try:
+        source = import_module("plotly.offline").get_plotlyjs()
+    except ImportError:
+        raise PlottingError(
+            "plotly is not installed", expected="the library that draws the charts", fix="pip install llmprune[report]"
+        ) from None
+    # No time of compression inside, so that the same report gives the same bytes.
+    return base64.b64encode(gzip.compress(source.encode(), mtime=0)).decode()
+
+
+def _asset(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
