@@ -17,7 +17,7 @@ from llmprune.checkpoint import INDEX_NAME, Stored, file_digest, read_json, writ
 from llmprune.errors import CheckpointError, ResumeError
 from llmprune.formats import Layout, layout_from_dict
 from llmprune.packed import with_packing_record
-from llmprune.report import REPORT_NAME, MatrixRow, StructureRow
+from llmprune.report import PAGE_NAME, REPORT_NAME, MatrixRow, StructureRow
 
 MANIFEST_NAME = ".llmprune.json"
 LOCK_NAME = ".llmprune.lock"
@@ -34,7 +34,8 @@ _COMPANIONS = (
 
 # What --overwrite removes: the files that a checkpoint or a run of ours consists of, and nothing else.
 _REPLACED = (
-    *_COMPANIONS, "*.safetensors", INDEX_NAME, "README.md", RECIPE_NAME, REPORT_NAME, MANIFEST_NAME, ".*.partial",
+    *_COMPANIONS, "*.safetensors", INDEX_NAME, "README.md", RECIPE_NAME, REPORT_NAME, PAGE_NAME, MANIFEST_NAME,
+    ".*.partial",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from llmprune.checkpoint import write_json
 from llmprune.errors import CheckpointError
 
 REPORT_NAME = "report.json"
+PAGE_NAME = "report.html"
 
 
 @dataclass(frozen=True, slots=True)

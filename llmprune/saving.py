@@ -19,6 +19,7 @@ from llmprune.recipe import Recipe
 from llmprune.report import Report
 from llmprune.skeleton import quiet_transformers
 from llmprune.source import CheckpointSource, positive_zeros
+from llmprune.visual import write_page
 
 
 def save_pruned(
@@ -53,6 +54,7 @@ def save_pruned(
                 with contextlib.suppress(PatternError):
                     folder = pack(folder, folder.with_name("packed"), recipe.format).folder
             write_card(folder, report.header["model"], recipe, report)
+            write_page(folder)
             with locked(output):
                 require_empty(output, resume=False, overwrite=overwrite)
                 remove_checkpoint(output)

@@ -24,7 +24,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def weights_and_texts(folder: Path) -> dict[str, bytes]:
     """What two runs of one recipe must agree on to the byte: all but the files that hold times."""
-    timed = {"report.json", ".llmprune.json"}
+    timed = {"report.json", "report.html", ".llmprune.json"}
     return {name: content for name, content in contents(folder).items() if name not in timed}
 
 

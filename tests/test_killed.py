@@ -120,7 +120,7 @@ def runner(whole: Whole) -> Iterator[Runner]:
 def state(folder: Path) -> list[tuple[str, int]]:
     """Names and sizes; the size of what holds times varies from run to run."""
     files = sorted(folder.iterdir()) if folder.exists() else []
-    timed = (MANIFEST_NAME, "report.json")
+    timed = (MANIFEST_NAME, "report.json", "report.html")
     return [(file.name, 0 if any(name in file.name for name in timed) else file.stat().st_size) for file in files]
 
 

@@ -66,7 +66,7 @@ def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished
 def test_a_finished_folder_holds_all_of_a_model(source: Path, finished: Finished) -> None:
     names = set(contents(finished.folder))
     shards = {f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)}
-    ours = {"README.md", "recipe.yaml", "report.json", MANIFEST_NAME, "model.safetensors.index.json"}
+    ours = {"README.md", "recipe.yaml", "report.json", "report.html", MANIFEST_NAME, "model.safetensors.index.json"}
     companions = {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
         "additional_chat_templates/tool_use.jinja", "LICENSE",

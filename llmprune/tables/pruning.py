@@ -41,6 +41,7 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
         ),
         *_size_facts(header["size"]),
         ("report", str(folder / "report.json")),
+        *([("page", str(folder / "report.html"))] if (folder / "report.html").exists() else []),
     )
 
 

@@ -9,19 +9,23 @@ import yaml
 
 from llmprune.checkpoint import write_text
 from llmprune.console import format_seconds, format_size
-from llmprune.report import Report, load_report
+from llmprune.report import PAGE_NAME, Report, load_report
 from llmprune.visual import disk
 from llmprune.visual.beside import Beside, read_beside
 from llmprune.visual.charts import Axis, Series, level, lines, shares
 from llmprune.visual.evidence import evidence_parts
 from llmprune.visual.layers import LAYER, layer_parts, number, structure_parts
 from llmprune.visual.measured import evaluation_parts, speed_parts
-from llmprune.visual.page import Chart, Facts, Listing, Part, Section, Table, Tiles, render
+from llmprune.visual.page import Chart, Facts, Listing, Part, Section, Table, Tiles, plotly_installed, render
 from llmprune.visual.short import divergence, perplexity, short_recipe, text_line
 
-PAGE_NAME = "report.html"
-
 _MEGA = 1e6
+
+
+def write_page(folder: Path) -> None:
+    """Write report.html where plotly is installed; elsewhere report.json says the same."""
+    if plotly_installed():
+        write_report(folder)
 
 
 def write_report(folder: Path) -> Path:
