@@ -17,6 +17,7 @@ from llmprune.calibration import TextSpec, Tokenizer, Tokens
 from llmprune.card import write_card
 from llmprune.checkpoint import write_text
 from llmprune.decisions import Decisions
+from llmprune.dense_pass import DensePass
 from llmprune.devices import describe_device, resolve_device
 from llmprune.errors import RecipeError, ResumeError
 from llmprune.extent import measure_extent
@@ -47,9 +48,10 @@ from llmprune.stream import ResidentLayer, Stream, StreamSettings
 from llmprune.structure_plan import consumer_shapes
 from llmprune.structures.removal import Cut
 from llmprune.survey import decide
-from llmprune.texts import load_texts, load_tokenizer
+from llmprune.texts import load_tokenizer
 from llmprune.timing import Stages
 from llmprune.version import __version__
+from llmprune.visual import write_page
 from llmprune.writing import Writer
 
 
@@ -103,12 +105,13 @@ def prune(
 
 
 class Run:
-    """One run: the recipe, and what all its parts share."""
+    """One run: the recipe, what all its parts share, and what runs before it have made of the dense model."""
 
-    def __init__(self, recipe: Recipe, watch: Watcher = ignore) -> None:
+    def __init__(self, recipe: Recipe, watch: Watcher = ignore, dense: DensePass | None = None) -> None:
         self.recipe = recipe
         self.device = resolve_device(recipe.device)
         self.stages = Stages()
+        self.dense = dense or DensePass()
         self.started = time.perf_counter()
         self.memories: list[LayerMemory] = []
         self.errors: list[float] = []
@@ -146,7 +149,7 @@ class Run:
     def _into(self, target: OutputFolder, name: str, source: CheckpointSource, texts: Mapping[str, Tokens]) -> Report:
         """Do what is left to do in an output folder that was opened."""
         write_text(target.path / RECIPE_NAME, self.recipe.to_yaml())
-        dense = self._final_states(source, texts, "dense perplexity")
+        dense = self.dense.final_states(source, texts, self.settings, self.watch, self.stages)
         if self.reduction is not None:
             self._decide(self.reduction, target, texts["calibration"])
         result = self._result(source)
@@ -165,6 +168,7 @@ class Run:
         report.header.update(self._smaller(source, result, target, texts["calibration"]))
         report.save(target.path)
         write_card(target.path, name, self.recipe, report)
+        write_page(target.path)
         target.close()
         return report
 
@@ -186,7 +190,7 @@ class Run:
         keys = {"version": versions(), "device": describe_device(self.device)}
         with evaluating(model):
             texts = self._texts(source, jobs, model, tokenizer)
-            dense = self._final_states(source, texts, "dense perplexity")
+            dense = self.dense.final_states(source, texts, self.settings, self.watch, self.stages)
             with PeakWatch(self.device) as memory:
                 rows = self.prune_layers(source, jobs, texts["calibration"], None, memory)
             report = self._report(name, keys, source, texts, rows, dense, memory)
@@ -262,15 +266,9 @@ class Run:
         if any(spec.source == "self" for spec in specs.values()):
             self.guard.expected = lambda: sampling_needs(source)
         with self.stages("text"):
-            texts = load_texts(specs, model, tokenizer, self.device)
+            texts = self.dense.texts(specs, model, tokenizer, self.device)
         self.guard.expected = lambda: pruning_needs(source, jobs, texts, self.settings)
         return texts
-
-    def _final_states(self, source: Source, texts: Mapping[str, Tokens], stage: str) -> Stream | None:
-        if "evaluation" not in texts:
-            return None
-        with self.stages(stage):
-            return run_stream(source, texts["evaluation"].ids, self.settings, self.watch, stage)
 
     def prune_layers(
         self,
@@ -359,10 +357,10 @@ class Run:
         dense: Stream | None,
         memory: PeakWatch,
     ) -> Report:
-        pruned = self._final_states(source, texts, "pruned perplexity")
-        evaluation = None
-        if dense is not None and pruned is not None:
-            with self.stages("pruned perplexity"):
+        evaluation, stage = None, "pruned perplexity"
+        if dense is not None:
+            with self.stages(stage):
+                pruned = run_stream(source, texts["evaluation"].ids, self.settings, self.watch, stage)
                 evaluation = compare_perplexity(dense, pruned, texts["evaluation"]).to_dict()
         header = {
             "model": name,

@@ -156,7 +156,7 @@ def test_a_model_in_memory_has_nothing_to_resume(small: Recipe, monkeypatch: pyt
 def test_perplexity_out_of_memory_is_explained(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.txt"
     text.write_text("w50 w60 " * 40)
-    monkeypatch.setattr(stream.Stream, "_head", failing(ALLOCATOR, pytest.fail, 0))
+    monkeypatch.setattr(stream.Stream, "head", failing(ALLOCATOR, pytest.fail, 0))
     result = run("perplexity", model, "--text", text, "--length", 16, "--samples", 2)
     assert result.exit_code == 1
     assert "ran out: perplexity, head: [enforce fail" in result.stderr
