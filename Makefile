@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types docs clean
 
 demo: $(VENV)/ready
 	$(BIN)/llmprune prune testbed --recipe demo --output out/demo --overwrite
@@ -19,10 +19,13 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/mypy
 
+docs: $(VENV)/ready
+	$(BIN)/mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,serve,eval,report]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,serve,eval,report,docs]'
 	touch $@

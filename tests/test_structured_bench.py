@@ -95,7 +95,6 @@ def test_a_row_is_what_the_pipeline_says(bench: Bench, llama: Path, texts: Path,
     assert found["perplexity"] != pytest.approx(found["dense_perplexity"], rel=1e-3)
     whole, ffn = 128 * 32 + 3 * (3 * 32 * 48 + 2 * 32**2 + 2 * 16 * 32 + 64) + 32, 3 * 32 * 48
     assert found["parameters"] == pytest.approx(1 - 1.5 * ffn / whole)
-    assert found["kept"][0] == ("model.layers.0", "ffn", 24)
     json.dumps(found, allow_nan=False)
 
 
@@ -130,7 +129,6 @@ def test_the_table_has_a_row_for_each_choice_and_a_column_for_what_goes() -> Non
 
 def test_every_score_has_its_rows(bench: Bench) -> None:
     found = quality_rows(bench.source)
-    # 24.0 of 48 channels: exactly as many go as the recipe says.
     assert len({row.name for row in found}) == len(found)
     for row in found:
         load_recipe({"structures": row.structures})
@@ -148,11 +146,13 @@ def test_uniform_rows_are_as_large_as_the_budget(bench: Bench, tmp_path: Path) -
         "uniform: 0 of 2 heads, 28 channels",
         "uniform: 1 of 2 heads, 12 channels",
     ]
-    measured = [bench.measure(row) for row in [*uniform, found[len(uniform)]]]
+    measured = [bench.measure(row) for row in [*uniform, found[-2]]]
     # Steps of 16 channels, three times too coarse for the budget: it keeps it and takes more.
     assert measured[0]["parameters"] == measured[1]["parameters"] >= measured[2]["parameters"]
     assert measured[0]["predicted_divergence"] is None
     assert measured[2]["predicted_divergence"] > 0
+    assert measured[0]["kept"] is None
+    assert all(channels % 16 == 0 for channels in measured[2]["kept"]["ffn"])
 
 
 def test_depth_rows_run(bench: Bench) -> None:
@@ -190,7 +190,8 @@ def test_half_a_model_is_checked_then_timed(monkeypatch: pytest.MonkeyPatch) -> 
         for dtype in ("float32", "bfloat16")
         for what in ("prefill of 8 tokens", "decode of a token after 8")
     ]
-    assert all(row["dense"]["repeats"] == 2 and row["dense_ms"] > 0 for row in found)
+    assert all(row["dense"]["repeats"] == 2 for row in found)
+    assert found[0]["dense_ms"] > 0
     layers, head = 2 * (3 * 64 * 96 + 2 * 64 * 64 + 2 * 64 * 32), 64 * 4096
     assert found[1]["flop_ratio"] == pytest.approx((layers + head) / (layers / 2 + head))
     assert found[0]["flop_ratio"] == pytest.approx((8 * layers + head) / (4 * layers + head))

@@ -1,0 +1,1 @@
+"""The generated parts of the documentation, each a function that returns Markdown."""

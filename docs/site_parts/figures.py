@@ -1,0 +1,151 @@
+"""Parts with measured figures, from the result files of the benches: nothing here is written by hand."""
+
+import ast
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from site_parts.markdown import literal, table
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "eval" / "bench" / "results"
+
+
+def read(name: str) -> Any:
+    """A result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def quality() -> str:
+    """Perplexity, divergence and output error of every method and pattern on the bundled model."""
+    rows = read("quality-testbed-cpu")
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows))
+    cells = {
+        (row["method"], row["pattern"]): f"{row['perplexity']:.2f} · {row['kl_divergence']:.3f} · {row['error']:.3f}"
+        for row in rows
+    }
+    methods = dict.fromkeys(row["method"] for row in rows)
+    body = [(literal(method), *(cells[method, pattern] for pattern in patterns)) for method in methods]
+    shown = table(("", *(literal(pattern) for pattern in patterns)), body)
+    return f"Dense perplexity {rows[0]['dense_perplexity']:.2f}.\n\n{shown}\n\n{_where(rows[0])}"
+
+
+def pruning_time() -> str:
+    """Seconds by stage and peak memory of SparseGPT on two models."""
+    stages = ("total", "forward", "gram", "solve", "write", "load")
+    runs = [read(f"prune-{model}-cpu") for model in ("testbed", "llama-1.2b")]
+    rows = []
+    for run in runs:
+        seconds = (f"{run['seconds'][stage]:.2f}" for stage in stages)
+        row = (run["model"], f"{run['tokens']:,}", *seconds, f"{run['floor_seconds']:.2f}")
+        rows.append((*row, f"{run['peak_bytes'] / 1e6:,.0f}"))
+    columns = ("model", "tokens", *(f"{stage}, s" for stage in stages), "arithmetic floor, s", "peak memory, MB")
+    return f"{table(columns, rows)}\n\n{_where(runs[0])}"
+
+
+def blocks() -> str:
+    """How many times as fast as the dense product stored blocks are on a CPU."""
+    result = read("block-linear-4096-cpu")
+    rows = [row for row in result["rows"] if row["correct"]]
+    kinds = sorted({(row["block"], row["sparsity"]) for row in rows})
+    tokens = sorted({row["tokens"] for row in rows})
+    ratios = {(row["block"], row["sparsity"], row["tokens"]): row["ratio"] for row in rows}
+    body = [
+        (f"{size} x {size}", f"{sparsity:.0%}", *(f"{ratios[size, sparsity, count]:.2f}" for count in tokens))
+        for size, sparsity in kinds
+    ]
+    columns = ("block", "zeros", *(f"{count} token{'s' * (count > 1)}" for count in tokens))
+    return f"{table(columns, body)}\n\n{_where(result)}"
+
+
+def structured(part: str) -> str:
+    """Rows of the bench of structured pruning: what was removed, how it was chosen, what it cost."""
+    columns = {
+        "removed": "{removed}",
+        "chosen by": "{label}",
+        "perplexity": "{perplexity:.2f}",
+        "KL divergence": "{kl_divergence:.3f}",
+        "parameters left": "{parameters:.1%}",
+    }
+    return _bench(f"structured-{part}-testbed-cpu", f"structured {part} --text FOLDER", columns)
+
+
+def structured_speed() -> str:
+    """How much faster a random Llama is without half of its channels and heads, on a CPU."""
+    columns = {
+        "dtype": "{dtype}",
+        "what": "{what}",
+        "dense, ms": "{dense_ms:.1f}",
+        "pruned, ms": "{pruned_ms:.1f}",
+        "times as fast": "{speedup:.2f}",
+        "times fewer FLOPs": "{flop_ratio:.2f}",
+        "load of the machine": "{load:.1f}",
+    }
+    return _bench("structured-speed-cpu", "structured speed", columns)
+
+
+def structured_solver() -> str:
+    """How long exact group removal takes, on a CPU."""
+    columns = {
+        "matrix (in x out)": "{inputs} x {outputs}",
+        "columns removed": "{removed}",
+        "exchanges made": "{swaps} of at most {most_swaps}",
+        "threads": "{threads}",
+        "seconds": "{seconds:.1f}",
+        "load of the machine": "{load:.1f}",
+    }
+    return _bench("structured-solver-cpu", "structured solver", columns)
+
+
+def harness() -> str:
+    """What our evaluation adds to the time of lm-eval itself."""
+    columns = {
+        "model": "{model}",
+        "tasks": "{tasks}",
+        "lm-eval's `hf`, s": "{medians[hf]:.2f}",
+        "ours, s": "{medians[llmprune]:.2f}",
+        "added": "{added:+.1%}",
+    }
+    return _bench("harness-testbed-cpu", "harness", columns)
+
+
+def families() -> str:
+    """The architectures that the tests prune, by their rows in tests/tiny_models.py."""
+    tree = ast.parse((ROOT / "tests" / "tiny_models.py").read_text("utf-8"))
+    (rows,) = (
+        statement.value
+        for statement in tree.body
+        if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == "FAMILIES"
+    )
+    assert isinstance(rows, ast.Dict)
+    names = [ast.literal_eval(key) for key in rows.keys if key is not None]
+    return f"{len(names)} families: " + ", ".join(literal(name) for name in names) + "."
+
+
+def _bench(name: str, arguments: str, columns: Mapping[str, str]) -> str:
+    """The rows of a result file, by a format string a column; or that there is none, and what makes it."""
+    command = literal(f"python -m llmprune.eval.bench.{arguments} --json {name}.json")
+    if not (RESULTS / f"{name}.json").is_file():
+        return f"*Not measured yet; {command} does.*"
+    result = read(name)
+    rows = result if isinstance(result, list) else [{**result, "tasks": len(result["tasks"])}]
+    shown = table(list(columns), ([form.format(**row) for form in columns.values()] for row in rows))
+    return f"{shown}\n\nMade by {command}. {_where(rows[0])}"
+
+
+def _where(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"*Measured on: {result['device']}; {versions}.*"
+
+
+PARTS = {
+    "quality": quality,
+    "pruning-time": pruning_time,
+    "blocks": blocks,
+    "structured": structured,
+    "structured-speed": structured_speed,
+    "structured-solver": structured_solver,
+    "harness": harness,
+    "families": families,
+}

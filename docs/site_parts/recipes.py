@@ -1,0 +1,192 @@
+"""Parts about recipes: every key with its type, default and meaning; every bundled recipe with its figures."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from importlib.resources import files
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from annotated_types import Ge, Gt, Lt
+from pydantic import BaseModel, ByteSize
+from pydantic.fields import FieldInfo
+
+from llmprune.calibration import TextSpec
+from llmprune.methods import Method
+from llmprune.patterns import Pattern
+from llmprune.recipe import Experts, Recipe, Rule, load_recipe
+from llmprune.structure_recipe import SECTIONS, Amount, Structures
+from site_parts.docstrings import attributes, summary
+from site_parts.markdown import code, literal, table
+
+# What a reader writes for a value of each type.
+_WORDS: dict[Any, str] = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "`true` or `false`",
+    ByteSize: "bytes, also as text: `4GiB`",
+    Pattern: "pattern",
+    Method: "method",
+    NoneType: "`null`",
+}
+_BOUNDS = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Lt: ("lt", "<")}
+
+
+def kind(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
+    """A type in the words of a recipe.
+
+    Raises:
+        KeyError: nothing here says how to write such a value.
+    """
+    bounds = "".join(f", {sign} {getattr(limit, name):g}" for limit, name, sign in _limits(metadata))
+    if annotation == Amount:
+        return "fraction below 1, or whole number from 1 on"
+    if get_origin(annotation) is Annotated:
+        inner, *rest = get_args(annotation)
+        return kind(inner, (*metadata, *rest)) if inner not in (Pattern, Method) else _WORDS[inner]
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(kind(option) for option in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return ", ".join(literal(word) for word in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"list of {kind(get_args(annotation)[0])}s"
+    if isinstance(annotation, type) and (annotation is TextSpec or issubclass(annotation, BaseModel)):
+        return "rule" if annotation is Rule else "section"
+    return _WORDS[annotation] + bounds
+
+
+def recipe_keys() -> str:
+    """The keys at the top of a recipe."""
+    shown = load_recipe({"pattern": 0.5, "method": "magnitude"}).to_dict()
+    defaults = {name: _default(shown[name]) for name in Recipe.model_fields}
+    defaults |= dict.fromkeys(("pattern", "method"), "none")
+    defaults["activation_budget"] = literal(ByteSize(shown["activation_budget"]).human_readable())
+    return _keys(Recipe, defaults)
+
+
+def rule_keys() -> str:
+    """The keys of a rule."""
+    return _keys(Rule)
+
+
+def expert_keys() -> str:
+    """The keys of the section `experts`."""
+    return _keys(Experts)
+
+
+def text_keys() -> str:
+    """The keys of `calibration` and `evaluation`."""
+    filled = load_recipe({"pattern": 0.5, "method": "magnitude"})
+    assert filled.evaluation is not None
+    types, meanings = get_type_hints(TextSpec, include_extras=True), attributes(TextSpec)
+    rows = []
+    for field in fields(TextSpec):
+        both = (_default(getattr(text, field.name)) for text in (filled.calibration, filled.evaluation))
+        shown = kind(types[field.name]).removesuffix(" or `null`")
+        rows.append((literal(field.name), shown, *both, _in_yaml(meanings[field.name])))
+    return table(("key", "type", "default of calibration", "default of evaluation", "meaning"), rows)
+
+
+def structure_keys() -> str:
+    """The keys of the section `structures`, and those of each of its sections."""
+    parts = [_keys(Structures)]
+    parts += [f"### `structures.{name}`\n\n{summary(model)}\n\n{_keys(model)}" for name, model in SECTIONS.items()]
+    return "\n\n".join(parts)
+
+
+def bundled_table() -> str:
+    """One line for each bundled recipe, with what it gave on the bundled model."""
+    rows = [
+        (f"[{name}](#{name})", str(yaml.safe_load(text)["description"]), _figures(text)["Testbed"])
+        for name, text in sources().items()
+    ]
+    return table(("recipe", "what it does", "on the bundled model"), rows)
+
+
+def bundled_recipes() -> str:
+    """Each bundled recipe: what it is for, and its text."""
+    parts = []
+    for name, text in sources().items():
+        body = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+        parts.append(f"### {name}\n\n{_remarks(text)}\n\n{_figures(text)['Testbed']}\n\n{code(body, 'yaml')}")
+    return "\n\n".join(parts)
+
+
+def made_by() -> str:
+    """The command that has made the figures in the recipes, and on what."""
+    (line,) = {_figures(text)["Made by"] for text in sources().values()}
+    return "Made by " + re.sub(r"^python -m [\w.]+", lambda command: literal(command[0]), line)
+
+
+def sources() -> dict[str, str]:
+    """The bundled recipes as they are written: name -> text."""
+    entries = [entry for entry in files("llmprune.recipes").iterdir() if entry.name.endswith(".yaml")]
+    return dict(sorted((entry.name.removesuffix(".yaml"), entry.read_text("utf-8")) for entry in entries))
+
+
+def _keys(model: type[BaseModel], defaults: Mapping[str, str] | None = None) -> str:
+    meanings = attributes(model)
+    rows = []
+    for name, field in model.model_fields.items():
+        default = defaults[name] if defaults else _field_default(field)
+        shown = kind(field.annotation, tuple(field.metadata))
+        if default == "none":
+            shown = shown.removesuffix(" or `null`")
+        rows.append((literal(name), shown, default, _in_yaml(meanings[name])))
+    return table(("key", "type", "default", "meaning"), rows)
+
+
+def _field_default(field: FieldInfo) -> str:
+    return "required" if field.is_required() else _default(field.default)
+
+
+def _in_yaml(text: str) -> str:
+    """Python's None in the words of a recipe."""
+    return re.sub(r"\bNone\b", "`null`", text)
+
+
+def _default(value: Any) -> str:
+    if value is None or value == "" or value in ((), []):
+        return "none"
+    if isinstance(value, dict):
+        return "see below"
+    return literal(str(list(value)).replace("'", '"') if isinstance(value, list | tuple) else value)
+
+
+def _limits(metadata: tuple[Any, ...]) -> Iterator[tuple[Any, str, str]]:
+    for entry in metadata:
+        for limit in entry.metadata if isinstance(entry, FieldInfo) else (entry,):
+            if type(limit) in _BOUNDS:
+                yield (limit, *_BOUNDS[type(limit)])
+
+
+def _comments(text: str) -> list[str]:
+    return [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
+
+
+def _figures(text: str) -> dict[str, str]:
+    """The comments that hold figures: `Testbed` and `Made by` -> what they say."""
+    found = {}
+    for line in _comments(text):
+        if match := re.match(r"(Testbed|Made by):? (.+)$", line):
+            found[match[1]] = match[2]
+    return found
+
+
+def _remarks(text: str) -> str:
+    """The other comments."""
+    return " ".join(line for line in _comments(text) if not re.match(r"(Testbed|Made by)\b", line))
+
+
+PARTS = {
+    "recipe-keys": recipe_keys,
+    "rule-keys": rule_keys,
+    "expert-keys": expert_keys,
+    "text-keys": text_keys,
+    "structure-keys": structure_keys,
+    "bundled-table": bundled_table,
+    "bundled-recipes": bundled_recipes,
+    "bundled-protocol": made_by,
+}

@@ -1,0 +1,254 @@
+"""What structured pruning costs in quality and gains in speed; every part writes a JSON file.
+
+    python -m llmprune.eval.bench.structured quality --text FOLDER --json FILE
+    python -m llmprune.eval.bench.structured budget --text FOLDER --json FILE
+    python -m llmprune.eval.bench.structured depth --text FOLDER --json FILE
+    python -m llmprune.eval.bench.structured speed --json FILE
+    python -m llmprune.eval.bench.structured solver --json FILE
+
+| part | what |
+|---|---|
+| quality | every score of heads and FFN channels, with and without a refit |
+| budget | one budget for all layers, beside every uniform choice of as many parameters |
+| depth | layers, attention and MLP blocks, hidden channels |
+| speed | a random Llama without half of its channels and heads: prefill and decode, in turns with the dense one |
+| solver | exact group removal at 2816 x 1024: seconds, and floating-point operations beside the documented ones |
+
+Protocol of the first three: weights and activations in float32; calibration is the first 128 packed samples of 256
+tokens of calibration.jsonl, 8 more are held back; perplexity is measured on the first 400 packed chunks of 256 tokens
+of heldout.jsonl, each token predicted from its own chunk, and the divergence is the mean KL(dense || pruned) there.
+FFN widths are not aligned. Nothing is recovered by training.
+
+The file is written after every row; rows of the first three that stand in it are not run again. The files of the
+figures in LOG.md are results/structured-PART-testbed-cpu.json, for the last two results/structured-PART-cpu.json.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmprune.benchmark.machine import commit
+from llmprune.calibration import TextSpec
+from llmprune.checkpoint import write_json
+from llmprune.devices import describe_device
+from llmprune.eval.bench.structured_plan import Row, budget_rows, depth_rows, quality_rows
+from llmprune.eval.bench.structured_speed import SOLVER_COLUMNS, SPEED_COLUMNS, solver_rows, speed_rows
+from llmprune.hub import resolve_model
+from llmprune.perplexity import compare_perplexity, run_stream
+from llmprune.pipeline import prune, versions
+from llmprune.progress import ignore
+from llmprune.report import Report
+from llmprune.skeleton import quiet_transformers
+from llmprune.source import CheckpointSource
+from llmprune.stream import StreamSettings
+from llmprune.texts import load_texts, load_tokenizer
+
+CPU = torch.device("cpu")
+PLANS: dict[str, Callable[[CheckpointSource], list[Row]]] = {
+    "quality": quality_rows,
+    "budget": budget_rows,
+    "depth": depth_rows,
+}
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """How the perplexities are measured.
+
+    Attributes:
+        samples: of the calibration text.
+        held_back: more of them, for the errors.
+        chunks: of the held-out text.
+        length: tokens of both.
+        batch_size: samples in a forward.
+    """
+
+    samples: int = 128
+    held_back: int = 8
+    chunks: int = 400
+    length: int = 256
+    batch_size: int = 16
+
+
+class Bench:
+    """One model and one pair of texts; the dense model runs over the held-out text once.
+
+    Args:
+        model: a checkpoint or "testbed"; its weights are widened to float32.
+        text: folder of calibration.jsonl and heldout.jsonl, each with a column `text`.
+        work: an empty folder.
+        protocol: how the perplexities are measured.
+
+    Attributes:
+        source: the dense model.
+    """
+
+    def __init__(self, model: str, text: Path, work: Path, protocol: Protocol | None = None) -> None:
+        self._text, self._protocol = text, protocol or Protocol()
+        self._folder, self._output = work / "dense", work / "pruned"
+        folder = resolve_model(model)
+        with quiet_transformers():
+            AutoModelForCausalLM.from_pretrained(folder, dtype="float32").save_pretrained(self._folder)
+        tokenizer: Any = load_tokenizer(folder)
+        tokenizer.save_pretrained(self._folder)
+        self.source = CheckpointSource(self._folder)
+        self._settings = StreamSettings(batch_size=self._protocol.batch_size)
+        chunks = self._spec("heldout", self._protocol.chunks)
+        self._tokens = load_texts({"heldout": chunks}, self._folder, tokenizer, CPU)["heldout"]
+        self._dense = run_stream(self.source, self._tokens.ids, self._settings, ignore, "dense")
+
+    def measure(self, row: Row) -> Figures:
+        """Prune by one row and compare the result with the dense model."""
+        calibration = self._spec("calibration", self._protocol.samples)
+        recipe = {
+            "structures": row.structures,
+            "calibration": asdict(calibration),
+            "evaluation": None,
+            "held_back": self._protocol.held_back,
+            "batch_size": self._protocol.batch_size,
+            "device": "cpu",
+        }
+        report = prune(str(self._folder), recipe, self._output, overwrite=True)
+        pruned = run_stream(CheckpointSource(self._output), self._tokens.ids, self._settings, ignore, "pruned")
+        found = compare_perplexity(self._dense, pruned, self._tokens).to_dict()
+        extent, evidence = report.header["extent"], report.header["decisions"]["evidence"]
+        return {
+            "removed": row.removed,
+            "label": row.label,
+            "dense_perplexity": found["dense"]["perplexity"],
+            "perplexity": found["pruned"]["perplexity"],
+            "kl_divergence": found["kl_divergence"],
+            "predicted_divergence": evidence["budget"]["error"] if "budget" in evidence else None,
+            "agreement": found["agreement"],
+            "error": report.mean_error,
+            "parameters": extent["pruned"]["parameters"] / extent["dense"]["parameters"],
+            "flops": extent["pruned"]["flops_per_token"] / extent["dense"]["flops_per_token"],
+            "kept": _kept(report) if "budget" in row.structures else None,
+            "structures": row.structures,
+            "versions": versions(),
+            "device": describe_device(CPU),
+        }
+
+    def _spec(self, name: str, samples: int) -> TextSpec:
+        return TextSpec(str(self._text / f"{name}.jsonl"), samples=samples, length=self._protocol.length, order="text")
+
+
+def perplexity_rows(
+    bench: Bench, rows: Sequence[Row], path: Path, code: str | None, only: Sequence[str] = ("*",)
+) -> list[Figures]:
+    """Measure the rows that a file does not hold yet, and write it after each of them.
+
+    Args:
+        bench: the model and the texts.
+        rows: of one part.
+        path: of the file; its rows stay, those of other recipes under the same name are measured again.
+        code: the commit that is measured.
+        only: shell globs over the rows' names.
+
+    Returns:
+        What the file holds.
+    """
+    known: dict[str, Figures] = {_name(row): row for row in _read(path)}
+    wanted = [row for row in rows if any(fnmatchcase(row.name, glob) for glob in only)]
+    for number, row in enumerate(wanted):
+        if known.get(row.name, {}).get("structures") == row.structures:
+            continue
+        known[row.name] = bench.measure(row) | {"commit": code}
+        order = [row.name for row in rows]
+        write_json(path, sorted(known.values(), key=lambda row: _place(order, _name(row))))
+        print(f"[{number + 1}/{len(wanted)}] {row.name}: {_rounded(known[row.name]['perplexity'])}", flush=True)
+    return _read(path)
+
+
+def perplexity_table(rows: Sequence[Figures]) -> str:
+    """Lay perplexities (and divergences) out: how the structures are chosen by what goes, the dense model first."""
+    columns, labels = (list(dict.fromkeys(row[key] for row in rows)) for key in ("removed", "label"))
+    cells = {(row["label"], row["removed"]): _cell(row) for row in rows}
+    head = f"perplexity (divergence), dense {rows[0]['dense_perplexity']:.2f}"
+    return markdown([head, *columns], ([label, *(cells.get((label, c), "") for c in columns)] for label in labels))
+
+
+def figures_table(rows: Sequence[Figures], columns: Mapping[str, str]) -> str:
+    """Lay the figures of other parts out, a row each.
+
+    Args:
+        rows: as they stand in the file.
+        columns: heading -> format string over a row.
+    """
+    return markdown(list(columns), ([form.format(**row) for form in columns.values()] for row in rows))
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one part, write its file, print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*PLANS, "speed", "solver"])
+    parser.add_argument("--model", default="testbed", help="for quality, budget and depth")
+    parser.add_argument("--text", type=Path, help="folder of calibration.jsonl and heldout.jsonl, for the same")
+    parser.add_argument("--rows", nargs="+", default=["*"], metavar="GLOB", help="of their names, for the same")
+    parser.add_argument("--json", type=Path, required=True, help="the figures; rows that it holds are not run again")
+    parser.add_argument("--table", type=Path, help="where to write them as a table in Markdown")
+    parser.add_argument("--commit", default=commit(), help="of the code; default: as git says")
+    args = parser.parse_args(arguments)
+    if args.part in PLANS:
+        if args.text is None:
+            parser.error(f"{args.part} needs --text")
+        with tempfile.TemporaryDirectory(prefix="llmprune-bench-") as work:
+            bench = Bench(args.model, args.text, Path(work))
+            rows = perplexity_rows(bench, PLANS[args.part](bench.source), args.json, args.commit, args.rows)
+        table = perplexity_table(rows)
+    else:
+        measure, columns = (speed_rows, SPEED_COLUMNS) if args.part == "speed" else (solver_rows, SOLVER_COLUMNS)
+        rows = []
+        for row in measure():
+            rows.append(row | {"versions": versions(), "commit": args.commit})
+            write_json(args.json, rows)
+        table = figures_table(rows, columns)
+    print(table)
+    if args.table:
+        args.table.write_text(table, encoding="utf-8")
+
+
+def _kept(report: Report) -> dict[str, list[int]]:
+    """Heads and channels that stay, layer by layer."""
+    kinds = dict.fromkeys(row.kind for row in report.structures)
+    return {kind: [row.kept for row in report.structures if row.kind == kind] for kind in kinds}
+
+
+def _read(path: Path) -> list[Figures]:
+    rows: list[Figures] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return rows
+
+
+def _name(row: Figures) -> str:
+    return Row(row["removed"], row["label"], {}).name
+
+
+def _place(order: Sequence[str], name: str) -> int:
+    return order.index(name) if name in order else len(order)
+
+
+def _cell(row: Figures) -> str:
+    return f"{_rounded(row['perplexity'])} ({_rounded(row['kl_divergence'], 3)})"
+
+
+def _rounded(value: float | None, places: int = 2) -> str:
+    return "infinite" if value is None else f"{value:.{places}f}"
+
+
+if __name__ == "__main__":
+    main()

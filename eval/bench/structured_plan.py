@@ -1,0 +1,117 @@
+"""Which structures the bench of structured pruning removes: the rows of its tables."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from llmprune.source import CheckpointSource
+from llmprune.structure_recipe import GroupScore
+from llmprune.structures.costs import layer_size, level_sizes, parameters
+from llmprune.structures.discovery import Structure, find_structures
+
+SCORES: tuple[str, ...] = get_args(GroupScore)
+FRACTIONS = (0.125, 0.25, 0.375, 0.5)
+WIDTH_SCORES = ("energy", "activation-norm", "norm-gain", "magnitude-l1", "magnitude-l2")
+# A budget leaves multiples of these of the FFN channels, and lets 640 of 704 go, which 64 divides.
+MULTIPLES, MOST = (64, 16, 1), 0.91
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One run.
+
+    Attributes:
+        removed: what goes; a column of the table.
+        label: how it is chosen; a row of the table.
+        structures: the section of the recipe.
+    """
+
+    removed: str
+    label: str
+    structures: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Tell the row from all others."""
+        return f"{self.removed}: {self.label}"
+
+
+def quality_rows(source: CheckpointSource) -> list[Row]:
+    """Every score, with and without a refit; one key and value head of each layer, two, and FFN channels."""
+    heads = _structures(source)["heads"].groups
+    parts: dict[str, dict[str, Any]] = {f"{part:.1%} FFN": {"ffn": part} for part in FRACTIONS}
+    parts[f"25.0% FFN + 1 of {heads} heads"] = {"heads": 1, "ffn": 0.25}
+    parts |= {f"{count} of {heads} heads": {"heads": count} for count in (1, 2) if count < heads}
+    return [
+        Row(removed, label, {kind: _section(kind, amount, choice) for kind, amount in amounts.items()})
+        for removed, amounts in parts.items()
+        for label, choice in _choices(amounts)
+    ]
+
+
+def budget_rows(source: CheckpointSource) -> list[Row]:
+    """One budget for all layers, as large as a quarter of the FFN channels and one key and value head of each.
+
+    Beside it every uniform choice of as many parameters: so many heads of each layer, and channels for the rest.
+    """
+    layer, found = source.layers[0], _structures(source)
+    heads, ffn = found["heads"], found["ffn"]
+
+    def saved(structure: Structure, groups: int) -> float:
+        full, rest = level_sizes(layer, structure, [0, groups], parameters)
+        return full - rest
+
+    total = saved(heads, 1) + saved(ffn, ffn.groups // 4)
+    part = total / layer_size(layer, parameters)
+    removed = f"{part:.1%} of the layers' parameters"
+    rows = []
+    for count in range(heads.groups):
+        channels = math.floor((total - saved(heads, count)) / saved(ffn, 1) + 1e-9)
+        if 0 < channels < ffn.groups:
+            amounts = {"heads": count, "ffn": channels} if count else {"ffn": channels}
+            structures = {kind: _section(kind, amount, {"method": "obs"}) for kind, amount in amounts.items()}
+            rows.append(Row(removed, f"uniform: {count} of {heads.groups} heads, {channels} channels", structures))
+    for multiple in MULTIPLES:
+        # As much as the uniform choices remove, but for the rounding of a fraction.
+        budget = {"remove": part * (1 - 1e-12), "multiple": multiple, "most": MOST}
+        rows.append(Row(removed, f"budget: multiple {multiple}", {"heads": {}, "ffn": {}, "budget": budget}))
+    return rows
+
+
+def depth_rows(source: CheckpointSource) -> list[Row]:
+    """Layers, blocks of layers and hidden channels."""
+    layers = len(source.layers)
+    count = max(layers // 4, 1)
+    hidden = {name: {"width": {"remove": 0.25, "method": name}} for name in WIDTH_SCORES}
+    parts: dict[str, dict[str, dict[str, Any]]] = {
+        f"{count} of {layers} layers": {
+            name: {"depth": {"remove": count, "method": name}} for name in ("block-influence", "angular", "kl")
+        },
+        **{
+            f"{count} {block} blocks": {
+                name: {part: {"remove": count, "method": name}} for name in ("block-influence", "kl")
+            }
+            for part, block in (("attention", "attention"), ("mlp", "MLP"))
+        },
+        "25% of the hidden channels": hidden,
+    }
+    return [Row(removed, name, structures) for removed, own in parts.items() for name, structures in own.items()]
+
+
+def _choices(amounts: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The scores that these structures have, each by itself and refitted."""
+    for score in SCORES:
+        if score == "activation-frequency" and "heads" in amounts:
+            continue  # of the sums that attention hands to o_proj about half are positive, whatever the head
+        for refit in (True,) if score == "obs" else (False, True):
+            yield f"{score} + refit" if refit else score, {"method": score, "refit": refit}
+
+
+def _section(kind: str, amount: float, choice: Mapping[str, Any]) -> dict[str, Any]:
+    return {"remove": amount, **choice, **({"multiple": 1} if kind == "ffn" else {})}
+
+
+def _structures(source: CheckpointSource) -> dict[str, Structure]:
+    """Heads and channels of the first layer; the others are alike in the models of this bench."""
+    return {structure.kind: structure for structure in find_structures(source.model)[0]}

@@ -1,0 +1,259 @@
+"""How fast a model is without half of its structures, and how fast exact group removal is.
+
+Both parts check what they measure before they measure it, take turns between what they compare, and note the load of
+the machine; other programs on it slow all of them, and not alike.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from llmprune.benchmark.machine import device_name
+from llmprune.benchmark.timing import Timing
+from llmprune.hub import resolve_model
+from llmprune.pipeline import prune
+from llmprune.report import Report
+from llmprune.skeleton import quiet_transformers
+from llmprune.structures.solver import Removal, RemovalSettings, remove_groups
+from llmprune.texts import load_tokenizer
+
+CPU = torch.device("cpu")
+SHAPE = {
+    "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 4096,
+}  # fmt: skip
+SPEED_COLUMNS = {
+    "dtype": "{dtype}",
+    "what": "{what}",
+    "dense": "{dense_ms:.1f} ms",
+    "pruned": "{pruned_ms:.1f} ms",
+    "times as fast": "{speedup:.2f}",
+    "times the FLOPs": "{flop_ratio:.2f}",
+    "load": "{load:.2f}",
+}
+# (inputs, outputs, removed) of the matrix that is solved, and of the one that its time is extrapolated to.
+SOLVED, LARGE = (2816, 1024, 704), (14336, 4096, 3584)
+SOLVER_COLUMNS = {
+    "threads": "{threads}",
+    "exchanges": "{swaps} of {most_swaps}",
+    "seconds": "{seconds:.1f}",
+    "TFLOP, documented": "{tflop:.3f}",
+    "GFLOP/s": "{gflop_per_second:.0f}",
+    "error": "{error:.4f}",
+    "minutes at 14336 x 4096": "{large_minutes:.0f}",
+    "load": "{load:.2f}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """How often the two models take turns, and at what.
+
+    Attributes:
+        prompt: tokens of the prefill.
+        new_tokens: of a decode.
+        rounds: turns of each model.
+    """
+
+    prompt: int = 512
+    new_tokens: int = 32
+    rounds: int = 5
+
+
+def speed_rows(shape: dict[str, int] | None = None, turns: Turns | None = None) -> Iterator[dict[str, Any]]:
+    """Compare a random Llama with what is left of it, in float32 and in bfloat16: prefill and decode.
+
+    Args:
+        shape: fields of its config.
+        turns: how often they are measured, and at what.
+    """
+    turns = turns or Turns()
+    for dtype in (torch.float32, torch.bfloat16):
+        with tempfile.TemporaryDirectory(prefix="llmprune-bench-") as work:
+            dense, pruned, report = _models(Path(work), shape or SHAPE, dtype)
+            _require_equal(Path(work) / "dense", pruned, report)
+            extent = report.header["extent"]
+            head = 2.0 * dense.lm_head.weight.numel()
+            load = os.getloadavg()[0]
+            ids = torch.randint(dense.config.vocab_size, (1, turns.prompt), generator=_seeded())
+            measured = _in_turns([dense, pruned], ids, turns)
+            for (what, (before, after)), tokens in zip(measured.items(), (turns.prompt, 1), strict=True):
+                yield {
+                    "what": what,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "dense_ms": 1e3 * before.median,
+                    "pruned_ms": 1e3 * after.median,
+                    "speedup": before.median / after.median,
+                    "flop_ratio": _flops(extent["dense"], head, tokens) / _flops(extent["pruned"], head, tokens),
+                    "dense": before.to_dict(),
+                    "pruned": after.to_dict(),
+                    "extent": extent,
+                    "load": load,
+                    "device": device_name(CPU),
+                }
+
+
+def solver_rows(
+    solved: tuple[int, int, int] = SOLVED, threads: tuple[int, ...] = (1, 2), swaps: tuple[int, ...] = (0, 32)
+) -> Iterator[dict[str, Any]]:
+    """Time exact group removal of single columns, beside the operations that its documentation counts.
+
+    Args:
+        solved: inputs, outputs and removed columns.
+        threads: numbers of them to try.
+        swaps: most exchanges, likewise.
+    """
+    width, outputs, removed = solved
+    weight, gram = _problem(width, outputs)
+    before = torch.get_num_threads()
+    try:
+        for count in threads:
+            torch.set_num_threads(count)
+            for most in swaps:
+                load = os.getloadavg()[0]
+                removal = remove_groups(weight, gram, 1, removed, RemovalSettings(swaps=most))
+                _require_optimal(weight, gram, removal)
+                yield _solver_row(solved, removal, most) | {"load": load, "device": device_name(CPU)}
+    finally:
+        torch.set_num_threads(before)
+
+
+def documented_flops(width: int, outputs: int, removed: int, exchanged: bool) -> float:
+    """Count floating-point operations as `structures.solver` documents them.
+
+    Args:
+        width: inputs of the matrix.
+        outputs: of the matrix.
+        removed: columns.
+        exchanged: whether removed columns are exchanged with kept ones afterwards.
+    """
+    greedy = 6.0 * width**2 * removed + float(width) ** 3 + 2.0 * width**2 * outputs
+    return greedy * (2 if exchanged else 1)
+
+
+def _solver_row(solved: tuple[int, int, int], removal: Removal, most: int) -> dict[str, Any]:
+    flops = documented_flops(*solved, most > 0)
+    return {
+        "inputs": solved[0],
+        "outputs": solved[1],
+        "removed": solved[2],
+        "threads": torch.get_num_threads(),
+        "most_swaps": most,
+        "swaps": removal.swaps,
+        "seconds": removal.seconds,
+        "tflop": flops / 1e12,
+        "gflop_per_second": flops / removal.seconds / 1e9,
+        "error": removal.error,
+        "large_minutes": documented_flops(*LARGE, most > 0) / flops * removal.seconds / 60,
+    }
+
+
+def _problem(width: int, outputs: int) -> tuple[Tensor, Tensor]:
+    """A matrix and the Gram of inputs that depend on each other, of unequal size."""
+    generator = _seeded()
+    tokens, mixing = 4 * width, torch.randn(width, width, generator=generator) / width**0.5
+    scales = (0.3 * torch.randn(width, generator=generator)).exp()
+    hidden = torch.randn(tokens, width, generator=generator) @ mixing
+    inputs = (hidden + 0.2 * torch.randn(tokens, width, generator=generator)) * scales
+    return torch.randn(outputs, width, generator=generator) / width**0.5, inputs.T @ inputs
+
+
+def _require_optimal(weight: Tensor, gram: Tensor, removal: Removal) -> None:
+    """What stays has its least-squares values, by float64."""
+    damped = gram.double()
+    damped.diagonal().add_(removal.damping * damped.diagonal().mean())
+    kept = torch.ones(weight.shape[1], dtype=torch.bool)
+    kept[removal.removed] = False
+    expected = torch.linalg.solve(damped[kept][:, kept], damped[kept] @ weight.double().T).T
+    difference = (removal.weight[:, kept] - expected).norm() / expected.norm()
+    assert difference < 1e-3, f"the refit is off by {float(difference):.2e}"
+    assert not removal.weight[:, ~kept].any(), "removed columns are not zero"
+
+
+def _models(work: Path, shape: dict[str, int], dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel, Report]:
+    """A random model and what is left of it, as stock transformers loads them."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=2048)).to(dtype)
+    with quiet_transformers():
+        model.save_pretrained(work / "dense")
+    tokenizer: Any = load_tokenizer(resolve_model("testbed"))
+    tokenizer.save_pretrained(work / "dense")
+    half = {"remove": 0.5, "method": "magnitude-l2"}
+    recipe = {
+        "structures": {"heads": half, "ffn": half},
+        "calibration": {"samples": 1, "length": 32},
+        "evaluation": None,
+        "held_back": 0,
+        "device": "cpu",
+    }
+    report = prune(str(work / "dense"), recipe, work / "pruned")
+    return _load(work / "dense"), _load(work / "pruned"), report
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def _flops(extent: dict[str, Any], head: float, tokens: int) -> float:
+    """Operations of one forward: the head sees its last token alone, and attention's own products are left out."""
+    return tokens * (extent["flops_per_token"] - head) + head
+
+
+@torch.inference_mode()
+def _require_equal(folder: Path, pruned: PreTrainedModel, report: Report) -> None:
+    """The smaller model computes what the dense one does with zeros in the place of what went."""
+    dense = _load(folder)
+    for row in report.structures:
+        weight = dense.get_parameter(f"{row.consumer}.weight")
+        weight.unflatten(1, (row.groups, -1))[:, list(row.removed or ())] = 0
+    ids = torch.randint(dense.config.vocab_size, (1, 16), generator=_seeded())
+    expected, found = dense(ids).logits.float(), pruned(ids).logits.float()
+    limit = 1e-4 if dense.dtype == torch.float32 else 0.05
+    difference = float((found - expected).norm() / expected.norm())
+    assert difference < limit, f"the pruned model is off by {difference:.2e}"
+
+
+@torch.inference_mode()
+def _in_turns(models: list[PreTrainedModel], ids: Tensor, turns: Turns) -> dict[str, list[Timing]]:
+    """Seconds of a prefill, and of each decoded token behind it, of each model; a first turn warms up."""
+
+    def generate(model: PreTrainedModel, new_tokens: int) -> float:
+        return _seconds(
+            lambda: model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
+                eos_token_id=None, pad_token_id=0,
+            )
+        )  # fmt: skip
+
+    prefills: list[list[float]] = [[] for _ in models]
+    tokens: list[list[float]] = [[] for _ in models]
+    for number in range(turns.rounds + 1):
+        for place, model in enumerate(models):
+            first = generate(model, 1)
+            whole = generate(model, turns.new_tokens + 1)
+            if number:
+                prefills[place].append(first)
+                tokens[place].append((whole - first) / turns.new_tokens)
+    return {
+        f"prefill of {ids.shape[1]} tokens": [Timing.of(seconds) for seconds in prefills],
+        f"decode of a token after {ids.shape[1]}": [Timing.of(seconds) for seconds in tokens],
+    }
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
