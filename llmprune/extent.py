@@ -1,9 +1,11 @@
 """How large a model is: parameters, arithmetic and bytes, from its shapes alone."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from llmprune.decisions import active_experts
+from llmprune.hub import resolve_model
 from llmprune.source import CheckpointSource
 from llmprune.structures.costs import flops, layer_size
 
@@ -28,6 +30,22 @@ class Extent:
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON."""
         return asdict(self)
+
+
+def measure_stored(model: str | Path, *, unpacked: bool = False) -> dict[str, Any]:
+    """Count a checkpoint and, by reading it tensor by tensor, its weights that are not zero.
+
+    Args:
+        model: a hub id, a local folder or "testbed".
+        unpacked: give the bytes of the dense checkpoint that a packed one stands for.
+
+    Returns:
+        `Extent.to_dict()`, with "nonzeros".
+    """
+    source = CheckpointSource(resolve_model(model))
+    nonzeros = sum(int(stored[...].count_nonzero()) for stored in source.stored.values())
+    dense = {"nbytes": source.sizes()["dense_bytes"]} if unpacked else {}
+    return {**measure_extent(source).to_dict(), "nonzeros": nonzeros, **dense}
 
 
 def measure_extent(source: CheckpointSource) -> Extent:

@@ -12,16 +12,16 @@ import typer
 from packed_models import save_packed
 from typer.testing import CliRunner
 
-from llmprune import forms, serving
+from llmprune import forms, repeats, serving
 from llmprune.benchmark import bench as benching
-from llmprune.benchmark import decoding, products, timing
+from llmprune.benchmark import decoding, products
 from llmprune.benchmark.decoding import measure_decoding, resident_bytes
 from llmprune.benchmark.machine import Rates, device_name, measure_rates, versions
 from llmprune.benchmark.record import gains, read_results, write_result
-from llmprune.benchmark.timing import Effort, Timing, time_calls
 from llmprune.cli.measuring import add_commands
 from llmprune.errors import CheckpointError, ModelError, NumericsError, RecipeError
 from llmprune.fusion import fuse
+from llmprune.repeats import Effort, Timing, time_calls
 from llmprune.tables.measuring import grouped
 
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def test_a_timing_is_the_median_and_its_spread() -> None:
 def test_calls_take_turns_until_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     clock = iter(range(1000))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(repeats.time, "perf_counter", lambda: float(next(clock)))
     found = time_calls([lambda n=number: made.append(n) for number in range(3)], CPU, 15.0)
     assert made[1:] == [index % 3 for index in range(len(made) - 1)]
     assert (found.median, found.repeats) == (1.0, len(made) - 1)
@@ -101,7 +101,7 @@ def test_copies_are_larger_than_the_cache_together() -> None:
     assert Effort(rotated_bytes=1000).copies(300, CPU) == 4
     assert Effort(rotated_bytes=1000).copies(1, CPU) == 256
     assert Effort(rotated_bytes=1000).copies(5000, CPU) == 1
-    assert timing.rotated_bytes(CPU) >= 150 << 20
+    assert repeats.rotated_bytes(CPU) >= 150 << 20
 
 
 class FakeGPU:
@@ -305,6 +305,9 @@ def test_the_command_measures_shows_and_keeps(folder: Path, tmp_path: Path) -> N
     model = result["whole_model"]
     assert [row["batch"] for row in model["batches"]] == [1, 2] == [row["batch"] for row in model["dense"]["batches"]]
     assert model["resident_bytes"] < model["dense"]["resident_bytes"]
+    extent, dense = model["extent"], model["dense"]["extent"]
+    assert extent["nonzeros"] == dense["nonzeros"] < extent["parameters"] == dense["parameters"]
+    assert extent["nbytes"] < dense["nbytes"]
     text = " ".join(shown.stdout.split())
     assert "model.layers.0-1: mlp.gate_proj, mlp.up_proj 320 x 64, served as blocks" in text
     # A custom operator alone takes longer than these small products: slower, and said so.

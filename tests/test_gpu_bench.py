@@ -211,7 +211,7 @@ def test_peers_are_checked_before_they_are_timed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_cannot_be_captured_is_launched_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmprune.benchmark.timing import Timing
+    from llmprune.repeats import Timing
 
     def fake_time(calls: object, device: object, seconds: float, captured: bool = True) -> Timing:
         if captured:

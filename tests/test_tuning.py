@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from llmprune import forms, serving
 from llmprune.benchmark import products, tuning
-from llmprune.benchmark.timing import Effort, Timing
 from llmprune.errors import NumericsError
 from llmprune.kernels import configurations
+from llmprune.repeats import Effort, Timing
 
 CPU = torch.device("cpu")
 FAST = Effort(0.0, rotated_bytes=1)

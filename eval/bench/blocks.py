@@ -15,11 +15,11 @@ import torch
 
 from llmprune.benchmark.machine import commit, device_name, measure_rates, versions
 from llmprune.benchmark.products import compare_product
-from llmprune.benchmark.timing import Effort
 from llmprune.checkpoint import write_json
 from llmprune.devices import resolve_device
 from llmprune.eval.bench.gpu_plan import Plan
 from llmprune.eval.bench.gpu_products import build_layer, random_blocks
+from llmprune.repeats import Effort
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

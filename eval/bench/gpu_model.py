@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
-from llmprune.benchmark.timing import Timing, time_calls
 from llmprune.eval.bench.gpu_plan import Plan
 from llmprune.eval.bench.gpu_products import build_layer, random_24
 from llmprune.fusion import fuse
+from llmprune.repeats import Timing, time_calls
 
 Row = dict[str, Any]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llmprune.benchmark.timing import Effort
+from llmprune.repeats import Effort
 
 # name: (out, in). Fused: q, k and v; gate and up.
 SHAPES = {

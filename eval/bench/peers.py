@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmprune.benchmark.products import is_right, relative_error
-from llmprune.benchmark.timing import Effort, time_calls
+from llmprune.repeats import Effort, time_calls
 
 Row = dict[str, Any]
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llmprune.benchmark.machine import device_name
-from llmprune.benchmark.timing import Timing
 from llmprune.hub import resolve_model
 from llmprune.pipeline import prune
+from llmprune.repeats import Timing
 from llmprune.report import Report
 from llmprune.skeleton import quiet_transformers
 from llmprune.structures.solver import Removal, RemovalSettings, remove_groups

@@ -21,13 +21,14 @@ from llmprune.benchmark.products import (
     sparse_candidate,
 )
 from llmprune.benchmark.reasons import why_not_faster
-from llmprune.benchmark.timing import Effort
 from llmprune.benchmark.tuning import Tuned, tune_product
 from llmprune.checkpoint import listed
 from llmprune.devices import resolve_device
 from llmprune.errors import ModelError, NumericsError, RecipeError
+from llmprune.extent import measure_stored
 from llmprune.memory import PeakWatch
 from llmprune.progress import Progress, Watcher, ignore
+from llmprune.repeats import Effort
 from llmprune.skeleton import quiet_transformers
 
 if TYPE_CHECKING:
@@ -108,8 +109,11 @@ def bench(
         source = folder if against is None else against
         served = {"served": "dense"} if against is None else {}
         _, dense = _measure_model(lambda: load(source, **served), device, settings, watch, "dense model")
-        ours = {**ours, "dense": {"model": str(source), **dense}}
-    result["whole_model"] = ours
+        ours = {
+            **ours,
+            "dense": {"model": str(source), **dense, "extent": measure_stored(source, unpacked=against is None)},
+        }
+    result["whole_model"] = {**ours, "extent": measure_stored(folder)}
     result["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return result
 

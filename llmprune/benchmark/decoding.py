@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from llmprune.benchmark.timing import Timing
 from llmprune.kernels import workspace
+from llmprune.repeats import Timing
 
 # New tokens of a measured run, and how many runs at least.
 _NEW_TOKENS = (8, 128)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from llmprune.benchmark.timing import Effort, time_calls
+from llmprune.repeats import Effort, time_calls
 from llmprune.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "nvidia-cusparselt-cu13", "nvidia-cublas")

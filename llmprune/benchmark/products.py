@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmprune.benchmark.machine import Rates
-from llmprune.benchmark.timing import Effort, Timing, time_calls
 from llmprune.formats import BitmaskLayout, BlockLayout, Layout
 from llmprune.loading import sparse_layers
+from llmprune.repeats import Effort, Timing, time_calls
 from llmprune.sparse_linear import SparseLinear
 
 # Beside twice the dense product's own error: what rounding a sum once more costs.

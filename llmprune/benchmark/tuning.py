@@ -24,10 +24,10 @@ from llmprune.benchmark.products import (
     served_bytes,
     sparse_candidate,
 )
-from llmprune.benchmark.timing import Effort, time_calls
 from llmprune.checkpoint import listed
 from llmprune.errors import NumericsError
 from llmprune.kernels import block_linear, configurations, nm_linear
+from llmprune.repeats import Effort, time_calls
 from llmprune.sparse_linear import SparseLinear
 
 # What is compiled for the configuration of a number of tokens is run with fewer, too.

@@ -153,7 +153,7 @@ def bench(
     with explained(as_json):
         from llmprune.benchmark import bench as benching
         from llmprune.benchmark.record import BENCH_NAME, read_results, write_result
-        from llmprune.benchmark.timing import Effort
+        from llmprune.repeats import Effort
         from llmprune.tables.measuring import bench_tables
 
         checkpoint = _existing(folder)

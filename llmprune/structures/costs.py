@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llmprune.benchmark.timing import Effort, time_calls
 from llmprune.decoder import prunable_matrices
 from llmprune.errors import PatternError, RecipeError
+from llmprune.repeats import Effort, time_calls
 from llmprune.structures.discovery import Structure
 from llmprune.structures.removal import Cut, removed_indices
 

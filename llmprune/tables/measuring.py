@@ -68,6 +68,7 @@ def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
             )
         )
     parts.append(_whole_model_table(result["whole_model"]))
+    parts.append(_extent_table(result["whole_model"]))
     if result["tuned"]:
         parts.append(_tuned_table(result["tuned"]))
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -204,6 +205,16 @@ def _whole_model_table(model: dict[str, Any]) -> RenderableType:
         ratio = row["tokens_per_second"] / other["tokens_per_second"]
         shown.add_row(*_model_row("this", row, model, f" ({ratio:.2f}x)"))
         shown.add_row(*_model_row("dense", other, dense, ""))
+    return shown
+
+
+def _extent_table(model: dict[str, Any]) -> RenderableType:
+    shown = new_table("whole model", "parameters", "not zero", "FLOPs a token", "on disk", left=(0,))
+    for name, one in (("this", model), ("dense", model.get("dense"))):
+        if one is not None:
+            extent = one["extent"]
+            counts = (f"{extent[key]:,}" for key in ("parameters", "nonzeros", "flops_per_token"))
+            shown.add_row(name, *counts, format_size(extent["nbytes"]))
     return shown
 
 
