@@ -10,7 +10,7 @@ demo: $(VENV)/ready
 	$(BIN)/llmprune prune testbed --recipe demo --output out/demo --overwrite
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

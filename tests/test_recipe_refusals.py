@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from recipe_cases import EXPECTED, SMALL, refusal, written
+from recipe_cases import EXPECTED, SMALL, STRUCTURED, refusal, written
 
 from llmprune.errors import CalibrationError, PatternError
 from llmprune.recipe import load_recipe
@@ -190,7 +190,7 @@ def test_nothing_left_to_prune_is_refused() -> None:
 def test_unknown_recipes_are_listed_and_suggested(tmp_path: Path) -> None:
     error = refusal("sparsegtp-50")
     assert error.what == "no recipe 'sparsegtp-50'; did you mean 'sparsegpt-50'?"
-    assert error.expected == f"a YAML file, or one of {', '.join(sorted(EXPECTED))}"
+    assert error.expected == f"a YAML file, or one of {', '.join(sorted([*EXPECTED, *STRUCTURED]))}"
     assert "did you mean 'demo'?" in refusal("demo.yaml").what
     assert refusal(tmp_path / "demo.yaml").what.startswith(f"no recipe '{tmp_path / 'demo.yaml'}'")
 
