@@ -20,6 +20,7 @@ from llmprune.checkpoint import Stored, read_index, read_json
 from llmprune.formats import Layout
 from llmprune.forms import Form, choose_form
 from llmprune.packed import PackedWeight, as_dense, packed_layouts
+from llmprune.precision import dtype_name
 
 _LOOKED_UP = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings|embed_positions)\.weight$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
@@ -152,7 +153,7 @@ def _packed_row(stored: PackedWeight, device: torch.device, result: Mapping[str,
     return PackedRow(
         name=name,
         layout=layout.to_dict(),
-        dtype=str(stored.dtype).removeprefix("torch."),
+        dtype=dtype_name(stored.dtype),
         form=choice.form.name,
         reason=why_not_faster(choice, layout),
         refused=choice.refused,

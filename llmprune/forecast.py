@@ -28,7 +28,7 @@ from llmprune.patterns import Unstructured
 from llmprune.pipeline import Run
 from llmprune.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan, Work
 from llmprune.planning import plan_jobs
-from llmprune.precision import add_gram, float32_products
+from llmprune.precision import add_gram, dtype_name, float32_products
 from llmprune.recipe import Recipe, load_recipe
 from llmprune.reduction import Reduction
 from llmprune.solving import Job
@@ -85,7 +85,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         model=model,
         recipe=settings.to_dict(),
         device=describe_device(device),
-        compute_dtype=str(source.model.dtype).removeprefix("torch."),
+        compute_dtype=dtype_name(source.model.dtype),
         layers_path=source.layers_path,
         tokens=look.tokens,
         layers=layers,

@@ -18,6 +18,7 @@ from torch import Tensor
 from llmprune.checkpoint import read_header, read_json, weight_files
 from llmprune.errors import CheckpointError, PatternError
 from llmprune.packed import PackedWeight, as_dense, packed_layouts
+from llmprune.precision import dtype_name
 
 _EMBEDDINGS = re.compile(r"embed|lm_head|wte|wpe")
 
@@ -222,7 +223,7 @@ def _row(name: str, tensor: Tensor) -> TensorRow:
     return TensorRow(
         name=name,
         shape=tuple(tensor.shape),
-        dtype=str(tensor.dtype).removeprefix("torch."),
+        dtype=dtype_name(tensor.dtype),
         elements=tensor.numel(),
         zeros=zeros,
         negative_zeros=negative_zeros,

@@ -105,8 +105,7 @@ class Unstructured:
         rows, columns = scores.shape
         unit = 1 if self.over == "row" else rows
         count = _count(self.sparsity, unit * (start + columns)) - _count(self.sparsity, unit * start)
-        compared = scores if self.over == "row" else scores.reshape(1, -1)
-        return keep_highest(compared, count).view(rows, columns)
+        return keep_highest(scores, count) if self.over == "row" else _keep_highest_of_all(scores, count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,20 +261,43 @@ def keep_highest(scores: Shaped[Tensor, "groups n"], count: int) -> Bool[Tensor,
     Raises:
         NumericsError: a score is NaN.
     """
-    if bool(torch.isnan(scores).any()):
-        raise NumericsError(f"{int(torch.isnan(scores).sum())} of {scores.numel()} scores are NaN")
+    _refuse_nan(scores)
     if count <= 0 or scores.numel() == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     if count >= scores.shape[-1]:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = _kth_smallest(scores, count)
-    drop = scores <= threshold
-    surplus = drop.sum(-1) - count
-    if bool(surplus.any()):
-        for group in surplus.nonzero().view(-1).tolist():
-            tied = (scores[group] == threshold[group]).nonzero().view(-1)
-            drop[group, tied[len(tied) - int(surplus[group]) :]] = False
-    return ~drop
+    keep = scores > threshold
+    missing = scores.shape[-1] - count - keep.sum(-1)
+    for group in missing.nonzero().view(-1).tolist():
+        _keep_last(keep[group], scores[group] == threshold[group], int(missing[group]))
+    return keep
+
+
+def _keep_highest_of_all(scores: Tensor, count: int) -> Tensor:
+    """`keep_highest` with all of a matrix as one group; reads it in the order in which it lies in memory."""
+    if scores.is_contiguous():
+        return keep_highest(scores.view(1, -1), count).view(scores.shape)
+    if not 0 < count < scores.numel():
+        return keep_highest(scores, count)
+    _refuse_nan(scores)
+    threshold = _kth_smallest(scores.mT.reshape(1, -1), count)
+    keep = scores > threshold
+    if missing := scores.numel() - count - int(keep.count_nonzero()):
+        _keep_last(keep, scores == threshold, missing)
+    return keep
+
+
+def _keep_last(keep: Tensor, tied: Tensor, count: int) -> None:
+    """Keep the last `count` of those that are tied, in place."""
+    places = tied.nonzero()
+    keep[places[len(places) - count :].unbind(1)] = True
+
+
+def _refuse_nan(scores: Tensor) -> None:
+    # The highest of numbers among which one is NaN is NaN.
+    if scores.numel() and bool(torch.isnan(scores.amax())):
+        raise NumericsError(f"{int(torch.isnan(scores).sum())} of {scores.numel()} scores are NaN")
 
 
 def _kth_smallest(scores: Tensor, count: int) -> Tensor:
@@ -297,8 +319,7 @@ def _keep_in_groups(groups: Tensor, keep: int) -> Tensor:
     size = groups.shape[1]
     if size > 16:
         return keep_highest(groups, size - keep)
-    if bool(torch.isnan(groups).any()):
-        raise NumericsError(f"{int(torch.isnan(groups).sum())} of {groups.numel()} scores are NaN")
+    _refuse_nan(groups)
     columns = groups.unbind(1)
     beaten_by = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
     for low in range(size):

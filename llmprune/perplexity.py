@@ -24,9 +24,10 @@ from torch import Tensor
 from llmprune.calibration import TextSpec, Tokens
 from llmprune.errors import NumericsError
 from llmprune.hub import resolve_model
+from llmprune.precision import dtype_name
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.shortage import MemoryGuard, sampling_needs, scoring_needs
-from llmprune.source import CheckpointSource, Source
+from llmprune.source import Source, open_checkpoint
 from llmprune.stream import Stream, StreamSettings
 from llmprune.texts import load_texts, load_tokenizer
 
@@ -52,6 +53,7 @@ class Perplexity:
         text: where they came from.
         calibration_error: expected calibration error of the likeliest next token, in [0, 1], lower is better; None in
             measurements of before it was taken.
+        compute_dtype: of the forward, as torch names it; None in measurements of before it was noted.
     """
 
     perplexity: float
@@ -62,6 +64,7 @@ class Perplexity:
     tokens_digest: str
     text: dict[str, object]
     calibration_error: float | None = None
+    compute_dtype: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON, which has no infinity: such a perplexity is null, beside its nats."""
@@ -99,7 +102,7 @@ def evaluate(
     model: str | Path,
     text: TextSpec,
     settings: StreamSettings | None = None,
-    compute_dtype: torch.dtype | None = None,
+    compute_dtype: str = "auto",
     watch: Watcher = ignore,
 ) -> Perplexity:
     """Measure the perplexity of a checkpoint on a text.
@@ -108,7 +111,8 @@ def evaluate(
         model: a hub id, a local checkpoint folder or "testbed".
         text: which text, and how it becomes chunks; what a model samples from itself says nothing about another.
         settings: device, batch size and memory; default: the CPU, 8 chunks a forward.
-        compute_dtype: of the forward; None: as config.json says.
+        compute_dtype: of the forward, as torch names it; "auto": the checkpoint's, or float32 on a CPU without
+            instructions for it.
         watch: told about each layer.
 
     Raises:
@@ -122,7 +126,7 @@ def evaluate(
     settings = settings or StreamSettings()
     with MemoryGuard(settings, watch) as guard:
         folder = resolve_model(model)
-        source = CheckpointSource(folder, compute_dtype)
+        source = open_checkpoint(folder, settings.device, compute_dtype)
         guard(Progress("text"))
         if text.source == "self":
             guard.expected = lambda: sampling_needs(source)
@@ -150,7 +154,7 @@ def measure_perplexity(source: Source, tokens: Tokens, settings: StreamSettings,
             log_probabilities = part[0].log_softmax(-1)
             nats += _negative_log_likelihood(log_probabilities, targets)
             calibration.add(log_probabilities, targets)
-    return _summary(nats, tokens, calibration.error)
+    return _summary(nats, tokens, calibration.error, source)
 
 
 def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens) -> Comparison:
@@ -174,7 +178,8 @@ def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens) -> Compari
             divergence += float(F.kl_div(after, before, reduction="sum", log_target=True))
             same += int((before.argmax(-1) == after.argmax(-1)).sum())
     first, second = (
-        _summary(value, tokens, calibration.error) for value, calibration in zip(nats, calibrations, strict=True)
+        _summary(value, tokens, calibration.error, stream.source)
+        for value, calibration, stream in zip(nats, calibrations, (dense, pruned), strict=True)
     )
     return Comparison(first, second, divergence / first.predicted_tokens, same / first.predicted_tokens)
 
@@ -243,7 +248,7 @@ class _Calibration:
         return float((hits - confidences).abs().sum()) / self._count
 
 
-def _summary(nats: float, tokens: Tokens, calibration_error: float | None = None) -> Perplexity:
+def _summary(nats: float, tokens: Tokens, calibration_error: float, source: Source) -> Perplexity:
     samples, length = tokens.ids.shape
     count = samples * (length - 1)
     mean = nats / count
@@ -255,4 +260,14 @@ def _summary(nats: float, tokens: Tokens, calibration_error: float | None = None
         )
     # math.exp raises where float64 ends.
     perplexity = math.exp(mean) if mean < _LARGEST_NATS else math.inf
-    return Perplexity(perplexity, mean, count, samples, length, tokens.digest, tokens.description, calibration_error)
+    return Perplexity(
+        perplexity,
+        mean,
+        count,
+        samples,
+        length,
+        tokens.digest,
+        tokens.description,
+        calibration_error,
+        dtype_name(source.model.dtype),
+    )

@@ -35,6 +35,7 @@ from llmprune.output import (
 )
 from llmprune.perplexity import compare_perplexity, run_stream
 from llmprune.planning import plan_jobs
+from llmprune.precision import dtype_name
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.recipe import Recipe, load_recipe
 from llmprune.reduction import Reduction
@@ -42,7 +43,7 @@ from llmprune.report import REPORT_NAME, MatrixRow, Report, StructureRow, load_r
 from llmprune.saving import evaluating, save_dense, save_pruned, take_over
 from llmprune.shortage import MemoryGuard, pruning_needs, sampling_needs
 from llmprune.solving import Job, solve_layer
-from llmprune.source import CheckpointSource, ModelSource, Source
+from llmprune.source import CheckpointSource, ModelSource, Source, open_checkpoint
 from llmprune.speed import compare_speed
 from llmprune.stream import ResidentLayer, Stream, StreamSettings
 from llmprune.structure_plan import consumer_shapes
@@ -138,6 +139,7 @@ class Run:
             "source": checkpoint_digest(folder),
             "version": versions(),
             "device": describe_device(self.device),
+            "compute_dtype": dtype_name(source.model.dtype),
         }
         with locked(output):
             target = OutputFolder.open(output, keys, resume=resume, overwrite=overwrite)
@@ -187,7 +189,11 @@ class Run:
         source = ModelSource(model, self.recipe.decoder_layers)
         jobs = plan_jobs(source, self.recipe)
         name = model.config._name_or_path or type(model).__name__
-        keys = {"version": versions(), "device": describe_device(self.device)}
+        keys = {
+            "version": versions(),
+            "device": describe_device(self.device),
+            "compute_dtype": dtype_name(model.dtype),
+        }
         with evaluating(model):
             texts = self._texts(source, jobs, model, tokenizer)
             dense = self.dense.final_states(source, texts, self.settings, self.watch, self.stages)
@@ -251,8 +257,7 @@ class Run:
 
     def open(self, folder: Path) -> CheckpointSource:
         """Open a checkpoint as this recipe computes it."""
-        dtype = None if self.recipe.compute_dtype == "auto" else getattr(torch, self.recipe.compute_dtype)
-        return CheckpointSource(folder, dtype, self.recipe.decoder_layers)
+        return open_checkpoint(folder, self.device, self.recipe.compute_dtype, self.recipe.decoder_layers)
 
     def _texts(
         self, source: Source, jobs: Sequence[dict[str, Job]], model: Path | PreTrainedModel, tokenizer: Tokenizer
@@ -381,9 +386,9 @@ class Run:
 
     def _require_dtype(self, model: PreTrainedModel) -> None:
         wanted = self.recipe.compute_dtype
-        if wanted not in ("auto", str(model.dtype).removeprefix("torch.")):
+        if wanted not in ("auto", dtype_name(model.dtype)):
             raise RecipeError(
-                f"compute_dtype: {wanted} for a model in memory in {str(model.dtype).removeprefix('torch.')}",
+                f"compute_dtype: {wanted} for a model in memory in {dtype_name(model.dtype)}",
                 expected="auto: a model in memory is computed in the dtype that it has",
                 fix="load the model in this dtype, or prune its folder",
             )

@@ -183,7 +183,7 @@ class Recipe(BaseModel):
         device: auto, cpu, cuda or cuda:N.
         format: how pruned matrices are stored: dense, with their zeros; nm, block or bitmask where the pattern is of
             that kind (bitmask: any); auto: what suits each pattern. A packed checkpoint loads where llmprune is.
-        compute_dtype: dtype of the forward; auto is the checkpoint's.
+        compute_dtype: dtype of the forward; auto is the checkpoint's, or float32 on a CPU without instructions for it.
         activation_budget: bytes of hidden states kept in memory, at least 0; the rest goes to disk.
     """
 

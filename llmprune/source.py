@@ -27,6 +27,7 @@ from llmprune.errors import CheckpointError, ModelError
 from llmprune.formats import Layout
 from llmprune.overrides import build_uneven_skeleton
 from llmprune.packed import PackedWeight, as_dense, packed_layouts
+from llmprune.precision import computed_in
 from llmprune.skeleton import quiet_transformers, read_config, refuse_quantised
 
 
@@ -358,6 +359,28 @@ class CheckpointSource:
                 expected="every parameter of the model in its safetensors files",
                 fix="download the checkpoint again, or check that config.json belongs to it",
             )
+
+
+def open_checkpoint(
+    folder: Path, device: torch.device, compute_dtype: str = "auto", decoder_layers: str | None = None
+) -> CheckpointSource:
+    """Open a checkpoint in the dtype in which it is to be computed.
+
+    Args:
+        folder: a local folder with config.json and safetensors.
+        device: where it will be computed.
+        compute_dtype: as torch names it, or "auto": see `precision.computed_in`.
+        decoder_layers: dotted name of the decoder layers, where they are not found.
+
+    Raises:
+        ModelError: no causal LM, or its decoder layers cannot be told.
+        CheckpointError: the files are damaged or lack a tensor.
+    """
+    if compute_dtype == "auto":
+        dtype = computed_in(read_config(folder).dtype or torch.float32, device)
+    else:
+        dtype = getattr(torch, compute_dtype)
+    return CheckpointSource(folder, dtype, decoder_layers)
 
 
 def positive_zeros(tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The tokens of a run: calibration and evaluation text, read or sampled from the dense model."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from llmprune.calibration import TextSpec, Tokenizer, Tokens, load_tokens
 from llmprune.checkpoint import read_index
 from llmprune.errors import ModelError
 from llmprune.generation import generate_text
-from llmprune.skeleton import quiet_transformers
+from llmprune.precision import computed_in
+from llmprune.skeleton import quiet_transformers, read_config
 
 
 def load_texts(
@@ -59,10 +61,11 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 
 def _load_dense(folder: Path, device: torch.device) -> PreTrainedModel:
     """The whole model; what does not fit the device is left to accelerate, which offloads to CPU and disk."""
-    nbytes = sum(stored.nbytes for stored in read_index(folder).values())
+    dtype = computed_in(read_config(folder).dtype or torch.float32, device)
+    nbytes = sum(math.prod(stored.shape) for stored in read_index(folder).values()) * dtype.itemsize
     room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     fits = nbytes < 0.8 * room
     with quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", device_map={"": device} if fits else "auto", experts_implementation="eager"
+            folder, dtype=dtype, device_map={"": device} if fits else "auto", experts_implementation="eager"
         )

@@ -67,10 +67,11 @@ def _sweep_errors(plan: Plan) -> dict[str, float]:
     inputs = [torch.randn(128, 999, device=device), torch.randn(128, 999, device=device), upper]
     keep = torch.rand(128, 999, device=device) > 0.5
     for group in (None, (2, 4), (4, 8)):
-        ours, mask = _kernel(device)(*inputs, upper.diagonal().square(), keep, group)
-        exact, expected = sweep_block_reference(
-            *(t.double() for t in inputs), upper.diagonal().square().double(), keep, group
-        )
+        operands = [*inputs, upper.diagonal().square()]
+        ours, mask = operands[0].clone(), keep.clone()
+        _kernel(device)(ours, *operands[1:], mask, group)
+        (exact, *wide), expected = [tensor.double() for tensor in operands], keep.clone()
+        sweep_block_reference(exact, *wide, expected, group)
         agreed = (mask == expected).all(0)
         assert agreed.float().mean() > 0.99, group
         errors[f"sweep {group}"] = relative(ours[:, agreed], exact[:, agreed])

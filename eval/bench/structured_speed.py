@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from llmprune.benchmark.machine import device_name
 from llmprune.hub import resolve_model
 from llmprune.pipeline import prune
+from llmprune.precision import dtype_name
 from llmprune.repeats import Timing
 from llmprune.report import Report
 from llmprune.skeleton import quiet_transformers
@@ -88,7 +89,7 @@ def speed_rows(shape: dict[str, int] | None = None, turns: Turns | None = None) 
             for (what, (before, after)), tokens in zip(measured.items(), (turns.prompt, 1), strict=True):
                 yield {
                     "what": what,
-                    "dtype": str(dtype).removeprefix("torch."),
+                    "dtype": dtype_name(dtype),
                     "dense_ms": 1e3 * before.median,
                     "pruned_ms": 1e3 * after.median,
                     "speedup": before.median / after.median,

@@ -27,6 +27,7 @@ from llmprune.devices import resolve_device
 from llmprune.errors import ModelError, NumericsError, RecipeError
 from llmprune.extent import measure_stored
 from llmprune.memory import PeakWatch
+from llmprune.precision import dtype_name
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.repeats import Effort
 from llmprune.skeleton import quiet_transformers
@@ -99,7 +100,7 @@ def bench(
         "versions": versions(),
         "commit": commit(),
         "model": str(folder),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "tuned": tuned,
         **measure_products(products, device, model.dtype, settings, watch),
     }

@@ -67,7 +67,8 @@ def perplexity(
     batch_size: Annotated[int, typer.Option(min=1, help="Chunks in a forward.")] = 8,
     device: Device = None,
     compute_dtype: Annotated[
-        ComputeDtype, typer.Option(help="Dtype of the forward; auto is the checkpoint's.")
+        ComputeDtype,
+        typer.Option(help="Dtype of the forward; auto is the checkpoint's, or float32 on a CPU without it."),
     ] = ComputeDtype.auto,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -79,8 +80,6 @@ def perplexity(
     started = time.perf_counter()
     display = console.Display(quiet=quiet)
     with explained(as_json):
-        import torch
-
         from llmprune.calibration import TextSpec
         from llmprune.devices import describe_device, resolve_device
         from llmprune.perplexity import evaluate
@@ -91,14 +90,12 @@ def perplexity(
         quieten(quiet)
         order: Any = {} if text == "self" else {"order": "text"}
         spec = TextSpec(text, config, split, column, samples, length, seed=_SEED, **order)
-        dtype = None if compute_dtype is ComputeDtype.auto else getattr(torch, compute_dtype.value)
         where = resolve_device(device or "auto")
         with display:
-            result = evaluate(model, spec, StreamSettings(where, batch_size), dtype, display)
+            result = evaluate(model, spec, StreamSettings(where, batch_size), compute_dtype.value, display)
         run = {
             "model": model,
             "device": describe_device(where),
-            "compute_dtype": compute_dtype.value,
             "seconds": time.perf_counter() - started,
         }
         if as_json:

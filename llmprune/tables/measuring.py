@@ -29,7 +29,7 @@ def perplexity_table(result: "Perplexity", run: dict[str, Any]) -> RenderableTyp
         ("text", str(result.text["source"])),
         ("protocol", f"{result.samples} chunks of {result.length}, {result.predicted_tokens:,} predicted tokens"),
         ("tokens", f"sha256 {result.tokens_digest}"),
-        ("computed", f"in {run['compute_dtype']} on {run['device']} in {format_seconds(run['seconds'])} s"),
+        ("computed", f"in {result.compute_dtype} on {run['device']} in {format_seconds(run['seconds'])} s"),
     )
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llmprune.kernels.obs_sweep import sweep_block
+from llmprune.kernels.obs_sweep import run_columns, sweep_block
 from llmprune.kernels.obs_sweep.reference import sweep_block_reference
 
 triton = pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
@@ -19,6 +19,13 @@ def operands(columns, rows, dtype=torch.float32):
     return asked.to(dtype), original.to(dtype), upper.to(dtype), upper.diagonal().square().to(dtype), keep
 
 
+def swept(implementation, sums, original, upper, importance, keep, group):
+    """What the columns lose, and the mask; the operands stay as they are."""
+    sums, keep = sums.clone(), keep.clone()
+    assert implementation(sums, original, upper, importance, keep, group) is None
+    return sums, keep
+
+
 def by_definition(asked, original, upper, keep):
     """Column by column, in float64, straight from the formula."""
     errors = torch.zeros_like(original)
@@ -31,7 +38,7 @@ def by_definition(asked, original, upper, keep):
 @pytest.mark.parametrize(("columns", "rows"), SHAPES)
 def test_reference_follows_the_formula(columns, rows):
     asked, original, upper, importance, keep = operands(columns, rows, torch.float64)
-    errors, kept = sweep_block_reference(asked, original, upper, importance, keep, None)
+    errors, kept = swept(sweep_block_reference, asked, original, upper, importance, keep, None)
     torch.testing.assert_close(errors, by_definition(asked, original, upper, keep), rtol=1e-9, atol=1e-9)
     assert torch.equal(kept, keep)
 
@@ -41,7 +48,7 @@ def test_reference_follows_the_formula(columns, rows):
 )
 def test_groups_are_chosen_by_their_values_when_their_turn_comes(columns, rows, group):
     asked, original, upper, importance, keep = operands(columns, rows, torch.float64)
-    errors, kept = sweep_block_reference(asked, original, upper, importance, keep, group)
+    errors, kept = swept(sweep_block_reference, asked, original, upper, importance, keep, group)
     n, m = group
     for high in range(m, columns + 1, m):
         # With everything before it fixed and everything in it kept, a column is worth its present value.
@@ -61,21 +68,39 @@ def test_kernel_equals_the_reference(columns, rows, group):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = [tensor.to(device) for tensor in operands(columns, rows)]
-    errors, kept = sweep_block_triton(*inputs, group)
-    expected, expected_kept = sweep_block_reference(*inputs, group)
-    exact, _ = sweep_block_reference(*(t.double() if t.is_floating_point() else t for t in inputs), group)
+    errors, kept = swept(sweep_block_triton, *inputs, group)
+    expected, expected_kept = swept(sweep_block_reference, *inputs, group)
+    exact, _ = swept(sweep_block_reference, *(t.double() if t.is_floating_point() else t for t in inputs), group)
     assert torch.equal(kept, expected_kept)
     ours, theirs = ((e.double() - exact).norm() / exact.norm() for e in (errors, expected))
     assert not errors.isnan().any()
     assert ours <= 2 * theirs + 1e-7
 
 
-def test_inputs_are_not_changed():
-    inputs = operands(32, 8)
-    copies = [tensor.clone() for tensor in inputs]
-    sweep_block(*inputs, (2, 4))
-    sweep_block(*inputs, None)
-    assert all(torch.equal(one, other) for one, other in zip(inputs, copies, strict=True))
+def test_only_the_sums_and_a_mask_that_is_chosen_change():
+    for group, changed in (((2, 4), {0, 4}), (None, {0})):
+        inputs = operands(32, 8)
+        copies = [tensor.clone() for tensor in inputs]
+        sweep_block(*inputs, group)
+        assert {i for i, pair in enumerate(zip(inputs, copies, strict=True)) if not torch.equal(*pair)} == changed
+
+
+@pytest.mark.parametrize("columns", [1, 4, 5, 37, 64])
+@pytest.mark.parametrize("step", [1, 4, 7, 100])
+def test_columns_are_decided_once_in_order_with_all_that_is_asked_of_them(columns, step):
+    generator = torch.Generator().manual_seed(columns)
+    upper = torch.randn(columns, columns, generator=generator, dtype=torch.float64).triu()
+    lost = torch.randn(columns, 3, generator=generator, dtype=torch.float64)
+    sums, seen = torch.zeros_like(lost), []
+
+    def decide(low, high):
+        seen.append((low, high))
+        torch.testing.assert_close(sums[low:high], upper[:low, low:high].T @ lost[:low], rtol=1e-12, atol=1e-12)
+        sums[low:high] = lost[low:high]
+
+    run_columns(sums, upper, step, decide)
+    assert seen == [(low, min(low + step, columns)) for low in range(0, columns, step)]
+    assert torch.equal(sums, lost)
 
 
 def test_compiles_for_gpus_without_spilling():
@@ -83,7 +108,7 @@ def test_compiles_for_gpus_without_spilling():
 
     from llmprune.kernels.obs_sweep.kernel import _ROWS, _WARPS
 
-    pointers = dict.fromkeys(("asked", "original", "upper", "importance", "errors"), "*fp32") | {"keep": "*i8"}
+    pointers = dict.fromkeys(("sums", "original", "upper", "importance"), "*fp32") | {"keep": "*i8"}
     jobs = [
         {
             "kernel": "llmprune.kernels.obs_sweep.kernel:_sweep_kernel",

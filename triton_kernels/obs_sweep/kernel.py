@@ -16,7 +16,7 @@ _WARPS = 8
 
 @triton.jit
 def _sweep_kernel(
-    asked, original, upper, importance, keep, errors,
+    sums, original, upper, importance, keep,
     rows, columns, stride,
     N: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -25,7 +25,7 @@ def _sweep_kernel(
     column = tl.arange(0, COLUMNS)
     tile = column[:, None] * stride + row[None, :]
     present = (column < columns)[:, None] & inside[None, :]
-    pending = tl.load(asked + tile, mask=present, other=0.0)
+    pending = tl.load(sums + tile, mask=present, other=0.0)
     group = tl.zeros([ROWS], tl.int32)
     for k in range(columns):
         if M > 0:  # noqa: SIM102 - M is a constant of the compilation, k is not
@@ -39,7 +39,7 @@ def _sweep_kernel(
         else:
             stays = tl.load(keep + k * stride + row, mask=inside, other=0) != 0
         error = tl.where(stays, -here / tl.load(upper + k * columns + k), weight)
-        tl.store(errors + k * stride + row, error, mask=inside)
+        tl.store(sums + k * stride + row, error, mask=inside)
         share = tl.load(upper + k * columns + column, mask=(column > k) & (column < columns), other=0.0)
         pending += share[:, None] * error[None, :]
 
@@ -81,16 +81,15 @@ def _score(relaxed, original, upper, importance, row, inside, column, k, columns
 
 
 def sweep_block_triton(
-    asked: Tensor, original: Tensor, upper: Tensor, importance: Tensor, keep: Tensor, group: tuple[int, int] | None
-) -> tuple[Tensor, Tensor]:
+    sums: Tensor, original: Tensor, upper: Tensor, importance: Tensor, keep: Tensor, group: tuple[int, int] | None
+) -> None:
     """See `sweep_block`."""
-    columns, rows = asked.shape
-    asked, original = asked.contiguous(), original.contiguous()
-    keep = keep.to(torch.int8).contiguous() if group is None else torch.empty_like(asked, dtype=torch.int8)
-    errors = torch.empty_like(asked)
+    assert sums.is_contiguous(), "it is filled in place"
+    assert keep.is_contiguous(), "it is filled in place"
+    columns, rows = sums.shape
     n, m = group or (0, 0)
     _sweep_kernel[(triton.cdiv(rows, _ROWS),)](
-        asked, original, upper.contiguous(), importance.contiguous(), keep, errors, rows, columns, rows,
+        sums, original.contiguous(), upper.contiguous(), importance.contiguous(), keep.view(torch.int8),
+        rows, columns, rows,
         N=n, M=m, COLUMNS=max(triton.next_power_of_2(columns), 16), ROWS=_ROWS, num_warps=_WARPS,
     )  # fmt: skip
-    return errors, keep.bool()

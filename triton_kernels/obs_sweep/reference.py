@@ -1,5 +1,7 @@
 """The definition of the sweep, in plain torch, and its implementation on CPUs."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,42 +10,80 @@ _STRIP = 16
 
 
 def sweep_block_reference(
-    asked: Tensor, original: Tensor, upper: Tensor, importance: Tensor, keep: Tensor, group: tuple[int, int] | None
-) -> tuple[Tensor, Tensor]:
-    """Column k loses original_k where it is pruned, else -(asked_k + sum_{j<k} R_jk e_j) / R_kk; see `sweep_block`."""
-    errors = torch.empty_like(original)
-    keep = keep.clone() if group is None else torch.empty_like(keep)
-    unit = 1 if group is None else group[1]
-    strip = max(_STRIP // unit, 1) * unit
-    for low in range(0, len(asked), strip):
-        high = min(low + strip, len(asked))
-        pending = torch.addmm(asked[low:high], upper[:low, low:high].T, errors[:low])
-        if group is None:
-            _lose(errors, pending, original, upper, keep, low, high)
-            continue
-        for start in range(low, high, unit):
-            stop = start + unit
-            within = torch.addmm(pending[start - low : stop - low], upper[low:start, start:stop].T, errors[low:start])
-            values = original[start:stop] + _relaxed(within, upper[start:stop, start:stop])
-            keep[start:stop] = _best(values.square_().mul_(importance[start:stop, None]), group[0])
-            _lose(errors, within, original, upper, keep, start, stop)
-    return errors, keep
+    sums: Tensor, original: Tensor, upper: Tensor, importance: Tensor, keep: Tensor, group: tuple[int, int] | None
+) -> None:
+    """Column k loses original_k where it is pruned, else -(sums_k + sum_{j<k} R_jk e_j) / R_kk; see `sweep_block`."""
+    sweep = _Sweep(sums, original, upper, importance, keep, group)
+    run_columns(sums, upper, sweep.strip, sweep.decide)
 
 
-def _lose(errors: Tensor, pending: Tensor, original: Tensor, upper: Tensor, keep: Tensor, low: int, high: int) -> None:
-    """Fill errors[low:high]."""
-    coefficients = upper[low:high, low:high].T.contiguous()
-    scale = (-1 / upper.diagonal()[low:high]).tolist()
-    part = errors[low:high]
-    rows = zip(pending.unbind(), keep[low:high].unbind(), original[low:high].unbind(), part.unbind(), strict=True)
-    for k, (waiting, stays, whole, out) in enumerate(rows):
-        absorbed = torch.addmv(waiting, part[:k].T, coefficients[k, :k]).mul_(scale[k])
-        torch.where(stays, absorbed, whole, out=out)
+def run_columns(sums: Tensor, upper: Tensor, step: int, decide: Callable[[int, int], None]) -> None:
+    """Decide columns from left to right, `step` at a time; what is done asks of what is to come by large products.
+
+    Args:
+        sums: [columns, rows]: what is asked of each column, which its decision replaces by what it loses.
+        upper: [columns, columns], upper triangular: by how much a column's loss counts for each later one.
+        step: columns that are decided together.
+        decide: told the first column and the one behind the last.
+    """
+
+    def run(low: int, high: int) -> None:
+        if high - low <= step:
+            decide(low, high)
+            return
+        middle = low + -(-(high - low) // step) // 2 * step
+        run(low, middle)
+        sums[middle:high].addmm_(upper[low:middle, middle:high].T, sums[low:middle])
+        run(middle, high)
+
+    run(0, len(sums))
 
 
-def _relaxed(pending: Tensor, upper: Tensor) -> Tensor:
-    """By how much the columns of a group would move if all of them stayed."""
-    return torch.linalg.solve_triangular(upper.T, pending, upper=False)
+class _Sweep:
+    """The operands of one block, and what is done to a strip of its columns."""
+
+    def __init__(
+        self,
+        sums: Tensor,
+        original: Tensor,
+        upper: Tensor,
+        importance: Tensor,
+        keep: Tensor,
+        group: tuple[int, int] | None,
+    ) -> None:
+        self._sums, self._original, self._upper, self._importance, self._keep = sums, original, upper, importance, keep
+        self._count, self._unit = group or (1, 1)
+        self._chooses = group is not None
+        self.strip = max(_STRIP // self._unit, 1) * self._unit
+        self._scales = (-1 / upper.diagonal()).tolist()
+
+    def decide(self, low: int, high: int) -> None:
+        """Decide the columns low:high, whose sums hold what all columns before them ask."""
+        if not self._chooses:
+            self._lose(low, high)
+            return
+        for start in range(low, high, self._unit):
+            self._choose(low, start)
+            self._lose(start, start + self._unit)
+
+    def _choose(self, low: int, start: int) -> None:
+        """Decide which columns of a group stay; what low:start lose is added to its sums first."""
+        stop = start + self._unit
+        pending = self._sums[start:stop].addmm_(self._upper[low:start, start:stop].T, self._sums[low:start])
+        # By how much they would move if all of them stayed.
+        moved = torch.linalg.solve_triangular(self._upper[start:stop, start:stop].T, pending, upper=False)
+        scores = moved.add_(self._original[start:stop]).square_().mul_(self._importance[start:stop, None])
+        self._keep[start:stop] = _best(scores, self._count)
+
+    def _lose(self, low: int, high: int) -> None:
+        """Replace the sums low:high, column by column, by what is lost."""
+        stays = self._keep[low:high].to(self._sums.dtype)
+        pruned = self._original[low:high] * (1 - stays)
+        coefficients = self._upper[low:high, low:high].T.contiguous()
+        part = self._sums[low:high]
+        for k, (column, staying, whole) in enumerate(zip(part.unbind(), stays.unbind(), pruned.unbind(), strict=True)):
+            absorbed = torch.addmv(column, part[:k].T, coefficients[k, :k])
+            torch.addcmul(whole, absorbed, staying, value=self._scales[low + k], out=column)
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
