@@ -2,8 +2,8 @@
 
 import torch
 
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.errors import ModelError
-from llmprune.source import CheckpointSource
 from llmprune.structures.configuration import audit
 
 

@@ -7,6 +7,7 @@ otherwise what model.safetensors.index.json names.
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+# What is read at once of a tensor that is read as another dtype.
+_READ_ELEMENTS = 1 << 22
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -61,14 +65,26 @@ class Stored:
         Raises:
             CheckpointError: the file went away or was cut short.
         """
+        return self.read(self.dtype)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """Read it as another dtype, without a whole copy in its own.
+
+        Raises:
+            CheckpointError: the file went away or was cut short.
+        """
         # Not mapped: pages of the file would count beside the copy, and a mapped tensor may be misaligned, on which the
         # last bit of results depends.
-        values = torch.empty(self.nbytes, dtype=torch.uint8)
+        values = torch.empty(math.prod(self.shape), dtype=dtype)
         with _reading(self.file), self.file.open("rb") as handle:
             handle.seek(self.span[0])
-            if handle.readinto(values.numpy().data) < self.nbytes:
-                raise OSError(f"it ends before the values of {self.key!r}")
-        return values.view(self.dtype).view(self.shape)
+            for part in values.split(_READ_ELEMENTS) if dtype != self.dtype else [values]:
+                raw = part if dtype == self.dtype else torch.empty(len(part), dtype=self.dtype)
+                if handle.readinto(raw.view(torch.uint8).numpy().data) < raw.nbytes:
+                    raise OSError(f"it ends before the values of {self.key!r}")
+                if raw is not part:
+                    part.copy_(raw)
+        return values.view(self.shape)
 
     def get_dtype(self) -> str:
         """The safetensors name of the dtype, as transformers asks for it."""

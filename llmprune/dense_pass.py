@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from llmprune.activations import HiddenStates, LayerCalls
 from llmprune.calibration import TextSpec, Tokenizer, Tokens
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.perplexity import run_stream
 from llmprune.progress import Progress, Watcher
-from llmprune.source import CheckpointSource, Source
+from llmprune.source import Source
 from llmprune.stream import Stream, StreamSettings
 from llmprune.texts import load_texts
 from llmprune.timing import Stages
@@ -94,7 +95,7 @@ def _key(source: Source, settings: StreamSettings) -> object:
     """What final hidden states depend on, to the bit, beside the tokens."""
     # A model in memory is pruned in place: it is never the same twice.
     model = source.folder if isinstance(source, CheckpointSource) else object()
-    return model, source.model.dtype, source.layers_path, settings
+    return model, source.dtype, source.layers_path, settings
 
 
 def _finished(source: Source, ids: Tensor, settings: StreamSettings, hidden: HiddenStates, calls: LayerCalls) -> Stream:

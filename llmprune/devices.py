@@ -37,10 +37,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """The device's name, with what decides the last bit of a result: a CPU's threads."""
+    """The device's name, with what decides the last bit of a result: a CPU's vector instructions and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} CPU ({instructions}), {torch.get_num_threads()} threads"
 
 
 def runs_per_second(work: Callable[[], object], device: torch.device) -> float:

@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.decisions import active_experts
 from llmprune.hub import resolve_model
-from llmprune.source import CheckpointSource
 from llmprune.structures.costs import flops, layer_size
 
 

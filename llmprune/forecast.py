@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.decoder import prunable_matrices
 from llmprune.devices import describe_device, runs_per_second
 from llmprune.hub import resolve_model
@@ -32,7 +33,6 @@ from llmprune.precision import add_gram, dtype_name, float32_products
 from llmprune.recipe import Recipe, load_recipe
 from llmprune.reduction import Reduction
 from llmprune.solving import Job
-from llmprune.source import CheckpointSource
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.stream import ResidentLayer, Stream, StreamSettings
 from llmprune.structure_plan import (
@@ -90,7 +90,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         tokens=look.tokens,
         layers=layers,
         rates=measure_rates(device, source.model.dtype),
-        memory=MemoryPlan(ends_bytes(source), resident, look.calls_bytes, layers[0].memory, largest),
+        memory=MemoryPlan(ends_bytes(source), resident, look.calls_bytes, largest),
         disk_bytes=_disk_bytes(source, result),
         spilled_bytes=hidden - resident,
         notes=(*_notes(settings, source), *(structure_notes(structures, settings.structures) if structures else ())),

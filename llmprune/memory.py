@@ -1,22 +1,20 @@
 """How much memory a run will take: a formula, and a watch that says what it took.
 
     peak = what the interpreter holds before
-         + max( ends + weights + forward of the first layer,
-                ends + hidden states + calls,
+         + max( ends + hidden states + calls,
                 hidden states + calls + max over layers of
                     ( weights + statistics + held-back rows + max(forward, solving) ) )
 
-ends            embeddings, final norm and head, while text is embedded; the first layer runs beside them, once, on one
-                batch, to show what it returns, and is let go before the hidden states gather
+ends            embeddings, final norm and head, while text is embedded; no layer is in memory then
 hidden states   samples x length x hidden size, at most `activation_budget` (the rest is on disk)
 calls           masks and rotary embeddings that the model hands to its layers, equal ones once
 weights         one decoder layer in the compute dtype
 statistics      4 d^2 bytes for each Gram of width d, 4 d for column norms; matrices with one input share it
 held-back rows  up to 1,024 rows of each group's input
-forward         batch x length tokens x (6 hidden sizes + 3 widest products) in the compute dtype, and a float32 copy of
-                the widest input while its Gram is formed
-solving         for the matrix at hand [o, i]: 24 o i for the sweep, and 6 i^2 where a Gram is factorised (the
-                damped Gram, which becomes its factor, and copies in passing)
+forward         batch x length tokens x (6 hidden sizes + 3 widest products) in the compute dtype, and where that is
+                narrower a float32 copy of the widest input while its Gram is formed
+solving         for the matrix at hand [o, i]: 20 o i (the original, what becomes of it, two workspaces, the mask), and
+                6 i^2 where a Gram is factorised (the damped Gram, which becomes its factor, and copies in passing)
 
 Not counted: what the libraries load and keep with the first products of a process, some tens of megabytes.
 """
@@ -63,11 +61,6 @@ class LayerMemory:
         """Peak while the layer is resident."""
         return self.weights + self.statistics + self.held_back + max(self.forward, self.solving)
 
-    @property
-    def shown(self) -> int:
-        """What it takes to run the layer once on one batch."""
-        return self.weights + self.forward
-
 
 def layer_memory(
     layer: ResidentLayer,
@@ -99,6 +92,7 @@ def layer_memory(
     widest = max((max(shape) for shape in every), default=0)
     hidden = min((min(shape) for shape in every), default=0)
     kept_rows = itemsize * min(HELD_BACK_ROWS, held_back_tokens)
+    activations = itemsize * (6 * hidden + 3 * widest) + (4 * widest if itemsize < 4 else 0)
     solving = [_solving(shape, jobs[name]) for name, shape in zip(jobs, shapes, strict=True)]
     # About five matrices of the width (structures.solver), and the matrix in float32 three times over.
     removing = [20 * width**2 + 12 * rows * width for rows, width in consumers]
@@ -109,7 +103,7 @@ def layer_memory(
             sum(4 * width**2 for _, width in consumers),
         ),
         held_back=kept_rows * max(sum(width for width, _ in widths), sum(width for _, width in consumers)),
-        forward=batch_tokens * (itemsize * (6 * hidden + 3 * widest) + 4 * widest),
+        forward=batch_tokens * activations,
         solving=max([*solving, *removing], default=0),
         shapes=tuple(shapes),
         gram_widths=tuple(width for width, gram in widths if gram),
@@ -123,11 +117,10 @@ def predict_peak(ends: int, hidden_states: int, calls: int, layers: Sequence[Lay
         ends: bytes outside the decoder layers.
         hidden_states: bytes of them in memory.
         calls: bytes that the model hands to its layers.
-        layers: the first one first.
+        layers: each of them, or the one that takes most.
     """
     between = hidden_states + calls
-    first = max((layer.shown for layer in layers[:1]), default=0)
-    return max(ends + max(first, between), between + max((layer.total for layer in layers), default=0))
+    return between + max([ends, *(layer.total for layer in layers)])
 
 
 def ends_bytes(source: Source) -> int:
@@ -138,7 +131,7 @@ def ends_bytes(source: Source) -> int:
 
 def _solving(shape: tuple[int, int], job: Job) -> int:
     rows, width = shape
-    return 24 * rows * width + (6 * width**2 if job.method.needs is Gram else 0)
+    return 20 * rows * width + (6 * width**2 if job.method.needs is Gram else 0)
 
 
 class PeakWatch:

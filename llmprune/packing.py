@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from llmprune.checkpoint import INDEX_NAME, SINGLE_NAME, Stored, read_index, read_json, write_json, write_shard
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.decoder import prunable_matrices
 from llmprune.errors import CheckpointError, FormatError, PatternError
 from llmprune.formats import DenseLayout, Layout, fit_layout
@@ -42,7 +43,6 @@ from llmprune.packed import (
 from llmprune.patterns import NM, Pattern, Unstructured, parse
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.report import REPORT_NAME
-from llmprune.source import CheckpointSource
 
 _CONFIG = "config.json"
 

@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmprune.calibration import TextSpec, Tokens
+from llmprune.checkpoint_source import open_checkpoint
 from llmprune.errors import NumericsError
 from llmprune.hub import resolve_model
 from llmprune.precision import dtype_name
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.shortage import MemoryGuard, sampling_needs, scoring_needs
-from llmprune.source import Source, open_checkpoint
+from llmprune.source import Source
 from llmprune.stream import Stream, StreamSettings
 from llmprune.texts import load_texts, load_tokenizer
 
@@ -269,5 +270,5 @@ def _summary(nats: float, tokens: Tokens, calibration_error: float, source: Sour
         tokens.digest,
         tokens.description,
         calibration_error,
-        dtype_name(source.model.dtype),
+        dtype_name(source.dtype),
     )

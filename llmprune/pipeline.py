@@ -16,6 +16,7 @@ from llmprune.auditing import audit_checkpoint
 from llmprune.calibration import TextSpec, Tokenizer, Tokens
 from llmprune.card import write_card
 from llmprune.checkpoint import write_text
+from llmprune.checkpoint_source import CheckpointSource, open_checkpoint
 from llmprune.decisions import Decisions
 from llmprune.dense_pass import DensePass
 from llmprune.devices import describe_device, resolve_device
@@ -35,7 +36,7 @@ from llmprune.output import (
 )
 from llmprune.perplexity import compare_perplexity, run_stream
 from llmprune.planning import plan_jobs
-from llmprune.precision import dtype_name
+from llmprune.precision import computed_in, dtype_name
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.recipe import Recipe, load_recipe
 from llmprune.reduction import Reduction
@@ -43,7 +44,7 @@ from llmprune.report import REPORT_NAME, MatrixRow, Report, StructureRow, load_r
 from llmprune.saving import evaluating, save_dense, save_pruned, take_over
 from llmprune.shortage import MemoryGuard, pruning_needs, sampling_needs
 from llmprune.solving import Job, solve_layer
-from llmprune.source import CheckpointSource, ModelSource, Source, open_checkpoint
+from llmprune.source import ModelSource, Source
 from llmprune.speed import compare_speed
 from llmprune.stream import ResidentLayer, Stream, StreamSettings
 from llmprune.structure_plan import consumer_shapes
@@ -139,7 +140,7 @@ class Run:
             "source": checkpoint_digest(folder),
             "version": versions(),
             "device": describe_device(self.device),
-            "compute_dtype": dtype_name(source.model.dtype),
+            "compute_dtype": dtype_name(source.dtype),
         }
         with locked(output):
             target = OutputFolder.open(output, keys, resume=resume, overwrite=overwrite)
@@ -185,14 +186,13 @@ class Run:
             require_free(output)
             require_empty(output, resume=False, overwrite=overwrite)
             require_space(output, sum(parameter.nbytes for parameter in model.parameters()))
-        self._require_dtype(model)
-        source = ModelSource(model, self.recipe.decoder_layers)
+        source = ModelSource(model, self.recipe.decoder_layers, self._compute_dtype(model))
         jobs = plan_jobs(source, self.recipe)
         name = model.config._name_or_path or type(model).__name__
         keys = {
             "version": versions(),
             "device": describe_device(self.device),
-            "compute_dtype": dtype_name(model.dtype),
+            "compute_dtype": dtype_name(source.dtype),
         }
         with evaluating(model):
             texts = self._texts(source, jobs, model, tokenizer)
@@ -206,7 +206,7 @@ class Run:
 
     def _shrink(self, model: PreTrainedModel, output: Path | None, tokenizer: Tokenizer, *, overwrite: bool) -> Report:
         """Prune a copy on the disk, because modules cannot change their size, and take over what came out."""
-        self._require_dtype(model)
+        self._compute_dtype(model)
         if output is not None:
             require_other(output, model.config._name_or_path)
         name = model.config._name_or_path or type(model).__name__
@@ -384,14 +384,19 @@ class Run:
         }
         return Report(rows, header, tuple(self.structures))
 
-    def _require_dtype(self, model: PreTrainedModel) -> None:
+    def _compute_dtype(self, model: PreTrainedModel) -> torch.dtype:
+        """The dtype in which the layers of a model in memory are computed."""
         wanted = self.recipe.compute_dtype
-        if wanted not in ("auto", dtype_name(model.dtype)):
+        if wanted == "auto":
+            return computed_in(model.dtype, self.device)
+        if wanted not in ("float32", dtype_name(model.dtype)):
             raise RecipeError(
                 f"compute_dtype: {wanted} for a model in memory in {dtype_name(model.dtype)}",
-                expected="auto: a model in memory is computed in the dtype that it has",
+                expected="auto, float32, or the dtype that it has",
                 fix="load the model in this dtype, or prune its folder",
             )
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
 
     def _tell(self, layer: ResidentLayer, step: str) -> None:
         self.watch(Progress("pruning", layer.index, len(layer.stream.source.layers), step, self._mean_error()))

@@ -71,20 +71,18 @@ class MemoryPlan:
         ends: embeddings, final norm and head.
         hidden_states: in memory; at most the recipe's activation_budget.
         calls: masks and rotary embeddings.
-        first: of the first layer, which is shown one batch beside the ends.
         layer: of the layer that takes most.
     """
 
     ends: int
     hidden_states: int
     calls: int
-    first: LayerMemory
     layer: LayerMemory
 
     @property
     def peak(self) -> int:
         """The predicted peak, above what the interpreter holds."""
-        return predict_peak(self.ends, self.hidden_states, self.calls, [self.first, self.layer])
+        return predict_peak(self.ends, self.hidden_states, self.calls, [self.layer])
 
 
 @dataclass(frozen=True, slots=True)

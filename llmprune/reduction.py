@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from llmprune.checkpoint_source import CheckpointSource, Smaller
 from llmprune.decisions import Decisions, active_experts, aligned, label, some_cut
 from llmprune.errors import CheckpointError, ModelError, RecipeError
 from llmprune.report import StructureRow
-from llmprune.source import CheckpointSource, Smaller
 from llmprune.stream import ResidentLayer
 from llmprune.structure_recipe import Groups, Structures
 from llmprune.structures.configuration import smaller_config, uneven_config

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from llmprune.calibration import Tokenizer
 from llmprune.card import write_card
 from llmprune.checkpoint import write_text
+from llmprune.checkpoint_source import CheckpointSource, positive_zeros
 from llmprune.errors import PatternError
 from llmprune.output import RECIPE_NAME, locked, remove_checkpoint, require_empty, writing_to
 from llmprune.packing import pack
 from llmprune.recipe import Recipe
 from llmprune.report import Report
 from llmprune.skeleton import quiet_transformers
-from llmprune.source import CheckpointSource, positive_zeros
 from llmprune.visual import write_page
 
 

@@ -102,7 +102,7 @@ def pruning_needs(
     stream = Stream(source, ids, settings)
     batch, held_back = stream.batches[0].numel(), settings.held_back * ids.shape[1]
     layers = [layer_memory(ResidentLayer(stream, i), None, job, batch, held_back) for i, job in enumerate(jobs)]
-    hidden = ids.numel() * source.model.config.get_text_config().hidden_size * source.model.dtype.itemsize
+    hidden = ids.numel() * source.model.config.get_text_config().hidden_size * source.dtype.itemsize
     peak = predict_peak(ends_bytes(source), min(hidden, settings.activation_budget), 0, layers)
     needs = f"up to {_megabytes(peak)} for pruning, beside what the program itself holds"
     if "evaluation" in texts:
@@ -115,7 +115,7 @@ def scoring_needs(source: Source, tokens: Tokens, settings: StreamSettings, mode
     """Say what the logits of a batch take, which is most of what an evaluation needs."""
     positions = min(settings.batch_size, len(tokens.ids)) * tokens.ids.shape[1]
     vocabulary = source.model.config.get_text_config().vocab_size
-    logits = models * positions * vocabulary * source.model.dtype.itemsize
+    logits = models * positions * vocabulary * source.dtype.itemsize
     return f"{_megabytes(ends_bytes(source) + logits)} for the embeddings, the head and the logits of a batch"
 
 

@@ -72,7 +72,9 @@ def _solve_matrix(
     start = time.perf_counter()
     original = layer.weight(name)
     pruned = _apply(job.method, original, group.statistics, pattern, name)
+    damping, tried = pruned.damping, pruned.tried
     layer.replace(name, pruned.weight)
+    del pruned  # before the difference is formed
     statistics = group.statistics
     error = layer.output_error(group, name, original)
     if error is not None and not math.isfinite(error):
@@ -89,8 +91,8 @@ def _solve_matrix(
         method=job.method_name,
         zeros=layer.count_zeros(name),
         error=error,
-        damping=pruned.damping,
-        damping_tried=pruned.tried,
+        damping=damping,
+        damping_tried=tried,
         tokens=statistics.tokens - prior_tokens if statistics else 0,
         prior_tokens=prior_tokens,
         dead_inputs=int((statistics.squares == 0).sum()) if statistics else None,

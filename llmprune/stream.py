@@ -100,42 +100,51 @@ class Stream:
         The model's own code is run with its decoder layers replaced by the given hidden states, so whatever it does
         around the head (norm, scaling, soft-capping) is done.
         """
-        self.source.load_ends(self.settings.device)
-        try:
+        with self._ends():
             for batch, ids in enumerate(self.batches):
                 # Not around the yield: what is switched there would stay switched for the caller.
                 with torch.no_grad(), self.stages("forward"):
                     logits = tuple(self.head(ids, states[batch]) for states in final)
                 yield logits
-        finally:
-            self.source.free_ends()
 
     def capture(self) -> None:
         """Run the model's own code around its decoder layers, and record how it calls each of them."""
         with torch.no_grad(), self.stages("forward"):
-            self.source.load_ends(self.settings.device)
+            with self._ends():
+                args, kwargs = self._first_call(self.batches[0])
+            # The ends and a layer are large: they are never in memory together.
+            self.source.load_layer(0, self.settings.device)
             try:
-                self._learn(self.batches[0])
+                self.calls.learn(self.source.layers[0].forward(*args, **kwargs))
+            finally:
+                self.source.free_layer(0)
+            del args, kwargs
+            with self._ends():
                 for batch, ids in enumerate(self.batches):
                     self._record(batch, ids)
-            finally:
-                self.source.free_ends()
 
-    def _learn(self, ids: Tensor) -> None:
-        """Run the first layer as part of the model, to see what its layers return."""
-        layer = self.source.layers[0]
-        forward = layer.forward
+    @contextlib.contextmanager
+    def _ends(self) -> Iterator[None]:
+        """What lies outside the layers, on the device."""
+        self.source.load_ends(self.settings.device)
+        try:
+            yield
+        finally:
+            self.source.free_ends()
 
-        def run(index: int, *args: Any, **kwargs: Any) -> Any:
-            self.calls.learn(forward(*args, **kwargs))
+    def _first_call(self, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """How the model calls its first layer."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(index: int, *args: Any, **kwargs: Any) -> Any:
+            calls.append((args, kwargs))
             raise _CapturedError
 
-        self.source.load_layer(0, self.settings.device)
-        try:
-            with _replaced(self.source.layers, run), contextlib.suppress(_CapturedError):
-                self._run_model(ids)
-        finally:
-            self.source.free_layer(0)
+        with _replaced(self.source.layers, note), contextlib.suppress(_CapturedError):
+            self._run_model(ids)
+        if not calls:
+            raise self._uncalled(0)
+        return calls[0]
 
     def _record(self, batch: int, ids: Tensor) -> None:
         recorder = _Recorder(self, batch)
@@ -143,12 +152,15 @@ class Stream:
             self._run_model(ids)
         self.calls.end_batch()
         if recorder.expected != len(self.source.layers):
-            raise ModelError(
-                f"{type(self.source.model).__name__} called {recorder.expected} of {len(self.source.layers)} layers "
-                f"in {self.source.layers_path}",
-                expected="a forward that calls each decoder layer once, in order",
-                fix="name another list of layers in the recipe (decoder_layers)",
-            )
+            raise self._uncalled(recorder.expected)
+
+    def _uncalled(self, called: int) -> ModelError:
+        return ModelError(
+            f"{type(self.source.model).__name__} called {called} of {len(self.source.layers)} layers "
+            f"in {self.source.layers_path}",
+            expected="a forward that calls each decoder layer once, in order",
+            fix="name another list of layers in the recipe (decoder_layers)",
+        )
 
     def _run_model(self, ids: Tensor) -> Any:
         return self.source.model(input_ids=ids.to(self.settings.device), use_cache=False)

@@ -15,6 +15,7 @@ from llmprune.errors import ModelError
 from llmprune.generation import generate_text
 from llmprune.precision import computed_in
 from llmprune.skeleton import quiet_transformers, read_config
+from llmprune.source import widened
 
 
 def load_texts(
@@ -38,7 +39,8 @@ def load_texts(
         if dense is None:
             assert isinstance(model, Path)
             dense = _load_dense(model, device)
-        return generate_text(dense, spec, tokenizer.bos_token_id)
+        with widened(dense, computed_in(dense.dtype, dense.device)):
+            return generate_text(dense, spec, tokenizer.bos_token_id)
 
     return {name: load_tokens(spec, tokenizer, generate) for name, spec in specs.items()}
 

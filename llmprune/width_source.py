@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from llmprune.checkpoint_source import CheckpointSource, Smaller
 from llmprune.decoder import find_decoder_layers
 from llmprune.errors import CheckpointError
 from llmprune.overrides import build_uneven_skeleton
-from llmprune.source import CheckpointSource, Smaller, drop_parameters, modules_outside
+from llmprune.source import drop_parameters, modules_outside
 from llmprune.structures.width import Width, shrink_width
 
 
@@ -42,6 +43,7 @@ class WidthSource:
         self._shrink({})  # refuses what does not fit before anything is read
         self.config: PretrainedConfig = width.config
         self.folder: Path = inner.folder
+        self.dtype = inner.dtype
         self.model: PreTrainedModel = build_uneven_skeleton(width.config, inner.model.dtype)
         self.layers_path, self.layers = find_decoder_layers(self.model, inner.layers_path)
 

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from llmprune.checkpoint import read_header
+from llmprune.checkpoint_source import CheckpointSource, positive_zeros
 from llmprune.output import OutputFolder
 from llmprune.packed import Format, pack_matrices
 from llmprune.reduction import Reduction
 from llmprune.report import MatrixRow, StructureRow
 from llmprune.solving import Job
-from llmprune.source import CheckpointSource, Source, positive_zeros
+from llmprune.source import Source
 from llmprune.stream import ResidentLayer
 from llmprune.structures.removal import Cut
 from llmprune.width_source import WidthSource

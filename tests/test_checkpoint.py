@@ -64,6 +64,27 @@ def test_every_dtype_is_read_back(tmp_path: Path, dtype: torch.dtype) -> None:
     assert same(stored[...], tensor)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(7, 5), (35,), (0, 3), ()])
+def test_a_tensor_is_read_as_another_dtype_piece_by_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(checkpoint, "_READ_ELEMENTS", 8)
+    tensor = torch.randn(shape).to(dtype)
+    save_file({"before": torch.ones(3), "x": tensor}, tmp_path / "model.safetensors")
+    assert same(read_index(tmp_path)["x"].read(torch.float32), tensor.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_file_that_was_cut_since_is_refused_whatever_it_is_read_as(tmp_path: Path, dtype: torch.dtype) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"x": torch.ones(1000, dtype=torch.bfloat16)}, file)
+    stored = read_index(tmp_path)["x"]
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="ends before the values of 'x'"):
+        stored.read(dtype)
+
+
 def test_a_read_tensor_is_independent_of_the_file(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(4)}, tmp_path / "model.safetensors")
     before = contents(tmp_path)

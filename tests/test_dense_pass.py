@@ -15,10 +15,11 @@ from sweeps import GRID, on_text, write_text
 
 from llmprune import dense_pass, prune
 from llmprune.calibration import Tokens
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.dense_pass import DensePass
 from llmprune.progress import ignore
 from llmprune.report import Report, load_report
-from llmprune.source import CheckpointSource, ModelSource
+from llmprune.source import ModelSource
 from llmprune.stream import StreamSettings
 from llmprune.sweep import Sweep, sweep
 from llmprune.timing import Stages

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmprune import prune
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.decoder import Matrix, find_decoder_layers, prunable_matrices
 from llmprune.errors import ModelError
 from llmprune.report import Report
-from llmprune.source import CheckpointSource, ModelSource
+from llmprune.source import ModelSource
 from llmprune.statistics import Gram
 from llmprune.stream import Stream, StreamSettings
 
@@ -46,9 +47,11 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         pytest.skip(f"this transformers does not know {FAMILIES[family][0]}")
     folder = tmp_path_factory.mktemp("family")
     save(build(family, getattr(torch, dtype or "float32")), folder / "source", max_shard_size="20KB")
-    report = prune(folder / "source", recipe(), folder / "output")
+    # By name: "auto" is float32 on a processor that has no bfloat16.
+    settings = recipe(compute_dtype=dtype or "float32")
+    report = prune(folder / "source", settings, folder / "output")
     model = load(folder / "source")
-    prune(model, recipe())
+    prune(model, settings)
     return Case(family, folder / "source", folder / "output", report, model)
 
 

@@ -8,11 +8,11 @@ import torch
 from folders import contents, tensors, zeros
 
 from llmprune import prune
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.devices import describe_device
 from llmprune.errors import DeviceError, PatternError, RecipeError
 from llmprune.forecast import dry_run, measure_rates
 from llmprune.plan import DryRun, Work
-from llmprune.source import CheckpointSource
 from llmprune.tables.pruning import dry_run_tables
 
 # Of the recipe of tiny_models: 6 samples and one held back, 24 tokens each.

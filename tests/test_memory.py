@@ -1,5 +1,6 @@
 """The memory formula, against what is in memory while a model runs."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import torch
 from tiny_models import build, recipe, save
 
 from llmprune import dry_run, prune
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.memory import LayerMemory, layer_memory, predict_peak
 from llmprune.methods import SparseGPT, Wanda
 from llmprune.patterns import NM
 from llmprune.solving import Job
-from llmprune.source import CheckpointSource, ModelSource
+from llmprune.source import ModelSource
 from llmprune.stream import ResidentLayer, Stream, StreamSettings
 
 SMALL = LayerMemory(weights=10, statistics=1, held_back=2, forward=5, solving=3)
@@ -22,29 +24,29 @@ LARGE = LayerMemory(weights=10, statistics=40, held_back=20, forward=5, solving=
 @pytest.mark.parametrize(
     ("ends", "hidden", "layers", "peak"),
     [
-        (1000, 4, [SMALL, LARGE], 1000 + 10 + 5),  # the first layer runs beside the embeddings
-        (1000, 400, [SMALL, LARGE], 1000 + 400 + 3),  # hidden states gather beside them
+        (1000, 4, [SMALL, LARGE], 1000 + 4 + 3),  # hidden states gather beside the embeddings
         (1, 4, [SMALL, LARGE], 4 + 3 + 10 + 40 + 20 + 30),  # the largest layer, solving
         (1, 4, [SMALL], 4 + 3 + 10 + 1 + 2 + 5),  # the forward takes more than solving
         (1, 4, [], 1 + 4 + 3),  # nothing was left to prune
     ],
 )
-def test_the_peak_is_the_largest_of_three_moments(ends: int, hidden: int, layers: list[LayerMemory], peak: int) -> None:
+def test_the_peak_is_the_larger_of_two_moments(ends: int, hidden: int, layers: list[LayerMemory], peak: int) -> None:
     assert predict_peak(ends, hidden, 3, layers) == peak
 
 
-def test_a_large_vocabulary_is_counted_with_the_layer_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_vocabulary_is_never_in_memory_beside_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save(build("llama", vocab_size=20_000), tmp_path / "dense")
     resident: list[int] = []
-    original = CheckpointSource.load_layer
 
-    def load_layer(self: CheckpointSource, index: int, device: torch.device) -> None:
-        original(self, index, device)
-        resident.append(sum(p.nbytes for p in self.model.parameters() if not p.is_meta))
+    def counted(load: Callable[..., None]) -> Callable[..., None]:
+        def loaded(self: CheckpointSource, *args: Any) -> None:
+            load(self, *args)
+            resident.append(sum(p.nbytes for p in self.model.parameters() if not p.is_meta))
 
-    monkeypatch.setattr(CheckpointSource, "load_layer", load_layer)
+        return loaded
+
+    for name in ("load_layer", "load_ends"):
+        monkeypatch.setattr(CheckpointSource, name, counted(getattr(CheckpointSource, name)))
     settings: Any = recipe(calibration={"samples": 1, "length": 8}, held_back=0, method="magnitude")
     report = prune(source, settings, tmp_path / "out")
     predicted = report.header["memory"]["predicted_bytes"]

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llmprune import TextSpec, evaluate, prune
 from llmprune.report import load_report
+from llmprune.source import ModelSource
 from llmprune.stream import StreamSettings
 
 
@@ -49,8 +50,9 @@ def test_the_largest_perplexity_is_still_a_number(monkeypatch: pytest.MonkeyPatc
     from llmprune.perplexity import _summary
 
     tokens = Tokens(torch.zeros(1, 2, dtype=torch.int64), "", {})
-    assert _summary(709.0, tokens).perplexity == math.exp(709.0)
-    assert _summary(709.79, tokens).perplexity == math.inf
+    source = ModelSource(tiny_models.build("llama"))
+    assert _summary(709.0, tokens, 0.0, source).perplexity == math.exp(709.0)
+    assert _summary(709.79, tokens, 0.0, source).perplexity == math.inf
 
 
 def test_a_hopeless_run_is_reported_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune import Report, load_recipe, prune
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.errors import CalibrationError, DeviceError, ModelError, PatternError, RecipeError
+from llmprune.precision import computed_in, dtype_name
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
-from llmprune.source import CheckpointSource
 
 
 @pytest.fixture(scope="module", params=DTYPES)
@@ -86,8 +87,10 @@ def test_a_key_changes_what_it_should(dense: Path, plain: dict[str, Tensor], tmp
     assert report.header["recipe"] == load_recipe(settings).to_dict()
     if key == "batch_size":
         assert_nearly_same_masks(pruned, plain, report)
-    elif key == "compute_dtype" and dense.name == "bf16":
-        assert not all(same(pruned[name], plain[name]) for name in plain)
+    elif key == "compute_dtype":
+        # "auto" is float32 already on a processor that has no bfloat16.
+        computed_alike = computed_in(DTYPES[dense.name], torch.device("cpu")) == torch.float32
+        assert all(same(pruned[name], plain[name]) for name in plain) is computed_alike
     else:
         assert (same_shapes and all(same(pruned[name], plain[name]) for name in plain)) is equal
 
@@ -257,9 +260,13 @@ def test_a_model_in_memory_takes_a_tokenizer(words: Path) -> None:
     assert all(zeros(model.get_submodule(row.name).weight) == row.zeros for row in report.rows)
 
 
-def test_a_model_in_memory_has_the_dtype_that_it_has(dense: Path) -> None:
+def test_a_model_in_memory_keeps_the_dtype_that_it_has(dense: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(dense)
-    prune(model, recipe(compute_dtype=str(model.dtype).removeprefix("torch.")))
+    before = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    for compute_dtype in (dtype_name(model.dtype), "float32"):
+        report = prune(model, recipe(compute_dtype=compute_dtype))
+        assert report.header["compute_dtype"] == compute_dtype
+        assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == before
     with pytest.raises(RecipeError, match="compute_dtype: float16 for a model in memory"):
         prune(model, recipe(compute_dtype="float16"))
 

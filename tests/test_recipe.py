@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from recipe_cases import EXPECTED, SMALL, STRUCTURED, written
 
 from llmprune.calibration import TextSpec
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.hub import resolve_model
 from llmprune.methods import METHODS, Random, SparseGPT, Wanda
 from llmprune.patterns import NM, Block, Pattern, Unstructured
 from llmprune.planning import plan_jobs
 from llmprune.recipe import Recipe, bundled_recipes, load_recipe
-from llmprune.source import CheckpointSource
 
 EVALUATION = {"samples": 32, "seed": 12345}
 

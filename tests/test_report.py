@@ -75,8 +75,8 @@ def test_a_run_s_report_says_what_was_done(tmp_path: Path) -> None:
     prune(source, settings, tmp_path / "pruned")
     written = json.loads((tmp_path / "pruned" / "report.json").read_text())
     assert list(written) == [
-        "model", "finished", "recipe", "tokens", "source", "version", "device", "texts", "seconds", "memory", "size",
-        "evaluation", "summary", "structures", "rows",
+        "model", "finished", "recipe", "tokens", "source", "version", "device", "compute_dtype", "texts", "seconds",
+        "memory", "size", "evaluation", "summary", "structures", "rows",
     ]  # fmt: skip
     assert written["model"] == str(source)
     assert written["recipe"]["exclude"] == ["*.o_proj"]

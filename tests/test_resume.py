@@ -143,6 +143,7 @@ def change_weights(whole: Whole, folder: Path) -> Path:
         ({"weights": True}, "source was"),
         ({"version": {"llmprune": "9"}}, "version.llmprune was .* and is now 9"),
         ({"device": "another"}, "device was .* and is now another"),
+        ({"compute_dtype": "another"}, "compute_dtype was .* and is now another"),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -166,6 +167,8 @@ def test_a_changed_run_is_refused_by_name(
         monkeypatch.setattr(pipeline, "versions", lambda: known | change["version"])
     if "device" in change:
         monkeypatch.setattr(pipeline, "describe_device", lambda device: change["device"])
+    if "compute_dtype" in change:
+        monkeypatch.setattr(pipeline, "dtype_name", lambda dtype: change["compute_dtype"])
     text.write_text(change.get("text", "") + original)
     try:
         with pytest.raises(ResumeError, match=f"cannot be resumed: {named}") as caught:
@@ -214,5 +217,5 @@ def test_a_model_in_memory_cannot_be_resumed(whole: Whole, tmp_path: Path) -> No
 def test_the_manifest_is_read_by_its_format(whole: Whole) -> None:
     manifest = json.loads((whole.folder / MANIFEST_NAME).read_text())
     assert set(manifest) == {"format", "keys", "complete", "ends", "decisions", "layers"}
-    assert list(manifest["keys"]) == ["recipe", "tokens", "source", "version", "device"]
+    assert list(manifest["keys"]) == ["recipe", "tokens", "source", "version", "device", "compute_dtype"]
     assert output.MANIFEST_NAME == ".llmprune.json"

@@ -15,6 +15,7 @@ from folders import weights_and_texts
 
 from llmprune import Recipe, dry_run, load_recipe, pipeline, prune, stream
 from llmprune.errors import DeviceError
+from llmprune.precision import computed_in
 from llmprune.shortage import MemoryGuard, is_shortage
 from llmprune.stream import ResidentLayer, StreamSettings
 
@@ -118,7 +119,8 @@ def test_the_need_is_an_upper_bound_of_the_formula(
     found = re.fullmatch(r"up to ([\d.]+) MB for pruning, .*, and ([\d.]+) MB for .* logits .*", caught.value.expected)
     assert found is not None
     assert peak <= float(found[1]) + 0.1 <= 1.5 * peak
-    ends, logits = 2 * 4096 * 256 * 2 + 256 * 2, 2 * 2 * 24 * 4096 * 2
+    itemsize = computed_in(torch.bfloat16, torch.device("cpu")).itemsize
+    ends, logits = (2 * 4096 * 256 + 256) * itemsize, 2 * 2 * 24 * 4096 * itemsize
     assert float(found[2]) == pytest.approx((ends + logits) / 1e6, abs=0.1)
 
 

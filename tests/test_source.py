@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmprune import prune
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.errors import CheckpointError, ModelError
-from llmprune.source import CheckpointSource, ModelSource
+from llmprune.source import ModelSource
 from llmprune.stream import Stream, StreamSettings
 
 CPU = torch.device("cpu")
@@ -242,3 +243,21 @@ def test_a_model_in_memory_returns_to_where_it_was() -> None:
     source.load_layer(0, CPU)
     source.free_layer(0)
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+
+
+def test_a_model_in_memory_visits_in_a_wider_dtype_and_returns_as_it_was() -> None:
+    model = build("llama", torch.bfloat16, tie_word_embeddings=True)
+    model.model.layers[0].input_layernorm.weight.data = torch.rand(32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    source = ModelSource(model, compute_dtype=torch.float32)
+    source.load_layer(0, CPU)
+    source.load_ends(CPU)
+    assert source.dtype == torch.float32
+    visitors = {name for name, tensor in model.named_parameters() if tensor.dtype == torch.float32}
+    assert visitors == {name for name in before if not name.startswith("model.layers.1.")} - {"lm_head.weight"}
+    assert source.stored_dtype(0, "mlp.up_proj.weight") == torch.bfloat16
+    assert source.stored_dtype(0, "input_layernorm.weight") == torch.float32
+    source.free_ends()
+    source.free_layer(0)
+    assert all(same(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -1,6 +1,8 @@
 """SparseGPT against the paper's own algorithm, with its explicit inverse, in float64."""
 
+import gc
 import math
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -206,6 +208,20 @@ def test_a_singular_gram_is_pruned_at_the_damping_that_is_reported() -> None:
 def test_a_gram_that_no_damping_mends_is_refused() -> None:
     with pytest.raises(NumericsError, match="not positive definite"):
         SparseGPT()(torch.randn(2, 2), Gram(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 1), Unstructured(0.5))
+
+
+def test_nothing_is_kept_until_a_garbage_collection() -> None:
+    """The operands of a sweep are the largest tensors of a run, and a cycle of references would hold them."""
+    weight, gram = sample(8, 64, torch.float32)
+    operands = weakref.ref(gram.factor(0.01).upper), weakref.ref(weight)
+    gc.collect()
+    gc.disable()
+    try:
+        SparseGPT()(weight, gram, parse("2:4"))
+        del weight, gram
+        assert [operand() for operand in operands] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_matrices_that_share_an_input_are_factorised_once() -> None:

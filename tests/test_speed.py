@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune import speed
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.errors import CalibrationError, RecipeError
-from llmprune.source import CheckpointSource, ModelSource
+from llmprune.source import ModelSource
 from llmprune.speed import compare_speed, measure_speed
 
 IDS, CPU = random_ids(2, 12), torch.device("cpu")

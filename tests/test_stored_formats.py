@@ -11,11 +11,11 @@ from tiny_models import build, random_ids, recipe, save
 from transformers import AutoModelForCausalLM
 
 import llmprune
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.errors import RecipeError
 from llmprune.output import OutputFolder
 from llmprune.pipeline import prune
 from llmprune.recipe import load_recipe
-from llmprune.source import CheckpointSource
 
 IDS = random_ids(1, 10)
 SIZES = {"hidden_size": 64, "intermediate_size": 96}

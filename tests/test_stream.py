@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.activations import HiddenStates, LayerCalls
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.errors import ModelError, NumericsError
-from llmprune.source import CheckpointSource
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.stream import ResidentLayer, Stream, StreamSettings
 

@@ -15,10 +15,10 @@ from sweeps import GRID, NAMES, on_text, states, stop_at, write_text
 
 from llmprune import dry_run
 from llmprune import sweep as sweeping
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.errors import CalibrationError, CheckpointError, PatternError, RecipeError, ResumeError
 from llmprune.output import locked
 from llmprune.report import load_report
-from llmprune.source import CheckpointSource
 from llmprune.sweep import Sweep, forecast, sweep
 
 

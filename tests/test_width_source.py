@@ -12,10 +12,10 @@ from tiny_models import build, random_ids, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.errors import CheckpointError, PatternError
 from llmprune.perplexity import run_stream
 from llmprune.progress import ignore
-from llmprune.source import CheckpointSource
 from llmprune.stream import StreamSettings
 from llmprune.structures.width import plan_width
 from llmprune.width_source import WidthSource

@@ -5,8 +5,9 @@
     python -m llmprune.eval.bench.prune llama-8b --samples 128 --length 2048 --device cuda
 
 The floor is what the arithmetic alone must take: two forwards of the calibration tokens through the decoder layers at
-the measured rate of the checkpoint's dtype, and the Gram products at the measured rate of exact products with float32
-sums.
+the measured rate of the dtype in which they are computed, and the Gram products at the measured rate of exact products
+with float32 sums.
+
 `llama-1.2b` and `llama-8b` are random models of those shapes, written once to --work.
 """
 
@@ -28,7 +29,7 @@ from llmprune.memory import PeakWatch
 from llmprune.output import OutputFolder
 from llmprune.pipeline import Run, versions
 from llmprune.planning import plan_jobs
-from llmprune.precision import float32_products
+from llmprune.precision import dtype_name, float32_products
 from llmprune.recipe import load_recipe
 from llmprune.writing import Writer
 
@@ -139,6 +140,7 @@ def measure(folder: Path, output: Path, recipe, samples: int, length: int) -> di
         "model": folder.name,
         "device": describe_device(run.device),
         "versions": versions(),
+        "compute_dtype": dtype_name(source.model.dtype),
         "tokens": tokens,
         "pattern": str(recipe.pattern),
         "seconds": {"total": total, **run.stages.seconds},

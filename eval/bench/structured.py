@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM
 from llmprune.benchmark.machine import commit
 from llmprune.calibration import TextSpec
 from llmprune.checkpoint import write_json
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.devices import describe_device
 from llmprune.eval.bench.structured_plan import Row, budget_rows, depth_rows, quality_rows
 from llmprune.eval.bench.structured_speed import SOLVER_COLUMNS, SPEED_COLUMNS, solver_rows, speed_rows
@@ -47,7 +48,6 @@ from llmprune.pipeline import prune, versions
 from llmprune.progress import ignore
 from llmprune.report import Report
 from llmprune.skeleton import quiet_transformers
-from llmprune.source import CheckpointSource
 from llmprune.stream import StreamSettings
 from llmprune.texts import load_texts, load_tokenizer
 

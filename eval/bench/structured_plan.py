@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from llmprune.source import CheckpointSource
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.structure_recipe import GroupScore
 from llmprune.structures.costs import layer_size, level_sizes, parameters
 from llmprune.structures.discovery import Structure, find_structures

@@ -69,6 +69,7 @@ class SparseGPT:
         step = -(-self.block_size // pattern.column_multiple) * pattern.column_multiple
         with float32_products("ieee"):
             values, keep = sweep.run(step)
+        del sweep  # its sums, before the result is transposed
         return Pruned(values.T.contiguous(), keep.T, factor.damping, factor.tried)
 
 

@@ -164,7 +164,6 @@ def _memory_table(plan: "DryRun") -> Table:
     table = new_table("memory", "size", left=(0,))
     for name, nbytes in (
         ("ends (embeddings, norm, head)", memory.ends),
-        ("first layer, shown one batch", memory.first.shown),
         ("hidden states", memory.hidden_states),
         ("masks and rotary embeddings", memory.calls),
         ("weights of one layer", layer.weights),

@@ -9,8 +9,9 @@ from tiny_models import build, random_ids, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.errors import ModelError, NumericsError, PatternError
-from llmprune.source import CheckpointSource, ModelSource, Source
+from llmprune.source import ModelSource, Source
 from llmprune.statistics import Gram
 from llmprune.stream import ResidentLayer, Stream, StreamSettings
 from llmprune.structures.budget import BudgetPlan, Candidate, Share, candidate

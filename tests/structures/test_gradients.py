@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.decoder import find_decoder_layers, prunable_matrices
 from llmprune.errors import ModelError, NumericsError
-from llmprune.source import CheckpointSource, ModelSource
+from llmprune.source import ModelSource
 from llmprune.stream import StreamSettings
 from llmprune.structures.discovery import Structure, find_structures
 from llmprune.structures.gradients import BackwardStream, gradient_scores

@@ -140,7 +140,7 @@ def check_exactness(family: str, model: PreTrainedModel, cuts: Cuts, folder: Pat
     ids = random_ids(2, 20)
     dense, masked = logits(model, ids), masked_logits(model, cuts, ids)
     scale = float(dense.abs().max())
-    assert float((logits(loaded, ids) - masked).abs().max()) < 2e-6 * scale
+    assert float((logits(loaded, ids) - masked).abs().max()) < 5e-6 * scale
     assert float((dense - masked).abs().max()) > 1e-4 * scale, "what was removed had no effect"
 
 
@@ -176,7 +176,7 @@ def test_the_first_group_goes_as_well_as_the_last() -> None:
         small = AutoModelForCausalLM.from_config(smaller_config(model.config, cuts), experts_implementation="eager")
         small.eval().load_state_dict(shrunk_state(model, cuts))
         ids = random_ids(2, 20)
-        assert torch.allclose(logits(small, ids), masked_logits(model, cuts, ids), rtol=0, atol=2e-6)
+        assert torch.allclose(logits(small, ids), masked_logits(model, cuts, ids), rtol=0, atol=1e-5)
 
 
 def structure(refusal: str | None = None) -> Structure:

@@ -19,13 +19,13 @@ from uneven_models import IDS, describe, save_uneven
 
 import llmprune
 from llmprune.checkpoint import read_json
+from llmprune.checkpoint_source import CheckpointSource
 from llmprune.errors import ModelError
 from llmprune.loading import sparse_layers
 from llmprune.overrides import REMOVED, layer_overrides, with_overrides
 from llmprune.packed import NOTICE, NOTICE_KEY, is_uneven, packing_record, with_packing_record, without_packing_record
 from llmprune.packing import pack, unpack
 from llmprune.patterns import parse
-from llmprune.source import CheckpointSource
 from llmprune.structures.discovery import find_structures
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}

@@ -26,17 +26,18 @@ def run_columns(sums: Tensor, upper: Tensor, step: int, decide: Callable[[int, i
         step: columns that are decided together.
         decide: told the first column and the one behind the last.
     """
+    _run(sums, upper, step, decide, 0, len(sums))
 
-    def run(low: int, high: int) -> None:
-        if high - low <= step:
-            decide(low, high)
-            return
-        middle = low + -(-(high - low) // step) // 2 * step
-        run(low, middle)
-        sums[middle:high].addmm_(upper[low:middle, middle:high].T, sums[low:middle])
-        run(middle, high)
 
-    run(0, len(sums))
+# Not a function inside the other: it would refer to itself, and keep the operands until the next garbage collection.
+def _run(sums: Tensor, upper: Tensor, step: int, decide: Callable[[int, int], None], low: int, high: int) -> None:
+    if high - low <= step:
+        decide(low, high)
+        return
+    middle = low + -(-(high - low) // step) // 2 * step
+    _run(sums, upper, step, decide, low, middle)
+    sums[middle:high].addmm_(upper[low:middle, middle:high].T, sums[low:middle])
+    _run(sums, upper, step, decide, middle, high)
 
 
 class _Sweep:
@@ -56,6 +57,13 @@ class _Sweep:
         self._chooses = group is not None
         self.strip = max(_STRIP // self._unit, 1) * self._unit
         self._scales = (-1 / upper.diagonal()).tolist()
+        if self._chooses:
+            units = len(upper) // self._unit
+            squares = torch.stack(
+                [upper[k : k + self._unit, k : k + self._unit] for k in range(0, len(upper), self._unit)]
+            )
+            identity = torch.eye(self._unit, dtype=upper.dtype, device=upper.device).expand(units, -1, -1)
+            self._inverses = torch.linalg.solve_triangular(squares, identity, upper=True).mT
 
     def decide(self, low: int, high: int) -> None:
         """Decide the columns low:high, whose sums hold what all columns before them ask."""
@@ -70,9 +78,9 @@ class _Sweep:
         """Decide which columns of a group stay; what low:start lose is added to its sums first."""
         stop = start + self._unit
         pending = self._sums[start:stop].addmm_(self._upper[low:start, start:stop].T, self._sums[low:start])
-        # By how much they would move if all of them stayed.
-        moved = torch.linalg.solve_triangular(self._upper[start:stop, start:stop].T, pending, upper=False)
-        scores = moved.add_(self._original[start:stop]).square_().mul_(self._importance[start:stop, None])
+        # Where they would be if all of them stayed.
+        present = torch.addmm(self._original[start:stop], self._inverses[start // self._unit], pending)
+        scores = present.square_().mul_(self._importance[start:stop, None])
         self._keep[start:stop] = _best(scores, self._count)
 
     def _lose(self, low: int, high: int) -> None:
@@ -89,10 +97,10 @@ class _Sweep:
 def _best(scores: Tensor, count: int) -> Tensor:
     """True for the `count` highest of each column of scores; ties go against the earlier row."""
     size = len(scores)
-    beaten_by = torch.zeros(scores.shape, dtype=torch.uint8, device=scores.device)
-    for low in range(size):
-        for high in range(low + 1, size):
-            later_wins = scores[high] >= scores[low]
-            beaten_by[low] += later_wins
-            beaten_by[high] += ~later_wins
+    # Each is taken to be beaten by all before it, until it turns out to beat some of them.
+    beaten_by = torch.arange(size, dtype=torch.uint8, device=scores.device)[:, None].repeat(1, scores.shape[1])
+    for low in range(size - 1):
+        later_wins = (scores[low + 1 :] >= scores[low]).view(torch.uint8)
+        beaten_by[low] += later_wins.sum(0, dtype=torch.uint8)
+        beaten_by[low + 1 :] -= later_wins
     return beaten_by < count
