@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmprune.methods import METHODS
     from llmprune.packing import pack, unpack
     from llmprune.patterns import NM, Block, Unstructured, parse
-    from llmprune.perplexity import evaluate
+    from llmprune.perplexity import evaluate, evaluate_against
     from llmprune.pipeline import prune
     from llmprune.recipe import Recipe, load_recipe
     from llmprune.report import Report
@@ -38,6 +38,7 @@ _HOMES = {
     "Unstructured": "patterns",
     "parse": "patterns",
     "evaluate": "perplexity",
+    "evaluate_against": "perplexity",
     "prune": "pipeline",
     "Recipe": "recipe",
     "load_recipe": "recipe",
@@ -50,8 +51,8 @@ _HOMES = {
 
 __all__ = [
     "METHODS", "NM", "Block", "LlmpruneError", "Recipe", "Report", "Stream", "TextSpec", "Unstructured", "__version__",
-    "compare", "dry_run", "evaluate", "inspect_checkpoint", "load", "load_recipe", "pack", "parse", "prune",
-    "run_tasks", "unpack", "write_report",
+    "compare", "dry_run", "evaluate", "evaluate_against", "inspect_checkpoint", "load", "load_recipe", "pack", "parse",
+    "prune", "run_tasks", "unpack", "write_report",
 ]  # fmt: skip
 
 

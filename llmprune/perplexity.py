@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llmprune.calibration import TextSpec, Tokens
 from llmprune.checkpoint_source import open_checkpoint
-from llmprune.errors import NumericsError
+from llmprune.errors import ModelError, NumericsError
 from llmprune.hub import resolve_model
 from llmprune.precision import dtype_name
 from llmprune.progress import Progress, Watcher, ignore
@@ -134,6 +134,55 @@ def evaluate(
         tokens = load_texts({"text": text}, folder, load_tokenizer(folder), settings.device)["text"]
         guard.expected = lambda: scoring_needs(source, tokens, settings)
         return measure_perplexity(source, tokens, settings, guard)
+
+
+def evaluate_against(
+    model: str | Path,
+    dense: str | Path,
+    text: TextSpec,
+    settings: StreamSettings | None = None,
+    compute_dtype: str = "auto",
+    watch: Watcher = ignore,
+) -> Comparison:
+    """Measure how far a checkpoint is from the dense model on a text: both perplexities, divergence, agreement.
+
+    Args:
+        model: a hub id, a local checkpoint folder or "testbed".
+        dense: the model to compare with, likewise; its tokenizer is used, and text is sampled from it.
+        text: which text, and how it becomes chunks.
+        settings: device, batch size and memory; default: the CPU, 8 chunks a forward.
+        compute_dtype: of both forwards, as for `evaluate`.
+        watch: told about each layer of both.
+
+    Raises:
+        LlmpruneError: as for `evaluate`.
+        ModelError: the two have vocabularies of different sizes.
+
+    Example:
+        >>> evaluate_against("out/demo", "testbed", TextSpec("self", samples=4)).kl_divergence  # doctest: +SKIP
+        0.06
+    """
+    settings = settings or StreamSettings()
+    with MemoryGuard(settings, watch) as guard:
+        folders = [resolve_model(name) for name in (dense, model)]
+        sources = [open_checkpoint(folder, settings.device, compute_dtype) for folder in folders]
+        sizes = [source.config.get_text_config().vocab_size for source in sources]
+        if sizes[0] != sizes[1]:
+            raise ModelError(
+                f"{model} has {sizes[1]} tokens, and {dense} has {sizes[0]}",
+                expected="two models with the same vocabulary",
+                fix="compare with the model that this one was pruned from",
+            )
+        guard(Progress("text"))
+        if text.source == "self":
+            guard.expected = lambda: sampling_needs(sources[0])
+        tokens = load_texts({"text": text}, folders[0], load_tokenizer(folders[0]), settings.device)["text"]
+        guard.expected = lambda: scoring_needs(sources[0], tokens, settings, models=2)
+        first, second = (
+            run_stream(source, tokens.ids, settings, guard, stage)
+            for source, stage in zip(sources, ("dense perplexity", "perplexity"), strict=True)
+        )
+        return compare_perplexity(first, second, tokens)
 
 
 def measure_perplexity(source: Source, tokens: Tokens, settings: StreamSettings, watch: Watcher = ignore) -> Perplexity:

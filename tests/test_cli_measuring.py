@@ -63,6 +63,26 @@ def test_perplexity_of_a_text(model: Path, tmp_path: Path) -> None:
     assert rounded["perplexity"] == pytest.approx(content["perplexity"], rel=0.05)
 
 
+def test_perplexity_against_the_dense_model_is_the_reports(model: Path, pruned: Path) -> None:
+    arguments = ["perplexity", pruned, "--against", model, "--text", "self", "--length", 24, "--samples", 2]
+    content = json.loads(run(*arguments, "--batch-size", 2, "--json").stdout)
+    reported = json.loads((pruned / "report.json").read_text())["evaluation"]
+    assert {key: content[key] for key in reported} == reported
+    assert content["kl_divergence"] > 0
+    assert content["against"] == str(model)
+    table = run(*arguments).stdout
+    assert f"{reported['dense']['perplexity']:.4f} dense, {reported['pruned']['perplexity']:.4f} here" in table
+    assert "KL divergence" in table
+
+
+def test_models_of_other_vocabularies_are_not_compared(model: Path, tmp_path: Path) -> None:
+    other = tiny_models.save(tiny_models.build("llama", vocab_size=200), tmp_path / "other")
+    result = run("perplexity", other, "--against", model, "--text", "self", "--length", 24, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["error"]["kind"] == "ModelError"
+    assert "has 200 tokens" in result.stderr
+
+
 def test_perplexity_on_its_own_text_is_the_reports(model: Path, pruned: Path) -> None:
     arguments = ["perplexity", model, "--text", "self", "--length", 24, "--samples", 2, "--batch-size", 2]
     content = json.loads(run(*arguments, "--json").stdout)

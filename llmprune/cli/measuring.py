@@ -15,6 +15,8 @@ Examples:
 
 llmprune perplexity out/demo --text test.txt --length 1024
 
+llmprune perplexity out/demo --text test.txt --length 1024 --against testbed
+
 llmprune perplexity org/model --text Salesforce/wikitext --config wikitext-2-raw-v1 --split test --length 2048
 """
 
@@ -55,11 +57,15 @@ def perplexity(
         typer.Option(
             "--text",
             metavar="TEXT",
-            help='A .txt, .jsonl or .parquet file, a dataset of the hub, or "self": sampled from MODEL itself, which '
-            "says nothing about another model.",
+            help='A .txt, .jsonl or .parquet file, a dataset of the hub, or "self": sampled from the dense model, or '
+            "without --against from MODEL itself, which says nothing about another model.",
         ),
     ],
     length: Annotated[int, typer.Option(min=2, help="Tokens in a chunk, which is also the stride.")],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The dense model: measures KL divergence and agreement with it as well."),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Chunks, from the beginning of the text.")] = 128,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
     column: Annotated[str, typer.Option(help="Column, or key, that holds the text.")] = "text",
@@ -73,7 +79,7 @@ def perplexity(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a model's perplexity, one decoder layer at a time.
+    """Measure a model's perplexity, one decoder layer at a time, alone or beside the dense model.
 
     Documents are packed behind their beginning-of-sequence tokens and cut into chunks; no token is scored twice.
     """
@@ -82,26 +88,32 @@ def perplexity(
     with explained(as_json):
         from llmprune.calibration import TextSpec
         from llmprune.devices import describe_device, resolve_device
-        from llmprune.perplexity import evaluate
+        from llmprune.perplexity import evaluate, evaluate_against
         from llmprune.pipeline import versions
         from llmprune.stream import StreamSettings
-        from llmprune.tables.measuring import perplexity_table
+        from llmprune.tables.measuring import comparison_table, perplexity_table
 
         quieten(quiet)
         order: Any = {} if text == "self" else {"order": "text"}
         spec = TextSpec(text, config, split, column, samples, length, seed=_SEED, **order)
         where = resolve_device(device or "auto")
+        settings = StreamSettings(where, batch_size)
+        result: Any
         with display:
-            result = evaluate(model, spec, StreamSettings(where, batch_size), compute_dtype.value, display)
+            if against is None:
+                result = evaluate(model, spec, settings, compute_dtype.value, display)
+            else:
+                result = evaluate_against(model, against, spec, settings, compute_dtype.value, display)
         run = {
             "model": model,
+            **({"against": against} if against else {}),
             "device": describe_device(where),
             "seconds": time.perf_counter() - started,
         }
         if as_json:
             console.show_json({**run, "version": versions(), **result.to_dict()})
         else:
-            console.show(perplexity_table(result, run))
+            console.show((comparison_table if against else perplexity_table)(result, run))
 
 
 def explain(folder: Folder, device: Device = None, as_json: AsJson = False) -> None:

@@ -11,7 +11,7 @@ from llmprune.console import facts, format_seconds, format_size, new_table, span
 
 if TYPE_CHECKING:
     from llmprune.explain import DenseRow, Explanation, PackedRow
-    from llmprune.perplexity import Perplexity
+    from llmprune.perplexity import Comparison, Perplexity
 
 _NUMBERED = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -26,11 +26,30 @@ def perplexity_table(result: "Perplexity", run: dict[str, Any]) -> RenderableTyp
         ("model", run["model"]),
         ("perplexity", f"{result.perplexity:.4f}"),
         ("nats a token", f"{result.nats:.5f}"),
+        *_protocol(result, run),
+    )
+
+
+def comparison_table(result: "Comparison", run: dict[str, Any]) -> RenderableType:
+    """A model beside the dense one, with the protocol of both."""
+    dense, pruned = result.dense, result.pruned
+    return facts(
+        ("model", run["model"]),
+        ("against", run["against"]),
+        ("perplexity", f"{dense.perplexity:.4f} dense, {pruned.perplexity:.4f} here"),
+        ("KL divergence", f"{result.kl_divergence:.5f} nats a token"),
+        ("same top token", f"{result.agreement:.2%}"),
+        *_protocol(pruned, run),
+    )
+
+
+def _protocol(result: "Perplexity", run: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
         ("text", str(result.text["source"])),
         ("protocol", f"{result.samples} chunks of {result.length}, {result.predicted_tokens:,} predicted tokens"),
         ("tokens", f"sha256 {result.tokens_digest}"),
         ("computed", f"in {result.compute_dtype} on {run['device']} in {format_seconds(run['seconds'])} s"),
-    )
+    ]
 
 
 def explain_tables(explanation: "Explanation") -> list[RenderableType]:
