@@ -101,8 +101,9 @@ class Display:
             return
         elif progress.layers == 0:
             self._console.print(progress.stage, soft_wrap=True)
-        elif seconds is not None:
-            finished = f"{progress.stage}: layer {progress.layer} of {progress.layers}"
+        elif seconds is not None and (progress.unit == "layer" or progress.layer == progress.layers):
+            # Smaller units than layers pass too quickly for a line each.
+            finished = f"{progress.stage}: {progress.unit} {progress.layer} of {progress.layers}"
             finished += " kept from the earlier run" if replayed else f" in {seconds:.1f} s"
             parts = (finished, _mean_error(progress), _eta(self._pace.left(now)))
             self._console.print(", ".join(filter(None, parts)), soft_wrap=True)
@@ -182,7 +183,8 @@ def new_table(*columns: str, left: tuple[int, ...]) -> Table:
 
 def _layer(progress: Progress) -> str:
     """The layer at hand, counted from 1; empty for a step without layers."""
-    return f"layer {min(progress.layer + 1, progress.layers)} of {progress.layers}" if progress.layers else ""
+    here = f"{min(progress.layer + 1, progress.layers)} of {progress.layers}"
+    return f"{progress.unit} {here}" if progress.layers else ""
 
 
 def _mean_error(progress: Progress) -> str:

@@ -14,6 +14,7 @@ gone, and how many values each of them returned, 1 for a bare tensor:
     "per_layer_config": {"3": {"removed_blocks": {"self_attn": 2}}}
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,11 @@ Changes = dict[tuple[str, ...], int]
 
 # The entry of a layer that names the modules that it lacks.
 REMOVED = "removed_blocks"
+
+# transformers warns of reading an attribute that some layers override; here each layer is built from its own values.
+logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
+    lambda record: "Reading global config value" not in record.getMessage()
+)
 
 _KEY = "per_layer_config"
 # Lets a class of newer transformers read its own attributes although some layers have other values.

@@ -244,7 +244,7 @@ class _Writer:
             with writing_to(self.target):
                 remove_checkpoint(self.target)
             for done, name in enumerate(names):
-                self.watch(Progress(stage, done, len(names), name))
+                self.watch(Progress(stage, done, len(names), name, unit="file"))
                 tensors: dict[str, Tensor] = {}
                 for key in (key for key, shard in self.shards.items() if shard == name):
                     tensors |= read(key)
@@ -257,7 +257,7 @@ class _Writer:
                 write_json(self.target / INDEX_NAME, index)
             self._copy_companions()
             write_json(self.target / _CONFIG, config)
-        self.watch(Progress(stage, len(names), len(names)))
+        self.watch(Progress(stage, len(names), len(names), unit="file"))
 
     def _copy_companions(self) -> None:
         copy_companions(self.source, self.target, but=_CONFIG)
@@ -296,7 +296,7 @@ def _choose_layouts(
     linear, outside = _linear_weights(checkpoint), set(checkpoint.end_keys())
     matrices = [tensor for tensor in stored.values() if len(tensor.shape) >= 2]
     for done, tensor in enumerate(matrices):
-        watch(Progress("finding patterns", done, len(matrices), tensor.key))
+        watch(Progress("finding patterns", done, len(matrices), tensor.key, unit="matrix"))
         layout: Layout | None = None
         if tensor.key in outside:
             reason = _OUTSIDE
@@ -311,6 +311,7 @@ def _choose_layouts(
         else:
             layouts[linear[tensor.key]] = layout
             rows.append(PackRow(tensor.key, layout.name, tensor.nbytes, layout.nbytes(tensor.dtype.itemsize)))
+    watch(Progress("finding patterns", len(matrices), len(matrices), unit="matrix"))
     return layouts, rows
 
 

@@ -15,6 +15,7 @@ class Progress:
         layers: layers in total; 0 for a step without layers.
         step: what is being done to the layer at hand.
         mean_error: running mean of the relative output error of the matrices pruned so far; None before the first.
+        unit: what is counted, where it is not layers: "matrix", "file".
     """
 
     stage: str
@@ -22,6 +23,7 @@ class Progress:
     layers: int = 0
     step: str = ""
     mean_error: float | None = None
+    unit: str = "layer"
 
 
 Watcher = Callable[[Progress], None]

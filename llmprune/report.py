@@ -213,6 +213,12 @@ def load_report(folder: Path) -> Report:
     Raises:
         CheckpointError: it is missing or damaged.
     """
+    if not (folder / REPORT_NAME).exists():
+        raise CheckpointError(
+            f"{folder} has no {REPORT_NAME}" if folder.is_dir() else f"there is no folder {folder}",
+            expected="the output folder of a finished run",
+            fix="check the path; a run that was interrupted is finished by --resume",
+        )
     try:
         content = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
         rows = tuple(MatrixRow.from_dict(row) for row in content.pop("rows"))

@@ -54,10 +54,16 @@ def test_a_report_survives_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["shape"] == [2, 10]
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"rows": [{}], "summary": {}}', '{"rows": []}'])
-def test_a_damaged_report_is_a_typed_error(tmp_path: Path, text: str | None) -> None:
-    if text is not None:
-        (tmp_path / "report.json").write_text(text)
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    for folder, what in ((tmp_path, r"has no report\.json"), (tmp_path / "gone", "there is no folder .*gone")):
+        with pytest.raises(CheckpointError, match=what) as caught:
+            load_report(folder)
+        assert caught.value.expected == "the output folder of a finished run"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"rows": [{}], "summary": {}}', '{"rows": []}'])
+def test_a_damaged_report_is_a_typed_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "report.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"report\.json cannot be read") as caught:
         load_report(tmp_path)
     assert "--resume" in caught.value.fix

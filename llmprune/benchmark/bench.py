@@ -67,7 +67,8 @@ class BenchSettings:
     decode_seconds: float = 4.0
 
     def __post_init__(self) -> None:
-        for name, numbers in (("tokens", self.tokens), ("batches", self.batches)):
+        numbered = ("tokens", self.tokens), ("batches", self.batches), ("prompt_tokens", (self.prompt_tokens,))
+        for name, numbers in numbered:
             if numbers is not None and (not numbers or min(numbers) < 1):
                 raise RecipeError(f"{name} {list(numbers)}", expected="one or more numbers from 1 on")
 

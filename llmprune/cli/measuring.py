@@ -143,6 +143,7 @@ def bench(
         str | None, typer.Option(metavar="N,N,...", help="Tokens in a product; default: decode and some prefill.")
     ] = None,
     batches: Annotated[str, typer.Option(metavar="N,N,...", help="Sequences at once in the whole model.")] = "1,4,16",
+    length: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of a prompt, in the whole model.")] = 128,
     tune: Annotated[bool, typer.Option("--tune", help="First search and record kernel configurations (GPU).")] = False,
     seconds: Annotated[float, typer.Option(min=0.0, help="Spent on each time of a product.")] = 0.25,
     output: Annotated[
@@ -169,7 +170,7 @@ def bench(
         target = output.expanduser() if output else checkpoint / BENCH_NAME
         # A file that cannot be added to is found now, not after minutes.
         read_results(target)
-        settings = benching.BenchSettings(device or "auto", *sizes, tune=tune, effort=Effort(seconds))
+        settings = benching.BenchSettings(device or "auto", *sizes, length, tune=tune, effort=Effort(seconds))
         if tune:
             _say_if_nothing_to_tune(settings.device)
         with display:

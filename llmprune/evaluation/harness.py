@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -172,6 +173,9 @@ def _kept_apart(quiet: bool) -> Iterator[None]:
     handler.setLevel(logging.WARNING)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        if not any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents)):
+            # lm-eval asks git for the commit of the folder that it runs in, and git complains aloud.
+            stack.enter_context(mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None, create=True))
         if quiet:
             logger.addHandler(handler)
             stack.callback(logger.removeHandler, handler)

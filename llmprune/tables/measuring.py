@@ -87,6 +87,8 @@ def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
             )
         )
     parts.append(_whole_model_table(result["whole_model"]))
+    if lengths := {row["prompt_tokens"] for row in result["whole_model"]["batches"]}:
+        parts.append(Text(f"whole model, prompts of {spans(sorted(lengths))} tokens; ratio: times as fast as dense\n"))
     parts.append(_extent_table(result["whole_model"]))
     if result["tuned"]:
         parts.append(_tuned_table(result["tuned"]))
@@ -214,16 +216,15 @@ def _spread(timing: dict[str, Any]) -> str:
 
 
 def _whole_model_table(model: dict[str, Any]) -> RenderableType:
-    shown = new_table("whole model", "batch", "first token", "tokens/s", "resident", "peak", left=(0,))
+    shown = new_table("model", "batch", "first token", "tokens/s", "resident", "peak", left=(0,))
     dense: dict[str, Any] | None = model.get("dense")
     for index, row in enumerate(model["batches"]):
         if dense is None:
-            shown.add_row(*_model_row("this", row, model, ""))
+            shown.add_row(*_model_row("this", row, model))
             continue
         other = dense["batches"][index]
-        ratio = row["tokens_per_second"] / other["tokens_per_second"]
-        shown.add_row(*_model_row("this", row, model, f" ({ratio:.2f}x)"))
-        shown.add_row(*_model_row("dense", other, dense, ""))
+        shown.add_row(*_model_row("this", row, model, other))
+        shown.add_row(*_model_row("dense", other, dense))
     return shown
 
 
@@ -237,12 +238,18 @@ def _extent_table(model: dict[str, Any]) -> RenderableType:
     return shown
 
 
-def _model_row(name: str, row: dict[str, Any], model: dict[str, Any], ratio: str) -> tuple[str, ...]:
+def _model_row(
+    name: str, row: dict[str, Any], model: dict[str, Any], dense: dict[str, Any] | None = None
+) -> tuple[str, ...]:
+    """A batch, and how many times as fast as the dense model's it is."""
     first = f"{row['first_token']['median_us'] / 1e3:,.1f} ms"
     # The spread of the runs, in tokens a second.
     run = row["run"]
     spread = row["tokens_per_second"] * (run["high_us"] - run["low_us"]) / (2 * run["median_us"])
-    speed = f"{row['tokens_per_second']:,.1f} ±{spread:,.1f}{ratio}"
+    speed = f"{row['tokens_per_second']:,.1f} ±{spread:,.1f}"
+    if dense is not None:
+        first += f" ({dense['first_token']['median_us'] / row['first_token']['median_us']:.2f}x)"
+        speed += f" ({row['tokens_per_second'] / dense['tokens_per_second']:.2f}x)"
     return name, str(row["batch"]), first, speed, format_size(model["resident_bytes"]), format_size(model["peak_bytes"])
 
 
