@@ -178,7 +178,7 @@ def _axis(axis: Axis, values: Sequence[float | str | None]) -> dict[str, Any]:
         result["type"] = "category"
     elif axis.log and low > 0 and (axis.log == "always" or high > _WIDE * low):
         # Labels at 1, 2 and 5 while there is room for them.
-        result |= {"type": "log", "dtick": "D2" if high < 1000 * low else 1}
+        result |= {"type": "log", "dtick": "D2" if high < 1000 * low else 1, "tickformat": ".3~g"}
     elif axis.zero and low >= 0:
         # Nothing but zeros still has an axis.
         result["range"] = [0, 1.08 * high or 1]

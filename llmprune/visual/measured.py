@@ -141,7 +141,11 @@ def _with_error(value: float | None, error: float | None, *, signed: bool = Fals
     if value is None:
         return ""
     sign = "+" if signed else ""
-    return f"{value:{sign}.4g}" + ("" if error is None else f" ± {error:.2g}")
+    if not error or not math.isfinite(error) or not math.isfinite(value):
+        return f"{value:{sign}.4g}" + ("" if error is None else f" ± {error:.2g}")
+    # As many places as two digits of the error need.
+    places = min(max(1 - math.floor(math.log10(error)), 0), 6)
+    return f"{value:{sign},.{places}f} ± {error:,.{places}f}"
 
 
 def _layers_table(speed: Mapping[str, Mapping[str, Any]], device: str) -> Table:

@@ -141,8 +141,8 @@ def test_comparisons_of_llmprune_eval_are_shown_as_they_were_written(tmp_path: P
         score("wikitext", "word_perplexity", 31.0, 25.0, delta_stderr=None, verdict=""),
     )
     page = Page(write_report(tmp_path).read_text())
-    assert "arc_easy acc 0.625 ± 0.03 0.5 ± 0.02 -0.125 ± 0.01 worse" in page.text
-    assert "wikitext word_perplexity 25 ± 0.03 31 ± 0.02 +6" in page.text
+    assert "arc_easy acc 0.625 ± 0.030 0.500 ± 0.020 -0.125 ± 0.010 worse" in page.text
+    assert "wikitext word_perplexity 25.000 ± 0.030 31.000 ± 0.020 +6" in page.text
     dense, pruned = page.figures["chart-tasks"]["data"]
     assert (dense["x"], dense["y"], pruned["y"]) == (["arc_easy: acc"], [0.625], [0.5])
     assert pruned["error_y"]["array"] == [0.02]
@@ -165,7 +165,8 @@ def test_files_of_lm_eval_itself_are_compared_without_pairs(
         }
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     text = Page(write_report(tmp_path).read_text()).text
-    line = f"arc (5-shot, 1,000 documents) acc 0.6 ± 0.003 {value} ± 0.003 {value - 0.6:+.4g} ± 0.0042 {verdict}"
+    numbers = f"0.6000 ± 0.0030 {value:.4f} ± 0.0030 {value - 0.6:+.4f} ± 0.0042"
+    line = f"arc (5-shot, 1,000 documents) acc {numbers} {verdict}"
     assert line in text
     assert "f1" not in text
 
