@@ -184,6 +184,7 @@ def test_the_command_writes_the_file_and_the_table(
 
 
 def test_half_a_model_is_checked_then_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured_speed, "computed_in", lambda dtype, device: dtype)
     found = list(speed_rows(SHAPE, Turns(prompt=8, new_tokens=2, rounds=2)))
     assert [(row["dtype"], row["what"]) for row in found] == [
         (dtype, what)

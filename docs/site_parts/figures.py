@@ -32,15 +32,25 @@ def quality() -> str:
 
 
 def pruning_time() -> str:
-    """Seconds by stage and peak memory of SparseGPT on two models."""
+    """Seconds by stage and peak memory of SparseGPT on two models, and on two machines."""
     stages = ("total", "forward", "gram", "solve", "write", "load")
-    runs = [read(f"prune-{model}-cpu") for model in ("testbed", "llama-1.2b")]
+    runs = [read(f"prune-{model}-cpu") for model in ("testbed", "llama-1.2b", "llama-1.2b-avx2")]
     rows = []
     for run in runs:
         seconds = (f"{run['seconds'][stage]:.2f}" for stage in stages)
-        row = (run["model"], f"{run['tokens']:,}", *seconds, f"{run['floor_seconds']:.2f}")
+        # Before the dtype was noted, it was the checkpoint's.
+        dtype = run.get("compute_dtype", "bfloat16")
+        row = (run["model"], run["device"], dtype, f"{run['tokens']:,}", *seconds, f"{run['floor_seconds']:.2f}")
         rows.append((*row, f"{run['peak_bytes'] / 1e6:,.0f}"))
-    columns = ("model", "tokens", *(f"{stage}, s" for stage in stages), "arithmetic floor, s", "peak memory, MB")
+    columns = (
+        "model",
+        "on",
+        "computed in",
+        "tokens",
+        *(f"{stage}, s" for stage in stages),
+        "arithmetic floor, s",
+        "peak memory, MB",
+    )
     return f"{table(columns, rows)}\n\n{_where(runs[0])}"
 
 

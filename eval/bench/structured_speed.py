@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from llmprune.benchmark.machine import device_name
 from llmprune.hub import resolve_model
 from llmprune.pipeline import prune
-from llmprune.precision import dtype_name
+from llmprune.precision import computed_in, dtype_name
 from llmprune.repeats import Timing
 from llmprune.report import Report
 from llmprune.skeleton import quiet_transformers
@@ -70,14 +70,14 @@ class Turns:
 
 
 def speed_rows(shape: dict[str, int] | None = None, turns: Turns | None = None) -> Iterator[dict[str, Any]]:
-    """Compare a random Llama with what is left of it, in float32 and in bfloat16: prefill and decode.
+    """Compare prefill and decode of a random Llama and of what is left of it, also in bfloat16 where the CPU has it.
 
     Args:
         shape: fields of its config.
         turns: how often they are measured, and at what.
     """
     turns = turns or Turns()
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dict.fromkeys(computed_in(dtype, CPU) for dtype in (torch.float32, torch.bfloat16)):
         with tempfile.TemporaryDirectory(prefix="llmprune-bench-") as work:
             dense, pruned, report = _models(Path(work), shape or SHAPE, dtype)
             _require_equal(Path(work) / "dense", pruned, report)
