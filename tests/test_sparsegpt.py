@@ -98,6 +98,14 @@ def test_every_block_size_equals_the_textbook(text: str, block_size: int) -> Non
     assert relative(pruned.weight, exact) < 1e-10
 
 
+def test_groups_longer_than_a_byte_counts() -> None:
+    weight, gram = sample(4, 600, torch.float64, tokens=1200)
+    pruned = SparseGPT()(weight, gram, parse("20:300"))
+    exact, mask = textbook_sparsegpt(weight, gram.products, parse("20:300"))
+    assert torch.equal(pruned.mask, mask)
+    assert relative(pruned.weight, exact) < 1e-10
+
+
 @pytest.mark.parametrize("text", ["2:4", "0.5@8x10"])
 def test_groups_do_not_depend_on_the_block_size(text: str) -> None:
     weight, gram = sample(8, 200, torch.float64)

@@ -97,10 +97,11 @@ class _Sweep:
 def _best(scores: Tensor, count: int) -> Tensor:
     """True for the `count` highest of each column of scores; ties go against the earlier row."""
     size = len(scores)
+    counted = torch.uint8 if size < 256 else torch.int32
     # Each is taken to be beaten by all before it, until it turns out to beat some of them.
-    beaten_by = torch.arange(size, dtype=torch.uint8, device=scores.device)[:, None].repeat(1, scores.shape[1])
+    beaten_by = torch.arange(size, dtype=counted, device=scores.device)[:, None].repeat(1, scores.shape[1])
     for low in range(size - 1):
         later_wins = (scores[low + 1 :] >= scores[low]).view(torch.uint8)
-        beaten_by[low] += later_wins.sum(0, dtype=torch.uint8)
+        beaten_by[low] += later_wins.sum(0, dtype=counted)
         beaten_by[low + 1 :] -= later_wins
     return beaten_by < count
