@@ -46,5 +46,7 @@ def spawn(*arguments: object, **options: Any) -> "subprocess.Popen[str]":
     # As many threads as here: a run goes on only where it would give the same bits.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    command = [sys.executable, "-c", "from llmprune.cli import main; main()"]
+    # Whoever runs the tests in the background may have them ignore Ctrl-C, and children inherit that.
+    hearing = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{hearing}; from llmprune.cli import main; main()"]
     return subprocess.Popen([*command, *map(str, arguments)], env=environment, **streams)
