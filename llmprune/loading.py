@@ -91,8 +91,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         settle(model, self.quantization_config.served)
-        # `save_pretrained` drops the notice from the configuration that it writes.
-        model.save_pretrained = partial(_save_with_record, model)
+        keep_record(model)
         if not self.quantization_config.modules:
             self.remove_quantization_config(model)
         return model
@@ -192,6 +191,11 @@ def _is_offloaded(layer: nn.Module) -> bool:
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def keep_record(model: PreTrainedModel) -> None:
+    """Have `model.save_pretrained` write our record, which it drops otherwise, into the configuration."""
+    model.save_pretrained = partial(_save_with_record, model)
 
 
 def _save_with_record(model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:

@@ -96,10 +96,15 @@ def take_overrides(config: PretrainedConfig) -> dict[int, dict[str, Any]]:
 
 def put_overrides(config: PretrainedConfig, overrides: Mapping[int, Mapping[str, Any]]) -> None:
     """The inverse of `take_overrides`, in place."""
-    if overrides:
-        config.get_text_config(decoder=True).per_layer_config = {
-            str(key): dict(value) for key, value in overrides.items()
-        }
+    if not overrides:
+        return
+    text = config.get_text_config(decoder=True)
+    for name, value in ((name, value) for values in overrides.values() for name, value in values.items()):
+        # transformers wants a value for all layers beside those of some, as in `with_overrides`.
+        if not hasattr(text, name):
+            setattr(text, name, {} if name == REMOVED else value)
+    setattr(text, _ALLOWED, True)
+    text.per_layer_config = {str(key): dict(value) for key, value in overrides.items()}
 
 
 def _owns_overrides(config: PretrainedConfig) -> bool:

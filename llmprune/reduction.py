@@ -195,20 +195,28 @@ class Reduction:
         if section is None:
             return None
         size = int(self.dense.config.get_text_config(decoder=True).hidden_size)
-        kept = aligned(size, size - section.count(size), section.multiple)
-        return plan_width(self.dense.config, kept)
+        remove = section.count(size)
+        if not 0 < remove < size:
+            raise RecipeError(
+                f"width.remove: {section.remove} takes {remove} of {size} hidden channels",
+                expected=f"between 1 and {size - 1} of them",
+                fix=f"set structures.width.remove to a fraction such as 0.25, or to {size // 4}",
+            )
+        return plan_width(self.dense.config, aligned(size, size - remove, _multiple("width", section, size)))
 
     def _count(self, structure: Structure, section: Any) -> int:
         """How many groups of a structure go."""
         among, partitions = structure.groups, structure.partitions
         remove = section.count(among // partitions) * partitions
         if structure.kind == "ffn" and 0 < remove < among:
-            remove = among - aligned(among, among - remove, section.multiple)
+            remove = among - aligned(among, among - remove, _multiple("ffn", section, among))
         if not 0 < remove < among:
+            each = among // partitions
+            where = f" of each of {partitions} partitions" if partitions > 1 else ""
             raise RecipeError(
                 f"{structure.kind}.remove: {section.remove} takes {remove} of {among} groups of {structure.consumer}",
-                expected=f"between 1 and {among - 1} of them",
-                fix=f"set structures.{structure.kind}.remove to a number such as {max(among // 4, 1)}",
+                expected=f"between 1 and {each - 1}{where}",
+                fix=f"set structures.{structure.kind}.remove to a number such as {max(each // 4, 1)}",
             )
         return remove
 
@@ -234,6 +242,18 @@ class Reduction:
                     f"{type(self.dense.model).__name__} has no {kind} that can be removed",
                     fix=f"leave {kind} out of the recipe's structures",
                 )
+
+
+def _multiple(kind: str, section: Any, among: int) -> int | str:
+    """What the channels that stay are a multiple of."""
+    multiple: int | str = section.multiple
+    if multiple != "auto" and int(multiple) > among:
+        raise RecipeError(
+            f"{kind}.multiple is {multiple}, but there are {among} channels",
+            expected=f"a multiple of at most {among}",
+            fix=f"set structures.{kind}.multiple to auto, or to 1",
+        )
+    return multiple
 
 
 def _target(structure: Structure, section: Any, remove: int, removed: Any) -> Target:

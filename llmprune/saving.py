@@ -14,7 +14,9 @@ from llmprune.card import write_card
 from llmprune.checkpoint import write_text
 from llmprune.checkpoint_source import CheckpointSource, positive_zeros
 from llmprune.errors import PatternError
+from llmprune.loading import keep_record
 from llmprune.output import RECIPE_NAME, locked, remove_checkpoint, require_empty, writing_to
+from llmprune.overrides import layer_overrides, put_overrides
 from llmprune.packing import pack
 from llmprune.recipe import Recipe
 from llmprune.report import Report
@@ -105,3 +107,7 @@ def take_over(model: PreTrainedModel, folder: Path) -> None:
     model.config = small.config
     model.set_attn_implementation(attention)
     model.set_experts_implementation(experts)
+    if overrides := layer_overrides(source.config):
+        # As after loading: the layers have their sizes, and what is saved has to say so.
+        put_overrides(model.config, overrides)
+        keep_record(model)

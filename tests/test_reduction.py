@@ -134,7 +134,29 @@ def test_what_is_not_there_cannot_go(llama: Path, tmp_path: Path) -> None:
         prune(llama, structured(ffn={"remove": 48}), tmp_path / "out")
     with pytest.raises(RecipeError, match="takes 0 of 2 groups"):
         prune(llama, structured(heads={"remove": 0.1}), tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"takes 32 of 32 hidden channels"):
+        prune(llama, structured(width={"remove": 32}), tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"ffn\.multiple is 1000, but there are 48 channels"):
+        prune(llama, structured(ffn={"remove": 0.25, "multiple": 1000}), tmp_path / "out")
+    with pytest.raises(RecipeError, match="takes 4 of 4 groups") as caught:
+        prune(llama, structured(heads={"remove": 2, "unit": "query-head"}), tmp_path / "out")
+    assert caught.value.expected == "between 1 and 1 of each of 2 partitions"
+    assert caught.value.fix.endswith("such as 1")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "structures", [{"attention": {"remove": 1}}, {"mlp": {"remove": 1}}, {"ffn": {}, "budget": {"remove": 0.2}}]
+)
+def test_an_uneven_model_in_memory_says_so_where_it_is_saved(
+    llama: Path, tmp_path: Path, structures: dict[str, Any]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    prune(model, structured(**structures))
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = torch.arange(20).view(2, 10)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_flap_without_a_bias_is_refused_where_it_is_asked_for(tmp_path: Path) -> None:
