@@ -215,7 +215,7 @@ def load_report(folder: Path) -> Report:
     """
     if not (folder / REPORT_NAME).exists():
         raise CheckpointError(
-            f"{folder} has no {REPORT_NAME}" if folder.is_dir() else f"there is no folder {folder}",
+            f"{folder} has no {REPORT_NAME}" if folder.exists() else f"there is no folder {folder}",
             expected="the output folder of a finished run",
             fix="check the path; a run that was interrupted is finished by --resume",
         )

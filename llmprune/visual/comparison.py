@@ -155,7 +155,7 @@ def compare(folders: Iterable[str | Path], against: str | Path | None = None) ->
     """Put runs side by side.
 
     Args:
-        folders: of finished runs, with their report.json; packed ones too.
+        folders: of finished runs, with their report.json; packed ones too. Files among them are left out.
         against: the dense model, as a hub id, a folder or "testbed": a row with its size, and with its perplexity
             where a run of it has measured that.
 
@@ -166,7 +166,8 @@ def compare(folders: Iterable[str | Path], against: str | Path | None = None) ->
     Example:
         >>> compare(["out/a", "out/b"], against="testbed").to_frame()  # doctest: +SKIP
     """
-    paths = [Path(folder).expanduser() for folder in folders]
+    # A shell's DIR/* names the files beside the runs as well, such as a sweep's own record.
+    paths = [path for path in (Path(folder).expanduser() for folder in folders) if not path.is_file()]
     if not paths:
         raise CheckpointError("no folders to compare", expected="the output folder of at least one run")
     runs = [(path, load_report(path), read_beside(path)) for path in paths]

@@ -192,6 +192,15 @@ def test_a_comparison_as_a_data_frame(tmp_path: Path) -> None:
     assert math.isnan(frame["arc (100 documents)"][1])
 
 
+def test_files_beside_the_runs_are_left_out(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b")
+    (tmp_path / "sweep.json").write_text("{}")
+    assert [row.name for row in compare(sorted(tmp_path.iterdir())).rows] == ["a", "b"]
+    with pytest.raises(CheckpointError, match="no folders to compare"):
+        compare([tmp_path / "sweep.json"])
+
+
 def test_mistakes_are_explained(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no folders to compare"):
         compare([])
