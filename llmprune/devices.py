@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import psutil
 import torch
 
 from llmprune.errors import DeviceError
@@ -42,6 +43,11 @@ def describe_device(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     instructions = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()} CPU ({instructions}), {torch.get_num_threads()} threads"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free: of the GPU, or of this machine."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def runs_per_second(work: Callable[[], object], device: torch.device) -> float:

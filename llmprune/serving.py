@@ -30,6 +30,7 @@ from llmprune.fusion import fuse
 from llmprune.hub import resolve_model
 from llmprune.loading import sparse_layers
 from llmprune.packed import QUANT_METHOD
+from llmprune.precision import computed_in
 from llmprune.skeleton import read_config
 
 
@@ -37,7 +38,7 @@ def load(
     model: str | Path,
     *,
     device: str = "auto",
-    dtype: torch.dtype | Literal["auto"] = "auto",
+    dtype: torch.dtype | str = "auto",
     served: Served = "auto",
     fused: bool = True,
     graphs: bool = False,
@@ -47,7 +48,8 @@ def load(
     Args:
         model: "testbed", a local folder, or a hub id.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: of the weights; "auto": the checkpoint's.
+        dtype: of the weights, also by its name; "auto": the checkpoint's, or float32 on a CPU without instructions for
+            it.
         served: how packed matrices are held. "auto": what is fastest; "packed": what needs the least memory; "dense":
             as ordinary weights; "cusparselt": as auto, with a second copy of 2:4 matrices for prefill by cuSPARSELt.
         fused: multiply what reads the same input in one launch, where 2:4 kernels serve it.
@@ -72,6 +74,8 @@ def load(
     folder = resolve_model(model)
     read_config(folder)
     config = AutoConfig.from_pretrained(folder)
+    if dtype == "auto":
+        dtype = computed_in(config.dtype or torch.float32, target)
     _choose_served(config, served, folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, device_map={"": target})
     if fused and any(type(layer.form) is Fragments for _, layer in sparse_layers(loaded)):
@@ -96,7 +100,7 @@ def load_tokenizer(model: str | Path, chat_template: Path | None = None) -> PreT
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{folder} has no tokenizer that can be read: {str(error).strip().splitlines()[0]}",
+            f"{folder} has no tokenizer that can be read: {' '.join(str(error).split())[:300]}",
             expected="tokenizer.json and tokenizer_config.json beside the weights",
             fix="copy them from the model that was pruned",
         ) from error

@@ -1,9 +1,11 @@
 """What `llmprune bench` measures, how, and what it refuses to report."""
 
+import itertools
 import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,7 +57,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benching, "measure_rates", lambda *_: RATES)
     monkeypatch.setattr(Effort, "copies", lambda *_: 2)
     monkeypatch.setattr(decoding, "_NEW_TOKENS", (2, 2))
-    monkeypatch.setattr(benching, "measure_decoding", lambda model, batch, _, prompt: measure_decoding(model, batch, 0))
+    monkeypatch.setattr(
+        benching, "measure_decoding", lambda models, batch, _, prompt: measure_decoding(models, batch, 0)
+    )
 
 
 @pytest.fixture
@@ -274,10 +278,30 @@ def test_decoding_generates_what_it_counts(folder: Path, monkeypatch: pytest.Mon
         return made
 
     monkeypatch.setattr(model, "generate", counted)
-    found = measure_decoding(model, 2, 0.0)
+    (found,) = measure_decoding([model], 2, 0.0)
     assert (found.batch, found.new_tokens, found.prompt_tokens) == (2, 8, 32)
-    assert lengths == [(8, 8)] * 3 + [(1, 1)] * 3 + [(8, 8)] * 3
-    assert found.tokens_per_second == pytest.approx(2 * 7 / (found.run.median - found.first_token.median))
+    assert lengths == [(8, 8)] * 6
+    assert found.tokens_per_second == pytest.approx(2 / found.later_token.median)
+
+
+def test_models_are_timed_in_turn_and_token_by_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token takes most of the time here; the others are timed by themselves, and not by a difference."""
+    models, order = [load(folder / "dense"), load(folder / "dense")], []
+    monkeypatch.setattr(decoding, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    ticks = itertools.count()
+    for number, model in enumerate(models):
+        generate = model.generate
+
+        def noted(*given: Any, number: int = number, generate: Any = generate, **options: Any) -> Any:
+            order.append(number)
+            return generate(*given, **options)
+
+        monkeypatch.setattr(model, "generate", noted)
+    found = measure_decoding(models, 1, 0.0)
+    assert order == [0, 1] * 6
+    # A tick for the prompt and one a token: the clock is read as often as a token is there.
+    assert [row.first_token.median for row in found] == [2.0, 2.0]
+    assert [row.later_token.median for row in found] == [1.0, 1.0]
 
 
 def test_what_is_shared_is_held_once(folder: Path) -> None:
@@ -320,6 +344,19 @@ def test_the_command_measures_shows_and_keeps(folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("quick", "plain")
+def test_models_without_room_for_both_are_timed_one_after_the_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benching, "free_bytes", lambda device: 1000)
+    options = ["--against", folder / "packed", "--batches", "1", "--output", tmp_path / "bench.json", "--quiet"]
+    shown = run("bench", folder / "dense", *options)
+    assert "timed one after the other" in " ".join(shown.stdout.split())
+    model = read_results(tmp_path / "bench.json")[device_name(CPU)]["whole_model"]
+    assert not model["in_turn"]
+    assert model["resident_bytes"] > model["dense"]["resident_bytes"]
+
+
+@pytest.mark.usefixtures("quick", "plain")
 def test_a_dense_checkpoint_is_measured_whole(folder: Path, tmp_path: Path) -> None:
     options = ["--batches", "1", "--output", tmp_path / "bench.json", "--json", "--tune"]
     shown = run("bench", folder / "dense", *options)
@@ -338,7 +375,7 @@ def test_a_wrong_kernel_ends_the_command_with_words(
     monkeypatch.setattr(
         forms.Blocks, "multiply", lambda self, layout, held, x, bias: x.new_ones(len(x), layout.shape[0])
     )
-    monkeypatch.setattr(benching, "_measure_model", lambda load, *_: (load(), {"batches": [], "dense": None}))
+    monkeypatch.setattr(benching, "measure_models", lambda models, *_: [{"batches": []} for _ in models])
     shown = run("bench", folder / "packed", "--tokens", "1", "--output", tmp_path / "b.json", "--quiet")
     assert shown.exit_code == 1
     assert "WRONG, not timed" in shown.stdout
@@ -355,7 +392,7 @@ def test_mistakes_are_explained(folder: Path, tmp_path: Path) -> None:
     assert "from 1 on" in run("bench", folder / "packed", "--tokens", "0").stderr
     with pytest.raises(RecipeError):
         benching.BenchSettings(batches=())
-    (tmp_path / "bench.json").write_text('{"format": 2, "devices": {}}')
+    (tmp_path / "bench.json").write_text('{"format": 3, "devices": {}}')
     damaged = run("bench", folder / "packed", "--output", tmp_path / "bench.json")
     assert damaged.exit_code == 1
     assert "no result of `llmprune bench`" in damaged.stderr

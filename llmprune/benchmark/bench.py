@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune.benchmark.decoding import collect, measure_decoding, resident_bytes
+from llmprune.benchmark.decoding import Decoding, collect, measure_decoding, resident_bytes
 from llmprune.benchmark.machine import Rates, commit, device_name, measure_rates, versions
 from llmprune.benchmark.products import (
     Comparison,
@@ -23,10 +23,9 @@ from llmprune.benchmark.products import (
 from llmprune.benchmark.reasons import why_not_faster
 from llmprune.benchmark.tuning import Tuned, tune_product
 from llmprune.checkpoint import listed
-from llmprune.devices import resolve_device
+from llmprune.devices import free_bytes, resolve_device
 from llmprune.errors import ModelError, NumericsError, RecipeError
 from llmprune.extent import measure_stored
-from llmprune.memory import PeakWatch
 from llmprune.precision import dtype_name
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.repeats import Effort
@@ -37,6 +36,9 @@ if TYPE_CHECKING:
 
 # Large batches of tokens take a CPU minutes and say nothing new.
 _TOKENS = {"cuda": (1, 4, 16, 64, 512, 2048), "cpu": (1, 4, 16, 64, 256)}
+
+# The share of the free memory that the dense model may take beside the other one.
+_ROOM = 0.6
 
 Load = Callable[..., "PreTrainedModel"]
 
@@ -50,6 +52,7 @@ class BenchSettings:
         tokens: numbers of tokens in a product; None: those of decode and a prefill or two.
         batches: sequences at once in the whole model.
         prompt_tokens: of each sequence.
+        dtype: of the weights, as for `llmprune.load`.
         tune: search kernel configurations first.
         effort: spent on each time of a product.
         decode_seconds: spent on each batch of the whole model.
@@ -62,6 +65,7 @@ class BenchSettings:
     tokens: tuple[int, ...] | None = None
     batches: tuple[int, ...] = (1, 4, 16)
     prompt_tokens: int = 128
+    dtype: str = "auto"
     tune: bool = False
     effort: Effort = field(default_factory=Effort)
     decode_seconds: float = 4.0
@@ -91,30 +95,29 @@ def bench(
         LlmpruneError: a checkpoint cannot be loaded, or the device is not there.
     """
     device = resolve_device(settings.device)
-    load: Load = partial(_load, device)
+    load: Load = partial(_load, device, settings.dtype)
     tuned = _tune(lambda: load(folder), settings, watch) if settings.tune and device.type == "cuda" else []
-    model, ours = _measure_model(lambda: load(folder), device, settings, watch, "model")
-    products = packed_products(model)
+    models = [_loaded(lambda: load(folder), watch, "model")]
+    products = packed_products(models[0])
     result: dict[str, Any] = {
         "device": device_name(device),
         "finished": "",
         "versions": versions(),
         "commit": commit(),
         "model": str(folder),
-        "dtype": dtype_name(model.dtype),
+        "dtype": dtype_name(models[0].dtype),
         "tuned": tuned,
-        **measure_products(products, device, model.dtype, settings, watch),
+        **measure_products(products, device, models[0].dtype, settings, watch),
     }
-    del model, products
-    collect(device)
+    del products
     if against is not None or result["products"]:
         source = folder if against is None else against
         served = {"served": "dense"} if against is None else {}
-        _, dense = _measure_model(lambda: load(source, **served), device, settings, watch, "dense model")
-        ours = {
-            **ours,
-            "dense": {"model": str(source), **dense, "extent": measure_stored(source, unpacked=against is None)},
-        }
+        size = measure_stored(source, unpacked=against is None)
+        ours, dense = _measure_both(models, lambda: load(source, **served), size["nbytes"], device, settings, watch)
+        ours |= {"dense": {"model": str(source), **dense, "extent": size}}
+    else:
+        (ours,) = measure_models(models, settings, watch)
     result["whole_model"] = {**ours, "extent": measure_stored(folder)}
     result["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return result
@@ -152,14 +155,14 @@ def require_right(result: dict[str, Any]) -> None:
         )
 
 
-def _load(device: torch.device, model: str | Path, **served: Any) -> "PreTrainedModel":
+def _load(device: torch.device, dtype: str, model: str | Path, **served: Any) -> "PreTrainedModel":
     """Load with CUDA graphs, or without where there are none or the model's cache cannot be recorded."""
     from llmprune import serving
 
     if device.type == "cuda":
         with contextlib.suppress(ModelError):
-            return serving.load(model, device=str(device), graphs=True, **served)
-    return serving.load(model, device=str(device), **served)
+            return serving.load(model, device=str(device), dtype=dtype, graphs=True, **served)
+    return serving.load(model, device=str(device), dtype=dtype, **served)
 
 
 def _measure_product(product: Product, tokens: Sequence[int], rates: Rates, effort: Effort) -> dict[str, Any]:
@@ -181,29 +184,48 @@ def _measure_product(product: Product, tokens: Sequence[int], rates: Rates, effo
     }
 
 
-def _measure_model(
-    load: Load, device: torch.device, settings: BenchSettings, watch: Watcher, stage: str
-) -> tuple["PreTrainedModel", dict[str, Any]]:
-    """Load a model and time it.
+def measure_models(
+    models: Sequence["PreTrainedModel"], settings: BenchSettings, watch: Watcher = ignore
+) -> list[dict[str, Any]]:
+    """Time whole models in turn; the peak is what each holds for good, and the most that a run held beside it."""
+    batches: list[list[Decoding]] = []
+    for batch in settings.batches:
+        watch(Progress(f"whole model, batch of {batch}"))
+        batches.append(measure_decoding(models, batch, settings.decode_seconds, settings.prompt_tokens))
+    found = []
+    for model, rows in zip(models, zip(*batches, strict=True), strict=True):
+        resident = resident_bytes(model)
+        found.append(
+            {
+                "graphs": hasattr(model, "decode_graphs"),
+                "resident_bytes": resident,
+                "peak_bytes": resident + max(row.working_bytes for row in rows),
+                "batches": [row.to_dict() for row in rows],
+            }
+        )
+    return found
 
-    The peak is what the device, or this process, holds more than before; on a CPU what libraries load first counts too.
-    """
-    collect(device)
-    batches = []
-    with PeakWatch(device) as memory:
-        watch(Progress(f"loading the {stage}"))
-        with quiet_transformers():
-            model = load()
-        for batch in settings.batches:
-            watch(Progress(f"{stage}, batch of {batch}"))
-            decoding = measure_decoding(model, batch, settings.decode_seconds, settings.prompt_tokens)
-            batches.append(decoding.to_dict())
-    return model, {
-        "graphs": hasattr(model, "decode_graphs"),
-        "resident_bytes": resident_bytes(model),
-        "peak_bytes": memory.peak - memory.baseline,
-        "batches": batches,
-    }
+
+def _measure_both(
+    models: list["PreTrainedModel"], load: Load, nbytes: int, device: torch.device, settings: BenchSettings,
+    watch: Watcher,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Time the model in the list and the dense one: in turn if there is room for both, else one after the other."""
+    in_turn = nbytes < _ROOM * free_bytes(device)
+    measured = []
+    if not in_turn:
+        measured = measure_models(models, settings, watch)
+        models.clear()
+        collect(device)
+    models.append(_loaded(load, watch, "dense model"))
+    measured += measure_models(models, settings, watch)
+    return [{**one, "in_turn": in_turn} for one in measured]
+
+
+def _loaded(load: Load, watch: Watcher, name: str) -> "PreTrainedModel":
+    watch(Progress(f"loading the {name}"))
+    with quiet_transformers():
+        return load()
 
 
 def _tune(load: Load, settings: BenchSettings, watch: Watcher) -> list[dict[str, Any]]:

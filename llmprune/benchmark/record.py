@@ -1,6 +1,6 @@
 """bench.json: what was measured for a checkpoint, beside its weights.
 
-It holds {"format": 1, "devices": {...}}: the latest result of each device under its name, as `bench` returns it.
+It holds {"format": 2, "devices": {...}}: the latest result of each device under its name, as `bench` returns it.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from llmprune.errors import CheckpointError
 
 BENCH_NAME = "bench.json"
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:

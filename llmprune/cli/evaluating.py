@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from llmprune import console
-from llmprune.cli.measuring import ComputeDtype
-from llmprune.cli.options import EXIT_CODES, AsJson, Device, Model, Quiet, explained, quieten
+from llmprune.cli.options import EXIT_CODES, AsJson, ComputeDtype, Device, Model, Quiet, explained, quieten
 from llmprune.progress import Progress
 
 _EXAMPLES = """
@@ -54,14 +53,14 @@ def evaluate(
     ] = None,
     device: Device = None,
     dtype: Annotated[
-        ComputeDtype, typer.Option(help="Dtype of the weights; auto is the checkpoint's.")
+        ComputeDtype, typer.Option(help="Dtype of the weights; auto is the checkpoint's, as for lm-eval's hf.")
     ] = ComputeDtype.auto,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Evaluate a checkpoint with lm-eval, and the dense model on the same questions.
 
-    Needs pip install "llmprune[eval]". A difference counts if it exceeds two standard errors.
+    Needs the extra eval: see the README. A difference counts if it exceeds two standard errors.
     """
     batch = _batch_size(batch_size)
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):

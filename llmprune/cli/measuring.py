@@ -1,14 +1,24 @@
 """`llmprune perplexity`, `llmprune explain` and `llmprune bench`."""
 
 import time
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from llmprune import console
-from llmprune.cli.options import EXIT_CODES, AsJson, Device, Folder, Model, Quiet, explained, quieten
+from llmprune.cli.options import (
+    EXIT_CODES,
+    AsJson,
+    ComputeDtype,
+    Device,
+    Dtype,
+    Folder,
+    Model,
+    Quiet,
+    explained,
+    quieten,
+)
 
 _PERPLEXITY_EXAMPLES = """
 Examples:
@@ -32,15 +42,6 @@ llmprune bench out/packed --tune
 
 # The evaluation seed of recipes, so that `--text self` measures what a report calls the dense perplexity.
 _SEED = 12345
-
-
-class ComputeDtype(str, Enum):
-    """The dtype of the forward."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -150,6 +151,7 @@ def bench(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write; default: DIR/bench.json.")
     ] = None,
     device: Device = None,
+    dtype: Dtype = ComputeDtype.auto,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -170,7 +172,9 @@ def bench(
         target = output.expanduser() if output else checkpoint / BENCH_NAME
         # A file that cannot be added to is found now, not after minutes.
         read_results(target)
-        settings = benching.BenchSettings(device or "auto", *sizes, length, tune=tune, effort=Effort(seconds))
+        settings = benching.BenchSettings(
+            device or "auto", *sizes, length, dtype=dtype.value, tune=tune, effort=Effort(seconds)
+        )
         if tune:
             _say_if_nothing_to_tune(settings.device)
         with display:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,23 @@ Model = Annotated[str, typer.Argument(help='A hub id, a local checkpoint folder,
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A local checkpoint folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+class ComputeDtype(str, Enum):
+    """What a model is computed in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Dtype = Annotated[
+    ComputeDtype,
+    typer.Option(
+        help="Dtype of the weights; auto is the checkpoint's, or float32 on a CPU without instructions for it."
+    ),
+]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
 
 

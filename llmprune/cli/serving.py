@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmprune import console
-from llmprune.cli.options import EXIT_CODES, AsJson, Device, Model, Quiet, explained, quieten
+from llmprune.cli.options import EXIT_CODES, AsJson, ComputeDtype, Device, Dtype, Model, Quiet, explained, quieten
 from llmprune.progress import Progress
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def generate(
     ] = False,
     chat_template: Template = None,
     device: Device = None,
+    dtype: Dtype = ComputeDtype.auto,
     served: Served = ServedAs.auto,
     graphs: Graphs = False,
     as_json: AsJson = False,
@@ -88,7 +89,7 @@ def generate(
         ids = encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat=chat or chat_template is not None)
         with console.Display(quiet=quiet) as display, quiet_transformers():
             display(Progress(f"loading {model}"))
-            loaded = load(model, device=device or "auto", served=served.value, graphs=graphs)
+            loaded = load(model, device=device or "auto", dtype=dtype.value, served=served.value, graphs=graphs)
         sampling = Sampling(max_new_tokens, temperature, seed)
         written = write(loaded, tokenizer, ids, sampling, _ignore if as_json else _say)
         if as_json:
@@ -108,6 +109,7 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What clients call the model. Default: MODEL as given.")] = None,
     chat_template: Template = None,
     device: Device = None,
+    dtype: Dtype = ComputeDtype.auto,
     served: Served = ServedAs.auto,
     graphs: Graphs = False,
 ) -> None:
@@ -120,7 +122,7 @@ def serve(
         from llmprune.serving import load, load_tokenizer
 
         server.serve(
-            lambda: load(model, device=device or "auto", served=served.value, graphs=graphs),
+            lambda: load(model, device=device or "auto", dtype=dtype.value, served=served.value, graphs=graphs),
             lambda: load_tokenizer(model, chat_template),
             name or model,
             host=host,

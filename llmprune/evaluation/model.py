@@ -4,8 +4,10 @@ lm-eval finds it by the entry point group `lm_eval.models`; versions that do not
 `register`.
 """
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import get_dtype
@@ -15,6 +17,7 @@ from llmprune.errors import ModelError
 from llmprune.forms import Served
 from llmprune.hub import resolve_model
 from llmprune.serving import load
+from llmprune.skeleton import read_config
 
 MODEL_NAME = "llmprune"
 
@@ -66,7 +69,9 @@ class LlmpruneLM(HFLM):  # type: ignore[misc] # lm-eval is not typed
                 expected="those of --model hf that do not go to from_pretrained, and served",
                 fix="check the spelling, or leave them out",
             )
-        self._model = load(pretrained, device=str(self.device), dtype=get_dtype(dtype), served=self._served)
+        # Where `load` would choose a wider one, `hf` does not, and scores are to be the same.
+        dtype = read_config(Path(pretrained)).dtype or torch.float32 if dtype == "auto" else get_dtype(dtype)
+        self._model = load(pretrained, device=str(self.device), dtype=dtype, served=self._served)
 
 
 # What `hf` always hands to `_create_model`; anything else was meant for `from_pretrained`.

@@ -1,7 +1,7 @@
 """What `llmprune explain` and `llmprune bench` show: tables that fit 80 columns and hide nothing that is slower."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import RenderableType
@@ -87,6 +87,8 @@ def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
             )
         )
     parts.append(_whole_model_table(result["whole_model"]))
+    if not result["whole_model"].get("in_turn", True):
+        parts.append(Text("There was no room for both models: they were timed one after the other, not in turn."))
     if lengths := {row["prompt_tokens"] for row in result["whole_model"]["batches"]}:
         parts.append(Text(f"whole model, prompts of {spans(sorted(lengths))} tokens; ratio: times as fast as dense\n"))
     parts.append(_extent_table(result["whole_model"]))
@@ -243,14 +245,18 @@ def _model_row(
 ) -> tuple[str, ...]:
     """A batch, and how many times as fast as the dense model's it is."""
     first = f"{row['first_token']['median_us'] / 1e3:,.1f} ms"
-    # The spread of the runs, in tokens a second.
-    run = row["run"]
-    spread = row["tokens_per_second"] * (run["high_us"] - run["low_us"]) / (2 * run["median_us"])
-    speed = f"{row['tokens_per_second']:,.1f} ±{spread:,.1f}"
+    speed = tokens_a_second(row)
     if dense is not None:
         first += f" ({dense['first_token']['median_us'] / row['first_token']['median_us']:.2f}x)"
         speed += f" ({row['tokens_per_second'] / dense['tokens_per_second']:.2f}x)"
     return name, str(row["batch"]), first, speed, format_size(model["resident_bytes"]), format_size(model["peak_bytes"])
+
+
+def tokens_a_second(row: Mapping[str, Any]) -> str:
+    """The rate of a batch, with half of the width between the slowest and the fastest tenth of its runs."""
+    step = row["later_token"]
+    spread = row["tokens_per_second"] * (step["high_us"] - step["low_us"]) / (2 * step["median_us"])
+    return f"{row['tokens_per_second']:,.1f} ±{spread:,.1f}"
 
 
 def _tuned_table(tuned: Sequence[dict[str, Any]]) -> RenderableType:

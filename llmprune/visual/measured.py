@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmprune.tables.measuring import grouped
+from llmprune.tables.measuring import grouped, tokens_a_second
 from llmprune.visual.beside import Beside, Evaluation, Score
 from llmprune.visual.charts import PALETTE, Axis, Series, bars, level, lines
 from llmprune.visual.page import Chart, Note, Part, Table
@@ -199,7 +199,7 @@ def _model_row(name: str, row: Mapping[str, Any], model: Mapping[str, Any], dens
         name,
         str(row["batch"]),
         f"{row['first_token']['median_us'] / 1e3:,.1f}",
-        f"{row['tokens_per_second']:,.1f}",
+        tokens_a_second(row),
         ratio,
         f"{model['resident_bytes'] / 1e6:,.1f}",
         f"{model['peak_bytes'] / 1e6:,.1f}",

@@ -153,7 +153,7 @@ def bench(device: str = "a GPU", **changes: Any) -> dict[str, Any]:
     """A result of `llmprune bench`: one product faster at one size and slower at another, one wrong, one unmeasured."""
 
     def batch(rate: float, first: float) -> dict[str, Any]:
-        return {"batch": 1, "first_token": timing(first), "run": timing(1e6), "tokens_per_second": rate}
+        return {"batch": 1, "first_token": timing(first), "later_token": timing(1e6 / rate), "tokens_per_second": rate}
 
     def model(rate: float, first: float) -> dict[str, Any]:
         return {"resident_bytes": 10**7, "peak_bytes": 2 * 10**7, "batches": [batch(rate, first)]}
@@ -179,7 +179,7 @@ def bench(device: str = "a GPU", **changes: Any) -> dict[str, Any]:
 
 def write_bench(folder: Path, *results: dict[str, Any]) -> None:
     devices = {result["device"]: result for result in results}
-    (folder / "bench.json").write_text(json.dumps({"format": 1, "devices": devices}))
+    (folder / "bench.json").write_text(json.dumps({"format": 2, "devices": devices}))
 
 
 class Page(HTMLParser):
