@@ -43,7 +43,7 @@ def _body(folder: Path, model: str, recipe: Recipe, report: Report) -> str:
         f"# {name}, pruned",
         "",
         f"{name}, {_what(report)}, one decoder layer at a time, by llmprune {report.header['version']['llmprune']}.",
-        f"It loads with `AutoModelForCausalLM.from_pretrained`{_how(folder)}.",
+        _loading(ours=_needs_us(folder)),
         "",
         *_table(report),
         "## How it was made",
@@ -62,11 +62,23 @@ def _body(folder: Path, model: str, recipe: Recipe, report: Report) -> str:
     return "\n".join(lines)
 
 
-def _how(folder: Path) -> str:
-    """What stock transformers needs to load the checkpoint: packed weights and layers of different sizes need us."""
+def update_card(folder: Path) -> None:
+    """Have the card of a checkpoint that was packed or unpacked say how it loads now; all else stays as it is."""
+    card = folder / CARD_NAME
+    if card.is_file():
+        ours, text = _needs_us(folder), card.read_text(encoding="utf-8")
+        write_text(card, text.replace(_loading(ours=not ours), _loading(ours=ours)))
+
+
+def _loading(*, ours: bool) -> str:
+    how = " where llmprune is installed, after `import llmprune`" if ours else ", like the original"
+    return f"It loads with `AutoModelForCausalLM.from_pretrained`{how}."
+
+
+def _needs_us(folder: Path) -> bool:
+    """Whether stock transformers cannot load the checkpoint: packed weights, or layers of different sizes."""
     config = folder / "config.json"
-    ours = config.exists() and NOTICE_KEY in read_json(config)
-    return " after `pip install llmprune` and `import llmprune`" if ours else ", like the original"
+    return config.exists() and NOTICE_KEY in read_json(config)
 
 
 def _what(report: Report) -> str:

@@ -28,8 +28,7 @@ from llmprune.patterns import NM, Block, Pattern
 QUANT_METHOD = "llmprune"
 FORMAT_VERSION = 1
 NOTICE_KEY = "transformers_weights"
-NOTICE = "written by llmprune: run `pip install llmprune` and `import llmprune` before from_pretrained"
-_NOTICES = {NOTICE, NOTICE.replace("written", "packed")}
+NOTICE = "written by llmprune: install llmprune, and `import llmprune` before from_pretrained"
 
 # A mapping with both has decoder layers that differ; some architectures have the first alone.
 _UNEVEN = ("per_layer_config", "allow_global_per_layer_attribute_access")
@@ -206,7 +205,7 @@ def without_record(config: PretrainedConfig) -> PretrainedConfig:
 def without_notice(config: PretrainedConfig) -> PretrainedConfig:
     """Take the notice away, in place, so that transformers looks for the weight files."""
     for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
-        if getattr(part, NOTICE_KEY, None) in _NOTICES:
+        if getattr(part, NOTICE_KEY, None) == NOTICE:
             delattr(part, NOTICE_KEY)
     return config
 

@@ -4,16 +4,18 @@ What will be packed is decided first, from the zeros that are there: a checkpoin
 before anything is written. config.json is written last, and without it no folder loads.
 """
 
+import contextlib
 import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from llmprune.card import update_card
 from llmprune.checkpoint import INDEX_NAME, SINGLE_NAME, Stored, read_index, read_json, write_json, write_shard
 from llmprune.checkpoint_source import CheckpointSource
 from llmprune.decoder import prunable_matrices
@@ -42,11 +44,12 @@ from llmprune.packed import (
 )
 from llmprune.patterns import NM, Pattern, Unstructured, parse
 from llmprune.progress import Progress, Watcher, ignore
-from llmprune.report import REPORT_NAME
+from llmprune.report import REPORT_NAME, load_report
+from llmprune.visual import write_page
 
 _CONFIG = "config.json"
 
-# How a checkpoint came about, where llmprune made it; packing does not change that.
+# How a checkpoint came about, where llmprune made it.
 _HISTORY = (REPORT_NAME, "recipe.yaml", "README.md")
 
 _FORMATS = ("auto", "nm", "block", "bitmask")
@@ -173,6 +176,7 @@ def pack(
     shards = {key: tensor.file.name for key, tensor in stored.items()}
     require_space(target, report.packed_checkpoint_bytes)
     _Writer(source, target, shards, watch).write(read, with_packing_record(config, layouts), "packing")
+    _update_history(report, report.packed_checkpoint_bytes)
     return report
 
 
@@ -216,6 +220,7 @@ def unpack(folder: str | Path, output: str | Path, overwrite: bool = False, watc
     require_space(target, after)
     shards = {key: _file_of(tensor).name for key, tensor in dense.items()}
     _Writer(source, target, shards, watch).write(read, without_packing_record(config), "unpacking")
+    _update_history(report, report.dense_checkpoint_bytes)
     return report
 
 
@@ -265,6 +270,17 @@ class _Writer:
             for name in _HISTORY:
                 if (self.source / name).is_file():
                     shutil.copyfile(self.source / name, self.target / name)
+
+
+def _update_history(packed: PackReport, stored_bytes: int) -> None:
+    """Have the report and the card that were copied tell of this checkpoint."""
+    update_card(packed.folder)
+    size = {"stored_bytes": stored_bytes, "dense_bytes": packed.dense_checkpoint_bytes}
+    # A file of this name may be another program's.
+    with contextlib.suppress(CheckpointError):
+        report = load_report(packed.folder)
+        replace(report, header={**report.header, "size": size}).save(packed.folder)
+        write_page(packed.folder)
 
 
 def _existing(folder: str | Path) -> Path:

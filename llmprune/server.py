@@ -64,7 +64,7 @@ def require_server() -> None:
         raise ServingError(
             "the packages that a server needs are not installed",
             expected="fastapi, uvicorn and openai",
-            fix="pip install llmprune[serve]",
+            fix="pip install fastapi uvicorn openai, or llmprune with its extra serve",
         )
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from test_report import row
 from tiny_models import build, recipe, save
 
-from llmprune import Report, load_recipe, prune
+from llmprune import Report, load_recipe, pack, prune, unpack
 from llmprune.card import write_card
+from llmprune.report import load_report
 
 HEADER: dict[str, Any] = {"version": {"llmprune": "9.9"}, "evaluation": None}
 MEASURED = {
@@ -94,3 +96,19 @@ def test_a_run_writes_its_card(tmp_path: Path) -> None:
     assert loaded.data.base_model is None
     assert loaded.data.tags == ["llmprune", "pruned", "sparse", "sparsegpt"]
     assert f"| {report.dense_perplexity:.3f} | {report.pruned_perplexity:.3f} |" in loaded.text
+
+
+def test_packing_keeps_card_and_report_true(tmp_path: Path) -> None:
+    source = save(build("llama", torch.bfloat16, hidden_size=64), tmp_path / "dense")
+    pruned, packed, back = (tmp_path / name for name in ("pruned", "packed", "back"))
+    prune(source, recipe(pattern="2:4"), pruned)
+    report = pack(pruned, packed)
+    unpack(packed, back)
+    before, middle, after = (ModelCard.load(folder / "README.md").text for folder in (pruned, packed, back))
+    assert "from_pretrained`, like the original." in before
+    assert "from_pretrained` where llmprune is installed, after `import llmprune`." in middle
+    assert middle != before == after
+    sizes = [load_report(folder).header["size"] for folder in (pruned, packed, back)]
+    assert sizes[1] == {"stored_bytes": report.packed_checkpoint_bytes, "dense_bytes": report.dense_checkpoint_bytes}
+    assert sizes[1]["stored_bytes"] < sizes[0]["stored_bytes"] == sizes[2]["stored_bytes"]
+    assert (packed / "report.html").is_file()

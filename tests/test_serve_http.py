@@ -170,7 +170,7 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setattr(server, "is_serve_available", lambda: False)
     result = run("serve", "testbed")
     assert result.exit_code == 1
-    assert "pip install llmprune[serve]" in result.stderr
+    assert "pip install fastapi uvicorn openai" in result.stderr
 
 
 def unreachable() -> Any:

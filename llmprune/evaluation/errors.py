@@ -21,5 +21,5 @@ def require_harness() -> None:
         raise EvaluationError(
             "lm-eval is not installed",
             expected="EleutherAI's evaluation harness beside llmprune",
-            fix='pip install "llmprune[eval]"',
+            fix="pip install lm-eval, or llmprune with its extra eval",
         ) from error

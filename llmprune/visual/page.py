@@ -226,7 +226,9 @@ def _bundle() -> str:
         source = import_module("plotly.offline").get_plotlyjs()
     except ImportError:
         raise PlottingError(
-            "plotly is not installed", expected="the library that draws the charts", fix="pip install llmprune[report]"
+            "plotly is not installed",
+            expected="the library that draws the charts",
+            fix="pip install plotly, or llmprune with its extra report",
         ) from None
     # No time of compression inside, so that the same report gives the same bytes.
     return base64.b64encode(gzip.compress(source.encode(), mtime=0)).decode()

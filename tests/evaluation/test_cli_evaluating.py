@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from command_line import make_plain, run
 
-pytest.importorskip("lm_eval", reason='lm-eval is not installed: pip install "llmprune[eval]"')
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 
 from llmprune.errors import ModelError
 
-pytest.importorskip("lm_eval", reason='lm-eval is not installed: pip install "llmprune[eval]"')
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
 from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model, model_registry
 

@@ -180,7 +180,7 @@ def test_without_llmprune_the_error_says_what_to_install(tmp_path: Path) -> None
     save_uneven(tmp_path / "a")
     load(tmp_path / "a").save_pretrained(tmp_path / "b")
     for name in "ab":
-        assert "pip install llmprune" in stock_error(tmp_path / name)
+        assert "`import llmprune` before from_pretrained" in stock_error(tmp_path / name)
 
 
 def stock_error(folder: Path) -> str:
@@ -199,7 +199,7 @@ def test_the_text_model_of_a_larger_one(tmp_path: Path) -> None:
     outer = {"model_type": "llama4", "architectures": described["architectures"], "text_config": inner}
     (tmp_path / "config.json").write_text(json.dumps(with_packing_record(outer, {})))
     assert close(logits(load(tmp_path)), wanted)
-    assert "pip install llmprune" in stock_error(tmp_path)
+    assert "`import llmprune` before from_pretrained" in stock_error(tmp_path)
     config = CheckpointSource(tmp_path).config
     assert NOTICE not in (getattr(part, NOTICE_KEY, None) for part in (config, config.get_text_config(decoder=True)))
 
