@@ -10,28 +10,28 @@ Every text comes out as `Tokens`, whose digest names the exact ids, so that two 
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
 import hashlib
-import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Int, Int64
 from torch import Tensor
 
+from llmprune.documents import has_columns, is_single_file, read_documents
 from llmprune.errors import CalibrationError
 
 Layout = Literal["pack", "truncate"]
 Order = Literal["text", "shuffled"]
 
+# Options that have no effect: on text that the model writes, and on text that is read.
+_UNUSED_BY_SELF = ("config", "split", "column", "layout", "order")
+_UNUSED_BY_TEXT = ("temperature",)
+
 # One call of the tokenizer encodes about this much text: enough to use its threads, little enough to hold twice.
 _BATCH_BYTES = 2**22
-
-# A dataset id may contain dots (airoboros-2.2.1), so only these endings say that a file was meant.
-_FILE_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip")
 
 
 @runtime_checkable
@@ -63,7 +63,7 @@ class TextSpec:
         temperature: of the sampling, above 0; only for "self".
 
     Raises:
-        CalibrationError: a value is out of its range.
+        CalibrationError: a value is out of its range, or an option means nothing to this kind of source.
     """
 
     source: str = "self"
@@ -90,6 +90,22 @@ class TextSpec:
         for name, valid, expected in checks:
             if not valid:
                 raise CalibrationError(f"{name} {getattr(self, name)!r}", expected=expected)
+        kind, unused = self._ignored()
+        for name in unused:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise CalibrationError(
+                    f"{name} {getattr(self, name)!r} for {kind} ({self.source})",
+                    expected=f"no {name}: it has no effect there",
+                    fix=f"remove {name}, or name another source",
+                )
+
+    def _ignored(self) -> tuple[str, tuple[str, ...]]:
+        """What kind of source this is, and the options that mean nothing to it."""
+        if self.source == "self":
+            return "text that the model writes itself", _UNUSED_BY_SELF
+        if not is_single_file(self.source):
+            return "text that is read", _UNUSED_BY_TEXT
+        return "a single file", (*_UNUSED_BY_TEXT, "config", "split", *([] if has_columns(self.source) else ["column"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +135,7 @@ def load_tokens(spec: TextSpec, tokenizer: Tokenizer, generate: Callable[[TextSp
         generate: makes [samples, length] token ids from the dense model; needed for the source "self".
 
     Raises:
-        CalibrationError: the text cannot be found or read, holds too few tokens, or the spec contradicts its source.
+        CalibrationError: the text cannot be found or read, or holds too few tokens.
 
     Example:
         >>> load_tokens(TextSpec("notes.txt", samples=4, length=256), tokenizer).ids.shape
@@ -127,18 +143,15 @@ def load_tokens(spec: TextSpec, tokenizer: Tokenizer, generate: Callable[[TextSp
     """
     if spec.source == "self":
         return _generated(spec, generate)
-    _refuse(spec, "text that is read", "temperature")
-    texts = _documents(spec)
+    texts = read_documents(spec.source, spec.config, spec.split, spec.column)
     if spec.layout == "truncate" and spec.order == "shuffled":
         texts = _shuffled(texts, spec.seed)
     reader = _Reader(texts, tokenizer, spec.source)
     ids = (_pack if spec.layout == "pack" else _truncate)(reader, spec)
-    return Tokens(ids, _digest(ids), _describe(spec, "temperature") | reader.counts)
+    return Tokens(ids, _digest(ids), _describe(spec, *_UNUSED_BY_TEXT) | reader.counts)
 
 
 def _generated(spec: TextSpec, generate: Callable[[TextSpec], Tensor] | None) -> Tokens:
-    unused = ("config", "split", "column", "layout", "order")
-    _refuse(spec, "text that the model writes itself", *unused)
     if generate is None:
         raise CalibrationError(
             'source "self" without a model to sample from',
@@ -146,7 +159,7 @@ def _generated(spec: TextSpec, generate: Callable[[TextSpec], Tensor] | None) ->
         )
     ids = generate(spec).to("cpu", torch.int64).contiguous()
     assert ids.shape == (spec.samples, spec.length), f"generated {tuple(ids.shape)}"
-    return Tokens(ids, _digest(ids), _describe(spec, *unused))
+    return Tokens(ids, _digest(ids), _describe(spec, *_UNUSED_BY_SELF))
 
 
 class _Reader:
@@ -195,7 +208,11 @@ class _Reader:
             try:
                 room -= 1 + len(text.encode())
             except UnicodeEncodeError as error:
-                raise CalibrationError(f"document {self.documents} of {self._source} is not text: {error}") from None
+                raise CalibrationError(
+                    f"document {self.documents} of {self._source} is not text: {error}",
+                    expected="text that UTF-8 can write",
+                    fix="mend or remove the document",
+                ) from None
             texts.append(text)
         return texts
 
@@ -233,11 +250,13 @@ def _truncate(reader: _Reader, spec: TextSpec) -> Int64[Tensor, "samples length"
 
 
 def _too_little(reader: _Reader, spec: TextSpec, possible: int, expected: str) -> CalibrationError:
+    ways = [f"set samples to {possible} or fewer"] if possible else []
+    ways += ["set a shorter length", *["the layout pack"] * (spec.layout == "truncate")]
     return CalibrationError(
         f"{spec.source}: {reader.tokens} tokens in {reader.documents} documents ({reader.empty} of them empty) give "
         f"{possible} of {spec.samples} samples of {spec.length} tokens",
         expected=f"{expected} for the layout {spec.layout}",
-        fix="add text, or ask for fewer or shorter samples" + (", or pack" if spec.layout == "truncate" else ""),
+        fix=", or ".join(["add text", *ways]),
     )
 
 
@@ -259,117 +278,3 @@ def _digest(ids: Int[Tensor, "samples length"]) -> str:
 
 def _describe(spec: TextSpec, *unused: str) -> dict[str, object]:
     return {field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in unused}
-
-
-def _refuse(spec: TextSpec, source: str, *unused: str) -> None:
-    """Raise where an option was set that this kind of source would ignore."""
-    for field in fields(spec):
-        if field.name in unused and getattr(spec, field.name) != field.default:
-            raise CalibrationError(
-                f"{field.name} {getattr(spec, field.name)!r} for {source} ({spec.source})",
-                expected=f"no {field.name}: it has no effect there",
-                fix=f"remove {field.name}, or name another source",
-            )
-
-
-def _documents(spec: TextSpec) -> Iterator[str]:
-    """The documents of a file, a folder or a hub dataset, one at a time."""
-    path = Path(spec.source).expanduser()
-    if path.is_file():
-        return _file_documents(path, spec)
-    is_path = path.suffix.lower() in _FILE_SUFFIXES or spec.source.startswith((".", "/", "~")) or len(path.parts) > 2
-    if is_path and not path.is_dir():
-        raise CalibrationError(f"no such file or folder: {spec.source}", fix="check the path, or name a dataset id")
-    return _dataset_documents(str(path), spec)
-
-
-def _file_documents(path: Path, spec: TextSpec) -> Iterator[str]:
-    read = _FILE_READERS.get(path.suffix.lower())
-    if read is None:
-        raise CalibrationError(
-            f"{path}: text of an unknown kind",
-            expected=f"a file that ends in {', '.join(_FILE_READERS)}",
-            fix="convert it, or name the folder that holds it, which is read by the datasets library",
-        )
-    _refuse(spec, "a single file", "config", "split", *(["column"] if read is _read_text else []))
-    try:
-        yield from read(path, spec.column)
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a damaged parquet file
-        raise CalibrationError(f"{path} cannot be read: {error}") from error
-
-
-def _read_text(path: Path, column: str) -> Iterator[str]:
-    yield path.read_text(encoding="utf-8")
-
-
-def _read_json_lines(path: Path, column: str) -> Iterator[str]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise CalibrationError(f"{where} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise CalibrationError(f"{where} is a {type(row).__name__}", expected="a JSON object on each line")
-            _check_column(column, list(row), where)
-            yield _text(row[column], column, where)
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
-    import pyarrow.parquet  # type: ignore[import-untyped] # slow to import, and needed by few runs
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        _check_column(column, file.schema_arrow.names, str(path))
-        batches = (batch.column(0).to_pylist() for batch in file.iter_batches(columns=[column]))
-        yield from _rows(batches, column, str(path))
-
-
-_FILE_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
-    ".txt": _read_text,
-    ".jsonl": _read_json_lines,
-    ".parquet": _read_parquet,
-}
-
-
-def _dataset_documents(name: str, spec: TextSpec) -> Iterator[str]:
-    import datasets  # slow to import, and needed by few runs
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined] # of httpx, whichever version the hub uses
-
-    try:
-        dataset = datasets.load_dataset(name, spec.config, split=spec.split, streaming=False)
-    except (datasets.exceptions.DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
-        fixes = {
-            FileNotFoundError: "check the name or path; a gated or private dataset needs accepted terms and a login",
-            ConnectionError: "connect to the hub, or name a local file or folder",
-            ValueError: "check config and split",
-        }
-        raise CalibrationError(
-            f"dataset {name} (config {spec.config}, split {spec.split}) cannot be loaded: {error}",
-            fix=next((fix for kind, fix in fixes.items() if isinstance(error, kind)), ""),
-        ) from error
-    _check_column(spec.column, dataset.column_names, f"dataset {name}, split {spec.split}")
-    batches = (batch[spec.column] for batch in dataset.select_columns([spec.column]).iter(1000))
-    yield from _rows(batches, spec.column, f"dataset {name}")
-
-
-def _rows(batches: Iterable[list[object]], column: str, where: str) -> Iterator[str]:
-    values = (value for batch in batches for value in batch)
-    for number, value in enumerate(values, start=1):
-        yield _text(value, column, f"{where}, row {number}")
-
-
-def _check_column(column: str, present: list[str], where: str) -> None:
-    if column not in present:
-        raise CalibrationError(f"{where}: no column {column!r}", expected=f"one of {', '.join(present) or 'none'}")
-
-
-def _text(value: object, column: str, where: str) -> str:
-    """The cell of a text column; a null is an empty document."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise CalibrationError(f"{where}: column {column!r} holds {type(value).__name__}", expected="text")
-    return value

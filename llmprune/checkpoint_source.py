@@ -23,6 +23,7 @@ from llmprune.checkpoint import Stored, read_header, read_index, read_json
 from llmprune.decoder import find_decoder_layers
 from llmprune.errors import CheckpointError
 from llmprune.formats import Layout
+from llmprune.headers import check_headers, require_none
 from llmprune.overrides import build_uneven_skeleton
 from llmprune.packed import PackedWeight, as_dense, packed_layouts
 from llmprune.precision import computed_in
@@ -86,6 +87,7 @@ class CheckpointSource:
         self.targets: dict[str, tuple[str, ...]] = {}
         if config is None:
             self._add(as_dense(read_index(folder), packed_layouts(read_json(folder / "config.json"))))
+            check_headers(folder, self.model, self.stored, self.targets)
 
     def overlay(self, shard: Path, layouts: Mapping[str, Layout] | None = None) -> None:
         """Read the tensors of this shard from now on instead of the source's; `layouts` are those of packed layers."""
@@ -267,12 +269,7 @@ class CheckpointSource:
             for name, tensor in self.model.named_parameters()
             if tensor.is_meta and name.startswith(prefix) and (prefix or not name.startswith(layers))
         ]
-        if absent:
-            raise CheckpointError(
-                f"{self.folder} has no values for {absent[0]!r}" + (f" and {len(absent) - 1} more" * (len(absent) > 1)),
-                expected="every parameter of the model in its safetensors files",
-                fix="download the checkpoint again, or check that config.json belongs to it",
-            )
+        require_none(self.folder, absent)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -18,8 +19,8 @@ from rich.text import Text
 from llmprune.errors import LlmpruneError
 from llmprune.progress import Progress
 
-if TYPE_CHECKING:
-    pass
+# Columns of results that go to a file or another program, which wraps no line.
+_PLAIN_WIDTH = 160
 
 
 class Pace:
@@ -128,6 +129,8 @@ class Display:
 def show(*renderables: RenderableType) -> None:
     """Print results on stdout."""
     console = Console(highlight=False, markup=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PLAIN_WIDTH
     for renderable in renderables:
         console.print(renderable)
 

@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from llmprune.activations import HiddenStates, LayerCalls
 from llmprune.calibration import TextSpec, Tokenizer, Tokens
@@ -35,29 +33,25 @@ class DensePass:
         self._kept: tuple[HiddenStates, LayerCalls] | None = None
 
     def texts(
-        self,
-        specs: Mapping[str, TextSpec],
-        model: PreTrainedModel | Path,
-        tokenizer: Tokenizer,
-        device: torch.device,
+        self, specs: Mapping[str, TextSpec], source: Source, tokenizer: Tokenizer, device: torch.device
     ) -> dict[str, Tokens]:
         """Load every text of a run that no run before has loaded; see `load_texts`.
 
         Args:
             specs: name -> text.
-            model: the dense model, in memory or as a checkpoint folder; texts are kept for folders only.
+            source: the dense model; texts are kept for checkpoint folders only.
             tokenizer: the model's.
             device: where text is sampled.
 
         Raises:
             CalibrationError: a text cannot be read or is too short.
         """
-        if not isinstance(model, Path):
-            return load_texts(specs, model, tokenizer, device)
+        if not isinstance(source, CheckpointSource):
+            return load_texts(specs, source, tokenizer, device)
         # Only what a model writes depends on the device.
-        keys = {name: (model, spec, device if spec.source == "self" else None) for name, spec in specs.items()}
+        keys = {name: (source.folder, spec, device if spec.source == "self" else None) for name, spec in specs.items()}
         missing = {name: specs[name] for name, key in keys.items() if key not in self._tokens}
-        for name, tokens in load_texts(missing, model, tokenizer, device).items():
+        for name, tokens in load_texts(missing, source, tokenizer, device).items():
             self._tokens[keys[name]] = tokens
         return {name: self._tokens[key] for name, key in keys.items()}
 

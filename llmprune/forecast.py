@@ -42,6 +42,7 @@ from llmprune.structure_plan import (
     removal_work,
     structure_notes,
 )
+from llmprune.texts import check_texts
 
 # The look at a layer: few tokens, and sizes that hardly any dimension of a model has, so that a tensor's shape tells
 # which of its dimensions grow with the batch and with the length.
@@ -72,6 +73,7 @@ def dry_run(
 
 def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     settings, device = run.recipe, run.device
+    check_texts(settings.texts, source)
     reduction = Reduction(source, settings.structures, settings.decoder_layers) if settings.structures else None
     result = source if reduction is None else reduction.result
     jobs = plan_jobs(result, settings)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from llmprune.calibration import TextSpec
-from llmprune.errors import CalibrationError, NumericsError
+from llmprune.errors import NumericsError
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def generate_text(
 
     Args:
         model: a transformers causal LM, in memory.
-        spec: samples, length, seed and temperature are used.
+        spec: samples, length (at most the model's positions), seed and temperature are used.
         bos_token_id: the tokenizer's beginning-of-sequence token.
         batch: samples that are generated side by side; bounds the memory of the key-value cache.
 
@@ -32,17 +32,8 @@ def generate_text(
         [samples, length] on the CPU.
 
     Raises:
-        CalibrationError: the length exceeds the model's positions.
         NumericsError: the logits are not finite.
     """
-    config: Any = model.config
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and positions < spec.length:
-        raise CalibrationError(
-            f"samples of {spec.length} tokens from a model with {positions} positions",
-            expected=f"a length of at most {positions}",
-            fix=f"set length to {positions} or less",
-        )
     generator = torch.Generator().manual_seed(spec.seed)
     draws = torch.rand(spec.samples, spec.length, generator=generator, dtype=torch.float64)
     training = model.training

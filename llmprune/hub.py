@@ -55,6 +55,12 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
         ModelError: no such folder or hub id, no access to it, or no connection and not in the cache.
         CheckpointError: the folder lacks its config or weights, holds only pickles, or is quantised.
     """
+    if not isinstance(model, str | Path):
+        raise ModelError(
+            f"a model of type {type(model).__name__}",
+            expected=f'"{TESTBED}", a local folder or a hub id',
+            fix="pass one of these; only `prune` and `Stream` take a transformers model, all of it in memory",
+        )
     if isinstance(model, str) and model != TESTBED and not _looks_local(model):
         return _from_hub(model, revision)
     folder = _bundled() if model == TESTBED else Path(model).expanduser()
@@ -228,13 +234,16 @@ def _unreachable(error: Exception, repository: str) -> LlmpruneError:
     cache = constants.HF_HUB_CACHE
     if constants.HF_HUB_OFFLINE:
         return ModelError(
-            f"model {repository} is not completely in the cache {cache}, and HF_HUB_OFFLINE forbids to download it",
+            f"no folder {repository} here; as a hub model it is not completely in the cache {cache}, and "
+            "HF_HUB_OFFLINE forbids to download it",
             fix=f"unset HF_HUB_OFFLINE, or fetch it first where there is a network: hf download {repository}",
         )
     if isinstance(error, errors.LocalEntryNotFoundError | _TransportError):
         return ModelError(
-            f"{constants.ENDPOINT} cannot be reached, and model {repository} is not completely in the cache {cache}",
-            fix="check the connection (HF_ENDPOINT and proxy variables too), or give a local folder",
+            f"no folder {repository} here; as a hub model it is not completely in the cache {cache}, and "
+            f"{constants.ENDPOINT} cannot be reached",
+            expected=f'"{TESTBED}", a folder, or a hub id such as org/name',
+            fix="check the spelling of the folder, or the connection (HF_ENDPOINT and proxy variables too)",
         )
     return CheckpointError(
         f"model {repository} cannot be downloaded into {cache}: {error}",

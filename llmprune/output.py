@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from llmprune.checkpoint import INDEX_NAME, Stored, file_digest, read_json, write_json, write_shard
+from llmprune.console import format_size
 from llmprune.errors import CheckpointError, ResumeError
 from llmprune.formats import Layout, layout_from_dict
 from llmprune.packed import with_packing_record
@@ -23,7 +24,13 @@ MANIFEST_NAME = ".llmprune.json"
 LOCK_NAME = ".llmprune.lock"
 RECIPE_NAME = "recipe.yaml"
 
-_FORMAT = 3
+# What makes the shards a model.
+_DESCRIBING = ("config.json", INDEX_NAME)
+
+_FORMAT = 4
+
+# What lies beside the weights: tokenizer, report and its page.
+_BESIDE_BYTES = 20_000_000
 
 # Everything beside the weights that makes a checkpoint usable; copied as it is.
 _COMPANIONS = (
@@ -48,6 +55,7 @@ class OutputFolder:
         keys: what must be equal for a run to continue: name -> value.
         layers: decoder layer name -> {"shard", "sha256", "rows"} of what is committed.
         ends: {"shard", "sha256"} of what is outside the decoder layers, once it is written.
+        described: sha256 of the files that make the shards a model (config.json and the index), once it is complete.
         complete: whether the run has nothing left to do.
         decisions: what was decided about structures before the first layer; None if nothing was.
     """
@@ -56,6 +64,7 @@ class OutputFolder:
     keys: dict[str, Any]
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     ends: dict[str, str] = field(default_factory=dict)
+    described: dict[str, str] = field(default_factory=dict)
     complete: bool = False
     decisions: dict[str, Any] | None = None
 
@@ -166,6 +175,7 @@ class OutputFolder:
 
     def close(self) -> None:
         """Mark the run as complete."""
+        self.described = {name: file_digest(self.path / name) for name in _DESCRIBING}
         self.complete = True
         self._write_manifest()
 
@@ -183,9 +193,13 @@ class OutputFolder:
                 break
             self.layers[name] = layer
         index = self.path / INDEX_NAME
-        whole = len(self.layers) == len(manifest["layers"]) and index.exists()
+        files = [manifest["ends"], *({"shard": name, "sha256": sum_} for name, sum_ in manifest["described"].items())]
         self.decisions = manifest["decisions"]
-        self.complete = manifest["complete"] and whole and self._intact(manifest["ends"])
+        self.complete = (
+            manifest["complete"]
+            and len(self.layers) == len(manifest["layers"])
+            and all(self._intact(file) for file in files)
+        )
         if not self.complete:
             # Shards are about to change: until all of them are there again, the folder must not load.
             with writing_to(self.path):
@@ -202,6 +216,7 @@ class OutputFolder:
             "keys": self.keys,
             "complete": self.complete,
             "ends": self.ends,
+            "described": self.described,
             "decisions": self.decisions,
             "layers": self.layers,
         }
@@ -266,8 +281,12 @@ def expanded(path: str | Path) -> Path:
     """The path with ~ replaced by a home folder.
 
     Raises:
-        ResumeError: ~name of a user whom this machine does not know.
+        ResumeError: it is no path, an empty one, or ~name of a user whom this machine does not know.
     """
+    if not isinstance(path, str | Path) or not str(path):
+        raise ResumeError(
+            f"output folder {path!r}", expected="the path of a folder", fix="pass one, such as out/pruned"
+        )
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -320,20 +339,23 @@ def require_empty(path: Path, *, resume: bool, overwrite: bool) -> None:
     if existing != path or all(file.name in beginnings for file in path.iterdir()):
         return
     ours = (path / MANIFEST_NAME).exists()
+    replaceable = ours or (path / INDEX_NAME).exists() or any(path.glob("*.safetensors"))
+    elsewhere = "choose another folder" + ", or replace the checkpoint in it with --overwrite" * replaceable
     if resume and not ours:
         raise ResumeError(
             f"{path} holds files but no run of llmprune to resume",
-            fix="choose an empty folder, or start again with --overwrite",
+            expected="the folder of an interrupted run",
+            fix=elsewhere,
         )
-    if overwrite and not (ours or (path / INDEX_NAME).exists() or any(path.glob("*.safetensors"))):
+    if overwrite and not replaceable:
         raise ResumeError(
             f"{path} holds files but no checkpoint",
             expected="an empty folder, or a checkpoint that --overwrite can replace",
             fix="choose an empty folder",
         )
     if not resume and not overwrite:
-        way_on = "continue the run with --resume, or replace it" if ours else "choose another, or replace what is in it"
-        raise ResumeError(f"{path} is not empty", expected="a new or empty folder", fix=f"{way_on} with --overwrite")
+        way_on = "continue the run with --resume, or replace it with --overwrite" if ours else elsewhere
+        raise ResumeError(f"{path} is not empty", expected="a new or empty folder", fix=way_on)
 
 
 def require_space(path: Path, nbytes: int) -> None:
@@ -350,10 +372,11 @@ def require_space(path: Path, nbytes: int) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise CheckpointError(f"{existing} is not writable", fix="mend the permissions or choose another output folder")
     free = shutil.disk_usage(existing).free + sum(shard.stat().st_size for shard in path.glob("*.safetensors"))
-    if free < nbytes:
+    needed = nbytes + _BESIDE_BYTES
+    if free < needed:
         raise CheckpointError(
-            f"{free / 1e9:.1f} GB are free under {existing}",
-            expected=f"{nbytes / 1e9:.1f} GB for the pruned checkpoint",
+            f"{format_size(free)} are free under {existing}",
+            expected=f"{format_size(needed)} for the pruned checkpoint, its tokenizer and its report",
             fix="choose another output folder or free some space",
         )
 

@@ -120,7 +120,11 @@ class NM:
 
     def __post_init__(self) -> None:
         if not (0 <= self.keep <= self.of and self.of >= 1):
-            raise PatternError(f"pattern {self.keep}:{self.of}", expected="0 <= N <= M and M >= 1 in N:M")
+            raise PatternError(
+                f"pattern {self.keep}:{self.of}",
+                expected="0 <= N <= M and M >= 1 in N:M",
+                fix="N of M consecutive weights stay: 2:4 keeps 2 of every 4",
+            )
 
     def __str__(self) -> str:
         return f"{self.keep}:{self.of}"
@@ -339,7 +343,7 @@ def _check_sparsity(sparsity: float) -> None:
         raise PatternError(
             f"sparsity {sparsity}",
             expected="the fraction set to zero, in [0, 1]",
-            fix="write 0.5 or 50% for half" if sparsity > 1 else "",
+            fix="write 0.5 or 50% for half",
         )
 
 

@@ -131,7 +131,7 @@ def evaluate(
         guard(Progress("text"))
         if text.source == "self":
             guard.expected = lambda: sampling_needs(source)
-        tokens = load_texts({"text": text}, folder, load_tokenizer(folder), settings.device)["text"]
+        tokens = load_texts({"text": text}, source, load_tokenizer(folder), settings.device)["text"]
         guard.expected = lambda: scoring_needs(source, tokens, settings)
         return measure_perplexity(source, tokens, settings, guard)
 
@@ -176,7 +176,7 @@ def evaluate_against(
         guard(Progress("text"))
         if text.source == "self":
             guard.expected = lambda: sampling_needs(sources[0])
-        tokens = load_texts({"text": text}, folders[0], load_tokenizer(folders[0]), settings.device)["text"]
+        tokens = load_texts({"text": text}, sources[0], load_tokenizer(folders[0]), settings.device)["text"]
         guard.expected = lambda: scoring_needs(sources[0], tokens, settings, models=2)
         first, second = (
             run_stream(source, tokens.ids, settings, guard, stage)

@@ -13,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from llmprune.auditing import audit_checkpoint
-from llmprune.calibration import TextSpec, Tokenizer, Tokens
+from llmprune.calibration import Tokenizer, Tokens
 from llmprune.card import write_card
 from llmprune.checkpoint import write_text
 from llmprune.checkpoint_source import CheckpointSource, open_checkpoint
@@ -133,7 +133,7 @@ class Run:
             self.reduction = Reduction(source, self.recipe.structures, self.recipe.decoder_layers)
         jobs = plan_jobs(self._result(source), self.recipe)
         require_space(output, sum(stored.nbytes for stored in source.stored.values()))
-        texts = self._texts(source, jobs, folder, load_tokenizer(folder))
+        texts = self._texts(source, jobs, load_tokenizer(folder))
         keys = {
             "recipe": self.recipe.to_dict() | {"description": ""},
             "tokens": {text: tokens.digest for text, tokens in texts.items()},
@@ -195,7 +195,7 @@ class Run:
             "compute_dtype": dtype_name(source.dtype),
         }
         with evaluating(model):
-            texts = self._texts(source, jobs, model, tokenizer)
+            texts = self._texts(source, jobs, tokenizer)
             dense = self.dense.final_states(source, texts, self.settings, self.watch, self.stages)
             with PeakWatch(self.device) as memory:
                 rows = self.prune_layers(source, jobs, texts["calibration"], None, memory)
@@ -259,19 +259,13 @@ class Run:
         """Open a checkpoint as this recipe computes it."""
         return open_checkpoint(folder, self.device, self.recipe.compute_dtype, self.recipe.decoder_layers)
 
-    def _texts(
-        self, source: Source, jobs: Sequence[dict[str, Job]], model: Path | PreTrainedModel, tokenizer: Tokenizer
-    ) -> dict[str, Tokens]:
-        recipe = self.recipe
-        total = recipe.calibration.samples + recipe.held_back
-        specs: dict[str, TextSpec] = {"calibration": replace(recipe.calibration, samples=total)}
-        if recipe.evaluation is not None:
-            specs["evaluation"] = recipe.evaluation
+    def _texts(self, source: Source, jobs: Sequence[dict[str, Job]], tokenizer: Tokenizer) -> dict[str, Tokens]:
+        specs = self.recipe.texts
         self.watch(Progress("calibration text"))
         if any(spec.source == "self" for spec in specs.values()):
             self.guard.expected = lambda: sampling_needs(source)
         with self.stages("text"):
-            texts = self.dense.texts(specs, model, tokenizer, self.device)
+            texts = self.dense.texts(specs, source, tokenizer, self.device)
         self.guard.expected = lambda: pruning_needs(source, jobs, texts, self.settings)
         return texts
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
@@ -60,6 +60,8 @@ from llmprune.recipe_text import (
 from llmprune.structure_recipe import SECTIONS, Structures
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid")
+
+_RECIPE_FORMS = "a bundled recipe's name, the path of a YAML file, YAML text, a mapping or a Recipe"
 
 # What evaluation is unless it says otherwise; its length is that of calibration.
 _EVALUATION = {"samples": 32, "seed": 12345}
@@ -267,6 +269,12 @@ class Recipe(BaseModel):
         """The patterns of the recipe and of its rules."""
         return [pattern for pattern in (self.pattern, *(rule.pattern for rule in self.rules)) if pattern is not None]
 
+    @property
+    def texts(self) -> dict[str, TextSpec]:
+        """The texts that a run reads: "calibration", with the held-back samples, and "evaluation", if there is any."""
+        held_back = replace(self.calibration, samples=self.calibration.samples + self.held_back)
+        return {"calibration": held_back, **({"evaluation": self.evaluation} if self.evaluation else {})}
+
     def for_matrix(self, name: str) -> tuple[Pattern, Method] | None:
         """Say how the matrix of this full name is pruned; None if it stays dense."""
         if self.pattern is None or self.method is None:
@@ -312,18 +320,28 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     """
     if isinstance(recipe, Recipe) and not overrides:
         return recipe
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     document = _open(recipe)
     keys = [assignment.partition("=")[0].strip() for assignment in overrides]
     if repeated := [key for key in keys if keys.count(key) > 1]:
         raise RecipeError(f"--set {repeated[0]} is given {keys.count(repeated[0])} times", fix="keep one of them")
     for assignment, _ in sorted(zip(overrides, keys, strict=True), key=lambda pair: pair[1].count(".")):
         override(document, assignment)
+    _tell_changes(document, overrides)
     try:
         # As JSON, because pydantic's strict types then still take lists for tuples and mappings for dataclasses.
         return Recipe.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
         cause, refused = explain(error, document, _known_keys)
         raise refused from cause
+
+
+def _tell_changes(document: Document, overrides: Sequence[str]) -> None:
+    """Have the description, where there is one, say what was changed of that which it describes."""
+    described = document.data.get("description")
+    changes = [change for change in sorted(overrides) if re.match(r"(pattern|method|structures|rules)\b", change.strip())]
+    if changes and described and not any(change.strip().startswith("description") for change in overrides):
+        document.data["description"] = f"{described}; changed: {', '.join(changes)}"
 
 
 def bundled_recipes() -> list[tuple[str, str]]:
@@ -354,6 +372,8 @@ def _open(recipe: str | Path | Mapping[str, Any] | Recipe) -> Document:
         return Document(recipe.to_dict(), "recipe")
     if isinstance(recipe, Mapping):
         return Document(json.loads(json.dumps(dict(recipe), default=str)), "recipe")
+    if not isinstance(recipe, str | Path):
+        raise RecipeError(f"a recipe of type {type(recipe).__name__}", expected=_RECIPE_FORMS, fix="pass one of these")
     if isinstance(recipe, str) and "\n" in recipe:
         return parse_document(recipe, "recipe")
     bundled = _bundled()
@@ -365,7 +385,11 @@ def _open(recipe: str | Path | Mapping[str, Any] | Recipe) -> Document:
         hint = did_you_mean(Path(recipe).name.removesuffix(".yaml"), bundled)
         raise RecipeError(f"no recipe {str(recipe)!r}{hint}", expected=f"a YAML file, or {one_of(bundled)}") from error
     except (OSError, UnicodeError) as error:
-        raise RecipeError(f"{recipe} cannot be read: {error}", expected="a YAML file in UTF-8") from error
+        raise RecipeError(
+            f"{recipe} cannot be read: {error}",
+            expected="a YAML file in UTF-8",
+            fix="check the path, or save the file as UTF-8 text",
+        ) from error
 
 
 def _known_keys(section: KeyPath) -> list[str]:

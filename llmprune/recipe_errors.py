@@ -38,7 +38,8 @@ def _problem(
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         known, section = known_keys(path[:-1]), f" in {dotted(path[:-1])}" if path[1:] else ""
         hint = did_you_mean(str(path[-1]), known)
-        return f"{place}: unknown key {str(path[-1])!r}{section}{hint}", one_of(known), ""
+        fix = "" if hint else "drop it; `llmprune recipes NAME` prints a recipe with all keys"
+        return f"{place}: unknown key {str(path[-1])!r}{section}{hint}", one_of(known), fix
     if kind == "missing":
         return f"{place}: {name} is missing", "", ""
     expected = _EXPECTED.get(kind, detail["msg"].removeprefix("Input should be "))

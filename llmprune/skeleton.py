@@ -25,7 +25,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{folder}/config.json cannot be read: {str(error).strip().splitlines()[0]}",
+            f"{folder}/config.json cannot be read: {' '.join(str(error).split())[:300]}",
             expected="the configuration of a model that the installed transformers knows",
             fix="upgrade transformers if the model is new",
         ) from error
@@ -39,6 +39,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise ModelError(
             f"{folder} holds {', '.join(architectures) or config.model_type}, which is not a causal LM",
             expected="an architecture that AutoModelForCausalLM loads",
+            fix="give a decoder-only language model; encoders, embeddings and classifiers are not pruned",
         )
     return config
 

@@ -4,45 +4,84 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llmprune.calibration import TextSpec, Tokenizer, Tokens, load_tokens
 from llmprune.checkpoint import read_index
-from llmprune.errors import ModelError
+from llmprune.checkpoint_source import CheckpointSource
+from llmprune.devices import free_bytes
+from llmprune.documents import require_source
+from llmprune.errors import CalibrationError, ModelError
 from llmprune.generation import generate_text
 from llmprune.precision import computed_in
 from llmprune.skeleton import quiet_transformers, read_config
-from llmprune.source import widened
+from llmprune.source import Source, widened
+
+# What configs call the number of positions that a model was made for.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def load_texts(
-    specs: Mapping[str, TextSpec], model: PreTrainedModel | Path, tokenizer: Tokenizer, device: torch.device
+    specs: Mapping[str, TextSpec], source: Source, tokenizer: Tokenizer, device: torch.device
 ) -> dict[str, Tokens]:
     """Load every text of a run; the dense model is loaded whole, once, only if a text is sampled from it.
 
     Args:
         specs: name -> text.
-        model: the dense model, in memory or as a checkpoint folder.
+        source: the dense model.
         tokenizer: the model's.
         device: where text is sampled.
 
     Raises:
-        CalibrationError: a text cannot be read or is too short.
+        CalibrationError: a text cannot be read, is too short, has samples that the model has not enough positions for,
+            or tokens that it does not know.
     """
-    dense: PreTrainedModel | None = model if isinstance(model, PreTrainedModel) else None
+    check_texts(specs, source)
+    dense = None if isinstance(source, CheckpointSource) else source.model
 
     def generate(spec: TextSpec) -> Tensor:
         nonlocal dense
         if dense is None:
-            assert isinstance(model, Path)
-            dense = _load_dense(model, device)
+            assert isinstance(source, CheckpointSource)
+            dense = _load_dense(source.folder, device)
         with widened(dense, computed_in(dense.dtype, dense.device)):
             return generate_text(dense, spec, tokenizer.bos_token_id)
 
-    return {name: load_tokens(spec, tokenizer, generate) for name, spec in specs.items()}
+    texts = {name: load_tokens(spec, tokenizer, generate) for name, spec in specs.items()}
+    for name, tokens in texts.items():
+        _check_vocabulary(tokens, source.model, specs[name].source)
+    return texts
+
+
+def check_texts(specs: Mapping[str, TextSpec], source: Source) -> None:
+    """Refuse what can be refused before any text is read.
+
+    Raises:
+        CalibrationError: a local text is not there, or its samples are longer than the model's positions.
+    """
+    config = source.model.config.get_text_config()
+    positions = next((size for name in _POSITIONS if (size := getattr(config, name, None))), None)
+    for name, spec in specs.items():
+        if positions is not None and spec.length > positions:
+            raise CalibrationError(
+                f"{name}: samples of {spec.length} tokens for a model with {positions} positions",
+                expected=f"a length of at most {positions}",
+                fix=f"set length to {positions} or less",
+            )
+        if spec.source != "self":
+            require_source(spec.source)
+
+
+def _check_vocabulary(tokens: Tokens, model: PreTrainedModel, text: str) -> None:
+    known, largest = model.get_input_embeddings().weight.shape[0], int(tokens.ids.max())
+    if largest >= known:
+        raise CalibrationError(
+            f"{text}: the tokenizer gives token {largest}, and the model has embeddings for {known}",
+            expected=f"token ids below {known}",
+            fix="use the tokenizer that the model was trained with, or resize_token_embeddings and save the model",
+        )
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
@@ -55,7 +94,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"no tokenizer in {folder}: {str(error).strip().splitlines()[0]}",
+            f"no tokenizer in {folder}: {' '.join(str(error).split())[:300]}",
             expected="the tokenizer's files beside the weights",
             fix="save the model's tokenizer into the folder, or pass one from Python",
         ) from error
@@ -65,8 +104,7 @@ def _load_dense(folder: Path, device: torch.device) -> PreTrainedModel:
     """The whole model; what does not fit the device is left to accelerate, which offloads to CPU and disk."""
     dtype = computed_in(read_config(folder).dtype or torch.float32, device)
     nbytes = sum(math.prod(stored.shape) for stored in read_index(folder).values()) * dtype.itemsize
-    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    fits = nbytes < 0.8 * room
+    fits = nbytes < 0.8 * free_bytes(device)
     with quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map={"": device} if fits else "auto", experts_implementation="eager"

@@ -1,12 +1,9 @@
 """Calibration text that cannot be read, is too short, or was asked for in a way that means nothing."""
 
-from pathlib import Path
-
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
 from documents import DOCUMENTS, TESTBED, one_by_one, write_jsonl, write_parquet
 from transformers import (
     AutoTokenizer,
@@ -193,10 +190,7 @@ def test_hub_refusals_keep_their_reason(tokenizer, monkeypatch, error, fix):
         ("some/dataset", {"temperature": 0.5}),
     ],
 )
-def test_options_without_effect_are_refused(tmp_path, tokenizer, monkeypatch, source, changed):
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text(DOCUMENTS[9])
-    write_jsonl(Path("text.jsonl"), DOCUMENTS)
+def test_options_without_effect_are_refused(source, changed):
     (name,) = changed
     with pytest.raises(CalibrationError, match=f"^{name} .*\nexpected: no {name}"):
-        load_tokens(TextSpec(source, **changed), tokenizer, lambda spec: torch.zeros(128, 2048))
+        TextSpec(source, **changed)

@@ -326,7 +326,7 @@ def test_dry_run_refuses_what_a_run_would_refuse(model: Path, tmp_path: Path, mo
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     result = run("prune", model, "--recipe", "demo", "--dry-run", "--output", tmp_path / "out")
     assert result.exit_code == 1
-    assert "GB for the pruned checkpoint" in result.stderr
+    assert "MB for the pruned checkpoint, its tokenizer and its report" in result.stderr
 
 
 def test_version() -> None:

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from llmprune.calibration import TextSpec
-from llmprune.errors import CalibrationError, NumericsError
+from llmprune.errors import NumericsError
 from llmprune.generation import generate_text
 
 
@@ -136,13 +136,6 @@ def test_dropout_is_off_while_sampling_and_on_again_after():
     expected = generate_text(model, spec, 1)
     assert torch.equal(generate_text(model.train(), spec, 1), expected)
     assert model.training
-
-
-def test_length_beyond_the_positions():
-    model = tiny_model(positions=16)
-    assert generate_text(model, TextSpec(samples=1, length=16), 1).shape == (1, 16)
-    with pytest.raises(CalibrationError, match="17 tokens from a model with 16 positions"):
-        generate_text(model, TextSpec(samples=1, length=17), 1)
 
 
 def test_models_without_a_limit_of_positions():

@@ -291,3 +291,11 @@ def test_every_method_has_a_recipe_and_writes_all_its_knobs() -> None:
         recipe = load_recipe({**SMALL, "method": name})
         assert recipe.method == method()
         assert recipe.to_dict()["method"] == {name: asdict(recipe.method)}
+
+
+def test_a_description_says_what_was_changed() -> None:
+    plain = load_recipe("wanda-50")
+    assert load_recipe("wanda-50", ["batch_size=2"]).description == plain.description
+    changed = load_recipe("wanda-50", ["pattern=2:4", "batch_size=2", "method=magnitude"])
+    assert changed.description == f"{plain.description}; changed: method=magnitude, pattern=2:4"
+    assert load_recipe("wanda-50", ["pattern=2:4", "description=mine"]).description == "mine"

@@ -79,7 +79,7 @@ def test_a_damaged_layer_is_done_again_and_so_is_what_follows(
     assert_equal_to(whole, folder, report)
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00004.safetensors", INDEX_NAME, "report.json"])
+@pytest.mark.parametrize("name", ["model-00001-of-00004.safetensors", INDEX_NAME, "config.json", "report.json"])
 def test_what_is_missing_beside_the_layers_is_written_again(
     whole: Whole, solved: list[str], tmp_path: Path, name: str
 ) -> None:
@@ -89,6 +89,14 @@ def test_what_is_missing_beside_the_layers_is_written_again(
     report = prune(whole.source, whole.recipe, folder, resume=True)
     assert solved == []
     assert_equal_to(whole, folder, report)
+
+
+def test_a_config_that_does_not_belong_to_the_weights_is_written_again(whole: Whole, tmp_path: Path) -> None:
+    folder = tmp_path / "pruned"
+    shutil.copytree(whole.folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 8}))
+    assert_equal_to(whole, folder, prune(whole.source, whole.recipe, folder, resume=True))
 
 
 def test_a_damaged_folder_does_not_load_while_it_is_mended(
@@ -216,6 +224,6 @@ def test_a_model_in_memory_cannot_be_resumed(whole: Whole, tmp_path: Path) -> No
 
 def test_the_manifest_is_read_by_its_format(whole: Whole) -> None:
     manifest = json.loads((whole.folder / MANIFEST_NAME).read_text())
-    assert set(manifest) == {"format", "keys", "complete", "ends", "decisions", "layers"}
+    assert set(manifest) == {"format", "keys", "complete", "ends", "described", "decisions", "layers"}
     assert list(manifest["keys"]) == ["recipe", "tokens", "source", "version", "device", "compute_dtype"]
     assert output.MANIFEST_NAME == ".llmprune.json"

@@ -70,25 +70,34 @@ def test_layer_keys_and_end_keys_are_all_keys(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
-def test_a_missing_tensor_is_named(llama: Path, key: str) -> None:
+def test_a_missing_tensor_is_named_before_anything_is_read(llama: Path, key: str) -> None:
     rewrite(llama, lambda stored: {name: tensor for name, tensor in stored.items() if name != key})
     with pytest.raises(CheckpointError, match=f"no values for '{key}'"):
-        final_states(llama)
+        CheckpointSource(llama)
 
 
-def test_a_missing_expert_is_a_shape_that_does_not_fit(tmp_path: Path) -> None:
+def test_a_missing_expert_is_noticed(tmp_path: Path) -> None:
     folder = save(build("mixtral"), tmp_path)
     gone = next(key for key in tensors(folder) if ".experts.3." in key)
     rewrite(folder, lambda stored: {name: tensor for name, tensor in stored.items() if name != gone})
-    with pytest.raises(CheckpointError, match="does not fit the model"):
-        final_states(folder)
+    with pytest.raises(CheckpointError, match=r"7 tensors with 10,752 values.* wants 4 x 96 x 32 \(12,288\)"):
+        CheckpointSource(folder)
 
 
 def test_a_shape_that_differs_is_named(llama: Path) -> None:
-    key = "model.layers.0.mlp.up_proj.weight"
+    key = "model.layers.1.mlp.up_proj.weight"
     rewrite(llama, lambda stored: {**stored, key: stored[key][:-1].clone()})
-    with pytest.raises(CheckpointError, match=key):
-        final_states(llama)
+    with pytest.raises(CheckpointError, match=f"'{key}' holds 47 x 32, and config.json wants 48 x 32"):
+        CheckpointSource(llama)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_in_codes_are_refused(llama: Path, dtype: torch.dtype) -> None:
+    """Their scales are elsewhere: pruned as numbers, they would be nonsense."""
+    rewrite(llama, lambda stored: {k: t.to(dtype) if k.endswith("q_proj.weight") else t for k, t in stored.items()})
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(CheckpointError, match=f"'model.layers.0.self_attn.q_proj.weight' and 1 more stored as {name}"):
+        CheckpointSource(llama)
 
 
 def test_a_truncated_shard_is_named(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ class Bench:
         self.source = CheckpointSource(self._folder)
         self._settings = StreamSettings(batch_size=self._protocol.batch_size)
         chunks = self._spec("heldout", self._protocol.chunks)
-        self._tokens = load_texts({"heldout": chunks}, self._folder, tokenizer, CPU)["heldout"]
+        self._tokens = load_texts({"heldout": chunks}, self.source, tokenizer, CPU)["heldout"]
         self._dense = run_stream(self.source, self._tokens.ids, self._settings, ignore, "dense")
 
     def measure(self, row: Row) -> Figures:

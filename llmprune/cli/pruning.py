@@ -2,7 +2,6 @@
 
 import shlex
 from enum import Enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -43,7 +42,7 @@ def prune(
         str, typer.Option("--recipe", "-r", help="A bundled recipe (see `llmprune recipes`) or a YAML file.")
     ],
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--output", "-o", metavar="DIR", help="Folder for the pruned checkpoint and its report. Required."
         ),
@@ -88,7 +87,7 @@ def prune(
     options = [part for setting in overrides or () for part in ("--set", setting)]
     options += [part for key, value in chosen.items() if value for part in (f"--{key}", value)]
     options += [*["--json"] * as_json, *["--quiet"] * quiet]
-    command = ["llmprune", "prune", model, "--recipe", recipe, "--output", str(output), *options]
+    command = ["llmprune", "prune", model, "--recipe", recipe, "--output", output, *options]
     display = console.Display(quiet=quiet)
     ways_on = (
         lambda: _way_on(display, command, resume=resume, overwrite=overwrite),
@@ -134,20 +133,20 @@ def recipes(
 
 
 def _dry_run(
-    model: str, recipe: str, settings: list[str], output: Path | None, *, resume: bool, overwrite: bool, as_json: bool
+    model: str, recipe: str, settings: list[str], output: str | None, *, resume: bool, overwrite: bool, as_json: bool
 ) -> None:
     with explained(as_json, lambda: "interrupted; nothing was written"):
         from llmprune.forecast import dry_run
         from llmprune.output import expanded, require_empty, require_free, require_space
         from llmprune.tables.pruning import dry_run_tables
 
-        if output is not None:
-            output = expanded(output)
-            require_free(output)
-            require_empty(output, resume=resume, overwrite=overwrite)
+        folder = None if output is None else expanded(output)
+        if folder is not None:
+            require_free(folder)
+            require_empty(folder, resume=resume, overwrite=overwrite)
         plan = dry_run(model, recipe, settings)
-        if output is not None:
-            require_space(output, plan.disk_bytes)
+        if folder is not None:
+            require_space(folder, plan.disk_bytes)
         if as_json:
             console.show_json(plan.to_dict())
         else:

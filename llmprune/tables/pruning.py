@@ -30,10 +30,14 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
         ("model", header["model"]),
         *_evaluation_facts(report),
         *_removal_facts(report),
-        *([("sparsity", f"{report.sparsity:.2%} of {len(report.rows)} matrices")] if report.rows else []),
+        *(
+            [("sparsity", f"{report.sparsity:.2%} of the weights in {_matrices(len(report.rows))}")]
+            if report.rows
+            else []
+        ),
         ("mean error", error),
-        ("raised damping", f"{climbed} matrices"),
-        ("expert priors", f"{priors} matrices"),
+        ("raised damping", _matrices(climbed)),
+        ("expert priors", _matrices(priors)),
         ("seconds", f"{format_seconds(header['seconds']['total'])}: {', '.join(stages)}"),
         (
             "peak memory",
@@ -184,3 +188,7 @@ def _disk(plan: "DryRun") -> str:
         else ""
     )
     return f"{format_size(plan.disk_bytes)} for the pruned checkpoint{spilled}"
+
+
+def _matrices(count: int) -> str:
+    return f"{count} matri{'x' if count == 1 else 'ces'}"

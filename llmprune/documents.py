@@ -1,0 +1,183 @@
+"""Documents, one at a time: of a local file, of a folder of data files, or of a dataset on the Hugging Face hub."""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmprune.errors import CalibrationError
+
+_LAST_FIX = "check the name, config and split; datasets.load_dataset tells more, or name a local file"
+
+# A dataset id may contain dots (airoboros-2.2.1), so only these endings say that a file was meant.
+_FILE_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip")
+
+
+def read_documents(source: str, config: str | None, split: str, column: str) -> Iterator[str]:
+    """Read the documents of a source, one at a time.
+
+    Args:
+        source: a .txt file (one document), a .jsonl or .parquet file, a folder of data files, or a dataset id.
+        config: configuration of the dataset.
+        split: of the dataset.
+        column: the field or column that holds the text.
+
+    Raises:
+        CalibrationError: there is no such source, or it cannot be read.
+    """
+    require_source(source)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _file_documents(path, column)
+    return _dataset_documents(str(path), config, split, column)
+
+
+def require_source(source: str) -> None:
+    """Refuse a local path that is not there or of an unknown kind; whether a hub has a dataset is told by reading it.
+
+    Raises:
+        CalibrationError: says what can be read.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix.lower() not in _FILE_READERS:
+        raise CalibrationError(
+            f"{path}: text of an unknown kind",
+            expected=f"a file that ends in {', '.join(_FILE_READERS)}",
+            fix="convert it, or name the folder that holds it, which is read by the datasets library",
+        )
+    is_path = path.suffix.lower() in _FILE_SUFFIXES or source.startswith((".", "/", "~")) or len(path.parts) > 2
+    if is_path and not path.exists():
+        raise CalibrationError(
+            f"no such file or folder: {source}",
+            expected="a file, a folder of data files, or a dataset id",
+            fix="check the spelling; relative paths start at the current folder",
+        )
+
+
+def is_single_file(source: str) -> bool:
+    """Whether a source is meant as one file that is read here, and not by the datasets library."""
+    path = Path(source).expanduser()
+    return path.suffix.lower() in _FILE_READERS and not path.is_dir()
+
+
+def has_columns(source: str) -> bool:
+    """Whether a source has columns to choose from: everything but plain text."""
+    return not (is_single_file(source) and Path(source).suffix.lower() == ".txt")
+
+
+def _file_documents(path: Path, column: str) -> Iterator[str]:
+    try:
+        yield from _FILE_READERS[path.suffix.lower()](path, column)
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a damaged parquet file
+        raise CalibrationError(
+            f"{path} cannot be read: {error}",
+            expected="a readable file; text is in UTF-8",
+            fix="mend its permissions, or write it again (iconv -f LATIN1 -t UTF-8 converts, for example)",
+        ) from error
+
+
+def _read_text(path: Path, column: str) -> Iterator[str]:
+    yield path.read_text(encoding="utf-8")
+
+
+def _read_json_lines(path: Path, column: str) -> Iterator[str]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise CalibrationError(
+                    f"{where} is not JSON: {error}",
+                    expected="a JSON object on each line, in UTF-8",
+                    fix="mend or remove the line",
+                ) from error
+            if not isinstance(row, dict):
+                raise CalibrationError(
+                    f"{where} is a {type(row).__name__}",
+                    expected="a JSON object on each line",
+                    fix=f'write {{"{column}": "..."}}',
+                )
+            _check_column(column, list(row), where)
+            yield _text(row[column], column, where)
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[str]:
+    import pyarrow.parquet  # type: ignore[import-untyped] # slow to import, and needed by few runs
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        _check_column(column, file.schema_arrow.names, str(path))
+        batches = (batch.column(0).to_pylist() for batch in file.iter_batches(columns=[column]))
+        yield from _rows(batches, column, str(path))
+
+
+_FILE_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_json_lines,
+    ".parquet": _read_parquet,
+}
+
+
+def _dataset_documents(name: str, config: str | None, split: str, column: str) -> Iterator[str]:
+    import datasets  # slow to import, and needed by few runs
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined] # of httpx, whichever version the hub uses
+
+    try:
+        with _quiet_retries():
+            dataset = datasets.load_dataset(name, config, split=split, streaming=False)
+    except (datasets.exceptions.DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
+        fixes = {
+            FileNotFoundError: "check the name or path; a gated or private dataset needs accepted terms and a login",
+            ConnectionError: "connect to the hub, or name a local file or folder",
+            ValueError: "check config and split",
+        }
+        raise CalibrationError(
+            f"dataset {name} (config {config}, split {split}) cannot be loaded: {error}",
+            fix=next((fix for kind, fix in fixes.items() if isinstance(error, kind)), _LAST_FIX),
+        ) from error
+    _check_column(column, dataset.column_names, f"dataset {name}, split {split}")
+    batches = (batch[column] for batch in dataset.select_columns([column]).iter(1000))
+    yield from _rows(batches, column, f"dataset {name}")
+
+
+@contextmanager
+def _quiet_retries() -> Iterator[None]:
+    """Leave out the hub client's line for each try to connect: what came of them is said once."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _rows(batches: Iterable[list[object]], column: str, where: str) -> Iterator[str]:
+    values = (value for batch in batches for value in batch)
+    for number, value in enumerate(values, start=1):
+        yield _text(value, column, f"{where}, row {number}")
+
+
+def _check_column(column: str, present: list[str], where: str) -> None:
+    if column not in present:
+        raise CalibrationError(
+            f"{where}: no column {column!r}",
+            expected=f"one of {', '.join(present) or 'none'}",
+            fix="set column to the one that holds the text",
+        )
+
+
+def _text(value: object, column: str, where: str) -> str:
+    """The cell of a text column; a null is an empty document."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise CalibrationError(
+            f"{where}: column {column!r} holds {type(value).__name__}",
+            expected="text",
+            fix="set column to the one that holds the text",
+        )
+    return value
