@@ -343,8 +343,6 @@ def _linear_weights(checkpoint: CheckpointSource) -> dict[str, str]:
 
 def _choose_layout(weight: Tensor, wanted: Format) -> tuple[Layout | None, str]:
     """The layout of a weight, or None and the reason."""
-    if not weight.is_floating_point():
-        return None, f"its dtype is {weight.dtype}"
     found = detect_pattern(weight)
     if found == "dense":
         return None, _NOT_PRUNED

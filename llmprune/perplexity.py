@@ -30,7 +30,7 @@ from llmprune.progress import Progress, Watcher, ignore
 from llmprune.shortage import MemoryGuard, sampling_needs, scoring_needs
 from llmprune.source import Source
 from llmprune.stream import Stream, StreamSettings
-from llmprune.texts import load_texts, load_tokenizer
+from llmprune.texts import load_texts, tokenizer_for
 
 # Positions whose logits are widened to float32 at once: bounds the memory for vocabularies of 250,000.
 _POSITIONS = 512
@@ -131,7 +131,8 @@ def evaluate(
         guard(Progress("text"))
         if text.source == "self":
             guard.expected = lambda: sampling_needs(source)
-        tokens = load_texts({"text": text}, source, load_tokenizer(folder), settings.device)["text"]
+        tokenizer = tokenizer_for([text], folder, source.config)
+        tokens = load_texts({"text": text}, source, tokenizer, settings.device)["text"]
         guard.expected = lambda: scoring_needs(source, tokens, settings)
         return measure_perplexity(source, tokens, settings, guard)
 
@@ -176,7 +177,8 @@ def evaluate_against(
         guard(Progress("text"))
         if text.source == "self":
             guard.expected = lambda: sampling_needs(sources[0])
-        tokens = load_texts({"text": text}, sources[0], load_tokenizer(folders[0]), settings.device)["text"]
+        tokenizer = tokenizer_for([text], folders[0], sources[0].config)
+        tokens = load_texts({"text": text}, sources[0], tokenizer, settings.device)["text"]
         guard.expected = lambda: scoring_needs(sources[0], tokens, settings, models=2)
         first, second = (
             run_stream(source, tokens.ids, settings, guard, stage)

@@ -50,7 +50,7 @@ from llmprune.stream import ResidentLayer, Stream, StreamSettings
 from llmprune.structure_plan import consumer_shapes
 from llmprune.structures.removal import Cut
 from llmprune.survey import decide
-from llmprune.texts import load_tokenizer
+from llmprune.texts import tokenizer_for
 from llmprune.timing import Stages
 from llmprune.version import __version__
 from llmprune.visual import write_page
@@ -101,7 +101,7 @@ def prune(
             return run.from_checkpoint(str(model), folder, expanded(output), resume=resume, overwrite=overwrite)
     if resume:
         raise ResumeError("a model in memory cannot be resumed", fix="save it and pass the folder")
-    tokenizer = tokenizer or load_tokenizer(model.config._name_or_path)
+    tokenizer = tokenizer or tokenizer_for(settings.texts.values(), model.config._name_or_path, model.config)
     with run.guard:
         return run.in_memory(model, None if output is None else expanded(output), tokenizer, overwrite=overwrite)
 
@@ -133,7 +133,8 @@ class Run:
             self.reduction = Reduction(source, self.recipe.structures, self.recipe.decoder_layers)
         jobs = plan_jobs(self._result(source), self.recipe)
         require_space(output, sum(stored.nbytes for stored in source.stored.values()))
-        texts = self._texts(source, jobs, load_tokenizer(folder))
+        tokenizer = tokenizer_for(self.recipe.texts.values(), folder, source.config)
+        texts = self._texts(source, jobs, tokenizer)
         keys = {
             "recipe": self.recipe.to_dict() | {"description": ""},
             "tokens": {text: tokens.digest for text, tokens in texts.items()},

@@ -339,8 +339,9 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
 def _tell_changes(document: Document, overrides: Sequence[str]) -> None:
     """Have the description, where there is one, say what was changed of that which it describes."""
     described = document.data.get("description")
-    changes = [change for change in sorted(overrides) if re.match(r"(pattern|method|structures|rules)\b", change.strip())]
-    if changes and described and not any(change.strip().startswith("description") for change in overrides):
+    given = sorted(change.strip() for change in overrides)
+    changes = [change for change in given if re.match(r"(pattern|method|structures|rules)\b", change)]
+    if changes and described and not any(change.startswith("description") for change in given):
         document.data["description"] = f"{described}; changed: {', '.join(changes)}"
 
 

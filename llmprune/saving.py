@@ -68,7 +68,9 @@ def save_dense(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> No
     """Write a model and its tokenizer into a new folder."""
     with quiet_transformers():
         model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+    # Any callable will do as a tokenizer, and a model may have none.
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
     for shard in folder.glob("*.safetensors"):
         shard.chmod(0o644)  # safetensors creates private files
 

@@ -1,12 +1,14 @@
 """The tokens of a run: calibration and evaluation text, read or sampled from the dense model."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from llmprune.calibration import TextSpec, Tokenizer, Tokens, load_tokens
 from llmprune.checkpoint import read_index
@@ -98,6 +100,35 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
             expected="the tokenizer's files beside the weights",
             fix="save the model's tokenizer into the folder, or pass one from Python",
         ) from error
+
+
+def tokenizer_for(specs: Iterable[TextSpec], folder: Path | str, config: PretrainedConfig) -> Tokenizer:
+    """Read a model's tokenizer; where there is none, and the model writes all texts itself, none is needed.
+
+    Args:
+        specs: the texts of a run.
+        folder: of the model.
+        config: of the model; says which token opens a document if no tokenizer does.
+
+    Raises:
+        ModelError: there is none, and a text has to be tokenised.
+    """
+    try:
+        return load_tokenizer(folder)
+    except ModelError:
+        if any(spec.source != "self" for spec in specs):
+            raise
+        return _NoTokenizer(config.get_text_config().bos_token_id)
+
+
+@dataclass
+class _NoTokenizer:
+    """Stands for the tokenizer of a model that has none."""
+
+    bos_token_id: int | None
+
+    def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]:
+        raise AssertionError("there is no tokenizer")
 
 
 def _load_dense(folder: Path, device: torch.device) -> PreTrainedModel:

@@ -335,9 +335,3 @@ def test_mistakes_are_told_before_anything_is_written(
 def test_a_folder_needs_an_output(dense: Path) -> None:
     with pytest.raises(RecipeError, match="no output folder"):
         prune(dense, recipe())
-
-
-def test_a_checkpoint_without_tokenizer_is_refused(tmp_path: Path) -> None:
-    build("llama").save_pretrained(tmp_path / "dense")
-    with pytest.raises(ModelError, match="no tokenizer in"):
-        prune(tmp_path / "dense", recipe(), tmp_path / "pruned")

@@ -8,7 +8,7 @@ from tiny_models import VOCABULARY, build, recipe, save, tokenizer
 
 import llmprune.texts
 from llmprune import TextSpec, evaluate, prune
-from llmprune.errors import CalibrationError
+from llmprune.errors import CalibrationError, ModelError
 from llmprune.forecast import dry_run
 
 
@@ -68,3 +68,14 @@ def test_tokens_that_the_model_does_not_know(use: Use, text: str, tmp_path: Path
     with pytest.raises(CalibrationError, match=r"gives token \d+, and the model has embeddings for 64"):
         use(folder, {"source": text, "samples": 2, "length": 32}, tmp_path / "output")
     assert VOCABULARY > 64
+
+
+def test_a_model_without_a_tokenizer_prunes_on_text_that_it_writes(text: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    build("llama").save_pretrained(folder)
+    evaluation = {"source": "self", "samples": 1}
+    assert prune(folder, recipe(evaluation=evaluation), tmp_path / "pruned").header["texts"]["calibration"]
+    assert prune(build("llama"), recipe(evaluation=evaluation), tmp_path / "saved").dense_perplexity
+    assert evaluate(folder, TextSpec(samples=1, length=16)).samples == 1
+    with pytest.raises(ModelError, match="no tokenizer in"):
+        by_prune(folder, {"source": text, "samples": 2, "length": 16}, tmp_path / "output")
