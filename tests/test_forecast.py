@@ -171,7 +171,7 @@ def test_one_layer_of_each_kind_is_loaded(folder: Path, monkeypatch: pytest.Monk
 def test_nothing_is_written_and_no_text_is_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = contents(folder)
-    plan = look(folder, calibration={"source": "no-such-file.txt", "samples": 6, "length": 24})
+    plan = look(folder, calibration={"source": "nobody/corpus", "samples": 6, "length": 24})
     assert contents(tmp_path) == {}
     assert contents(folder) == before
     assert any("The calibration text is not looked at" in note for note in plan.notes)
@@ -181,7 +181,7 @@ def test_notes_say_what_the_figures_leave_out(folder: Path) -> None:
     def notes(**changes: Any) -> str:
         return " ".join(look(folder, **changes).notes)
 
-    text = {"source": "no-such-file.txt", "samples": 6, "length": 24}
+    text = {"source": "nobody/corpus", "samples": 6, "length": 24}
     assert "lower bound" in notes()
     assert "loaded whole" in notes()
     assert "loaded whole" not in notes(calibration=text)

@@ -49,7 +49,7 @@ def forms(model: PreTrainedModel) -> set[str]:
 
 @pytest.mark.parametrize(("served", "names"), [("auto", {"dense"}), ("packed", {"unpacked"}), ("dense", {"dense"})])
 def test_loads_packed_checkpoints_as_asked(folder: Path, served: Any, names: set[str]) -> None:
-    model = load(folder / "packed", device="cpu", served=served)
+    model = load(folder / "packed", device="cpu", dtype="bfloat16", served=served)
     assert not model.training
     assert forms(model) == names
     assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(folder / "dense").eval()))
@@ -58,18 +58,25 @@ def test_loads_packed_checkpoints_as_asked(folder: Path, served: Any, names: set
 def test_loads_dense_checkpoints(folder: Path) -> None:
     stock = AutoModelForCausalLM.from_pretrained(folder / "dense").eval()
     for served in ("auto", "dense"):
-        assert torch.equal(logits(load(str(folder / "dense"), served=served)), logits(stock))
+        assert torch.equal(
+            logits(load(str(folder / "dense"), device="cpu", dtype=torch.bfloat16, served=served)), logits(stock)
+        )
 
 
-def test_loads_another_dtype(folder: Path) -> None:
-    assert load(folder / "packed", device="cpu", dtype=torch.float32).dtype == torch.float32
-    assert load(folder / "packed", device="cpu").dtype == torch.bfloat16
+def test_loads_in_the_dtype_that_the_device_computes_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert load(folder / "packed", device="cpu", dtype=dtype).dtype == dtype
+    for native in (True, False):
+        monkeypatch.setattr(
+            serving, "computed_in", lambda *_, native=native: torch.bfloat16 if native else torch.float32
+        )
+        assert load(folder / "packed", device="cpu").dtype == (torch.bfloat16 if native else torch.float32)
 
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_fuses_fragments(folder: Path, monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
     monkeypatch.setattr(Fragments, "refusal", lambda *_: None)
-    model = load(folder / "packed", device="cpu", fused=fused)
+    model = load(folder / "packed", device="cpu", dtype=torch.bfloat16, fused=fused)
     assert forms(model) == {"fragments"}
     parts = [name for name, layer in sparse_layers(model) if layer.fusion is not None]
     assert len(parts) == (10 if fused else 0)
