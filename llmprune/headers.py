@@ -76,9 +76,7 @@ class _Part:
 
     @property
     def fits(self) -> bool:
-        if len(self.tensors) == len(self.parameters) == 1:
-            return self._shapes(self.tensors) == self._shapes(self.parameters)
-        # What is joined, cut or turned on the way keeps its number of values.
+        # What is joined, cut or turned on the way keeps its number of values; reading it compares the rest.
         return self._elements(self.tensors) == self._elements(self.parameters)
 
     def __str__(self) -> str:

@@ -26,7 +26,8 @@ ALLOWED = {
     "forms": {"errors", "formats", "kernels", "patterns"},
     "sparse_linear": {"errors", "formats", "forms", "kernels", "patterns"},
     "fusion": {"errors", "formats", "forms", "kernels", "patterns", "sparse_linear"},
-    "calibration": {"errors"},
+    "documents": {"errors"},
+    "calibration": {"documents", "errors"},
     "checkpoint": {"errors"},
     "decoder": {"errors"},
 }
