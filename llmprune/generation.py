@@ -32,7 +32,7 @@ def generate_text(
         [samples, length] on the CPU.
 
     Raises:
-        NumericsError: the logits are not finite.
+        NumericsError: the logits are not finite; names the weight that is not, where it is one.
     """
     generator = torch.Generator().manual_seed(spec.seed)
     draws = torch.rand(spec.samples, spec.length, generator=generator, dtype=torch.float64)
@@ -40,9 +40,23 @@ def generate_text(
     model.eval()
     try:
         parts = [_sample(model, part, bos_token_id, spec.temperature) for part in draws.split(batch)]
+    except NumericsError as error:
+        raise _located(error, model) from error
     finally:
         model.train(training)
     return torch.cat(parts)
+
+
+def _located(error: NumericsError, model: nn.Module) -> NumericsError:
+    """The error, with the first weight that is not finite where there is one."""
+    damaged = next((name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()), None)
+    if damaged is None:
+        return error
+    return NumericsError(
+        f"{damaged} holds NaN or infinity: {error.what}",
+        expected="finite weights",
+        fix="check the source checkpoint, or download it again",
+    )
 
 
 def _sample(

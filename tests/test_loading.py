@@ -206,7 +206,7 @@ def test_without_llmprune_the_error_says_what_to_install(tmp_path: Path) -> None
     folder = save_packed(tmp_path) / "packed"
     done = run(f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r})")
     assert done.returncode != 0
-    assert "pip install llmprune" in done.stderr.splitlines()[-1] + done.stderr.splitlines()[-2]
+    assert "install llmprune, and `import llmprune`" in done.stderr.splitlines()[-1] + done.stderr.splitlines()[-2]
 
 
 def run(code: str) -> "subprocess.CompletedProcess[str]":

@@ -46,7 +46,7 @@ class Server:
 def start(folder: Path, name: str | None = None) -> Server:
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    options = ["--port", port, "--device", "cpu", *(["--name", name] if name else [])]
+    options = ["--port", port, "--device", "cpu", "--dtype", "float32", *(["--name", name] if name else [])]
     process = spawn("serve", folder, *options, stderr=subprocess.STDOUT)
     return Server(process, folder, name or str(folder), port)
 
@@ -85,7 +85,7 @@ def expected(folder: Path, prompt: str, tokens: int) -> str:
     """What a stock model writes, with the likeliest token each time."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     written = model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :]
     text: str = tokenizer.decode(written, skip_special_tokens=True)
     return text

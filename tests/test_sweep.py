@@ -344,7 +344,7 @@ def test_a_forecast_refuses_all_that_does_not_fit_at_once(
         forecast(model, recipe, {"pattern": [0.5, "3:7", "3:5"]})
     assert "pattern 3:7" in str(caught.value)
     assert "pattern 3:5" in str(caught.value)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 200_000}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 20_200_000}))
     forecast(model, recipe, {"pattern": [0.5]}, tmp_path / "grid")
     with pytest.raises(CheckpointError, match="are free under"):
         forecast(model, recipe, GRID, tmp_path / "grid")
