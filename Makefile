@@ -27,5 +27,5 @@ clean:
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,serve,eval,report,docs]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,serve,eval,docs]'
 	touch $@

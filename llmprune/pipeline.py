@@ -53,7 +53,7 @@ from llmprune.survey import decide
 from llmprune.texts import tokenizer_for
 from llmprune.timing import Stages
 from llmprune.version import __version__
-from llmprune.visual import write_page
+from llmprune.visual import write_report
 from llmprune.writing import Writer
 
 
@@ -172,7 +172,7 @@ class Run:
         report.header.update(self._smaller(source, result, target, texts["calibration"]))
         report.save(target.path)
         write_card(target.path, name, self.recipe, report)
-        write_page(target.path)
+        write_report(target.path)
         target.close()
         return report
 

@@ -21,7 +21,7 @@ from llmprune.packing import pack
 from llmprune.recipe import Recipe
 from llmprune.report import Report
 from llmprune.skeleton import quiet_transformers
-from llmprune.visual import write_page
+from llmprune.visual import write_report
 
 
 def save_pruned(
@@ -56,7 +56,7 @@ def save_pruned(
                 with contextlib.suppress(PatternError):
                     folder = pack(folder, folder.with_name("packed"), recipe.format).folder
             write_card(folder, report.header["model"], recipe, report)
-            write_page(folder)
+            write_report(folder)
             with locked(output):
                 require_empty(output, resume=False, overwrite=overwrite)
                 remove_checkpoint(output)

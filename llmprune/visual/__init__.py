@@ -2,10 +2,6 @@
 
 from llmprune.visual.comparison import Comparison, RunRow, compare
 from llmprune.visual.comparison_page import write_comparison
-from llmprune.visual.page import PlottingError, plotly_installed
-from llmprune.visual.report_page import summary_html, write_page, write_report
+from llmprune.visual.report_page import summary_html, write_report
 
-__all__ = [
-    "Comparison", "PlottingError", "RunRow", "compare", "plotly_installed", "summary_html",
-    "write_comparison", "write_page", "write_report",
-]  # fmt: skip
+__all__ = ["Comparison", "RunRow", "compare", "summary_html", "write_comparison", "write_report"]

@@ -18,7 +18,7 @@ from llmprune.perplexity import finite
 from llmprune.report import Report, load_report
 from llmprune.visual import disk, short
 from llmprune.visual.beside import Beside, Evaluation, read_beside
-from llmprune.visual.page import PlottingError, Table
+from llmprune.visual.page import Table
 
 # What a table of runs shows, in the order of `cells`.
 COLUMNS = (
@@ -112,12 +112,9 @@ class Comparison:
         """As a data frame of pandas, a column for each task of lm-eval.
 
         Raises:
-            PlottingError: pandas is not installed.
+            ModuleNotFoundError: pandas is not installed.
         """
-        try:
-            frames = import_module("pandas")
-        except ImportError:
-            raise PlottingError("pandas is not installed", fix="pip install pandas, or use `to_dict()`") from None
+        frames = import_module("pandas")
         rows = [dataclasses.asdict(row) for row in self.rows]
         return frames.DataFrame([{**row, **row.pop("scores")} for row in rows])
 

@@ -26,7 +26,6 @@ def write_comparison(comparison: Comparison, file: Path) -> Path:
 
     Raises:
         CheckpointError: the file cannot be written.
-        PlottingError: plotly is not installed.
     """
     page = comparison_page(comparison)
     file.parent.mkdir(parents=True, exist_ok=True)

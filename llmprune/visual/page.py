@@ -1,28 +1,20 @@
 """One HTML file with tables and interactive charts: nothing is fetched, so it opens offline and stays readable.
 
 Every chart has its numbers in a table below it, for readers that cannot use the chart. The plotting library is embedded
-compressed, less than half of its size; browsers from 2023 on decompress it, and others show the tables.
+compressed, less than half of its size; browsers from 2023 on decompress it, and others show the tables. It is
+plotly's basic bundle: to read the full one takes a browser longer than everything else on the page.
 """
 
 import base64
-import gzip
-import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from html import escape
-from importlib import import_module
 from importlib.resources import files
 from typing import Any, Protocol
 
-from llmprune.errors import LlmpruneError
-
 _FAILURE = "The charts need JavaScript and a browser from 2023 or later. Their numbers are in the tables."
-
-
-class PlottingError(LlmpruneError):
-    """Charts that cannot be drawn, because the plotting library is not installed."""
 
 
 class Part(Protocol):
@@ -170,9 +162,6 @@ def render(title: str, subtitle: str, sections: Iterable[Section]) -> str:
         title: of the page.
         subtitle: a line below it.
         sections: those without parts are left out.
-
-    Raises:
-        PlottingError: plotly is not installed.
     """
     shown = [section for section in sections if section.parts]
     figures = {part.name: part.figure for section in shown for part in section.parts if isinstance(part, Chart)}
@@ -208,11 +197,6 @@ def render(title: str, subtitle: str, sections: Iterable[Section]) -> str:
 """
 
 
-def plotly_installed() -> bool:
-    """Whether charts can be drawn here; the library is not imported."""
-    return importlib.util.find_spec("plotly") is not None
-
-
 def _embedded(content: Any) -> str:
     """JSON that ends no script element early, whatever names are in it."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
@@ -222,16 +206,7 @@ def _embedded(content: Any) -> str:
 @cache
 def _bundle() -> str:
     """The plotting library, compressed, in base64."""
-    try:
-        source = import_module("plotly.offline").get_plotlyjs()
-    except ImportError:
-        raise PlottingError(
-            "plotly is not installed",
-            expected="the library that draws the charts",
-            fix="pip install plotly, or llmprune with its extra report",
-        ) from None
-    # No time of compression inside, so that the same report gives the same bytes.
-    return base64.b64encode(gzip.compress(source.encode(), mtime=0)).decode()
+    return base64.b64encode(files(__package__).joinpath("plotly", "plotly-basic.min.js.gz").read_bytes()).decode()
 
 
 def _asset(name: str) -> str:

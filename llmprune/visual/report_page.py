@@ -16,16 +16,10 @@ from llmprune.visual.charts import Axis, Series, level, lines, shares
 from llmprune.visual.evidence import evidence_parts
 from llmprune.visual.layers import LAYER, layer_parts, number, structure_parts
 from llmprune.visual.measured import evaluation_parts, speed_parts
-from llmprune.visual.page import Chart, Facts, Listing, Part, Section, Table, Tiles, plotly_installed, render
+from llmprune.visual.page import Chart, Facts, Listing, Part, Section, Table, Tiles, render
 from llmprune.visual.short import divergence, perplexity, short_recipe, text_line
 
 _MEGA = 1e6
-
-
-def write_page(folder: Path) -> None:
-    """Write report.html where plotly is installed; elsewhere report.json says the same."""
-    if plotly_installed():
-        write_report(folder)
 
 
 def write_report(folder: Path) -> Path:
@@ -41,7 +35,6 @@ def write_report(folder: Path) -> Path:
 
     Raises:
         CheckpointError: report.json is missing or damaged.
-        PlottingError: plotly is not installed.
     """
     folder = Path(folder)
     report = load_report(folder)

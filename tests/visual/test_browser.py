@@ -10,7 +10,6 @@ from synthetic_runs import bench, large_report, report, score, write_bench, writ
 
 from llmprune.visual import compare, write_comparison, write_report
 
-pytest.importorskip("plotly", reason="the pages need plotly")
 api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -130,8 +129,8 @@ def test_a_large_model_is_interactive_in_seconds(browser: Any, large: Path) -> N
     Other work on the machine counts as little as can be: the best of some loads, and time on the processor.
     """
     seconds = [_seconds_to_first_screen(browser, large) for _ in range(_LOADS)]
-    # The aim is 2 on an idle machine; a slower one took 3.3, and a second process of tests is at work here.
-    assert 0 < min(seconds) < 8
+    # The aim is 2 on an idle machine, which took 1.0; a second process of tests is at work here.
+    assert 0 < min(seconds) < 3
 
 
 def _seconds_to_first_screen(browser: Any, file: Path) -> float:

@@ -231,7 +231,6 @@ def test_what_no_other_run_beats(points: Any, best: list[str]) -> None:
 
 
 def test_quality_against_size_and_speed(tmp_path: Path, dense: Path) -> None:
-    pytest.importorskip("plotly", reason="the page needs plotly")
     source = checkpoint_digest(dense)
     folders = [
         write_run(tmp_path / "a", report(source=source)),

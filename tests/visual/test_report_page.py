@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,9 @@ from synthetic_runs import (
 
 from llmprune.errors import CheckpointError
 from llmprune.report import Report
-from llmprune.visual import PlottingError, plotly_installed, summary_html, write_report
-from llmprune.visual import page as paging
+from llmprune.visual import summary_html, write_report
 
-pytest.importorskip("plotly", reason="report.html needs plotly")
-
-LIMIT = 5_000_000
+LIMIT = 2_000_000
 
 
 def written(folder: Path, found: Report | None = None, **more: Any) -> Page:
@@ -179,7 +175,7 @@ def test_products_that_are_slower_or_wrong_are_named(tmp_path: Path) -> None:
     assert (trace["x"], trace["y"]) == ([1, 64], [1.5, 0.8])
     assert (dense["x"], dense["y"]) == ([1, 512], [1.0, 1.0])
     for said in (
-        "nm 64 80.0 100.0 0.80 1.0e-03 slower", "nm 512 inf wrong, not timed", "pruned 1 0.5 120.0 ±0.0 1.20 10.0 20.0",
+        "nm 64 80.0 100.0 0.80 1.0e-03 slower", "nm 512 inf wrong, not timed", "pruned 1 0.5 120.0 1.20 10.0 20.0",
         "64 x 32: nothing sparse to measure, it is slower", "The whole model on a GPU",
     ):  # fmt: skip
         assert said in page.text
@@ -246,31 +242,17 @@ def test_a_large_model_stays_small(tmp_path: Path) -> None:
 
 
 def test_all_figures_of_all_pages_are_valid_to_plotly(tmp_path: Path) -> None:
-    from plotly.graph_objects import Figure
-
+    objects = pytest.importorskip("plotly.graph_objects", reason="the plotting library validates")
     write_run(tmp_path, large_report())
     write_evaluation(tmp_path, score("arc", "acc", 0.5, None), against=None)
     write_bench(tmp_path, bench())
     for figure in Page(write_report(tmp_path).read_text()).figures.values():
-        Figure(figure)
+        objects.Figure(figure)
 
 
 def test_the_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
     first = write_report(write_run(tmp_path)).read_bytes()
-    paging._bundle.cache_clear()
     assert write_report(tmp_path).read_bytes() == first
-
-
-def test_without_plotly_nothing_is_written_and_the_command_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert plotly_installed()
-    paging._bundle.cache_clear()
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(PlottingError, match="plotly is not installed") as caught:
-        write_report(write_run(tmp_path))
-    assert caught.value.fix.startswith("pip install plotly")
-    assert not (tmp_path / "report.html").exists()
 
 
 def test_a_folder_without_a_report_is_refused(tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_report_is_written_and_opened_if_asked(tmp_path: Path, opened: list[str]) -> None:
-    pytest.importorskip("plotly", reason="the page needs plotly")
     folder = write_run(tmp_path / "a b")
     # Not on a terminal.
     result = run("report", folder)
@@ -65,7 +64,6 @@ def test_runs_are_compared_in_tables_of_80_columns(tmp_path: Path) -> None:
 
 
 def test_a_comparison_as_json_and_as_a_page(tmp_path: Path) -> None:
-    pytest.importorskip("plotly", reason="the page needs plotly")
     folders = [write_run(tmp_path / name) for name in "ab"]
     page = tmp_path / "pages" / "compare.html"
     result = run("compare", *folders, "--json", "--html", page)
