@@ -97,8 +97,9 @@ def _budget(plan: Mapping[str, Any]) -> list[Part]:
             "chart-sensitivity",
             "How much the model misses each structure",
             lines(sensitivity, LAYER, Axis("nats a token", log=True, zero=True)),
-            _shares_table(kinds, lambda share: f"{share['divergence']:.4g}"),
-            "Divergence from the dense model when this structure alone loses part of its groups.",
+            _shares_table(kinds, lambda share: f"{share['divergence']:.4g} (-{share['reference']:,})"),
+            f"Divergence from the dense model when this structure alone loses {_references(plan['shares'])} of its "
+            "groups; in the table, how many in brackets.",
         ),
     ]
 
@@ -129,9 +130,16 @@ def _prediction(plan: Mapping[str, Any]) -> Facts:
             ("taken", taken),
             ("predicted divergence", f"{plan['error']:.4g} nats a token"),
             ("with equal widths", uniform),
-            ("no choice is below", f"{plan['bound']:.4g} nats a token"),
+            ("no choice is predicted below", f"{plan['bound']:.4g} nats a token"),
         )
     )
+
+
+def _references(shares: Sequence[Mapping[str, Any]]) -> str:
+    """What part of its groups a structure loses when it is weighed; they come in steps, so not all lose the same."""
+    parts = [share["reference"] / max(share["groups"], 1) for share in shares]
+    low, high = (f"{end(parts, default=0.0):.0%}" for end in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def _sensitivity(kind: str, share: Mapping[str, Any]) -> str:

@@ -151,7 +151,7 @@ def structure_parts(report: Report) -> list[Part]:
             "What stays of each structure",
             lines(kept, LAYER, Axis("groups kept", percent=True, zero=True)),
             pivot(found, lambda row: f"{row.kept:,} of {row.groups:,}"),
-            "Layers are numbered as in the smaller model; those that lost nothing are left out.",
+            f"Layers are numbered as in the smaller model; a gap: nothing was removed there. {_chosen(rows)}",
         )
     ]
     if any(row.error is not None for row in rows):
@@ -195,25 +195,32 @@ def _structure_series(rows: Sequence[StructureRow], value: Callable[[StructureRo
     kinds: dict[str, list[StructureRow]] = {}
     for row in rows:
         kinds.setdefault(_structure_kind(row), []).append(row)
-    return [
-        Series(
-            kind,
-            [number(row.layer) for row in same],
-            [value(row) for row in same],
-            [_structure_hover(row) for row in same],
-            colour=place % len(PALETTE),
-        )
-        for place, (kind, same) in enumerate(kinds.items())
-    ]
+    series = []
+    for place, (kind, same) in enumerate(kinds.items()):
+        found = {number(row.layer): row for row in same}
+        # No line across layers that lost nothing.
+        layers = range(min(found), max(found) + 1)
+        values = [value(found[layer]) if layer in found else None for layer in layers]
+        hover = [_structure_hover(found[layer]) if layer in found else "" for layer in layers]
+        series.append(Series(kind, list(layers), values, hover, colour=place % len(PALETTE)))
+    return series
 
 
 def _structure_hover(row: StructureRow) -> str:
-    refit = ", refitted" if row.refit else ", means compensated" if row.compensated else ""
     error = "" if row.error is None else f"\nerror {row.error:.4g}"
     return (
         f"layer {number(row.layer)}: {_structure_kind(row)}\n{row.kept:,} of {row.groups:,} stay\n"
-        f"chosen by {row.method}{refit}, {row.swaps} exchanges{error}\n{format_seconds(row.seconds)} s"
+        f"{_way(row)}, {row.swaps} exchanges{error}\n{format_seconds(row.seconds)} s"
     )
+
+
+def _chosen(rows: Sequence[StructureRow]) -> str:
+    return f"{'; '.join(dict.fromkeys(f'{row.kind}: {_way(row)}' for row in rows))}."
+
+
+def _way(row: StructureRow) -> str:
+    refit = ", refitted" if row.refit else ", means compensated" if row.compensated else ""
+    return f"chosen by {row.method}{refit}"
 
 
 def _distinct(values: Iterable[str]) -> str:

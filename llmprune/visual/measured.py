@@ -41,7 +41,8 @@ def evaluation_parts(beside: Beside) -> list[Part]:
     parts: list[Part] = [
         Note(
             f"By lm-eval. A difference counts where it is larger than {_STANDARD_ERRORS:.0f} standard errors; both "
-            "models answer the same questions, and errors of comparisons by llmprune eval are paired."
+            "models answer the same questions, and errors of comparisons by llmprune eval are paired. Of paired "
+            "perplexities the logarithms are compared, so the error beside a difference does not decide alone."
         ),
         _score_table(found),
     ]
@@ -140,12 +141,11 @@ def _score_bars(name: str, found: Sequence[Line], side: Callable[[Line], _Measur
 def _with_error(value: float | None, error: float | None, *, signed: bool = False) -> str:
     if value is None:
         return ""
-    sign = "+" if signed else ""
-    if not error or not math.isfinite(error) or not math.isfinite(value):
-        return f"{value:{sign}.4g}" + ("" if error is None else f" ± {error:.2g}")
-    # As many places as two digits of the error need.
-    places = min(max(1 - math.floor(math.log10(error)), 0), 6)
-    return f"{value:{sign},.{places}f} ± {error:,.{places}f}"
+    # As many places as two digits of the error need, or four of the value.
+    digits, scale = (2, error) if error and math.isfinite(error) else (4, abs(value))
+    places = digits - 1 - math.floor(math.log10(scale)) if scale and math.isfinite(scale) else 0
+    form = f",.{min(max(places, 0), 6)}f"
+    return f"{value:{'+' if signed else ''}{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 def _layers_table(speed: Mapping[str, Mapping[str, Any]], device: str) -> Table:

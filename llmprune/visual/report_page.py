@@ -20,6 +20,11 @@ from llmprune.visual.page import Chart, Facts, Listing, Part, Section, Table, Ti
 from llmprune.visual.short import divergence, perplexity, short_recipe, text_line
 
 _MEGA = 1e6
+# What the memory of a run leaves out, and what not.
+_BEFORE = (
+    ": on a CPU the whole process with Python, torch and transformers, on a GPU what torch had allocated. What these "
+    "libraries load later counts as measured, not as predicted: some tens of megabytes on a CPU."
+)
 
 
 def write_report(folder: Path) -> Path:
@@ -166,7 +171,7 @@ def _memory(report: Report) -> list[Part]:
     hover = [f"{name}: {format_size(value)}" for name, value in sizes.items()]
     bars = shares(Series("peak", list(sizes), [value / _MEGA for value in sizes.values()], hover, 1), Axis("MB"))
     table = Table(("peak", "MB"), tuple((name, f"{value / _MEGA:,.1f}") for name, value in sizes.items()))
-    note = f"Beyond the {format_size(memory['baseline_bytes'])} that were there before the first layer."
+    note = f"Beyond the {format_size(memory['baseline_bytes'])} that were there before the first layer{_BEFORE}"
     parts: list[Part] = [Chart("chart-memory", "Peak memory, predicted and measured", bars, table, note)]
     peaks = {number(row.layer): max(row.peak_bytes - memory["baseline_bytes"], 0) / _MEGA for row in report.rows}
     if len(peaks) > 1:

@@ -98,9 +98,10 @@ def test_structures_and_their_evidence(tmp_path: Path) -> None:
     structures = (structure(0, 64 - 16), structure(2, 32, error=None))
     page = written(tmp_path, Report((), smaller(), structures))
     (kept,) = page.figures["chart-kept"]["data"]
-    assert (kept["name"], kept["x"], kept["y"]) == ("ffn of mlp.down_proj", [0, 2], [0.75, 0.5])
+    # The layer between lost nothing: no line leads across it.
+    assert (kept["name"], kept["x"], kept["y"]) == ("ffn of mlp.down_proj", [0, 1, 2], [0.75, None, 0.5])
     assert "48 of 64 stay" in kept["text"][0]
-    assert page.figures["chart-structure-error"]["data"][0]["y"] == [0.02, None]
+    assert page.figures["chart-structure-error"]["data"][0]["y"] == [0.02, None, None]
     budget = page.figures["chart-budget"]["data"]
     assert [trace["y"] for trace in budget] == [[0.0, 0.125, 0.25, 0.375], [0.25] * 4]
     assert [trace["line"].get("dash") for trace in budget] == [None, "dash"]
@@ -110,6 +111,8 @@ def test_structures_and_their_evidence(tmp_path: Path) -> None:
     assert page.figures["chart-width"]["data"][0]["y"] == [0.9, 0.95]
     for said in (
         "predicted divergence 0.11 nats", "with equal widths 0.15 nats", "parameters 75.0% 6,000,000",
+        "no choice is predicted below 0.1 nats", "loses 25% of its groups", "0.005 (-16)",
+        "there. ffn: chosen by obs, refitted.",
         "ffn kept 62.5%", "budget -25%, depth -1", "a single token 6.00 4.00 1.50", "without a chart oracle",
         "decoder layers 4 3 75.0%",
     ):  # fmt: skip
@@ -122,6 +125,7 @@ def test_time_and_memory(tmp_path: Path) -> None:
     (time,) = page.figures["chart-time"]["data"]
     assert (time["y"], time["x"]) == (["load", "solve", "write"], [1.0, 6.5, 0.5])
     assert "2.0 s of them in no stage" in page.text
+    assert "1.0 MB that were there before the first layer: on a CPU the whole process" in page.text
     (memory,) = page.figures["chart-memory"]["data"]
     assert (memory["y"], memory["x"]) == (["predicted", "measured"], [9.0, 8.0])
     peaks, predicted = page.figures["chart-peaks"]["data"]
@@ -138,7 +142,8 @@ def test_comparisons_of_llmprune_eval_are_shown_as_they_were_written(tmp_path: P
     )
     page = Page(write_report(tmp_path).read_text())
     assert "arc_easy acc 0.625 ± 0.030 0.500 ± 0.020 -0.125 ± 0.010 worse" in page.text
-    assert "wikitext word_perplexity 25.000 ± 0.030 31.000 ± 0.020 +6" in page.text
+    assert "wikitext word_perplexity 25.000 ± 0.030 31.000 ± 0.020 +6.000 " in page.text
+    assert "perplexities the logarithms are compared" in page.text
     dense, pruned = page.figures["chart-tasks"]["data"]
     assert (dense["x"], dense["y"], pruned["y"]) == (["arc_easy: acc"], [0.625], [0.5])
     assert pruned["error_y"]["array"] == [0.02]
