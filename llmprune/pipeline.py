@@ -168,8 +168,10 @@ class Run:
         if self.reduction is not None:
             # What was written is what is measured; reading it checks it.
             result = self._audited(target.path)
+        # First, so that the report's seconds hold it.
+        smaller = self._smaller(source, result, target, texts["calibration"])
         report = self._report(name, target.keys, result, texts, rows, dense, memory)
-        report.header.update(self._smaller(source, result, target, texts["calibration"]))
+        report.header.update(smaller)
         report.save(target.path)
         write_card(target.path, name, self.recipe, report)
         write_report(target.path)
@@ -328,6 +330,7 @@ class Run:
         rows = solve_layer(layer, groups, jobs, min_tokens, self.stages, tell)
         peak = memory.read()
         rows = [replace(row, peak_bytes=peak) for row in rows]
+        removed = [replace(row, peak_bytes=peak) for row in removed]
         if target is not None:
             self._commit(layer, stream.source, target, rows, jobs, cuts, removed)
         return rows, removed

@@ -83,6 +83,7 @@ class StructureRow:
         tokens: input rows behind the statistics.
         removed: the groups that went; None where they differ from expert to expert.
         seconds: spent on choosing and refitting.
+        peak_bytes: peak memory of the process (CPU) or of the device (CUDA) so far; 0 where it is not known.
     """
 
     layer: str
@@ -99,6 +100,7 @@ class StructureRow:
     tokens: int
     removed: tuple[int, ...] | None
     seconds: float
+    peak_bytes: int = 0
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> "StructureRow":

@@ -31,6 +31,9 @@ def structured(**structures: Any) -> dict[str, Any]:
 def test_ffn_channels_and_heads_go_and_stock_transformers_loads_the_rest(llama: Path, tmp_path: Path) -> None:
     text = {"evaluation": {"samples": 2, "length": 16}}
     report = prune(llama, structured(ffn={"remove": 0.5}, heads={"remove": 1}) | text, tmp_path / "out")
+    seconds = dict(report.header["seconds"])
+    assert seconds.pop("total") > sum(seconds.values()) > seconds["speed"] > 0
+    assert all(row.peak_bytes >= report.header["memory"]["baseline_bytes"] for row in report.structures)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (model.config.intermediate_size, model.config.num_key_value_heads) == (24, 1)
     assert [(row.kind, row.groups, row.kept) for row in report.structures[:2]] == [("heads", 2, 1), ("ffn", 48, 24)]

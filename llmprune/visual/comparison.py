@@ -39,7 +39,7 @@ class RunRow:
         sparsity: fraction of zeros in the pruned matrices, in [0, 1].
         parameters: of the checkpoint, zeros included.
         nonzeros: parameters without the zeros that pruning made.
-        stored_bytes: size of the weight files.
+        stored_bytes: of the tensors as stored.
         text: sha256 of the tokens behind the next three.
         perplexity: may be infinite.
         kl_divergence: from the run's own dense model, in nats a token; may be infinite.

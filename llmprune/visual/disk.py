@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from llmprune.checkpoint import INDEX_NAME, SINGLE_NAME, read_index, read_json, weight_files
+from llmprune.checkpoint import INDEX_NAME, SINGLE_NAME, read_index, read_json
 from llmprune.packed import as_dense, packed_layouts
 
 
@@ -13,12 +13,12 @@ def has_weights(folder: Path) -> bool:
 
 
 def stored_bytes(folder: Path) -> int:
-    """Size of the weight files.
+    """Bytes of the tensors as they are stored, which is what reports count: the files without their headers.
 
     Raises:
-        CheckpointError: a file is missing.
+        CheckpointError: a file is missing or damaged.
     """
-    return sum(path.stat().st_size for path in weight_files(folder))
+    return sum(tensor.nbytes for tensor in read_index(folder).values())
 
 
 def count_parameters(folder: Path) -> int:

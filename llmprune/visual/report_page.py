@@ -20,6 +20,8 @@ from llmprune.visual.page import Chart, Facts, Listing, Part, Section, Table, Ti
 from llmprune.visual.short import divergence, perplexity, short_recipe, text_line
 
 _MEGA = 1e6
+# What belongs to no stage: looking at the model, planning, small steps between.
+_OTHER = "other"
 # What the memory of a run leaves out, and what not.
 _BEFORE = (
     ": on a CPU the whole process with Python, torch and transformers, on a GPU what torch had allocated. What these "
@@ -151,15 +153,16 @@ def _part(part: float, whole: float) -> str:
 
 
 def _time(header: Mapping[str, Any]) -> list[Part]:
-    stages = {name: value for name, value in (header.get("seconds") or {}).items() if name != "total"}
+    stages = dict(header.get("seconds") or {})
+    total = stages.pop("total", 0.0)
     if not stages:
         return []
+    other = total - math.fsum(stages.values())
+    stages |= {_OTHER: other} if other > 0 else {}
     hover = [f"{name}: {format_seconds(value)} s" for name, value in stages.items()]
     figure = shares(Series("seconds", list(stages), list(stages.values()), hover), Axis("seconds"))
     table = Table(("stage", "seconds"), tuple((name, f"{value:,.2f}") for name, value in stages.items()))
-    total = header["seconds"]["total"]
-    other = total - math.fsum(stages.values())
-    note = f"{format_seconds(total)} s in all, {format_seconds(max(other, 0.0))} s of them in no stage."
+    note = f"{format_seconds(math.fsum(stages.values()))} s in all; a stage inside another is counted once."
     return [Chart("chart-time", "Time by stage", figure, table, note)]
 
 
@@ -173,7 +176,9 @@ def _memory(report: Report) -> list[Part]:
     table = Table(("peak", "MB"), tuple((name, f"{value / _MEGA:,.1f}") for name, value in sizes.items()))
     note = f"Beyond the {format_size(memory['baseline_bytes'])} that were there before the first layer{_BEFORE}"
     parts: list[Part] = [Chart("chart-memory", "Peak memory, predicted and measured", bars, table, note)]
-    peaks = {number(row.layer): max(row.peak_bytes - memory["baseline_bytes"], 0) / _MEGA for row in report.rows}
+    seen = [(row.layer, row.peak_bytes) for row in report.structures if row.peak_bytes]
+    seen += [(row.layer, row.peak_bytes) for row in report.rows]
+    peaks = dict(sorted((number(layer), max(peak - memory["baseline_bytes"], 0) / _MEGA) for layer, peak in seen))
     if len(peaks) > 1:
         said = [f"up to layer {layer}: {value:,.1f} MB" for layer, value in peaks.items()]
         figure = lines(

@@ -45,8 +45,8 @@ def test_a_run_is_summed_up(tmp_path: Path) -> None:
         "d" * 64, "damping: 0.01",
     ):  # fmt: skip
         assert said in page.text
-    # The weight files as they are, not as the report says.
-    assert f"weights {(tmp_path / 'model.safetensors').stat().st_size} B dense 6.0 MB" in page.text
+    # The weights as they are now, not as the report says: 140 float32 numbers.
+    assert "weights 560 B dense 6.0 MB" in page.text
 
 
 def test_sizes_come_from_the_report_where_the_weights_have_gone(tmp_path: Path) -> None:
@@ -123,14 +123,17 @@ def test_structures_and_their_evidence(tmp_path: Path) -> None:
 def test_time_and_memory(tmp_path: Path) -> None:
     page = written(tmp_path)
     (time,) = page.figures["chart-time"]["data"]
-    assert (time["y"], time["x"]) == (["load", "solve", "write"], [1.0, 6.5, 0.5])
-    assert "2.0 s of them in no stage" in page.text
+    assert (time["y"], time["x"]) == (["load", "solve", "write", "other"], [1.0, 6.5, 0.5, 2.0])
+    assert "10.0 s in all" in page.text
     assert "1.0 MB that were there before the first layer: on a CPU the whole process" in page.text
     (memory,) = page.figures["chart-memory"]["data"]
     assert (memory["y"], memory["x"]) == (["predicted", "measured"], [9.0, 8.0])
     peaks, predicted = page.figures["chart-peaks"]["data"]
     assert peaks["y"] == [2.0, 3.0, 4.0]
     assert predicted["y"] == [9.0, 9.0]
+    structures = tuple(structure(layer, 32, peak_bytes=(layer + 4) * 1_000_000) for layer in range(2))
+    page = written(tmp_path, Report((), smaller(), structures))
+    assert page.figures["chart-peaks"]["data"][0]["y"] == [3.0, 4.0]
 
 
 def test_comparisons_of_llmprune_eval_are_shown_as_they_were_written(tmp_path: Path) -> None:
