@@ -4,10 +4,12 @@ Colours of text, axes and grid are left to the page, which knows whether it is d
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
+
+from llmprune.visual.labels import place_names
 
 # Of about equal weight on white and on black; the symbols tell lines apart where colours do not.
 PALETTE = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#2f9e9a", "#d4a72c", "#9c755f", "#e377a2", "#8a929b")
@@ -18,6 +20,8 @@ _HEIGHT, _LEGEND, _LEGEND_HEIGHT = 380, 6, 12
 _FEW = 12
 # Factor between the largest and the smallest number from which on small ones would lie on the axis.
 _WIDE = 20.0
+# The smallest ranges of a chart of points, as parts of its values: speeds differ by a tenth from run to run.
+_LEAST_X, _LEAST_Y = 0.4, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,29 +88,22 @@ def shares(series: Series, x: Axis) -> dict[str, Any]:
 
 
 def points(series: Sequence[Series], frontier: Series, x: Axis, y: Axis, *, labelled: bool) -> dict[str, Any]:
-    """A marker for each run, named if `labelled`, and a line through those that no other run beats."""
-    traces = [
-        {
-            **_line(one),
-            "mode": "markers+text" if labelled else "markers",
-            "text": _labels(one.hover),
-            "hovertext": _labels(one.hover),
-            "hovertemplate": "%{hovertext}<extra></extra>",
-            "textposition": "top center",
-            "cliponaxis": False,
-            "marker": {"size": 12, "color": PALETTE[one.colour], "symbol": _SYMBOLS[one.colour]},
-        }
-        for one in series
-    ]
+    """A marker for each run, and a line through those that no other run beats, where they are several.
+
+    Names are the first lines of what is said of the points; `labelled` ones have theirs beside them where it has room.
+    """
+    figure = _figure([_points(one) for one in series], series, x, y)
+    layout = figure["layout"]
+    layout["height"] = 460
+    for place, (name, axis) in enumerate((("xaxis", x), ("yaxis", y))):
+        values = [_scaled(layout[name], v) for one in series for v in (one.x, one.y)[place]]
+        layout[name]["range"] = _with_room(values, from_zero=axis.zero, least=(_LEAST_X, _LEAST_Y)[place])
     if labelled:
-        for trace, one in zip(traces, series, strict=True):
-            trace["text"] = _labels([text.split("\n")[0] for text in one.hover])
-    line = {**_line(frontier), "hoverinfo": "skip"}
-    del line["hovertemplate"]
-    figure = _figure([line, *traces], [*series, frontier], x, y)
-    figure["layout"]["height"] = 460
-    if "type" not in figure["layout"]["xaxis"]:
-        figure["layout"]["xaxis"]["range"] = _with_room([v for one in series for v in one.x], from_zero=x.zero)
+        _label(figure["data"], series, layout)
+    if len(set(zip(frontier.x, frontier.y, strict=True))) > 1:
+        line = {**_line(frontier), "hoverinfo": "skip"}
+        del line["hovertemplate"]
+        figure["data"].insert(0, line)
     return figure
 
 
@@ -114,6 +111,42 @@ def level(name: str, x: Sequence[float | str], value: float) -> Series:
     """A dashed horizontal line from the first to the last x."""
     ends = [x[0], x[-1]] if x else []
     return Series(name, ends, [value] * len(ends), dashed=True, colour=len(PALETTE) - 1)
+
+
+def _points(series: Series) -> dict[str, Any]:
+    return {
+        **_line(series),
+        "mode": "markers",
+        "cliponaxis": False,
+        "marker": {"size": 12, "color": PALETTE[series.colour], "symbol": _SYMBOLS[series.colour]},
+    }
+
+
+def _label(traces: Sequence[dict[str, Any]], series: Sequence[Series], layout: Mapping[str, Any]) -> None:
+    """Write names beside points, those of all series out of each other's way."""
+    names = [text.split("\n")[0] for one in series for text in one.hover]
+    found = [pair for one in series for pair in zip(one.x, one.y, strict=True)]
+    places = iter(place_names([(_part(layout["xaxis"], x), _part(layout["yaxis"], y)) for x, y in found], names))
+    for trace, one in zip(traces, series, strict=True):
+        own = [next(places) for _ in one.x]
+        shown = [text.split("\n")[0] if place else "" for text, place in zip(one.hover, own, strict=True)]
+        trace |= {
+            "mode": "markers+text",
+            "text": _labels(shown),
+            "textposition": [place or "top center" for place in own],
+            "hovertext": _labels(one.hover),
+            "hovertemplate": "%{hovertext}<extra></extra>",
+        }
+
+
+def _scaled(axis: Mapping[str, Any], value: Any) -> float:
+    """A value as the ranges of an axis have it."""
+    return math.log10(value) if axis.get("type") == "log" else float(value)
+
+
+def _part(axis: Mapping[str, Any], value: Any) -> float:
+    low, high = axis["range"]
+    return (_scaled(axis, value) - low) / (high - low)
 
 
 def _line(series: Series) -> dict[str, Any]:
@@ -169,7 +202,8 @@ def _figure(traces: list[dict[str, Any]], series: Sequence[Series], x: Axis, y: 
 def _axis(axis: Axis, values: Sequence[float | str | None]) -> dict[str, Any]:
     numbers = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
     low, high = (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
-    result: dict[str, Any] = {"title": {"text": escape(axis.title, quote=False)}, "automargin": True}
+    title = {"text": escape(axis.title, quote=False), "font": {"size": 13}}
+    result: dict[str, Any] = {"title": title, "automargin": True}
     if axis.percent:
         result["tickformat"] = ".0%" if axis.zero or high - low > 0.05 else ".2%"
     if axis.whole and high - low <= _FEW:
@@ -185,10 +219,17 @@ def _axis(axis: Axis, values: Sequence[float | str | None]) -> dict[str, Any]:
     return result
 
 
-def _with_room(values: Sequence[Any], *, from_zero: bool) -> list[float]:
-    """A range in which names beside the outermost points do not run into the axis."""
+def _with_room(values: Sequence[float], *, from_zero: bool, least: float) -> list[float]:
+    """A range in which names beside the outermost points do not run into the axis.
+
+    Args:
+        values: shown, in the axis's own scale.
+        from_zero: begins there.
+        least: the smallest range, as a part of the largest value: noise shall not look like a difference.
+    """
     low, high = (0.0 if from_zero else min(values)), max(values)
-    room = 0.18 * ((high - low) or 1.0)
+    missing = max(least * max(abs(low), abs(high)) - (high - low), 0.0)
+    room = 0.18 * (high - low) + missing / 2 or 1.0
     return [low if from_zero else low - room, high + room]
 
 

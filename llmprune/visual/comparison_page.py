@@ -111,7 +111,12 @@ def _chart(
     figure = points(series, line, x_axis, y_axis, labelled=len(rows) <= _LABELLED)
     numbers = tuple((row.name, f"{x(row):,.4g}", f"{y(row):,.4g}", "not beaten" if row in best else "") for row in rows)
     table = Table(("run", x_axis.title, y_axis.title, ""), numbers, text=(0, 3))
-    return Chart(name, title, figure, table, "The dashed line joins the runs that no other run beats in both.")
+    note = "The dashed line joins the runs that no other run beats in both."
+    if len({(x(row), y(row)) for row in best}) == 1:
+        note = f"No other run is better than {best[0].name} in either."
+    if any("" in trace.get("text", ()) for trace in figure["data"]):
+        note += " Names without room stand beside the pointer."
+    return Chart(name, title, figure, table, note)
 
 
 def _hover(row: RunRow) -> str:

@@ -69,5 +69,37 @@ def test_all_figures_are_valid_to_plotly() -> None:
     ]
     for figure in found:
         objects.Figure(figure)  # raises on any key or value that the schema has not
-    assert found[3]["data"][1]["mode"] == "markers+text"
-    assert found[4]["data"][1]["mode"] == "markers"
+    assert found[3]["data"][0]["mode"] == "markers+text"
+    assert found[4]["data"][0]["mode"] == "markers"
+
+
+def runs(*pairs: tuple[float, float], best: int = 1) -> dict[str, Any]:
+    x, y = zip(*pairs, strict=True)
+    named = Series("runs", x, y, [f"run-{number}\nsaid" for number in range(len(pairs))])
+    front = Series("not beaten", x[:best], y[:best], dashed=True)
+    return points([named], front, Axis("speed"), Axis("perplexity"), labelled=True)
+
+
+def test_a_line_needs_two_points() -> None:
+    assert [len(runs((1, 2), (2, 3), best=best)["data"]) for best in (1, 2)] == [1, 2]
+    assert len(runs((1, 2), (1, 2), best=2)["data"]) == 1
+
+
+def test_noise_does_not_fill_an_axis() -> None:
+    low, high = runs((1.0, 20.0), (1.01, 30.0))["layout"]["xaxis"]["range"]
+    assert low < 0.85 < 1.15 < high
+    low, high = runs((1.0, 20.0), (9.0, 30.0))["layout"]["xaxis"]["range"]
+    assert (low, high) == (pytest.approx(1 - 0.18 * 8), pytest.approx(9 + 0.18 * 8))
+
+
+def test_names_keep_out_of_each_other_s_way() -> None:
+    (apart,) = runs((1, 2), (9, 30))["data"]
+    assert (apart["text"], apart["textposition"]) == (["run-0", "run-1"], ["top center"] * 2)
+    (near,) = runs((1, 2), (1, 2.5), (9, 30))["data"]
+    assert near["text"] == ["run-0", "run-1", "run-2"]
+    assert near["textposition"][0] != near["textposition"][1]
+    # Twenty at one place: a few have room, the others say their names to the pointer.
+    (crowd,) = runs(*[(1, 2)] * 20, (9, 30))["data"]
+    shown = [place for text, place in zip(crowd["text"][:20], crowd["textposition"], strict=False) if text]
+    assert 2 <= len(shown) == len(set(shown)) < 9
+    assert crowd["hovertext"][19] == "run-19<br>said"
