@@ -18,6 +18,32 @@
     return result;
   };
 
+  // Breaks at spaces and before brackets; plotly does not break lines by itself.
+  const wrapped = (text, most) => {
+    if (text.length <= most) return text;
+    const lines = [""];
+    for (const word of text.split(" ")) {
+      const longer = `${lines.at(-1)} ${word}`.trim();
+      if (!lines.at(-1) || (longer.length <= most && word[0] !== "(")) lines[lines.length - 1] = longer;
+      else lines.push(word);
+    }
+    return lines.join("<br>");
+  };
+
+  // Names and titles in as many lines as they need, the legend above the chart and as wide as the page.
+  const narrow = ({ data, layout }) => {
+    layout.xaxis.title.text = wrapped(layout.xaxis.title.text, 34);
+    layout.yaxis.title.text = wrapped(layout.yaxis.title.text, 34);
+    if (layout.xaxis.dtick === "D2") layout.xaxis.dtick = 1;
+    if (!layout.showlegend) return;
+    for (const trace of data) trace.name = wrapped(trace.name, 34);
+    const lines = data.reduce((sum, trace) => sum + trace.name.split("<br>").length, 0);
+    layout.height += 20 * lines;
+    layout.margin.t += 20 * lines;
+    const corner = { x: 0, xref: "container", xanchor: "left", y: 1, yref: "container", yanchor: "top" };
+    layout.legend = { ...corner, orientation: "h", entrywidth: 1, entrywidthmode: "fraction", font: { size: 12 } };
+  };
+
   const draw = async (plot, figure) => {
     for (const [path, value] of Object.entries(colours())) {
       const [part, name] = path.split(".");
@@ -30,11 +56,7 @@
       figure.layout.dragmode = false;
       options.displayModeBar = false;
     }
-    if (figure.layout.showlegend && plot.clientWidth < 400) {
-      // The legend has a line for each trace.
-      figure.layout.height += 20 * figure.data.length;
-      figure.layout.margin.t += 20 * figure.data.length;
-    }
+    if (plot.clientWidth < 400) narrow(figure);
     await Plotly.newPlot(plot, figure.data, figure.layout, options);
     drawn.push(plot);
   };

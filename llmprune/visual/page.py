@@ -16,6 +16,9 @@ from typing import Any, Protocol
 
 _FAILURE = "The charts need JavaScript and a browser from 2023 or later. Their numbers are in the tables."
 
+# Letters from which on a text in a table may take several lines.
+_LONG = 24
+
 
 class Part(Protocol):
     """Something that stands in a section."""
@@ -56,7 +59,7 @@ class Table:
     def _cell(self, tag: str, index: int, content: str) -> str:
         attributes = ' scope="col"' if tag == "th" else ""
         if index in self.text:
-            attributes += ' class="text"'
+            attributes += ' class="text long"' if len(content) > _LONG else ' class="text"'
         return f"<{tag}{attributes}>{escape(content)}</{tag}>"
 
 

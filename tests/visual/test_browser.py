@@ -123,6 +123,24 @@ def test_a_phone_scrolls_tables_not_the_page(browser: Any, large: Path) -> None:
         assert visit.page.locator("#chart-error .main-svg").first.bounding_box()["width"] <= 375
 
 
+@pytest.mark.parametrize("kind", ["report", "comparison"])
+def test_a_phone_shows_titles_and_legends_whole(browser: Any, large: Path, tmp_path: Path, kind: str) -> None:
+    folders = [write_run(tmp_path / name, report(layers=2)) for name in ("a-run-with-a-rather-long-name", "b")]
+    file = large if kind == "report" else write_comparison(compare(folders), tmp_path / "c.html")
+    cut = """plots => plots.flatMap(plot => {
+        const outer = plot.getBoundingClientRect();
+        const texts = [...plot.querySelectorAll(".xtitle, .ytitle, .legendtext, .textpoint text")];
+        return texts.filter(text => {
+            const box = text.getBoundingClientRect();
+            return box.left < outer.left || box.right > outer.right || box.top < outer.top || box.bottom > outer.bottom;
+        }).map(text => text.textContent);
+    })"""
+    with Visit(browser, file, **_PHONE) as visit:
+        assert visit.complaints == []
+        assert visit.page.locator(".plot .xtitle").count() > 1
+        assert visit.page.locator(".plot").evaluate_all(cut) == []
+
+
 def test_a_large_model_is_interactive_in_seconds(browser: Any, large: Path) -> None:
     """The first screen is drawn and the page answers, in seconds of the page's own thread.
 
