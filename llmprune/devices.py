@@ -42,7 +42,13 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     instructions = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} CPU ({instructions}), {torch.get_num_threads()} threads"
+    return f"{platform.machine()} CPU ({instructions}), {cpu_threads()}"
+
+
+def cpu_threads() -> str:
+    """How many threads torch uses, in words."""
+    count = torch.get_num_threads()
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def free_bytes(device: torch.device) -> int:

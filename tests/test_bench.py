@@ -21,10 +21,11 @@ from llmprune.benchmark.decoding import measure_decoding, resident_bytes
 from llmprune.benchmark.machine import Rates, device_name, measure_rates, versions
 from llmprune.benchmark.record import gains, read_results, write_result
 from llmprune.cli.measuring import add_commands
+from llmprune.devices import cpu_threads
 from llmprune.errors import CheckpointError, ModelError, NumericsError, RecipeError
 from llmprune.fusion import fuse
 from llmprune.repeats import Effort, Timing, time_calls
-from llmprune.tables.measuring import grouped
+from llmprune.tables.measuring import grouped, ratio_note
 
 CPU = torch.device("cpu")
 FAST = Effort(0.0, rotated_bytes=1)
@@ -180,7 +181,14 @@ def test_rates_and_versions_are_measured_here(monkeypatch: pytest.MonkeyPatch) -
     assert rates.copy > 1e6
     assert rates.matmul > 1e6
     assert versions()["torch"] == torch.__version__
-    assert f"{torch.get_num_threads()} threads" in device_name(CPU)
+    assert device_name(CPU).endswith(f", {cpu_threads()}")
+
+
+@pytest.mark.parametrize(("matmul", "said"), [(9e8, "0.9 GFLOP/s"), (1.33e11, "133 GFLOP/s"), (2e12, "2.00 TFLOP/s")])
+def test_rates_are_said_in_units_that_show_digits(matmul: float, said: str) -> None:
+    note = ratio_note({"copy_per_second": 12.3e9, "matmul_per_second": matmul})
+    assert f"12.3 GB/s copied or {said} multiplied" in note
+    assert "above 100%" in note
 
 
 # Products.

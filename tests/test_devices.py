@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from llmprune.devices import resolve_device
+from llmprune.devices import describe_device, resolve_device
 from llmprune.errors import DeviceError
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "1 thread"), (2, "2 threads")])
+def test_a_cpu_says_its_threads(monkeypatch: pytest.MonkeyPatch, count: int, said: str) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    assert describe_device(torch.device("cpu")).endswith(f", {said}")
 
 
 def test_auto_is_what_there_is() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from llmprune.devices import cpu_threads
 from llmprune.repeats import Effort, time_calls
 from llmprune.version import __version__
 
@@ -61,7 +62,7 @@ def device_name(device: torch.device) -> str:
     """Name a device so that a result can be told from those of others: a GPU, or a CPU with its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{_processor()}, {cpu_threads()}"
 
 
 def versions() -> dict[str, str]:

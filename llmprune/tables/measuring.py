@@ -79,13 +79,7 @@ def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
     for product in result["products"]:
         parts += _product_parts(product)
     if any(product["comparisons"] for product in result["products"]):
-        copy, matmul = (result["rates"][f"{name}_per_second"] for name in ("copy", "matmul"))
-        parts.append(
-            Text(
-                "ratio: times as fast as dense; share: of what the measured rates allow, "
-                f"{copy / 1e9:,.0f} GB/s copied or {matmul / 1e12:,.2f} TFLOP/s multiplied, whichever takes longer"
-            )
-        )
+        parts.append(Text(ratio_note(result["rates"])))
     parts.append(_whole_model_table(result["whole_model"]))
     if not result["whole_model"].get("in_turn", True):
         parts.append(Text("There was no room for both models: they were timed one after the other, not in turn."))
@@ -97,6 +91,18 @@ def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     parts.append(facts(("device", result["device"]), ("versions", versions), ("commit", result["commit"] or "unknown")))
     return parts
+
+
+def ratio_note(rates: Mapping[str, float]) -> str:
+    """What ratios and shares of products are, with the rates that were measured, in bytes and operations a second."""
+    copy, matmul = (rates[f"{name}_per_second"] for name in ("copy", "matmul"))
+    multiplied = f"{matmul / 1e12:,.2f} TFLOP/s" if matmul >= 1e12 else f"{matmul / 1e9:.3g} GFLOP/s"
+    copied = f"{copy / 1e12:,.2f} TB/s" if copy >= 1e12 else f"{copy / 1e9:.3g} GB/s"
+    return (
+        "ratio: times as fast as dense; share: of what the measured rates allow, "
+        f"{copied} copied or {multiplied} multiplied, whichever takes longer. These are of one large "
+        "copy and one large product: what fits in a cache can be faster, and its share be above 100%"
+    )
 
 
 def grouped(names: Sequence[str]) -> str:

@@ -13,6 +13,11 @@ from llmprune.visual.page import Chart, Note, Part, Table
 # Standard errors that a difference has to exceed to count.
 _STANDARD_ERRORS = 2.0
 
+_RESIDENT = (
+    "Resident: the model's tensors alone. Peak: what was held at most beyond what was there before the model, so "
+    "without Python and its libraries; on a CPU what these load later counts."
+)
+
 # A value and its standard error.
 _Measured = tuple[float | None, float | None]
 
@@ -164,7 +169,7 @@ def _layers_table(speed: Mapping[str, Mapping[str, Any]], device: str) -> Table:
 
 def _bench_parts(device: str, result: Mapping[str, Any], place: int) -> list[Part]:
     measured = [product for product in result["products"] if product["comparisons"]]
-    parts: list[Part] = [_whole_model(device, result["whole_model"])]
+    parts: list[Part] = [_whole_model(device, result["whole_model"]), Note(_RESIDENT)]
     if measured:
         table = _products_table(measured)
         parts.append(
@@ -174,11 +179,15 @@ def _bench_parts(device: str, result: Mapping[str, Any], place: int) -> list[Par
                 _products_figure(measured),
                 table,
                 "How many times as fast as the dense product of the same shape; below 1 it is slower. "
-                f"Measured {result['finished']}.",
+                f"Measured {result['finished']}. Shares are of the rates of one large copy and one large product; what "
+                "fits in a cache can be above 100%.",
             )
         )
-    unmeasured = [product for product in result["products"] if not product["comparisons"]]
-    parts += [Note(f"{_product(product)}: nothing sparse to measure, {product['reason']}") for product in unmeasured]
+    unmeasured: dict[str, list[str]] = {}
+    for product in result["products"]:
+        if not product["comparisons"]:
+            unmeasured.setdefault(product["reason"], []).append(_product(product))
+    parts += [Note(f"Nothing sparse to measure, {why}: {'; '.join(names)}") for why, names in unmeasured.items()]
     return parts
 
 
@@ -217,7 +226,7 @@ def _products_figure(products: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 [row["ratio"] for row in rows],
                 [
                     f"{_product(product)}\n{row['tokens']:,} tokens: {row['ratio']:.2f} times as fast\n"
-                    f"{row['share']} of what the machine allows"
+                    f"{row['share']} of what the measured rates allow"
                     for row in ({**row, "share": f"{row['sparse']['share']:.0%}"} for row in rows)
                 ],
                 place % len(PALETTE),
