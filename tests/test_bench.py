@@ -25,7 +25,7 @@ from llmprune.devices import cpu_threads
 from llmprune.errors import CheckpointError, ModelError, NumericsError, RecipeError
 from llmprune.fusion import fuse
 from llmprune.repeats import Effort, Timing, time_calls
-from llmprune.tables.measuring import grouped, ratio_note
+from llmprune.tables.measuring import bench_tables, grouped, ratio_note
 
 CPU = torch.device("cpu")
 FAST = Effort(0.0, rotated_bytes=1)
@@ -345,6 +345,10 @@ def test_the_command_measures_shows_and_keeps(folder: Path, tmp_path: Path) -> N
     # A custom operator alone takes longer than these small products: slower, and said so.
     assert "SLOWER" in text
     assert str(output) in "".join(shown.stdout.split())
+    assert len(result["products"]) > 1
+    unmeasured = [{**product, "measured": None, "reason": "of a reason"} for product in result["products"]]
+    tables = bench_tables({**result, "products": unmeasured})
+    assert sum("nothing sparse to measure: of a reason" in str(part) for part in tables) == 1
     options[3] = "1"
     again = run("bench", folder / "packed", *options, "--output", output, "--against", folder / "dense", "--json")
     assert json.loads(again.stdout)["whole_model"]["dense"]["model"] == str(folder / "dense")

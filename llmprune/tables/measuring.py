@@ -76,8 +76,14 @@ def explain_tables(explanation: "Explanation") -> list[RenderableType]:
 def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
     """The products, the whole model, and what was slower."""
     parts: list[RenderableType] = []
+    unmeasured: dict[str, list[RenderableType]] = {}
     for product in result["products"]:
-        parts += _product_parts(product)
+        if product["measured"] is None:
+            unmeasured.setdefault(product["reason"], []).append(_product_title(product))
+        else:
+            parts += [_product_title(product), _product_table(product)]
+    for reason, titles in unmeasured.items():
+        parts += [*titles, Text(f"  nothing sparse to measure: {reason}")]
     if any(product["comparisons"] for product in result["products"]):
         parts.append(Text(ratio_note(result["rates"])))
     parts.append(_whole_model_table(result["whole_model"]))
@@ -191,12 +197,13 @@ def _note(notes: list[str], text: str) -> int:
     return notes.index(text) + 1
 
 
-def _product_parts(product: dict[str, Any]) -> list[RenderableType]:
+def _product_title(product: dict[str, Any]) -> Text:
     names = grouped([name for names in product["names"] for name in names])
     rows, columns = product["shape"]
-    title = Text(f"{names}  {rows} x {columns}, served as {product['served']}", "bold")
-    if product["measured"] is None:
-        return [title, Text(f"  nothing sparse to measure: {product['reason']}")]
+    return Text(f"{names}  {rows} x {columns}, served as {product['served']}", "bold")
+
+
+def _product_table(product: dict[str, Any]) -> RenderableType:
     shown = new_table("tokens", "dense us", "sparse us", "ratio", "share", "error", "", left=(6,))
     for row in product["comparisons"]:
         error = f"{float(row['error']):.1e}"
@@ -206,7 +213,7 @@ def _product_parts(product: dict[str, Any]) -> list[RenderableType]:
         dense, sparse = (_spread(row[name]) for name in ("dense", "sparse"))
         share = f"{row['sparse']['share']:.0%}"
         shown.add_row(str(row["tokens"]), dense, sparse, f"{row['ratio']:.2f}", share, error, _verdict(row, product))
-    return [title, shown]
+    return shown
 
 
 def _verdict(row: dict[str, Any], product: dict[str, Any]) -> Text:
