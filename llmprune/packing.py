@@ -45,7 +45,7 @@ from llmprune.packed import (
 from llmprune.patterns import NM, Pattern, Unstructured, parse
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.report import REPORT_NAME, load_report
-from llmprune.visual import write_page
+from llmprune.visual import write_report
 
 _CONFIG = "config.json"
 
@@ -280,7 +280,7 @@ def _update_history(packed: PackReport, stored_bytes: int) -> None:
     with contextlib.suppress(CheckpointError):
         report = load_report(packed.folder)
         replace(report, header={**report.header, "size": size}).save(packed.folder)
-        write_page(packed.folder)
+        write_report(packed.folder)
 
 
 def _existing(folder: str | Path) -> Path:

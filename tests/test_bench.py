@@ -35,7 +35,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 320}
 
 
 def load(folder: Path, **options: Any) -> Any:
-    return serving.load(folder, device="cpu", **options)
+    return serving.load(folder, device="cpu", dtype="bfloat16", **options)
 
 
 @pytest.fixture(autouse=True)
@@ -439,14 +439,14 @@ def test_names_of_layers_are_joined() -> None:
 def test_a_model_whose_cache_cannot_be_recorded_is_measured_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(model: str, *, device: str, graphs: bool = False, **served: str) -> str:
+    def load(model: str, *, device: str, dtype: str, graphs: bool = False, **served: str) -> str:
         asked.append((graphs, served))
         if graphs:
             raise ModelError("a step cannot be recorded")
-        return f"{model} on {device}"
+        return f"{model} on {device} in {dtype}"
 
     monkeypatch.setattr("llmprune.serving.load", load)
-    assert benching._load(torch.device("cuda"), "m", served="dense") == "m on cuda"
+    assert benching._load(torch.device("cuda"), "auto", "m", served="dense") == "m on cuda in auto"
     assert asked == [(True, {"served": "dense"}), (False, {"served": "dense"})]
-    assert benching._load(torch.device("cpu"), "m") == "m on cpu"
+    assert benching._load(torch.device("cpu"), "float32", "m") == "m on cpu in float32"
     assert len(asked) == 3

@@ -183,7 +183,7 @@ def test_products_that_are_slower_or_wrong_are_named(tmp_path: Path) -> None:
     assert (trace["x"], trace["y"]) == ([1, 64], [1.5, 0.8])
     assert (dense["x"], dense["y"]) == ([1, 512], [1.0, 1.0])
     for said in (
-        "nm 64 80.0 100.0 0.80 1.0e-03 slower", "nm 512 inf wrong, not timed", "pruned 1 0.5 120.0 1.20 10.0 20.0",
+        "nm 64 80.0 100.0 0.80 1.0e-03 slower", "nm 512 inf wrong, not timed", "pruned 1 0.5 120.0 ±0.0 1.20 10.0 20.0",
         "Nothing sparse to measure, it is slower: model.layers.0: mlp.down_proj 64 x 32", "The whole model on a GPU",
     ):  # fmt: skip
         assert said in page.text
