@@ -13,8 +13,6 @@ from llmprune.report import Report
 
 CARD_NAME = "README.md"
 
-_WORDS = {"heads": "groups of attention heads", "ffn": "FFN channels", "experts": "experts"}
-
 
 def write_card(folder: Path, model: str, recipe: Recipe, report: Report) -> None:
     """Write README.md: what was pruned, how, and what it cost in perplexity.
@@ -85,10 +83,8 @@ def _what(report: Report) -> str:
     """What was taken out, in words."""
     parts = []
     extent = report.header.get("extent")
-    if extent and extent["pruned"]["layers"] < extent["dense"]["layers"]:
-        parts.append(f"with {extent['pruned']['layers']} of {extent['dense']['layers']} decoder layers")
-    parts += [f"with {_WORDS[removed.kind]} {removed}" for removed in report.removed]
     if extent:
+        parts += [f"with {left}" for left in report.left]
         share = extent["pruned"]["parameters"] / extent["dense"]["parameters"]
         parts.append(f"{share:.1%} of its parameters in all")
     if report.rows:

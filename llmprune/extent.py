@@ -16,6 +16,7 @@ class Extent:
 
     Attributes:
         layers: decoder layers.
+        hidden_size: hidden channels.
         parameters: all of them; tied ones once.
         flops_per_token: of the products with weights, decoder layers and head; of routed experts those that are used.
             Attention's products of activations, which grow with the length, are left out.
@@ -23,6 +24,7 @@ class Extent:
     """
 
     layers: int
+    hidden_size: int
     parameters: int
     flops_per_token: int
     nbytes: int
@@ -54,6 +56,7 @@ def measure_extent(source: CheckpointSource) -> Extent:
     head = source.model.get_output_embeddings()
     return Extent(
         layers=len(source.layers),
+        hidden_size=int(source.config.get_text_config(decoder=True).hidden_size),
         parameters=sum(parameter.numel() for parameter in source.model.parameters()),
         flops_per_token=round(
             sum(layer_size(layer, flops, active) for layer in source.layers)

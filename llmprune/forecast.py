@@ -42,6 +42,7 @@ from llmprune.structure_plan import (
     removal_work,
     structure_notes,
 )
+from llmprune.survey import check_budget
 from llmprune.texts import check_texts
 
 # The look at a layer: few tokens, and sizes that hardly any dimension of a model has, so that a tensor's shape tells
@@ -75,6 +76,8 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     settings, device = run.recipe, run.device
     check_texts(settings.texts, source)
     reduction = Reduction(source, settings.structures, settings.decoder_layers) if settings.structures else None
+    if reduction is not None:
+        check_budget(reduction)
     result = source if reduction is None else reduction.result
     jobs = plan_jobs(result, settings)
     look = _Look(source, settings, device, reduction)

@@ -49,7 +49,7 @@ from llmprune.speed import compare_speed
 from llmprune.stream import ResidentLayer, Stream, StreamSettings
 from llmprune.structure_plan import consumer_shapes
 from llmprune.structures.removal import Cut
-from llmprune.survey import decide
+from llmprune.survey import check_budget, decide
 from llmprune.texts import tokenizer_for
 from llmprune.timing import Stages
 from llmprune.version import __version__
@@ -131,6 +131,7 @@ class Run:
         source = self.open(folder)
         if self.recipe.structures is not None:
             self.reduction = Reduction(source, self.recipe.structures, self.recipe.decoder_layers)
+            check_budget(self.reduction)
         jobs = plan_jobs(self._result(source), self.recipe)
         require_space(output, sum(stored.nbytes for stored in source.stored.values()))
         tokenizer = tokenizer_for(self.recipe.texts.values(), folder, source.config)

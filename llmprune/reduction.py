@@ -22,9 +22,10 @@ from llmprune.structures.configuration import smaller_config, uneven_config
 from llmprune.structures.depth import drop_layers
 from llmprune.structures.discovery import Structure, find_query_heads, find_structures
 from llmprune.structures.reducing import Target, reduce_layer
+from llmprune.structures.redundancy import check_count
 from llmprune.structures.removal import Cut, removed_indices, shrink
 from llmprune.structures.solver import RemovalSettings
-from llmprune.structures.subblocks import Block, find_blocks, without, without_blocks
+from llmprune.structures.subblocks import PARTS, Block, Part, find_blocks, without, without_blocks
 from llmprune.structures.width import Width, plan_width
 from llmprune.width_source import WidthSource
 
@@ -61,6 +62,7 @@ class Reduction:
             for own in found
         ]
         self._require_structures()
+        self._require_layers_and_blocks()
         self.width = self._plan_width()
         self.numbers: dict[int, int] = {}
         self._resident: int | None = None
@@ -221,8 +223,12 @@ class Reduction:
         return remove
 
     def _section(self, structure: Structure) -> Any:
-        """The section of the recipe that speaks of a structure."""
-        return self.spec.sections.get(structure.kind)
+        """The section of the recipe that speaks of a structure, as it holds for its consumer."""
+        section = self.spec.sections.get(structure.kind)
+        if not isinstance(section, Groups):
+            return section
+        bias = f"{structure.consumer.removesuffix('.weight')}.bias"
+        return section.with_bias(any(bias in dict(layer.named_parameters()) for layer in self.dense.layers))
 
     def _require_structures(self) -> None:
         """Every section finds something that can be removed."""
@@ -242,6 +248,32 @@ class Reduction:
                     f"{type(self.dense.model).__name__} has no {kind} that can be removed",
                     fix=f"leave {kind} out of the recipe's structures",
                 )
+
+    def _require_layers_and_blocks(self) -> None:
+        """As many layers and blocks can go as the recipe wants, whichever they are."""
+        layers, gone = len(self.dense.layers), 0
+        if self.spec.depth is not None:
+            gone = self.spec.depth.count(layers)
+            check_count(gone, layers - self.spec.depth.protect, layers, "layers")
+        for part in PARTS:
+            section = getattr(self.spec, part)
+            if section is not None:
+                self._require_blocks(part, section.count(layers - gone), layers)
+
+    def _require_blocks(self, part: Part, count: int, layers: int) -> None:
+        found = [blocks[part] for blocks in self.blocks]
+        removable = {index: block for index, block in enumerate(found) if block.refusal is None}
+        name = "attention" if part == "attention" else "MLP"
+        if not removable:
+            raise ModelError(
+                f"no {name} block of {type(self.dense.model).__name__} can be removed: {found[0].refusal}",
+                expected="blocks that are added to the hidden states, and that nothing else reads",
+                fix=f"leave {part} out of the recipe's structures, or remove whole layers by depth",
+            )
+        check_count(count, len(removable), layers, f"{name} blocks")
+        # Some architectures have no config that could say it.
+        index, block = next(iter(removable.items()))
+        without_blocks(self.dense.config, {index: block.modules}, self._path)
 
 
 def _multiple(kind: str, section: Any, among: int) -> int | str:

@@ -114,33 +114,35 @@ class StructureRow:
 
 
 @dataclass(frozen=True, slots=True)
-class RemovedKind:
-    """What all structures of a kind lost.
+class Left:
+    """What is left of all structures of a kind.
 
     Attributes:
-        kind: heads, ffn or experts.
-        places: how many structures there are.
-        groups: before, of all together.
-        kept: after, of all together.
-        widths: different numbers of groups that stay.
+        kind: in words, such as "FFN channels".
+        amount: how many of how many.
+        where: in which layers, where they are counted in each; else empty.
     """
 
     kind: str
-    places: int
-    groups: int
-    kept: int
-    widths: int
-
-    @classmethod
-    def of(cls, kind: str, rows: Sequence[StructureRow]) -> "RemovedKind":
-        """Add up the rows of one kind."""
-        groups, kept = sum(row.groups for row in rows), sum(row.kept for row in rows)
-        return cls(kind, len(rows), groups, kept, len({row.kept for row in rows}))
+    amount: str
+    where: str = ""
 
     def __str__(self) -> str:
-        if self.widths == 1:
-            return f"{self.kept // self.places:,} of {self.groups // self.places:,} in each of {self.places}"
-        return f"{self.kept:,} of {self.groups:,} in {self.places}, {self.widths} different widths"
+        return " ".join(filter(None, (self.amount, self.kind, self.where)))
+
+    @classmethod
+    def of(cls, kind: str, rows: Sequence[StructureRow], layers: int) -> "Left":
+        """Add up the rows of structures that are called so, of a model with so many layers."""
+        places = len({row.layer for row in rows})
+        among = f"{places} layers" if places == layers else f"{places} of {layers} layers"
+        if len({(row.groups, row.kept) for row in rows}) == 1:
+            return cls(kind, f"{rows[0].kept:,} of {rows[0].groups:,}", f"in each of {among}")
+        groups, kept = sum(row.groups for row in rows), sum(row.kept for row in rows)
+        widths = len({row.kept for row in rows})
+        return cls(kind, f"{kept:,} of {groups:,}", f"in {among}, {widths} different widths")
+
+
+_KINDS = {"heads": "groups of attention heads", "ffn": "FFN channels", "experts": "experts"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +173,25 @@ class Report:
         return sum(errors) / len(errors) if errors else None
 
     @property
-    def removed(self) -> list["RemovedKind"]:
-        """What was removed, by kind, in the order in which it first appears."""
-        found: dict[str, list[StructureRow]] = {}
+    def left(self) -> list[Left]:
+        """What is left of everything of which something was removed; empty where only weights were pruned."""
+        extent = self.header.get("extent")
+        if not extent:
+            return []
+        dense, pruned = extent["dense"], extent["pruned"]
+        found = [Left("decoder layers", f"{pruned['layers']} of {dense['layers']}")]
+        found += [Left("hidden channels", f"{pruned['hidden_size']:,} of {dense['hidden_size']:,}")]
+        found = [one for one, key in zip(found, ("layers", "hidden_size"), strict=True) if pruned[key] < dense[key]]
+        evidence = (self.header.get("decisions") or {}).get("evidence", {})
+        for part, name in (("attention", "attention blocks"), ("mlp", "MLP blocks")):
+            if gone := len(evidence.get(part, {}).get("removed", ())):
+                found.append(Left(name, f"{pruned['layers'] - gone} of {pruned['layers']}"))
+        heads = ((self.header.get("recipe") or {}).get("structures") or {}).get("heads") or {}
+        names = _KINDS | ({"heads": "query heads"} if heads.get("unit") == "query-head" else {})
+        kinds: dict[str, list[StructureRow]] = {}
         for row in self.structures:
-            found.setdefault(row.kind, []).append(row)
-        return [RemovedKind.of(kind, rows) for kind, rows in found.items()]
+            kinds.setdefault(names[row.kind], []).append(row)
+        return found + [Left.of(kind, rows, pruned["layers"]) for kind, rows in kinds.items()]
 
     @property
     def dense_perplexity(self) -> float | None:

@@ -52,7 +52,9 @@ def _read_amount(value: object) -> float | int:
     if type(value) is float and 0 < value < 1:
         return value
     error = RecipeError(
-        f"remove is {shown_value(value)}", expected="a fraction between 0 and 1, or a whole number from 1 on"
+        f"remove is {shown_value(value)}",
+        expected="a fraction between 0 and 1, or a whole number from 1 on",
+        fix="write 0.25 for a quarter, or 2 for two of them; to remove nothing, leave the section out",
     )
     raise refusal(error)
 
@@ -80,7 +82,8 @@ class Groups(_Section):
         refit: give what stays its least-squares values; default: as the method is published, obs only.
         damping: of the Gram, for obs and refits.
         swaps: most exchanges after the greedy search of obs.
-        compensate: for flap: add the mean of what is removed to the consumer's bias. None: where it has one.
+        compensate: for flap: add the mean of what is removed to the consumer's bias. None: where it has one; elsewhere
+            a refit makes up for it, unless `refit` forbids that.
     """
 
     method: GroupScore = "obs"
@@ -93,6 +96,11 @@ class Groups(_Section):
     def refitted(self) -> bool:
         """Whether what stays is refitted."""
         return self.method == "obs" if self.refit is None else self.refit
+
+    def with_bias(self, bias: bool) -> "Groups":
+        """These settings for a consumer with or without a bias: without, flap is refitted if nothing else was said."""
+        open_ = self.method == "flap" and self.refit is None and self.compensate is None
+        return self.model_copy(update={"refit": True}) if open_ and not bias else self
 
     @model_validator(mode="after")
     def _check(self) -> "Groups":
@@ -250,7 +258,12 @@ class Structures(BaseModel):
             self._check_budget()
         for name, section in self.sections.items():
             if section.remove is None and not (self.budget and name in BUDGETED):
-                raise refusal(RecipeError(f"{name}.remove is missing", expected="a fraction, or how many"), name)
+                error = RecipeError(
+                    f"{name}.remove is missing",
+                    expected="a fraction, or how many",
+                    fix=f"write {name}: {{remove: 0.25}}",
+                )
+                raise refusal(error, name)
         return self
 
     def _check_budget(self) -> None:
@@ -267,7 +280,8 @@ class Structures(BaseModel):
                 key, expected = "unit", "kv-group: a budget removes whole KV groups"
             if key == "unit" and getattr(section, "unit", "kv-group") == "kv-group":
                 continue
-            raise refusal(RecipeError(f"{name}.{key} is {getattr(section, key)}", expected=expected), name, key)
+            error = RecipeError(f"{name}.{key} is {getattr(section, key)}", expected=expected, fix=f"drop {name}.{key}")
+            raise refusal(error, name, key)
 
 
 # The sections whose widths a budget decides.

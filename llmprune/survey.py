@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from llmprune.decisions import Decisions, best_multiple, label
@@ -16,7 +17,7 @@ from llmprune.reduction import Reduction
 from llmprune.stream import ResidentLayer, Stream, StreamSettings
 from llmprune.structure_recipe import BUDGETED, Budget
 from llmprune.structures.budget import Candidate as Level
-from llmprune.structures.budget import candidate
+from llmprune.structures.budget import allowed_size, candidate
 from llmprune.structures.budget_survey import BudgetSurvey
 from llmprune.structures.costs import COUNTS, Cost, Latency, layer_size
 from llmprune.structures.gradients import gradient_scores
@@ -206,30 +207,48 @@ class _Look:
         return self._ids[: len(self._ids) - aside + self._settings.held_back], self._ids[-aside:]
 
     def _budget_survey(self, budget: Budget, validation: Tensor) -> BudgetSurvey:
-        cost = self._cost(budget)
-        layers = self._source.layers
-        levels: list[list[Level]] = [
-            [
-                candidate(
-                    layers[layer],
-                    structure,
-                    cost,
-                    multiple=best_multiple(structure.groups, budget.multiple) if structure.kind == "ffn" else 1,
-                    most=budget.most,
-                    active=self._reduction.active,
-                )
-                for structure, _ in own
-                if structure.kind in BUDGETED
-            ]
-            for layer, own in enumerate(self._reduction.structures)
-        ]
-        remove = budget.remove * sum(layer_size(layer, cost, self._reduction.active) for layer in layers)
+        cost = _cost(budget, self._settings.device, self._source.model.dtype)
+        levels, remove = budget_problem(self._reduction, budget, cost)
         damping = next(section.damping for own in self._reduction.structures for _, section in own)
         return BudgetSurvey(
             self._source, levels, remove, validation, self._settings, damping=damping, stages=self._stages
         )
 
-    def _cost(self, budget: Budget) -> Cost:
-        if budget.of == "latency":
-            return Latency(self._settings.device, self._source.model.dtype, budget.tokens)
-        return COUNTS[budget.of]
+
+def check_budget(reduction: Reduction) -> None:
+    """Refuse a budget that the structures cannot meet; one of latency is told by measuring, and passes here.
+
+    Raises:
+        PatternError: says what can go at most.
+    """
+    budget = reduction.spec.budget
+    if budget is not None and budget.of in COUNTS:
+        levels, remove = budget_problem(reduction, budget, COUNTS[budget.of])
+        allowed_size([level for own in levels for level in own], remove)
+
+
+def budget_problem(reduction: Reduction, budget: Budget, cost: Cost) -> tuple[list[list[Level]], float]:
+    """The sizes that each structure may have, layer by layer, and what must go of them, in the unit of the cost."""
+    layers = reduction.dense.layers
+    levels: list[list[Level]] = [
+        [
+            candidate(
+                layers[layer],
+                structure,
+                cost,
+                multiple=best_multiple(structure.groups, budget.multiple) if structure.kind == "ffn" else 1,
+                most=budget.most,
+                active=reduction.active,
+            )
+            for structure, _ in own
+            if structure.kind in BUDGETED
+        ]
+        for layer, own in enumerate(reduction.structures)
+    ]
+    return levels, budget.remove * sum(layer_size(layer, cost, reduction.active) for layer in layers)
+
+
+def _cost(budget: Budget, device: torch.device, dtype: torch.dtype) -> Cost:
+    if budget.of == "latency":
+        return Latency(device, dtype, budget.tokens)
+    return COUNTS[budget.of]

@@ -167,7 +167,11 @@ def test_flap_without_a_bias_is_refused_where_it_is_asked_for(tmp_path: Path) ->
     section = {"remove": 0.5, "method": "flap"}
     with pytest.raises(ModelError, match="has no bias"):
         prune(folder, structured(ffn={**section, "compensate": True}), tmp_path / "out")
-    prune(folder, structured(ffn=section), tmp_path / "without")
+    # Elsewhere a refit makes up for it, unless the recipe says otherwise.
+    report = prune(folder, structured(ffn=section), tmp_path / "without")
+    assert {(row.refit, row.compensated) for row in report.structures} == {(True, False)}
+    report = prune(folder, structured(ffn={**section, "refit": False}), tmp_path / "plain")
+    assert {(row.refit, row.compensated) for row in report.structures} == {(False, False)}
 
 
 def test_flap_moves_the_mean_into_the_bias(llama: Path, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from llmprune.decoder import find_decoder_layers
 from llmprune.errors import ModelError, PatternError, RecipeError
+from llmprune.forecast import dry_run
 from llmprune.pipeline import Run, prune
-from llmprune.report import Report
+from llmprune.report import Report, load_report
 from llmprune.structures.discovery import find_structures
 from llmprune.structures.removal import Cut, mask, routed_without
 
@@ -105,8 +106,10 @@ def test_a_budget_gives_each_layer_its_own_widths(llama: Path, tmp_path: Path, u
 
 
 def test_a_budget_that_cannot_be_kept_is_refused(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(PatternError, match="can go at most"):
-        prune(llama, structured(heads={}, budget={"remove": 0.6}), tmp_path / "out")
+    settings = structured(heads={}, budget={"remove": 0.6})
+    for run in (lambda: dry_run(llama, settings), lambda: prune(llama, settings, tmp_path / "out")):
+        with pytest.raises(PatternError, match=r"takes 1\d\d\.\d% of .* and \d\d\.\d% can go at most"):
+            run()
 
 
 def test_blocks_go_from_layers_that_stay(llama: Path, tmp_path: Path) -> None:
@@ -176,3 +179,43 @@ def test_more_experts_stay_than_a_token_goes_to(tmp_path: Path) -> None:
     folder = save(build("mixtral"), tmp_path / "model")
     with pytest.raises(ModelError, match="experts"):
         prune(folder, structured(experts={"remove": 3}), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"depth": {"remove": 4}}, "4 of 4 layers are to go, of which 4 may\nexpected: from 1 to 3"),
+        ({"depth": {"remove": 1, "protect": 4}}, "1 of 4 layers are to go, of which 0 may"),
+        ({"depth": {"remove": 3, "protect": 2, "method": "angular"}}, "3 of 4 layers are to go, of which 2 may"),
+        ({"attention": {"remove": 4, "method": "kl"}}, "4 of 4 attention blocks are to go, of which 4 may"),
+    ],
+    ids=str,
+)
+def test_a_dry_run_refuses_the_removals_that_a_run_would(
+    llama: Path, tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
+    for run in (lambda: dry_run(llama, structured(**sections)), lambda: prune(llama, structured(**sections), tmp_path)):
+        with pytest.raises(RecipeError, match=message):
+            run()
+
+
+@pytest.mark.parametrize(("family", "part", "name"), [("bloom", "attention", "attention"), ("mpt", "mlp", "MLP")])
+def test_blocks_that_cannot_go_are_refused_with_the_reason(family: str, part: str, name: str, tmp_path: Path) -> None:
+    folder = save(build(family), tmp_path / "model")
+    with pytest.raises(ModelError, match=rf"no {name} block of \w+ can be removed: \w+ adds the residual") as caught:
+        dry_run(folder, structured(**{part: {"remove": 1}}))
+    assert f"leave {part} out" in caught.value.fix
+
+
+def test_the_report_says_what_is_left_of_everything(llama: Path, tmp_path: Path) -> None:
+    def left(**sections: Any) -> list[str]:
+        report = prune(llama, structured(**sections), tmp_path / "-".join(sections), overwrite=True)
+        return [str(one) for one in report.left]
+
+    assert left(depth={"remove": 1}, width={"remove": 0.5}) == ["3 of 4 decoder layers", "16 of 32 hidden channels"]
+    assert left(attention={"remove": 1}, mlp={"remove": 2}) == ["3 of 4 attention blocks", "2 of 4 MLP blocks"]
+    assert left(heads={"remove": 1}) == ["1 of 2 groups of attention heads in each of 4 layers"]
+    assert left(heads={"remove": 1, "unit": "query-head"}) == ["2 of 4 query heads in each of 4 layers"]
+    rows = prune(llama, structured(ffn={}, budget={"remove": 0.2}), tmp_path / "budget").structures
+    (one,) = Report((), load_report(tmp_path / "budget").header, rows[:3]).left
+    assert "3 of 4 layers" in one.where

@@ -216,9 +216,11 @@ def _check(ladders: Sequence[Ladder], budget: float, resolution: int) -> None:
             f"{len(ladders)} structures: {', '.join(ladder.name for ladder in ladders)}",
             expected="at least one, and distinct names",
         )
-    least = math.fsum(min(ladder.sizes) for ladder in ladders)
+    least, whole = (math.fsum(bound(ladder.sizes) for ladder in ladders) for bound in (min, max))
     if not least <= budget * (1 + _SLACK):
         raise PatternError(
-            f"a budget of {budget:,.6g}, but the smallest levels already need {least:,.6g}",
-            fix="raise the budget, or allow more to be removed from each structure",
+            f"the budget leaves {budget / whole:.1%} of what the structures take, and their smallest levels take "
+            f"{least / whole:.1%}",
+            expected=f"a budget that leaves {least / whole:.1%} or more",
+            fix="remove less, or allow more to be removed from each structure (budget.most)",
         )

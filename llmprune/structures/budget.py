@@ -191,8 +191,8 @@ def allowed_size(candidates: Sequence[Candidate], remove: float) -> float:
     most = full - math.fsum(min(candidate.sizes) for candidate in candidates)
     if not 0 < remove <= most * (1 + 1e-12):
         raise PatternError(
-            f"{remove:,.6g} to be removed, but {most:,.6g} of {full:,.6g} can go at most",
-            expected="a number above 0 that the structures can lose",
+            f"the budget takes {remove / full:.1%} of the heads and channels, and {most / full:.1%} can go at most",
+            expected="a share above 0 that the structures can lose",
             fix="lower the budget's remove, or let more of each structure go (most, multiple)",
         )
     return full - remove

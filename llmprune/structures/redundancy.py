@@ -261,13 +261,14 @@ def _cosines(before: Tensor, after: Tensor) -> Tensor:
     return F.cosine_similarity(before.double(), after.double(), dim=1).clamp(-1, 1)
 
 
-def check_count(count: int, candidates: int, everything: int) -> None:
+def check_count(count: int, candidates: int, everything: int, what: str = "layers or blocks") -> None:
     """Raise `RecipeError` unless so many of the candidates can go, and something stays."""
-    if not 1 <= count <= candidates or count >= everything:
+    most = min(candidates, everything - 1)
+    if not 1 <= count <= most:
         raise RecipeError(
-            f"{count} of {everything} layers or blocks are to go, of which {candidates} may",
-            expected="one at least, no more than may go, and one that stays",
-            fix="remove fewer, or protect fewer of the last layers",
+            f"{count} of {everything} {what} are to go, of which {candidates} may",
+            expected=f"from 1 to {most}: one stays" if most else "one that may go beside one that stays",
+            fix=f"remove {most} or fewer, or protect fewer of the last layers" if most else "leave this removal out",
         )
 
 

@@ -55,14 +55,11 @@ def _removal_facts(report: "Report") -> list[tuple[str, str]]:
     if not extent or not speed:
         return []
     dense, pruned = extent["dense"], extent["pruned"]
-    lines = [f"{removed.kind}: {removed}" for removed in report.removed]
-    if pruned["layers"] < dense["layers"]:
-        lines.insert(0, f"layers: {pruned['layers']} of {dense['layers']}")
     prefill, token = (
         speed["dense"][key] / max(speed["pruned"][key], 1e-12) for key in ("prefill_seconds", "token_seconds")
     )
     return [
-        *(("stays" if not place else "", line) for place, line in enumerate(lines)),
+        *(("stays" if not place else "", line) for place, line in enumerate(map(str, report.left))),
         ("parameters", _of(pruned["parameters"], dense["parameters"])),
         ("FLOPs a token", _of(pruned["flops_per_token"], dense["flops_per_token"])),
         ("bytes", _of(pruned["nbytes"], dense["nbytes"])),

@@ -105,8 +105,7 @@ def _tiles(report: Report, stored_bytes: int | None) -> list[tuple[str, str, str
     if extent := header.get("extent"):
         part = extent["pruned"]["parameters"] / extent["dense"]["parameters"]
         tiles.append(("parameters", f"{part:.1%}", f"{extent['pruned']['parameters']:,}"))
-    for removed in report.removed:
-        tiles.append((f"{removed.kind} kept", f"{removed.kept / max(removed.groups, 1):.1%}", str(removed)))
+    tiles += [(left.kind, left.amount, left.where) for left in report.left]
     if report.mean_error is not None:
         tiles.append(("mean error", f"{report.mean_error:.4g}", "of the output's energy"))
     size = header.get("size")
@@ -138,7 +137,12 @@ def _quality(report: Report) -> list[tuple[str, str, str]]:
 def _extent(header: Mapping[str, Any]) -> list[Part]:
     if not (extent := header.get("extent")):
         return []
-    names = {"layers": "decoder layers", "parameters": "parameters", "flops_per_token": "FLOPs a token"}
+    names = {
+        "layers": "decoder layers",
+        "hidden_size": "hidden channels",
+        "parameters": "parameters",
+        "flops_per_token": "FLOPs a token",
+    }
     dense, pruned = extent["dense"], extent["pruned"]
     rows = [
         (name, f"{dense[key]:,}", f"{pruned[key]:,}", _part(pruned[key], dense[key])) for key, name in names.items()

@@ -134,5 +134,5 @@ def test_what_is_no_candidate() -> None:
 def test_more_than_can_go(remove: float) -> None:
     known = measured(0, "ffn", [0.0] * 5, 0.1).candidate
     assert allowed_size([known], 40.0) == 10
-    with pytest.raises(PatternError, match="40 of 50 can go at most"):
+    with pytest.raises(PatternError, match=r"and 80\.0% can go at most"):
         allowed_size([known], remove)

@@ -87,8 +87,20 @@ def smaller(**changes: Any) -> dict[str, Any]:
     }
     width = {"score": "energy", "energy": {"model.layers.0.input_layernorm": 0.9, "model.norm": 0.95}}
     evidence = {"budget": budget, "depth": depth, "width": width, "oracle": {}}
-    extent = {"layers": 4, "parameters": 8_000_000, "flops_per_token": 16_000_000, "nbytes": 16_000_000}
-    part = {"layers": 3, "parameters": 6_000_000, "flops_per_token": 12_000_000, "nbytes": 12_000_000}
+    extent = {
+        "layers": 4,
+        "hidden_size": 256,
+        "parameters": 8_000_000,
+        "flops_per_token": 16_000_000,
+        "nbytes": 16_000_000,
+    }
+    part = {
+        "layers": 3,
+        "hidden_size": 192,
+        "parameters": 6_000_000,
+        "flops_per_token": 12_000_000,
+        "nbytes": 12_000_000,
+    }
     speed = {"prefill_seconds": 0.02, "token_seconds": 0.006, "prefill_tokens": 256, "layers": 4}
     faster = {"prefill_seconds": 0.01, "token_seconds": 0.004, "prefill_tokens": 256, "layers": 3}
     return header(

@@ -113,8 +113,9 @@ def test_structures_and_their_evidence(tmp_path: Path) -> None:
         "predicted divergence 0.11 nats", "with equal widths 0.15 nats", "parameters 75.0% 6,000,000",
         "no choice is predicted below 0.1 nats", "loses 25% of its groups", "0.005 (-16)",
         "there. ffn: chosen by obs, refitted.",
-        "ffn kept 62.5%", "budget -25%, depth -1", "a single token 6.00 4.00 1.50", "without a chart oracle",
-        "decoder layers 4 3 75.0%",
+        "FFN channels 80 of 128 in 2 of 3 layers, 2 different widths", "budget -25%, depth -1",
+        "without a chart oracle", "a single token 6.00 4.00 1.50", "decoder layers 4 3 75.0%",
+        "hidden channels 256 192 75.0%",
     ):  # fmt: skip
         assert said in page.text
     assert "chart-error" not in page.figures
