@@ -1,10 +1,35 @@
-"""Check a checkpoint that was written."""
+"""Check whether config.json and the tensors of a checkpoint belong together."""
+
+from pathlib import Path
 
 import torch
 
 from llmprune.checkpoint_source import CheckpointSource
-from llmprune.errors import ModelError
+from llmprune.errors import CheckpointError, ModelError
+from llmprune.overrides import UNBUILDABLE, one_line
 from llmprune.structures.configuration import audit
+
+
+def find_contradiction(folder: Path) -> str | None:
+    """Say how config.json and the headers of the files contradict each other.
+
+    Args:
+        folder: of a checkpoint; one without config.json, or of no causal LM, contradicts nothing.
+
+    Returns:
+        What is wrong, or None; whether the values make sense is not looked at.
+    """
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        CheckpointSource(folder)
+    except CheckpointError as error:
+        return error.what.removeprefix(f"{folder}: ")
+    except ModelError:
+        return None
+    except UNBUILDABLE as error:
+        return f"no model can be built from config.json: {one_line(error)}"
+    return None
 
 
 def audit_checkpoint(source: CheckpointSource) -> None:

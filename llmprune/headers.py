@@ -44,7 +44,7 @@ def check_headers(
         )
     if problems := [str(part) for part in _parts(weights, targets, parameters) if not part.fits]:
         raise CheckpointError(
-            f"{folder}: {listed(problems, most=1)}",
+            f"{folder}: {problems[0]}" + f", and {len(problems) - 1} more tensors do not fit" * (len(problems) > 1),
             expected="the shapes that config.json describes",
             fix="check that config.json and the weights belong together, or download the checkpoint again",
         )

@@ -89,11 +89,13 @@ class Inspection:
         folder: where it lies.
         rows: one row a tensor, layers in their numerical order.
         bytes_on_disk: size of its safetensors files.
+        contradiction: how config.json and the tensors do not fit, where there is a config.json of a causal LM.
     """
 
     folder: str
     rows: tuple[TensorRow, ...]
     bytes_on_disk: int
+    contradiction: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -118,7 +120,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, object]:
         """Everything as JSON types: the summary's keys, and the rows under "tensors"."""
-        summary = ("folder", "parameters", "nonzeros", "bytes_on_disk", "sparsity", "matrix_sparsity")
+        summary = ("folder", "parameters", "nonzeros", "bytes_on_disk", "sparsity", "matrix_sparsity", "contradiction")
         tensors = [{**asdict(row), "shape": list(row.shape), "sparsity": row.sparsity} for row in self.rows]
         return {**{key: getattr(self, key) for key in summary}, "tensors": tensors}
 
@@ -129,7 +131,8 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     The matrices of a packed checkpoint are unpacked for it, one by one.
 
     Args:
-        folder: holds safetensors files, with or without an index; config.json is asked only what is packed.
+        folder: holds safetensors files, with or without an index; config.json says what is packed, and is compared
+            with the tensors.
 
     Raises:
         CheckpointError: there are no safetensors files, one is damaged or missing, or two hold the same tensor.
@@ -148,7 +151,10 @@ def inspect_checkpoint(folder: Path) -> Inspection:
                 )
             rows[row.name] = row
     ordered = sorted(rows.values(), key=lambda row: _numerically(row.name))
-    return Inspection(str(folder), tuple(ordered), sum(path.stat().st_size for path in files))
+    from llmprune.auditing import find_contradiction  # transformers is slow to import
+
+    nbytes = sum(path.stat().st_size for path in files)
+    return Inspection(str(folder), tuple(ordered), nbytes, find_contradiction(folder))
 
 
 def detect_pattern(matrix: Tensor) -> str:

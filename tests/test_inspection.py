@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import build, save
 from torch import Tensor
 
 from llmprune.errors import CheckpointError, PatternError
@@ -314,3 +315,20 @@ def test_folder_without_safetensors(tmp_path: Path) -> None:
         inspect_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="no folder"):
         inspect_checkpoint(tmp_path / "missing")
+
+
+def test_a_config_that_contradicts_the_tensors_is_shown(tmp_path: Path) -> None:
+    folder = save(build("llama"), tmp_path)
+    assert inspect_checkpoint(folder).contradiction is None
+    config = json.loads((folder / "config.json").read_text())
+    for changes, said in (
+        ({"num_key_value_heads": 1}, "k_proj.bias' holds 16, and config.json wants 8"),
+        ({"num_hidden_layers": 3}, "has no values for 'model.layers.2."),
+        ({"hidden_size": 30, "head_dim": None}, "no model can be built from config.json"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        assert said in str(inspect_checkpoint(folder).contradiction)
+        assert said in str(inspect_checkpoint(folder).to_dict()["contradiction"])
+    for other in ({"model_type": "bert", "architectures": ["BertModel"]}, {"model_type": "unheard-of"}):
+        (folder / "config.json").write_text(json.dumps(other))
+        assert inspect_checkpoint(folder).contradiction is None

@@ -45,6 +45,7 @@ def inspection_tables(inspection: "Inspection", *, every: bool) -> list[Renderab
         ("zeros", f"{inspection.sparsity:.2%} of all, {inspection.matrix_sparsity:.2%} of the matrices in the layers"),
         ("not listed", f"{len(others)} vectors and other tensors: {kinds}" if others else "nothing"),
         *([("zeros stored as -0.0", f"{negative:,}")] if negative else []),
+        *([("does not fit", f"config.json: {inspection.contradiction}")] if inspection.contradiction else []),
     )
     return [table, totals]
 
