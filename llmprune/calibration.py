@@ -13,7 +13,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -25,6 +25,8 @@ from llmprune.errors import CalibrationError
 
 Layout = Literal["pack", "truncate"]
 Order = Literal["text", "shuffled"]
+
+DEFAULT_LENGTH = 2048
 
 # Options that have no effect: on text that the model writes, and on text that is read.
 _UNUSED_BY_SELF = ("config", "split", "column", "layout", "order")
@@ -55,7 +57,8 @@ class TextSpec:
         split: split of the dataset, slices such as "train[:10%]" included.
         column: the field or column that holds the text.
         samples: number of samples, at least 1.
-        length: tokens in a sample, the beginning-of-sequence tokens included, at least 2.
+        length: tokens in a sample, the beginning-of-sequence tokens included, at least 2. None: 2,048, or the model's
+            positions if these are fewer.
         layout: "pack" or "truncate", see the module.
         order: "text" takes the first samples and reads no document beyond them; "shuffled" draws samples without
             replacement, among all windows of the packed text or among all documents.
@@ -71,7 +74,7 @@ class TextSpec:
     split: str = "train"
     column: str = "text"
     samples: int = 128
-    length: int = 2048
+    length: int | None = None
     layout: Layout = "pack"
     order: Order = "shuffled"
     seed: int = 0
@@ -81,7 +84,7 @@ class TextSpec:
         checks = (
             ("source", bool(self.source), '"self", a file, a folder or a dataset id'),
             ("samples", self.samples >= 1, "at least 1"),
-            ("length", self.length >= 2, "at least 2 tokens: one to read and one to predict"),
+            ("length", self.length is None or self.length >= 2, "at least 2 tokens: one to read and one to predict"),
             ("layout", self.layout in get_args(Layout), " or ".join(get_args(Layout))),
             ("order", self.order in get_args(Order), " or ".join(get_args(Order))),
             ("seed", 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1"),
@@ -98,6 +101,15 @@ class TextSpec:
                     expected=f"no {name}: it has no effect there",
                     fix=f"remove {name}, or name another source",
                 )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a sample, of whatever model where none is said."""
+        return DEFAULT_LENGTH if self.length is None else self.length
+
+    def fitted(self, positions: int | None) -> "TextSpec":
+        """The same with its length, for a model with so many positions; None: they have no end."""
+        return replace(self, length=min(self.tokens, positions or self.tokens)) if self.length is None else self
 
     def _ignored(self) -> tuple[str, tuple[str, ...]]:
         """What kind of source this is, and the options that mean nothing to it."""
@@ -158,7 +170,7 @@ def _generated(spec: TextSpec, generate: Callable[[TextSpec], Tensor] | None) ->
             fix="name a text file or a dataset, or hand a generator to load_tokens",
         )
     ids = generate(spec).to("cpu", torch.int64).contiguous()
-    assert ids.shape == (spec.samples, spec.length), f"generated {tuple(ids.shape)}"
+    assert ids.shape == (spec.samples, spec.tokens), f"generated {tuple(ids.shape)}"
     return Tokens(ids, _digest(ids), _describe(spec, *_UNUSED_BY_SELF))
 
 
@@ -223,28 +235,28 @@ class _Reader:
 
 
 def _pack(reader: _Reader, spec: TextSpec) -> Int64[Tensor, "samples length"]:
-    needed = spec.samples * spec.length
+    needed = spec.samples * spec.tokens
     wanted = needed if spec.order == "text" else sys.maxsize
     parts: list[Tensor] = []
     while reader.tokens < wanted and (batch := reader.encode(tokens=wanted - reader.tokens)):
         # int32 holds every vocabulary, and a shuffled text is in memory as a whole.
         parts.append(torch.tensor([token for ids in batch for token in ids], dtype=torch.int32))
     if reader.tokens < needed:
-        raise _too_little(reader, spec, reader.tokens // spec.length, f"at least {needed} tokens")
-    windows = reader.tokens // spec.length
+        raise _too_little(reader, spec, reader.tokens // spec.tokens, f"at least {needed} tokens")
+    windows = reader.tokens // spec.tokens
     chosen = torch.arange(windows) if spec.order == "text" else _permutation(windows, spec.seed)
-    packed = torch.cat(parts)[: windows * spec.length].view(windows, spec.length)
+    packed = torch.cat(parts)[: windows * spec.tokens].view(windows, spec.tokens)
     return packed[chosen[: spec.samples]].long()
 
 
 def _truncate(reader: _Reader, spec: TextSpec) -> Int64[Tensor, "samples length"]:
     rows: list[list[int]] = []
     while len(rows) < spec.samples and (batch := reader.encode(documents=spec.samples - len(rows))):
-        long = [ids[: spec.length] for ids in batch if len(ids) >= spec.length]
+        long = [ids[: spec.tokens] for ids in batch if len(ids) >= spec.tokens]
         reader.short += len(batch) - len(long)
         rows += long
     if len(rows) < spec.samples:
-        expected = f"at least {spec.samples} documents of {spec.length} tokens or more"
+        expected = f"at least {spec.samples} documents of {spec.tokens} tokens or more"
         raise _too_little(reader, spec, len(rows), expected)
     return torch.tensor(rows, dtype=torch.int64)
 
@@ -254,7 +266,7 @@ def _too_little(reader: _Reader, spec: TextSpec, possible: int, expected: str) -
     ways += ["set a shorter length", *["the layout pack"] * (spec.layout == "truncate")]
     return CalibrationError(
         f"{spec.source}: {reader.tokens} tokens in {reader.documents} documents ({reader.empty} of them empty) give "
-        f"{possible} of {spec.samples} samples of {spec.length} tokens",
+        f"{possible} of {spec.samples} samples of {spec.tokens} tokens",
         expected=f"{expected} for the layout {spec.layout}",
         fix=", or ".join(["add text", *ways]),
     )

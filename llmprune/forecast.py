@@ -43,7 +43,7 @@ from llmprune.structure_plan import (
     structure_notes,
 )
 from llmprune.survey import check_budget
-from llmprune.texts import check_texts
+from llmprune.texts import check_texts, model_positions
 
 # The look at a layer: few tokens, and sizes that hardly any dimension of a model has, so that a tensor's shape tells
 # which of its dimensions grow with the batch and with the length.
@@ -74,6 +74,7 @@ def dry_run(
 
 def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     settings, device = run.recipe, run.device
+    settings = settings.fitted(model_positions(source.config))
     check_texts(settings.texts, source)
     reduction = Reduction(source, settings.structures, settings.decoder_layers) if settings.structures else None
     if reduction is not None:
@@ -129,7 +130,7 @@ class _Look:
         self, source: CheckpointSource, recipe: Recipe, device: torch.device, reduction: Reduction | None
     ) -> None:
         self._source, self._recipe, self._device, self._reduction = source, recipe, device, reduction
-        self._length = recipe.calibration.length
+        self._length = recipe.calibration.tokens
         self._batches = _batch_sizes(recipe)
         self.tokens = (recipe.calibration.samples + recipe.held_back) * self._length
         vocabulary = source.model.get_input_embeddings().weight.shape[0]

@@ -35,7 +35,7 @@ def generate_text(
         NumericsError: the logits are not finite; names the weight that is not, where it is one.
     """
     generator = torch.Generator().manual_seed(spec.seed)
-    draws = torch.rand(spec.samples, spec.length, generator=generator, dtype=torch.float64)
+    draws = torch.rand(spec.samples, spec.tokens, generator=generator, dtype=torch.float64)
     training = model.training
     model.eval()
     try:

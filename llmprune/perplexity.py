@@ -30,7 +30,7 @@ from llmprune.progress import Progress, Watcher, ignore
 from llmprune.shortage import MemoryGuard, sampling_needs, scoring_needs
 from llmprune.source import Source
 from llmprune.stream import Stream, StreamSettings
-from llmprune.texts import load_texts, tokenizer_for
+from llmprune.texts import load_texts, model_positions, tokenizer_for
 
 # Positions whose logits are widened to float32 at once: bounds the memory for vocabularies of 250,000.
 _POSITIONS = 512
@@ -132,6 +132,7 @@ def evaluate(
         if text.source == "self":
             guard.expected = lambda: sampling_needs(source)
         tokenizer = tokenizer_for([text], folder, source.config)
+        text = text.fitted(model_positions(source.config))
         tokens = load_texts({"text": text}, source, tokenizer, settings.device)["text"]
         guard.expected = lambda: scoring_needs(source, tokens, settings)
         return measure_perplexity(source, tokens, settings, guard)
@@ -178,6 +179,7 @@ def evaluate_against(
         if text.source == "self":
             guard.expected = lambda: sampling_needs(sources[0])
         tokenizer = tokenizer_for([text], folders[0], sources[0].config)
+        text = text.fitted(model_positions(sources[0].config))
         tokens = load_texts({"text": text}, sources[0], tokenizer, settings.device)["text"]
         guard.expected = lambda: scoring_needs(sources[0], tokens, settings, models=2)
         first, second = (

@@ -50,7 +50,7 @@ from llmprune.stream import ResidentLayer, Stream, StreamSettings
 from llmprune.structure_plan import consumer_shapes
 from llmprune.structures.removal import Cut
 from llmprune.survey import check_budget, decide
-from llmprune.texts import tokenizer_for
+from llmprune.texts import model_positions, tokenizer_for
 from llmprune.timing import Stages
 from llmprune.version import __version__
 from llmprune.visual import write_report
@@ -129,6 +129,7 @@ class Run:
         require_free(output)
         require_empty(output, resume=resume, overwrite=overwrite)
         source = self.open(folder)
+        self.recipe = self.recipe.fitted(model_positions(source.config))
         if self.recipe.structures is not None:
             self.reduction = Reduction(source, self.recipe.structures, self.recipe.decoder_layers)
             check_budget(self.reduction)
@@ -190,6 +191,7 @@ class Run:
             require_free(output)
             require_empty(output, resume=False, overwrite=overwrite)
             require_space(output, sum(parameter.nbytes for parameter in model.parameters()))
+        self.recipe = self.recipe.fitted(model_positions(model.config))
         source = ModelSource(model, self.recipe.decoder_layers, self._compute_dtype(model))
         jobs = plan_jobs(source, self.recipe)
         name = model.config._name_or_path or type(model).__name__

@@ -6,7 +6,7 @@
     rules:
       - match: "*.self_attn.*"
         pattern: "2:4"
-    calibration: {source: self, samples: 128, length: 2048}
+    calibration: {source: self, samples: 128}
 
 Types are pydantic's. Ours are the bundled names, the overrides, and errors that say where the mistake stands.
 """
@@ -274,6 +274,11 @@ class Recipe(BaseModel):
         """The texts that a run reads: "calibration", with the held-back samples, and "evaluation", if there is any."""
         held_back = replace(self.calibration, samples=self.calibration.samples + self.held_back)
         return {"calibration": held_back, **({"evaluation": self.evaluation} if self.evaluation else {})}
+
+    def fitted(self, positions: int | None) -> "Recipe":
+        """The recipe with the length of its texts, for a model with so many positions; None: they have no end."""
+        evaluation = self.evaluation and self.evaluation.fitted(positions)
+        return self.model_copy(update={"calibration": self.calibration.fitted(positions), "evaluation": evaluation})
 
     def for_matrix(self, name: str) -> tuple[Pattern, Method] | None:
         """Say how the matrix of this full name is pruned; None if it stays dense."""

@@ -57,18 +57,23 @@ def load_texts(
     return texts
 
 
+def model_positions(config: PretrainedConfig) -> int | None:
+    """How many tokens a model was made to read at once; None where its config sets no end."""
+    text = config.get_text_config()
+    return next((size for name in _POSITIONS if (size := getattr(text, name, None))), None)
+
+
 def check_texts(specs: Mapping[str, TextSpec], source: Source) -> None:
     """Refuse what can be refused before any text is read.
 
     Raises:
         CalibrationError: a local text is not there, or its samples are longer than the model's positions.
     """
-    config = source.model.config.get_text_config()
-    positions = next((size for name in _POSITIONS if (size := getattr(config, name, None))), None)
+    positions = model_positions(source.model.config)
     for name, spec in specs.items():
-        if positions is not None and spec.length > positions:
+        if positions is not None and spec.tokens > positions:
             raise CalibrationError(
-                f"{name}: samples of {spec.length} tokens for a model with {positions} positions",
+                f"{name}: samples of {spec.tokens} tokens for a model with {positions} positions",
                 expected=f"a length of at most {positions}",
                 fix=f"set length to {positions} or less",
             )

@@ -60,7 +60,7 @@ def test_bundled_recipes_are_these_and_each_has_one_line_of_description() -> Non
 def test_bundled_recipe_holds_what_its_name_says(name: str) -> None:
     recipe = load_recipe(name)
     assert (recipe.pattern, recipe.method) == EXPECTED[name]
-    calibration = (64, 256) if name == "demo" else (128, 2048)
+    calibration = (64, 256) if name == "demo" else (128, None)
     assert (recipe.calibration.source, recipe.calibration.samples, recipe.calibration.length) == ("self", *calibration)
     assert recipe.batch_size == (16 if name == "demo" else 8)
     assert load_recipe(Path(__file__).parents[1] / "recipes" / f"{name}.yaml") == recipe
@@ -105,7 +105,7 @@ def test_defaults() -> None:
         "exclude": [],
         "rules": [],
         "calibration": asdict(TextSpec()),
-        "evaluation": asdict(TextSpec(length=2048, **EVALUATION)),
+        "evaluation": asdict(TextSpec(**EVALUATION)),
         "batch_size": 8,
         "held_back": 4,
         "decoder_layers": None,

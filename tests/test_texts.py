@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_models import VOCABULARY, build, recipe, save, tokenizer
 
 import llmprune.texts
@@ -42,6 +43,20 @@ def test_samples_longer_than_the_positions(family: str, use: Use, text: str, tmp
     use(folder, {"source": text, "samples": 2, "length": 64}, tmp_path / "fits")
     with pytest.raises(CalibrationError, match="samples of 65 tokens for a model with 64 positions"):
         use(folder, {"source": text, "samples": 2, "length": 65}, tmp_path / "output")
+
+
+def test_a_length_that_is_left_out_is_what_the_model_has_positions_for(text: str, tmp_path: Path) -> None:
+    folder = save(build("gpt2"), tmp_path / "model")
+    spec = {"source": text, "samples": 2}
+    plan = dry_run(folder, recipe(calibration=spec))
+    report = prune(folder, recipe(calibration=spec, evaluation={"source": text, "samples": 1}), tmp_path / "pruned")
+    for known in (plan.recipe, report.header["recipe"], yaml.safe_load((tmp_path / "pruned/recipe.yaml").read_text())):
+        assert known["calibration"]["length"] == 64
+    assert report.header["recipe"]["evaluation"]["length"] == 64
+    assert prune(build("gpt2"), recipe(), tokenizer=tokenizer()).header["recipe"]["calibration"]["length"] == 24
+    assert evaluate(folder, TextSpec(text, samples=2)).length == 64
+    bloom = save(build("bloom", max_position_embeddings=None), tmp_path / "bloom")
+    assert dry_run(bloom, recipe(calibration={"samples": 2})).recipe["calibration"]["length"] == 2048
 
 
 @EVERYWHERE
