@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from llmprune.decoder import Matrix, prunable_matrices
 from llmprune.errors import ModelError
@@ -297,14 +298,24 @@ def _storage(tensor: Tensor) -> int:
 
 @contextmanager
 def eagerly(model: PreTrainedModel) -> Iterator[None]:
-    """Have attention and experts computed by ordinary operations."""
+    """Have attention and experts computed by ordinary operations, as far as the model lets them be chosen."""
     before = model.config._attn_implementation
     with eager_experts(model), sdpa_kernel(SDPBackend.MATH):
-        model.set_attn_implementation("eager")
+        _choose_attention(model, "eager")
         try:
             yield
         finally:
-            model.set_attn_implementation(before)
+            _choose_attention(model, before)
+
+
+def _choose_attention(model: PreTrainedModel, name: str | None) -> None:
+    """Set the implementation; transformers warns of models that have one only, each time."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model.set_attn_implementation(name)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _tensors(value: Any) -> list[Tensor]:
