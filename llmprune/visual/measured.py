@@ -14,8 +14,8 @@ from llmprune.visual.page import Chart, Note, Part, Table
 _STANDARD_ERRORS = 2.0
 
 _RESIDENT = (
-    "Resident: the model's tensors alone. Peak: what was held at most beyond what was there before the model, so "
-    "without Python and its libraries; on a CPU what these load later counts."
+    "Resident: the model's tensors alone. Peak: these and the most that a run held beside them, so without Python and "
+    "its libraries."
 )
 
 # A value and its standard error.
