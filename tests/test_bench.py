@@ -24,6 +24,7 @@ from llmprune.cli.measuring import add_commands
 from llmprune.devices import cpu_threads
 from llmprune.errors import CheckpointError, ModelError, NumericsError, RecipeError
 from llmprune.fusion import fuse
+from llmprune.kernels import workspace
 from llmprune.repeats import Effort, Timing, time_calls
 from llmprune.tables.measuring import bench_tables, grouped, ratio_note
 
@@ -315,11 +316,13 @@ def test_models_are_timed_in_turn_and_token_by_token(folder: Path, monkeypatch: 
 def test_what_is_shared_is_held_once(folder: Path) -> None:
     model = load(folder / "dense")
     whole = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    assert resident_bytes(model) == whole
+    # Scratch of the kernels, which other tests may have reserved.
+    scratch = workspace.reserved(CPU)
+    assert resident_bytes(model) == whole + scratch
     model.lm_head.weight = model.model.embed_tokens.weight
-    assert resident_bytes(model) == whole - model.lm_head.weight.nbytes
+    assert resident_bytes(model) == whole + scratch - model.lm_head.weight.nbytes
     packed = load(folder / "packed")
-    assert resident_bytes(packed) < 0.35 * whole
+    assert resident_bytes(packed) - scratch < 0.35 * whole
 
 
 # The command.

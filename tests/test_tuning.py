@@ -44,7 +44,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def load(folder: Path) -> Any:
-    return serving.load(folder, device="cpu", fused=False)
+    return serving.load(folder, device="cpu", dtype="bfloat16", fused=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,9 +111,10 @@ def test_the_full_layer_is_dropped_and_shares_no_memory(tmp_path: Path) -> None:
 
 def test_a_failure_drops_the_full_layer(tmp_path: Path) -> None:
     folder = save(build("llama"), tmp_path)
-    rewrite(folder, lambda stored: {key: t for key, t in stored.items() if "layers.0.mlp.up" not in key})
     source = narrow(folder)
-    with pytest.raises(CheckpointError, match="no values for"):
+    # Cut off behind our back.
+    rewrite(folder, lambda stored: {"lm_head.weight": stored["lm_head.weight"]})
+    with pytest.raises(CheckpointError, match="it ends before the values of"):
         source.load_layer(0, CPU)
     assert all(parameter.is_meta for parameter in source._inner.model.parameters())
 
