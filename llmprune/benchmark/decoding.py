@@ -77,7 +77,11 @@ def measure_decoding(
     count = max(fewest, min(most, positions - prompt_tokens, int(seconds / (_RUNS[0] + 1) / token)))
     working = [_working_bytes(run, count) for run in runs]
     rounds = max(_RUNS[0], min(_RUNS[1], int(seconds / (token * count))))
-    times = [[run(count) for run in runs] for _ in range(rounds)]
+    times: list[list[tuple[float, float]]] = [[] for _ in runs]
+    for number in range(rounds):
+        # Back and forth, so that none is always the first.
+        for own, run in list(zip(times, runs, strict=True))[:: -1 if number % 2 else 1]:
+            own.append(run(count))
     return [
         Decoding(
             batch,
@@ -87,7 +91,7 @@ def measure_decoding(
             Timing.of([later / (count - 1) for _, later in own]),
             nbytes,
         )
-        for own, nbytes in zip(zip(*times, strict=True), working, strict=True)
+        for own, nbytes in zip(times, working, strict=True)
     ]
 
 
