@@ -270,7 +270,8 @@ class Reduction:
                 expected="blocks that are added to the hidden states, and that nothing else reads",
                 fix=f"leave {part} out of the recipe's structures, or remove whole layers by depth",
             )
-        check_count(count, len(removable), layers, f"{name} blocks")
+        kept = [f" (layer {i} keeps its own: {block.refusal})" for i, block in enumerate(found) if block.refusal]
+        check_count(count, len(removable), layers, f"{name} blocks{kept[0] if kept else ''}")
         # Some architectures have no config that could say it.
         index, block = next(iter(removable.items()))
         without_blocks(self.dense.config, {index: block.modules}, self._path)

@@ -207,6 +207,12 @@ def test_blocks_that_cannot_go_are_refused_with_the_reason(family: str, part: st
     assert f"leave {part} out" in caught.value.fix
 
 
+def test_more_blocks_than_may_go_are_refused_with_the_reason_of_one_that_stays(tmp_path: Path) -> None:
+    folder = save(build("jamba"), tmp_path / "model")
+    with pytest.raises(RecipeError, match=r"2 of 2 attention blocks \(layer 0 keeps its own: .+\) are to go"):
+        dry_run(folder, structured(attention={"remove": 2}))
+
+
 def test_the_report_says_what_is_left_of_everything(llama: Path, tmp_path: Path) -> None:
     def left(**sections: Any) -> list[str]:
         report = prune(llama, structured(**sections), tmp_path / "-".join(sections), overwrite=True)
