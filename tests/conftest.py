@@ -22,7 +22,9 @@ install_import_hook(
         "llmprune.statistics",
         "llmprune.methods",
         "llmprune.formats",
-        "llmprune.structures",
+        # Not all of `structures`: its tracing is called for every operation, and has no shapes to check.
+        "llmprune.structures.scores",
+        "llmprune.structures.solver",
     ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
