@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,19 @@ class Report:
         structures = [row.to_dict() for row in self.structures]
         rows = [dataclasses.asdict(row) for row in self.rows]
         return {**self.header, "summary": summary, "structures": structures, "rows": rows}
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows = [("model", str(self.header.get("model", "")))]
+        if self.dense_perplexity is not None and self.pruned_perplexity is not None:
+            rows.append(("perplexity", f"{self.pruned_perplexity:.4f}, dense {self.dense_perplexity:.4f}"))
+        rows += [(left.kind, f"{left.amount} {left.where}".strip()) for left in self.left]
+        if self.rows:
+            rows.append(("zeros", f"{self.sparsity:.2%} of the weights of the pruned matrices"))
+        if self.mean_error is not None:
+            rows.append(("mean error", f"{self.mean_error:.4f} of the output's energy"))
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+        return f"<table>{cells}</table>"
 
     def save(self, folder: Path) -> Path:
         """Write report.json into a folder, atomically; returns its path."""

@@ -137,3 +137,12 @@ def test_a_run_s_rows_are_counted_not_copied(tmp_path: Path) -> None:
         assert (found.damping, found.damping_tried) == ((None, ()) if wanda else (0.01, (0.01,)))
         assert found.error is not None
         assert 0 < found.error < 1
+
+
+def test_notebooks_show_a_table() -> None:
+    evaluation = {"dense": {"perplexity": 20.0}, "pruned": {"perplexity": 25.0}}
+    shown = Report((row(),), {"model": "<b>&", "evaluation": evaluation})._repr_html_()
+    assert "<th>model</th><td>&lt;b&gt;&amp;</td>" in shown
+    assert "<th>perplexity</th><td>25.0000, dense 20.0000</td>" in shown
+    assert "of the weights of the pruned matrices" in shown
+    assert Report((), {})._repr_html_() == "<table><tr><th>model</th><td></td></tr></table>"

@@ -2,6 +2,6 @@
 
 from llmprune.visual.comparison import Comparison, RunRow, compare
 from llmprune.visual.comparison_page import write_comparison
-from llmprune.visual.report_page import summary_html, write_report
+from llmprune.visual.report_page import write_report
 
-__all__ = ["Comparison", "RunRow", "compare", "summary_html", "write_comparison", "write_report"]
+__all__ = ["Comparison", "RunRow", "compare", "write_comparison", "write_report"]

@@ -76,12 +76,6 @@ def report_page(report: Report, beside: Beside, stored_bytes: int | None = None)
     return render(f"{name}, pruned", subtitle, sections)
 
 
-def summary_html(report: Report) -> str:
-    """The summary of a run as a piece of HTML, for notebooks."""
-    tiles = [(name, f"{value} {remark}".strip()) for name, value, remark in _tiles(report, None)]
-    return Table(("", ""), tuple(tiles), text=(0, 1), caption=f"{report.header.get('model', 'model')}, pruned").html()
-
-
 def _summary(report: Report, stored_bytes: int | None) -> list[Part]:
     header = report.header
     climbed = sum(len(row.damping_tried) > 1 for row in report.rows)

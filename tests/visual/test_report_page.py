@@ -27,7 +27,7 @@ from synthetic_runs import (
 
 from llmprune.errors import CheckpointError
 from llmprune.report import Report
-from llmprune.visual import summary_html, write_report
+from llmprune.visual import write_report
 
 LIMIT = 2_000_000
 
@@ -267,9 +267,3 @@ def test_the_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_folder_without_a_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no report\.json|there is no folder"):
         write_report(tmp_path)
-
-
-def test_notebooks_show_the_summary() -> None:
-    page = Page(summary_html(report(model=NASTY)))
-    assert "perplexity 25.00 dense 20.00" in page.text
-    assert [tag for tag, _ in page.tags if tag == "script"] == []
