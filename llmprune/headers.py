@@ -38,7 +38,7 @@ def check_headers(
     if coded := [key for key, tensor in weights.items() if tensor.dtype not in _WEIGHTS]:
         dtype = str(weights[coded[0]].dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"{folder}: {listed([repr(key) for key in coded], most=1)} stored as {dtype}",
+            f"{folder}: {listed([repr(key) for key in coded], most=1)} {'are' if coded[1:] else 'is'} stored as {dtype}",
             expected="weights in float32, bfloat16 or float16",
             fix="prune the model that was not quantised, or one that was dequantised and saved again",
         )
