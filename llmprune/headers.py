@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmprune.checkpoint import Stored, listed
 from llmprune.errors import CheckpointError
 from llmprune.packed import PackedWeight
+from llmprune.precision import dtype_name
 
 _WEIGHTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,9 +37,9 @@ def check_headers(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = {key: tensor for key, tensor in stored.items() if any(name in parameters for name in targets[key])}
     if coded := [key for key, tensor in weights.items() if tensor.dtype not in _WEIGHTS]:
-        dtype = str(weights[coded[0]].dtype).removeprefix("torch.")
+        stored_as = f"{'are' if coded[1:] else 'is'} stored as {dtype_name(weights[coded[0]].dtype)}"
         raise CheckpointError(
-            f"{folder}: {listed([repr(key) for key in coded], most=1)} {'are' if coded[1:] else 'is'} stored as {dtype}",
+            f"{folder}: {listed([repr(key) for key in coded], most=1)} {stored_as}",
             expected="weights in float32, bfloat16 or float16",
             fix="prune the model that was not quantised, or one that was dequantised and saved again",
         )
