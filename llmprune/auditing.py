@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from llmprune.checkpoint import INDEX_NAME, SINGLE_NAME
 from llmprune.checkpoint_source import CheckpointSource
 from llmprune.errors import CheckpointError, ModelError
 from llmprune.overrides import UNBUILDABLE, one_line
@@ -14,12 +15,14 @@ def find_contradiction(folder: Path) -> str | None:
     """Say how config.json and the headers of the files contradict each other.
 
     Args:
-        folder: of a checkpoint; one without config.json, or of no causal LM, contradicts nothing.
+        folder: of a checkpoint; one without config.json or the files that transformers reads, or of no causal LM,
+            contradicts nothing.
 
     Returns:
         What is wrong, or None; whether the values make sense is not looked at.
     """
-    if not (folder / "config.json").is_file():
+    weights = any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
+    if not weights or not (folder / "config.json").is_file():
         return None
     try:
         CheckpointSource(folder)

@@ -94,12 +94,12 @@ class TextSpec:
             if not valid:
                 raise CalibrationError(f"{name} {getattr(self, name)!r}", expected=expected)
         kind, unused = self._ignored()
-        for name in unused:
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+        for field in fields(self):
+            if field.name in unused and getattr(self, field.name) != field.default:
                 raise CalibrationError(
-                    f"{name} {getattr(self, name)!r} for {kind} ({self.source})",
-                    expected=f"no {name}: it has no effect there",
-                    fix=f"remove {name}, or name another source",
+                    f"{field.name} {getattr(self, field.name)!r} for {kind} ({self.source})",
+                    expected=f"no {field.name}: it has no effect there",
+                    fix=f"remove {field.name}, or name another source",
                 )
 
     @property

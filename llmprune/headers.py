@@ -22,7 +22,7 @@ def check_headers(
     stored: Mapping[str, Stored | PackedWeight],
     targets: Mapping[str, tuple[str, ...]],
 ) -> None:
-    """Check that a checkpoint has a tensor of the right kind for every parameter; some milliseconds, whatever its size.
+    """Check that a checkpoint has a tensor of the right kind for every parameter; no weight is read.
 
     Args:
         folder: of the checkpoint.

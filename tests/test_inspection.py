@@ -332,3 +332,9 @@ def test_a_config_that_contradicts_the_tensors_is_shown(tmp_path: Path) -> None:
     for other in ({"model_type": "bert", "architectures": ["BertModel"]}, {"model_type": "unheard-of"}):
         (folder / "config.json").write_text(json.dumps(other))
         assert inspect_checkpoint(folder).contradiction is None
+
+
+def test_files_that_transformers_does_not_read_contradict_nothing(tmp_path: Path) -> None:
+    folder = save(build("llama"), tmp_path)
+    (folder / SINGLE).rename(folder / "consolidated.safetensors")
+    assert inspect_checkpoint(folder).contradiction is None

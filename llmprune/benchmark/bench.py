@@ -219,7 +219,8 @@ def _measure_both(
         collect(device)
     models.append(_loaded(load, watch, "dense model"))
     measured += measure_models(models, settings, watch)
-    return [{**one, "in_turn": in_turn} for one in measured]
+    ours, dense = measured
+    return [{**ours, "in_turn": in_turn}, dense]
 
 
 def _loaded(load: Load, watch: Watcher, name: str) -> "PreTrainedModel":

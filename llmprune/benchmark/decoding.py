@@ -18,6 +18,7 @@ from llmprune.devices import return_freed_memory
 from llmprune.kernels import workspace
 from llmprune.memory import PeakWatch
 from llmprune.repeats import Timing
+from llmprune.texts import model_positions
 
 # New tokens of a measured run, and how many runs.
 _NEW_TOKENS = (8, 128)
@@ -67,7 +68,7 @@ def measure_decoding(
         prompt_tokens: of each sequence; fewer where a model's positions end.
     """
     fewest, most = _NEW_TOKENS
-    positions = min(_positions(model, prompt_tokens + most) for model in models)
+    positions = min(model_positions(model.config) or prompt_tokens + most for model in models)
     prompt_tokens = max(1, min(prompt_tokens, positions // 2))
     runs = [_Run(model, batch, prompt_tokens) for model in models]
     # Kernels are compiled by the first run, and graphs captured for a length.
@@ -136,10 +137,6 @@ def _working_bytes(run: _Run, new_tokens: int) -> int:
     with PeakWatch(run.model.device) as memory:
         run(new_tokens)
     return memory.peak - memory.baseline
-
-
-def _positions(model: PreTrainedModel, unlimited: int) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or unlimited
 
 
 def resident_bytes(model: PreTrainedModel) -> int:
