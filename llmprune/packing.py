@@ -4,7 +4,6 @@ What will be packed is decided first, from the zeros that are there: a checkpoin
 before anything is written. config.json is written last, and without it no folder loads.
 """
 
-import contextlib
 import math
 import re
 import shutil
@@ -276,11 +275,12 @@ def _update_history(packed: PackReport, stored_bytes: int) -> None:
     """Have the report and the card that were copied tell of this checkpoint."""
     update_card(packed.folder)
     size = {"stored_bytes": stored_bytes, "dense_bytes": packed.dense_checkpoint_bytes}
-    # A file of this name may be another program's.
-    with contextlib.suppress(CheckpointError):
+    try:
         report = load_report(packed.folder)
-        replace(report, header={**report.header, "size": size}).save(packed.folder)
-        write_report(packed.folder)
+    except CheckpointError:
+        return  # there is none, or the file of this name is another program's
+    replace(report, header={**report.header, "size": size}).save(packed.folder)
+    write_report(packed.folder)
 
 
 def _existing(folder: str | Path) -> Path:

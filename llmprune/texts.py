@@ -21,6 +21,8 @@ from llmprune.precision import computed_in
 from llmprune.skeleton import quiet_transformers, read_config
 from llmprune.source import Source, widened
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+
 # What configs call the number of positions that a model was made for.
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
@@ -116,14 +118,21 @@ def tokenizer_for(specs: Iterable[TextSpec], folder: Path | str, config: Pretrai
         config: of the model; says which token opens a document if no tokenizer does.
 
     Raises:
-        ModelError: there is none, and a text has to be tokenised.
+        ModelError: there is none, and a text has to be tokenised; or there is one, and it cannot be read.
     """
     try:
         return load_tokenizer(folder)
     except ModelError:
-        if any(spec.source != "self" for spec in specs):
+        if any(spec.source != "self" for spec in specs) or not _lacks_tokenizer(folder):
             raise
         return _NoTokenizer(config.get_text_config().bos_token_id)
+
+
+def _lacks_tokenizer(folder: Path | str) -> bool:
+    """Whether there surely is none: a model that came from nowhere, or a folder without any file of a tokenizer."""
+    if not str(folder):
+        return True
+    return Path(folder).is_dir() and not any(file for name in _TOKENIZER_FILES for file in Path(folder).glob(name))
 
 
 @dataclass

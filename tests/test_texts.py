@@ -94,3 +94,10 @@ def test_a_model_without_a_tokenizer_prunes_on_text_that_it_writes(text: str, tm
     assert evaluate(folder, TextSpec(samples=1, length=16)).samples == 1
     with pytest.raises(ModelError, match="no tokenizer in"):
         by_prune(folder, {"source": text, "samples": 2, "length": 16}, tmp_path / "output")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused_even_where_none_is_needed(tmp_path: Path) -> None:
+    folder = save(build("llama"), tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="no tokenizer in"):
+        prune(folder, recipe(), tmp_path / "pruned")
