@@ -2,7 +2,7 @@
 
 A page asks for a part by a comment on a line of its own, with words that the part understands:
 
-    <!-- generated: fields llmprune.report.MatrixRow -->
+    <!-- generated: fields llmprune.storage.report.MatrixRow -->
 
 So tables of keys, options and figures are read from the code, the recipes and the result files, and cannot grow old. A
 part that does not exist, or finds nothing, stops the build.

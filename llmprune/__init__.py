@@ -2,51 +2,52 @@
 
 from typing import TYPE_CHECKING, Any
 
-from llmprune.registration import register_with_transformers
-from llmprune.version import __version__
+from llmprune.serving.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from llmprune.calibration import TextSpec
     from llmprune.errors import LlmpruneError
-    from llmprune.evaluation import run_tasks
-    from llmprune.forecast import dry_run
-    from llmprune.inspection import inspect_checkpoint
+    from llmprune.measuring.inspection import inspect_checkpoint
+    from llmprune.measuring.perplexity import evaluate, evaluate_against
+    from llmprune.measuring.tasks import run_tasks
     from llmprune.methods import METHODS
-    from llmprune.packing import pack, unpack
+    from llmprune.pages import compare, write_report
     from llmprune.patterns import NM, Block, Unstructured, parse
-    from llmprune.perplexity import evaluate, evaluate_against
-    from llmprune.pipeline import prune
-    from llmprune.recipe import Recipe, load_recipe
-    from llmprune.report import Report
-    from llmprune.serving import load
-    from llmprune.stream import Stream
-    from llmprune.visual import compare, write_report
+    from llmprune.pruning.forecast.forecast import dry_run
+    from llmprune.pruning.packing import pack, unpack
+    from llmprune.pruning.pipeline import prune
+    from llmprune.recipe.recipe import Recipe, load_recipe
+    from llmprune.serving.loader import load
+    from llmprune.storage.report import Report
+    from llmprune.stream.stream import Stream
+    from llmprune.text.tokens import TextSpec
+
+__version__ = "0.1.0"
 
 # Resolved on first use, so that `import llmprune` and `llmprune --help` do not wait for torch. No module may be called
 # like one of these: once it is imported, it would stand in the name's place.
 _HOMES = {
-    "TextSpec": "calibration",
+    "TextSpec": "text.tokens",
     "LlmpruneError": "errors",
-    "dry_run": "forecast",
-    "run_tasks": "evaluation",
-    "inspect_checkpoint": "inspection",
+    "dry_run": "pruning.forecast.forecast",
+    "run_tasks": "measuring.tasks",
+    "inspect_checkpoint": "measuring.inspection",
     "METHODS": "methods",
-    "pack": "packing",
-    "unpack": "packing",
+    "pack": "pruning.packing",
+    "unpack": "pruning.packing",
     "NM": "patterns",
     "Block": "patterns",
     "Unstructured": "patterns",
     "parse": "patterns",
-    "evaluate": "perplexity",
-    "evaluate_against": "perplexity",
-    "prune": "pipeline",
-    "Recipe": "recipe",
-    "load_recipe": "recipe",
-    "Report": "report",
-    "load": "serving",
-    "Stream": "stream",
-    "compare": "visual",
-    "write_report": "visual",
+    "evaluate": "measuring.perplexity",
+    "evaluate_against": "measuring.perplexity",
+    "prune": "pruning.pipeline",
+    "Recipe": "recipe.recipe",
+    "load_recipe": "recipe.recipe",
+    "Report": "storage.report",
+    "load": "serving.loader",
+    "Stream": "stream.stream",
+    "compare": "pages",
+    "write_report": "pages",
 }
 
 __all__ = [

@@ -1,10 +1,12 @@
-"""Which device a run uses, how fast it works, and giving back its host's memory."""
+"""Which device a run uses, how fast it is, how much memory a block of code takes, and returning freed memory."""
 
 import ctypes
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable
+from types import TracebackType
 
 import psutil
 import torch
@@ -83,3 +85,49 @@ def return_freed_memory() -> None:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class PeakWatch:
+    """Measures the peak memory of a block: of the CUDA device, or the resident size of this process.
+
+    Attributes:
+        baseline: bytes when the block began.
+        peak: highest bytes seen so far.
+    """
+
+    _INTERVAL_SECONDS = 0.02
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._process = psutil.Process()
+        self._stop = threading.Event()
+        self.baseline = self.peak = 0
+
+    def __enter__(self) -> "PeakWatch":
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self.baseline = self.peak = self._now()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.read()
+
+    def read(self) -> int:
+        """The peak so far, in bytes."""
+        self.peak = max(self.peak, self._now())
+        return self.peak
+
+    def _sample(self) -> None:
+        while not self._stop.wait(self._INTERVAL_SECONDS):
+            self.read()
+
+    def _now(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return int(self._process.memory_info().rss)

@@ -1,4 +1,7 @@
-"""What calibration collects about one matrix's inputs: raw sums and a token count, so that shards merge exactly."""
+"""What calibration collects about one matrix's inputs: raw sums and a token count, so that shards merge exactly.
+
+A Gram matrix is factorised here as well, damped, for solvers that go through the columns from left to right.
+"""
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
 from dataclasses import dataclass, field
@@ -9,8 +12,34 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmprune.errors import NumericsError
-from llmprune.factorisation import Factor, factorise
-from llmprune.precision import add_gram, mirror_lower
+from llmprune.precision import add_gram, float32_products, mirror_lower
+
+# What is tried, above the damping asked for, when a factorisation fails.
+_LADDER = (0.01, 0.1, 1.0)
+
+
+def damping_ladder(damping: float) -> tuple[float, ...]:
+    """Every damping to try, in order: the one asked for, then 0.01, 0.1 and 1 as far as they are higher.
+
+    Args:
+        damping: fraction of the Gram's mean diagonal, >= 0.
+    """
+    return damping, *(step for step in _LADDER if step > damping)
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """R of the damped Gram matrix R R^T, R upper triangular: the inverse of the usual factor of the Gram's inverse.
+
+    Attributes:
+        upper: R, [width, width], the dtype of the Gram.
+        damping: the damping that succeeded, as a fraction of the mean diagonal.
+        tried: every damping tried, in order.
+    """
+
+    upper: Float[Tensor, "width width"]
+    damping: float
+    tried: tuple[float, ...]
 
 
 @runtime_checkable  # so that annotations that name it can be executed in the tests
@@ -201,3 +230,63 @@ def check_finite(values: Tensor, what: str) -> None:
             expected="finite numbers",
             fix="check the source checkpoint; where 16-bit activations overflow, set compute_dtype: float32",
         )
+
+
+def factorise(gram: Float[Tensor, "width width"], damping: float, tokens: int) -> Factor:
+    """Factorise gram + damping * mean(diagonal) * I, raising the damping where that fails.
+
+    A dead input (zero diagonal) gets a diagonal of 1.
+
+    Args:
+        gram: [width, width], symmetric, finite; not changed.
+        damping: fraction of the mean diagonal, >= 0.
+        tokens: rows behind the Gram, for the error.
+
+    Raises:
+        NumericsError: no damping up to 1 makes it positive definite.
+    """
+    diagonal = gram.diagonal()
+    mean = float(diagonal.mean())
+    tried: list[float] = []
+    for fraction in damping_ladder(damping):
+        tried.append(fraction)
+        damped = gram.flip(0, 1)
+        damped.diagonal().add_(fraction * mean)
+        damped.diagonal().masked_fill_(diagonal.flip(0) == 0, 1.0)
+        if _factorise_in_place(damped):
+            return Factor(_reverse_in_place(damped).mT, fraction, tuple(tried))
+        del damped
+    raise NumericsError(
+        f"a Gram matrix of width {len(gram)} from {tokens} tokens is not positive definite at damping {tried} "
+        f"(diagonal from {float(diagonal.min()):.3e} to {float(diagonal.max()):.3e}, mean {mean:.3e})",
+        expected="a finite, symmetric Gram matrix",
+        fix="check the calibration text and the model's activations, or give this matrix another method by a rule",
+    )
+
+
+def _factorise_in_place(matrix: Tensor) -> bool:
+    """Overwrite a symmetric matrix by the transpose of its lower factor; False if it is not positive definite.
+
+    With rows and columns reversed, R is an ordinary lower factor, and widths of 30,000 leave no room for copies.
+    """
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    # The transpose of a symmetric matrix is itself, and in the column-major order that LAPACK works in.
+    in_order = matrix.mT
+    with float32_products("ieee"):
+        torch.linalg.cholesky_ex(in_order, out=(in_order, info))
+    return int(info) == 0 and bool(torch.isfinite(matrix.diagonal()).all())
+
+
+def _reverse_in_place(matrix: Tensor, rows: int = 256) -> Tensor:
+    """Reverse the order of rows and columns, a few rows at a time."""
+    width = len(matrix)
+    for start in range(0, width // 2, rows):
+        stop = min(start + rows, width // 2)
+        first, last = matrix[start:stop], matrix[width - stop : width - start]
+        reversed_first = first.flip(0, 1)
+        first.copy_(last.flip(0, 1))
+        last.copy_(reversed_first)
+    if width % 2:
+        middle = matrix[width // 2]
+        middle.copy_(middle.flip(0))
+    return matrix

@@ -1,10 +1,27 @@
-"""Seconds by stage, with nested stages booked once."""
+"""Seconds: of a run by stage, and of a single call, measured the same way for everything that is compared.
+
+In a model each weight is read once a token, so it comes from memory. A benchmark that multiplies by one matrix again
+and again measures a cache instead. Here the calls are equal except for the copy of the weights that they read, and are
+made in rotation; together the copies are larger than the last-level cache. On a GPU one CUDA graph holds them all, so
+that launches cost what they cost in a captured model.
+"""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+
+Call = Callable[[], object]
+_LEAST_ROTATED, _MOST_ROTATED = 150 << 20, 1 << 30
+_MOST_COPIES = 256
+_GRAPH_CALLS = 10
+_REPEATS = (5, 200)
+_WARM_UP_SECONDS = 0.1
+_CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
 
 class Stages:
@@ -37,3 +54,136 @@ class Stages:
         if self._open:
             self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since
         self._since = now
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is spent on one measurement.
+
+    Attributes:
+        seconds: of repetitions, at least; what is slower runs three times.
+        rotated_bytes: size of all copies of a weight together; None: what leaves no cache a chance.
+    """
+
+    seconds: float = 0.25
+    rotated_bytes: int | None = None
+
+    def copies(self, nbytes: int, device: torch.device) -> int:
+        """How many copies of a weight of this size are rotated."""
+        wanted = rotated_bytes(device) if self.rotated_bytes is None else self.rotated_bytes
+        return max(1, min(_MOST_COPIES, -(-wanted // max(nbytes, 1))))
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The distribution of the time that one call takes.
+
+    Attributes:
+        median: seconds.
+        low: seconds; a tenth of the measurements is faster.
+        high: seconds; a tenth of them is slower.
+        repeats: number of measurements.
+    """
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Timing":
+        """Sum up measurements."""
+        ranked = sorted(seconds)
+        low, median, high = (ranked[round(share * (len(ranked) - 1))] for share in (0.1, 0.5, 0.9))
+        return cls(median, low, high, len(ranked))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, in microseconds."""
+        named = {"median_us": self.median, "low_us": self.low, "high_us": self.high}
+        return {**{name: round(1e6 * value, 3) for name, value in named.items()}, "repeats": self.repeats}
+
+
+def rotated_bytes(device: torch.device) -> int:
+    """How many bytes of weights do not fit into the last cache, with a margin; at most 1 GiB."""
+    if device.type == "cuda":
+        # Loads that evict first leave old lines in the cache, which would answer part of a few times its size.
+        return _MOST_ROTATED
+    return min(max(_LEAST_ROTATED, _last_cache() * 5 // 4), _MOST_ROTATED)
+
+
+@torch.inference_mode()
+def time_calls(calls: Sequence[Call], device: torch.device, seconds: float, *, captured: bool = True) -> Timing:
+    """Time one of several equal calls.
+
+    Args:
+        calls: made in turn.
+        device: where they compute.
+        seconds: how long to repeat, at least.
+        captured: on a GPU, put them into a CUDA graph; False where something in them cannot be captured: they are then
+            launched one behind the other, and a call shorter than its launch looks as long as that.
+    """
+    if device.type == "cuda":
+        return _time_on_gpu(calls, device, seconds, captured)
+    calls[0]()
+    return _time_on_cpu(calls, seconds)
+
+
+def _time_on_cpu(calls: Sequence[Call], seconds: float) -> Timing:
+    measured: list[float] = []
+    started = time.perf_counter()
+    while len(measured) < 3 or time.perf_counter() - started < seconds:
+        call = calls[len(measured) % len(calls)]
+        before = time.perf_counter()
+        call()
+        measured.append(time.perf_counter() - before)
+    return Timing.of(measured)
+
+
+def _time_on_gpu(calls: Sequence[Call], device: torch.device, seconds: float, captured: bool) -> Timing:
+    rounds = -(-_GRAPH_CALLS // len(calls))
+    with torch.cuda.device(device):
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        replay = capture(calls, rounds) if captured else lambda: _make(calls, rounds)
+        # The first replay uploads the graph; then the clocks rise, which takes longer than a short product.
+        replay()
+        estimate, warm = _elapsed(replay, 1)[0], time.perf_counter() + _WARM_UP_SECONDS
+        while time.perf_counter() < warm:
+            estimate = _elapsed(replay, 1)[0]
+        repeats = max(_REPEATS[0], min(_REPEATS[1], int(seconds / max(estimate, 1e-6))))
+        return Timing.of([elapsed / (rounds * len(calls)) for elapsed in _elapsed(replay, repeats)])
+
+
+def capture(calls: Sequence[Call], rounds: int = 1) -> Call:
+    """Capture calls, which must have run before, in a CUDA graph; returns what replays it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _make(calls, rounds)
+    return graph.replay
+
+
+def _make(calls: Sequence[Call], rounds: int) -> None:
+    for _ in range(rounds):
+        for call in calls:
+            call()
+
+
+def _elapsed(replay: Call, repeats: int) -> list[float]:
+    """Seconds of each replay, by the device's own clock."""
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for before, after in marks:
+        before.record()
+        replay()
+        after.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in marks]
+
+
+def _last_cache() -> int:
+    """Bytes of the last cache; 0 where the system does not say."""
+    try:
+        text = _CACHE_SIZE.read_text(encoding="ascii").strip()
+    except OSError:
+        return 0
+    return int(text.removesuffix("K")) * 1024 if text.endswith("K") else 0

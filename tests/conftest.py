@@ -18,13 +18,12 @@ if not torch.cuda.is_available():
 install_import_hook(
     [
         "llmprune.patterns",
-        "llmprune.factorisation",
         "llmprune.statistics",
         "llmprune.methods",
-        "llmprune.formats",
+        "llmprune.storage.formats",
         # Not all of `structures`: its tracing is called for every operation, and has no shapes to check.
-        "llmprune.structures.scores",
-        "llmprune.structures.solver",
+        "llmprune.structures.choose.scores",
+        "llmprune.structures.remove.solver",
     ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmprune.structures.width import Width, shrink_width
+from llmprune.structures.remove.width import Width, shrink_width
 
 CHANNELS = [0, 1, 2, 4, 5, 7, 8, 9, 10, 11, 13, 14, 16, 17, 18, 20, 21, 23, 25, 26, 28, 29, 30, 31]
 

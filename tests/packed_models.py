@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import build, save
 
-from llmprune.checkpoint import read_index
-from llmprune.formats import fit_layout
-from llmprune.packed import packing_record
 from llmprune.patterns import Pattern, parse
+from llmprune.storage.files import read_index
+from llmprune.storage.formats import fit_layout
+from llmprune.storage.packed_config import packing_record
 
 
 def save_packed(

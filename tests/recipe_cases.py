@@ -8,7 +8,7 @@ import pytest
 from llmprune.errors import RecipeError
 from llmprune.methods import Magnitude, Random, SparseGPT, Wanda
 from llmprune.patterns import NM, Unstructured
-from llmprune.recipe import load_recipe
+from llmprune.recipe.recipe import load_recipe
 
 EXPECTED = {
     "demo": (Unstructured(0.5), SparseGPT()),

@@ -12,11 +12,12 @@ from folders import contents, tensors, untimed, weights_and_texts
 from tiny_models import build, recipe, save
 from transformers import AutoModelForCausalLM
 
-from llmprune import pipeline, prune
-from llmprune.checkpoint import INDEX_NAME, read_index
-from llmprune.output import MANIFEST_NAME
-from llmprune.report import Report, load_report
-from llmprune.stream import ResidentLayer
+from llmprune import prune
+from llmprune.pruning import pipeline
+from llmprune.storage.files import INDEX_NAME, read_index
+from llmprune.storage.folders import MANIFEST_NAME
+from llmprune.storage.report import Report, load_report
+from llmprune.stream.stream import ResidentLayer
 
 LAYERS = 3
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llmprune.observation import Group
-from llmprune.source import ModelSource
+from llmprune.models.source import ModelSource
 from llmprune.statistics import Gram
-from llmprune.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.observation import Group
+from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
 
 IDS = random_ids(5, 12)
 

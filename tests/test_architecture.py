@@ -1,4 +1,4 @@
-"""Who may import whom. Read from the source, without importing it."""
+"""The rooms of the house and who may import whom. Read from the source, without importing it."""
 
 import ast
 import sys
@@ -12,48 +12,70 @@ ROOT = Path(__file__).parents[1]
 PACKAGE, KERNELS = ROOT / "llmprune", ROOT / "triton_kernels"
 FILES = [path for folder in (PACKAGE, KERNELS) for path in sorted(folder.rglob("*.py"))]
 
-# Everything of ours that a module may depend on, directly or through others.
-ALLOWED = {
-    "errors": set(),
-    "version": set(),
-    "precision": set(),
-    "kernels": set(),
-    "patterns": {"errors"},
-    "factorisation": {"errors", "precision"},
-    "statistics": {"errors", "factorisation", "precision"},
-    "methods": {"errors", "factorisation", "kernels", "patterns", "precision", "statistics"},
-    "formats": {"errors", "patterns"},
-    "forms": {"errors", "formats", "kernels", "patterns"},
-    "sparse_linear": {"errors", "formats", "forms", "kernels", "patterns"},
-    "fusion": {"errors", "formats", "forms", "kernels", "patterns", "sparse_linear"},
-    "documents": {"errors"},
-    "calibration": {"documents", "errors"},
-    "checkpoint": {"errors"},
-    "decoder": {"errors"},
-}
-# The mathematics reads tensors and nothing else; typing_extensions comes with torch.
+# The rooms in their order. A module imports from its own room, where nothing goes round in a circle, and from the lines
+# above it; never from another room of its own line, and never from below.
+ROOMS = (
+    ("errors", "precision", "progress", "timing", "units"),
+    ("devices", "patterns", "statistics"),
+    ("kernels", "storage.formats"),
+    ("methods", "storage"),
+    ("models",),
+    ("serving", "text"),
+    ("stream",),
+    ("recipe",),
+    ("structures.find",),
+    ("structures.remove",),
+    ("structures.describe",),
+    ("structures.choose",),
+    ("measuring", "structures"),
+    ("pages",),
+    ("pruning",),
+    ("cli",),
+)
+LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+# These two never see each other, not even a room inside the other: what measures a model must not trust what made it.
+STRANGERS = {"measuring", "structures"}
+# The package itself: its version may be read anywhere; its public names are resolved when they are first used.
+FACE = ""
+
+# The mathematics reads tensors and nothing else. What is not listed here may use any library.
 LIBRARIES = {
     "errors": set(),
-    "precision": {"torch"},
     "kernels": {"torch", "triton"},
-    "patterns": {"jaxtyping", "numpy", "torch"},
-    "factorisation": {"jaxtyping", "torch"},
-    "statistics": {"jaxtyping", "torch"},
     "methods": {"jaxtyping", "numpy", "torch"},
-    "formats": {"jaxtyping", "torch"},
-    "forms": {"torch"},
-    "sparse_linear": {"torch"},
-    "fusion": {"torch"},
+    "patterns": {"jaxtyping", "numpy", "torch"},
+    "precision": {"torch"},
+    "serving.forms": {"torch"},
+    "serving.fusion": {"torch"},
+    "serving.sparse_linear": {"torch"},
+    "statistics": {"jaxtyping", "torch"},
+    "storage.formats": {"jaxtyping", "torch"},
+    "structures.remove.block_matrices": {"torch"},
+    "structures.remove.exchange": {"torch"},
+    "structures.remove.problem": {"jaxtyping", "torch"},
+    "structures.remove.solver": {"jaxtyping", "torch"},
 }
+# Rooms that the mathematics must not reach, directly or through others: models and files.
+OUTSIDE_MATHEMATICS = ("storage", "models", "stream", "text", "recipe", "pruning")
+
 SELECTION = {"topk", "kthvalue", "argsort", "argpartition", "msort", "quantile", "nanquantile"}
 ARRAY_SELECTION = {"sort", "partition", "median", "nanmedian"}
 
 
-def name_of(path: Path) -> str:
-    """A file's part in the design: `methods` for all of its files, `kernels` for the folder installed as that."""
-    if KERNELS in path.parents:
-        return "kernels"
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module_of(path: Path) -> str:
+    """Dotted name inside the package: "stream.guard"; the face of a room is the room itself."""
+    inside = path.relative_to(PACKAGE) if PACKAGE in path.parents else Path("kernels") / path.relative_to(KERNELS)
+    return ".".join(inside.with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def room_of(module: str) -> str | None:
+    """The innermost room that a module lies in; None for the package itself."""
+    parts = module.split(".")
+    names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((name for name in names if name in LEVELS), None)
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -71,81 +93,120 @@ def imports(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            # A relative import stays inside its own part; only the kernels use them.
-            assert not node.level or name_of(path) == "kernels", f"{path}: a relative import"
+            # A relative import stays inside its own room; only the kernels use them.
+            assert not node.level or KERNELS in path.parents, f"{path}: a relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names if not node.level)
 
 
-def dependencies() -> dict[str, set[str]]:
-    """Part -> the parts that it imports; what is taken from the package itself counts as `__init__`."""
-    names = {name_of(path) for path in FILES}
-    found: dict[str, set[str]] = {name: set() for name in names}
-    for path in FILES:
-        for dotted in imports(path):
-            top, _, rest = dotted.partition(".")
-            part = rest.split(".")[0]
-            if top == "llmprune":
-                found[name_of(path)].add(part if part in names | {"eval", "recipes"} else "__init__")
-    return {name: found[name] - {name} for name in names}
+def uses(path: Path) -> set[str]:
+    """The modules of ours that a file imports."""
+    found = set()
+    for dotted in imports(path):
+        top, _, inside = dotted.partition(".")
+        if top == "llmprune":
+            parts = inside.split(".")
+            names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+            known = next((name for name in names if name in MODULES), FACE)
+            found.add("eval" if parts[0] in ("eval", "recipes") else known)
+    return found - {module_of(path)}
 
 
-DEPENDENCIES = dependencies()
+USES = {module: uses(path) for module, path in MODULES.items()}
 
 
-def reachable(name: str) -> set[str]:
+def reachable(module: str) -> set[str]:
+    """What a module imports, directly or through others."""
     seen: set[str] = set()
-    waiting = {name}
+    waiting = {module}
     while waiting:
         seen |= waiting
-        waiting = {other for one in waiting for other in DEPENDENCIES.get(one, ())} - seen
-    return seen - {name}
+        waiting = {other for one in waiting for other in USES.get(one, ())} - seen
+    return seen - {module}
 
 
-def test_the_core_is_found() -> None:
-    assert set(ALLOWED) | {"__init__", "stream", "pipeline", "hub", "cli"} <= set(DEPENDENCIES)
-    assert {"errors", "patterns", "statistics", "kernels"} <= DEPENDENCIES["methods"]
-    assert {"methods", "decoder"} <= reachable("pipeline")
+def allowed(module: str, used: str) -> bool:
+    """Whether the order of the rooms lets one module import another."""
+    mine, other = room_of(module), room_of(used)
+    if mine is None or other is None:
+        return used == FACE or module == FACE
+    if {mine.split(".")[0], other.split(".")[0]} == STRANGERS:
+        return False
+    return mine == other or LEVELS[other] < LEVELS[mine]
 
 
-@pytest.mark.parametrize("name", ALLOWED)
-def test_the_core_depends_only_on_what_lies_below(name: str) -> None:
-    assert reachable(name) <= ALLOWED[name]
+def test_every_module_has_a_room() -> None:
+    assert len(MODULES) > 150
+    assert [module for module in MODULES if module and room_of(module) is None] == []
+    assert [room for room in LEVELS if not any(room_of(module) == room for module in MODULES)] == []
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
-def test_the_mathematics_imports_no_other_library(name: str) -> None:
-    tops = {dotted.split(".")[0] for path in FILES if name_of(path) == name for dotted in imports(path)}
-    assert tops - sys.stdlib_module_names - {"llmprune"} <= LIBRARIES[name]
+@pytest.mark.parametrize("module", [module for module in MODULES if module])
+def test_imports_go_downwards_only(module: str) -> None:
+    wrong = sorted(used for used in USES[module] if not allowed(module, used))
+    assert not wrong, f"{module} (in {room_of(module)}) imports {wrong}"
 
 
-def test_the_stream_knows_neither_methods_nor_recipes() -> None:
-    assert not reachable("stream") & {"methods", "solving", "recipe", "pipeline", "cli"}
+@pytest.mark.parametrize(
+    ("module", "used", "fits"),
+    [
+        ("stream.stream", "models.source", True),
+        ("stream.stream", "stream.activations", True),
+        ("models.source", "stream.stream", False),
+        ("text.tokens", "serving.loader", False),
+        ("structures.survey", "measuring.perplexity", False),
+        ("measuring.perplexity", "structures.find.discovery", False),
+        ("storage.formats.nm", "storage.files", False),
+        ("structures.find.discovery", "structures.remove.cuts", False),
+    ],
+)
+def test_the_order_is_the_one_that_is_meant(module: str, used: str, fits: bool) -> None:
+    assert module in MODULES
+    assert used in MODULES
+    assert allowed(module, used) == fits
+
+
+@pytest.mark.parametrize("part", LIBRARIES)
+def test_the_mathematics_imports_no_other_library(part: str) -> None:
+    modules = [module for module in MODULES if module == part or module.startswith(f"{part}.")]
+    tops = {dotted.split(".")[0] for module in modules for dotted in imports(MODULES[module])}
+    assert modules
+    assert tops - sys.stdlib_module_names - {"llmprune"} <= LIBRARIES[part]
+
+
+@pytest.mark.parametrize(
+    "part", ["patterns", "statistics", "methods", "structures.remove.solver", "structures.remove.problem"]
+)
+def test_the_mathematics_knows_neither_models_nor_files(part: str) -> None:
+    modules = [module for module in MODULES if module == part or module.startswith(f"{part}.")]
+    reached = {other for module in modules for other in reachable(module)}
+    assert not {module for module in reached if module.split(".")[0] in OUTSIDE_MATHEMATICS}
 
 
 def test_no_import_is_circular() -> None:
-    order = list(TopologicalSorter({name: DEPENDENCIES[name] - {"__init__"} for name in DEPENDENCIES}).static_order())
-    assert order.index("errors") < order.index("patterns") < order.index("methods") < order.index("pipeline")
+    # Packages hand on the names of their own modules, which may in turn be read from the package.
+    graph = {module: {used for used in found if used != FACE} for module, found in USES.items() if module != FACE}
+    order = list(TopologicalSorter(graph).static_order())
+    assert order.index("errors") < order.index("patterns") < order.index("pruning.pipeline")
 
 
 def test_only_the_command_line_sees_the_command_line() -> None:
-    for path in FILES:
-        if name_of(path) in ("cli", "__main__"):
+    for module, path in MODULES.items():
+        if module.split(".")[0] == "cli" or module == "__main__":
             continue
-        source = path.read_text(encoding="utf-8")
-        assert not {dotted.split(".")[0] for dotted in imports(path)} & {"typer", "click", "argparse"}, path
-        assert "sys.argv" not in source, path
-        assert "cli" not in DEPENDENCIES[name_of(path)], path
+        tops = {dotted.split(".")[0] for dotted in imports(path)}
+        assert not tops & {"argparse", "click", "rich", "typer"}, path
+        assert "sys.argv" not in path.read_text(encoding="utf-8"), path
 
 
 def test_the_core_does_not_import_the_evaluation() -> None:
     """The bundled model and tasks lie there; they are found as resources, by a name in a string."""
-    assert [name for name, used in DEPENDENCIES.items() if "eval" in used] == []
-    for path in FILES:
+    assert [module for module, used in USES.items() if "eval" in used] == []
+    for module, path in MODULES.items():
         strings = [
             node.value for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Constant)
         ]
         named = any(isinstance(value, str) and value.startswith("llmprune.eval") for value in strings)
-        assert not named or name_of(path) in ("hub", "evaluation"), path
+        assert not named or module in ("storage.hub", "measuring.tasks.tasks"), path
 
 
 def selections(source: str) -> list[str]:
@@ -164,8 +225,8 @@ def selections(source: str) -> list[str]:
 
 
 def test_only_patterns_selects() -> None:
-    for path in FILES:
-        if name_of(path) != "patterns":
+    for module, path in MODULES.items():
+        if module != "patterns":
             assert selections(path.read_text(encoding="utf-8")) == [], path
     assert selections((PACKAGE / "patterns.py").read_text(encoding="utf-8"))
 

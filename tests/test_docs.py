@@ -22,11 +22,11 @@ import typer
 import yaml
 
 import llmprune
-from llmprune.calibration import TextSpec
 from llmprune.cli import app
 from llmprune.errors import RecipeError
-from llmprune.recipe import Experts, Recipe, Rule, bundled_recipes, load_recipe
-from llmprune.structure_recipe import SECTIONS, Structures
+from llmprune.recipe.recipe import Experts, Recipe, Rule, bundled_recipes, load_recipe
+from llmprune.recipe.structures import SECTIONS, Structures
+from llmprune.text.tokens import TextSpec
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

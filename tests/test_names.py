@@ -19,8 +19,8 @@ def test_every_public_name_is_there(name: str) -> None:
 
 
 def test_planning_and_measuring_need_no_second_import() -> None:
-    assert llmprune.dry_run.__module__ == "llmprune.forecast"
-    assert llmprune.evaluate.__module__ == "llmprune.perplexity"
+    assert llmprune.dry_run.__module__ == "llmprune.pruning.forecast.forecast"
+    assert llmprune.evaluate.__module__ == "llmprune.measuring.perplexity"
     assert llmprune.TextSpec("self").source == "self"
 
 
@@ -28,7 +28,7 @@ def test_no_module_stands_in_the_place_of_a_name() -> None:
     """Importing `llmprune.x` puts the module x among the package's names, before anything found on demand."""
     modules = {module.name for module in pkgutil.iter_modules(llmprune.__path__)}
     assert not modules & set(llmprune.__all__)
-    importlib.import_module("llmprune.forecast")
+    importlib.import_module("llmprune.pruning.forecast.forecast")
     assert callable(llmprune.dry_run)
 
 

@@ -9,9 +9,8 @@ from references import correlated_inputs, inverse_cholesky
 from torch import Tensor
 
 from llmprune.errors import NumericsError
-from llmprune.factorisation import Factor
 from llmprune.precision import add_gram, float32_products
-from llmprune.statistics import ColumnNorm, Gram, check_finite
+from llmprune.statistics import ColumnNorm, Factor, Gram, check_finite
 
 Kind = TypeVar("Kind", ColumnNorm, Gram)
 

@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from llmprune.skeleton import quiet_transformers
+from llmprune.models.skeleton import quiet_transformers
 
 VOCABULARY = 128
 

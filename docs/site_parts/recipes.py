@@ -12,11 +12,11 @@ from annotated_types import Ge, Gt, Lt
 from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 
-from llmprune.calibration import TextSpec
 from llmprune.methods import Method
 from llmprune.patterns import Pattern
-from llmprune.recipe import Experts, Recipe, Rule, load_recipe
-from llmprune.structure_recipe import SECTIONS, Amount, Structures
+from llmprune.recipe.recipe import Experts, Recipe, Rule, load_recipe
+from llmprune.recipe.structures import SECTIONS, Amount, Structures
+from llmprune.text.tokens import TextSpec
 from site_parts.docstrings import attributes, summary
 from site_parts.markdown import code, literal, table
 

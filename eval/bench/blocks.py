@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from llmprune.benchmark.machine import commit, device_name, measure_rates, versions
-from llmprune.benchmark.products import compare_product
-from llmprune.checkpoint import write_json
 from llmprune.devices import resolve_device
 from llmprune.eval.bench.gpu_plan import Plan
 from llmprune.eval.bench.gpu_products import build_layer, random_blocks
-from llmprune.repeats import Effort
+from llmprune.measuring.bench.machine import commit, device_name, measure_rates, versions
+from llmprune.measuring.bench.products import compare_product
+from llmprune.storage.files import write_json
+from llmprune.timing import Effort
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

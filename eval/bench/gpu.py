@@ -31,7 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmprune.checkpoint import read_json, write_json
+from llmprune.storage.files import read_json, write_json
 
 Row = dict[str, Any]
 Part = Callable[[], Iterator[Row]]
@@ -115,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("LLMPRUNE_CACHE", str(args.json.resolve().parent))
     import torch
 
-    from llmprune.benchmark.machine import commit, device_name, versions
     from llmprune.eval.bench.gpu_plan import Plan, rehearsal
+    from llmprune.measuring.bench.machine import commit, device_name, versions
 
     if not args.rehearse and not torch.cuda.is_available():
         print("no GPU here: --rehearse runs the script on a CPU")

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmprune.benchmark.products import is_right, relative_error
 from llmprune.eval.bench.gpu_plan import Plan
 from llmprune.eval.bench.gpu_products import random_24, random_blocks
-from llmprune.formats import Layout
-from llmprune.forms import FORMS, Form
+from llmprune.measuring.bench.products import is_right, relative_error
+from llmprune.serving.forms import FORMS, Form
+from llmprune.storage.formats import Layout
 
 Row = dict[str, Any]
 

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticC
 
 from llmprune.eval.bench.gpu_plan import Plan
 from llmprune.eval.bench.gpu_products import build_layer, random_24
-from llmprune.fusion import fuse
-from llmprune.repeats import Timing, time_calls
+from llmprune.serving.fusion import fuse
+from llmprune.timing import Timing, time_calls
 
 Row = dict[str, Any]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llmprune.repeats import Effort
+from llmprune.timing import Effort
 
 # name: (out, in). Fused: q, k and v; gate and up.
 SHAPES = {

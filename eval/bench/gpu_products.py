@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.benchmark.machine import Rates, measure_rates
-from llmprune.benchmark.products import Product, compare_product, dense_operands, random_inputs
-from llmprune.benchmark.tuning import tune_product
 from llmprune.eval.bench import peers
 from llmprune.eval.bench.gpu_plan import Plan
-from llmprune.formats import BlockLayout, Layout, NMLayout
-from llmprune.sparse_linear import SparseLinear
+from llmprune.measuring.bench.machine import Rates, measure_rates
+from llmprune.measuring.bench.products import Product, compare_product, dense_operands, random_inputs
+from llmprune.measuring.bench.tuning import tune_product
+from llmprune.serving.sparse_linear import SparseLinear
+from llmprune.storage.formats import BlockLayout, Layout, NMLayout
 
 Row = dict[str, Any]
 

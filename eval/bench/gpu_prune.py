@@ -35,7 +35,7 @@ def prune(plan: Plan, work: Path, shape: str, samples: int, length: int) -> Iter
     """A random model of this shape, pruned with random tokens; a row for each pattern."""
     from llmprune.eval.bench import gpu_model
     from llmprune.eval.bench.prune import measure, random_model
-    from llmprune.recipe import load_recipe
+    from llmprune.recipe.recipe import load_recipe
 
     if plan.rehearsal:
         folder = work / "tiny"

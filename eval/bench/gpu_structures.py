@@ -9,7 +9,8 @@ import torch
 
 from llmprune.eval.bench.gpu_plan import Plan
 from llmprune.eval.bench.gpu_prune import Row, wait
-from llmprune.structures.solver import Removal, RemovalSettings, remove_groups
+from llmprune.structures.remove.problem import Removal, RemovalSettings
+from llmprune.structures.remove.solver import remove_groups
 
 # How much more than float64's loss a search in float32 may end with: a near tie may fall the other way.
 _SLACK = 1.02
@@ -61,7 +62,7 @@ def _time(plan: Plan, width: int, rows: int) -> Row:
 
 def _recipe(plan: Plan, work: Path) -> Iterator[Row]:
     """The bundled model by a recipe, on the device and on the CPU: the perplexities must agree."""
-    from llmprune.pipeline import prune
+    from llmprune.pruning.pipeline import prune
 
     text = {"source": "self", "samples": 4 if plan.rehearsal else 64, "length": 32 if plan.rehearsal else 256}
     recipe: dict[str, Any] = {

@@ -15,12 +15,12 @@ from typing import Any
 
 from lm_eval import simple_evaluate
 
-from llmprune.benchmark.machine import commit, device_name, versions
-from llmprune.checkpoint import write_json
 from llmprune.devices import resolve_device
-from llmprune.evaluation import OFFLINE_TASKS, HarnessSettings, run_tasks
-from llmprune.evaluation.tasks import Tasks
-from llmprune.hub import resolve_model
+from llmprune.measuring.bench.machine import commit, device_name, versions
+from llmprune.measuring.tasks import OFFLINE_TASKS, HarnessSettings, run_tasks
+from llmprune.measuring.tasks.tasks import Tasks
+from llmprune.storage.files import write_json
+from llmprune.storage.hub import resolve_model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

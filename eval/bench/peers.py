@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmprune.benchmark.products import is_right, relative_error
-from llmprune.repeats import Effort, time_calls
+from llmprune.measuring.bench.products import is_right, relative_error
+from llmprune.timing import Effort, time_calls
 
 Row = dict[str, Any]
 

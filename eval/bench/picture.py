@@ -16,9 +16,9 @@ from typing import Any
 import plotly.graph_objects as go
 from playwright.sync_api import sync_playwright
 
-from llmprune.checkpoint_source import CheckpointSource
-from llmprune.decoder import prunable_matrices
-from llmprune.hub import resolve_model
+from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.models.decoder import prunable_matrices
+from llmprune.storage.hub import resolve_model
 
 RESULTS = Path(__file__).parent / "results" / "recipes-testbed-cpu.json"
 # Kinds of recipes, their colours, and which way their names stand so that few overlap.

@@ -21,17 +21,16 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmprune.calibration import Tokens
-from llmprune.checkpoint import write_json
-from llmprune.devices import describe_device
-from llmprune.hub import resolve_model
-from llmprune.memory import PeakWatch
-from llmprune.output import OutputFolder
-from llmprune.pipeline import Run, versions
-from llmprune.planning import plan_jobs
+from llmprune.devices import PeakWatch, describe_device
 from llmprune.precision import dtype_name, float32_products
-from llmprune.recipe import load_recipe
-from llmprune.writing import Writer
+from llmprune.pruning.jobs import plan_jobs
+from llmprune.pruning.pipeline import Run, versions
+from llmprune.pruning.writing import Writer
+from llmprune.recipe.recipe import load_recipe
+from llmprune.storage.files import write_json
+from llmprune.storage.hub import resolve_model
+from llmprune.storage.output import OutputFolder
+from llmprune.text.tokens import Tokens
 
 SHAPES = {
     "llama-1.2b": {

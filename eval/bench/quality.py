@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from llmprune.hub import resolve_model
 from llmprune.methods import METHODS
-from llmprune.pipeline import prune
-from llmprune.texts import load_tokenizer
+from llmprune.pruning.pipeline import prune
+from llmprune.storage.hub import resolve_model
+from llmprune.text.loading import load_tokenizer
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4")
 

@@ -21,12 +21,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llmprune.checkpoint import write_json
 from llmprune.devices import describe_device, resolve_device
 from llmprune.errors import ModelError, PatternError, RecipeError
-from llmprune.pipeline import prune
 from llmprune.progress import Progress
-from llmprune.recipe import bundled_recipes
+from llmprune.pruning.pipeline import prune
+from llmprune.recipe.recipe import bundled_recipes
+from llmprune.storage.files import write_json
 
 PROTOCOL = ("calibration.length=256", "evaluation.length=256")
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -35,21 +35,21 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmprune.benchmark.machine import commit
-from llmprune.calibration import TextSpec
-from llmprune.checkpoint import write_json
-from llmprune.checkpoint_source import CheckpointSource
 from llmprune.devices import describe_device
 from llmprune.eval.bench.structured_plan import Row, budget_rows, depth_rows, quality_rows
 from llmprune.eval.bench.structured_speed import SOLVER_COLUMNS, SPEED_COLUMNS, solver_rows, speed_rows
-from llmprune.hub import resolve_model
-from llmprune.perplexity import compare_perplexity, run_stream
-from llmprune.pipeline import prune, versions
+from llmprune.measuring.bench.machine import commit
+from llmprune.measuring.perplexity import compare_perplexity, run_stream
+from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.models.skeleton import quiet_transformers
 from llmprune.progress import ignore
-from llmprune.report import Report
-from llmprune.skeleton import quiet_transformers
-from llmprune.stream import StreamSettings
-from llmprune.texts import load_texts, load_tokenizer
+from llmprune.pruning.pipeline import prune, versions
+from llmprune.storage.files import write_json
+from llmprune.storage.hub import resolve_model
+from llmprune.storage.report import Report
+from llmprune.stream.stream import StreamSettings
+from llmprune.text.loading import load_texts, load_tokenizer
+from llmprune.text.tokens import TextSpec
 
 CPU = torch.device("cpu")
 PLANS: dict[str, Callable[[CheckpointSource], list[Row]]] = {

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from llmprune.checkpoint_source import CheckpointSource
-from llmprune.structure_recipe import GroupScore
-from llmprune.structures.costs import layer_size, level_sizes, parameters
-from llmprune.structures.discovery import Structure, find_structures
+from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.models.sizes import layer_size, parameters
+from llmprune.recipe.structures import GroupScore
+from llmprune.structures.describe.latency import level_sizes
+from llmprune.structures.find.discovery import Structure, find_structures
 
 SCORES: tuple[str, ...] = get_args(GroupScore)
 FRACTIONS = (0.125, 0.25, 0.375, 0.5)

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from llmprune.benchmark.machine import device_name
-from llmprune.hub import resolve_model
-from llmprune.pipeline import prune
+from llmprune.measuring.bench.machine import device_name
+from llmprune.models.skeleton import quiet_transformers
 from llmprune.precision import computed_in, dtype_name
-from llmprune.repeats import Timing
-from llmprune.report import Report
-from llmprune.skeleton import quiet_transformers
-from llmprune.structures.solver import Removal, RemovalSettings, remove_groups
-from llmprune.texts import load_tokenizer
+from llmprune.pruning.pipeline import prune
+from llmprune.storage.hub import resolve_model
+from llmprune.storage.report import Report
+from llmprune.structures.remove.problem import Removal, RemovalSettings
+from llmprune.structures.remove.solver import remove_groups
+from llmprune.text.loading import load_tokenizer
+from llmprune.timing import Timing
 
 CPU = torch.device("cpu")
 SHAPE = {

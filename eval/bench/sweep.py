@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from llmprune.benchmark.machine import commit, device_name, measure_rates, versions
-from llmprune.checkpoint import write_json
 from llmprune.devices import resolve_device
+from llmprune.measuring.bench.machine import commit, device_name, measure_rates, versions
 from llmprune.methods import SparseGPT
 from llmprune.patterns import parse
-from llmprune.repeats import Effort
 from llmprune.statistics import Gram
+from llmprune.storage.files import write_json
+from llmprune.timing import Effort
 
 _CASES = (
     (8192, 2048, "0.5"), (2048, 8192, "0.5"), (2048, 2048, "0.5"), (8192, 2048, "2:4"), (2048, 8192, "2:4"),

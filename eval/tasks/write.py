@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.hub import TESTBED
-from llmprune.serving import load, load_tokenizer
+from llmprune.serving.loader import load, load_tokenizer
+from llmprune.storage.hub import TESTBED
 
 _SEED = 20
 _DOCUMENTS, _LENGTH = 320, 120

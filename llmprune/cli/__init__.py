@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from llmprune import __version__
 from llmprune.cli import checkpoints, evaluating, measuring, pruning, reporting, serving, sweeping
 from llmprune.cli.options import EXIT_CODES
-from llmprune.version import __version__
 
 app = typer.Typer(
     help="Prune large language models one decoder layer at a time.",

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmprune import console
+from llmprune.cli import console
 from llmprune.cli.options import EXIT_CODES, AsJson, Folder, Model, Quiet, explained
 
 if TYPE_CHECKING:
-    from llmprune.packing import PackReport
+    from llmprune.pruning.packing import PackReport
 
 _PACK_EXAMPLES = """
 Examples:
@@ -50,9 +50,9 @@ def inspect(
     Read from the files, whoever pruned them. A long list is shown layer by layer unless --all is given.
     """
     with explained(as_json):
-        from llmprune.hub import resolve_model
-        from llmprune.inspection import inspect_checkpoint
-        from llmprune.tables.checkpoints import inspection_tables
+        from llmprune.cli.tables.checkpoints import inspection_tables
+        from llmprune.measuring.inspection import inspect_checkpoint
+        from llmprune.storage.hub import resolve_model
 
         # Any folder with safetensors will do, even one that cannot be pruned.
         folder = Path(model).expanduser()
@@ -81,7 +81,7 @@ def pack(
     A packed checkpoint loads with from_pretrained after `import llmprune`; `llmprune unpack` is the way back.
     """
     with explained(as_json, lambda: "interrupted; nothing that loads was written"):
-        from llmprune import packing
+        from llmprune.pruning import packing
 
         with console.Display(quiet=quiet) as display:
             report = packing.pack(folder, output, stored_as.value, overwrite, display)
@@ -97,7 +97,7 @@ def unpack(
 ) -> None:
     """Write a packed checkpoint again as a dense one, which loads everywhere."""
     with explained(as_json, lambda: "interrupted; nothing that loads was written"):
-        from llmprune import packing
+        from llmprune.pruning import packing
 
         with console.Display(quiet=quiet) as display:
             report = packing.unpack(folder, output, overwrite, display)
@@ -108,6 +108,6 @@ def _show(report: "PackReport", as_json: bool) -> None:
     if as_json:
         console.show_json(report.to_dict())
     else:
-        from llmprune.tables.checkpoints import packing_tables
+        from llmprune.cli.tables.checkpoints import packing_tables
 
         console.show(*packing_tables(report))

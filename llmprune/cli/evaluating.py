@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmprune import console
+from llmprune.cli import console
 from llmprune.cli.options import EXIT_CODES, AsJson, ComputeDtype, Device, Model, Quiet, explained, quieten
 from llmprune.progress import Progress
 
@@ -66,8 +66,8 @@ def evaluate(
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
         raise typer.BadParameter(f"{limit:g}: give a whole number, or a fraction below 1", param_hint="--limit")
     with explained(as_json):
-        from llmprune.evaluation import OFFLINE_TASKS, HarnessSettings, run_tasks
-        from llmprune.tables.evaluating import evaluation_tables
+        from llmprune.cli.tables.evaluating import evaluation_tables
+        from llmprune.measuring.tasks import OFFLINE_TASKS, HarnessSettings, run_tasks
 
         quieten(quiet)
         names = tuple(tasks.split(",")) if tasks else OFFLINE_TASKS

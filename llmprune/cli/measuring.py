@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmprune import console
+from llmprune.cli import console
 from llmprune.cli.options import (
     EXIT_CODES,
     AsJson,
@@ -87,12 +87,12 @@ def perplexity(
     started = time.perf_counter()
     display = console.Display(quiet=quiet)
     with explained(as_json):
-        from llmprune.calibration import TextSpec
+        from llmprune.cli.tables.measuring import comparison_table, perplexity_table
         from llmprune.devices import describe_device, resolve_device
-        from llmprune.perplexity import evaluate, evaluate_against
-        from llmprune.pipeline import versions
-        from llmprune.stream import StreamSettings
-        from llmprune.tables.measuring import comparison_table, perplexity_table
+        from llmprune.measuring.perplexity import evaluate, evaluate_against
+        from llmprune.pruning.pipeline import versions
+        from llmprune.stream.stream import StreamSettings
+        from llmprune.text.tokens import TextSpec
 
         quieten(quiet)
         order: Any = {} if text == "self" else {"order": "text"}
@@ -123,9 +123,9 @@ def explain(folder: Folder, device: Device = None, as_json: AsJson = False) -> N
     Read from config.json and the headers of the weights; gains are shown where `llmprune bench` has measured them.
     """
     with explained(as_json):
-        from llmprune import explain as explaining
+        from llmprune.cli.tables.measuring import explain_tables
         from llmprune.devices import resolve_device
-        from llmprune.tables.measuring import explain_tables
+        from llmprune.measuring import explain as explaining
 
         explanation = explaining.explain(_existing(folder), resolve_device(device or "auto"))
         if as_json:
@@ -163,10 +163,10 @@ def bench(
     sizes = (_numbers(tokens, "--tokens") if tokens else None, _numbers(batches, "--batches"))
     display = console.Display(quiet=quiet)
     with explained(as_json):
-        from llmprune.benchmark import bench as benching
-        from llmprune.benchmark.record import BENCH_NAME, read_results, write_result
-        from llmprune.repeats import Effort
-        from llmprune.tables.measuring import bench_tables
+        from llmprune.cli.tables.measuring import bench_tables
+        from llmprune.measuring.bench import bench as benching
+        from llmprune.measuring.bench.record import BENCH_NAME, read_results, write_result
+        from llmprune.timing import Effort
 
         checkpoint = _existing(folder)
         target = output.expanduser() if output else checkpoint / BENCH_NAME

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llmprune import console
+from llmprune.cli import console
 from llmprune.errors import DeviceError, LlmpruneError
 
 EXIT_CODES = (

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmprune import console
+from llmprune.cli import console
 from llmprune.cli.options import EXIT_CODES, AsJson, Device, Model, Quiet, explained, quieten
 
 _PRUNE_EXAMPLES = """
@@ -94,9 +94,9 @@ def prune(
         lambda: _way_on_with_more(display, command),
     )
     with explained(as_json, *ways_on):
-        from llmprune import pipeline
-        from llmprune.output import expanded
-        from llmprune.tables.pruning import report_table
+        from llmprune.cli.tables.pruning import report_table
+        from llmprune.pruning import pipeline
+        from llmprune.storage.folders import expanded
 
         quieten(quiet)
         with display:
@@ -117,8 +117,8 @@ def recipes(
 ) -> None:
     """List the bundled recipes, or print one with every default filled in."""
     with explained(as_json):
-        from llmprune.recipe import bundled_recipes, load_recipe
-        from llmprune.tables.pruning import recipes_table
+        from llmprune.cli.tables.pruning import recipes_table
+        from llmprune.recipe.recipe import bundled_recipes, load_recipe
 
         if recipe is not None:
             resolved = load_recipe(recipe)
@@ -136,9 +136,9 @@ def _dry_run(
     model: str, recipe: str, settings: list[str], output: str | None, *, resume: bool, overwrite: bool, as_json: bool
 ) -> None:
     with explained(as_json, lambda: "interrupted; nothing was written"):
-        from llmprune.forecast import dry_run
-        from llmprune.output import expanded, require_empty, require_free, require_space
-        from llmprune.tables.pruning import dry_run_tables
+        from llmprune.cli.tables.pruning import dry_run_tables
+        from llmprune.pruning.forecast.forecast import dry_run
+        from llmprune.storage.folders import expanded, require_empty, require_free, require_space
 
         folder = None if output is None else expanded(output)
         if folder is not None:

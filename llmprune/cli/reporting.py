@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmprune import console
+from llmprune.cli import console
 from llmprune.cli.options import EXIT_CODES, AsJson, explained
 
 _COMPARE_EXAMPLES = """
@@ -36,7 +36,7 @@ def report(
     (bench*.json).
     """
     with explained(as_json=False):
-        from llmprune.visual import write_report
+        from llmprune.pages import write_report
 
         page = write_report(folder.expanduser())
         console.show(f"written to {page}")
@@ -62,9 +62,9 @@ def compare(
     Runs that were evaluated on different texts stand in different tables.
     """
     with explained(as_json):
-        from llmprune.tables.comparing import comparison_tables
-        from llmprune.visual import compare as compare_runs
-        from llmprune.visual import write_comparison
+        from llmprune.cli.tables.comparing import comparison_tables
+        from llmprune.pages import compare as compare_runs
+        from llmprune.pages import write_comparison
 
         comparison = compare_runs(folders, against)
         if html is not None:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmprune import console
+from llmprune.cli import console
 from llmprune.cli.options import EXIT_CODES, AsJson, ComputeDtype, Device, Dtype, Model, Quiet, explained, quieten
 from llmprune.progress import Progress
 
 if TYPE_CHECKING:
-    from llmprune.serving import Written
+    from llmprune.serving.loader import Written
 
 _GENERATE_EXAMPLES = """
 Examples:
@@ -81,8 +81,8 @@ def generate(
 ) -> None:
     """Write on from a prompt; the text is on stdout as it comes, the speed on stderr."""
     with explained(as_json):
-        from llmprune.serving import Sampling, encode, load, load_tokenizer, write
-        from llmprune.skeleton import quiet_transformers
+        from llmprune.models.skeleton import quiet_transformers
+        from llmprune.serving.loader import Sampling, encode, load, load_tokenizer, write
 
         quieten(quiet)
         tokenizer = load_tokenizer(model, chat_template)
@@ -118,8 +118,8 @@ def serve(
     Endpoints: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health. Needs the extra `serve`.
     """
     with explained(False, lambda: "the server has shut down"):
-        from llmprune import server
-        from llmprune.serving import load, load_tokenizer
+        from llmprune.serving import server
+        from llmprune.serving.loader import load, load_tokenizer
 
         server.serve(
             lambda: load(model, device=device or "auto", dtype=dtype.value, served=served.value, graphs=graphs),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmprune import console
+from llmprune.cli import console
 from llmprune.cli.options import EXIT_CODES, AsJson, Model, Quiet, explained, quieten
 
 _EXAMPLES = """
@@ -72,9 +72,9 @@ def sweep(
     command += [*["--json"] * as_json, *["--quiet"] * quiet]
     display = console.Display(quiet=quiet)
     with explained(as_json, lambda: _way_on(display, command, resume=resume, overwrite=overwrite)):
-        from llmprune import sweep as sweeping
-        from llmprune.grid import read_grid
-        from llmprune.tables.sweeping import sweep_tables
+        from llmprune.cli.tables.sweeping import sweep_tables
+        from llmprune.pruning.sweep import sweep as sweeping
+        from llmprune.recipe.grid import read_grid
 
         quieten(quiet)
         grid = read_grid(settings or ())
@@ -94,9 +94,9 @@ def _dry_run(
     model: str, recipe: str, settings: list[str], output: Path | None, *, resume: bool, overwrite: bool, as_json: bool
 ) -> None:
     with explained(as_json, lambda: "interrupted; nothing was written"):
-        from llmprune.grid import read_grid
-        from llmprune.sweep import forecast
-        from llmprune.tables.sweeping import forecast_table
+        from llmprune.cli.tables.sweeping import forecast_table
+        from llmprune.pruning.sweep.sweep import forecast
+        from llmprune.recipe.grid import read_grid
 
         plan = forecast(model, recipe, read_grid(settings), output, resume=resume, overwrite=overwrite)
         if as_json:

@@ -1,1 +1,1 @@
-"""Heads, FFN channels and width: which groups go, what the rest becomes, and how much each layer loses."""
+"""Remove heads, channels, experts, layers and hidden width physically: found, chosen, solved, cut and described."""

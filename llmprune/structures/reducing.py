@@ -1,7 +1,7 @@
 """Take groups out of a resident decoder layer: choose, refit, and leave zeros in the place of what has gone.
 
 Attention comes before the MLP and experts before their channels: each choice sees what the ones before have left. The
-layer keeps its full size here; `llmprune.reduction` then swaps it for a physically smaller one.
+layer keeps its full size here; `llmprune.structures.reduction` then swaps it for a physically smaller one.
 """
 
 import math
@@ -14,20 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.decoder import Matrix
 from llmprune.errors import ModelError, NumericsError
-from llmprune.observation import Group
-from llmprune.report import StructureRow
-from llmprune.solving import add_priors
+from llmprune.models.decoder import Matrix
 from llmprune.statistics import ChannelGram, Gram, Moments
-from llmprune.stream import Needs, ResidentLayer
-from llmprune.structures.channels import channels_of
-from llmprune.structures.discovery import Structure
-from llmprune.structures.experts import expert_scores, lowest_experts
-from llmprune.structures.fused import experts_of, last_groups, permute_channels, removed_last
-from llmprune.structures.removal import Cut, mask, routed_without
-from llmprune.structures.scores import NEEDS, SCORES, lowest_groups
-from llmprune.structures.solver import Removal, RemovalSettings, refit_groups, remove_groups
+from llmprune.storage.report import StructureRow
+from llmprune.stream.observation import Group
+from llmprune.stream.priors import add_priors
+from llmprune.stream.stream import Needs, ResidentLayer
+from llmprune.structures.choose.channels import channels_of
+from llmprune.structures.choose.experts import expert_scores, lowest_experts
+from llmprune.structures.choose.scores import NEEDS, SCORES, lowest_groups
+from llmprune.structures.find.discovery import Structure
+from llmprune.structures.remove.cuts import Cut, mask, routed_without
+from llmprune.structures.remove.fused import experts_of, last_groups, permute_channels, removed_last
+from llmprune.structures.remove.problem import Removal, RemovalSettings
+from llmprune.structures.remove.solver import refit_groups, remove_groups
 
 _ORDER = ("heads", "experts", "ffn")
 

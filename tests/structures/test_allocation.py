@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmprune.errors import NumericsError, PatternError, RecipeError
-from llmprune.structures.allocation import Allocation, Ladder, aligned_levels, allocate
+from llmprune.structures.choose.knapsack import Allocation, Ladder, aligned_levels, allocate
 
 
 def random_ladders(structures: int, levels: int, seed: int, *, whole: bool) -> list[Ladder]:

@@ -10,10 +10,10 @@ from tiny_models import build
 from torch import Tensor
 
 from llmprune.errors import ModelError, NumericsError, PatternError
-from llmprune.source import ModelSource
-from llmprune.structures.budget import Candidate, Measured, allowed_size, candidate, choose_widths
-from llmprune.structures.costs import parameters
-from llmprune.structures.discovery import Structure, find_structures
+from llmprune.models.sizes import parameters
+from llmprune.models.source import ModelSource
+from llmprune.structures.choose.budget import Candidate, Measured, allowed_size, candidate, choose_widths
+from llmprune.structures.find.discovery import Structure, find_structures
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 

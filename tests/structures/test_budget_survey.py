@@ -9,16 +9,17 @@ from tiny_models import build, random_ids, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmprune.checkpoint_source import CheckpointSource
 from llmprune.errors import ModelError, NumericsError, PatternError
-from llmprune.source import ModelSource, Source
+from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.models.sizes import parameters
+from llmprune.models.source import ModelSource, Source
 from llmprune.statistics import Gram
-from llmprune.stream import ResidentLayer, Stream, StreamSettings
-from llmprune.structures.budget import BudgetPlan, Candidate, Share, candidate
-from llmprune.structures.budget_survey import BudgetSurvey
-from llmprune.structures.costs import parameters
-from llmprune.structures.discovery import Structure, find_structures
-from llmprune.structures.solver import RemovalSettings, remove_groups
+from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.structures.choose.budget import BudgetPlan, Candidate, Share, candidate
+from llmprune.structures.choose.budget_survey import BudgetSurvey
+from llmprune.structures.find.discovery import Structure, find_structures
+from llmprune.structures.remove.problem import RemovalSettings
+from llmprune.structures.remove.solver import remove_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 from llmprune.errors import PatternError
 from llmprune.statistics import ChannelGram, ColumnNorm, Gram, Moments
-from llmprune.structures.channels import Gradients, channels_of, matrix_parameters
-from llmprune.structures.discovery import Structure, find_structures
-from llmprune.structures.scores import NEEDS, SCORES
+from llmprune.structures.choose.channels import Gradients, channels_of, matrix_parameters
+from llmprune.structures.choose.scores import NEEDS, SCORES
+from llmprune.structures.find.discovery import Structure, find_structures
 
 ALL = {"matrices", "reading", "tokens", "sums", "squares", "active", "gradients", "squared_gradients"}
 

@@ -9,11 +9,12 @@ from tiny_models import build, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.errors import ModelError
-from llmprune.overrides import apply_overrides, build_uneven_skeleton, layer_overrides
-from llmprune.skeleton import build_skeleton
-from llmprune.structures.configuration import _Search, audit, smaller_config, uneven_config
-from llmprune.structures.discovery import find_structures
-from llmprune.structures.removal import Cut
+from llmprune.models.skeleton import build_skeleton
+from llmprune.models.uneven import apply_overrides, build_uneven_skeleton, layer_overrides
+from llmprune.structures.describe.audit import audit
+from llmprune.structures.describe.configuration import _Search, smaller_config, uneven_config
+from llmprune.structures.find.discovery import find_structures
+from llmprune.structures.remove.cuts import Cut
 
 
 def cuts_of(model: PreTrainedModel, kind: str, removed: tuple[int, ...] = (1,)) -> Cuts:

@@ -7,11 +7,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmprune.errors import ModelError, PatternError, RecipeError
-from llmprune.source import ModelSource
-from llmprune.stream import Stream, StreamSettings
-from llmprune.structures.costs import Latency, Weight, flops, layer_size, level_sizes, parameters
-from llmprune.structures.discovery import Slice, Structure, find_structures
-from llmprune.structures.removal import Cut, shrink
+from llmprune.models.sizes import Weight, flops, layer_size, parameters
+from llmprune.models.source import ModelSource
+from llmprune.stream.stream import Stream, StreamSettings
+from llmprune.structures.describe.latency import Latency, level_sizes
+from llmprune.structures.find.discovery import Slice, Structure, find_structures
+from llmprune.structures.remove.cuts import Cut, shrink
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 

@@ -9,10 +9,10 @@ from tiny_models import build, random_ids
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmprune.decoder import find_decoder_layers
 from llmprune.errors import ModelError
-from llmprune.overrides import layer_overrides, with_overrides
-from llmprune.structures.depth import drop_layers
+from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.uneven import layer_overrides, with_overrides
+from llmprune.structures.describe.depth import drop_layers
 
 
 def kept_state(model: PreTrainedModel, path: str, numbers: dict[int, int]) -> dict[str, Tensor]:

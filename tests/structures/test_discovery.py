@@ -7,9 +7,9 @@ from tiny_models import build, random_ids
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from llmprune.decoder import find_decoder_layers
-from llmprune.skeleton import build_skeleton
-from llmprune.structures.discovery import Structure, find_structures
+from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.skeleton import build_skeleton
+from llmprune.structures.find.discovery import Structure, find_structures
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 

@@ -19,13 +19,14 @@ from transformers import (
 )
 
 from llmprune.errors import ModelError
-from llmprune.hub import resolve_model
-from llmprune.overrides import build_uneven_skeleton, layer_overrides
-from llmprune.structures import equals
-from llmprune.structures.configuration import audit, smaller_config, uneven_config
-from llmprune.structures.discovery import find_query_heads, find_structures
-from llmprune.structures.equals import equal_config
-from llmprune.structures.removal import Cut
+from llmprune.models.uneven import build_uneven_skeleton, layer_overrides
+from llmprune.storage.hub import resolve_model
+from llmprune.structures.describe import equals
+from llmprune.structures.describe.audit import audit
+from llmprune.structures.describe.configuration import smaller_config, uneven_config
+from llmprune.structures.describe.equals import equal_config
+from llmprune.structures.find.discovery import find_query_heads, find_structures
+from llmprune.structures.remove.cuts import Cut
 
 IDS = random_ids(2, 40)
 LLAMA3 = {

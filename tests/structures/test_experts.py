@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from llmprune.decoder import find_decoder_layers
 from llmprune.errors import ModelError, PatternError
-from llmprune.stream import ResidentLayer
-from llmprune.structures.discovery import Structure, find_structures
-from llmprune.structures.experts import ExpertScores, expert_scores, lowest_experts
+from llmprune.models.decoder import find_decoder_layers
+from llmprune.stream.stream import ResidentLayer
+from llmprune.structures.choose.experts import ExpertScores, expert_scores, lowest_experts
+from llmprune.structures.find.discovery import Structure, find_structures
 
 IDS = random_ids(5, 12)
 HELD_BACK = 1

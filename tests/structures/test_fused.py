@@ -9,12 +9,11 @@ from tiny_models import build, known, random_ids
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmprune.decoder import find_decoder_layers, prunable_matrices
 from llmprune.errors import ModelError, PatternError
-from llmprune.structures.channels import by_expert
-from llmprune.structures.discovery import Slice, Structure, find_structures
-from llmprune.structures.fused import experts_of, last_groups, permute_channels, removed_last
-from llmprune.structures.removal import Cut, mask, shrink
+from llmprune.models.decoder import find_decoder_layers, prunable_matrices
+from llmprune.structures.find.discovery import Slice, Structure, find_structures
+from llmprune.structures.remove.cuts import Cut, mask, shrink
+from llmprune.structures.remove.fused import by_expert, experts_of, last_groups, permute_channels, removed_last
 
 IDS = random_ids(3, 12)
 FUSED = [

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from llmprune.checkpoint_source import CheckpointSource
-from llmprune.decoder import find_decoder_layers, prunable_matrices
 from llmprune.errors import ModelError, NumericsError
-from llmprune.source import ModelSource
-from llmprune.stream import StreamSettings
-from llmprune.structures.discovery import Structure, find_structures
-from llmprune.structures.gradients import BackwardStream, gradient_scores
+from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.models.decoder import find_decoder_layers, prunable_matrices
+from llmprune.models.source import ModelSource
+from llmprune.stream.stream import StreamSettings
+from llmprune.structures.choose.gradients import BackwardStream, gradient_scores
+from llmprune.structures.find.discovery import Structure, find_structures
 
 IDS = random_ids(4, 10)
 KINDS = ("heads", "ffn", "experts")

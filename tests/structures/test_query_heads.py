@@ -7,11 +7,13 @@ from tiny_models import FAMILIES, build, known, random_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.errors import ModelError, PatternError
-from llmprune.overrides import build_uneven_skeleton
-from llmprune.structures.configuration import audit, smaller_config, uneven_config
-from llmprune.structures.discovery import Structure, find_query_heads, find_structures
-from llmprune.structures.removal import Cut
-from llmprune.structures.solver import RemovalSettings, remove_groups
+from llmprune.models.uneven import build_uneven_skeleton
+from llmprune.structures.describe.audit import audit
+from llmprune.structures.describe.configuration import smaller_config, uneven_config
+from llmprune.structures.find.discovery import Structure, find_query_heads, find_structures
+from llmprune.structures.remove.cuts import Cut
+from llmprune.structures.remove.problem import RemovalSettings
+from llmprune.structures.remove.solver import remove_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 

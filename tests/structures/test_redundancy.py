@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.errors import ModelError, NumericsError, RecipeError
-from llmprune.source import ModelSource
-from llmprune.stream import Stream, StreamSettings
-from llmprune.structures import greedy
-from llmprune.structures.greedy import remove_greedily
-from llmprune.structures.redundancy import (
+from llmprune.models.source import ModelSource
+from llmprune.stream.stream import Stream, StreamSettings
+from llmprune.structures.choose import greedy
+from llmprune.structures.choose.depth_scores import (
     BlockInfluence,
     Candidate,
     LayerDistance,
@@ -29,7 +28,8 @@ from llmprune.structures.redundancy import (
     remove_lowest,
     remove_run,
 )
-from llmprune.structures.subblocks import find_blocks
+from llmprune.structures.choose.greedy import remove_greedily
+from llmprune.structures.find.subblocks import find_blocks
 
 IDS = random_ids(5, 12)
 

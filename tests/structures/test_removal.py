@@ -10,9 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.errors import ModelError, PatternError
-from llmprune.structures.configuration import audit, smaller_config
-from llmprune.structures.discovery import Slice, Structure, find_structures
-from llmprune.structures.removal import Cut, mask, shrink
+from llmprune.structures.describe.audit import audit
+from llmprune.structures.describe.configuration import smaller_config
+from llmprune.structures.find.discovery import Slice, Structure, find_structures
+from llmprune.structures.remove.cuts import Cut, mask, shrink
 
 # Older transformers script a function of GPT-BigCode, which torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import NumericsError, PatternError
-from llmprune.structures.scores import NEEDS, SCORES, Channels, lowest_groups, standardise
+from llmprune.structures.choose.scores import NEEDS, SCORES, Channels, lowest_groups, standardise
 
 GROUPS, TOKENS = 4, 50
 

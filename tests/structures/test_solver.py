@@ -9,8 +9,9 @@ from references import correlated_inputs, output_error
 from torch import Tensor
 
 from llmprune.errors import NumericsError, PatternError, RecipeError
-from llmprune.structures import exchange, solver
-from llmprune.structures.solver import Removal, RemovalSettings, refit_groups, remove_groups
+from llmprune.structures.remove import exchange, solver
+from llmprune.structures.remove.problem import Removal, RemovalSettings
+from llmprune.structures.remove.solver import refit_groups, remove_groups
 
 DAMPING = 0.01
 

@@ -11,15 +11,16 @@ from tiny_models import FAMILIES, build, known, random_ids
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, StaticCache
 
-from llmprune.decoder import find_decoder_layers
 from llmprune.errors import ModelError
-from llmprune.overrides import RemovedBlock, build_uneven_skeleton, layer_overrides, remove_blocks
-from llmprune.skeleton import build_skeleton
-from llmprune.structures.configuration import audit, smaller_config, uneven_config
-from llmprune.structures.depth import drop_layers
-from llmprune.structures.discovery import Structure, find_structures
-from llmprune.structures.removal import Cut, shrink
-from llmprune.structures.subblocks import PARTS, Block, Blocks, Part, find_blocks, without, without_blocks
+from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.skeleton import build_skeleton
+from llmprune.models.uneven import RemovedBlock, build_uneven_skeleton, layer_overrides, remove_blocks
+from llmprune.structures.describe.audit import audit
+from llmprune.structures.describe.configuration import smaller_config, uneven_config
+from llmprune.structures.describe.depth import drop_layers, without_blocks
+from llmprune.structures.find.discovery import Structure, find_structures
+from llmprune.structures.find.subblocks import PARTS, Block, Blocks, Part, find_blocks, without
+from llmprune.structures.remove.cuts import Cut, shrink
 
 NO_ATTENTION = "no attention that can be told"
 NO_MLP = "no mlp that can be told"

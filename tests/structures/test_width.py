@@ -13,8 +13,8 @@ from transformers import AutoConfig
 from transformers.models.llama import modeling_llama
 
 from llmprune.errors import ModelError, NumericsError, PatternError
-from llmprune.overrides import layer_overrides
-from llmprune.structures.width import plan_width, shrink_width
+from llmprune.models.uneven import layer_overrides
+from llmprune.structures.remove.width import plan_width, shrink_width
 
 # Older transformers script a function of GPT-BigCode, which torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

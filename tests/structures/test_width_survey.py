@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.errors import ModelError, NumericsError, RecipeError
-from llmprune.structures.width import plan_width
-from llmprune.structures.width_survey import WIDTH_SCORES, WidthChoice, WidthSurvey
+from llmprune.structures.choose.width_survey import WIDTH_SCORES, WidthChoice, WidthSurvey
+from llmprune.structures.remove.width import plan_width
 
 KEPT = 24
 

@@ -33,7 +33,7 @@ def to_fragments(values: Tensor, meta: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         values: [out, in / 2], bfloat16 or float16; in is a multiple of 8.
-        meta: [out, in / 8], uint8, nibbles i0 | i1 << 2 with i0 < i1 (unchecked here: `llmprune.formats` does).
+        meta: [out, in / 8], uint8, nibbles i0 | i1 << 2 with i0 < i1 (unchecked here: `llmprune.storage.formats` does).
 
     Returns:
         (a, e) as above, padded; together 0.5625 of the dense bytes where rows and inputs need no padding.

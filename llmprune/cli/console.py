@@ -1,0 +1,190 @@
+"""What the command line shows: the progress of a run on stderr, and its results as tables that fit 80 columns."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from llmprune.errors import LlmpruneError
+from llmprune.progress import Progress
+
+# Columns of results that go to a file or another program, which wraps no line.
+_PLAIN_WIDTH = 160
+
+
+class Pace:
+    """How long a stage still takes, from the mean time of its finished layers."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._layer = self._layers = 0
+        self._since = 0.0
+        self._seconds: list[float] = []
+        self.replaying = False
+
+    def update(self, progress: Progress, now: float) -> float | None:
+        """Note a step at the time `now`; returns the seconds that a layer took if this step ended it."""
+        seconds = None
+        if progress.stage != self._stage:
+            self._seconds, self.replaying = [], False
+        elif progress.layer == self._layer:
+            self.replaying = self.replaying or progress.step == "replaying"
+            return None
+        else:
+            seconds = now - self._since
+            # A layer that an earlier run has finished takes a fraction of the time, and says nothing about the others.
+            if not self.replaying:
+                self._seconds.append(seconds)
+        self._stage, self._layer, self._layers, self._since = progress.stage, progress.layer, progress.layers, now
+        self.replaying = progress.step == "replaying"
+        return seconds
+
+    def left(self, now: float) -> float | None:
+        """Seconds to the end of the stage; None before its first layer is finished, and after its last."""
+        layers = self._layers - self._layer
+        if not self._seconds or not layers:
+            return None
+        mean = sum(self._seconds) / len(self._seconds)
+        return max(mean * layers - (now - self._since), 0.0)
+
+
+class Display:
+    """The one display of a run: live on a terminal, one line a layer elsewhere, nothing when quiet.
+
+    Attributes:
+        progress: the last step seen; None before the first.
+    """
+
+    def __init__(self, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = Console(stderr=True, highlight=False, markup=False)
+        self._clock, self._pace = clock, Pace()
+        self._silent = quiet
+        self.progress: Progress | None = None
+        self._live = None
+        if self._console.is_terminal and not quiet:
+            self._live = Live(
+                get_renderable=self._render,
+                console=self._console,
+                refresh_per_second=8,
+                transient=True,
+                redirect_stdout=False,
+            )
+
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        """Show one step."""
+        replayed, now = self._pace.replaying, self._clock()
+        seconds = self._pace.update(progress, now)
+        self.progress = progress
+        if self._live:
+            # Not before the first step: the bars of a download come first.
+            self._live.start()
+        elif self._silent:
+            return
+        elif progress.layers == 0:
+            self._console.print(progress.stage, soft_wrap=True)
+        elif seconds is not None and (progress.unit == "layer" or progress.layer == progress.layers):
+            # Smaller units than layers pass too quickly for a line each.
+            finished = f"{progress.stage}: {progress.unit} {progress.layer} of {progress.layers}"
+            finished += " kept from the earlier run" if replayed else f" in {seconds:.1f} s"
+            parts = (finished, _mean_error(progress), _eta(self._pace.left(now)))
+            self._console.print(", ".join(filter(None, parts)), soft_wrap=True)
+
+    def where(self) -> str:
+        """The stage and layer at hand, in words; empty before the first."""
+        return "" if self.progress is None else ", ".join(filter(None, (self.progress.stage, _layer(self.progress))))
+
+    def _render(self) -> RenderableType:
+        progress = self.progress
+        if progress is None:
+            return Text()
+        first = Table.grid(padding=(0, 2), expand=True)
+        for ratio in (None, 1, None, None):
+            first.add_column(no_wrap=True, ratio=ratio)
+        bar = ProgressBar(total=progress.layers or None, completed=progress.layer, pulse=not progress.layers)
+        first.add_row(Text(progress.stage, "bold"), bar, _layer(progress), _eta(self._pace.left(self._clock())))
+        details = "  ".join(filter(None, (progress.step, _mean_error(progress))))
+        return Group(first, Text(f"  {details}", "dim", no_wrap=True, overflow="ellipsis"))
+
+
+def show(*renderables: RenderableType) -> None:
+    """Print results on stdout."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PLAIN_WIDTH
+    for renderable in renderables:
+        console.print(renderable)
+
+
+def show_json(content: Any) -> None:
+    """Print plain data on stdout as JSON, and nothing else."""
+    sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def tell(message: str) -> None:
+    """Print one line on stderr."""
+    Console(stderr=True, highlight=False, markup=False).print(message, soft_wrap=True)
+
+
+def show_error(error: LlmpruneError) -> None:
+    """Say on stderr what happened, what was expected and how to fix it."""
+    console = Console(stderr=True, highlight=False, markup=False)
+    console.print(Text(f"Error: {error.what}", "bold red"), soft_wrap=True)
+    for label, text in (("expected", error.expected), ("fix", error.fix)):
+        if text:
+            console.print(Text.assemble((f"{label}: ", "bold"), text), soft_wrap=True)
+
+
+def facts(*facts: tuple[str, str]) -> Table:
+    """Names and what there is to say of them."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(name, value)
+    return table
+
+
+def new_table(*columns: str, left: tuple[int, ...]) -> Table:
+    """An empty table; the columns numbered in `left` hold text, the others numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index in left else "right", overflow="fold", no_wrap=index == 1)
+    return table
+
+
+def _layer(progress: Progress) -> str:
+    """The layer at hand, counted from 1; empty for a step without layers."""
+    here = f"{min(progress.layer + 1, progress.layers)} of {progress.layers}"
+    return f"{progress.unit} {here}" if progress.layers else ""
+
+
+def _mean_error(progress: Progress) -> str:
+    return "" if progress.mean_error is None else f"mean error {progress.mean_error:.4f}"
+
+
+def _eta(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"ETA {hours}:{minutes:02d}:{rest:02d}" if hours else f"ETA {minutes}:{rest:02d}"

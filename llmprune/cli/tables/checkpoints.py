@@ -1,0 +1,98 @@
+"""The tables of what a checkpoint holds."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from llmprune.cli.console import facts, new_table
+from llmprune.units import format_size
+
+if TYPE_CHECKING:
+    from llmprune.measuring.inspection import Inspection, TensorRow
+    from llmprune.pruning.packing import PackReport
+
+# Longer lists of matrices are shown layer by layer.
+_LONG = 32
+
+_NUMBERED = re.compile(r"^(.*?\.\d+)\.(.+)$")
+
+
+def inspection_tables(inspection: "Inspection", *, every: bool) -> list[RenderableType]:
+    """The matrices of a checkpoint, layer by layer where they are many and `every` is false, and the totals."""
+    rows = [row for row in inspection.rows if row.pattern is not None]
+    others = [row for row in inspection.rows if row.pattern is None]
+    layers: dict[str, list[TensorRow]] = {}
+    for row in rows:
+        match = _NUMBERED.match(row.name)
+        layers.setdefault(match[1] if match else "", []).append(row)
+    table = new_table("tensor", "shape", "dtype", "zeros", "pattern", "size", left=(0, 2, 4))
+    for layer, inside in layers.items():
+        if layer and not every and len(rows) > _LONG:
+            table.add_row(*_layer_row(layer, inside))
+            continue
+        if layer:
+            table.add_row(Text(layer, "bold"))
+        for row in inside:
+            table.add_row(*_tensor_row(row, indented=bool(layer)))
+    kinds = ", ".join(f"{count} {dtype}" for dtype, count in Counter(row.dtype for row in others).most_common())
+    negative = sum(row.negative_zeros for row in inspection.rows)
+    totals = facts(
+        ("checkpoint", f"{inspection.folder}, {format_size(inspection.bytes_on_disk)}"),
+        ("parameters", f"{inspection.parameters:,}, of them {inspection.nonzeros:,} not zero"),
+        ("zeros", f"{inspection.sparsity:.2%} of all, {inspection.matrix_sparsity:.2%} of the matrices in the layers"),
+        ("not listed", f"{len(others)} vectors and other tensors: {kinds}" if others else "nothing"),
+        *([("zeros stored as -0.0", f"{negative:,}")] if negative else []),
+        *([("does not fit", f"config.json: {inspection.contradiction}")] if inspection.contradiction else []),
+    )
+    return [table, totals]
+
+
+def _layer_row(layer: str, rows: Sequence["TensorRow"]) -> tuple[str, ...]:
+    zeros, elements = sum(row.zeros for row in rows), sum(row.elements for row in rows)
+    patterns = Counter(str(row.pattern) for row in rows).most_common()
+    named = ", ".join(f"{count} x {pattern}" if len(patterns) > 1 else pattern for pattern, count in patterns[:3])
+    return (
+        layer,
+        f"{len(rows)} matrices",
+        ", ".join(dict.fromkeys(row.dtype for row in rows)),
+        f"{zeros / max(elements, 1):.2%}",
+        named + (", ..." if len(patterns) > 3 else ""),
+        format_size(sum(row.bytes for row in rows)) + _as_layouts(rows),
+    )
+
+
+def _tensor_row(row: "TensorRow", *, indented: bool) -> tuple[str, ...]:
+    name = "  " + _NUMBERED.sub(r"\2", row.name) if indented else row.name
+    shape = " x ".join(map(str, row.shape))
+    return name, shape, row.dtype, f"{row.sparsity:.2%}", str(row.pattern), _stored(row)
+
+
+def _stored(row: "TensorRow") -> str:
+    return format_size(row.bytes) + _as_layouts([row])
+
+
+def _as_layouts(rows: Sequence["TensorRow"]) -> str:
+    layouts = dict.fromkeys(row.layout for row in rows if row.layout != "dense")
+    return f" as {', '.join(layouts)}" if layouts else ""
+
+
+def packing_tables(report: "PackReport") -> list[RenderableType]:
+    """How many matrices each layout holds, what stays dense and why, and the sizes before and after."""
+    rows = new_table("stored as", "matrices", "dense", "now", "", left=(0, 4))
+    for layout, reason in dict.fromkeys((row.layout, row.reason) for row in report.rows):
+        same = [row for row in report.rows if (row.layout, row.reason) == (layout, reason)]
+        before, after = sum(row.dense_bytes for row in same), sum(row.packed_bytes for row in same)
+        rows.add_row(
+            layout, str(len(same)), format_size(before), format_size(after), reason or f"{after / max(before, 1):.4f}"
+        )
+    before, after = report.dense_checkpoint_bytes, report.packed_checkpoint_bytes
+    totals = facts(
+        ("checkpoint", str(report.folder)),
+        ("dense", format_size(before)),
+        ("packed", f"{format_size(after)}, {after / max(before, 1):.4f} of it"),
+    )
+    return [rows, totals]

@@ -1,0 +1,27 @@
+"""What `llmprune compare` shows: a table for each text that runs were evaluated on."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from llmprune.cli.console import new_table
+
+if TYPE_CHECKING:
+    from llmprune.pages.comparison import Comparison
+
+# Of the columns of a comparison, those that fit 80 columns; the page and the JSON have all.
+_SHOWN = ("run", "zeros", "nonzero", "weights", "perplexity", "KL", "decode", "tasks")
+
+
+def comparison_tables(comparison: "Comparison") -> list[RenderableType]:
+    """Runs in groups that can be compared, and what cannot be."""
+    parts: list[RenderableType] = []
+    for text in comparison.groups:
+        found = comparison.table(text)
+        places = [found.columns.index(name) for name in _SHOWN if name in found.columns]
+        shown = new_table(*(found.columns[place] for place in places), left=(0,))
+        for row in found.rows:
+            shown.add_row(*(row[place] for place in places))
+        parts += [Text(f"On {found.caption}" if text else "Without an evaluation", "bold"), shown]
+    return [*parts, *(Text(note) for note in comparison.notes)]

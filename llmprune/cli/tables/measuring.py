@@ -1,0 +1,250 @@
+"""What `llmprune explain` and `llmprune bench` show: tables that fit 80 columns and hide nothing that is slower."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from llmprune.cli.console import facts, new_table
+from llmprune.measuring.bench.record import grouped, layer_span, split_layer, tokens_a_second
+from llmprune.units import format_seconds, format_size, spans
+
+if TYPE_CHECKING:
+    from llmprune.measuring.explain import DenseRow, Explanation, PackedRow
+    from llmprune.measuring.perplexity import Comparison, Perplexity
+
+_UNMEASURED = "not measured: run `llmprune bench` on the folder"
+
+Row = TypeVar("Row", "PackedRow", "DenseRow")
+
+
+def perplexity_table(result: "Perplexity", run: dict[str, Any]) -> RenderableType:
+    """One measurement with its protocol."""
+    return facts(
+        ("model", run["model"]),
+        ("perplexity", f"{result.perplexity:.4f}"),
+        ("nats a token", f"{result.nats:.5f}"),
+        *_protocol(result, run),
+    )
+
+
+def comparison_table(result: "Comparison", run: dict[str, Any]) -> RenderableType:
+    """A model beside the dense one, with the protocol of both."""
+    dense, pruned = result.dense, result.pruned
+    return facts(
+        ("model", run["model"]),
+        ("against", run["against"]),
+        ("perplexity", f"{dense.perplexity:.4f} dense, {pruned.perplexity:.4f} here"),
+        ("KL divergence", f"{result.kl_divergence:.5f} nats a token"),
+        ("same top token", f"{result.agreement:.2%}"),
+        *_protocol(pruned, run),
+    )
+
+
+def _protocol(result: "Perplexity", run: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("text", str(result.text["source"])),
+        ("protocol", f"{result.samples} chunks of {result.length}, {result.predicted_tokens:,} predicted tokens"),
+        ("tokens", f"sha256 {result.tokens_digest}"),
+        ("computed", f"in {result.compute_dtype} on {run['device']} in {format_seconds(run['seconds'])} s"),
+    ]
+
+
+def explain_tables(explanation: "Explanation") -> list[RenderableType]:
+    """What will serve each matrix, why nothing faster does, and the limit of the whole model."""
+    parts: list[RenderableType] = []
+    notes: list[str] = []
+    if explanation.packed:
+        parts.append(_packed_table(explanation.packed, notes))
+    if explanation.dense:
+        parts.append(_dense_table(explanation.dense, notes))
+    parts += [Text(f"[{number}] {note}") for number, note in enumerate(notes, 1)]
+    dense, served = explanation.token_bytes
+    parts.append(
+        facts(
+            ("device", explanation.device),
+            ("a token reads", f"{format_size(served)} of weights, {format_size(dense)} if all were dense"),
+            ("limit", f"decode at most {explanation.limit:.2f} times as fast, the matrices that stay dense included"),
+            ("measured", explanation.measured or _UNMEASURED),
+        )
+    )
+    return parts
+
+
+def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
+    """The products, the whole model, and what was slower."""
+    parts: list[RenderableType] = []
+    unmeasured: dict[str, list[RenderableType]] = {}
+    for product in result["products"]:
+        if product["measured"] is None:
+            unmeasured.setdefault(product["reason"], []).append(_product_title(product))
+        else:
+            parts += [_product_title(product), _product_table(product)]
+    for reason, titles in unmeasured.items():
+        parts += [*titles, Text(f"  nothing sparse to measure: {reason}")]
+    if any(product["comparisons"] for product in result["products"]):
+        parts.append(Text(ratio_note(result["rates"])))
+    parts.append(_whole_model_table(result["whole_model"]))
+    if not result["whole_model"].get("in_turn", True):
+        parts.append(Text("There was no room for both models: they were timed one after the other, not in turn."))
+    if lengths := {row["prompt_tokens"] for row in result["whole_model"]["batches"]}:
+        parts.append(Text(f"whole model, prompts of {spans(sorted(lengths))} tokens; ratio: times as fast as dense\n"))
+    parts.append(_extent_table(result["whole_model"]))
+    if result["tuned"]:
+        parts.append(_tuned_table(result["tuned"]))
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    parts.append(facts(("device", result["device"]), ("versions", versions), ("commit", result["commit"] or "unknown")))
+    return parts
+
+
+def ratio_note(rates: Mapping[str, float]) -> str:
+    """What ratios and shares of products are, with the rates that were measured, in bytes and operations a second."""
+    copy, matmul = (rates[f"{name}_per_second"] for name in ("copy", "matmul"))
+    multiplied = f"{matmul / 1e12:,.2f} TFLOP/s" if matmul >= 1e12 else f"{matmul / 1e9:.3g} GFLOP/s"
+    copied = f"{copy / 1e12:,.2f} TB/s" if copy >= 1e12 else f"{copy / 1e9:.3g} GB/s"
+    return (
+        "ratio: times as fast as dense; share: of what the measured rates allow, "
+        f"{copied} copied or {multiplied} multiplied, whichever takes longer. These are of one large "
+        "copy and one large product: what fits in a cache can be faster, and its share be above 100%"
+    )
+
+
+def _packed_table(rows: Sequence["PackedRow"], notes: list[str]) -> RenderableType:
+    shown = new_table("packed", "shape", "layout", "served as", "bytes", "limit", "gain", left=(0, 2, 3))
+    for layer, inside in _by_layer(
+        rows, lambda row: (row.layout["shape"], _layout(row), row.form, row.reason, row.gains)
+    ):
+        shown.add_row(Text(layer, "bold"))
+        for name, row, _ in inside:
+            # Decode and prefill; the numbers between are in the JSON.
+            ends = dict.fromkeys((*row.gains[:1], *row.gains[-1:]))
+            gain = "\n".join(f"{ratio:.2f} at {tokens}" for tokens, ratio in ends)
+            if row.form == "dense":
+                # What was measured is not used for it.
+                gain = f"({gain})" if gain else "none"
+            form = row.form + (f" [{_note(notes, row.reason)}]" if row.reason else "")
+            shape = "x".join(map(str, row.layout["shape"]))
+            share = f"{row.packed_bytes / max(row.dense_bytes, 1):.1%}"
+            shown.add_row(f"  {name}", shape, _layout(row), form, share, f"{row.limit:.2f}", gain or "?")
+    return shown
+
+
+def _dense_table(rows: Sequence["DenseRow"], notes: list[str]) -> RenderableType:
+    shown = new_table("not packed", "shape", "size", "why", left=(0, 3))
+    for layer, inside in _by_layer(rows, lambda row: (row.shape, row.reason)):
+        if layer:
+            shown.add_row(Text(layer, "bold"))
+        for name, row, count in inside:
+            shape, note = " x ".join(map(str, row.shape)), f"[{_note(notes, row.reason)}]"
+            shown.add_row(f"  {name}" if layer else name, shape, format_size(row.bytes * count), note)
+    return shown
+
+
+def _by_layer(rows: Sequence[Row], key: Callable[[Row], object]) -> list[tuple[str, list[tuple[str, Row, int]]]]:
+    """Rows that say the same once: (layers, [(name inside, first row, how many)])."""
+    merged: dict[object, tuple[Row, list[int]]] = {}
+    for row in rows:
+        before, number, after = split_layer(row.name)
+        merged.setdefault((before, after, str(key(row))), (row, []))[1].append(-1 if number is None else number)
+    layers: dict[str, list[tuple[str, Row, int]]] = {}
+    for row, numbers in merged.values():
+        before, _, after = split_layer(row.name)
+        layer = layer_span(before, [number for number in numbers if number >= 0])
+        layers.setdefault(layer, []).append((after, row, len(numbers)))
+    return list(layers.items())
+
+
+def _layout(row: "PackedRow") -> str:
+    layout = row.layout
+    if layout["layout"] == "nm":
+        return f"{layout['keep']}:{layout['of']}"
+    if layout["layout"] == "block":
+        stored = layout["blocks"] * layout["block"] ** 2 / max(layout["shape"][0] * layout["shape"][1], 1)
+        return f"{1 - stored:.2g}@{layout['block']}x{layout['block']}"
+    return str(layout["layout"])
+
+
+def _note(notes: list[str], text: str) -> int:
+    """The number of a footnote, which is added where it is new."""
+    if text not in notes:
+        notes.append(text)
+    return notes.index(text) + 1
+
+
+def _product_title(product: dict[str, Any]) -> Text:
+    names = grouped([name for names in product["names"] for name in names])
+    rows, columns = product["shape"]
+    return Text(f"{names}  {rows} x {columns}, served as {product['served']}", "bold")
+
+
+def _product_table(product: dict[str, Any]) -> RenderableType:
+    shown = new_table("tokens", "dense us", "sparse us", "ratio", "share", "error", "", left=(6,))
+    for row in product["comparisons"]:
+        error = f"{float(row['error']):.1e}"
+        if not row["correct"]:
+            shown.add_row(str(row["tokens"]), "", "", "", "", error, Text("WRONG, not timed", "bold red"))
+            continue
+        dense, sparse = (_spread(row[name]) for name in ("dense", "sparse"))
+        share = f"{row['sparse']['share']:.0%}"
+        shown.add_row(str(row["tokens"]), dense, sparse, f"{row['ratio']:.2f}", share, error, _verdict(row, product))
+    return shown
+
+
+def _verdict(row: dict[str, Any], product: dict[str, Any]) -> Text:
+    if row["ratio"] >= 1:
+        unused = product["served"] == "dense"
+        return Text("faster, unused" if unused else "", "yellow")
+    if product["served"] == "dense":
+        return Text("slower, unused", "yellow")
+    return Text("SLOWER", "bold red")
+
+
+def _spread(timing: dict[str, Any]) -> str:
+    """A median with half of the width between the tenth and the ninetieth percentile."""
+    return f"{timing['median_us']:,.1f} ±{(timing['high_us'] - timing['low_us']) / 2:,.1f}"
+
+
+def _whole_model_table(model: dict[str, Any]) -> RenderableType:
+    shown = new_table("model", "batch", "first token", "tokens/s", "resident", "peak", left=(0,))
+    dense: dict[str, Any] | None = model.get("dense")
+    for index, row in enumerate(model["batches"]):
+        if dense is None:
+            shown.add_row(*_model_row("this", row, model))
+            continue
+        other = dense["batches"][index]
+        shown.add_row(*_model_row("this", row, model, other))
+        shown.add_row(*_model_row("dense", other, dense))
+    return shown
+
+
+def _extent_table(model: dict[str, Any]) -> RenderableType:
+    shown = new_table("whole model", "parameters", "not zero", "FLOPs a token", "on disk", left=(0,))
+    for name, one in (("this", model), ("dense", model.get("dense"))):
+        if one is not None:
+            extent = one["extent"]
+            counts = (f"{extent[key]:,}" for key in ("parameters", "nonzeros", "flops_per_token"))
+            shown.add_row(name, *counts, format_size(extent["nbytes"]))
+    return shown
+
+
+def _model_row(
+    name: str, row: dict[str, Any], model: dict[str, Any], dense: dict[str, Any] | None = None
+) -> tuple[str, ...]:
+    """A batch, and how many times as fast as the dense model's it is."""
+    first = f"{row['first_token']['median_us'] / 1e3:,.1f} ms"
+    speed = tokens_a_second(row)
+    if dense is not None:
+        first += f" ({dense['first_token']['median_us'] / row['first_token']['median_us']:.2f}x)"
+        speed += f" ({row['tokens_per_second'] / dense['tokens_per_second']:.2f}x)"
+    return name, str(row["batch"]), first, speed, format_size(model["resident_bytes"]), format_size(model["peak_bytes"])
+
+
+def _tuned_table(tuned: Sequence[dict[str, Any]]) -> RenderableType:
+    shown = new_table("tuned", "shape", "before us", "now us", "choice", left=(0, 4))
+    for row in tuned:
+        shape = " ".join(f"{name}={value}" for name, value in row["shape"].items())
+        choice = " ".join(f"{name}={value}" for name, value in row["choice"].items())
+        before, now = ("-" if row[k] is None else f"{1e6 * row[k]:,.1f}" for k in ("before_seconds", "seconds"))
+        shown.add_row(row["op"], shape, before, now, choice)
+    return shown

@@ -1,0 +1,192 @@
+"""The tables of a run, planned and done, and of the recipes."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from llmprune.cli.console import facts, new_table
+from llmprune.units import format_seconds, format_size, spans
+
+if TYPE_CHECKING:
+    from llmprune.pruning.forecast.plan import DryRun, LayerPlan
+    from llmprune.storage.report import Report
+
+_EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.)")
+
+
+def report_table(report: "Report", folder: Path) -> RenderableType:
+    """The end of a run: what it cost, in quality and in time, and where the details are."""
+    header = report.header
+    climbed = sum(len(row.damping_tried) > 1 for row in report.rows)
+    priors = sum(row.prior_tokens > 0 for row in report.rows)
+    stages = [f"{stage} {format_seconds(value)}" for stage, value in header["seconds"].items() if stage != "total"]
+    memory = header["memory"]
+    error = "not measured" if report.mean_error is None else f"{report.mean_error:.4f} of the output's energy"
+    return facts(
+        ("model", header["model"]),
+        *_evaluation_facts(report),
+        *_removal_facts(report),
+        *(
+            [("sparsity", f"{report.sparsity:.2%} of the weights in {_matrices(len(report.rows))}")]
+            if report.rows
+            else []
+        ),
+        ("mean error", error),
+        ("raised damping", _matrices(climbed)),
+        ("expert priors", _matrices(priors)),
+        ("seconds", f"{format_seconds(header['seconds']['total'])}: {', '.join(stages)}"),
+        (
+            "peak memory",
+            f"{format_size(memory['predicted_bytes'])} predicted, {format_size(memory['measured_bytes'])} measured",
+        ),
+        *_size_facts(header["size"]),
+        ("report", str(folder / "report.json")),
+        *([("page", str(folder / "report.html"))] if (folder / "report.html").exists() else []),
+    )
+
+
+def _removal_facts(report: "Report") -> list[tuple[str, str]]:
+    """What became of a model that lost structures; nothing of another one."""
+    extent, speed = report.header.get("extent"), report.header.get("speed")
+    if not extent or not speed:
+        return []
+    dense, pruned = extent["dense"], extent["pruned"]
+    prefill, token = (
+        speed["dense"][key] / max(speed["pruned"][key], 1e-12) for key in ("prefill_seconds", "token_seconds")
+    )
+    return [
+        *(("stays" if not place else "", line) for place, line in enumerate(map(str, report.left))),
+        ("parameters", _of(pruned["parameters"], dense["parameters"])),
+        ("FLOPs a token", _of(pruned["flops_per_token"], dense["flops_per_token"])),
+        ("bytes", _of(pruned["nbytes"], dense["nbytes"])),
+        (
+            "speed",
+            f"{prefill:.2f}x for a prompt of {speed['dense']['prefill_tokens']} tokens, {token:.2f}x for one token",
+        ),
+        ("", "measured here, all decoder layers, dense and pruned in turns"),
+    ]
+
+
+def _of(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,} ({part / whole:.1%})"
+
+
+def _size_facts(size: dict[str, int] | None) -> list[tuple[str, str]]:
+    """What the checkpoint takes; nothing of a model in memory."""
+    if size is None:
+        return []
+    stored, dense = size["stored_bytes"], size["dense_bytes"]
+    packed = "" if stored == dense else f", {stored / dense:.4f} of the dense {format_size(dense)}"
+    return [("size", format_size(stored) + packed)]
+
+
+def recipes_table(recipes: Iterable[tuple[str, str]]) -> RenderableType:
+    """The bundled recipes, one line each."""
+    return facts(*recipes)
+
+
+def dry_run_tables(plan: "DryRun") -> list[RenderableType]:
+    """What would be done, how long it takes, and what it needs."""
+    head = facts(
+        ("model", plan.model),
+        ("device", f"{plan.device}, computing in {plan.compute_dtype}"),
+        ("tokens", f"{plan.tokens:,} for calibration, the held-back ones included"),
+        *([("sparsity", f"{plan.sparsity:.2%} of the matrices that are pruned")] if plan.sparsity else []),
+        ("disk", _disk(plan)),
+    )
+    notes = [Text(note) for note in plan.notes]
+    removal = [_removal_table(plan)] if plan.structures else []
+    return [head, *removal, _plan_table(plan), _work_table(plan), _memory_table(plan), *notes]
+
+
+def _evaluation_facts(report: "Report") -> list[tuple[str, str]]:
+    evaluation = report.header["evaluation"]
+    if evaluation is None:
+        return [("perplexity", "not measured (evaluation: null)")]
+    dense, divergence = evaluation["dense"], evaluation["kl_divergence"]
+    text = "text that the model wrote" if dense["text"]["source"] == "self" else dense["text"]["source"]
+    return [
+        ("perplexity", f"{report.dense_perplexity:.4f} dense, {report.pruned_perplexity:.4f} pruned"),
+        ("", f"on {dense['predicted_tokens']:,} tokens of {text}, in chunks of {dense['length']}"),
+        ("KL divergence", "not finite" if divergence is None else f"{divergence:.4f} nats a token"),
+        ("same top token", f"{evaluation['agreement']:.1%}"),
+    ]
+
+
+def _removal_table(plan: "DryRun") -> Table:
+    table = new_table("removed", "where", "groups", "stay", "method", left=(0, 4))
+    for row in plan.structures:
+        stay = "by budget" if row.kept is None else f"{row.kept:,} ({row.kept / row.groups:.1%})"
+        table.add_row(row.kind, f"{row.where} x", f"{row.groups:,}", stay, row.method)
+    return table
+
+
+def _plan_table(plan: "DryRun") -> Table:
+    table = new_table("matrix", "shape", "pattern", "method", "zeros", left=(0, 2, 3))
+    for layer in plan.layers:
+        table.add_row(Text(f"{plan.layers_path}.{spans(layer.indices)}", "bold"))
+        for name, (shape, pattern, method), zeros in _merged(layer):
+            table.add_row(f"  {name}", f"{shape[0]} x {shape[1]}", pattern, method or "", f"{zeros:,}")
+    return table
+
+
+def _merged(layer: "LayerPlan") -> list[tuple[str, tuple[tuple[int, int], str, str | None], int]]:
+    """The matrices of a layer, with equal ones of its experts in one row."""
+    rows: dict[Any, list[Any]] = {}
+    for matrix in layer.matrices:
+        what = matrix.shape, matrix.pattern, matrix.method
+        rows.setdefault((_EXPERT.sub("*", matrix.name), what), []).append(matrix)
+    merged = []
+    for (name, what), matrices in rows.items():
+        numbers = [int(found[0]) for matrix in matrices if (found := _EXPERT.search(matrix.name))]
+        merged.append((name.replace("*", spans(numbers)), what, sum(matrix.zeros for matrix in matrices)))
+    return merged
+
+
+def _work_table(plan: "DryRun") -> Table:
+    table = new_table("matrix products", "GFLOP", "GFLOP/s here", "seconds", left=(0,))
+    work, rates, seconds = plan.work, plan.rates, plan.seconds
+    for name, done, rate, duration in (
+        ("two forwards", work.forward, rates.forward, seconds.forward),
+        ("Gram matrices", work.gram, rates.gram, seconds.gram),
+        ("solving", work.solve, rates.solve, seconds.solve),
+    ):
+        table.add_row(name, f"{done / 1e9:,.1f}", f"{rate / 1e9:,.0f}", format_seconds(duration))
+    table.add_row(Text("at least", "bold"), f"{work.total / 1e9:,.1f}", "", Text(format_seconds(seconds.total), "bold"))
+    return table
+
+
+def _memory_table(plan: "DryRun") -> Table:
+    memory, layer = plan.memory, plan.memory.layer
+    table = new_table("memory", "size", left=(0,))
+    for name, nbytes in (
+        ("ends (embeddings, norm, head)", memory.ends),
+        ("hidden states", memory.hidden_states),
+        ("masks and rotary embeddings", memory.calls),
+        ("weights of one layer", layer.weights),
+        ("statistics", layer.statistics),
+        ("held-back rows", layer.held_back),
+        ("forward", layer.forward),
+        ("solving", layer.solving),
+    ):
+        table.add_row(name, format_size(nbytes))
+    table.add_row(Text("predicted peak", "bold"), Text(format_size(memory.peak), "bold"))
+    return table
+
+
+def _disk(plan: "DryRun") -> str:
+    spilled = (
+        f", and {format_size(plan.spilled_bytes)} of hidden states in the temporary folder"
+        if plan.spilled_bytes
+        else ""
+    )
+    return f"{format_size(plan.disk_bytes)} for the pruned checkpoint{spilled}"
+
+
+def _matrices(count: int) -> str:
+    return f"{count} matri{'x' if count == 1 else 'ces'}"

@@ -1,0 +1,1 @@
+"""Benchmark a checkpoint against dense weights on this machine."""

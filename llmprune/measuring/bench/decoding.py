@@ -1,0 +1,157 @@
+"""Whole models' speed: the time to the first token, tokens a second for several batches, and memory.
+
+Models that are compared run in turn, so that whatever else the machine does meets all of them.
+"""
+
+import gc
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from llmprune.devices import PeakWatch, return_freed_memory
+from llmprune.kernels import workspace
+from llmprune.text.loading import model_positions
+from llmprune.timing import Timing
+
+# New tokens of a measured run, and how many runs.
+_NEW_TOKENS = (8, 128)
+_RUNS = (3, 15)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How fast a model generates.
+
+    Attributes:
+        batch: sequences at once.
+        prompt_tokens: of each sequence.
+        new_tokens: generated for each, in a run.
+        first_token: seconds from the call of `generate` to its first token.
+        later_token: seconds for each token after the first, the mean of a run.
+        working_bytes: what a run held at most beyond what was there before; on a CPU as far as the system shows it.
+    """
+
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    first_token: Timing
+    later_token: Timing
+    working_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """After the first token, all sequences together."""
+        return self.batch / self.later_token.median
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        times = {"first_token": self.first_token.to_dict(), "later_token": self.later_token.to_dict()}
+        return {**asdict(self), **times, "tokens_per_second": round(self.tokens_per_second, 3)}
+
+
+def measure_decoding(
+    models: Sequence[PreTrainedModel], batch: int, seconds: float, prompt_tokens: int = 128
+) -> list[Decoding]:
+    """Time greedy generation after random prompts, through `model.generate`, of one or more models in turn.
+
+    Args:
+        models: in evaluation mode, on one device; a static cache and CUDA graphs are their own affair.
+        batch: number of sequences at once.
+        seconds: for the runs of one model; slow models generate fewer tokens, but never fewer than 8.
+        prompt_tokens: of each sequence; fewer where a model's positions end.
+    """
+    fewest, most = _NEW_TOKENS
+    positions = min(model_positions(model.config) or prompt_tokens + most for model in models)
+    prompt_tokens = max(1, min(prompt_tokens, positions // 2))
+    runs = [_Run(model, batch, prompt_tokens) for model in models]
+    # Kernels are compiled by the first run, and graphs captured for a length.
+    for run in runs:
+        run(fewest)
+    token = max(sum(run(fewest)) for run in runs) / fewest
+    count = max(fewest, min(most, positions - prompt_tokens, int(seconds / (_RUNS[0] + 1) / token)))
+    working = [_working_bytes(run, count) for run in runs]
+    rounds = max(_RUNS[0], min(_RUNS[1], int(seconds / (token * count))))
+    times: list[list[tuple[float, float]]] = [[] for _ in runs]
+    for number in range(rounds):
+        # Back and forth, so that none is always the first.
+        for own, run in list(zip(times, runs, strict=True))[:: -1 if number % 2 else 1]:
+            own.append(run(count))
+    return [
+        Decoding(
+            batch,
+            prompt_tokens,
+            count,
+            Timing.of([first for first, _ in own]),
+            Timing.of([later / (count - 1) for _, later in own]),
+            nbytes,
+        )
+        for own, nbytes in zip(times, working, strict=True)
+    ]
+
+
+class _Run:
+    """Generates after random prompts; a call gives the seconds to the first token and those for all others."""
+
+    def __init__(self, model: PreTrainedModel, batch: int, prompt_tokens: int) -> None:
+        self.model = model
+        vocabulary = model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(batch)
+        self._ids = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator).to(model.device)
+        self._mask = torch.ones_like(self._ids)
+
+    def __call__(self, new_tokens: int) -> tuple[float, float]:
+        clock = _Clock()
+        _wait(self.model.device)
+        started = time.perf_counter()
+        # No end of sequence, so that every run is as long as asked for.
+        self.model.generate(
+            self._ids, attention_mask=self._mask, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None,
+            pad_token_id=0, streamer=clock,
+        )  # fmt: skip
+        _prompt, first, *later = clock.times
+        return first - started, (later[-1] if later else first) - first
+
+
+class _Clock(BaseStreamer):  # type: ignore[misc] # transformers leaves it untyped
+    """Notes when tokens are there: first those of the prompt, then each step's, when the host has them."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _working_bytes(run: _Run, new_tokens: int) -> int:
+    return_freed_memory()
+    with PeakWatch(run.model.device) as memory:
+        run(new_tokens)
+    return memory.peak - memory.baseline
+
+
+def resident_bytes(model: PreTrainedModel) -> int:
+    """What a model holds for good: its parameters and buffers, what they share counted once, and shared scratch."""
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values()) + workspace.reserved(model.device)
+
+
+def collect(device: torch.device) -> None:
+    """Give a model's memory back that nobody refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

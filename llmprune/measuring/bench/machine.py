@@ -1,0 +1,104 @@
+"""What was measured, and on what: the device by name, the versions, and the two rates that bound every product."""
+
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from llmprune import __version__
+from llmprune.devices import cpu_threads
+from llmprune.timing import Effort, time_calls
+
+_PACKAGES = ("torch", "triton", "transformers", "nvidia-cusparselt-cu13", "nvidia-cublas")
+
+# Bytes of the buffer that is copied, and the size of the square matrices that are multiplied.
+_COPIED = {"cuda": 1 << 30, "cpu": 256 << 20}
+_MULTIPLIED = {"cuda": 8192, "cpu": 1024}
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a device can do at best, as measured.
+
+    Attributes:
+        copy: bytes a second, read and written, of a large copy.
+        matmul: floating-point operations a second of a large dense product.
+    """
+
+    copy: float
+    matmul: float
+
+    def floor(self, nbytes: float, operations: float) -> tuple[float, str]:
+        """The least seconds for moving so many bytes and doing so many operations, and which of them decides."""
+        moving, computing = nbytes / self.copy, operations / self.matmul
+        return (moving, "bytes") if moving >= computing else (computing, "arithmetic")
+
+    def to_dict(self) -> dict[str, float]:
+        """As plain data."""
+        return {f"{name}_per_second": value for name, value in asdict(self).items()}
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, effort: Effort) -> Rates:
+    """Measure both rates.
+
+    Args:
+        device: where.
+        dtype: of the dense product.
+        effort: seconds for each of them.
+    """
+    size = _MULTIPLIED.get(device.type, 1024)
+    source = torch.ones(_COPIED.get(device.type, 1 << 28), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copying = time_calls([lambda: target.copy_(source)], device, effort.seconds)
+    x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    multiplying = time_calls([lambda: x @ w], device, effort.seconds)
+    return Rates(2 * source.numel() / copying.median, 2 * size**3 / multiplying.median)
+
+
+def device_name(device: torch.device) -> str:
+    """Name a device so that a result can be told from those of others: a GPU, or a CPU with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {cpu_threads()}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides how fast a product is, as far as it is installed."""
+    found = {"llmprune": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def commit() -> str | None:
+    """The commit of this code, with "+changes" behind it where files differ; None outside a checkout of it."""
+    here = Path(__file__).resolve()
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return None
+    head, changes = _git(here.parent, "rev-parse", "HEAD"), _git(here.parent, "status", "--porcelain")
+    return f"{head}+changes" if head and changes else head
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        run = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or f"{platform.machine()} CPU"

@@ -1,0 +1,210 @@
+"""What zeros a checkpoint holds: counted from its files, whoever pruned it, one tensor in memory at a time.
+
+A pattern is reported only where every group, block or row keeps it, so the report can be checked against what a recipe
+asked for, and shows what a checkpoint of unknown origin could run on.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmprune.errors import CheckpointError
+from llmprune.precision import dtype_name
+from llmprune.storage.detection import describe_mask
+from llmprune.storage.files import read_header, read_json, weight_files
+from llmprune.storage.packed_config import PackedWeight, as_dense, packed_layouts
+
+_EMBEDDINGS = re.compile(r"embed|lm_head|wte|wpe")
+
+# The integers whose lowest value is the bit pattern of -0.0.
+_SIGN_VIEWS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+    torch.float8_e4m3fn: torch.int8,
+    torch.float8_e5m2: torch.int8,
+}
+# Other integers are masks, indices or packed words: a zero there is not a weight that is zero.
+_WEIGHT_DTYPES = {*_SIGN_VIEWS, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.int8}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRow:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: its full name in the checkpoint.
+        shape: its dimensions as stored.
+        dtype: its element type as torch names it, for example "bfloat16".
+        elements: number of elements.
+        zeros: number of elements that are zero, counted, -0.0 included; 0 where the elements are not weights (packed
+            words, indices, masks and scales without a zero).
+        negative_zeros: those of `zeros` that are -0.0.
+        pattern: what `detect_pattern` says; None for vectors, and where the elements are not weights.
+        bytes: size of its data, as stored.
+        layout: how it is stored, for example "nm"; the other columns are those of the dense tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    elements: int
+    zeros: int
+    negative_zeros: int
+    pattern: str | None
+    bytes: int
+    layout: str = "dense"
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of elements that are zero, in [0, 1]."""
+        return self.zeros / max(self.elements, 1)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it counts in `Inspection.matrix_sparsity`: a weight with two dimensions, and no embedding."""
+        return self.pattern is not None and not _EMBEDDINGS.search(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """The zeros of a checkpoint, tensor by tensor.
+
+    Attributes:
+        folder: where it lies.
+        rows: one row a tensor, layers in their numerical order.
+        bytes_on_disk: size of its safetensors files.
+        contradiction: how config.json and the tensors do not fit, where there is a config.json of a causal LM.
+    """
+
+    folder: str
+    rows: tuple[TensorRow, ...]
+    bytes_on_disk: int
+    contradiction: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """The number of elements stored, of all tensors."""
+        return sum(row.elements for row in self.rows)
+
+    @property
+    def nonzeros(self) -> int:
+        """The number of elements that are not zero, of all tensors."""
+        return self.parameters - sum(row.zeros for row in self.rows)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros in the whole checkpoint, in [0, 1]."""
+        return (self.parameters - self.nonzeros) / max(self.parameters, 1)
+
+    @property
+    def matrix_sparsity(self) -> float:
+        """The fraction of zeros in the matrices, embeddings and lm_head excluded, in [0, 1]."""
+        matrices = [row for row in self.rows if row.is_matrix]
+        return sum(row.zeros for row in matrices) / max(sum(row.elements for row in matrices), 1)
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything as JSON types: the summary's keys, and the rows under "tensors"."""
+        summary = ("folder", "parameters", "nonzeros", "bytes_on_disk", "sparsity", "matrix_sparsity", "contradiction")
+        tensors = [{**asdict(row), "shape": list(row.shape), "sparsity": row.sparsity} for row in self.rows]
+        return {**{key: getattr(self, key) for key in summary}, "tensors": tensors}
+
+
+def inspect_checkpoint(folder: Path) -> Inspection:
+    """Count the zeros of every tensor of a checkpoint and find their patterns.
+
+    The matrices of a packed checkpoint are unpacked for it, one by one.
+
+    Args:
+        folder: holds safetensors files, with or without an index; config.json says what is packed, and is compared
+            with the tensors.
+
+    Raises:
+        CheckpointError: there are no safetensors files, one is damaged or missing, or two hold the same tensor.
+    """
+    files = _files(folder)
+    packed = _packed(folder, files)
+    parts = {part.key for weight in packed for part in weight.parts.values()}
+    rows = {weight.key: replace(_row(weight.key, weight[...]), **_as_stored(weight)) for weight in packed}
+    for path in files:
+        for row in _rows(path, parts):
+            if row.name in rows:
+                raise CheckpointError(
+                    f"tensor {row.name} is in {path} and in another file of the folder",
+                    expected="every tensor in one file",
+                    fix="remove the files that belong to another checkpoint",
+                )
+            rows[row.name] = row
+    ordered = sorted(rows.values(), key=lambda row: _numerically(row.name))
+    from llmprune.models.checkpoint_source import find_contradiction  # transformers is slow to import
+
+    nbytes = sum(path.stat().st_size for path in files)
+    return Inspection(str(folder), tuple(ordered), nbytes, find_contradiction(folder))
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"no folder {folder}", expected="a folder with safetensors files", fix="check the spelling"
+        )
+    named = sorted(folder.glob("*.safetensors"))
+    standard = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    return named if named and not standard else weight_files(folder)
+
+
+def _packed(folder: Path, files: Sequence[Path]) -> list[PackedWeight]:
+    if not (folder / "config.json").is_file():
+        return []
+    layouts = packed_layouts(read_json(folder / "config.json"))
+    stored = {stored.key: stored for path in files for stored in read_header(path)} if layouts else {}
+    return [weight for weight in as_dense(stored, layouts).values() if isinstance(weight, PackedWeight)]
+
+
+def _as_stored(weight: PackedWeight) -> dict[str, Any]:
+    return {"bytes": weight.packed_bytes, "layout": weight.layout.name}
+
+
+def _rows(path: Path, parts: Collection[str]) -> Iterator[TensorRow]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in set(file.keys()) - set(parts):
+                yield _row(name, file.get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}",
+            expected="a complete safetensors file",
+            fix="download or copy the file again",
+        ) from error
+
+
+def _row(name: str, tensor: Tensor) -> TensorRow:
+    zeros, negative_zeros, pattern = 0, 0, None
+    if tensor.dtype in _WEIGHT_DTYPES:
+        nonzero = tensor != 0
+        zeros = tensor.numel() - int(torch.count_nonzero(nonzero))
+        if zeros and (view := _SIGN_VIEWS.get(tensor.dtype)):
+            negative_zeros = int(torch.count_nonzero(tensor.view(view) == torch.iinfo(view).min))
+        if tensor.dim() >= 2:
+            pattern = describe_mask(nonzero)
+    return TensorRow(
+        name=name,
+        shape=tuple(tensor.shape),
+        dtype=dtype_name(tensor.dtype),
+        elements=tensor.numel(),
+        zeros=zeros,
+        negative_zeros=negative_zeros,
+        pattern=pattern,
+        bytes=tensor.numel() * tensor.element_size(),
+    )
+
+
+def _numerically(name: str) -> list[str | int]:
+    # The pieces alternate between text and digits, so text is never compared with a number.
+    return [int(piece) if index % 2 else piece for index, piece in enumerate(re.split(r"(\d+)", name))]

@@ -1,0 +1,327 @@
+"""Perplexity and divergence by one pinned protocol, streamed layer by layer.
+
+Text is tokenised with a beginning-of-sequence token in front of each document, packed, and cut into chunks of `length`
+tokens; the stride is the length, so no token is scored twice. Each token but the first is predicted from its own chunk.
+Negative log-likelihoods are summed in float64, from log-softmax in float32.
+
+The expected calibration error says how far a model's confidence is from its accuracy (Guo et al. 2017, On Calibration
+of Modern Neural Networks, section 2): predictions fall into 15 bins of equal width by the probability of the likeliest
+next token, a bin holds (m - 1) / 15 < confidence <= m / 15, and |accuracy - mean confidence| is averaged over the bins
+by their predictions.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmprune.errors import ModelError, NumericsError
+from llmprune.models.checkpoint_source import open_checkpoint
+from llmprune.models.source import Source
+from llmprune.precision import dtype_name
+from llmprune.progress import Progress, Watcher, ignore
+from llmprune.storage.hub import resolve_model
+from llmprune.stream.guard import MemoryGuard, sampling_needs, scoring_needs
+from llmprune.stream.stream import Stream, StreamSettings
+from llmprune.text.loading import load_texts, model_positions, tokenizer_for
+from llmprune.text.tokens import TextSpec, Tokens
+
+# Positions whose logits are widened to float32 at once: bounds the memory for vocabularies of 250,000.
+_POSITIONS = 512
+
+_LARGEST_NATS = math.log(sys.float_info.max)
+
+_BINS = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """One measurement.
+
+    Attributes:
+        perplexity: exp(nats); infinite where that exceeds float64, from 709 nats on.
+        nats: mean negative log-likelihood of a predicted token.
+        predicted_tokens: tokens scored.
+        samples: chunks.
+        length: tokens in a chunk, which is also the stride.
+        tokens_digest: sha256 of the chunks.
+        text: where they came from.
+        calibration_error: expected calibration error of the likeliest next token, in [0, 1], lower is better; None in
+            measurements of before it was taken.
+        compute_dtype: of the forward, as torch names it; None in measurements of before it was noted.
+    """
+
+    perplexity: float
+    nats: float
+    predicted_tokens: int
+    samples: int
+    length: int
+    tokens_digest: str
+    text: dict[str, object]
+    calibration_error: float | None = None
+    compute_dtype: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON, which has no infinity: such a perplexity is null, beside its nats."""
+        return {**asdict(self), "perplexity": finite(self.perplexity), "stride": self.length}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A pruned model beside the dense one, on the same tokens.
+
+    Attributes:
+        dense: perplexity before.
+        pruned: perplexity after.
+        kl_divergence: mean over positions of KL(dense || pruned) of the next-token distributions, in nats; not finite
+            where the pruned model rules out, to float32, what the dense one does not.
+        agreement: fraction of positions whose most likely next token is the same.
+    """
+
+    dense: Perplexity
+    pruned: Perplexity
+    kl_divergence: float
+    agreement: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON: a divergence that is not finite is null."""
+        return {
+            "dense": self.dense.to_dict(),
+            "pruned": self.pruned.to_dict(),
+            "kl_divergence": finite(self.kl_divergence),
+            "agreement": self.agreement,
+        }
+
+
+def evaluate(
+    model: str | Path,
+    text: TextSpec,
+    settings: StreamSettings | None = None,
+    compute_dtype: str = "auto",
+    watch: Watcher = ignore,
+) -> Perplexity:
+    """Measure the perplexity of a checkpoint on a text.
+
+    Args:
+        model: a hub id, a local checkpoint folder or "testbed".
+        text: which text, and how it becomes chunks; what a model samples from itself says nothing about another.
+        settings: device, batch size and memory; default: the CPU, 8 chunks a forward.
+        compute_dtype: of the forward, as torch names it; "auto": the checkpoint's, or float32 on a CPU without
+            instructions for it.
+        watch: told about each layer.
+
+    Raises:
+        LlmpruneError: the model or the text cannot be read, the text is too short, the logits are not finite, or there
+            is not enough memory.
+
+    Example:
+        >>> evaluate("testbed", TextSpec("self", samples=4, length=256)).samples  # doctest: +SKIP
+        4
+    """
+    settings = settings or StreamSettings()
+    with MemoryGuard(settings, watch) as guard:
+        folder = resolve_model(model)
+        source = open_checkpoint(folder, settings.device, compute_dtype)
+        guard(Progress("text"))
+        if text.source == "self":
+            guard.expected = lambda: sampling_needs(source)
+        tokenizer = tokenizer_for([text], folder, source.config)
+        text = text.fitted(model_positions(source.config))
+        tokens = load_texts({"text": text}, source, tokenizer, settings.device)["text"]
+        guard.expected = lambda: scoring_needs(source, tokens, settings)
+        return measure_perplexity(source, tokens, settings, guard)
+
+
+def evaluate_against(
+    model: str | Path,
+    dense: str | Path,
+    text: TextSpec,
+    settings: StreamSettings | None = None,
+    compute_dtype: str = "auto",
+    watch: Watcher = ignore,
+) -> Comparison:
+    """Measure how far a checkpoint is from the dense model on a text: both perplexities, divergence, agreement.
+
+    Args:
+        model: a hub id, a local checkpoint folder or "testbed".
+        dense: the model to compare with, likewise; its tokenizer is used, and text is sampled from it.
+        text: which text, and how it becomes chunks.
+        settings: device, batch size and memory; default: the CPU, 8 chunks a forward.
+        compute_dtype: of both forwards, as for `evaluate`.
+        watch: told about each layer of both.
+
+    Raises:
+        LlmpruneError: as for `evaluate`.
+        ModelError: the two have vocabularies of different sizes.
+
+    Example:
+        >>> evaluate_against("out/demo", "testbed", TextSpec("self", samples=4)).kl_divergence  # doctest: +SKIP
+        0.06
+    """
+    settings = settings or StreamSettings()
+    with MemoryGuard(settings, watch) as guard:
+        folders = [resolve_model(name) for name in (dense, model)]
+        sources = [open_checkpoint(folder, settings.device, compute_dtype) for folder in folders]
+        sizes = [source.config.get_text_config().vocab_size for source in sources]
+        if sizes[0] != sizes[1]:
+            raise ModelError(
+                f"{model} has {sizes[1]} tokens, and {dense} has {sizes[0]}",
+                expected="two models with the same vocabulary",
+                fix="compare with the model that this one was pruned from",
+            )
+        guard(Progress("text"))
+        if text.source == "self":
+            guard.expected = lambda: sampling_needs(sources[0])
+        tokenizer = tokenizer_for([text], folders[0], sources[0].config)
+        text = text.fitted(model_positions(sources[0].config))
+        tokens = load_texts({"text": text}, sources[0], tokenizer, settings.device)["text"]
+        guard.expected = lambda: scoring_needs(sources[0], tokens, settings, models=2)
+        first, second = (
+            run_stream(source, tokens.ids, settings, guard, stage)
+            for source, stage in zip(sources, ("dense perplexity", "perplexity"), strict=True)
+        )
+        return compare_perplexity(first, second, tokens)
+
+
+def measure_perplexity(source: Source, tokens: Tokens, settings: StreamSettings, watch: Watcher = ignore) -> Perplexity:
+    """Measure one model's perplexity with at most one decoder layer in memory.
+
+    Args:
+        source: the model.
+        tokens: the chunks.
+        settings: device, batch size and memory; `outputs` is implied.
+        watch: told about each layer.
+
+    Raises:
+        NumericsError: the logits are not finite.
+    """
+    stream = run_stream(source, tokens.ids, settings, watch, "perplexity")
+    nats, calibration = 0.0, _Calibration()
+    for ids, (logits,) in zip(stream.batches, stream.logits(stream.hidden), strict=True):
+        for part, targets in _positions(ids, logits):
+            log_probabilities = part[0].log_softmax(-1)
+            nats += _negative_log_likelihood(log_probabilities, targets)
+            calibration.add(log_probabilities, targets)
+    return _summary(nats, tokens, calibration.error, source)
+
+
+def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens) -> Comparison:
+    """Score a pruned model beside the dense one.
+
+    Args:
+        dense: a finished run of the dense model on the tokens; its source may be the pruned one's by now, if only
+            decoder layers have changed.
+        pruned: a finished run of the pruned model.
+        tokens: the chunks that both models were run on.
+    """
+    nats, divergence, same = [0.0, 0.0], 0.0, 0
+    calibrations = (_Calibration(), _Calibration())
+    for ids, pair in zip(dense.batches, _logits(dense, pruned), strict=True):
+        for parts, targets in _positions(ids, *pair):
+            before, after = (part.log_softmax(-1) for part in parts)
+            nats[0] += _negative_log_likelihood(before, targets)
+            nats[1] += _negative_log_likelihood(after, targets)
+            calibrations[0].add(before, targets)
+            calibrations[1].add(after, targets)
+            divergence += float(F.kl_div(after, before, reduction="sum", log_target=True))
+            same += int((before.argmax(-1) == after.argmax(-1)).sum())
+    first, second = (
+        _summary(value, tokens, calibration.error, stream.source)
+        for value, calibration, stream in zip(nats, calibrations, (dense, pruned), strict=True)
+    )
+    return Comparison(first, second, divergence / first.predicted_tokens, same / first.predicted_tokens)
+
+
+def run_stream(source: Source, ids: Tensor, settings: StreamSettings, watch: Watcher, stage: str) -> Stream:
+    """Run a model's layers without changing them; the final hidden states stay in the stream."""
+    stream = Stream(source, ids, replace(settings, held_back=0, outputs=True))
+    layers = len(source.layers)
+    for layer in stream:
+        watch(Progress(stage, layer.index, layers))
+    watch(Progress(stage, layers, layers))
+    return stream
+
+
+def finite(value: float) -> float | None:
+    """The number, or None where JSON cannot write it."""
+    return value if math.isfinite(value) else None
+
+
+def _logits(dense: Stream, pruned: Stream) -> Iterator[tuple[Tensor, ...]]:
+    """The logits of both, batch by batch; a head that they share is loaded once."""
+    if dense.source is pruned.source:
+        yield from pruned.logits(dense.hidden, pruned.hidden)
+    else:
+        for one, other in zip(dense.logits(dense.hidden), pruned.logits(pruned.hidden), strict=True):
+            yield one[0], other[0]
+
+
+def _positions(ids: Tensor, *logits: Tensor) -> Any:
+    """Cut [samples, length, vocabulary] logits into float32 pieces with the tokens that they predict."""
+    targets = ids[:, 1:].reshape(-1).to(logits[0].device)
+    flat = [part[:, :-1].reshape(-1, part.shape[-1]) for part in logits]
+    for start in range(0, len(targets), _POSITIONS):
+        stop = start + _POSITIONS
+        yield [part[start:stop].float() for part in flat], targets[start:stop]
+
+
+def _negative_log_likelihood(log_probabilities: Tensor, targets: Tensor) -> float:
+    picked = log_probabilities.gather(-1, targets.unsqueeze(-1)).double()
+    return -float(torch.sum(picked))
+
+
+class _Calibration:
+    """Sums of hits and of confidences, bin by bin."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self._count = 0
+
+    def add(self, log_probabilities: Tensor, targets: Tensor) -> None:
+        """Count predictions [positions, vocabulary] of targets [positions]."""
+        confidence, likeliest = log_probabilities.max(-1)
+        confidence = confidence.double().exp().clamp(max=1.0)
+        bins = (confidence * _BINS).ceil().long().clamp(1, _BINS) - 1
+        values = torch.stack([(likeliest == targets).double(), confidence])
+        # A product, because scattered additions come in another order each time on a GPU.
+        sums = values @ F.one_hot(bins, _BINS).double()
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._count += len(targets)
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error; a bin's weight cancels the counts of its means."""
+        assert self._sums is not None
+        hits, confidences = self._sums
+        return float((hits - confidences).abs().sum()) / self._count
+
+
+def _summary(nats: float, tokens: Tokens, calibration_error: float, source: Source) -> Perplexity:
+    samples, length = tokens.ids.shape
+    count = samples * (length - 1)
+    mean = nats / count
+    if not math.isfinite(mean):
+        raise NumericsError(
+            f"the mean negative log-likelihood of {count} tokens is {mean}",
+            expected="a finite number",
+            fix="set compute_dtype: float32 if activations overflow",
+        )
+    # math.exp raises where float64 ends.
+    perplexity = math.exp(mean) if mean < _LARGEST_NATS else math.inf
+    return Perplexity(
+        perplexity,
+        mean,
+        count,
+        samples,
+        length,
+        tokens.digest,
+        tokens.description,
+        calibration_error,
+        dtype_name(source.dtype),
+    )

@@ -1,0 +1,184 @@
+"""Run lm-eval on a checkpoint, and on the dense model beside it."""
+
+import contextlib
+import gc
+import hashlib
+import io
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from llmprune.devices import resolve_device
+from llmprune.errors import CheckpointError, NumericsError
+from llmprune.measuring.tasks.errors import EvaluationError, require_harness
+from llmprune.measuring.tasks.result import EvaluationResult, HarnessSettings
+from llmprune.measuring.tasks.significance import compare_results
+from llmprune.progress import Progress, Watcher, ignore
+from llmprune.storage.files import write_json
+from llmprune.storage.hub import checkpoint_digest, resolve_model
+
+# Our own, from the folder eval/tasks: they need no network.
+OFFLINE_TASKS = ("llmprune_words", "llmprune_choice", "llmprune_continue")
+
+# What decides an answer beside config.json and the weights.
+_ANSWERING = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+              "*.tiktoken", "generation_config.json")  # fmt: skip
+
+
+def run_tasks(
+    model: str | Path,
+    tasks: Sequence[str] = OFFLINE_TASKS,
+    against: str | Path | None = None,
+    settings: HarnessSettings | None = None,
+    output: Path | None = None,
+    watch: Watcher = ignore,
+) -> EvaluationResult:
+    """Evaluate a checkpoint with lm-eval, and the dense model on the same questions.
+
+    One model is in memory at a time.
+
+    Args:
+        model: a hub id, a local checkpoint folder (packed, with layers of different sizes, or dense), or "testbed".
+        tasks: names of tasks, groups or tags of lm-eval, with shell wildcards, or YAML files of tasks.
+        against: the dense model to compare with.
+        settings: how; default: all documents, the checkpoint's dtype, the first GPU or the CPU.
+        output: JSON file for the comparison; lm-eval writes its own files to a folder of the same name beside it.
+        watch: told about each model.
+
+    Raises:
+        EvaluationError: lm-eval is not installed, a task is unknown, or its data cannot be had.
+        LlmpruneError: a model cannot be read, or there is no such device; or a score exceeds float64.
+
+    Example:
+        >>> run_tasks("testbed", ["llmprune_choice"]).rows[0].metric  # doctest: +SKIP
+        'acc'
+    """
+    require_harness()
+    from llmprune.measuring.tasks.tasks import Tasks
+
+    settings = settings or HarnessSettings()
+    names = [str(name) for name in (model, against) if name is not None]
+    # Everything that can be wrong is found before the first weights are loaded.
+    folders = [resolve_model(name) for name in names]
+    resolve_device(settings.device)
+    with _kept_apart(settings.quiet):
+        loaded = Tasks(tasks)
+    folder = output.with_suffix("") if output else None
+    runs = []
+    for name, source in zip(names, folders, strict=True):
+        watch(Progress(f"lm-eval on {name}"))
+        runs.append(_run(name, source, loaded, settings, folder))
+    result = _result(names, settings, runs)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, result.to_dict())
+    return result
+
+
+def _result(names: list[str], settings: HarnessSettings, runs: list["_Run"]) -> EvaluationResult:
+    dense = runs[1] if len(runs) > 1 else None
+    rows = compare_results(runs[0].results, dense.results if dense else None)
+    files = tuple(run.file for run in runs if run.file)
+    for run in runs:
+        del run.results["samples"]  # with their documents, the larger part by far
+    dense_results = dense.results if dense else None
+    return EvaluationResult(
+        names[0], names[1] if dense else None, rows, settings, runs[0].results, dense_results, files
+    )
+
+
+class _Run(NamedTuple):
+    """What lm-eval has returned for a model, samples included, and the file that it has written."""
+
+    results: dict[str, Any]
+    file: Path | None
+
+
+def _run(name: str, source: Path, tasks: Any, settings: HarnessSettings, folder: Path | None) -> _Run:
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+
+    from llmprune.measuring.tasks.model import MODEL_NAME, register
+
+    register()
+    tracker = EvaluationTracker(output_path=str(folder)) if folder else None
+    limit = int(settings.limit) if settings.limit and settings.limit >= 1 else settings.limit
+    try:
+        with _kept_apart(settings.quiet):
+            results = simple_evaluate(
+                MODEL_NAME,
+                model_args={"pretrained": name, "dtype": settings.dtype},
+                tasks=tasks.names,
+                num_fewshot=settings.num_fewshot,
+                batch_size=settings.batch_size,
+                device=settings.device,
+                use_cache=_answers(source, settings),
+                limit=limit,
+                evaluation_tracker=tracker,
+                task_manager=tasks,
+            )
+    except OverflowError as error:
+        raise NumericsError(
+            f"a score of {name} exceeds float64: {error}",
+            expected="a model that still says something",
+            fix="prune less",
+        ) from error
+    if results is None:
+        raise EvaluationError(
+            "one of several processes",
+            expected="a single process",
+            fix=f"accelerate launch -m llmprune.measuring.tasks run --model {MODEL_NAME} ...",
+        )
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return _Run(results, _save(tracker, results, folder))
+
+
+def _save(tracker: Any, results: dict[str, Any], folder: Path | None) -> Path | None:
+    if folder is None:
+        return None
+    kept = {key: value for key, value in results.items() if key != "samples"}
+    tracker.save_results_aggregated(results=kept, samples=results["samples"])
+    results |= kept  # what the tracker has added
+    # lm-eval only logs what keeps it from writing.
+    file = folder / results["model_name_sanitized"] / f"results_{getattr(tracker, 'date_id', None)}.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"lm-eval could not write its results to {folder}", fix="check the space and the permissions there"
+        )
+    return file
+
+
+def _answers(source: Path, settings: HarnessSettings) -> str | None:
+    """The path of lm-eval's cache; it knows questions only, so that each model needs a file of its own."""
+    if settings.cache is None:
+        return None
+    digest = hashlib.sha256(checkpoint_digest(source).encode())
+    digest.update(f"\0{settings.dtype}\0{resolve_device(settings.device).type}".encode())
+    for file in sorted({file for pattern in _ANSWERING for file in source.glob(pattern) if file.is_file()}):
+        digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
+    return str(settings.cache.expanduser() / digest.hexdigest()[:32])
+
+
+@contextlib.contextmanager
+def _kept_apart(quiet: bool) -> Iterator[None]:
+    """Keep what lm-eval prints off stdout, and its bars off stderr if wanted; its warnings come through."""
+    logger, handler = logging.getLogger("lm_eval"), logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.WARNING)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        if not any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents)):
+            # lm-eval asks git for the commit of the folder that it runs in, and git complains aloud.
+            stack.enter_context(mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None, create=True))
+        if quiet:
+            logger.addHandler(handler)
+            stack.callback(logger.removeHandler, handler)
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        yield

@@ -1,0 +1,88 @@
+"""How an evaluation is run, and what comes of it."""
+
+from dataclasses import asdict, dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from llmprune import __version__
+from llmprune.measuring.tasks.significance import STANDARD_ERRORS, ScoreRow
+
+
+@dataclass(frozen=True, slots=True)
+class HarnessSettings:
+    """How lm-eval is run; its own defaults for everything else.
+
+    Attributes:
+        limit: documents of each task: a number of them, or a fraction below 1; None: all.
+        batch_size: requests in a forward, or "auto" for the most that fit.
+        num_fewshot: examples before a question; None: as the task says.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: of the weights: "auto" for the checkpoint's, "float32", "bfloat16" or "float16".
+        cache: folder in which answers are kept as they come, one file for each checkpoint, dtype and device; what is
+            there is not computed again, whatever the batch size.
+        quiet: no progress on stderr.
+    """
+
+    limit: float | None = None
+    batch_size: int | str = 8
+    num_fewshot: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    cache: Path | None = None
+    quiet: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        return {**asdict(self), "cache": None if self.cache is None else str(self.cache)}
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """A model's scores, beside the dense model's where there is one.
+
+    Attributes:
+        model: as it was named.
+        against: the dense model, as it was named; None without one.
+        rows: a score each.
+        settings: how it was run.
+        results: what lm-eval returned, without samples, in its own schema.
+        dense_results: the same of the dense model.
+        files: where lm-eval has written both.
+    """
+
+    model: str
+    against: str | None
+    rows: tuple[ScoreRow, ...]
+    settings: HarnessSettings
+    results: dict[str, Any] = field(repr=False)
+    dense_results: dict[str, Any] | None = field(default=None, repr=False)
+    files: tuple[Path, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as plain data, ready for JSON."""
+        return {
+            "model": self.model,
+            "against": self.against,
+            "settings": self.settings.to_dict(),
+            "significant_from": f"|delta| > {STANDARD_ERRORS:g} delta_stderr; paired perplexities by their logarithms",
+            "rows": [row.to_dict() for row in self.rows],
+            "files": [str(file) for file in self.files],
+            "versions": {"llmprune": __version__, "lm_eval": self.results["lm_eval_version"]},
+        }
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        columns = ["task", "metric", "filter", "documents", "value", "stderr"]
+        if self.against is not None:
+            columns += ["dense_value", "delta", "delta_stderr", "verdict"]
+        head = "".join(f"<th>{column}</th>" for column in columns)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{_cell(getattr(row, column))}</td>" for column in columns) + "</tr>"
+            for row in self.rows
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else escape(str(value))

@@ -1,0 +1,351 @@
+"""A checkpoint on disk as a source of decoder layers: parameters exist only while they are needed."""
+
+import copy
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from llmprune.errors import CheckpointError, ModelError
+from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.headers import check_headers, require_none
+from llmprune.models.skeleton import quiet_transformers, read_config
+from llmprune.models.source import drop_parameters, modules_outside, move
+from llmprune.models.uneven import UNBUILDABLE, build_uneven_skeleton, one_line
+from llmprune.precision import computed_in
+from llmprune.storage.files import INDEX_NAME, SINGLE_NAME, Stored, read_header, read_index, read_json
+from llmprune.storage.formats import Layout
+from llmprune.storage.packed_config import PackedWeight, as_dense, packed_layouts
+
+
+@dataclass(frozen=True, slots=True)
+class Smaller:
+    """A decoder layer with fewer heads, channels or experts, to be stored in the place of the one in the checkpoint.
+
+    Attributes:
+        model: the whole smaller model.
+        layer: the layer, its parameters resident.
+        kept: (name inside the layer, dimension) -> indices, int64, that stay of the original.
+    """
+
+    model: PreTrainedModel
+    layer: nn.Module
+    kept: Mapping[tuple[str, int], Tensor]
+
+    def part(self, name: str, original: Tensor) -> Tensor:
+        """What is left of a tensor."""
+        for (own, dim), index in self.kept.items():
+            if own == name:
+                original = original.index_select(dim, index.to(original.device))
+        return original
+
+
+class CheckpointSource:
+    """A checkpoint folder, read lazily: at most one decoder layer, or the ends, is in memory.
+
+    Key renaming and fused experts follow transformers' own conversion tables, in both directions.
+
+    Args:
+        folder: a local folder with config.json and safetensors.
+        compute_dtype: dtype of the parameters in memory; None: as config.json says.
+        decoder_layers: dotted name of the decoder layers, where they are not found.
+        config: of a checkpoint that is still to be written, in the place of config.json; its tensors come by `overlay`.
+
+    Raises:
+        ModelError: no causal LM, or its decoder layers cannot be told.
+        CheckpointError: the files are damaged or lack a tensor.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        compute_dtype: torch.dtype | None = None,
+        decoder_layers: str | None = None,
+        config: PretrainedConfig | None = None,
+    ) -> None:
+        self.folder = folder
+        self.config = config or read_config(folder)
+        self.model = build_uneven_skeleton(self.config, compute_dtype, decoder_layers)
+        self.layers_path, self.layers = find_decoder_layers(self.model, decoder_layers)
+        self.dtype: torch.dtype = self.model.dtype
+        self._conversions = get_model_conversion_mapping(self.model)
+        self._state_names = set(self.model.state_dict())
+        self.stored: dict[str, Stored | PackedWeight] = {}
+        self.targets: dict[str, tuple[str, ...]] = {}
+        if config is None:
+            self._add(as_dense(read_index(folder), packed_layouts(read_json(folder / "config.json"))))
+            check_headers(folder, self.model, self.stored, self.targets)
+
+    def overlay(self, shard: Path, layouts: Mapping[str, Layout] | None = None) -> None:
+        """Read the tensors of this shard from now on instead of the source's; `layouts` are those of packed layers."""
+        self._add(as_dense({stored.key: stored for stored in read_header(shard)}, layouts or {}))
+
+    def load_layer(self, index: int, device: torch.device) -> None:
+        """Read one decoder layer onto the device."""
+        prefix = self.layer_name(index) + "."
+        self._load({key: self.stored[key] for key in self.layer_keys(index)}, device)
+        self._require_loaded(prefix)
+        for module in self.layers[index].modules():
+            move(module, device)
+
+    def free_layer(self, index: int) -> None:
+        """Drop one decoder layer's parameters."""
+        drop_parameters(self.layers[index].modules())
+
+    def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
+        """The dtype of the parameter (or of the first tensor that it is fused from) in the source checkpoint."""
+        target = f"{self.layer_name(index)}.{parameter}"
+        return next(self.stored[key].dtype for key, names in self.targets.items() if target in names)
+
+    def load_ends(self, device: torch.device) -> None:
+        """Read everything outside the decoder layers onto the device, and tie what is tied."""
+        self._load({key: self.stored[key] for key in self.end_keys()}, device)
+        missing = {name for name, tensor in self.model.named_parameters(remove_duplicate=False) if tensor.is_meta}
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        self._require_loaded("")
+        for module in modules_outside(self.model, self.layers):
+            move(module, device)
+
+    def free_ends(self) -> None:
+        """Drop them."""
+        drop_parameters(modules_outside(self.model, self.layers))
+        self.model.tie_weights()
+
+    def layer_name(self, index: int) -> str:
+        """Dotted name of a decoder layer."""
+        return f"{self.layers_path}.{index}"
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of all tensors, as they are stored and as the dense checkpoint that they stand for."""
+        tensors = self.stored.values()
+        packed = sum(t.packed_bytes if isinstance(t, PackedWeight) else t.nbytes for t in tensors)
+        return {"stored_bytes": packed, "dense_bytes": sum(t.nbytes for t in tensors)}
+
+    def linear_key(self, matrix: str) -> str | None:
+        """The checkpoint's key of a linear layer's weight; None if it is no `Linear`, or fused from several tensors."""
+        weight = f"{matrix}.weight"
+        if weight not in self._state_names or not isinstance(self.model.get_submodule(matrix), nn.Linear):
+            return None
+        keys = [key for key, targets in self.targets.items() if targets == (weight,)]
+        return keys[0] if len(keys) == 1 else None
+
+    def layer_keys(self, index: int) -> list[str]:
+        """The checkpoint's own keys of one decoder layer."""
+        prefix = self.layer_name(index) + "."
+        return [key for key, targets in self.targets.items() if targets[0].startswith(prefix)]
+
+    def end_tensors(self) -> dict[str, Tensor]:
+        """What lies outside the decoder layers, as it is stored."""
+        return {key: self.stored[key][...] for key in self.end_keys()}
+
+    def end_keys(self) -> list[str]:
+        """The checkpoint's keys outside the decoder layers, those that the model does not know included."""
+        layers = tuple(f"{self.layer_name(index)}." for index in range(len(self.layers)))
+        return [key for key, targets in self.targets.items() if not targets[0].startswith(layers)]
+
+    def checkpoint_tensors(
+        self, index: int, changed: Collection[str] = (), smaller: Smaller | None = None
+    ) -> dict[str, Tensor]:
+        """The resident layer under the checkpoint's own keys and dtypes.
+
+        Args:
+            index: place of the layer.
+            changed: its parameters that hold new values; from a narrower compute dtype, the others are not taken.
+            smaller: what is stored in its place; keys of what it has no more (experts, blocks) are left out.
+
+        Raises:
+            CheckpointError: the conversion does not give the source's keys back.
+        """
+        prefix = self.layer_name(index)
+        layer, model = (self.layers[index], self.model) if smaller is None else (smaller.layer, smaller.model)
+        state = {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
+        # Buffers that the checkpoint lacks have kept their initial values.
+        for name, _ in layer.named_buffers():
+            if not any(f"{prefix}.{name}" in targets for targets in self.targets.values()):
+                state.pop(f"{prefix}.{name}", None)
+        model._weight_conversions = [c for c in self._conversions if c.was_used()]
+        reverted = revert_weight_conversion(model, state)
+        wanted = self.layer_keys(index)
+        renamed = {_as_in(wanted, key, self.model.base_model_prefix): tensor for key, tensor in reverted.items()}
+        extra = set(renamed) - set(wanted)
+        # Keys that the model ignores (old rotary buffers, say) are carried over; others must all be there.
+        absent = [key for key in wanted if key not in renamed]
+        lost = [key for key in absent if self._feeds(key, self._state_names)]
+        if extra or (lost and smaller is None):
+            raise CheckpointError(
+                f"the tensors of {prefix} do not convert back to the checkpoint's keys: {sorted(extra)[:3]}",
+                fix="report it with the model's id",
+            )
+        new = {f"{prefix}.{name}" for name in changed}
+        result = {key: self._as_stored(key, tensor, self._feeds(key, new), smaller) for key, tensor in renamed.items()}
+        carried = {key: self.stored[key][...] for key in absent if key not in lost}
+        return {key: positive_zeros(tensor) for key, tensor in {**result, **carried}.items()}
+
+    def _as_stored(self, key: str, tensor: Tensor, changed: bool, smaller: Smaller | None) -> Tensor:
+        """A resident tensor in its stored dtype; a narrower compute dtype costs only the weights that have changed."""
+        dtype = self.stored[key].dtype
+        if torch.promote_types(tensor.dtype, dtype) == tensor.dtype:
+            return tensor.to(dtype)
+        original = self.stored[key][...]
+        if smaller is not None:
+            original = smaller.part(self._inside(key), original)
+            if original.shape != tensor.shape:  # one of several tensors that a parameter is fused from
+                return tensor.to(dtype)
+        if not changed:
+            return original
+        tensor = tensor.to("cpu")
+        # A zero was pruned, even where the original rounds to zero as well.
+        return original.where((original.to(tensor.dtype) == tensor) & (tensor != 0), tensor.to(dtype))
+
+    def _feeds(self, key: str, names: Collection[str]) -> bool:
+        return any(target in names for target in self.targets[key])
+
+    def _inside(self, key: str) -> str:
+        """The parameter that a key of the checkpoint becomes, as its layer calls it."""
+        return self.targets[key][0].removeprefix(self.layers_path + ".").partition(".")[2]
+
+    def _add(self, tensors: Mapping[str, Stored | PackedWeight]) -> None:
+        """Read these tensors from now on."""
+        self.targets |= self._plan_targets([key for key in tensors if key not in self.targets])
+        self.stored |= tensors
+
+    def _plan_targets(self, keys: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Say for each key of the checkpoint which parameters its tensor becomes, or is a part of."""
+        if not keys:
+            return {}
+        renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
+        converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
+        patterns = {source: c.target_patterns for c in converters for source in c.source_patterns}
+        state = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        targets = {}
+        for key in keys:
+            target, source = rename_source_key(key, renamings, converters, prefix, state)
+            if target not in state and key in state:
+                target, source = rename_source_key(key, [], [], prefix, state)
+            first, *others = patterns.get(source, [target])
+            targets[key] = target, *(target.replace(first, other) for other in others)
+        return targets
+
+    def _load(self, tensors: Mapping[str, Stored | PackedWeight], device: torch.device) -> None:
+        dtype = self.model.dtype
+        known = {key: _widened(t, dtype) for key, t in tensors.items() if self._feeds(key, self._state_names)}
+        settings = LoadStateDictConfig(
+            device_map={"": device},
+            dtype=dtype,
+            dtype_plan=self.model._get_dtype_plan(dtype),
+            weight_mapping=copy.deepcopy(self._conversions),
+        )
+        # transformers 5.15 and 5.16 take the tensor-parallel plan as one more argument.
+        signature = inspect.signature(convert_and_load_state_dict_in_model).parameters
+        plan = {"tp_plan": None} if "tp_plan" in signature else {}
+        with quiet_transformers():
+            info, _ = convert_and_load_state_dict_in_model(self.model, known, settings, **plan)
+        if info.mismatched_keys or info.conversion_errors:
+            problem = info.conversion_errors or sorted(info.mismatched_keys)[0]
+            raise CheckpointError(
+                f"{self.folder}: a tensor does not fit the model: {problem}",
+                expected="the shapes that config.json describes",
+                fix="check that config.json and the weights belong together",
+            )
+
+    def _require_loaded(self, prefix: str) -> None:
+        layers = self.layers_path + "."
+        absent = [
+            name
+            for name, tensor in self.model.named_parameters()
+            if tensor.is_meta and name.startswith(prefix) and (prefix or not name.startswith(layers))
+        ]
+        require_none(self.folder, absent)
+
+
+@dataclass(frozen=True, slots=True)
+class _Widened:
+    """A stored tensor that is read as float32, as transformers reads its lazy tensors."""
+
+    stored: Stored
+
+    def __getitem__(self, index: object) -> Tensor:
+        return self.stored.read(torch.float32)
+
+    def get_dtype(self) -> str:
+        return "F32"
+
+
+def _widened(tensor: Stored | PackedWeight, dtype: torch.dtype) -> Stored | PackedWeight | _Widened:
+    """The tensor itself, unless it is to be computed in float32 from 16 bits: a copy in 16 bits would lie beside it."""
+    if isinstance(tensor, Stored) and tensor.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
+        return _Widened(tensor)
+    return tensor
+
+
+def open_checkpoint(
+    folder: Path, device: torch.device, compute_dtype: str = "auto", decoder_layers: str | None = None
+) -> CheckpointSource:
+    """Open a checkpoint in the dtype in which it is to be computed.
+
+    Args:
+        folder: a local folder with config.json and safetensors.
+        device: where it will be computed.
+        compute_dtype: as torch names it, or "auto": see `precision.computed_in`.
+        decoder_layers: dotted name of the decoder layers, where they are not found.
+
+    Raises:
+        ModelError: no causal LM, or its decoder layers cannot be told.
+        CheckpointError: the files are damaged or lack a tensor.
+    """
+    if compute_dtype == "auto":
+        dtype = computed_in(read_config(folder).dtype or torch.float32, device)
+    else:
+        dtype = getattr(torch, compute_dtype)
+    return CheckpointSource(folder, dtype, decoder_layers)
+
+
+def positive_zeros(tensor: Tensor) -> Tensor:
+    """Replace -0.0 by 0.0 in place, so that a zero is all zero bits; returns the tensor."""
+    return tensor.add_(0.0) if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else tensor
+
+
+def _as_in(wanted: list[str], key: str, base_prefix: str) -> str:
+    """The spelling of `key` that the checkpoint uses: with or without the base model's prefix."""
+    for spelling in (key, key.removeprefix(f"{base_prefix}."), f"{base_prefix}.{key}"):
+        if spelling in wanted:
+            return spelling
+    return key
+
+
+def find_contradiction(folder: Path) -> str | None:
+    """Say how config.json and the headers of the files contradict each other.
+
+    Args:
+        folder: of a checkpoint; one without config.json or the files that transformers reads, or of no causal LM,
+            contradicts nothing.
+
+    Returns:
+        What is wrong, or None; whether the values make sense is not looked at.
+    """
+    weights = any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
+    if not weights or not (folder / "config.json").is_file():
+        return None
+    try:
+        CheckpointSource(folder)
+    except CheckpointError as error:
+        return error.what.removeprefix(f"{folder}: ")
+    except ModelError:
+        return None
+    except UNBUILDABLE as error:
+        return f"no model can be built from config.json: {one_line(error)}"
+    return None

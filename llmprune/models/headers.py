@@ -1,0 +1,112 @@
+"""Check a checkpoint before any of it is read: headers say what its tensors are, config.json what they must be."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.errors import CheckpointError
+from llmprune.precision import dtype_name
+from llmprune.storage.files import Stored, listed
+from llmprune.storage.packed_config import PackedWeight
+
+_WEIGHTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_headers(
+    folder: Path,
+    model: nn.Module,
+    stored: Mapping[str, Stored | PackedWeight],
+    targets: Mapping[str, tuple[str, ...]],
+) -> None:
+    """Check that a checkpoint has a tensor of the right kind for every parameter; no weight is read.
+
+    Args:
+        folder: of the checkpoint.
+        model: as config.json describes it, its parameters on the meta device and tied where they are tied.
+        stored: the tensors by key.
+        targets: key -> the parameters that its tensor becomes, or is a part of.
+
+    Raises:
+        CheckpointError: a weight is stored in integers or in 8 bits, has another shape than config.json says, or is
+            missing.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights = {key: tensor for key, tensor in stored.items() if any(name in parameters for name in targets[key])}
+    if coded := [key for key, tensor in weights.items() if tensor.dtype not in _WEIGHTS]:
+        stored_as = f"{'are' if coded[1:] else 'is'} stored as {dtype_name(weights[coded[0]].dtype)}"
+        raise CheckpointError(
+            f"{folder}: {listed([repr(key) for key in coded], most=1)} {stored_as}",
+            expected="weights in float32, bfloat16 or float16",
+            fix="prune the model that was not quantised, or one that was dequantised and saved again",
+        )
+    if problems := [str(part) for part in _parts(weights, targets, parameters) if not part.fits]:
+        raise CheckpointError(
+            f"{folder}: {problems[0]}" + f", and {len(problems) - 1} more tensors do not fit" * (len(problems) > 1),
+            expected="the shapes that config.json describes",
+            fix="check that config.json and the weights belong together, or download the checkpoint again",
+        )
+    present = {id(parameters[name]) for key in weights for name in targets[key] if name in parameters}
+    # Of parameters that are tied, one name is enough.
+    require_none(folder, [name for name, tensor in model.named_parameters() if id(tensor) not in present])
+
+
+def require_none(folder: Path, missing: Sequence[str]) -> None:
+    """Refuse a checkpoint that lacks these parameters.
+
+    Raises:
+        CheckpointError: there are some.
+    """
+    if missing:
+        raise CheckpointError(
+            f"{folder} has no values for {listed([repr(name) for name in missing], most=1)}",
+            expected="every parameter of the model in its safetensors files",
+            fix="download the checkpoint again, or check that config.json belongs to it",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Tensors of a checkpoint, and the parameters that transformers makes of them."""
+
+    tensors: Mapping[str, Stored | PackedWeight]
+    parameters: Mapping[str, Tensor]
+
+    @property
+    def fits(self) -> bool:
+        # What is joined, cut or turned on the way keeps its number of values; reading it compares the rest.
+        return self._elements(self.tensors) == self._elements(self.parameters)
+
+    def __str__(self) -> str:
+        keys, names = (listed([repr(name) for name in side], most=1) for side in (self.tensors, self.parameters))
+        there, wanted = (" + ".join(self._shapes(side)) for side in (self.tensors, self.parameters))
+        if len(self.tensors) > 1:
+            there = f"{len(self.tensors)} tensors with {self._elements(self.tensors):,} values"
+            wanted += f" ({self._elements(self.parameters):,})"
+        return f"{keys} holds {there}, and config.json wants {wanted} for {names}"
+
+    @staticmethod
+    def _shapes(tensors: Mapping[str, Stored | PackedWeight] | Mapping[str, Tensor]) -> list[str]:
+        return [" x ".join(map(str, tensor.shape)) for tensor in tensors.values()]
+
+    @staticmethod
+    def _elements(tensors: Mapping[str, Stored | PackedWeight] | Mapping[str, Tensor]) -> int:
+        return sum(math.prod(tensor.shape) for tensor in tensors.values())
+
+
+def _parts(
+    weights: Mapping[str, Stored | PackedWeight],
+    targets: Mapping[str, tuple[str, ...]],
+    parameters: Mapping[str, Tensor],
+) -> Iterator[_Part]:
+    """Group the tensors by what becomes of them."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for key in weights:
+        groups.setdefault(targets[key], []).append(key)
+    for names, keys in groups.items():
+        yield _Part(
+            {key: weights[key] for key in keys}, {name: parameters[name] for name in names if name in parameters}
+        )

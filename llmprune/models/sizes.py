@@ -1,0 +1,104 @@
+"""How large a model is and how much arithmetic a token takes, from shapes alone.
+
+Two units, each a function of a layer's weights:
+
+* `parameters`: elements of all parameters;
+* `flops`: of one token's products with matrices, two for each element; of routed experts only the share that a token
+  reaches. Products of activations with each other, as in attention, depend on the context and are left out.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from llmprune.errors import RecipeError
+from llmprune.models.decoder import prunable_matrices
+from llmprune.models.source import Source
+
+# What configs call the number of routed experts.
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One parameter of a decoder layer, as far as its cost depends on it.
+
+    Attributes:
+        shape: of the parameter.
+        matrices: how many matrices lie in it, one for each routed expert; 1 for ordinary ones.
+        share: the fraction of all tokens that each of them multiplies, in (0, 1].
+    """
+
+    shape: tuple[int, ...]
+    matrices: int = 1
+    share: float = 1.0
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the parameter."""
+        return math.prod(self.shape)
+
+    @property
+    def product(self) -> tuple[int, int] | None:
+        """The sizes of one of its matrices; None for biases, gains and convolutions."""
+        if len(self.shape) == 2:
+            return self.shape[0] // self.matrices, self.shape[1]
+        return (self.shape[1], self.shape[2]) if len(self.shape) == 3 and self.matrices > 1 else None
+
+
+Cost = Callable[[Iterable[Weight]], float]
+
+
+def parameters(weights: Iterable[Weight]) -> float:
+    """Count the elements of the parameters."""
+    return float(sum(weight.elements for weight in weights))
+
+
+def flops(weights: Iterable[Weight]) -> float:
+    """Count the floating-point operations of one token's products with the matrices."""
+    return sum(2.0 * weight.share * weight.elements for weight in weights if len(weight.shape) > 1)
+
+
+COUNTS: dict[str, Cost] = {"parameters": parameters, "flops": flops}
+
+
+def layer_size(layer: nn.Module, cost: Cost, active: float = 1.0) -> float:
+    """What a whole decoder layer costs.
+
+    Args:
+        layer: the layer; meta tensors suffice.
+        cost: `parameters`, `flops` or a `Latency`.
+        active: the fraction of the routed experts that a token reaches, in (0, 1].
+    """
+    return cost(layer_weights(layer, active).values())
+
+
+def layer_weights(layer: nn.Module, active: float) -> dict[str, Weight]:
+    """The parameters of a layer."""
+    if not 0 < active <= 1:
+        raise RecipeError(f"active is {active}", expected="the fraction of the experts that a token reaches, in (0, 1]")
+    weights = {name: Weight(tuple(parameter.shape)) for name, parameter in layer.named_parameters()}
+    for matrix in prunable_matrices(layer, ""):
+        # Blocks of a block-diagonal matrix lie in one parameter too, but meet every token.
+        owner = layer.get_submodule(matrix.parameter.rpartition(".")[0])
+        routed = matrix.kind is not None and "expert" in f"{matrix.name} {type(owner).__name__}".lower()
+        weight = weights[matrix.parameter]
+        weights[matrix.parameter] = replace(weight, matrices=matrix.experts, share=active if routed else 1.0)
+    return weights
+
+
+def active_experts(config: PretrainedConfig) -> float:
+    """The fraction of the routed experts that a token reaches, by the config; 1 without experts."""
+    text = config.get_text_config(decoder=True).to_dict()
+    chosen = next((text[key] for key in ("num_experts_per_tok", "moe_top_k", "top_k_experts") if text.get(key)), None)
+    experts = [v for k, v in text.items() if k in _EXPERT_COUNTS and isinstance(v, int) and v]
+    return min(chosen / max(experts), 1.0) if chosen and experts else 1.0
+
+
+def ends_bytes(source: Source) -> int:
+    """Bytes of the parameters outside the decoder layers; they may be on the meta device."""
+    inside = source.layers_path + "."
+    return sum(p.nbytes for name, p in source.model.named_parameters() if not name.startswith(inside))

@@ -1,0 +1,82 @@
+"""From config.json to a model without weights."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from llmprune.errors import ModelError
+from llmprune.storage.packed_config import without_record
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Read config.json and make sure that it describes a causal LM.
+
+    Raises:
+        ModelError: it is unreadable, of an unknown type, or of no causal LM.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder}/config.json cannot be read: {' '.join(str(error).split())[:300]}",
+            expected="the configuration of a model that the installed transformers knows",
+            fix="upgrade transformers if the model is new",
+        ) from error
+    without_record(config)  # a packed checkpoint is read as the dense one that it stands for
+    refuse_quantised(config, str(folder))
+    architectures = config.architectures or []
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
+        architectures and not causal & set(architectures)
+    ):
+        raise ModelError(
+            f"{folder} holds {', '.join(architectures) or config.model_type}, which is not a causal LM",
+            expected="an architecture that AutoModelForCausalLM loads",
+            fix="give a decoder-only language model; encoders, embeddings and classifiers are not pruned",
+        )
+    return config
+
+
+def refuse_quantised(config: PretrainedConfig, name: str) -> None:
+    """Raise `ModelError` for a model, here called `name`, whose weights are quantised already."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{name} is quantised",
+            expected="weights in float32, bfloat16 or float16",
+            fix="load it with transformers' dequantisation, save it, and prune that copy",
+        )
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Build the model with parameters on the meta device and real buffers.
+
+    Args:
+        config: describes a causal LM.
+        dtype: of the parameters; None: as the config says.
+    """
+    dtype = dtype or config.dtype or torch.float32
+    with init_empty_weights(include_buffers=False), quiet_transformers():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, experts_implementation="eager")
+    model.tie_weights()  # moving to the meta device has undone it
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars: one a layer would drown ours."""
+    was_active = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_active:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,181 @@
+"""Where decoder layers come from: the protocol, and a model in memory."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmprune.errors import ModelError
+from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.skeleton import refuse_quantised
+
+
+@runtime_checkable  # so that annotations that name it can be executed in the tests
+class Source(Protocol):
+    """Where decoder layers come from.
+
+    Attributes:
+        model: the whole model; its parameters may be on the meta device.
+        layers_path: dotted name of the list of decoder layers.
+        layers: that list.
+        dtype: in which layers and ends are computed.
+    """
+
+    model: PreTrainedModel
+    layers_path: str
+    layers: nn.ModuleList
+    dtype: torch.dtype
+
+    def load_layer(self, index: int, device: torch.device) -> None:
+        """Put the parameters of one decoder layer on the device."""
+
+    def free_layer(self, index: int) -> None:
+        """Let go of them."""
+
+    def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
+        """The dtype in which a layer's parameter will be stored, whatever it is computed in."""
+
+    def load_ends(self, device: torch.device) -> None:
+        """Put everything outside the decoder layers on the device: embeddings, norms, head."""
+
+    def free_ends(self) -> None:
+        """Let go of it."""
+
+
+class ModelSource:
+    """A model in memory, pruned in place; layers visit the device and return to where they were.
+
+    Args:
+        model: a causal LM, all of it in memory and not quantised.
+        decoder_layers: dotted name of the decoder layers, where they are not found.
+        compute_dtype: in which they visit the device, at least as wide as the model's own; None: that one.
+
+    Raises:
+        ModelError: parts of the model are elsewhere or quantised, or its decoder layers cannot be told.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, decoder_layers: str | None = None, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        refuse_quantised(model.config, type(model).__name__)
+        if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+            raise ModelError(
+                f"{absent[0]} and {len(absent) - 1} other parameters are not in memory",
+                expected="a model without offloaded parameters",
+                fix="pass the checkpoint's folder instead: it is read layer by layer",
+            )
+        self.model = model
+        self.layers_path, self.layers = find_decoder_layers(model, decoder_layers)
+        self.dtype: torch.dtype = compute_dtype or model.dtype
+        self._homes: dict[nn.Module, _Home] = {}
+
+    def load_layer(self, index: int, device: torch.device) -> None:
+        """Move one layer to the device."""
+        self._visit(self.layers[index].modules(), device)
+
+    def free_layer(self, index: int) -> None:
+        """Move it back."""
+        self._return(self.layers[index].modules())
+
+    def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
+        """The dtype that the parameter has when it is at home."""
+        path, _, name = parameter.rpartition(".")
+        owner = self.layers[index].get_submodule(path)
+        known = self._homes[owner].dtypes if owner in self._homes else {}
+        return known.get(name, owner.get_parameter(name).dtype)
+
+    def load_ends(self, device: torch.device) -> None:
+        """Move everything outside the layers to the device."""
+        self._visit(modules_outside(self.model, self.layers), device)
+
+    def free_ends(self) -> None:
+        """Move it back."""
+        self._return(modules_outside(self.model, self.layers))
+
+    def _visit(self, modules: Iterable[nn.Module], device: torch.device) -> None:
+        # All homes are noted before anything moves: tied weights belong to two modules.
+        own = self.model.dtype
+        homes = {
+            module: _Home(device, {name: tensor.dtype for name, tensor in module.named_parameters(recurse=False)})
+            for module in modules
+            for device in [tensor.device for tensor in _own_tensors(module)][:1]
+        }
+        self._homes.update(homes)
+        for module in homes:
+            move(module, device)
+            for parameter in module.parameters(recurse=False):
+                if parameter.dtype == own:
+                    parameter.data = parameter.data.to(self.dtype)
+
+    def _return(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            if module in self._homes:
+                home = self._homes.pop(module)
+                for name, parameter in module.named_parameters(recurse=False):
+                    parameter.data = parameter.data.to(home.dtypes[name])
+                move(module, home.device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Home:
+    """Where a module's own tensors are when no stream has them, and the dtypes of its parameters."""
+
+    device: torch.device
+    dtypes: dict[str, torch.dtype]
+
+
+@contextmanager
+def widened(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Have a model in memory compute in a dtype at least as wide as its own."""
+    own = model.dtype
+    parameters = [parameter for parameter in model.parameters() if parameter.dtype == own]
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(own)
+
+
+@contextmanager
+def eager_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Have the experts of a mixture computed by ordinary matrix products, which can be watched."""
+    before = model.get_experts_implementation()
+    if set(before.values()) == {"eager"}:
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def modules_outside(model: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
+    """Every module that is neither a layer nor in one."""
+    inside = set(layers.modules())
+    return (module for module in model.modules() if module not in inside)
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def move(module: nn.Module, device: torch.device) -> None:
+    """Move a module's own parameters and buffers, and not those of its children."""
+    module._apply(lambda tensor: tensor.to(device), recurse=False)
+
+
+def drop_parameters(modules: Iterable[nn.Module]) -> None:
+    """Drop the parameters of these modules; their buffers wait on the CPU."""
+    for owner in modules:
+        for name, parameter in owner.named_parameters(recurse=False):
+            empty: Any = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            setattr(owner, name, empty)
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer.to("cpu"))

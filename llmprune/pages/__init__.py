@@ -1,0 +1,7 @@
+"""Pages and tables that people look at: one run's report, and any number of runs side by side."""
+
+from llmprune.pages.comparison import Comparison, RunRow, compare
+from llmprune.pages.comparison_page import write_comparison
+from llmprune.pages.report_page import write_report
+
+__all__ = ["Comparison", "RunRow", "compare", "write_comparison", "write_report"]

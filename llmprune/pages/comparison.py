@@ -1,0 +1,343 @@
+"""Any number of runs side by side, in figures that mean the same for all of them.
+
+Perplexities and divergences are comparable where they were measured on the same tokens; runs are grouped by these.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from llmprune.errors import CheckpointError
+from llmprune.measuring.perplexity import finite
+from llmprune.pages import labels
+from llmprune.pages.beside import Beside, Evaluation, count_parameters, has_weights, read_beside, stored_bytes
+from llmprune.pages.page import Table
+from llmprune.storage.hub import checkpoint_digest, resolve_model
+from llmprune.storage.report import Report, load_report
+from llmprune.units import format_size
+
+# What a table of runs shows, in the order of `cells`.
+COLUMNS = (
+    "run", "recipe", "zeros", "parameters", "nonzero", "weights", "perplexity", "KL", "same token", "prompt", "decode",
+    "tasks",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    """One run, or the dense model that runs are compared with. None: not measured, or not known.
+
+    Attributes:
+        name: short, unique in a comparison.
+        folder: of the checkpoint.
+        model: what was pruned.
+        recipe: in a few words; "dense" for the reference.
+        sparsity: fraction of zeros in the pruned matrices, in [0, 1].
+        parameters: of the checkpoint, zeros included.
+        nonzeros: parameters without the zeros that pruning made.
+        stored_bytes: of the tensors as stored.
+        text: sha256 of the tokens behind the next three.
+        perplexity: may be infinite.
+        kl_divergence: from the run's own dense model, in nats a token; may be infinite.
+        agreement: fraction of tokens for which both models find the same next one the most likely.
+        prefill_speedup: times as fast as the dense model in a prompt.
+        decode_speedup: times as fast as the dense model, token by token.
+        tokens_per_second: of the whole model, for the smallest batch that was measured.
+        speed_of: what was timed, and on which device.
+        scores: task of lm-eval -> the score that sums it up, a fraction.
+        score: their mean over the tasks that all evaluated rows share.
+    """
+
+    name: str
+    folder: str
+    model: str
+    recipe: str
+    sparsity: float | None = None
+    parameters: int | None = None
+    nonzeros: int | None = None
+    stored_bytes: int | None = None
+    text: str | None = None
+    perplexity: float | None = None
+    kl_divergence: float | None = None
+    agreement: float | None = None
+    prefill_speedup: float | None = None
+    decode_speedup: float | None = None
+    tokens_per_second: float | None = None
+    speed_of: str = ""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    score: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON, which has no infinity: such a figure is null although `text` is not."""
+        numbers = {name: finite(value) for name in ("perplexity", "kl_divergence") if (value := getattr(self, name))}
+        return {**dataclasses.asdict(self), "scores": dict(self.scores), **numbers}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Runs side by side.
+
+    Attributes:
+        rows: in the order of their groups, the dense reference first in each.
+        texts: sha256 of evaluation tokens -> what they are, in words.
+        notes: what cannot be compared, and why.
+    """
+
+    rows: tuple[RunRow, ...]
+    texts: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def groups(self) -> dict[str | None, tuple[RunRow, ...]]:
+        """Rows by the text that they were evaluated on; None: not evaluated."""
+        found: dict[str | None, list[RunRow]] = {}
+        for row in self.rows:
+            found.setdefault(row.text, []).append(row)
+        return {text: tuple(rows) for text, rows in found.items()}
+
+    def title(self, text: str | None) -> str:
+        """What a group was evaluated on, in words."""
+        return "without an evaluation" if text is None else f"{self.texts[text]} (sha256 {text[:12]})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        rows = [row.to_dict() for row in self.rows]
+        return {"rows": rows, "texts": dict(self.texts), "notes": list(self.notes)}
+
+    def to_frame(self) -> Any:
+        """As a data frame of pandas, a column for each task of lm-eval.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        frames = import_module("pandas")
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        return frames.DataFrame([{**row, **row.pop("scores")} for row in rows])
+
+    def _repr_html_(self) -> str:
+        tables = [self.table(text).html() for text in self.groups]
+        return "\n".join(tables)
+
+    def table(self, text: str | None) -> Table:
+        """One group, ready to be read; columns in which nothing is known are left out."""
+        found = [cells(row) for row in self.groups[text]]
+        places = [place for place in range(len(COLUMNS)) if any(row[place] for row in found)]
+        rows = tuple(tuple(row[place] for place in places) for row in found)
+        return Table(tuple(COLUMNS[place] for place in places), rows, text=(0, 1), caption=self.title(text))
+
+
+def cells(row: RunRow) -> tuple[str, ...]:
+    """A row ready to be read: empty where nothing is known."""
+    return (
+        row.name,
+        row.recipe,
+        _shown(row.sparsity, ".1%"),
+        _count(row.parameters),
+        _count(row.nonzeros),
+        "" if row.stored_bytes is None else format_size(row.stored_bytes),
+        "" if row.perplexity is None else labels.perplexity(row.perplexity),
+        _shown(row.kl_divergence, ".4f"),
+        _shown(row.agreement, ".1%"),
+        _shown(row.prefill_speedup, ".2f", "x"),
+        _shown(row.decode_speedup, ".2f", "x"),
+        _shown(row.score, ".1%"),
+    )
+
+
+def compare(folders: Iterable[str | Path], against: str | Path | None = None) -> Comparison:
+    """Put runs side by side.
+
+    Args:
+        folders: of finished runs, with their report.json; packed ones too. Files among them are left out.
+        against: the dense model, as a hub id, a folder or "testbed": a row with its size, and with its perplexity
+            where a run of it has measured that.
+
+    Raises:
+        CheckpointError: there are no folders, a report is missing, or a checkpoint is damaged.
+        ModelError: the dense model cannot be found.
+
+    Example:
+        >>> compare(["out/a", "out/b"], against="testbed").to_frame()  # doctest: +SKIP
+    """
+    # A shell's DIR/* names the files beside the runs as well, such as a sweep's own record.
+    paths = [path for path in (Path(folder).expanduser() for folder in folders) if not path.is_file()]
+    if not paths:
+        raise CheckpointError("no folders to compare", expected="the output folder of at least one run")
+    runs = [(path, load_report(path), read_beside(path)) for path in paths]
+    names = _names(paths)
+    rows = [_row(name, *run) for name, run in zip(names, runs, strict=True)]
+    notes = [f"{name}: {note}" for name, (_, _, beside) in zip(names, runs, strict=True) for note in beside.notes]
+    if against is not None:
+        dense, said = _references(against, runs, rows)
+        rows = [*dense, *rows]
+        notes += said
+    rows, said = _with_mean_scores(rows)
+    texts = {
+        evaluation["dense"]["tokens_digest"]: labels.text_line(evaluation["dense"])
+        for _, report, _ in runs
+        if (evaluation := report.header.get("evaluation"))
+    }
+    order = list(dict.fromkeys(row.text for row in rows))
+    rows.sort(key=lambda row: order.index(row.text))
+    return Comparison(tuple(rows), texts, (*_text_notes(order), *said, *_speed_notes(rows), *notes))
+
+
+def _row(name: str, folder: Path, report: Report, beside: Beside) -> RunRow:
+    header = report.header
+    evaluation = header.get("evaluation")
+    measured: dict[str, Any] = {}
+    if evaluation:
+        measured = {
+            "text": evaluation["dense"]["tokens_digest"],
+            "perplexity": report.pruned_perplexity,
+            "kl_divergence": math.inf if evaluation["kl_divergence"] is None else evaluation["kl_divergence"],
+            "agreement": evaluation["agreement"],
+        }
+    return RunRow(
+        name,
+        str(folder),
+        str(header.get("model", "")),
+        labels.short_recipe(header.get("recipe") or {}),
+        sparsity=report.sparsity if report.rows else None,
+        scores=_scores(beside.evaluations),
+        **_size(folder, report),
+        **measured,
+        **_speed(header, beside),
+    )
+
+
+def _size(folder: Path, report: Report) -> dict[str, Any]:
+    """From the checkpoint; from the report where its weights have gone."""
+    parameters: int | None
+    stored: int | None
+    if has_weights(folder):
+        parameters, stored = count_parameters(folder), stored_bytes(folder)
+    else:
+        extent, size = report.header.get("extent"), report.header.get("size")
+        parameters = extent and extent["pruned"]["parameters"]
+        stored = size and size["stored_bytes"]
+    zeros = sum(row.zeros for row in report.rows)
+    nonzeros = None if parameters is None else parameters - zeros
+    return {"parameters": parameters, "nonzeros": nonzeros, "stored_bytes": stored}
+
+
+def _speed(header: Mapping[str, Any], beside: Beside) -> dict[str, Any]:
+    """Of the whole model by the latest bench beside a dense one, else of the decoder layers by the run itself."""
+    benches = sorted(beside.benches.values(), key=lambda result: str(result["finished"]), reverse=True)
+    for result in benches:
+        model = result["whole_model"]
+        row = min(model["batches"], key=lambda row: row["batch"])
+        rate = {"tokens_per_second": row["tokens_per_second"]}
+        if dense := model.get("dense"):
+            other = next(other for other in dense["batches"] if other["batch"] == row["batch"])
+            return {
+                **rate,
+                "prefill_speedup": other["first_token"]["median_us"] / row["first_token"]["median_us"],
+                "decode_speedup": row["tokens_per_second"] / other["tokens_per_second"],
+                "speed_of": f"whole model, batch {row['batch']}, {result['device']}",
+            }
+    if speed := header.get("speed"):
+        ratios = {
+            name: speed["dense"][key] / max(speed["pruned"][key], 1e-12)
+            for name, key in (("prefill_speedup", "prefill_seconds"), ("decode_speedup", "token_seconds"))
+        }
+        return {**ratios, "speed_of": f"decoder layers, {header.get('device', '')}"}
+    return {}
+
+
+def _references(
+    against: str | Path, runs: Sequence[tuple[Path, Report, Beside]], rows: Sequence[RunRow]
+) -> tuple[list[RunRow], list[str]]:
+    """A row of the dense model for each text, and what is not known of it."""
+    folder = resolve_model(against)
+    digest = checkpoint_digest(folder)
+    parameters = count_parameters(folder)
+    own = [(report, beside) for _, report, beside in runs if report.header.get("source") == digest]
+    evaluations = [one for _, beside in own for one in beside.dense] or read_beside(folder).evaluations
+    dense = RunRow(
+        Path(str(against)).name,
+        str(folder),
+        str(against),
+        "dense",
+        parameters=parameters,
+        nonzeros=parameters,
+        stored_bytes=stored_bytes(folder),
+        prefill_speedup=1.0,
+        decode_speedup=1.0,
+        scores=_scores(evaluations),
+    )
+    measured = {
+        report.header["evaluation"]["dense"]["tokens_digest"]: report.dense_perplexity
+        for report, _ in own
+        if report.header.get("evaluation")
+    }
+    found = [
+        dataclasses.replace(dense, text=text, perplexity=measured[text], kl_divergence=0.0, agreement=1.0)
+        if text in measured
+        else dataclasses.replace(dense, text=text)
+        for text in dict.fromkeys(row.text for row in rows)
+    ]
+    notes = [] if own else [f"no run was made from {against}: its perplexity is not known"]
+    return found, notes
+
+
+def _scores(evaluations: Iterable[Evaluation]) -> dict[str, float]:
+    return {task: one.headline(task) for one in evaluations for task in one.primary}
+
+
+def _with_mean_scores(rows: Sequence[RunRow]) -> tuple[list[RunRow], list[str]]:
+    """The mean over the tasks that all evaluated rows share, so that it means the same for all."""
+    evaluated = [row for row in rows if row.scores]
+    if not evaluated:
+        return list(rows), []
+    every = list(dict.fromkeys(task for row in evaluated for task in row.scores))
+    shared = [task for task in every if all(task in row.scores for row in evaluated)]
+    notes = [f"tasks: the mean of {', '.join(shared)}"] if shared else ["the runs have no task of lm-eval in common"]
+    if others := [task for task in every if task not in shared]:
+        notes.append(f"not in the mean, because some lack them: {', '.join(others)}")
+    if not shared:
+        return list(rows), notes
+    return [
+        dataclasses.replace(row, score=sum(row.scores[task] for task in shared) / len(shared)) if row.scores else row
+        for row in rows
+    ], notes
+
+
+def _text_notes(texts: Sequence[str | None]) -> list[str]:
+    if len([text for text in texts if text is not None]) < 2:
+        return []
+    return ["perplexities of different groups were measured on different tokens and are not comparable"]
+
+
+def _speed_notes(rows: Iterable[RunRow]) -> list[str]:
+    ways = list(dict.fromkeys(row.speed_of for row in rows if row.speed_of))
+    if not ways:
+        return []
+    warning = ["speeds were measured in different ways and are hardly comparable"] if len(ways) > 1 else []
+    return [*warning, *(f"speed of {way}" for way in ways)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """As much of each path as tells it from the others."""
+    parts = [path.resolve().parts for path in paths]
+    length = 1
+    while len({part[-length:] for part in parts}) < len(set(parts)):
+        length += 1
+    return ["/".join(part[-length:]) for part in parts]
+
+
+def _count(value: int | None) -> str:
+    """A number of parameters; all its digits are in the JSON."""
+    if value is None:
+        return ""
+    return f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.2f} M"
+
+
+def _shown(value: float | None, form: str, unit: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{value:{form}}{unit}" if math.isfinite(value) else "infinite"

@@ -1,0 +1,110 @@
+"""Short texts on pages: a recipe in a few words, figures, and names beside the points of a chart where they fit."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# A chart on a phone, in pixels: what has room there has it everywhere.
+_WIDTH, _HEIGHT = 250, 370
+# A marker with what is free around it, half of it; a letter; a line of text.
+_MARKER, _LETTER, _LINE = 8, 7, 16
+# How far a name may leave the chart: the margin.
+_MARGIN = 16
+
+# Plotly's names for where a text stands, the best first, and where its middle is: in halves of its width and height.
+_POSITIONS = {
+    "top center": (0, 1), "bottom center": (0, -1), "middle right": (1, 0), "middle left": (-1, 0),
+    "top right": (1, 1), "top left": (-1, 1), "bottom right": (1, -1), "bottom left": (-1, -1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Box:
+    x: float
+    y: float
+    half_width: float
+    half_height: float
+
+    def overlaps(self, other: "_Box") -> bool:
+        near = abs(self.x - other.x) < self.half_width + other.half_width
+        return near and abs(self.y - other.y) < self.half_height + other.half_height
+
+    @property
+    def inside(self) -> bool:
+        return (
+            self.half_width - _MARGIN <= self.x <= _WIDTH + _MARGIN - self.half_width
+            and self.half_height - _MARGIN <= self.y <= _HEIGHT + _MARGIN - self.half_height
+        )
+
+
+def place_names(points: Sequence[tuple[float, float]], names: Sequence[str]) -> list[str | None]:
+    """Find a place for each name that no other name and no point covers.
+
+    Args:
+        points: in the unit square, from the lower left.
+        names: one each.
+
+    Returns:
+        Plotly's textposition for each; None where there is no room.
+    """
+    markers = [_Box(x * _WIDTH, y * _HEIGHT, _MARKER, _MARKER) for x, y in points]
+    taken = list(markers)
+    found: list[str | None] = []
+    for marker, name in zip(markers, names, strict=True):
+        boxes = {position: _beside(marker, name, position) for position in _POSITIONS}
+        free = (p for p, box in boxes.items() if box.inside and not any(box.overlaps(other) for other in taken))
+        found.append(next(free, None))
+        if found[-1] is not None:
+            taken.append(boxes[found[-1]])
+    return found
+
+
+def _beside(marker: _Box, name: str, position: str) -> _Box:
+    right, up = _POSITIONS[position]
+    half_width, half_height = _LETTER * len(name) / 2, _LINE / 2
+    # Boxes that touch do not overlap.
+    x = marker.x + right * (half_width + (0 if up else _MARKER))
+    return _Box(x, marker.y + up * (_MARKER + half_height), half_width, half_height)
+
+
+def short_recipe(recipe: Mapping[str, Any]) -> str:
+    """What a recipe does, without its knobs.
+
+    Args:
+        recipe: as a report holds it.
+
+    Example:
+        >>> short_recipe({"structures": {"ffn": {"remove": 0.25}}, "pattern": "2:4", "method": {"sparsegpt": {}}})
+        'ffn -25%, sparsegpt 2:4'
+    """
+    structures = {name: section for name, section in (recipe.get("structures") or {}).items() if section}
+    parts = [f"{name} -{_amount(section['remove'])}" for name, section in structures.items() if section.get("remove")]
+    if method := recipe.get("method"):
+        parts.append(f"{next(iter(method))} {recipe.get('pattern')}")
+    if rules := recipe.get("rules"):
+        parts.append(f"{len(rules)} rule{'s' if len(rules) > 1 else ''}")
+    if recipe.get("format", "dense") != "dense":
+        parts.append(f"packed as {recipe['format']}")
+    return ", ".join(parts) or "nothing removed"
+
+
+def perplexity(value: float | None) -> str:
+    """A perplexity, or why there is none."""
+    return "not measured" if value is None else "infinite" if math.isinf(value) else f"{value:.2f}"
+
+
+def divergence(value: float | None) -> str:
+    """A divergence in nats; null in a report means that it is not finite."""
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def text_line(evaluated: Mapping[str, Any]) -> str:
+    """On what a perplexity of a report was measured."""
+    source = evaluated["text"]["source"]
+    text = "text that the dense model wrote" if source == "self" else source
+    return f"{evaluated['predicted_tokens']:,} tokens of {text}, in chunks of {evaluated['length']:,}"
+
+
+def _amount(remove: float) -> str:
+    return str(remove) if isinstance(remove, int) else f"{remove:.0%}"

@@ -1,0 +1,227 @@
+"""The rows of a report by decoder layer and kind of matrix, and charts of them.
+
+A mixture of experts has thousands of matrices. All experts of a layer are one point, which says how far they differ.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from llmprune.pages.charts import PALETTE, Axis, Series, level, lines
+from llmprune.pages.page import Chart, Part, Table
+from llmprune.storage.report import MatrixRow, Report, StructureRow
+from llmprune.units import format_seconds
+
+_Value = TypeVar("_Value")
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+LAYER = Axis("decoder layer", whole=True)
+# Of the relative output error.
+ENERGY = "part of the output's energy"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """The matrices of one kind in one layer.
+
+    Attributes:
+        layer: its number.
+        kind: the name inside the layer, experts left open.
+        rows: of the report.
+    """
+
+    layer: int
+    kind: str
+    rows: tuple[MatrixRow, ...]
+
+    @property
+    def errors(self) -> list[float]:
+        """Of those that were measured."""
+        return [row.error for row in self.rows if row.error is not None]
+
+    @property
+    def error(self) -> float | None:
+        """Their mean."""
+        return sum(self.errors) / len(self.errors) if self.errors else None
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros, counted."""
+        elements = sum(row.shape[0] * row.shape[1] for row in self.rows)
+        return sum(row.zeros for row in self.rows) / max(elements, 1)
+
+    @property
+    def hover(self) -> str:
+        """Everything that there is to say."""
+        first = self.rows[0]
+        count = f"{len(self.rows)} x " if len(self.rows) > 1 else ""
+        said = [
+            f"layer {self.layer}: {self.kind}",
+            f"{count}{first.shape[0]} x {first.shape[1]}",
+            f"{_distinct(row.pattern for row in self.rows)} by {_distinct(row.method for row in self.rows)}",
+            f"zeros {self.sparsity:.2%}",
+        ]
+        if self.error is not None:
+            spread = f", {min(self.errors):.4g} to {max(self.errors):.4g}" if len(self.errors) > 1 else ""
+            said.append(f"error {self.error:.4g}{spread}")
+        climbed = sum(len(row.damping_tried) > 1 for row in self.rows)
+        priors = sum(row.prior_tokens > 0 for row in self.rows)
+        said += [f"damping raised in {climbed}"] if climbed else []
+        said += [f"priors for {priors} with few tokens"] if priors else []
+        said.append(f"solved in {format_seconds(sum(row.seconds for row in self.rows))} s")
+        return "\n".join(said)
+
+
+def cells(rows: Iterable[MatrixRow]) -> list[Cell]:
+    """Gather rows by layer and kind, in their order."""
+    found: dict[tuple[int, str], list[MatrixRow]] = {}
+    for row in rows:
+        found.setdefault((number(row.layer), kind_of(row.layer, row.name)), []).append(row)
+    return [Cell(layer, kind, tuple(same)) for (layer, kind), same in found.items()]
+
+
+def number(layer: str) -> int:
+    """The number at the end of a layer's dotted name; 0 if there is none."""
+    last = layer.rpartition(".")[2]
+    return int(last) if last.isdecimal() else 0
+
+
+def kind_of(layer: str, name: str) -> str:
+    """A matrix's name inside its layer, experts left open.
+
+    Example:
+        >>> kind_of("model.layers.3", "model.layers.3.mlp.experts.17.up_proj")
+        'mlp.experts.*.up_proj'
+    """
+    return _NUMBER.sub("*", name.removeprefix(f"{layer}.").removesuffix(".weight"))
+
+
+def pivot(found: Mapping[tuple[int, str], _Value], shown: Callable[[_Value], str]) -> Table:
+    """A row for each layer and a column for each kind; empty where a layer has none."""
+    layers = list(dict.fromkeys(layer for layer, _ in found))
+    kinds = list(dict.fromkeys(kind for _, kind in found))
+    rows = tuple(
+        (str(layer), *(shown(found[layer, kind]) if (layer, kind) in found else "" for kind in kinds))
+        for layer in layers
+    )
+    return Table(("layer", *kinds), rows, text=())
+
+
+def layer_parts(report: Report) -> list[Part]:
+    """Error and sparsity of every matrix."""
+    if not report.rows:
+        return []
+    found = cells(report.rows)
+    overall = level("all matrices", sorted({cell.layer for cell in found}), report.sparsity)
+    error = lines(_by_kind(found, lambda cell: cell.error), LAYER, Axis(ENERGY, log=True, zero=True))
+    sparsity = lines(
+        [*_by_kind(found, lambda cell: cell.sparsity), overall], LAYER, Axis("zeros", percent=True, zero=True)
+    )
+    return [
+        Chart(
+            "chart-error",
+            "Output error of each matrix",
+            error,
+            _table(found, lambda cell: "" if cell.error is None else f"{cell.error:.4g}"),
+            "||(W - V) X||² / ||W X||² on calibration rows that were held back, for W before and V after. "
+            "Experts are averaged.",
+        ),
+        Chart(
+            "chart-sparsity",
+            "Zeros in each matrix",
+            sparsity,
+            _table(found, lambda cell: f"{cell.sparsity:.2%}"),
+            "Counted in what was stored. The dashed line is what all matrices have together.",
+        ),
+    ]
+
+
+def structure_parts(report: Report) -> list[Part]:
+    """What stays of each structure, and the error of what reads it."""
+    rows = report.structures
+    if not rows:
+        return []
+    found = {(number(row.layer), _structure_kind(row)): row for row in rows}
+    kept = _structure_series(rows, lambda row: row.kept / max(row.groups, 1))
+    charts: list[Part] = [
+        Chart(
+            "chart-kept",
+            "What stays of each structure",
+            lines(kept, LAYER, Axis("groups kept", percent=True, zero=True)),
+            pivot(found, lambda row: f"{row.kept:,} of {row.groups:,}"),
+            f"Layers are numbered as in the smaller model; a gap: nothing was removed there. {_chosen(rows)}",
+        )
+    ]
+    if any(row.error is not None for row in rows):
+        charts.append(
+            Chart(
+                "chart-structure-error",
+                "Output error of what reads a structure",
+                lines(_structure_series(rows, lambda row: row.error), LAYER, Axis(ENERGY, log=True, zero=True)),
+                pivot(found, lambda row: "" if row.error is None else f"{row.error:.4g}"),
+                "Of the matrix that reads the groups, on held-back rows, after its refit where there is one.",
+            )
+        )
+    return charts
+
+
+def _by_kind(found: Sequence[Cell], value: Callable[[Cell], float | None]) -> list[Series]:
+    kinds: dict[str, list[Cell]] = {}
+    for cell in found:
+        kinds.setdefault(cell.kind, []).append(cell)
+    return [
+        Series(
+            kind,
+            [cell.layer for cell in same],
+            [value(cell) for cell in same],
+            [cell.hover for cell in same],
+            colour=place % len(PALETTE),
+        )
+        for place, (kind, same) in enumerate(kinds.items())
+    ]
+
+
+def _table(found: Sequence[Cell], shown: Callable[[Cell], str]) -> Table:
+    return pivot({(cell.layer, cell.kind): cell for cell in found}, shown)
+
+
+def _structure_kind(row: StructureRow) -> str:
+    return f"{row.kind} of {kind_of(row.layer, row.consumer)}"
+
+
+def _structure_series(rows: Sequence[StructureRow], value: Callable[[StructureRow], float | None]) -> list[Series]:
+    kinds: dict[str, list[StructureRow]] = {}
+    for row in rows:
+        kinds.setdefault(_structure_kind(row), []).append(row)
+    series = []
+    for place, (kind, same) in enumerate(kinds.items()):
+        found = {number(row.layer): row for row in same}
+        # No line across layers that lost nothing.
+        layers = range(min(found), max(found) + 1)
+        values = [value(found[layer]) if layer in found else None for layer in layers]
+        hover = [_structure_hover(found[layer]) if layer in found else "" for layer in layers]
+        series.append(Series(kind, list(layers), values, hover, colour=place % len(PALETTE)))
+    return series
+
+
+def _structure_hover(row: StructureRow) -> str:
+    error = "" if row.error is None else f"\nerror {row.error:.4g}"
+    return (
+        f"layer {number(row.layer)}: {_structure_kind(row)}\n{row.kept:,} of {row.groups:,} stay\n"
+        f"{_way(row)}, {row.swaps} exchanges{error}\n{format_seconds(row.seconds)} s"
+    )
+
+
+def _chosen(rows: Sequence[StructureRow]) -> str:
+    return f"{'; '.join(dict.fromkeys(f'{row.kind}: {_way(row)}' for row in rows))}."
+
+
+def _way(row: StructureRow) -> str:
+    refit = ", refitted" if row.refit else ", means compensated" if row.compensated else ""
+    return f"chosen by {row.method}{refit}"
+
+
+def _distinct(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))

@@ -1,0 +1,203 @@
+"""report.html: one run, for people."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmprune.pages.beside import Beside, has_weights, read_beside, stored_bytes
+from llmprune.pages.charts import Axis, Series, level, lines, shares
+from llmprune.pages.evidence import evidence_parts
+from llmprune.pages.labels import divergence, perplexity, short_recipe, text_line
+from llmprune.pages.layers import LAYER, layer_parts, number, structure_parts
+from llmprune.pages.measured import evaluation_parts, speed_parts
+from llmprune.pages.page import Chart, Facts, Listing, Part, Section, Table, Tiles, render
+from llmprune.storage.files import write_text
+from llmprune.storage.report import PAGE_NAME, Report, load_report
+from llmprune.units import format_seconds, format_size
+
+_MEGA = 1e6
+# What belongs to no stage: looking at the model, planning, small steps between.
+_OTHER = "other"
+# What the memory of a run leaves out, and what not.
+_BEFORE = (
+    ": on a CPU the whole process with Python, torch and transformers, on a GPU what torch had allocated. What these "
+    "libraries load later counts as measured, not as predicted: some tens of megabytes on a CPU."
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.html into an output folder, from its report.json and what was measured since.
+
+    Files evaluation*.json (lm-eval) and bench*.json (`llmprune bench`) beside it are shown as well.
+
+    Args:
+        folder: of a finished run.
+
+    Returns:
+        The path of the page; an older one is replaced, atomically.
+
+    Raises:
+        CheckpointError: report.json is missing or damaged.
+    """
+    folder = Path(folder)
+    report = load_report(folder)
+    stored = stored_bytes(folder) if has_weights(folder) else None
+    write_text(folder / PAGE_NAME, report_page(report, read_beside(folder), stored))
+    return folder / PAGE_NAME
+
+
+def report_page(report: Report, beside: Beside, stored_bytes: int | None = None) -> str:
+    """The page of one run, as HTML.
+
+    Args:
+        report: of the run.
+        beside: what was measured since.
+        stored_bytes: size of the weight files; None: as the report says.
+    """
+    header = report.header
+    name = Path(str(header.get("model", "model"))).name
+    evidence = (header.get("decisions") or {}).get("evidence") or {}
+    sections = (
+        Section("summary", "Summary", _summary(report, stored_bytes)),
+        Section("layers", "Layers", layer_parts(report)),
+        Section("structures", "Structures", [*_extent(header), *structure_parts(report)]),
+        Section("decisions", "Why these", evidence_parts(evidence)),
+        Section("evaluation", "Evaluation", evaluation_parts(beside)),
+        Section("speed", "Speed", speed_parts(header, beside)),
+        Section("resources", "Time and memory", [*_time(header), *_memory(report)]),
+        Section("protocol", "Protocol", _protocol(header)),
+    )
+    recipe = header.get("recipe") or {}
+    subtitle = " · ".join(filter(None, (short_recipe(recipe), str(recipe.get("description") or ""))))
+    return render(f"{name}, pruned", subtitle, sections)
+
+
+def _summary(report: Report, stored_bytes: int | None) -> list[Part]:
+    header = report.header
+    climbed = sum(len(row.damping_tried) > 1 for row in report.rows)
+    priors = sum(row.prior_tokens > 0 for row in report.rows)
+    facts = [("model", str(header.get("model", ""))), ("finished", str(header.get("finished", "")))]
+    facts += [("device", str(header.get("device", "")))]
+    if evaluation := header.get("evaluation"):
+        facts.append(("perplexity on", text_line(evaluation["dense"])))
+    if climbed:
+        facts.append(("raised damping", f"{climbed:,} matrices whose factorisation failed at first"))
+    if priors:
+        facts.append(("expert priors", f"{priors:,} matrices of experts that saw few tokens"))
+    return [Tiles(tuple(_tiles(report, stored_bytes))), Facts(tuple(facts))]
+
+
+def _tiles(report: Report, stored_bytes: int | None) -> list[tuple[str, str, str]]:
+    header = report.header
+    tiles = _quality(report)
+    if report.rows:
+        tiles.append(("zeros", f"{report.sparsity:.1%}", f"of {len(report.rows):,} matrices"))
+    if extent := header.get("extent"):
+        part = extent["pruned"]["parameters"] / extent["dense"]["parameters"]
+        tiles.append(("parameters", f"{part:.1%}", f"{extent['pruned']['parameters']:,}"))
+    tiles += [(left.kind, left.amount, left.where) for left in report.left]
+    if report.mean_error is not None:
+        tiles.append(("mean error", f"{report.mean_error:.4g}", "of the output's energy"))
+    size = header.get("size")
+    stored = stored_bytes if stored_bytes is not None else size and size["stored_bytes"]
+    if stored:
+        dense = extent["dense"]["nbytes"] if extent else size and size["dense_bytes"]
+        tiles.append(("weights", format_size(stored), f"dense {format_size(dense)}" if dense else ""))
+    if seconds := header.get("seconds"):
+        tiles.append(("time", f"{format_seconds(seconds['total'])} s", ""))
+    return tiles
+
+
+def _quality(report: Report) -> list[tuple[str, str, str]]:
+    evaluation = report.header.get("evaluation")
+    if not evaluation:
+        return [("perplexity", "not measured", "")]
+    dense, pruned = report.dense_perplexity, report.pruned_perplexity
+    tiles = [
+        ("perplexity", perplexity(pruned), f"dense {perplexity(dense)}"),
+        ("KL divergence", divergence(evaluation["kl_divergence"]), "nats a token"),
+        ("same top token", f"{evaluation['agreement']:.1%}", "as the dense model"),
+    ]
+    calibration = [evaluation[which].get("calibration_error") for which in ("pruned", "dense")]
+    if None not in calibration:
+        tiles.append(("calibration error", f"{calibration[0]:.4f}", f"dense {calibration[1]:.4f}"))
+    return tiles
+
+
+def _extent(header: Mapping[str, Any]) -> list[Part]:
+    if not (extent := header.get("extent")):
+        return []
+    names = {
+        "layers": "decoder layers",
+        "hidden_size": "hidden channels",
+        "parameters": "parameters",
+        "flops_per_token": "FLOPs a token",
+    }
+    dense, pruned = extent["dense"], extent["pruned"]
+    rows = [
+        (name, f"{dense[key]:,}", f"{pruned[key]:,}", _part(pruned[key], dense[key])) for key, name in names.items()
+    ]
+    sizes = format_size(dense["nbytes"]), format_size(pruned["nbytes"])
+    rows.append(("tensors on disk", *sizes, _part(pruned["nbytes"], dense["nbytes"])))
+    return [Table(("", "dense", "pruned", "part"), tuple(rows), caption="The model")]
+
+
+def _part(part: float, whole: float) -> str:
+    return f"{part / max(whole, 1):.1%}"
+
+
+def _time(header: Mapping[str, Any]) -> list[Part]:
+    stages = dict(header.get("seconds") or {})
+    total = stages.pop("total", 0.0)
+    if not stages:
+        return []
+    other = total - math.fsum(stages.values())
+    stages |= {_OTHER: other} if other > 0 else {}
+    hover = [f"{name}: {format_seconds(value)} s" for name, value in stages.items()]
+    figure = shares(Series("seconds", list(stages), list(stages.values()), hover), Axis("seconds"))
+    table = Table(("stage", "seconds"), tuple((name, f"{value:,.2f}") for name, value in stages.items()))
+    note = f"{format_seconds(math.fsum(stages.values()))} s in all; a stage inside another is counted once."
+    return [Chart("chart-time", "Time by stage", figure, table, note)]
+
+
+def _memory(report: Report) -> list[Part]:
+    memory = report.header.get("memory")
+    if not memory:
+        return []
+    sizes = {"predicted": memory["predicted_bytes"], "measured": memory["measured_bytes"]}
+    hover = [f"{name}: {format_size(value)}" for name, value in sizes.items()]
+    bars = shares(Series("peak", list(sizes), [value / _MEGA for value in sizes.values()], hover, 1), Axis("MB"))
+    table = Table(("peak", "MB"), tuple((name, f"{value / _MEGA:,.1f}") for name, value in sizes.items()))
+    note = f"Beyond the {format_size(memory['baseline_bytes'])} that were there before the first layer{_BEFORE}"
+    parts: list[Part] = [Chart("chart-memory", "Peak memory, predicted and measured", bars, table, note)]
+    seen = [(row.layer, row.peak_bytes) for row in report.structures if row.peak_bytes]
+    seen += [(row.layer, row.peak_bytes) for row in report.rows]
+    peaks = dict(sorted((number(layer), max(peak - memory["baseline_bytes"], 0) / _MEGA) for layer, peak in seen))
+    if len(peaks) > 1:
+        said = [f"up to layer {layer}: {value:,.1f} MB" for layer, value in peaks.items()]
+        figure = lines(
+            [
+                Series("measured so far", list(peaks), list(peaks.values()), said, 1),
+                level("predicted for the whole run", list(peaks), sizes["predicted"] / _MEGA),
+            ],
+            LAYER,
+            Axis("MB", zero=True),
+        )
+        rows = Table(("layer", "MB"), tuple((str(layer), f"{value:,.1f}") for layer, value in peaks.items()))
+        parts.append(Chart("chart-peaks", "Peak memory after each layer", figure, rows))
+    return parts
+
+
+def _protocol(header: Mapping[str, Any]) -> list[Part]:
+    facts = [(name, str(version)) for name, version in (header.get("version") or {}).items()]
+    for name, digest in (header.get("tokens") or {}).items():
+        facts.append((f"{name} tokens", f"sha256 {digest}"))
+    if "source" in header:
+        facts.append(("dense checkpoint", f"sha256 {header['source']}"))
+    parts: list[Part] = [Facts(tuple(facts))] if facts else []
+    if recipe := header.get("recipe"):
+        parts.append(Listing("Recipe", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)))
+    return parts

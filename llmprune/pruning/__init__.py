@@ -1,0 +1,1 @@
+"""A run from recipe to report: the only room that puts structures, methods and streams together."""

@@ -1,0 +1,116 @@
+"""The model card of a pruned checkpoint: README.md with the Hub's metadata."""
+
+import re
+import shlex
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from llmprune.recipe.recipe import Recipe
+from llmprune.storage.files import read_json, write_text
+from llmprune.storage.packed_config import NOTICE_KEY
+from llmprune.storage.report import Report
+
+CARD_NAME = "README.md"
+
+
+def write_card(folder: Path, model: str, recipe: Recipe, report: Report) -> None:
+    """Write README.md: what was pruned, how, and what it cost in perplexity.
+
+    Args:
+        folder: the pruned checkpoint.
+        model: what was pruned: a hub id becomes `base_model`, a local folder stays a name.
+        recipe: as it was run.
+        report: what came out.
+    """
+    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not Path(model).exists()
+    methods = {row.method for row in report.rows} | {row.method for row in report.structures}
+    data = ModelCardData(
+        base_model=model if hub_id else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["llmprune", "pruned", *(["sparse"] if report.rows else []), *sorted(methods)],
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(folder, model, recipe, report)}")
+    write_text(folder / CARD_NAME, str(card))
+
+
+def _body(folder: Path, model: str, recipe: Recipe, report: Report) -> str:
+    name = Path(model).name
+    lines = [
+        f"# {name}, pruned",
+        "",
+        f"{name}, {_what(report)}, one decoder layer at a time, by llmprune {report.header['version']['llmprune']}.",
+        _loading(ours=_needs_us(folder)),
+        "",
+        *_table(report),
+        "## How it was made",
+        "",
+        "```yaml",
+        recipe.to_yaml().rstrip(),
+        "```",
+        "",
+        "`report.json` holds a row for every matrix; `recipe.yaml` repeats the run:",
+        "",
+        "```bash",
+        f"llmprune prune {shlex.quote(model)} --recipe recipe.yaml --output pruned",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def update_card(folder: Path) -> None:
+    """Have the card of a checkpoint that was packed or unpacked say how it loads now; all else stays as it is."""
+    card = folder / CARD_NAME
+    if card.is_file():
+        ours, text = _needs_us(folder), card.read_text(encoding="utf-8")
+        write_text(card, text.replace(_loading(ours=not ours), _loading(ours=ours)))
+
+
+def _loading(*, ours: bool) -> str:
+    how = " where llmprune is installed, after `import llmprune`" if ours else ", like the original"
+    return f"It loads with `AutoModelForCausalLM.from_pretrained`{how}."
+
+
+def _needs_us(folder: Path) -> bool:
+    """Whether stock transformers cannot load the checkpoint: packed weights, or layers of different sizes."""
+    config = folder / "config.json"
+    return config.exists() and NOTICE_KEY in read_json(config)
+
+
+def _what(report: Report) -> str:
+    """What was taken out, in words."""
+    parts = []
+    extent = report.header.get("extent")
+    if extent:
+        parts += [f"with {left}" for left in report.left]
+        share = extent["pruned"]["parameters"] / extent["dense"]["parameters"]
+        parts.append(f"{share:.1%} of its parameters in all")
+    if report.rows:
+        patterns = ", ".join(sorted({f"{row.pattern} by {row.method}" for row in report.rows}))
+        parts.append(
+            f"with {report.sparsity:.1%} of the weights of {len(report.rows)} matrices set to zero ({patterns})"
+        )
+    return ", ".join(parts)
+
+
+def _table(report: Report) -> list[str]:
+    evaluation = report.header.get("evaluation")
+    if not evaluation:
+        return []
+    dense = evaluation["dense"]
+    text = dense["text"]["source"]
+    divergence = "not finite" if evaluation["kl_divergence"] is None else f"{evaluation['kl_divergence']:.4f}"
+    return [
+        "| | dense | pruned |",
+        "|---|---|---|",
+        f"| perplexity | {report.dense_perplexity:.3f} | {report.pruned_perplexity:.3f} |",
+        f"| KL divergence to the dense model (nats a token) | 0 | {divergence} |",
+        f"| same most likely token | 100 % | {evaluation['agreement']:.1%} |",
+        "",
+        f"On {dense['predicted_tokens']} tokens of text "
+        + ("that the dense model wrote itself" if text == "self" else f"from `{text}`")
+        + f", in chunks of {dense['length']}.",
+        "",
+    ]

@@ -1,0 +1,292 @@
+"""What a run would do, take and need, without running it: the plan, its arithmetic, its memory and its disk space.
+
+The checkpoint's structure says what happens to each matrix. One layer of every kind is loaded and shown a few random
+tokens, which tells the groups of matrices that share an input and the share of the tokens that reaches each expert.
+Counted are the matrix products:
+
+    forward   2 x elements x tokens for each matrix of a layer, and that twice: to observe the layer, and to advance
+    Gram      2 x tokens x d^2 for each group of width d
+    solve     d^3 / 3 for each group's factorisation, 2 x out x d^2 for each matrix that is swept
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from llmprune.devices import describe_device, runs_per_second
+from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.models.decoder import prunable_matrices
+from llmprune.models.sizes import ends_bytes
+from llmprune.patterns import Unstructured
+from llmprune.precision import add_gram, dtype_name, float32_products
+from llmprune.pruning.forecast.memory import layer_memory
+from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan, Work
+from llmprune.pruning.jobs import plan_jobs
+from llmprune.pruning.pipeline import Run
+from llmprune.pruning.solving import Job
+from llmprune.recipe.recipe import Recipe, load_recipe
+from llmprune.statistics import ColumnNorm, Gram
+from llmprune.storage.hub import resolve_model
+from llmprune.stream.observation import Group
+from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.structures.plan import (
+    consumer_shapes,
+    observations,
+    plan_structures,
+    removal_work,
+    structure_notes,
+)
+from llmprune.structures.reduction import Reduction
+from llmprune.structures.survey import check_budget
+from llmprune.text.loading import check_texts, model_positions
+
+# The look at a layer: few tokens, and sizes that hardly any dimension of a model has, so that a tensor's shape tells
+# which of its dimensions grow with the batch and with the length.
+_SAMPLES, _LENGTH = 2, 61
+
+# The size of the square matrices that rates are measured on.
+_RATE_SIZES = {"cpu": 1024, "cuda": 4096}
+
+
+def dry_run(
+    model: str | Path, recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()
+) -> DryRun:
+    """Work out what `prune` would do with a checkpoint; nothing is written.
+
+    Args:
+        model: a hub id, a local checkpoint folder or "testbed".
+        recipe: a bundled recipe's name, a YAML file, a mapping or a `Recipe`.
+        overrides: changes to the recipe, "key.path=value".
+
+    Raises:
+        LlmpruneError: what a run would refuse whatever the text is: the recipe, the model, a pattern that does not fit,
+            a device that is not there, a matrix that is never used; or there is not enough memory for one layer.
+    """
+    run = Run(load_recipe(recipe, overrides))
+    with run.guard:
+        return _forecast(run, str(model), run.open(resolve_model(model)))
+
+
+def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
+    settings, device = run.recipe, run.device
+    settings = settings.fitted(model_positions(source.config))
+    check_texts(settings.texts, source)
+    reduction = Reduction(source, settings.structures, settings.decoder_layers) if settings.structures else None
+    if reduction is not None:
+        check_budget(reduction)
+    result = source if reduction is None else reduction.result
+    jobs = plan_jobs(result, settings)
+    look = _Look(source, settings, device, reduction)
+    layers = tuple(look.plan(indices, jobs) for indices in _kinds(source, jobs))
+    structures = plan_structures(reduction)
+    hidden = look.hidden_bytes
+    resident = min(hidden, int(settings.activation_budget))
+    largest = max((plan.memory for plan in layers), key=lambda memory: memory.total)
+    return DryRun(
+        model=model,
+        recipe=settings.to_dict(),
+        device=describe_device(device),
+        compute_dtype=dtype_name(source.model.dtype),
+        layers_path=source.layers_path,
+        tokens=look.tokens,
+        layers=layers,
+        rates=measure_rates(device, source.model.dtype),
+        memory=MemoryPlan(ends_bytes(source), resident, look.calls_bytes, largest),
+        disk_bytes=_disk_bytes(source, result),
+        spilled_bytes=hidden - resident,
+        notes=(*_notes(settings, source), *(structure_notes(structures, settings.structures) if structures else ())),
+        structures=structures,
+    )
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Work:
+    """Measure how fast a device multiplies matrices, in operations a second.
+
+    Args:
+        device: where.
+        dtype: of the forward; Grams are formed from it, and solved in float32.
+    """
+    size = _RATE_SIZES.get(device.type, 1024)
+    narrow = torch.randn(size, size, device=device).to(dtype)
+    wide, total = narrow.float(), torch.zeros(size, size, device=device)
+    with torch.no_grad():
+        forward = runs_per_second(lambda: F.linear(narrow, narrow), device)
+        gram = runs_per_second(lambda: add_gram(total, narrow), device)
+        with float32_products("ieee"):
+            solve = runs_per_second(lambda: wide @ wide, device)
+    operations = 2 * size**3
+    return Work(operations * forward, operations * gram, operations * solve)
+
+
+class _Look:
+    """A look at single layers with a few random tokens, and what it says about a run over all of them."""
+
+    def __init__(
+        self, source: CheckpointSource, recipe: Recipe, device: torch.device, reduction: Reduction | None
+    ) -> None:
+        self._source, self._recipe, self._device, self._reduction = source, recipe, device, reduction
+        self._length = recipe.calibration.tokens
+        self._batches = _batch_sizes(recipe)
+        self.tokens = (recipe.calibration.samples + recipe.held_back) * self._length
+        vocabulary = source.model.get_input_embeddings().weight.shape[0]
+        generator = torch.Generator().manual_seed(0)
+        # Two batches, because what differs between them is kept for each.
+        ids = torch.randint(vocabulary, (2 * _SAMPLES, min(self._length, _LENGTH)), generator=generator)
+        self._stream = Stream(source, ids, StreamSettings(device, _SAMPLES))
+        self._stream.capture()
+        self._seen = ids.numel()
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Hidden states of all samples."""
+        return 2 * self._stream.hidden[0].nbytes * self.tokens // self._seen
+
+    @property
+    def calls_bytes(self) -> int:
+        """What the model hands to its layers; equal tensors are kept once, but for batches of another size."""
+        first, second = (
+            {id(tensor): tensor for index in range(len(self._source.layers)) for tensor in self._handed(index, batch)}
+            for batch in (0, 1)
+        )
+        samples = self.tokens // self._length
+        return sum(
+            self._scaled(tensor, sum(self._batches) if key in second else samples) for key, tensor in first.items()
+        )
+
+    def plan(self, indices: tuple[int, ...], jobs: Sequence[dict[str, Job]]) -> LayerPlan:
+        """Load the first of some equal layers, and say what will be done to each of them."""
+        index = indices[0]
+        self._source.load_layer(index, self._device)
+        try:
+            layer = ResidentLayer(self._stream, index)
+            # Column norms where nothing is needed: their count says how many tokens reach an expert.
+            needs = {name: job.method.needs or ColumnNorm for name, job in jobs[index].items()}
+            groups = layer.observe(needs) if needs else []
+            held_back = self._recipe.held_back * self._length
+            consumers = consumer_shapes(self._reduction, index) if self._reduction else []
+            memory = layer_memory(layer, groups, jobs[index], max(self._batches) * self._length, held_back, consumers)
+            left = self._left(layer)
+            work = self._work(layer, groups, jobs[index], left)
+        finally:
+            self._source.free_layer(index)
+        prefix = layer.name + "."
+        matrices = (
+            _matrix_plan(name.removeprefix(prefix), shape, jobs[index].get(name)) for name, shape in left.items()
+        )
+        return LayerPlan(indices, tuple(matrices), work, memory)
+
+    def _left(self, layer: ResidentLayer) -> dict[str, tuple[int, int]]:
+        """Matrix -> (out, in) once structures are gone from the layer."""
+        if self._reduction is None:
+            return {name: matrix.shape for name, matrix in layer.matrices.items()}
+        return {m.name: m.shape for m in prunable_matrices(self._reduction.result.layers[layer.index], layer.name)}
+
+    def _work(
+        self,
+        layer: ResidentLayer,
+        groups: Sequence[Group],
+        jobs: Mapping[str, Job],
+        left: Mapping[str, tuple[int, int]],
+    ) -> Work:
+        shares = self._shares(layer, groups)
+        counted = self._recipe.calibration.samples * self._length
+        products = factors = 0.0
+        for group in groups:
+            if isinstance(group.statistics, Gram):
+                width = left[group.names[0]][1]
+                products += 2 * counted * shares[group.names[0]] * width**2
+                factors += width**3 / 3
+        swept = [left[name] for name, job in jobs.items() if job.method.needs is Gram]
+        sweeps = sum(2 * rows * width**2 for rows, width in swept)
+        elements = sum(shares[name] * rows * columns for name, (rows, columns) in left.items())
+        forward = (1 + bool(jobs)) * elements
+        if self._reduction is not None:
+            dense = sum(shares[name] * m.shape[0] * m.shape[1] for name, m in layer.matrices.items())
+            forward += observations(self._reduction, layer.index) * dense
+            gram, solve = removal_work(self._reduction, layer.index, counted)
+            products, factors = products + gram, factors + solve
+        return Work(2 * forward * self.tokens, products, factors + sweeps)
+
+    def _shares(self, layer: ResidentLayer, groups: Sequence[Group]) -> dict[str, float]:
+        """The fraction of the tokens that reaches each matrix: 1, but for experts."""
+        seen = {
+            name: group.statistics.tokens / self._seen
+            for group in groups
+            for name in group.names
+            if group.statistics is not None and _is_expert(name)
+        }
+        # Experts that stay dense are not watched; they see as many tokens as the others do.
+        average = sum(seen.values()) / len(seen) if seen else 1.0
+        return {name: seen.get(name, average) if _is_expert(name) else 1.0 for name in layer.matrices}
+
+    def _handed(self, index: int, batch: int) -> list[Tensor]:
+        leaves = tree_leaves(self._stream.calls.get(index, batch))
+        # What stands for the output of a layer that did not run takes no memory: its strides are 0.
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor) and any(leaf.stride())]
+
+    def _scaled(self, tensor: Tensor, samples: int) -> int:
+        """Bytes of a tensor that the model handed to a layer, for so many samples of full length."""
+        nbytes, few = float(tensor.nbytes), self._seen // (2 * _SAMPLES)
+        for dimension, size in enumerate(tensor.shape):
+            if dimension == 0 and size == _SAMPLES:
+                nbytes *= samples / _SAMPLES
+            elif size == few:
+                nbytes *= self._length / few
+        return round(nbytes)
+
+
+def _kinds(source: CheckpointSource, jobs: Sequence[dict[str, Job]]) -> list[tuple[int, ...]]:
+    """Sort the layers by what they are and what is done to them."""
+    kinds: dict[object, list[int]] = {}
+    for index, layer in enumerate(source.layers):
+        prefix = f"{source.layer_name(index)}."
+        parameters = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+        plan = tuple((name.removeprefix(prefix), job) for name, job in jobs[index].items())
+        kinds.setdefault((parameters, plan), []).append(index)
+    return [tuple(indices) for indices in kinds.values()]
+
+
+def _disk_bytes(source: CheckpointSource, result: CheckpointSource) -> int:
+    """Bytes of the pruned checkpoint, by the share of the parameters that stays."""
+    nbytes = sum(stored.nbytes for stored in source.stored.values())
+    whole, left = (sum(p.numel() for p in checkpoint.model.parameters()) for checkpoint in (source, result))
+    return nbytes if result is source else round(nbytes * left / whole)
+
+
+def _batch_sizes(recipe: Recipe) -> set[int]:
+    """The different numbers of samples in a batch; held-back samples have batches of their own."""
+    sizes = set()
+    for samples in (recipe.calibration.samples, recipe.held_back):
+        sizes |= {min(recipe.batch_size, samples), samples % recipe.batch_size}
+    return sizes - {0}
+
+
+def _matrix_plan(name: str, shape: tuple[int, int], job: Job | None) -> MatrixPlan:
+    if job is None:
+        return MatrixPlan(name, shape, "dense", None, 0)
+    zeros = job.pattern.compared(job.method.scope).zeros(shape)
+    return MatrixPlan(name, shape, str(job.pattern), job.method_name, zeros)
+
+
+def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
+    yield "The calibration text is not looked at: nothing is tokenised, sampled or checked for its length."
+    yield (
+        "The seconds are a lower bound, at the rate of large matrix products. Elementwise work, attention, the sweeps' "
+        "small steps, loading and writing come on top, and so do the text and the perplexity."
+    )
+    texts = [text for text in (recipe.calibration, recipe.evaluation) if text is not None]
+    if any(text.source == "self" for text in texts):
+        size = sum(stored.nbytes for stored in source.stored.values())
+        yield f"The text is sampled from the dense model, which is loaded whole for it: {size / 1e9:.2f} GB."
+    if any(isinstance(pattern, Unstructured) and pattern.over == "layer" for pattern in recipe.patterns):
+        yield "Where scores are compared over a whole layer, the zeros are those of the average matrix."
+
+
+def _is_expert(name: str) -> bool:
+    return re.search(r"\.experts\.\d+\.", name) is not None

@@ -1,0 +1,151 @@
+"""How much memory a run will take: a formula, and a watch that says what it took.
+
+    peak = what the interpreter holds before
+         + max( ends + hidden states + calls,
+                hidden states + calls + max over layers of
+                    ( weights + statistics + held-back rows + max(forward, solving) ) )
+
+ends            embeddings, final norm and head, while text is embedded; no layer is in memory then
+hidden states   samples x length x hidden size, at most `activation_budget` (the rest is on disk)
+calls           masks and rotary embeddings that the model hands to its layers, equal ones once
+weights         one decoder layer in the compute dtype
+statistics      4 d^2 bytes for each Gram of width d, 4 d for column norms; matrices with one input share it
+held-back rows  up to 1,024 rows of each group's input
+forward         batch x length tokens x (6 hidden sizes + 3 widest products) in the compute dtype, and where that is
+                narrower a float32 copy of the widest input while its Gram is formed
+solving         for the matrix at hand [o, i]: 20 o i (the original, what becomes of it, two workspaces, the mask), and
+                6 i^2 where a Gram is factorised (the damped Gram, which becomes its factor, and copies in passing)
+
+Not counted: what the libraries load and keep with the first products of a process, some tens of megabytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llmprune.models.sizes import ends_bytes
+from llmprune.models.source import Source
+from llmprune.pruning.solving import Job
+from llmprune.statistics import Gram
+from llmprune.stream.guard import scoring_needs
+from llmprune.stream.observation import HELD_BACK_ROWS, Group
+from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.text.tokens import Tokens
+from llmprune.units import format_size
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMemory:
+    """Bytes that one decoder layer takes while it is resident.
+
+    Attributes:
+        weights: its parameters.
+        statistics: Grams and column norms of its groups.
+        held_back: input rows kept to measure errors.
+        forward: activations of one batch.
+        solving: workspace of its largest matrix.
+        shapes: (out, in) of the matrices that are pruned.
+        gram_widths: width of every Gram.
+    """
+
+    weights: int
+    statistics: int
+    held_back: int
+    forward: int
+    solving: int
+    shapes: tuple[tuple[int, int], ...] = ()
+    gram_widths: tuple[int, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Peak while the layer is resident."""
+        return self.weights + self.statistics + self.held_back + max(self.forward, self.solving)
+
+
+def layer_memory(
+    layer: ResidentLayer,
+    groups: Sequence[Group] | None,
+    jobs: dict[str, Job],
+    batch_tokens: int,
+    held_back_tokens: int,
+    consumers: Sequence[tuple[int, int]] = (),
+) -> LayerMemory:
+    """Apply the formula to a layer; its parameters may be on the meta device.
+
+    Args:
+        layer: the layer.
+        groups: its groups of matrices with a common input; None before they are known gives an upper bound, as if no
+            two matrices had their input in common.
+        jobs: what is done to its matrices.
+        batch_tokens: tokens in a forward.
+        held_back_tokens: tokens that the statistics do not see.
+        consumers: (out, in) of matrices from whose inputs groups are removed first; their statistics are gone by then.
+    """
+    if groups is None:
+        widths = [(layer.matrices[name].shape[1], job.method.needs is Gram) for name, job in jobs.items()]
+    else:
+        widths = [(layer.matrices[group.names[0]].shape[1], isinstance(group.statistics, Gram)) for group in groups]
+    shapes = [layer.matrices[name].shape for name in jobs]
+    parameters = list(layer.module.parameters())
+    itemsize = max((parameter.element_size() for parameter in parameters), default=4)
+    every = [matrix.shape for matrix in layer.matrices.values()]
+    widest = max((max(shape) for shape in every), default=0)
+    hidden = min((min(shape) for shape in every), default=0)
+    kept_rows = itemsize * min(HELD_BACK_ROWS, held_back_tokens)
+    activations = itemsize * (6 * hidden + 3 * widest) + (4 * widest if itemsize < 4 else 0)
+    solving = [_solving(shape, jobs[name]) for name, shape in zip(jobs, shapes, strict=True)]
+    # About five matrices of the width (structures.solver), and the matrix in float32 three times over.
+    removing = [20 * width**2 + 12 * rows * width for rows, width in consumers]
+    return LayerMemory(
+        weights=sum(parameter.nbytes for parameter in parameters),
+        statistics=max(
+            sum(4 * width**2 if gram else 4 * width for width, gram in widths),
+            sum(4 * width**2 for _, width in consumers),
+        ),
+        held_back=kept_rows * max(sum(width for width, _ in widths), sum(width for _, width in consumers)),
+        forward=batch_tokens * activations,
+        solving=max([*solving, *removing], default=0),
+        shapes=tuple(shapes),
+        gram_widths=tuple(width for width, gram in widths if gram),
+    )
+
+
+def predict_peak(ends: int, hidden_states: int, calls: int, layers: Sequence[LayerMemory]) -> int:
+    """The formula's peak in bytes, above what the interpreter holds.
+
+    Args:
+        ends: bytes outside the decoder layers.
+        hidden_states: bytes of them in memory.
+        calls: bytes that the model hands to its layers.
+        layers: each of them, or the one that takes most.
+    """
+    between = hidden_states + calls
+    return between + max([ends, *(layer.total for layer in layers)])
+
+
+def _solving(shape: tuple[int, int], job: Job) -> int:
+    rows, width = shape
+    return 20 * rows * width + (6 * width**2 if job.method.needs is Gram else 0)
+
+
+def pruning_needs(
+    source: Source, jobs: Sequence[dict[str, Job]], texts: Mapping[str, Tokens], settings: StreamSettings
+) -> str:
+    """Say what it takes to prune, before any layer was seen, and to evaluate.
+
+    Args:
+        source: the model.
+        jobs: for each layer, what is done to its matrices.
+        texts: "calibration", with the held-back samples, and where perplexity is measured "evaluation".
+        settings: device, batch size and memory.
+    """
+    ids = texts["calibration"].ids
+    stream = Stream(source, ids, settings)
+    batch, held_back = stream.batches[0].numel(), settings.held_back * ids.shape[1]
+    layers = [layer_memory(ResidentLayer(stream, i), None, job, batch, held_back) for i, job in enumerate(jobs)]
+    hidden = ids.numel() * source.model.config.get_text_config().hidden_size * source.dtype.itemsize
+    peak = predict_peak(ends_bytes(source), min(hidden, settings.activation_budget), 0, layers)
+    needs = f"up to {format_size(peak)} for pruning, beside what the program itself holds"
+    if "evaluation" in texts:
+        # Dense and pruned logits are compared, side by side.
+        needs += f", and {scoring_needs(source, texts['evaluation'], settings, models=2)}"
+    return needs

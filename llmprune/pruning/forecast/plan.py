@@ -1,0 +1,148 @@
+"""What a run would do, as data: what `llmprune.pruning.forecast.forecast` works out and the tables show."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llmprune.pruning.forecast.memory import LayerMemory, predict_peak
+from llmprune.structures.plan import StructurePlan
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixPlan:
+    """What will be done to one matrix.
+
+    Attributes:
+        name: dotted name inside its decoder layer.
+        shape: (out, in).
+        pattern: "dense" if it is left alone.
+        method: None if it is left alone.
+        zeros: how many there will be; an average where a pattern is compared over the whole layer.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    method: str | None
+    zeros: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The matrix products of a run: floating-point operations, or their rates in operations a second, or seconds.
+
+    Attributes:
+        forward: both forwards of all calibration tokens.
+        gram: Gram matrices.
+        solve: factorisations and sweeps.
+    """
+
+    forward: float
+    gram: float
+    solve: float
+
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return self.forward + self.gram + self.solve
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """Decoder layers with the same structure and the same plan.
+
+    Attributes:
+        indices: which layers.
+        matrices: in the order of the layer's modules.
+        work: operations of one of these layers.
+        memory: bytes while one of them is resident.
+    """
+
+    indices: tuple[int, ...]
+    matrices: tuple[MatrixPlan, ...]
+    work: Work
+    memory: LayerMemory
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The parts of the predicted peak in bytes, as `llmprune.pruning.forecast.memory` defines them.
+
+    Attributes:
+        ends: embeddings, final norm and head.
+        hidden_states: in memory; at most the recipe's activation_budget.
+        calls: masks and rotary embeddings.
+        layer: of the layer that takes most.
+    """
+
+    ends: int
+    hidden_states: int
+    calls: int
+    layer: LayerMemory
+
+    @property
+    def peak(self) -> int:
+        """The predicted peak, above what the interpreter holds."""
+        return predict_peak(self.ends, self.hidden_states, self.calls, [self.layer])
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a run would do.
+
+    Attributes:
+        model: as it was named.
+        recipe: as it will be run.
+        device: its name.
+        compute_dtype: dtype of the forward, as torch names it.
+        layers_path: dotted name of the list of decoder layers.
+        tokens: calibration tokens, the held-back ones included.
+        layers: the plan; layers with the same one stand together.
+        rates: matrix products a second on this device, measured just now.
+        memory: predicted peak.
+        disk_bytes: size of the pruned checkpoint.
+        spilled_bytes: hidden states beyond the activation budget, in the temporary folder.
+        notes: what the figures leave out.
+        structures: what will be removed physically.
+    """
+
+    model: str
+    recipe: dict[str, Any]
+    device: str
+    compute_dtype: str
+    layers_path: str
+    tokens: int
+    layers: tuple[LayerPlan, ...]
+    rates: Work
+    memory: MemoryPlan
+    disk_bytes: int
+    spilled_bytes: int
+    notes: tuple[str, ...]
+    structures: tuple[StructurePlan, ...] = ()
+
+    @property
+    def work(self) -> Work:
+        """Operations of all layers."""
+        counted = [(len(plan.indices), plan.work) for plan in self.layers]
+        return Work(
+            forward=sum(count * work.forward for count, work in counted),
+            gram=sum(count * work.gram for count, work in counted),
+            solve=sum(count * work.solve for count, work in counted),
+        )
+
+    @property
+    def seconds(self) -> Work:
+        """The operations at the measured rates: a lower bound, see `notes`."""
+        work, rates = self.work, self.rates
+        return Work(work.forward / rates.forward, work.gram / rates.gram, work.solve / rates.solve)
+
+    @property
+    def sparsity(self) -> float:
+        """Expected fraction of zeros over all matrices that are pruned."""
+        pruned = [(len(p.indices), m) for p in self.layers for m in p.matrices if m.method is not None]
+        elements = sum(count * matrix.shape[0] * matrix.shape[1] for count, matrix in pruned)
+        return sum(count * matrix.zeros for count, matrix in pruned) / max(elements, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        derived = {"sparsity": self.sparsity, "work": asdict(self.work), "seconds": asdict(self.seconds)}
+        return {**asdict(self), **derived, "memory": {**asdict(self.memory), "peak": self.memory.peak}}

@@ -1,0 +1,115 @@
+"""Save models that are in memory."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from llmprune.errors import PatternError
+from llmprune.models.checkpoint_source import CheckpointSource, positive_zeros
+from llmprune.models.skeleton import quiet_transformers
+from llmprune.models.uneven import layer_overrides, put_overrides
+from llmprune.pages import write_report
+from llmprune.pruning.card import write_card
+from llmprune.pruning.packing import pack
+from llmprune.recipe.recipe import Recipe
+from llmprune.serving.quantizer import keep_record
+from llmprune.storage.files import write_text
+from llmprune.storage.folders import RECIPE_NAME, locked, remove_checkpoint, require_empty, writing_to
+from llmprune.storage.report import Report
+from llmprune.text.tokens import Tokenizer
+
+
+def save_pruned(
+    model: PreTrainedModel, tokenizer: Tokenizer, output: Path, recipe: Recipe, report: Report, *, overwrite: bool
+) -> None:
+    """Save a model that was pruned in memory: beside the output folder first, then the finished files are moved in.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        output: the folder.
+        recipe: as it was run.
+        report: what came out.
+        overwrite: replace a checkpoint that is in `output`.
+
+    Raises:
+        ResumeError: the folder is not empty, or another run is writing into it.
+        CheckpointError: it cannot be written.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            positive_zeros(parameter)
+    with writing_to(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".llmprune-") as staging:
+            folder = Path(staging) / "dense"
+            save_dense(model, tokenizer, folder)
+            write_text(folder / RECIPE_NAME, recipe.to_yaml())
+            report.save(folder)
+            if recipe.format != "dense":
+                # Where nothing gets smaller, all matrices stay dense, as they do from a checkpoint.
+                with contextlib.suppress(PatternError):
+                    folder = pack(folder, folder.with_name("packed"), recipe.format).folder
+            write_card(folder, report.header["model"], recipe, report)
+            write_report(folder)
+            with locked(output):
+                require_empty(output, resume=False, overwrite=overwrite)
+                remove_checkpoint(output)
+                for file in folder.iterdir():
+                    file.replace(output / file.name)
+
+
+def save_dense(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a model and its tokenizer into a new folder."""
+    with quiet_transformers():
+        model.save_pretrained(folder)
+    # Any callable will do as a tokenizer, and a model may have none.
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+    for shard in folder.glob("*.safetensors"):
+        shard.chmod(0o644)  # safetensors creates private files
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Keep a model in evaluation mode: dropout would blur what calibration sees."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def take_over(model: PreTrainedModel, folder: Path) -> None:
+    """Let a model in memory become the one of a checkpoint: its modules are replaced, and its config.
+
+    Args:
+        model: keeps its dtype, device, mode, and which parameters take gradients.
+        folder: the checkpoint, whose model has the same class of parts in other sizes.
+    """
+    device = next(model.parameters()).device
+    gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    source = CheckpointSource(folder, model.dtype)
+    source.load_ends(device)
+    for index in range(len(source.layers)):
+        source.load_layer(index, device)
+    attention, experts = model.config._attn_implementation, model.get_experts_implementation()
+    small = source.model.train(model.training)
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(gradients.get(name, True))
+    for name, child in small.named_children():
+        setattr(model, name, child)
+    model.config = small.config
+    model.set_attn_implementation(attention)
+    model.set_experts_implementation(experts)
+    if overrides := layer_overrides(source.config):
+        # As after loading: the layers have their sizes, and what is saved has to say so.
+        put_overrides(model.config, overrides)
+        keep_record(model)

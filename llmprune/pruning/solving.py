@@ -1,0 +1,123 @@
+"""Solve one resident decoder layer: every matrix by its own method under its own pattern."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune.devices import return_freed_memory
+from llmprune.errors import NumericsError
+from llmprune.methods import Method, Pruned
+from llmprune.patterns import Pattern, Unstructured, layer_shares
+from llmprune.statistics import ColumnNorm, Gram
+from llmprune.storage.report import MatrixRow
+from llmprune.stream.observation import Group
+from llmprune.stream.priors import add_priors
+from llmprune.stream.stream import ResidentLayer
+from llmprune.timing import Stages
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be done to one matrix."""
+
+    pattern: Pattern
+    method: Method
+    method_name: str
+
+
+def solve_layer(
+    layer: ResidentLayer,
+    groups: list[Group],
+    jobs: Mapping[str, Job],
+    min_tokens: int,
+    stages: Stages,
+    step: Callable[[str], None] = lambda step: None,
+) -> list[MatrixRow]:
+    """Prune the matrices of a resident layer in place.
+
+    Args:
+        layer: the layer.
+        groups: what `layer.observe` returned; emptied on the way, so that no Gram outlives its matrices.
+        jobs: matrix name -> what to do; matrices without a job stay dense.
+        min_tokens: experts that saw fewer tokens get that many in all, the missing ones imaginary and uncorrelated.
+        stages: stopwatch.
+        step: told what happens.
+
+    Returns:
+        The report rows, in the order in which the layer uses the matrices.
+
+    Raises:
+        NumericsError: a value is not finite or a factorisation fails at every damping; names the matrix.
+    """
+    priors = add_priors(layer, groups, min_tokens)
+    with torch.no_grad(), stages("solve"):
+        return_freed_memory()  # what the forward left behind, before the workspaces of the solvers
+        shares = _layer_shares(layer, groups, jobs)
+        rows: list[MatrixRow] = []
+        while groups:
+            group = groups.pop(0)
+            for name in group.names:
+                step(f"solving {name.removeprefix(layer.name + '.')}")
+                pattern = shares.get(name, jobs[name].pattern)
+                rows.append(_solve_matrix(layer, group, name, jobs[name], pattern, priors.get(name, 0)))
+    return rows
+
+
+def _solve_matrix(
+    layer: ResidentLayer, group: Group, name: str, job: Job, pattern: Pattern, prior_tokens: int
+) -> MatrixRow:
+    start = time.perf_counter()
+    original = layer.weight(name)
+    pruned = _apply(job.method, original, group.statistics, pattern, name)
+    damping, tried = pruned.damping, pruned.tried
+    layer.replace(name, pruned.weight)
+    del pruned  # before the difference is formed
+    statistics = group.statistics
+    error = layer.output_error(group, name, original)
+    if error is not None and not math.isfinite(error):
+        raise NumericsError(
+            f"{name}: the relative output error is {error}",
+            expected="inputs and outputs whose squares add up to a finite float32",
+            fix="check the source checkpoint; for overflowing activations set compute_dtype: float32",
+        )
+    return MatrixRow(
+        layer=layer.name,
+        name=name,
+        shape=layer.matrices[name].shape,
+        pattern=str(job.pattern),
+        method=job.method_name,
+        zeros=layer.count_zeros(name),
+        error=error,
+        damping=damping,
+        damping_tried=tried,
+        tokens=statistics.tokens - prior_tokens if statistics else 0,
+        prior_tokens=prior_tokens,
+        dead_inputs=int((statistics.squares == 0).sum()) if statistics else None,
+        seconds=time.perf_counter() - start,
+        peak_bytes=0,
+    )
+
+
+def _apply(method: Method, weight: Tensor, statistics: ColumnNorm | Gram | None, pattern: Pattern, name: str) -> Pruned:
+    try:
+        return method(weight, statistics, pattern)
+    except NumericsError as error:
+        raise NumericsError(f"{name}: {error.what}", expected=error.expected, fix=error.fix) from error
+
+
+def _layer_shares(layer: ResidentLayer, groups: list[Group], jobs: Mapping[str, Job]) -> dict[str, Pattern]:
+    """Resolve patterns that are compared over the whole layer into one count per matrix."""
+    statistics = {name: group.statistics for group in groups for name in group.names}
+    pools: dict[tuple[float, Method], list[str]] = {}
+    for name, job in jobs.items():
+        if isinstance(job.pattern, Unstructured) and job.pattern.over == "layer":
+            pools.setdefault((job.pattern.sparsity, job.method), []).append(name)
+    shares: dict[str, Pattern] = {}
+    for (sparsity, method), names in pools.items():
+        scores = {name: method.scores(layer.weight(name), statistics[name]) for name in names}
+        shares.update(layer_shares(scores, sparsity))
+    return shares

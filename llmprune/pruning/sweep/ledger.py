@@ -1,0 +1,177 @@
+"""The record of a sweep, `sweep.json`: which runs there are and how far they got."""
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmprune.errors import ResumeError
+from llmprune.recipe.grid import Combination, written
+from llmprune.storage.files import write_json
+from llmprune.storage.folders import LOCK_NAME, remove_checkpoint, require_free
+
+RECORD_NAME = "sweep.json"
+
+_FORMAT = 1
+
+State = Literal["waiting", "running", "interrupted", "failed", "finished"]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRow:
+    """One run of a sweep.
+
+    Attributes:
+        name: of its folder.
+        settings: keys of the grid -> their values.
+        recipe: as it is run, with every key.
+        state: how far it got. "running" of a process that is gone was killed.
+        error: of a failed run: its kind, what, expected and fix.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    recipe: dict[str, Any]
+    state: State = "waiting"
+    error: dict[str, str] | None = None
+
+
+class Record:
+    """`sweep.json`, written anew at every change, so that it is always whole.
+
+    Args:
+        folder: of the sweep.
+        keys: what must be equal for a sweep to go on, JSON-ready.
+        rows: of a name that comes twice, the first.
+
+    Attributes:
+        rows: by name.
+    """
+
+    def __init__(self, folder: Path, keys: Mapping[str, Any], rows: Sequence[SweepRow]) -> None:
+        self.folder, self._head = folder, {"format": _FORMAT, "keys": dict(keys)}
+        self.rows: dict[str, SweepRow] = {}
+        for row in rows:
+            self.rows.setdefault(row.name, row)
+
+    def note(self, row: SweepRow) -> None:
+        """Replace the row of this name."""
+        self.rows[row.name] = row
+        self.write()
+
+    def write(self) -> None:
+        """Write the file anew."""
+        write_json(self.folder / RECORD_NAME, {**self._head, "runs": [asdict(row) for row in self.rows.values()]})
+
+
+def plan_rows(combinations: Sequence[Combination], earlier: Sequence[SweepRow]) -> list[SweepRow]:
+    """Find each combination's row among the earlier ones, or begin a new one.
+
+    Raises:
+        ResumeError: an earlier run has a new one's name, and another recipe.
+    """
+    known = {_identity(row.recipe): row for row in earlier}
+    named = {row.name.casefold(): row for row in earlier}
+    rows = []
+    for combination in combinations:
+        recipe = combination.recipe.to_dict()
+        row = known.get(_identity(recipe))
+        if row is None:
+            row = SweepRow(combination.label, combination.settings, recipe)
+            if (other := named.get(row.name.casefold())) is not None:
+                raise ResumeError(
+                    f"{other.name} cannot be resumed: {_difference(other.recipe, recipe)}",
+                    expected="the grid that was interrupted, with more or fewer values",
+                    fix=f"undo the change, give both values, which makes both runs, or remove the folder {other.name}",
+                )
+        rows.append(row)
+    return rows
+
+
+def _identity(recipe: Mapping[str, Any]) -> str:
+    return json.dumps({**recipe, "description": ""}, sort_keys=True)
+
+
+def _difference(before: Any, now: Any, key: str = "") -> str:
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return f"{key} was {written(before)} and is now {written(now)}"
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    changed = [name for name in names if f"{key}{name}" != "description"]
+    return "; ".join(_difference(before.get(name), now.get(name), f"{key}.{name}".lstrip(".")) for name in changed)
+
+
+def require_sweep(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds something, unless it is a sweep and the user said what to do with it.
+
+    Raises:
+        ResumeError: it does.
+    """
+    if resume and overwrite:
+        raise ResumeError("resume and overwrite contradict each other", fix="ask for one of them")
+    if (output / RECORD_NAME).exists():
+        if not resume and not overwrite:
+            raise ResumeError(
+                f"{output} holds a sweep",
+                expected="a new or empty folder",
+                fix="go on with --resume, or replace it with --overwrite",
+            )
+        return
+    if output.exists() and not output.is_dir():
+        raise ResumeError(f"{output} is a file", expected="an output folder", fix="choose another output folder")
+    beginnings = {LOCK_NAME, f".{RECORD_NAME}.partial"}
+    if output.exists() and any(file.name not in beginnings for file in output.iterdir()):
+        raise ResumeError(
+            f"{output} holds files but no sweep",
+            expected=f"a new or empty folder, or one with the {RECORD_NAME} of a sweep",
+            fix="choose another output folder",
+        )
+
+
+def read_record(output: Path, keys: Mapping[str, Any] | None) -> list[SweepRow]:
+    """Read what an earlier sweep has begun: runs that left no folder are no obstacle to anything.
+
+    Args:
+        output: folder of the sweep, which may have no record yet.
+        keys: what must be equal; None takes any.
+
+    Raises:
+        ResumeError: the record is damaged, or its keys differ.
+    """
+    file = output / RECORD_NAME
+    if not file.exists():
+        return []
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError(f"format {content['format']} instead of {_FORMAT}")
+        rows = [SweepRow(**row) for row in content["runs"]]
+        before = dict(content["keys"])
+        # Whoever replaces a sweep trusts these names with what is removed.
+        if foreign := [row.name for row in rows if row.name != Path(row.name).name or not row.name.strip(".")]:
+            raise ValueError(f"{foreign[0]!r} is no name of a run")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResumeError(
+            f"{file} cannot be read: {error}",
+            expected="the record of a sweep",
+            fix="choose another output folder, or remove this one",
+        ) from error
+    if keys is not None and before != keys:
+        raise ResumeError(
+            f"{output} cannot be resumed: {_difference(before, keys)}",
+            expected="the sweep that was interrupted, so that all runs can be compared",
+            fix="undo the change, or start again with --overwrite",
+        )
+    return [row for row in rows if (output / row.name).exists()]
+
+
+def remove_runs(output: Path) -> None:
+    """Remove the checkpoints of an earlier sweep, and the folders that are empty then."""
+    folders = [output / row.name for row in read_record(output, None)]
+    for folder in folders:
+        require_free(folder)
+    for folder in folders:
+        remove_checkpoint(folder)
+        with contextlib.suppress(OSError):  # not there, or it holds what is not ours
+            folder.rmdir()

@@ -1,0 +1,255 @@
+"""Prune one model by every recipe of a grid, and put the results side by side.
+
+The runs are those of `llmprune.prune`, to the bit, one folder each; they share what they would all make of the dense
+model. `sweep.json` in the folder above says which there are and how far they got.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmprune.errors import LlmpruneError, ResumeError
+from llmprune.pages import Comparison, compare
+from llmprune.progress import Progress, Watcher, ignore
+from llmprune.pruning.dense_pass import DensePass
+from llmprune.pruning.forecast.forecast import dry_run
+from llmprune.pruning.pipeline import Run, versions
+from llmprune.pruning.sweep.ledger import Record, SweepRow, plan_rows, read_record, remove_runs, require_sweep
+from llmprune.recipe.grid import Grid, combine, refuse
+from llmprune.recipe.recipe import Recipe
+from llmprune.storage.folders import expanded, locked, require_free, require_other, require_space
+from llmprune.storage.hub import checkpoint_digest, resolve_model
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """The runs of a grid.
+
+    Attributes:
+        model: what was pruned.
+        folder: of the sweep.
+        rows: the runs of this grid in the order in which they were made, then those that earlier grids have finished.
+        comparison: of all finished runs and the dense model; None if there are none.
+    """
+
+    model: str
+    folder: str
+    rows: tuple[SweepRow, ...]
+    comparison: Comparison | None
+
+    @property
+    def failed(self) -> tuple[SweepRow, ...]:
+        """The runs that ended in an error."""
+        return tuple(row for row in self.rows if row.state == "failed")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        comparison = None if self.comparison is None else self.comparison.to_dict()
+        return {
+            "model": self.model,
+            "folder": self.folder,
+            "rows": [asdict(row) for row in self.rows],
+            "comparison": comparison,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ForecastRow:
+    """What one run would take.
+
+    Attributes:
+        name: of its folder.
+        settings: keys of the grid -> their values.
+        finished: whether an earlier sweep has made it, so that it takes nothing.
+        seconds: lower bound, by the matrix products alone.
+        peak_bytes: predicted memory, above what the program itself holds.
+        disk_bytes: size of the pruned checkpoint.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    finished: bool = False
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    disk_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SweepForecast:
+    """What a sweep would take.
+
+    Attributes:
+        model: as it was named.
+        rows: the runs, in the order in which they would be made.
+    """
+
+    model: str
+    rows: tuple[ForecastRow, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of all runs, one after the other; a lower bound."""
+        return sum(row.seconds for row in self.rows)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the run that needs most."""
+        return max((row.peak_bytes for row in self.rows), default=0)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of all checkpoints that are still to be written."""
+        return sum(row.disk_bytes for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        totals = {name: getattr(self, name) for name in ("seconds", "peak_bytes", "disk_bytes")}
+        return {"model": self.model, "rows": [asdict(row) for row in self.rows], **totals}
+
+
+def sweep(
+    model: str | Path,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    grid: Grid,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    watch: Watcher = ignore,
+) -> Sweep:
+    """Prune a model by every combination of some recipe keys' values.
+
+    Args:
+        model: a hub id, a local checkpoint folder or "testbed".
+        recipe: what all runs have in common: a bundled recipe's name, a YAML file, a mapping or a `Recipe`.
+        grid: key of the recipe -> its values; a key with one value has it in all runs.
+        output: folder of the sweep; each run has a folder in it, named by what differs.
+        resume: go on with the sweep in `output`. Finished runs are kept, those of other grids too; runs that the grid
+            did not have before are added.
+        overwrite: replace the sweep in `output`.
+        watch: told about every step of every run.
+
+    Returns:
+        The runs and their comparison; a run that failed is a row with its error, and the others went on.
+
+    Raises:
+        RecipeError: combinations that are no recipe, all at once, before anything is written; or two are the same.
+        ResumeError: the folder holds something else, or what is in it was made in another way.
+        LlmpruneError: the model cannot be read, or `output` not be written.
+
+    Example:
+        >>> sweep("testbed", "demo", {"pattern": [0.5, 0.6]}, "out/demo").comparison.to_frame()  # doctest: +SKIP
+    """
+    folder, output = resolve_model(model), expanded(output)
+    combinations = combine(recipe, grid)
+    require_other(output, folder)
+    keys = {"source": checkpoint_digest(folder), "version": versions()}
+    require_sweep(output, resume=resume, overwrite=overwrite)
+    with locked(output):
+        earlier = read_record(output, keys) if resume else []
+        rows = plan_rows(combinations, earlier)
+        if overwrite:
+            remove_runs(output)
+        record = Record(output, keys, [*rows, *earlier])
+        record.write()
+        runs = [(row, one.recipe) for row, one in zip(rows, combinations, strict=True)]
+        _run_all(runs, record, str(model), folder, watch)
+        every = [record.rows[row.name] for row in rows]
+        names = {row.name for row in rows}
+        every += [row for row in earlier if row.name not in names and row.state == "finished"]
+        return Sweep(str(model), str(output), tuple(every), _compare(output, every, model))
+
+
+def forecast(
+    model: str | Path,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    grid: Grid,
+    output: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> SweepForecast:
+    """Work out what `sweep` would do with a checkpoint; nothing is written.
+
+    Args:
+        model: a hub id, a local checkpoint folder or "testbed".
+        recipe: as for `sweep`.
+        grid: as for `sweep`.
+        output: checked for what is in it and for its free space, if it is given.
+        resume: as for `sweep`.
+        overwrite: as for `sweep`.
+
+    Raises:
+        LlmpruneError: what `sweep` would refuse, and what `llmprune.dry_run` refuses for any combination, all at once.
+    """
+    folder = resolve_model(model)
+    combinations = combine(recipe, grid)
+    earlier: list[SweepRow] = []
+    if output is not None:
+        output = expanded(output)
+        require_other(output, folder)
+        require_sweep(output, resume=resume, overwrite=overwrite)
+        require_free(output)
+        if resume:
+            earlier = read_record(output, {"source": checkpoint_digest(folder), "version": versions()})
+    found: list[ForecastRow] = []
+    mistakes: list[tuple[dict[str, Any], LlmpruneError]] = []
+    for row, combination in zip(plan_rows(combinations, earlier), combinations, strict=True):
+        if row.state == "finished":
+            found.append(ForecastRow(row.name, row.settings, finished=True))
+            continue
+        try:
+            plan = dry_run(folder, combination.recipe)
+        except LlmpruneError as error:
+            mistakes.append((row.settings, error))
+        else:
+            sizes = plan.memory.peak, plan.disk_bytes
+            found.append(ForecastRow(row.name, row.settings, False, plan.seconds.total, *sizes))
+    refuse(mistakes, len(combinations))
+    result = SweepForecast(str(model), tuple(found))
+    if output is not None:
+        waiting = [output / row.name for row in found if not row.finished]
+        replaced = sum(shard.stat().st_size for path in waiting for shard in path.glob("*.safetensors"))
+        require_space(output, result.disk_bytes - replaced)
+    return result
+
+
+def _run_all(runs: Sequence[tuple[SweepRow, Recipe]], record: Record, model: str, source: Path, watch: Watcher) -> None:
+    """Make every run, whatever becomes of the one before it."""
+    dense = DensePass()
+    for number, (row, recipe) in enumerate(runs, start=1):
+        watch(Progress(f"run {number} of {len(runs)}: {row.name}"))
+        # The pipeline checks that a finished run is still what it was.
+        if row.state != "finished":
+            record.note(replace(row, state="running", error=None))
+        try:
+            run = Run(recipe, _numbered(watch, number, len(runs)), dense)
+            with run.guard:
+                run.from_checkpoint(model, source, record.folder / row.name, resume=True, overwrite=False)
+        except ResumeError:
+            # The user has changed something that concerns what is there: the record must not forget how far it got.
+            record.note(row)
+            raise
+        except LlmpruneError as error:
+            record.note(replace(row, state="failed", error=_plain(error)))
+            watch(Progress(f"run {number} of {len(runs)} failed: {error.what.splitlines()[0]}"))
+        except KeyboardInterrupt:
+            if row.state != "finished":
+                record.note(replace(row, state="interrupted", error=None))
+            raise
+        else:
+            record.note(replace(row, state="finished", error=None))
+
+
+def _numbered(watch: Watcher, number: int, total: int) -> Watcher:
+    return lambda progress: watch(replace(progress, stage=f"{number}/{total} {progress.stage}"))
+
+
+def _compare(folder: Path, rows: Sequence[SweepRow], model: str | Path) -> Comparison | None:
+    finished = [folder / row.name for row in rows if row.state == "finished"]
+    return compare(finished, against=model) if finished else None
+
+
+def _plain(error: LlmpruneError) -> dict[str, str]:
+    return {"kind": type(error).__name__, "what": error.what, "expected": error.expected, "fix": error.fix}

@@ -1,0 +1,88 @@
+"""Write what a run makes of a checkpoint: a shard for each layer, one for what lies outside them, and the config."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from llmprune.models.checkpoint_source import CheckpointSource, positive_zeros
+from llmprune.models.source import Source
+from llmprune.pruning.solving import Job
+from llmprune.storage.files import read_header
+from llmprune.storage.output import OutputFolder
+from llmprune.storage.packed_config import Format, pack_matrices
+from llmprune.storage.report import MatrixRow, StructureRow
+from llmprune.stream.stream import ResidentLayer
+from llmprune.structures.narrowed_source import WidthSource
+from llmprune.structures.reduction import Reduction
+from llmprune.structures.remove.cuts import Cut
+
+
+class Writer:
+    """Writes one run's layers.
+
+    Args:
+        source: what streams.
+        reduction: what makes it smaller; None: nothing.
+        target: where to.
+        form: how pruned matrices are stored.
+    """
+
+    def __init__(self, source: Source, reduction: Reduction | None, target: OutputFolder, form: Format) -> None:
+        if reduction is None:
+            assert isinstance(source, CheckpointSource)
+            self._dense = self._result = source
+            self._streamed: CheckpointSource | WidthSource = source
+        else:
+            self._dense, self._result, self._streamed = reduction.dense, reduction.result, reduction.source
+        self._reduction, self._target, self._format = reduction, target, form
+
+    def commit(
+        self,
+        layer: ResidentLayer,
+        rows: Sequence[MatrixRow],
+        jobs: Mapping[str, Job],
+        cuts: Sequence[Cut],
+        removed: Sequence[StructureRow],
+    ) -> None:
+        """Write a layer that is done; from now on it is read from its shard.
+
+        Args:
+            layer: resident.
+            rows: the report rows of its matrices.
+            jobs: what was done to them.
+            cuts: what was taken out.
+            removed: the report rows of that.
+        """
+        tensors, number = self._tensors(layer, cuts)
+        patterns = {name: job.pattern for name, job in jobs.items() if self._is_linear(layer, name)}
+        tensors, layouts = pack_matrices(tensors, patterns, self._format)
+        shard = self._target.commit(layer.name, self._shard(number + 1), tensors, rows, layouts, removed)
+        self._result.overlay(shard, layouts)
+
+    def finish(self) -> None:
+        """Write everything outside the decoder layers, the config and the index; then the folder loads."""
+        first = self._shard(0)
+        ends = {key: positive_zeros(tensor) for key, tensor in self._streamed.end_tensors().items()}
+        self._target.commit_ends(first, ends)
+        shards = [first, *(layer["shard"] for layer in self._target.layers.values())]
+        config = None if self._reduction is None else self._result.config.to_dict()
+        headers = {shard: read_header(self._target.path / shard) for shard in shards}
+        self._target.finish(self._dense.folder, headers, config)
+
+    def _tensors(self, layer: ResidentLayer, cuts: Sequence[Cut]) -> tuple[dict[str, Tensor], int]:
+        """What is stored of a layer, and its number in the result."""
+        if self._reduction is None:
+            return self._dense.checkpoint_tensors(layer.index, layer.replaced), layer.index
+        return self._reduction.tensors(layer, cuts), self._reduction.numbers[layer.index]
+
+    def _is_linear(self, layer: ResidentLayer, name: str) -> bool:
+        """Whether a matrix is a linear layer that can be packed.
+
+        Under another key than the layer's name, the parts could not be told from it (see packing.py).
+        """
+        original = f"{self._dense.layer_name(layer.index)}{name.removeprefix(layer.name)}"
+        return self._dense.linear_key(original) == f"{original}.weight"
+
+    def _shard(self, number: int) -> str:
+        """The usual shard name; number 0 holds what is outside the decoder layers."""
+        return f"model-{number + 1:05d}-of-{len(self._result.layers) + 1:05d}.safetensors"

@@ -1,0 +1,350 @@
+"""Everything a run needs: YAML for people, frozen values for the code.
+
+    description: SparseGPT, 2:4 in the attention and half of the weights elsewhere
+    pattern: 0.5
+    method: {sparsegpt: {damping: 0.01}}
+    rules:
+      - match: "*.self_attn.*"
+        pattern: "2:4"
+    calibration: {source: self, samples: 128}
+
+Types are pydantic's. Ours are the bundled names, the overrides, and errors that say where the mistake stands.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from llmprune.errors import RecipeError
+from llmprune.methods import METHODS, Method
+from llmprune.patterns import Pattern
+from llmprune.recipe.document import (
+    Document,
+    KeyPath,
+    RecipeDumper,
+    did_you_mean,
+    one_of,
+    override,
+    parse_document,
+    refusal,
+)
+from llmprune.recipe.fields import STRICT, GlobField, MethodField, PatternField, TextField, check_device
+from llmprune.recipe.globs import covers, matches_any
+from llmprune.recipe.messages import explain
+from llmprune.recipe.structures import SECTIONS, Structures
+from llmprune.storage.packed_config import Format, layout_name
+from llmprune.text.tokens import TextSpec
+
+_RECIPE_FORMS = "a bundled recipe's name, the path of a YAML file, YAML text, a mapping or a Recipe"
+
+# What evaluation is unless it says otherwise; its length is that of calibration.
+_EVALUATION = {"samples": 32, "seed": 12345}
+
+
+class Rule(BaseModel):
+    """Another pattern, another method, or both, for some matrices.
+
+    Attributes:
+        match: shell glob over full matrix names.
+        pattern: None leaves the recipe's.
+        method: None leaves the recipe's.
+    """
+
+    model_config = STRICT
+
+    match: GlobField
+    pattern: PatternField | None = None
+    method: MethodField | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Rule":
+        if self.pattern is None and self.method is None:
+            error = RecipeError(
+                f"the rule for {self.match!r} changes nothing",
+                expected="pattern, method or both",
+                fix="give it one, or list the glob under exclude if these matrices are to stay dense",
+            )
+            raise refusal(error)
+        return self
+
+
+class Experts(BaseModel):
+    """What holds for the experts of a mixture only.
+
+    Attributes:
+        min_tokens: tokens, at least 0, that must reach an expert before its statistics are trusted.
+    """
+
+    model_config = STRICT
+
+    min_tokens: Annotated[int, Field(ge=0)] = 64
+
+
+class Recipe(BaseModel):
+    """Everything a run needs. Built by `load_recipe`, which turns mistakes into `RecipeError`.
+
+    Attributes:
+        pattern: the zeros that are legal; None, and no method, where only structures are removed.
+        method: which weights go, with its knobs.
+        structures: what is removed physically, before weights are; None: nothing.
+        description: one line for people; not part of the digest.
+        include: shell globs over full matrix names such as model.layers.3.self_attn.q_proj; others stay dense.
+        exclude: matrices that stay dense all the same.
+        rules: the first one that matches changes pattern or method for a matrix.
+        calibration: the text that statistics are collected on.
+        evaluation: the text that perplexity is measured on; None does not measure it.
+        batch_size: samples in a forward, at least 1; results do not depend on it, up to rounding.
+        held_back: further calibration samples, at least 0, for the error in the report only; with 0 the rows of the
+            statistics measure it.
+        decoder_layers: module path of the list of decoder layers, for a model where they are not found.
+        experts: what holds for the experts of a mixture.
+        device: auto, cpu, cuda or cuda:N.
+        format: how pruned matrices are stored: dense, with their zeros; nm, block or bitmask where the pattern is of
+            that kind (bitmask: any); auto: what suits each pattern. A packed checkpoint loads where llmprune is.
+        compute_dtype: dtype of the forward; auto is the checkpoint's, or float32 on a CPU without instructions for it.
+        activation_budget: bytes of hidden states kept in memory, at least 0; the rest goes to disk.
+    """
+
+    model_config = STRICT
+
+    description: str = ""
+    pattern: PatternField | None = None
+    method: MethodField | None = None
+    structures: Structures | None = None
+    include: tuple[GlobField, ...] = ("*",)
+    exclude: tuple[GlobField, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    calibration: TextField = TextSpec()
+    evaluation: TextField | None = Field(default_factory=dict, validate_default=True)
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    held_back: Annotated[int, Field(ge=0)] = 4
+    decoder_layers: Annotated[str, Field(min_length=1)] | None = None
+    experts: Experts = Experts()
+    device: Annotated[str, AfterValidator(check_device)] = "auto"
+    format: Format = "dense"
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    activation_budget: ByteSize = ByteSize(4 * 2**30)
+
+    @field_validator("evaluation", mode="before")
+    @classmethod
+    def _complete_evaluation(cls, value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, Mapping):
+            return value
+        calibration: TextSpec = info.data.get("calibration", TextSpec())
+        # The first chunks of a text are everybody's test set; text that the model writes has no order to choose.
+        order = {} if value.get("source", "self") == "self" else {"order": "text"}
+        return {"length": calibration.length, **_EVALUATION, **order, **value}
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if absent := [name for name in ("pattern", "method") if getattr(self, name) is None]:
+            self._check_without_weights(absent)
+            return self
+        if not self.include:
+            raise refusal(RecipeError("include is empty: nothing would be pruned", fix="drop the key"), "include")
+        if all(any(covers(out, glob) for out in self.exclude) for glob in self.include):
+            raise refusal(RecipeError("exclude covers all of include: nothing would be pruned"), "exclude")
+        for number, rule in enumerate(self.rules):
+            _check_reachable(rule, self.rules[:number])
+        if self.format != "dense" and not any(layout_name(self.format, pattern) for pattern in self.patterns):
+            error = RecipeError(
+                f"format is {self.format}, which stores none of {', '.join(map(str, self.patterns))}",
+                expected="nm for N:M, block for square blocks of 16, 32, 64 or 128, bitmask or auto for anything",
+                fix="change the format or the pattern",
+            )
+            raise refusal(error, "format")
+        self._check_seeds()
+        return self
+
+    def _check_without_weights(self, absent: Sequence[str]) -> None:
+        """A recipe that prunes no weights must remove structures, and say nothing about weights."""
+        if self.structures is None or len(absent) == 1:
+            missing = RecipeError(
+                f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing",
+                expected="pattern and method, which prune weights, or structures, which removes heads, channels or "
+                "layers, or all three",
+            )
+            raise refusal(missing)
+        if self.rules or self.format != "dense":
+            key = "rules" if self.rules else "format"
+            raise refusal(RecipeError(f"{key} without a pattern and a method", fix="add them, or drop the key"), key)
+        self._check_seeds()
+
+    def _check_seeds(self) -> None:
+        evaluation, calibration = self.evaluation, self.calibration
+        if evaluation and evaluation.source == calibration.source == "self" and evaluation.seed == calibration.seed:
+            error = RecipeError(
+                f"evaluation.seed and calibration.seed are both {evaluation.seed}",
+                expected="two seeds: from one seed the model writes one text, and perplexity would be measured on it",
+                fix="change one of them",
+            )
+            raise refusal(error, "evaluation", "seed")
+
+    @property
+    def patterns(self) -> list[Pattern]:
+        """The patterns of the recipe and of its rules."""
+        return [pattern for pattern in (self.pattern, *(rule.pattern for rule in self.rules)) if pattern is not None]
+
+    @property
+    def texts(self) -> dict[str, TextSpec]:
+        """The texts that a run reads: "calibration", with the held-back samples, and "evaluation", if there is any."""
+        held_back = replace(self.calibration, samples=self.calibration.samples + self.held_back)
+        return {"calibration": held_back, **({"evaluation": self.evaluation} if self.evaluation else {})}
+
+    def fitted(self, positions: int | None) -> "Recipe":
+        """The recipe with the length of its texts, for a model with so many positions; None: they have no end."""
+        evaluation = self.evaluation and self.evaluation.fitted(positions)
+        return self.model_copy(update={"calibration": self.calibration.fitted(positions), "evaluation": evaluation})
+
+    def for_matrix(self, name: str) -> tuple[Pattern, Method] | None:
+        """Say how the matrix of this full name is pruned; None if it stays dense."""
+        if self.pattern is None or self.method is None:
+            return None
+        if not matches_any(self.include, name) or matches_any(self.exclude, name):
+            return None
+        rule = next((rule for rule in self.rules if fnmatchcase(name, rule.match)), None)
+        if rule is None:
+            return self.pattern, self.method
+        return rule.pattern or self.pattern, rule.method or self.method
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write every key and every knob as plain data, ready for JSON and for `load_recipe`."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Write every key and every knob as YAML that `load_recipe` reads back to an equal recipe."""
+        return yaml.dump(self.to_dict(), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
+
+    @property
+    def digest(self) -> str:
+        """sha256, in hex, of everything but the description; the same however the recipe was written."""
+        content = self.model_dump(mode="json", exclude={"description"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and fill in what it leaves open.
+
+    Args:
+        recipe: the name of a bundled recipe (it comes before a file of that name), the path of a YAML file, YAML text
+            of more than one line, a mapping of plain data, or a recipe.
+        overrides: KEY=VALUE each, such as "pattern=2:4" or "method.sparsegpt.damping=0.05"; values are YAML. They may
+            come in any order: sections are set before the keys inside them.
+
+    Raises:
+        RecipeError: for unknown, missing, contradictory or repeated keys, wrong types, values out of range, unreadable
+            patterns and invalid YAML, each with its line or override; for a recipe that does not exist.
+
+    Example:
+        >>> load_recipe({"pattern": "2:4", "method": "wanda"}, ["calibration.samples=32"]).calibration.samples
+        32
+    """
+    if isinstance(recipe, Recipe) and not overrides:
+        return recipe
+    overrides = [overrides] if isinstance(overrides, str) else overrides
+    document = _open(recipe)
+    keys = [assignment.partition("=")[0].strip() for assignment in overrides]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise RecipeError(f"--set {repeated[0]} is given {keys.count(repeated[0])} times", fix="keep one of them")
+    for assignment, _ in sorted(zip(overrides, keys, strict=True), key=lambda pair: pair[1].count(".")):
+        override(document, assignment)
+    _tell_changes(document, overrides)
+    try:
+        # As JSON, because pydantic's strict types then still take lists for tuples and mappings for dataclasses.
+        return Recipe.model_validate_json(json.dumps(document.data), strict=True)
+    except ValidationError as error:
+        cause, refused = explain(error, document, _known_keys)
+        raise refused from cause
+
+
+def _tell_changes(document: Document, overrides: Sequence[str]) -> None:
+    """Have the description, where there is one, say what was changed of that which it describes."""
+    described = document.data.get("description")
+    given = sorted(change.strip() for change in overrides)
+    changes = [change for change in given if re.match(r"(pattern|method|structures|rules)\b", change)]
+    if changes and described and not any(change.startswith("description") for change in given):
+        document.data["description"] = f"{described}; changed: {', '.join(changes)}"
+
+
+def bundled_recipes() -> list[tuple[str, str]]:
+    """List the recipes that come with the package as (name, description), sorted by name."""
+    return [(name, str(parse_document(text, name).data.get("description", ""))) for name, text in _bundled().items()]
+
+
+def _check_reachable(rule: Rule, earlier: Sequence[Rule]) -> None:
+    for other in earlier:
+        if covers(other.match, rule.match):
+            error = RecipeError(
+                f"the rule for {rule.match!r} is never reached: {other.match!r} stands before it and matches the same",
+                fix="put the narrower rule first",
+            )
+            raise refusal(error, "rules", len(earlier))
+
+
+def _bundled() -> dict[str, str]:
+    """The text of each bundled recipe."""
+    entries = sorted(files("llmprune.recipes").iterdir(), key=lambda entry: entry.name.removesuffix(".yaml"))
+    return {
+        entry.name.removesuffix(".yaml"): entry.read_text("utf-8") for entry in entries if entry.name.endswith(".yaml")
+    }
+
+
+def _open(recipe: str | Path | Mapping[str, Any] | Recipe) -> Document:
+    if isinstance(recipe, Recipe):
+        return Document(recipe.to_dict(), "recipe")
+    if isinstance(recipe, Mapping):
+        return Document(json.loads(json.dumps(dict(recipe), default=str)), "recipe")
+    if not isinstance(recipe, str | Path):
+        raise RecipeError(f"a recipe of type {type(recipe).__name__}", expected=_RECIPE_FORMS, fix="pass one of these")
+    if isinstance(recipe, str) and "\n" in recipe:
+        return parse_document(recipe, "recipe")
+    bundled = _bundled()
+    if isinstance(recipe, str) and recipe in bundled:
+        return parse_document(bundled[recipe], f"{recipe}.yaml")
+    try:
+        return parse_document(Path(recipe).read_text("utf-8"), str(recipe))
+    except FileNotFoundError as error:
+        hint = did_you_mean(Path(recipe).name.removesuffix(".yaml"), bundled)
+        raise RecipeError(f"no recipe {str(recipe)!r}{hint}", expected=f"a YAML file, or {one_of(bundled)}") from error
+    except (OSError, UnicodeError) as error:
+        raise RecipeError(
+            f"{recipe} cannot be read: {error}",
+            expected="a YAML file in UTF-8",
+            fix="check the path, or save the file as UTF-8 text",
+        ) from error
+
+
+def _known_keys(section: KeyPath) -> list[str]:
+    """The keys that a section may hold."""
+    match section:
+        case ("calibration" | "evaluation",):
+            return [knob.name for knob in fields(TextSpec)]
+        case ("experts",):
+            return list(Experts.model_fields)
+        case ("structures",):
+            return list(Structures.model_fields)
+        case ("structures", str(part)) if part in SECTIONS:
+            return list(SECTIONS[part].model_fields)
+        case ("rules", _):
+            return list(Rule.model_fields)
+        case (*_, "method", str(name)):
+            return [knob.name for knob in fields(cast(Any, METHODS[name]))]
+    return list(Recipe.model_fields)

@@ -1,0 +1,293 @@
+"""The recipe's section `structures`: what is removed physically, so that the checkpoint becomes smaller.
+
+structures:
+depth: {remove: 0.25, method: block-influence}   # whole decoder layers
+width: {remove: 0.25}                            # hidden channels, the same in the whole model
+heads: {remove: 0.25}                            # key and value heads with all their query heads
+ffn: {remove: 0.25, multiple: 64}                # channels of the feed-forward networks
+experts: {remove: 0.5, method: reap}
+
+structures:                                        # widths that differ between layers
+heads: {}
+ffn: {}
+budget: {remove: 0.25, of: parameters}
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from llmprune.errors import RecipeError
+from llmprune.recipe.document import refusal, shown_value
+
+_CONFIG = ConfigDict(frozen=True, extra="forbid")
+
+GroupScore = Literal[
+    "obs",
+    "magnitude-l1",
+    "magnitude-l2",
+    "activation-norm",
+    "activation-frequency",
+    "wanda",
+    "channel-norm",
+    "flap",
+    "taylor",
+    "fisher",
+]
+
+
+def _read_amount(value: object) -> float | int:
+    """How much goes: a fraction below 1, or a number of things."""
+    if type(value) is int and value >= 1:
+        return value
+    if type(value) is float and 0 < value < 1:
+        return value
+    error = RecipeError(
+        f"remove is {shown_value(value)}",
+        expected="a fraction between 0 and 1, or a whole number from 1 on",
+        fix="write 0.25 for a quarter, or 2 for two of them; to remove nothing, leave the section out",
+    )
+    raise refusal(error)
+
+
+Amount = Annotated[float | int, PlainValidator(_read_amount)]
+
+
+class _Section(BaseModel):
+    model_config = _CONFIG
+
+    remove: Amount | None = None
+
+    def count(self, among: int) -> int:
+        """How many of so many things go, before any alignment."""
+        assert self.remove is not None, "a section without `remove` is for the budget"
+        return self.remove if isinstance(self.remove, int) else round(among * self.remove)
+
+
+class Groups(_Section):
+    """Heads or FFN channels of every layer.
+
+    Attributes:
+        remove: a fraction of the groups, or how many; left out where a budget decides.
+        method: obs chooses and refits by exact group removal with exchanges; the others are scores, the lowest go.
+        refit: give what stays its least-squares values; default: as the method is published, obs only.
+        damping: of the Gram, for obs and refits.
+        swaps: most exchanges after the greedy search of obs.
+        compensate: for flap: add the mean of what is removed to the consumer's bias. None: where it has one; elsewhere
+            a refit makes up for it, unless `refit` forbids that.
+    """
+
+    method: GroupScore = "obs"
+    refit: bool | None = None
+    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    swaps: Annotated[int, Field(ge=0)] = 32
+    compensate: bool | None = None
+
+    @property
+    def refitted(self) -> bool:
+        """Whether what stays is refitted."""
+        return self.method == "obs" if self.refit is None else self.refit
+
+    def with_bias(self, bias: bool) -> "Groups":
+        """These settings for a consumer with or without a bias: without, flap is refitted if nothing else was said."""
+        open_ = self.method == "flap" and self.refit is None and self.compensate is None
+        return self.model_copy(update={"refit": True}) if open_ and not bias else self
+
+    @model_validator(mode="after")
+    def _check(self) -> "Groups":
+        if self.compensate and (self.method != "flap" or self.refitted):
+            raise refusal(
+                RecipeError(
+                    "compensate is for flap without a refit",
+                    expected="method: flap, where the mean of the removed channels goes into the bias",
+                    fix="drop the key: a refit makes up for the removed channels by itself",
+                ),
+                "compensate",
+            )
+        return self
+
+
+class Heads(Groups):
+    """Attention heads.
+
+    Attributes:
+        unit: kv-group takes a key and value head with all query heads that read it; query-head takes as many query
+            heads from each of them. Alike where every query head has a key and value head to itself.
+    """
+
+    unit: Literal["kv-group", "query-head"] = "kv-group"
+
+    @model_validator(mode="after")
+    def _check_method(self) -> "Heads":
+        if self.method == "activation-frequency":
+            error = RecipeError(
+                "activation-frequency counts what ReLU-like units let through", expected="ffn, not heads"
+            )
+            raise refusal(error, "method")
+        return self
+
+
+class Channels(Groups):
+    """FFN channels.
+
+    Attributes:
+        multiple: what stays is a multiple of it; "auto": of 128, 64, 32, 16 or 8, the first that is within 5 % of the
+            width.
+    """
+
+    multiple: PositiveInt | Literal["auto"] = "auto"
+
+
+class Width(_Section):
+    """Hidden channels, the same ones in the whole model.
+
+    Attributes:
+        remove: a fraction of the hidden size, or how many channels.
+        method: how channels are scored; the lowest go.
+        multiple: what stays is a multiple of it; "auto" as for FFN channels.
+    """
+
+    method: Literal["energy", "activation-norm", "norm-gain", "magnitude-l1", "magnitude-l2"] = "energy"
+    multiple: PositiveInt | Literal["auto"] = "auto"
+
+
+class Depth(_Section):
+    """Whole decoder layers.
+
+    Attributes:
+        remove: a fraction of the layers, or how many.
+        method: block-influence: those that turn the hidden states least; angular: the block of neighbours that turns
+            them least; kl: one after the other, that whose removal costs least in measured KL divergence.
+        protect: how many of the last layers must stay.
+    """
+
+    method: Literal["block-influence", "angular", "kl"] = "block-influence"
+    protect: Annotated[int, Field(ge=0)] = 0
+
+
+class Blocks(_Section):
+    """Attention or MLP blocks of layers that stay; the checkpoint then needs llmprune to load.
+
+    Attributes:
+        remove: a fraction of the blocks, or how many.
+        method: as for depth.
+    """
+
+    method: Literal["block-influence", "kl"] = "block-influence"
+
+
+class ExpertRemoval(_Section):
+    """Routed experts of every mixture.
+
+    Attributes:
+        remove: a fraction of the experts, or how many.
+        method: reap: the lowest mean of gate times norm of the output; frequency: those that get the fewest tokens.
+    """
+
+    method: Literal["reap", "frequency"] = "reap"
+
+
+class Budget(BaseModel):
+    """One budget for the heads and FFN channels of all layers, which may then differ; such a checkpoint needs llmprune.
+
+    Attributes:
+        remove: the fraction of the decoder layers' total that goes.
+        of: parameters, FLOPs of a token, or seconds of this device's measured products.
+        most: the largest fraction of one structure that may go.
+        multiple: FFN channels that stay are a multiple of it.
+        tokens: rows of the products that latency is measured with: 1 for decode.
+    """
+
+    model_config = _CONFIG
+
+    remove: Annotated[float, Field(gt=0, lt=1)]
+    of: Literal["parameters", "flops", "latency"] = "parameters"
+    most: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    multiple: PositiveInt | Literal["auto"] = "auto"
+    tokens: PositiveInt = 1
+
+
+class Structures(BaseModel):
+    """What is removed physically. Sections that are left out stay whole.
+
+    Attributes:
+        depth: decoder layers.
+        attention: attention blocks of layers that stay.
+        mlp: MLP blocks of layers that stay.
+        width: hidden channels.
+        heads: attention heads.
+        ffn: FFN channels.
+        experts: routed experts.
+        budget: lets the widths of heads and ffn differ between layers.
+    """
+
+    model_config = _CONFIG
+
+    depth: Depth | None = None
+    attention: Blocks | None = None
+    mlp: Blocks | None = None
+    width: Width | None = None
+    heads: Heads | None = None
+    ffn: Channels | None = None
+    experts: ExpertRemoval | None = None
+    budget: Budget | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: section for name, section in write(self).items() if section is not None}
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """The sections that are there, without the budget."""
+        return {name: section for name, section in self if section is not None and name != "budget"}
+
+    @model_validator(mode="after")
+    def _check(self) -> "Structures":
+        if not self.sections:
+            raise refusal(RecipeError("structures is empty: nothing would be removed", fix="drop the key"))
+        if self.budget is not None:
+            self._check_budget()
+        for name, section in self.sections.items():
+            if section.remove is None and not (self.budget and name in BUDGETED):
+                error = RecipeError(
+                    f"{name}.remove is missing",
+                    expected="a fraction, or how many",
+                    fix=f"write {name}: {{remove: 0.25}}",
+                )
+                raise refusal(error, name)
+        return self
+
+    def _check_budget(self) -> None:
+        """A budget alone says how much goes, and it weighs the error curves of obs."""
+        shared = {name: self.sections[name] for name in BUDGETED if name in self.sections}
+        if not shared:
+            error = RecipeError("budget, but neither heads nor ffn", fix="add `ffn: {}`, `heads: {}` or both")
+            raise refusal(error, "budget")
+        for name, section in shared.items():
+            key, expected = "remove", "no `remove` beside a budget, which decides how much goes"
+            if section.remove is None:
+                key, expected = "method", "obs: a budget weighs its error curves"
+            if section.remove is None and section.method == "obs":
+                key, expected = "unit", "kv-group: a budget removes whole KV groups"
+            if key == "unit" and getattr(section, "unit", "kv-group") == "kv-group":
+                continue
+            error = RecipeError(f"{name}.{key} is {getattr(section, key)}", expected=expected, fix=f"drop {name}.{key}")
+            raise refusal(error, name, key)
+
+
+# The sections whose widths a budget decides.
+BUDGETED = ("heads", "ffn")
+# The keys of `structures`, and what each holds.
+SECTIONS: dict[str, type[BaseModel]] = {
+    "depth": Depth, "attention": Blocks, "mlp": Blocks, "width": Width, "heads": Heads, "ffn": Channels,
+    "experts": ExpertRemoval, "budget": Budget,
+}  # fmt: skip

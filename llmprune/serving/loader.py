@@ -1,0 +1,282 @@
+"""Load a checkpoint so that it generates fast, and let it write.
+
+model = load("out/packed", graphs=True)
+model.generate(...)
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
+
+from llmprune.devices import resolve_device
+from llmprune.errors import DeviceError, ModelError
+from llmprune.models.skeleton import read_config
+from llmprune.precision import computed_in
+from llmprune.serving.decode_graphs import DecodeGraphs
+from llmprune.serving.forms import Fragments, Served
+from llmprune.serving.fusion import fuse
+from llmprune.serving.quantizer import sparse_layers
+from llmprune.storage.hub import resolve_model
+from llmprune.storage.packed_config import QUANT_METHOD
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | str = "auto",
+    served: Served = "auto",
+    fused: bool = True,
+    graphs: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM for serving: a packed checkpoint, or any other.
+
+    Args:
+        model: "testbed", a local folder, or a hub id.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: of the weights, also by its name; "auto": the checkpoint's, or float32 on a CPU without instructions for
+            it.
+        served: how packed matrices are held. "auto": what is fastest; "packed": what needs the least memory; "dense":
+            as ordinary weights; "cusparselt": as auto, with a second copy of 2:4 matrices for prefill by cuSPARSELt.
+        fused: multiply what reads the same input in one launch, where 2:4 kernels serve it.
+        graphs: a static cache and CUDA graphs for `generate`: see `serving.decode_graphs`.
+            `model.decode_graphs.warm` records them ahead.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ModelError: there is no such model, it is no causal LM, or graphs cannot be recorded for it.
+        CheckpointError: its files are incomplete, or quantised by another library.
+        DeviceError: this machine has no such device, or graphs are asked for on one without them.
+    """
+    target = resolve_device(device)
+    if graphs and target.type != "cuda":
+        raise DeviceError(
+            f"CUDA graphs on the device {str(target)!r}",
+            expected="a CUDA device",
+            fix="leave graphs out; there are no launches here that they could save",
+        )
+    folder = resolve_model(model)
+    read_config(folder)
+    config = AutoConfig.from_pretrained(folder)
+    if dtype == "auto":
+        dtype = computed_in(config.dtype or torch.float32, target)
+    _choose_served(config, served, folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, device_map={"": target})
+    if fused and any(type(layer.form) is Fragments for _, layer in sparse_layers(loaded)):
+        fuse(loaded, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=target))
+    if graphs:
+        DecodeGraphs(loaded)
+    return loaded
+
+
+def load_tokenizer(model: str | Path, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Args:
+        model: as for `load`.
+        chat_template: a Jinja file to use instead of the tokenizer's own template.
+
+    Raises:
+        ModelError: there is no tokenizer beside the model, or no such file.
+    """
+    folder = resolve_model(model)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{folder} has no tokenizer that can be read: {' '.join(str(error).split())[:300]}",
+            expected="tokenizer.json and tokenizer_config.json beside the weights",
+            fix="copy them from the model that was pruned",
+        ) from error
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = chat_template.expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"the chat template {chat_template} cannot be read: {error}") from error
+    return tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a model has written, and how fast.
+
+    Attributes:
+        text: without special tokens.
+        prompt_tokens: read before.
+        tokens: written, the end of the text included.
+        first_token_seconds: from the call to the first of them.
+        seconds: from the call to the last of them.
+        finish: "stop": the model has ended the text; "length": there were as many tokens as allowed; "interrupted".
+    """
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    first_token_seconds: float
+    seconds: float
+    finish: Literal["stop", "length", "interrupted"]
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """After the first token; None where there is no second."""
+        return (self.tokens - 1) / max(self.seconds - self.first_token_seconds, 1e-9) if self.tokens > 1 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> Tensor:
+    """Turn a prompt into tokens [1, length].
+
+    Args:
+        tokenizer: of the model.
+        prompt: any text.
+        chat: whether it is a user's message, to be put into the chat template.
+
+    Raises:
+        ModelError: the tokenizer has no chat template, or an empty prompt has no tokens.
+    """
+    if chat and tokenizer.chat_template is None:
+        raise missing_template(str(tokenizer.name_or_path))
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    ids: Tensor = encoded["input_ids"].long()
+    if ids.numel() == 0:
+        if tokenizer.bos_token_id is None:
+            raise ModelError("an empty prompt, and the tokenizer knows no beginning of a text", fix="give a prompt")
+        ids = torch.tensor([[tokenizer.bos_token_id]])
+    return ids
+
+
+def missing_template(name: str) -> ModelError:
+    """The error for a chat with a model that has learnt none."""
+    return ModelError(
+        f"{name} has no chat template",
+        expected="a model that has been trained on chats, with its template beside the tokenizer",
+        fix="prompt it without a chat, or give a Jinja file with --chat-template",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to write.
+
+    Attributes:
+        max_new_tokens: at least 1.
+        temperature: from 0 on; 0 takes the likeliest token each time. None: as the generation configuration says.
+        seed: of the draws; None: another one each time.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float | None = None
+    seed: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """As `generate` takes it."""
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
+        if self.temperature is not None:
+            options["do_sample"] = self.temperature > 0
+        return {**options, "temperature": self.temperature} if self.temperature else options
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    sampling: Sampling,
+    say: Callable[[str], None] = lambda text: None,
+) -> Written:
+    """Go on from a prompt. Ctrl-C ends the text, and what there is is returned.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: of the model.
+        ids: the prompt, [1, length].
+        sampling: how.
+        say: told each piece of text as it comes.
+    """
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    streamer = _Streamer(tokenizer, say)
+    ids = ids.to(model.device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    interrupted = False
+    try:
+        mask = torch.ones_like(ids)
+        model.generate(ids, attention_mask=mask, streamer=streamer, pad_token_id=pad, **sampling.options())
+    except KeyboardInterrupt:
+        interrupted = True
+        streamer.end()
+    ended = streamer.ended(model) or streamer.tokens < sampling.max_new_tokens
+    return streamer.written(ids.shape[1], "interrupted" if interrupted else "stop" if ended else "length")
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc] # transformers is not typed
+    """Hands text on as soon as its words are complete, and looks at the clock."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._say, self._parts, self._last = say, list[str](), -1
+        self._started = time.perf_counter()
+        self._times: list[float] = []
+
+    @property
+    def tokens(self) -> int:
+        """Written so far."""
+        return len(self._times)
+
+    def ended(self, model: PreTrainedModel) -> bool:
+        """Whether the last token ends a text."""
+        ends = model.generation_config.eos_token_id
+        return self._last in (ends if isinstance(ends, list) else [ends])
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt first, then each token."""
+        if not self.next_tokens_are_prompt:
+            self._times.append(time.perf_counter() - self._started)
+            self._last = int(value.flatten()[-1])
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Take a piece of text."""
+        self._parts.append(text)
+        self._say(text)
+
+    def written(self, prompt_tokens: int, finish: Literal["stop", "length", "interrupted"]) -> Written:
+        """All of it."""
+        first, last = (self._times[0], self._times[-1]) if self._times else (0.0, 0.0)
+        return Written("".join(self._parts), prompt_tokens, len(self._times), first, last, finish)
+
+
+def _choose_served(config: PretrainedConfig, served: Served, folder: Path) -> None:
+    record = getattr(config, "quantization_config", None) or {}
+    if record.get("quant_method") == QUANT_METHOD and record["modules"]:
+        record["served"] = served
+    elif served == "packed":
+        raise ModelError(
+            f"{folder} is not packed, and packed weights were asked for",
+            expected='"auto" or "dense" for a checkpoint with ordinary weights',
+            fix=f"pack it first: llmprune pack {folder}",
+        )

@@ -1,0 +1,217 @@
+"""Our checkpoints in transformers: `AutoModelForCausalLM.from_pretrained(DIR)` after `import llmprune`.
+
+A quantizer of transformers, `quant_method: llmprune`, changes the skeleton before the weights come: decoder layers that
+differ in size are built anew, and each packed linear layer is replaced by a `SparseLinear`, so that the dense model
+never exists. The packed layers settle afterwards; a model without any is an ordinary one from then on.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmprune.errors import ModelError
+from llmprune.serving.forms import Served
+from llmprune.serving.sparse_linear import SparseLinear, self_tests_wanted
+from llmprune.storage.files import write_json
+from llmprune.storage.formats import layout_from_dict
+from llmprune.storage.packed_config import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    packed_layouts,
+    require_version,
+    with_packing_record,
+    without_notice,
+)
+
+
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers is not typed
+    """The `quantization_config` of a checkpoint of ours.
+
+    Args:
+        modules: name of a packed linear layer -> its layout, as `Layout.to_dict` gives it.
+        version: of this record.
+        served: see `llmprune.serving.forms.choose_form`; not saved.
+
+    Raises:
+        CheckpointError: the version is unknown.
+    """
+
+    def __init__(
+        self, modules: dict[str, dict[str, Any]], version: int = FORMAT_VERSION, served: Served = "auto", **_: Any
+    ) -> None:
+        require_version(version)
+        self.quant_method = QUANT_METHOD
+        self.modules, self.version, self.served = modules, version, served
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return {"quant_method": QUANT_METHOD, "version": self.version, "modules": self.modules}
+
+
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not typed
+    """Loads and saves checkpoints with packed layers, with decoder layers of different sizes, or both."""
+
+    requires_calibration = False
+    quantization_config: PackedConfig
+
+    _overrides: dict[int, dict[str, Any]] | None = None
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Take what is not for transformers out of its way; called before the weight files are looked for."""
+        # Not at the top of the file: what first imports transformers, and thereby this, may be that module.
+        from llmprune.models.uneven import take_overrides
+
+        self._overrides = self._overrides or take_overrides(config)
+        return without_notice(config)
+
+    def update_tp_plan(self, config: PretrainedConfig) -> PretrainedConfig:
+        """The same for transformers before 5.18, which has no other hook here."""
+        return self.update_attn_implementation(config)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        from llmprune.models.uneven import apply_overrides, put_overrides
+
+        if self._overrides:
+            put_overrides(model.config, self._overrides)
+            apply_overrides(model, model.config)
+        for name, row in self.quantization_config.modules.items():
+            replace_linear(model, name, row)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        settle(model, self.quantization_config.served)
+        keep_record(model)
+        if not self.quantization_config.modules:
+            self.remove_quantization_config(model)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        if isinstance(dtype, str):  # as `save_pretrained` leaves it in the configuration
+            dtype = getattr(torch, dtype)
+        for name, layer in list(sparse_layers(model)):
+            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            linear.weight = nn.Parameter(layer.unpack().to(dtype or layer.dtype), requires_grad=False)
+            if layer.bias is not None:
+                linear.bias = layer.bias
+            _set_module(model, name, linear)
+        if not self._overrides:
+            model.__dict__.pop("save_pretrained", None)
+        return model
+
+    def is_serializable(self, **_: Any) -> bool:
+        """Whether `save_pretrained` works: it does."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The packed weights take no gradient."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """The kernels are custom operators, which torch.compile and CUDA graphs take as they are."""
+        return True
+
+
+def register() -> None:
+    """Tell transformers about `quant_method: llmprune`; a second call changes nothing."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = PackedConfig
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = PackedQuantizer
+
+
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
+    """The packed layers of a model, by name, in its order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear))
+
+
+def replace_linear(model: nn.Module, name: str, row: dict[str, Any]) -> None:
+    """Put an empty packed layer in the place of a linear layer on the meta device.
+
+    Args:
+        model: the skeleton.
+        name: of the linear layer.
+        row: its layout, from config.json.
+
+    Raises:
+        ModelError: the model has no such linear layer, or one of another shape.
+        FormatError: the row describes no layout.
+    """
+    layout = layout_from_dict(row)
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError:
+        linear = None
+    shape = tuple(linear.weight.shape) if isinstance(linear, nn.Linear) else None
+    if not isinstance(linear, nn.Linear) or shape != layout.shape:
+        found = f"one of {shape[0]} x {shape[1]}" if shape else "none" if linear is None else type(linear).__name__
+        raise ModelError(
+            f"config.json packs {name} of {layout.shape[0]} x {layout.shape[1]}; the model has {found}",
+            expected="the model that was packed",
+            fix="load config.json and weights of the same folder, with the class that AutoModelForCausalLM chooses",
+        )
+    packed = SparseLinear(layout, bias=linear.bias is not None, dtype=linear.weight.dtype)
+    packed.train(linear.training)
+    _set_module(model, name, packed)
+
+
+def settle(model: nn.Module, served: Served = "auto") -> None:
+    """Bring the packed layers of a loaded model into the forms that their devices multiply fastest, one by one.
+
+    Layers that accelerate moves to the device for each call stay as they are on disk.
+
+    Raises:
+        FormatError: the tensors of a layer are damaged.
+        NumericsError: a kernel gives wrong numbers here; `LLMPRUNE_SELFTEST=0` in the environment leaves this test out.
+    """
+    for name, layer in sparse_layers(model):
+        if _is_offloaded(layer):
+            continue
+        choice = layer.settle(served)
+        if choice.form.tested and self_tests_wanted():
+            layer.test(name)
+
+
+def _is_offloaded(layer: nn.Module) -> bool:
+    hook = getattr(layer, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    return any(getattr(hook, "offload", False) for hook in hooks) or any(p.is_meta for p in layer.parameters())
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def keep_record(model: PreTrainedModel) -> None:
+    """Have `model.save_pretrained` write our record, which it drops otherwise, into the configuration."""
+    model.save_pretrained = partial(_save_with_record, model)
+
+
+def _save_with_record(model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """`PreTrainedModel.save_pretrained`, and our record in the configuration."""
+    if kwargs.get("push_to_hub"):
+        # The upload would come before the record.
+        raise ModelError(
+            "save_pretrained with push_to_hub, of a model that needs llmprune",
+            fix="call model.push_to_hub(REPOSITORY)",
+        )
+    result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    path = Path(save_directory) / "config.json"
+    if path.exists():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, with_packing_record(config, packed_layouts(config)))
+    return result
+
+
+register()

@@ -1,0 +1,206 @@
+"""Folders that results are written into: locked, empty or ours, with enough space; only what we wrote is removed."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from llmprune.errors import CheckpointError, ResumeError
+from llmprune.storage.files import INDEX_NAME
+from llmprune.storage.report import PAGE_NAME, REPORT_NAME
+from llmprune.units import format_size
+
+MANIFEST_NAME = ".llmprune.json"
+LOCK_NAME = ".llmprune.lock"
+RECIPE_NAME = "recipe.yaml"
+
+# What lies beside the weights: tokenizer, report and its page.
+_BESIDE_BYTES = 20_000_000
+
+# Everything beside the weights that makes a checkpoint usable; copied as it is.
+_COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
+    "merges.txt", "*.model", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja",
+    "preprocessor_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+# What --overwrite removes: the files that a checkpoint or a run of ours consists of, and nothing else.
+_REPLACED = (
+    *_COMPANIONS, "*.safetensors", INDEX_NAME, "README.md", RECIPE_NAME, REPORT_NAME, PAGE_NAME, MANIFEST_NAME,
+    ".*.partial",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep every other run out of an output folder, which is created if it does not exist.
+
+    The operating system holds the lock while this process lives; what a killed run leaves of it is no obstacle.
+
+    Raises:
+        ResumeError: another run is writing into the folder.
+        CheckpointError: the folder cannot be written.
+    """
+    lock = FileLock(path / LOCK_NAME)
+    with writing_to(path):
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ResumeError(
+                f"another run of llmprune is writing into {path}",
+                expected="one run at a time in an output folder",
+                fix="wait for it to end, or choose another output folder",
+            ) from None
+    try:
+        yield
+    finally:
+        # While it is held: whoever comes now finds no file, or one that is locked.
+        with contextlib.suppress(OSError):
+            (path / LOCK_NAME).unlink()
+        lock.release()
+
+
+@contextlib.contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into a `CheckpointError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error}",
+            expected="a writable folder with enough free space",
+            fix="free some space, mend the permissions or choose another folder",
+        ) from error
+
+
+def copy_companions(source: Path, target: Path, *, but: str = "") -> None:
+    """Copy configuration and tokenizer files, unchanged, except the one called `but`."""
+    with writing_to(target):
+        for pattern in _COMPANIONS:
+            for file in source.glob(pattern):
+                if file.is_file() and file.name != but:
+                    copy = target / file.relative_to(source)
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, copy)
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with ~ replaced by a home folder.
+
+    Raises:
+        ResumeError: it is no path, an empty one, or ~name of a user whom this machine does not know.
+    """
+    if not isinstance(path, str | Path) or not str(path):
+        raise ResumeError(
+            f"output folder {path!r}", expected="the path of a folder", fix="pass one, such as out/pruned"
+        )
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ResumeError(
+            f"{path} begins with a home folder that is not known: {error}",
+            expected="an output folder",
+            fix="write the path in full, or ./~ for a folder of that name",
+        ) from error
+
+
+def require_other(path: Path, source: str | Path) -> None:
+    """Refuse to write over the model that is pruned.
+
+    Raises:
+        ResumeError: both are one folder.
+    """
+    if str(source) and path.resolve() == Path(source).resolve():
+        raise ResumeError(f"{path} is the model itself", fix="choose another output folder")
+
+
+def require_free(path: Path) -> None:
+    """Refuse a folder into which another run is writing; creates nothing.
+
+    Raises:
+        ResumeError: there is such a run.
+    """
+    if (path / LOCK_NAME).exists():
+        with locked(path):
+            pass
+
+
+def require_empty(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds something, unless the user said what to do with it.
+
+    Args:
+        path: the output folder.
+        resume: an interrupted run of ours may be in it.
+        overwrite: a checkpoint may be in it.
+
+    Raises:
+        ResumeError: the folder is not empty, or is no folder; says what can be done.
+    """
+    if resume and overwrite:
+        raise ResumeError("resume and overwrite contradict each other", fix="ask for one of them")
+    existing = _existing(path)
+    if not existing.is_dir():
+        raise ResumeError(f"{existing} is a file", expected="an output folder", fix="choose another output folder")
+    # A run that was killed before it was recorded leaves no more than this, and so does one that has just begun.
+    beginnings = {f".{MANIFEST_NAME}.partial", LOCK_NAME}
+    if existing != path or all(file.name in beginnings for file in path.iterdir()):
+        return
+    ours = (path / MANIFEST_NAME).exists()
+    replaceable = ours or (path / INDEX_NAME).exists() or any(path.glob("*.safetensors"))
+    elsewhere = "choose another folder" + ", or replace the checkpoint in it with --overwrite" * replaceable
+    if resume and not ours:
+        raise ResumeError(
+            f"{path} holds files but no run of llmprune to resume",
+            expected="the folder of an interrupted run",
+            fix=elsewhere,
+        )
+    if overwrite and not replaceable:
+        raise ResumeError(
+            f"{path} holds files but no checkpoint",
+            expected="an empty folder, or a checkpoint that --overwrite can replace",
+            fix="choose an empty folder",
+        )
+    if not resume and not overwrite:
+        way_on = "continue the run with --resume, or replace it with --overwrite" if ours else elsewhere
+        raise ResumeError(f"{path} is not empty", expected="a new or empty folder", fix=way_on)
+
+
+def require_space(path: Path, nbytes: int) -> None:
+    """Refuse to start what cannot be finished.
+
+    Args:
+        path: the output folder; shards that are in it will be replaced, so their space counts as free.
+        nbytes: size of the pruned checkpoint.
+
+    Raises:
+        CheckpointError: the folder is not writable, or there is less space.
+    """
+    existing = _existing(path)
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{existing} is not writable", fix="mend the permissions or choose another output folder")
+    free = shutil.disk_usage(existing).free + sum(shard.stat().st_size for shard in path.glob("*.safetensors"))
+    needed = nbytes + _BESIDE_BYTES
+    if free < needed:
+        raise CheckpointError(
+            f"{format_size(free)} are free under {existing}",
+            expected=f"{format_size(needed)} for the pruned checkpoint, its tokenizer and its report",
+            fix="choose another output folder or free some space",
+        )
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove the files that a checkpoint or a run of ours consists of, and nothing else."""
+    for pattern in _REPLACED:
+        for file in path.glob(pattern):
+            if file.is_file():
+                file.unlink()
+
+
+def _existing(path: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

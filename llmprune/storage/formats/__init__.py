@@ -1,0 +1,81 @@
+"""Layouts of one pruned matrix on disk: frozen values that pack a weight into tensors and unpack it bit for bit.
+
+| layout | stores | fits |
+|---|---|---|
+| `nm` | N of every M weights and their indices | N:M |
+| `block` | the blocks that are not zero | blocks of 16, 32, 64 or 128 |
+| `bitmask` | the weights that are not zero and one bit for each weight | any zeros |
+| `dense` | everything | anything |
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from jaxtyping import Shaped
+from torch import Tensor
+
+from llmprune.errors import FormatError, PatternError
+from llmprune.patterns import Pattern
+from llmprune.storage.formats.bitmask import BitmaskLayout
+from llmprune.storage.formats.block import BlockLayout
+from llmprune.storage.formats.dense import DenseLayout
+from llmprune.storage.formats.layout import Layout, Spec
+from llmprune.storage.formats.nm import NMLayout
+
+__all__ = [
+    "LAYOUTS", "BitmaskLayout", "BlockLayout", "DenseLayout", "Layout", "NMLayout", "Spec", "fit_layout",
+    "layout_from_dict",
+]  # fmt: skip
+
+LAYOUTS: dict[str, type[Layout]] = {
+    layout.name: layout for layout in (NMLayout, BlockLayout, BitmaskLayout, DenseLayout)
+}
+
+
+def fit_layout(name: str, weight: Shaped[Tensor, "out in"], pattern: Pattern) -> Layout:
+    """Choose the numbers of a layout for a weight.
+
+    Args:
+        name: a key of `LAYOUTS`.
+        weight: [out, in]; only its shape and its zeros are read.
+        pattern: what was pruned; it names the groups or the blocks.
+
+    Raises:
+        PatternError: there is no such layout, it does not store this pattern, or the pattern does not divide the
+            matrix. Whether the weight obeys an N:M pattern is found by `pack`.
+
+    Example:
+        >>> fit_layout("nm", torch.zeros(2, 8), NM(2, 4))
+        NMLayout(shape=(2, 8), keep=2, of=4)
+    """
+    if name not in LAYOUTS:
+        raise PatternError(f"layout {name!r}", expected=", ".join(LAYOUTS))
+    return LAYOUTS[name].fit(weight, pattern)
+
+
+def layout_from_dict(row: Mapping[str, Any]) -> Layout:
+    """Read what `Layout.to_dict` wrote.
+
+    Raises:
+        FormatError: there is no such layout, or a field is missing, unknown, of the wrong type or out of range.
+    """
+    name = row.get("layout")
+    if not isinstance(name, str) or name not in LAYOUTS:
+        raise FormatError(
+            f"layout {name!r}",
+            expected=", ".join(LAYOUTS),
+            fix="upgrade llmprune if the checkpoint was packed by a newer version",
+        )
+    types: dict[str, Any] = {field.name: field.type for field in fields(LAYOUTS[name])}  # type: ignore[arg-type]
+    if set(row) != {"layout", *types}:
+        raise FormatError(f"layout {name} with the fields {sorted(row)}", expected=f"layout, {', '.join(types)}")
+    shape = row["shape"]
+    # Not isinstance: a bool is an int to it.
+    sized = isinstance(shape, list | tuple) and [type(size) for size in shape] == [int, int] and min(shape) >= 0
+    if not sized or any(type(row[key]) is not types[key] for key in types if key != "shape"):
+        raise FormatError(f"layout {dict(row)}", expected="whole numbers, and two that are not negative as the shape")
+    try:
+        return LAYOUTS[name](**{**{key: row[key] for key in types}, "shape": tuple(shape)})
+    except PatternError as error:
+        raise FormatError(f"layout {dict(row)}: {error.what}", expected=error.expected) from error

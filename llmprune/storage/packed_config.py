@@ -1,0 +1,237 @@
+"""What makes a checkpoint ours, and how a packed one is read as the dense one that it stands for.
+
+config.json says which linear layers are stored in which layout:
+
+    "quantization_config": {"quant_method": "llmprune", "version": 1, "modules": {"model.layers.0.mlp.up_proj": {...}}},
+    "transformers_weights": "written by llmprune: ..."
+
+Where decoder layers differ in size (`per_layer_config`, see `llmprune.models.uneven`) the same record, with or without
+modules, has them built in their sizes.
+
+transformers goes on with random weights when it does not know a `quant_method`. The second key stops it: its value is
+no file name, and the error shows it. With llmprune imported it is taken away before it is looked at.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from llmprune.errors import CheckpointError
+from llmprune.patterns import NM, Block, Pattern
+from llmprune.storage.files import Stored
+from llmprune.storage.formats import Layout, block, fit_layout, layout_from_dict
+
+QUANT_METHOD = "llmprune"
+FORMAT_VERSION = 1
+NOTICE_KEY = "transformers_weights"
+NOTICE = "written by llmprune: install llmprune, and `import llmprune` before from_pretrained"
+
+# A mapping with both has decoder layers that differ; some architectures have the first alone.
+_UNEVEN = ("per_layer_config", "allow_global_per_layer_attribute_access")
+
+Format = Literal["dense", "auto", "nm", "block", "bitmask"]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A dense weight that is stored in parts; offers what `checkpoint.Stored` offers.
+
+    Attributes:
+        key: the dense tensor's name in the checkpoint.
+        layout: how it is packed.
+        parts: the layout's tensors, by suffix.
+    """
+
+    key: str
+    layout: Layout
+    parts: Mapping[str, Stored]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The dense dimensions."""
+        return self.layout.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        specs = self.layout.tensors()
+        return next(part.dtype for suffix, part in self.parts.items() if specs[suffix].dtype is None)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the dense tensor."""
+        return self.layout.shape[0] * self.layout.shape[1] * self.dtype.itemsize
+
+    @property
+    def packed_bytes(self) -> int:
+        """Size on disk."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def __getitem__(self, index: object) -> Tensor:
+        """Read and unpack it."""
+        return self.layout.unpack({suffix: part[...] for suffix, part in self.parts.items()})
+
+    def get_dtype(self) -> str:
+        """The safetensors name of the dtype."""
+        return next(part for part in self.parts.values() if part.dtype == self.dtype).get_dtype()
+
+
+def packing_record(layouts: Mapping[str, Layout]) -> dict[str, Any]:
+    """What config.json gains: `layouts` by the name of the linear layer."""
+    modules = {name: layout.to_dict() for name, layout in layouts.items()}
+    return {
+        "quantization_config": {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, "modules": modules},
+        NOTICE_KEY: NOTICE,
+    }
+
+
+def with_packing_record(config: Mapping[str, Any], layouts: Mapping[str, Layout]) -> dict[str, Any]:
+    """What config.json of a checkpoint says: with our record where stock transformers would load it wrongly.
+
+    Args:
+        config: of the dense checkpoint; `per_layer_config`, if its decoder layers differ.
+        layouts: of the packed layers, by name; may be empty.
+    """
+    config = _unrecorded(config)
+    if not layouts and not is_uneven(config):
+        return config
+    # Text models load from the configuration of a larger one, which hides what stands beside it.
+    inner = {key: {**part, NOTICE_KEY: NOTICE} for key, part in config.items() if _is_text(key, part)}
+    return {**config, **inner, **packing_record(layouts)}
+
+
+def without_packing_record(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json of the dense checkpoint says; a record without modules stays where decoder layers differ."""
+    return with_packing_record(config, {})
+
+
+def is_uneven(config: Mapping[str, Any]) -> bool:
+    """Whether config.json describes decoder layers that differ in size, or lack a block."""
+    parts = (config, *(part for part in config.values() if isinstance(part, Mapping)))
+    return any(all(part.get(key) for key in _UNEVEN) for part in parts)
+
+
+def _unrecorded(config: Mapping[str, Any]) -> dict[str, Any]:
+    if (config.get("quantization_config") or {}).get("quant_method") != QUANT_METHOD:
+        return dict(config)
+    inner = {
+        key: {k: v for k, v in part.items() if k != NOTICE_KEY} for key, part in config.items() if _is_text(key, part)
+    }
+    return {key: value for key, value in {**config, **inner}.items() if key not in ("quantization_config", NOTICE_KEY)}
+
+
+def _is_text(key: str, part: object) -> bool:
+    return key == "text_config" and isinstance(part, Mapping)
+
+
+def layout_name(wanted: Format, pattern: Pattern) -> str | None:
+    """The layout that a format gives to matrices of a pattern; None where they stay dense.
+
+    "auto" takes what suits the pattern; "nm" and "block" leave matrices of other patterns dense.
+    """
+    suits = "nm" if isinstance(pattern, NM) else "block" if _is_servable(pattern) else "bitmask"
+    if wanted == "bitmask":
+        return "bitmask"
+    return suits if wanted in ("auto", suits) else None
+
+
+def pack_matrices(
+    tensors: Mapping[str, Tensor], patterns: Mapping[str, Pattern], wanted: Format
+) -> tuple[dict[str, Tensor], dict[str, Layout]]:
+    """Pack the pruned linear layers among a checkpoint's tensors.
+
+    Args:
+        tensors: by key.
+        patterns: name of a linear layer -> what it was pruned to.
+        wanted: the format.
+
+    Returns:
+        (tensors, layouts): all tensors, those of packed layers in parts under the layer's name; the layouts by name.
+    """
+    packed, layouts = dict(tensors), {}
+    for name, pattern in patterns.items():
+        layout = layout_name(wanted, pattern)
+        if layout is not None:
+            weight = packed[f"{name}.weight"].to("cpu")
+            fitted = fit_layout(layout, weight, pattern)
+            if fitted.nbytes(weight.itemsize) >= weight.nbytes:
+                continue  # it would not be smaller
+            del packed[f"{name}.weight"]
+            layouts[name] = fitted
+            packed |= {f"{name}.{suffix}": part for suffix, part in layouts[name].pack(weight).items()}
+    return packed, layouts
+
+
+def packed_layouts(config: Mapping[str, Any]) -> dict[str, Layout]:
+    """The layouts that config.json names; empty if the checkpoint is not packed.
+
+    Raises:
+        CheckpointError: the record has another version.
+        FormatError: a layout cannot be read.
+    """
+    record = config.get("quantization_config") or {}
+    if record.get("quant_method") != QUANT_METHOD:
+        return {}
+    require_version(record.get("version"))
+    return {name: layout_from_dict(row) for name, row in record["modules"].items()}
+
+
+def _is_servable(pattern: Pattern) -> bool:
+    return isinstance(pattern, Block) and pattern.size[0] == pattern.size[1] and pattern.size[0] in block.SIZES
+
+
+def require_version(version: object) -> None:
+    """Refuse a packed checkpoint of another version of the record."""
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"the packed checkpoint has format version {version}",
+            expected=f"version {FORMAT_VERSION}, which this llmprune reads",
+            fix="upgrade llmprune",
+        )
+
+
+def without_record(config: PretrainedConfig) -> PretrainedConfig:
+    """Turn the configuration of a packed checkpoint into that of the dense one, in place; others stay as they are."""
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == QUANT_METHOD:
+        del config.quantization_config
+        without_notice(config)
+    return config
+
+
+def without_notice(config: PretrainedConfig) -> PretrainedConfig:
+    """Take the notice away, in place, so that transformers looks for the weight files."""
+    for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
+        if getattr(part, NOTICE_KEY, None) == NOTICE:
+            delattr(part, NOTICE_KEY)
+    return config
+
+
+def as_dense(stored: Mapping[str, Stored], layouts: Mapping[str, Layout]) -> dict[str, Stored | PackedWeight]:
+    """See a packed checkpoint's tensors as the dense ones.
+
+    Args:
+        stored: its tensors by key.
+        layouts: of the packed layers, by name.
+
+    Raises:
+        CheckpointError: a tensor of a packed layer is missing.
+    """
+    dense: dict[str, Stored | PackedWeight] = dict(stored)
+    for name, layout in layouts.items():
+        parts = {}
+        for suffix in layout.tensors():
+            key = f"{name}.{suffix}"
+            if key not in stored:
+                raise CheckpointError(
+                    f"the packed checkpoint lacks {key!r}",
+                    expected=f"the tensors of a {layout.name} layout for each layer that config.json names",
+                    fix="download the checkpoint again",
+                )
+            parts[suffix] = stored[key]
+            dense.pop(key)
+        dense[f"{name}.weight"] = PackedWeight(f"{name}.weight", layout, parts)
+    return dense

@@ -1,0 +1,264 @@
+"""What a run did: one row per matrix, and a header with everything needed to repeat it."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from llmprune.errors import CheckpointError
+from llmprune.storage.files import write_json
+
+REPORT_NAME = "report.json"
+PAGE_NAME = "report.html"
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixRow:
+    """One pruned matrix.
+
+    Attributes:
+        layer: dotted name of its decoder layer.
+        name: dotted name of the matrix.
+        shape: (out, in).
+        pattern: as asked for.
+        method: as asked for.
+        zeros: counted in what was stored.
+        error: ||(W - V) X||^2 / ||W X||^2 on held-back rows X, for W as it was and V as it is stored; None if nothing
+            could be measured.
+        damping: the damping used; None for methods without one.
+        damping_tried: every damping tried, in order; more than one means that the factorisation failed at first.
+        tokens: input rows behind the statistics.
+        prior_tokens: imaginary uncorrelated rows added for an expert that saw too few.
+        dead_inputs: inputs that were always zero; None without statistics.
+        seconds: spent on solving this matrix.
+        peak_bytes: peak memory of the process (CPU) or of the device (CUDA) so far.
+    """
+
+    layer: str
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    method: str
+    zeros: int
+    error: float | None
+    damping: float | None
+    damping_tried: tuple[float, ...]
+    tokens: int
+    prior_tokens: int
+    dead_inputs: int | None
+    seconds: float
+    peak_bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros, counted."""
+        return self.zeros / (self.shape[0] * self.shape[1])
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> "MatrixRow":
+        """Read a row back from JSON."""
+        return cls(**{**row, "shape": tuple(row["shape"]), "damping_tried": tuple(row["damping_tried"])})
+
+
+@dataclass(frozen=True, slots=True)
+class StructureRow:
+    """What was removed from one structure.
+
+    Attributes:
+        layer: dotted name of its decoder layer in the smaller model.
+        kind: heads, ffn or experts.
+        consumer: dotted name of the matrix that reads the groups (for experts: that gives their output).
+        groups: how many there were.
+        kept: how many stay.
+        method: how they were chosen.
+        refit: whether what stays was refitted.
+        compensated: whether the mean of what went was added to the consumer's bias (FLAP).
+        error: ||(W - V) X||^2 / ||W X||^2 of the consumer on held-back rows, averaged over the experts of a mixture;
+            None where nothing could be measured.
+        damping: the largest damping used; None without a refit.
+        swaps: exchanges made after the greedy search.
+        tokens: input rows behind the statistics.
+        removed: the groups that went; None where they differ from expert to expert.
+        seconds: spent on choosing and refitting.
+        peak_bytes: peak memory of the process (CPU) or of the device (CUDA) so far; 0 where it is not known.
+    """
+
+    layer: str
+    kind: str
+    consumer: str
+    groups: int
+    kept: int
+    method: str
+    refit: bool
+    compensated: bool
+    error: float | None
+    damping: float | None
+    swaps: int
+    tokens: int
+    removed: tuple[int, ...] | None
+    seconds: float
+    peak_bytes: int = 0
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> "StructureRow":
+        """Read a row back from JSON."""
+        removed = row["removed"]
+        return cls(**{**row, "removed": None if removed is None else tuple(removed)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What is left of all structures of a kind.
+
+    Attributes:
+        kind: in words, such as "FFN channels".
+        amount: how many of how many.
+        where: in which layers, where they are counted in each; else empty.
+    """
+
+    kind: str
+    amount: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.amount, self.kind, self.where)))
+
+    @classmethod
+    def of(cls, kind: str, rows: Sequence[StructureRow], layers: int) -> "Left":
+        """Add up the rows of structures that are called so, of a model with so many layers."""
+        places = len({row.layer for row in rows})
+        among = f"{places} layers" if places == layers else f"{places} of {layers} layers"
+        if len({(row.groups, row.kept) for row in rows}) == 1:
+            return cls(kind, f"{rows[0].kept:,} of {rows[0].groups:,}", f"in each of {among}")
+        groups, kept = sum(row.groups for row in rows), sum(row.kept for row in rows)
+        widths = len({row.kept for row in rows})
+        return cls(kind, f"{kept:,} of {groups:,}", f"in {among}, {widths} different widths")
+
+
+_KINDS = {"heads": "groups of attention heads", "ffn": "FFN channels", "experts": "experts"}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The result of a run.
+
+    Attributes:
+        rows: one per pruned matrix, in the order of the layers.
+        header: model, recipe, versions, hashes, device, seconds by stage, memory, perplexities; JSON-ready.
+        structures: one per structure that lost groups, in the order of the layers.
+    """
+
+    rows: tuple[MatrixRow, ...]
+    header: dict[str, Any] = field(default_factory=dict)
+    structures: tuple[StructureRow, ...] = ()
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all pruned matrices, counted."""
+        elements = sum(row.shape[0] * row.shape[1] for row in self.rows)
+        return sum(row.zeros for row in self.rows) / max(elements, 1)
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean relative output error of the matrices where it was measured."""
+        measured = [row.error for row in self.structures] + [row.error for row in self.rows]
+        errors = [error for error in measured if error is not None]
+        return sum(errors) / len(errors) if errors else None
+
+    @property
+    def left(self) -> list[Left]:
+        """What is left of everything of which something was removed; empty where only weights were pruned."""
+        extent = self.header.get("extent")
+        if not extent:
+            return []
+        dense, pruned = extent["dense"], extent["pruned"]
+        found = [Left("decoder layers", f"{pruned['layers']} of {dense['layers']}")]
+        found += [Left("hidden channels", f"{pruned['hidden_size']:,} of {dense['hidden_size']:,}")]
+        found = [one for one, key in zip(found, ("layers", "hidden_size"), strict=True) if pruned[key] < dense[key]]
+        evidence = (self.header.get("decisions") or {}).get("evidence", {})
+        for part, name in (("attention", "attention blocks"), ("mlp", "MLP blocks")):
+            if gone := len(evidence.get(part, {}).get("removed", ())):
+                found.append(Left(name, f"{pruned['layers'] - gone} of {pruned['layers']}"))
+        heads = ((self.header.get("recipe") or {}).get("structures") or {}).get("heads") or {}
+        names = _KINDS | ({"heads": "query heads"} if heads.get("unit") == "query-head" else {})
+        kinds: dict[str, list[StructureRow]] = {}
+        for row in self.structures:
+            kinds.setdefault(names[row.kind], []).append(row)
+        return found + [Left.of(kind, rows, pruned["layers"]) for kind, rows in kinds.items()]
+
+    @property
+    def dense_perplexity(self) -> float | None:
+        """Perplexity of the dense model, which may be infinite; None if the recipe measures none."""
+        return self._evaluation("dense")
+
+    @property
+    def pruned_perplexity(self) -> float | None:
+        """Perplexity of the pruned model, which may be infinite; None if the recipe measures none."""
+        return self._evaluation("pruned")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        summary = {"sparsity": self.sparsity, "mean_error": self.mean_error, "matrices": len(self.rows)}
+        structures = [row.to_dict() for row in self.structures]
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        return {**self.header, "summary": summary, "structures": structures, "rows": rows}
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows = [("model", str(self.header.get("model", "")))]
+        if self.dense_perplexity is not None and self.pruned_perplexity is not None:
+            rows.append(("perplexity", f"{self.pruned_perplexity:.4f}, dense {self.dense_perplexity:.4f}"))
+        rows += [(left.kind, f"{left.amount} {left.where}".strip()) for left in self.left]
+        if self.rows:
+            rows.append(("zeros", f"{self.sparsity:.2%} of the weights of the pruned matrices"))
+        if self.mean_error is not None:
+            rows.append(("mean error", f"{self.mean_error:.4f} of the output's energy"))
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+        return f"<table>{cells}</table>"
+
+    def save(self, folder: Path) -> Path:
+        """Write report.json into a folder, atomically; returns its path."""
+        write_json(folder / REPORT_NAME, self.to_dict())
+        return folder / REPORT_NAME
+
+    def _evaluation(self, which: str) -> float | None:
+        evaluation = self.header.get("evaluation")
+        if not evaluation:
+            return None
+        perplexity = evaluation[which]["perplexity"]
+        # JSON has no infinity.
+        return math.inf if perplexity is None else perplexity
+
+
+def load_report(folder: Path) -> Report:
+    """Read a run's report.json back.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    if not (folder / REPORT_NAME).exists():
+        raise CheckpointError(
+            f"{folder} has no {REPORT_NAME}" if folder.exists() else f"there is no folder {folder}",
+            expected="the output folder of a finished run",
+            fix="check the path; a run that was interrupted is finished by --resume",
+        )
+    try:
+        content = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+        rows = tuple(MatrixRow.from_dict(row) for row in content.pop("rows"))
+        structures = tuple(StructureRow.from_dict(row) for row in content.pop("structures"))
+        del content["summary"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / REPORT_NAME} cannot be read: {error}",
+            expected="the report of a finished run",
+            fix="remove it and run again with --resume, which writes it anew",
+        ) from error
+    return Report(rows, content, structures)

@@ -1,0 +1,100 @@
+"""Turn memory that runs out into an error that says where it happened, what the work needs, and what helps."""
+
+import re
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+
+from llmprune.errors import DeviceError
+from llmprune.models.sizes import ends_bytes
+from llmprune.models.source import Source
+from llmprune.progress import Progress, Watcher, ignore
+from llmprune.stream.stream import StreamSettings
+from llmprune.text.tokens import Tokens
+from llmprune.units import format_size
+
+# How the rest of PyTorch says it, in plain RuntimeErrors: its CPU allocator, and the libraries of CUDA.
+_PHRASES = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
+
+
+class MemoryGuard:
+    """Watches a run, and turns memory that runs out inside its `with` block into a `DeviceError`.
+
+    Args:
+        settings: what the run can change to need less.
+        watch: told about every step, after the guard.
+
+    Attributes:
+        expected: says what the work at hand needs; asked only when memory has run out.
+        resumable: whether what was committed so far can be continued.
+    """
+
+    def __init__(self, settings: StreamSettings, watch: Watcher = ignore) -> None:
+        self._settings, self._watch = settings, watch
+        self._progress: Progress | None = None
+        self.expected: Callable[[], str] = str
+        self.resumable = False
+
+    def __call__(self, progress: Progress) -> None:
+        """Note one step, and pass it on."""
+        self._progress = progress
+        self._watch(progress)
+
+    def __enter__(self) -> "MemoryGuard":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and is_shortage(error):
+            raise DeviceError(self._what(error), expected=self.expected(), fix=self._fix(error)) from error
+
+    def _what(self, error: BaseException) -> str:
+        owner = "of the GPU" if _on_gpu(error) else "of this machine"
+        lines = str(error).strip().splitlines()
+        return ": ".join(filter(None, (f"the memory {owner} ran out", self._where(), lines[0] if lines else "")))
+
+    def _where(self) -> str:
+        step = self._progress
+        if step is None:
+            return ""
+        layer = f"layer {step.layer + 1} of {step.layers}" if step.layer < step.layers else "head" * bool(step.layers)
+        return ", ".join(filter(None, (step.stage, layer, step.step)))
+
+    def _fix(self, error: BaseException) -> str:
+        smaller = f"set a smaller batch_size (it is {self._settings.batch_size})"
+        if _on_gpu(error):
+            ways = f"{smaller} or device: cpu, or free the GPU of other programs"
+        else:
+            budget = f"activation_budget (it is {format_size(self._settings.activation_budget)})"
+            ways = f"{smaller} or a smaller {budget}, or free memory"
+        if not self.resumable:
+            return ways
+        return f"{ways}; with more memory and the same settings go on with --resume, with others --overwrite"
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory, on whatever device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _PHRASES)
+
+
+def sampling_needs(source: Source) -> str:
+    """Say what it takes to sample text from the dense model."""
+    nbytes = sum(parameter.nbytes for parameter in source.model.parameters())
+    return f"{format_size(nbytes)} for the dense model, which is loaded whole to write its text, and some for its cache"
+
+
+def scoring_needs(source: Source, tokens: Tokens, settings: StreamSettings, models: int = 1) -> str:
+    """Say what the logits of a batch take, which is most of what an evaluation needs."""
+    positions = min(settings.batch_size, len(tokens.ids)) * tokens.ids.shape[1]
+    vocabulary = source.model.config.get_text_config().vocab_size
+    logits = models * positions * vocabulary * source.dtype.itemsize
+    return f"{format_size(ends_bytes(source) + logits)} for the embeddings, the head and the logits of a batch"
+
+
+def _on_gpu(error: BaseException) -> bool:
+    # CUDA, CUBLAS, CUSOLVER, ...
+    return isinstance(error, torch.OutOfMemoryError) or re.search(r"\bCU[A-Z]", str(error)) is not None

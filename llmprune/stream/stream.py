@@ -1,0 +1,373 @@
+"""Bring the decoder layers of a model to the device one at a time, in order.
+
+    for layer in Stream(source, ids, settings):
+        for group in layer.observe(needs):
+            for name in group.names:
+                layer.replace(name, method(layer.weight(name), group.statistics, pattern).weight)
+
+The caller's loop body is the algorithm. When it ends, the stream runs the layer as it now is and hands its outputs to
+the next one, so that every layer is calibrated on what the pruned prefix produces.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.devices import return_freed_memory
+from llmprune.errors import ModelError, NumericsError
+from llmprune.models.decoder import Matrix, prunable_matrices
+from llmprune.models.source import Source, eager_experts
+from llmprune.precision import float32_products
+from llmprune.statistics import ColumnNorm, Gram, check_finite
+from llmprune.stream.activations import HiddenStates, LayerCalls
+from llmprune.stream.observation import EveryMatrixSeenError, Group, Observer
+from llmprune.timing import Stages
+
+Needs = Mapping[str, type[ColumnNorm] | type[Gram] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSettings:
+    """How a stream runs; none of it changes the result beyond rounding.
+
+    Attributes:
+        device: where layers are computed.
+        batch_size: samples a forward.
+        held_back: how many of the last samples the statistics must not see.
+        activation_budget: bytes of hidden states in CPU memory; the rest goes to disk.
+        outputs: also compute the last layer's outputs, which the logits need.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    batch_size: int = 8
+    held_back: int = 0
+    activation_budget: int = 4 << 30
+    outputs: bool = False
+
+
+class Stream:
+    """The decoder layers of a source, one resident at a time, each with its calibration inputs.
+
+    Args:
+        source: where the layers come from.
+        ids: tokens [samples, length].
+        settings: device, batches and memory.
+        stages: stopwatch; a new one by default.
+
+    Raises:
+        ModelError: the model does not pass hidden states from one layer to the next unchanged.
+        NumericsError: a layer's output is not finite; it names the layer.
+    """
+
+    def __init__(
+        self, source: Source, ids: Tensor, settings: StreamSettings | None = None, stages: Stages | None = None
+    ) -> None:
+        self.source, self.settings = source, settings or StreamSettings()
+        self.stages = stages or Stages()
+        self.hidden = HiddenStates(self.settings.activation_budget)
+        counted = len(ids) - self.settings.held_back
+        size = self.settings.batch_size
+        self.batches = [*ids[:counted].split(size), *(ids[counted:].split(size) if self.settings.held_back else ())]
+        self.statistics_batches = -(-counted // size)
+        self.calls = LayerCalls(self.settings.device)
+
+    def __iter__(self) -> Iterator["ResidentLayer"]:
+        """Yield the layers in order; after each loop body its outputs become the next layer's inputs."""
+        with eager_experts(self.source.model):
+            self.capture()
+            last = len(self.source.layers) - 1
+            for index in range(last + 1):
+                with self.stages("load"):
+                    self.source.load_layer(index, self.settings.device)
+                layer = ResidentLayer(self, index)
+                try:
+                    yield layer
+                    if not layer.skipped and (index < last or self.settings.outputs):
+                        layer.advance()
+                finally:
+                    self.source.free_layer(index)
+                    return_freed_memory()
+
+    def logits(self, *final: HiddenStates) -> Iterator[tuple[Tensor, ...]]:
+        """Yield, batch by batch, the logits [samples, length, vocabulary] of one or more sets of final hidden states.
+
+        The model's own code is run with its decoder layers replaced by the given hidden states, so whatever it does
+        around the head (norm, scaling, soft-capping) is done.
+        """
+        with self._ends():
+            for batch, ids in enumerate(self.batches):
+                # Not around the yield: what is switched there would stay switched for the caller.
+                with torch.no_grad(), self.stages("forward"):
+                    logits = tuple(self.head(ids, states[batch]) for states in final)
+                yield logits
+
+    def capture(self) -> None:
+        """Run the model's own code around its decoder layers, and record how it calls each of them."""
+        with torch.no_grad(), self.stages("forward"):
+            with self._ends():
+                args, kwargs = self._first_call(self.batches[0])
+            # The ends and a layer are large: they are never in memory together.
+            self.source.load_layer(0, self.settings.device)
+            try:
+                self.calls.learn(self.source.layers[0].forward(*args, **kwargs))
+            finally:
+                self.source.free_layer(0)
+            del args, kwargs
+            with self._ends():
+                for batch, ids in enumerate(self.batches):
+                    self._record(batch, ids)
+
+    @contextlib.contextmanager
+    def _ends(self) -> Iterator[None]:
+        """What lies outside the layers, on the device."""
+        self.source.load_ends(self.settings.device)
+        try:
+            yield
+        finally:
+            self.source.free_ends()
+
+    def _first_call(self, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """How the model calls its first layer."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(index: int, *args: Any, **kwargs: Any) -> Any:
+            calls.append((args, kwargs))
+            raise _CapturedError
+
+        with _replaced(self.source.layers, note), contextlib.suppress(_CapturedError):
+            self._run_model(ids)
+        if not calls:
+            raise self._uncalled(0)
+        return calls[0]
+
+    def _record(self, batch: int, ids: Tensor) -> None:
+        recorder = _Recorder(self, batch)
+        with _replaced(self.source.layers, recorder.forward), contextlib.suppress(_CapturedError):
+            self._run_model(ids)
+        self.calls.end_batch()
+        if recorder.expected != len(self.source.layers):
+            raise self._uncalled(recorder.expected)
+
+    def _uncalled(self, called: int) -> ModelError:
+        return ModelError(
+            f"{type(self.source.model).__name__} called {called} of {len(self.source.layers)} layers "
+            f"in {self.source.layers_path}",
+            expected="a forward that calls each decoder layer once, in order",
+            fix="name another list of layers in the recipe (decoder_layers)",
+        )
+
+    def _run_model(self, ids: Tensor) -> Any:
+        return self.source.model(input_ids=ids.to(self.settings.device), use_cache=False)
+
+    def head(self, ids: Tensor, final: Tensor) -> Tensor:
+        """The logits of one batch of tokens, for given final hidden states; the ends must be loaded."""
+        final = final.to(self.settings.device)
+
+        def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
+            return self.calls.stand_in(index, final)
+
+        with _replaced(self.source.layers, stand_in):
+            logits = self._run_model(ids).logits
+        self.calls.end_batch()
+        return logits
+
+
+class ResidentLayer:
+    """One decoder layer on the device.
+
+    Attributes:
+        name: dotted name in the model, for example "model.layers.3".
+        index: its place in the stream.
+        module: the layer itself.
+        matrices: name -> its prunable matrices.
+        replaced: the parameters in which a matrix was replaced.
+        skipped: whether the next layer gets this one's inputs, as if it were not there.
+    """
+
+    def __init__(self, stream: Stream, index: int) -> None:
+        self.stream, self.index = stream, index
+        self.replaced: set[str] = set()
+        self.skipped = False
+        self.become(stream.source.layers[index], f"{stream.source.layers_path}.{index}")
+
+    def become(self, module: nn.Module, name: str) -> None:
+        """Let another module, on the device already, stand for this layer from now on; who made it frees it.
+
+        Args:
+            module: takes the same arguments, and its parameters have the same names.
+            name: dotted name of the layer.
+        """
+        self.module, self.name = module, name
+        self.matrices: dict[str, Matrix] = {m.name: m for m in prunable_matrices(module, name)}
+        self._parameters = dict(module.named_parameters())
+
+    def observe(self, needs: Needs) -> list[Group]:
+        """Run the layer over all batches and collect statistics.
+
+        Args:
+            needs: matrix name -> the statistics it needs; matrices left out are not watched.
+
+        Returns:
+            The groups of matrices that share an input, in the order in which the layer uses them.
+
+        Raises:
+            NumericsError: an activation is NaN or infinite; names the matrix.
+            ModelError: a matrix took part in no product.
+        """
+        watched = [self.matrices[name] for name in needs]
+        observer = Observer(self._parameters, watched, needs, self.stream.stages)
+        with torch.no_grad(), self.stream.stages("forward"):
+            for batch in range(len(self.stream.batches)):
+                observer.keep_rows = batch >= self.stream.statistics_batches
+                try:
+                    with observer:
+                        self.forward(self.stream.hidden[batch], batch)
+                except EveryMatrixSeenError:
+                    pass
+                observer.end_batch()
+        observer.finish()
+        for group in observer.groups:
+            if group.statistics is not None:
+                self._check(group.statistics.squares, f"the input of {', '.join(group.names)}")
+        return observer.groups
+
+    def weight(self, name: str) -> Tensor:
+        """The matrix as float32 [out, in], a copy.
+
+        Raises:
+            NumericsError: it holds NaN or infinity.
+        """
+        weight = self._view(name).float()
+        self._check(weight, f"the weight of {name}")
+        return weight.clone() if weight.data_ptr() == self._view(name).data_ptr() else weight
+
+    def replace(self, name: str, weight: Tensor) -> None:
+        """Put a matrix [out, in] in place, rounded to the dtype in which it will be stored."""
+        parameter = self.matrices[name].parameter
+        with torch.no_grad():
+            self._view(name).copy_(weight.to(self.stream.source.stored_dtype(self.index, parameter)))
+        self.replaced.add(parameter)
+
+    def count_zeros(self, name: str) -> int:
+        """Zeros in the matrix as it is now."""
+        return int((self._view(name) == 0).sum())
+
+    def output_error(self, group: Group, name: str, original: Tensor) -> float | None:
+        """||(W - V) X||^2 / ||W X||^2 on the held-back rows X, for W the original [out, in] and V the present matrix.
+
+        Without held-back rows the statistics' own Gram is used; None if there is neither.
+        """
+        difference = original - self._view(name).float()
+        rows = torch.cat(group.held_back) if group.held_back else None
+        if rows is not None:
+            # The ratio needs three digits, not seven.
+            with float32_products("bf16" if rows.dtype == torch.bfloat16 else "ieee"):
+                lost = (rows.float() @ difference.T).square().sum()
+                total = (rows.float() @ original.T).square().sum()
+        elif isinstance(group.statistics, Gram) and group.statistics.tokens:
+            gram = group.statistics.products
+            lost = ((difference @ gram) * difference).sum()
+            total = ((original @ gram) * original).sum()
+        else:
+            return None
+        return float(lost / total) if float(total) > 0 else 0.0
+
+    def advance(self, states: HiddenStates | None = None) -> None:
+        """Run the layer as it is now; its outputs take the place of its inputs.
+
+        Args:
+            states: other hidden states than the stream's own, for a model that differs in some layer before.
+        """
+        hidden = self.stream.hidden if states is None else states
+        with torch.no_grad(), self.stream.stages("forward"):
+            for batch in range(len(self.stream.batches)):
+                output = self.stream.calls.carry(self.index, batch, self.forward(hidden[batch], batch))
+                self._check(output, f"the output of {self.name}")
+                hidden[batch] = output
+
+    def forward(self, hidden: Tensor, batch: int) -> Any:
+        """Call the layer with hidden states [samples, length, hidden] and what the model hands it in this batch."""
+        args, kwargs = self.stream.calls.get(self.index, batch)
+        return self.module(hidden.to(self.stream.settings.device), *args, **kwargs)
+
+    def _view(self, name: str) -> Tensor:
+        matrix = self.matrices[name]
+        return matrix.view(self._parameters[matrix.parameter].detach())
+
+    def _check(self, values: Tensor, what: str) -> None:
+        try:
+            check_finite(values, what)
+        except NumericsError as error:
+            # Where a parameter is the cause, the activation that shows it first would mislead.
+            for name, parameter in self._parameters.items():
+                check_finite(parameter, f"{self.name}: the parameter {name}")
+            raise NumericsError(f"{self.name}: {error.what}", expected=error.expected, fix=error.fix) from None
+
+
+class _CapturedError(Exception):
+    """Ends a forward once the last decoder layer has been called."""
+
+
+class _Recorder:
+    """Stands in for all decoder layers during one forward: passes the hidden states on and records the calls.
+
+    Attributes:
+        expected: index of the layer that must be called next.
+    """
+
+    def __init__(self, stream: Stream, batch: int) -> None:
+        self._stream, self._batch = stream, batch
+        self._names = [next(iter(inspect.signature(layer.forward).parameters)) for layer in stream.source.layers]
+        self._state: tuple[object, ...] = ()
+        self.expected = 0
+
+    def forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """One decoder layer's call."""
+        if args:
+            hidden, *rest = args
+        else:
+            hidden, rest = kwargs.pop(self._names[index]), []
+        self._check(index, hidden)
+        self._stream.calls.record(index, self._batch, tuple(rest), kwargs)
+        self.expected += 1
+        if self.expected == len(self._names):
+            raise _CapturedError
+        return self._stream.calls.stand_in(index, hidden)
+
+    def _check(self, index: int, hidden: Tensor) -> None:
+        state = hidden.data_ptr(), hidden.shape, hidden.stride(), hidden.dtype, hidden._version
+        if index == 0 and self.expected == 0:
+            self._state = state
+            self._stream.hidden[self._batch] = hidden
+        name = type(self._stream.source.model).__name__
+        if index != self.expected or state != self._state:
+            raise ModelError(
+                f"{name} calls layer {index} of {self._stream.source.layers_path} after {self.expected} others"
+                if index != self.expected
+                else f"{name} changes the hidden states between its decoder layers (before layer {index})",
+                expected="layers that are called in order, and hand their output to the next one unchanged",
+                fix="this architecture cannot be streamed layer by layer",
+            )
+
+
+@contextlib.contextmanager
+def _replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward(index, ...)` stand in for every layer's forward."""
+    # A model that accelerate has dispatched keeps its hooks in a `forward` of the instance.
+    before = [vars(layer).get("forward") for layer in layers]
+    for index, layer in enumerate(layers):
+        layer.forward = functools.partial(forward, index)
+    try:
+        yield
+    finally:
+        for layer, original in zip(layers, before, strict=True):
+            if original is None:
+                del layer.forward
+            else:
+                layer.forward = original

@@ -1,0 +1,1 @@
+"""Which groups to remove: scores, searches and budgets."""

@@ -1,0 +1,281 @@
+"""Which decoder layers, or attention and MLP blocks of layers, the model can do without.
+
+Three measures, all from calibration tokens:
+
+* block influence, 1 - cos(x, y) between a layer's inputs and outputs (ShortGPT, arXiv:2403.03853); for one block of a
+  layer, between the layer's outputs without and with it;
+* the angle between the hidden states before and after a run of layers (Gromov et al., arXiv:2403.17887);
+* the divergence of the whole model's predictions (`greedy.py`).
+
+The first two are surveys that share one pass over the dense model: `see(layer)` for each layer, then `finish(stream)`.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from llmprune.errors import ModelError, NumericsError, RecipeError
+from llmprune.stream.activations import HiddenStates
+from llmprune.stream.stream import ResidentLayer, Stream
+from llmprune.structures.find.subblocks import Blocks, Part, without
+
+Method = Literal["block-influence", "angular-distance", "greedy-kl"]
+
+
+class Candidate(NamedTuple):
+    """Something that could go: a whole decoder layer, or one block of it. In JSON, [3, "attention"]."""
+
+    layer: int
+    part: Literal["layer"] | Part
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What goes, and why.
+
+    Attributes:
+        method: how it was chosen.
+        removed: ascending.
+        scores: block influence in [0, 2]; angle in [0, 1] of the run that begins with a layer; for "greedy-kl" the
+            divergence, in nats a token, at the last step in which the candidate was weighed.
+        steps: for "greedy-kl", in the order of removal: what went, and the divergence of each candidate.
+    """
+
+    method: Method
+    removed: tuple[Candidate, ...]
+    scores: Mapping[Candidate, float]
+    steps: tuple[tuple[Candidate, Mapping[Candidate, float]], ...] = ()
+
+    @property
+    def layers(self) -> list[int]:
+        """The whole layers that go, ascending."""
+        return [layer for layer, part in self.removed if part == "layer"]
+
+    @property
+    def blocks(self) -> dict[int, list[Part]]:
+        """Layer -> the blocks that go although the layer stays."""
+        result: dict[int, list[Part]] = {}
+        for layer, part in self.removed:
+            if part != "layer":
+                result.setdefault(layer, []).append(part)
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON: a score is [layer, part, number], null where that is not finite."""
+        return {
+            "method": self.method,
+            "removed": [list(candidate) for candidate in self.removed],
+            "scores": _rows(self.scores),
+            "steps": [{"removed": list(candidate), "kl": _rows(values)} for candidate, values in self.steps],
+        }
+
+
+def layer_candidates(layers: int, protect: int = 0) -> list[Candidate]:
+    """All decoder layers but the last `protect`."""
+    return [Candidate(layer, "layer") for layer in range(layers - protect)]
+
+
+def block_candidates(blocks: Sequence[Blocks], parts: Iterable[Part], protect: int = 0) -> list[Candidate]:
+    """The blocks of these kinds that can go, in all decoder layers but the last `protect`."""
+    return [
+        Candidate(layer, part)
+        for layer in range(len(blocks) - protect)
+        for part in parts
+        if blocks[layer][part].refusal is None
+    ]
+
+
+def remove_lowest(scores: Mapping[Candidate, float], candidates: Sequence[Candidate], count: int) -> Removal:
+    """Choose the candidates of the lowest influence; ties go against the earlier layer.
+
+    Args:
+        scores: of all layers, or of all blocks: a `BlockInfluence.result` or `LayerDistance.influence`.
+        candidates: those that may go.
+        count: how many go.
+
+    Raises:
+        RecipeError: so many cannot go.
+        NumericsError: a score is not finite.
+    """
+    check_count(count, len(candidates), len(scores))
+    _check_finite(scores)
+    ranked = sorted(candidates, key=lambda candidate: (scores[candidate], candidate))
+    return Removal("block-influence", tuple(sorted(ranked[:count])), dict(scores))
+
+
+def remove_run(angles: Sequence[float], count: int, protect: int = 0) -> Removal:
+    """Choose the run of consecutive layers that turns the hidden states least; ties go against the earlier one.
+
+    Args:
+        angles: at each layer, that of the run of `count` layers which begins there.
+        count: layers in a run.
+        protect: how many of the last layers stay.
+
+    Raises:
+        RecipeError: no run fits.
+        NumericsError: an angle is not finite.
+    """
+    layers = len(angles) + count - 1
+    check_count(count, layers - protect, layers)
+    scores = {Candidate(layer, "layer"): angle for layer, angle in enumerate(angles)}
+    _check_finite(scores)
+    start = min(range(len(angles) - protect), key=lambda layer: (angles[layer], layer))
+    removed = tuple(Candidate(layer, "layer") for layer in range(start, start + count))
+    return Removal("angular-distance", removed, scores)
+
+
+class LayerDistance:
+    """How far the hidden states of a dense model turn over each run of layers.
+
+    Keeps the same tokens of the last few layers, [rows, hidden] in the model's dtype on the CPU.
+
+    Args:
+        span: layers in a run; 1 for block influence.
+        rows: tokens that are looked at.
+
+    Attributes:
+        influence: candidate layer -> mean over tokens of 1 - cos, for the run that begins there.
+        angles: at each layer, mean over tokens of arccos(cos) / pi, in [0, 1], for the run that begins there.
+    """
+
+    def __init__(self, span: int = 1, rows: int = 1024) -> None:
+        self._sample = _Sample(rows)
+        self._recent: deque[Tensor] = deque(maxlen=span + 1)
+        self.influence: dict[Candidate, float] = {}
+        self.angles: list[float] = []
+
+    def see(self, layer: ResidentLayer) -> None:
+        """Look at the inputs of the next layer."""
+        self._add(layer.stream)
+
+    def finish(self, stream: Stream) -> None:
+        """Look at the outputs of the last layer, which a stream with `outputs` has at its end."""
+        assert stream.settings.outputs, "the last layer's outputs are needed"
+        self._add(stream)
+
+    def _add(self, stream: Stream) -> None:
+        self._recent.append(self._sample.take(stream, stream.hidden))
+        if len(self._recent) == self._recent.maxlen:
+            cosines = _cosines(self._recent[0], self._recent[-1])
+            self.influence[Candidate(len(self.angles), "layer")] = float((1 - cosines).mean())
+            self.angles.append(float(cosines.arccos().mean()) / math.pi)
+
+
+class BlockInfluence:
+    """How far the outputs of each layer of a dense model turn when its attention or its MLP is taken out.
+
+    For an MLP that comes after attention this is 1 - cos(x, x + MLP(x)) of block influence; for attention it counts in
+    what the MLP makes of the difference. It costs one more forward of each layer.
+
+    Args:
+        blocks: of each layer; those that are refused have no score.
+        rows: tokens that are looked at.
+        parts: which blocks.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Blocks], rows: int = 1024, parts: Sequence[Part] = ("attention", "mlp")
+    ) -> None:
+        self._sample = _Sample(rows)
+        self._blocks, self._parts = blocks, parts
+        self._waiting: dict[Candidate, Tensor] = {}
+        self._scores: dict[Candidate, float] = {}
+
+    def see(self, layer: ResidentLayer) -> None:
+        """Run the next layer without each of its blocks."""
+        self._compare(layer.stream)
+        for part in self._parts:
+            block = self._blocks[layer.index][part]
+            if block.refusal is None:
+                with without(layer.module, layer.index, [block]):
+                    self._waiting[Candidate(layer.index, part)] = self._sample.run(layer)
+
+    def finish(self, stream: Stream) -> None:
+        """Look at the outputs of the last layer, which a stream with `outputs` has at its end."""
+        assert stream.settings.outputs, "the last layer's outputs are needed"
+        self._compare(stream)
+
+    def result(self) -> dict[Candidate, float]:
+        """Candidate -> mean over tokens of 1 - cos between the layer's outputs without and with it."""
+        return dict(self._scores)
+
+    def _compare(self, stream: Stream) -> None:
+        if self._waiting:
+            outputs = self._sample.take(stream, stream.hidden)
+            for candidate, rows in self._waiting.items():
+                self._scores[candidate] = float((1 - _cosines(rows, outputs)).mean())
+            self._waiting.clear()
+
+
+class _Sample:
+    """The same tokens of hidden states at any layer, spread evenly over what statistics may see."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._chosen: list[Tensor] = []
+
+    def take(self, stream: Stream, states: HiddenStates) -> Tensor:
+        """The sampled rows [rows, hidden] of a set of hidden states."""
+        return torch.cat([self._pick(states[batch], mask) for batch, mask in enumerate(self._masks(stream))])
+
+    def run(self, layer: ResidentLayer) -> Tensor:
+        """The sampled rows of what a layer makes, as it now is, of its inputs."""
+        stream, rows = layer.stream, []
+        with torch.no_grad(), stream.stages("forward"):
+            for batch, mask in enumerate(self._masks(stream)):
+                if bool(mask.any()):
+                    output = layer.forward(stream.hidden[batch], batch)
+                    rows.append(self._pick(tree_leaves(output)[0].cpu(), mask))
+        return torch.cat(rows)
+
+    def _masks(self, stream: Stream) -> list[Tensor]:
+        """For each batch which of its tokens [samples, length] are sampled."""
+        if not self._chosen:
+            shapes = [ids.shape for ids in stream.batches[: stream.statistics_batches]]
+            counts = [shape.numel() for shape in shapes]
+            chosen = torch.zeros(sum(counts), dtype=torch.bool)
+            random = torch.Generator().manual_seed(0)
+            chosen[torch.randperm(len(chosen), generator=random)[: self._rows]] = True
+            self._chosen = [part.view(shape) for part, shape in zip(chosen.split(counts), shapes, strict=True)]
+        return self._chosen
+
+    @staticmethod
+    def _pick(hidden: Tensor, mask: Tensor) -> Tensor:
+        if hidden.shape[:2] != mask.shape:
+            raise ModelError(
+                f"the hidden states have shape {list(hidden.shape)} for {list(mask.shape)} tokens",
+                expected="samples and length in front",
+                fix="choose the layers yourself",
+            )
+        return hidden[mask].flatten(1)
+
+
+def _cosines(before: Tensor, after: Tensor) -> Tensor:
+    return F.cosine_similarity(before.double(), after.double(), dim=1).clamp(-1, 1)
+
+
+def check_count(count: int, candidates: int, everything: int, what: str = "layers or blocks") -> None:
+    """Raise `RecipeError` unless so many of the candidates can go, and something stays."""
+    most = min(candidates, everything - 1)
+    if not 1 <= count <= most:
+        raise RecipeError(
+            f"{count} of {everything} {what} are to go, of which {candidates} may",
+            expected=f"from 1 to {most}: one stays" if most else "one that may go beside one that stays",
+            fix=f"remove {most} or fewer, or protect fewer of the last layers" if most else "leave this removal out",
+        )
+
+
+def _check_finite(scores: Mapping[Candidate, float]) -> None:
+    if bad := [candidate for candidate, score in scores.items() if not math.isfinite(score)]:
+        raise NumericsError(f"the score of {bad[0].part} {bad[0].layer} is {scores[bad[0]]}", expected="finite numbers")
+
+
+def _rows(scores: Mapping[Candidate, float]) -> list[list[Any]]:
+    return [[*candidate, score if math.isfinite(score) else None] for candidate, score in scores.items()]

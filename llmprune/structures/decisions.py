@@ -1,0 +1,92 @@
+"""What a run removes from each structure: how much, and once that is known, what."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from llmprune.structures.find.discovery import Structure
+from llmprune.structures.remove.cuts import Cut
+
+# What may stay of a width, the best first; taken if it is this close to what was asked for, as a part of the width.
+_MULTIPLES, _CLOSE = (128, 64, 32, 16, 8), 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """What is removed, as far as it is decided before the first layer is pruned.
+
+    Attributes:
+        layers: decoder layers that stay, ascending.
+        groups: decoder layer -> structure, as `label` names it -> groups that go there.
+        removed: the same, but which groups (one list, or one an expert), where gradients have decided it.
+        blocks: decoder layer -> the modules that go although the layer stays, and how many values each returns.
+        channels: hidden channels that stay, ascending; None: all of them.
+        factors: norm -> what its gain is multiplied by, where channels go.
+        evidence: what the decisions rest on: scores, curves, divergences; for the report.
+    """
+
+    layers: tuple[int, ...]
+    groups: Mapping[int, Mapping[str, int]]
+    removed: Mapping[int, Mapping[str, tuple[tuple[int, ...], ...]]] = field(default_factory=dict)
+    blocks: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    channels: tuple[int, ...] | None = None
+    factors: Mapping[str, float] = field(default_factory=dict)
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Decisions":
+        """Read them back from JSON, which knows neither tuples nor whole numbers as keys."""
+        removed = {
+            int(layer): {name: tuple(map(tuple, lists)) for name, lists in own.items()}
+            for layer, own in data["removed"].items()
+        }
+        by_layer = {key: {int(layer): dict(own) for layer, own in data[key].items()} for key in ("groups", "blocks")}
+        channels = None if data["channels"] is None else tuple(data["channels"])
+        return cls(**{**data, **by_layer, "layers": tuple(data["layers"]), "removed": removed, "channels": channels})
+
+
+def aligned(among: int, kept: int, multiple: int | str) -> int:
+    """How many channels stay: a multiple that hardware likes, near what was asked for.
+
+    Args:
+        among: channels that there are.
+        kept: how many would stay without alignment.
+        multiple: of what; "auto": the largest of 128, 64, 32, 16, 8 with a multiple within 5 % of `among`.
+
+    Example:
+        >>> aligned(14336, 10752, "auto"), aligned(704, 528, "auto"), aligned(48, 36, "auto"), aligned(704, 528, 1)
+        (10752, 512, 32, 528)
+    """
+    for step in _MULTIPLES if multiple == "auto" else (int(multiple),):
+        nearest = min(max(round(kept / step), 1) * step, among // step * step)
+        if nearest and (multiple != "auto" or abs(nearest - kept) <= _CLOSE * among):
+            return nearest
+    return kept
+
+
+def best_multiple(groups: int, multiple: int | str) -> int:
+    """The alignment of widths that a budget chooses: for "auto" the largest of 128, ..., 8 with 32 steps in the width.
+
+    Example:
+        >>> best_multiple(14336, "auto"), best_multiple(704, "auto"), best_multiple(48, "auto"), best_multiple(704, 64)
+        (128, 16, 4, 64)
+    """
+    if multiple != "auto":
+        return int(multiple)
+    return next((step for step in _MULTIPLES if groups >= 32 * step), 4 if groups >= 16 else 1)
+
+
+def label(structure: Structure) -> str:
+    """Name a structure inside its layer: an expert's channels and the experts themselves have one consumer."""
+    return f"{structure.kind} of {structure.consumer}"
+
+
+def some_cut(structure: Structure, remove: int) -> Cut:
+    """Any cut of so many groups: for what depends on their number alone."""
+    length = structure.groups // structure.partitions
+    each = remove // structure.partitions
+    return Cut(structure, tuple(start + place for start in range(0, structure.groups, length) for place in range(each)))

@@ -1,0 +1,103 @@
+"""Check whether config.json and the tensors of a checkpoint belong together, by reading all of it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from llmprune.errors import ModelError
+from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.uneven import UNBUILDABLE, build_uneven_skeleton, one_line
+from llmprune.structures.describe.candidates import integers
+from llmprune.structures.find.tracing import Run, eagerly
+
+
+def audit_checkpoint(source: CheckpointSource) -> None:
+    """Check the config and the tensors of a checkpoint against each other: load all of it, a layer at a time.
+
+    Raises:
+        ModelError: they do not fit; says what is wrong.
+        CheckpointError: a tensor is missing, or has another shape than the config says.
+    """
+    cpu = torch.device("cpu")
+    shapes: dict[str, list[int]] = {}
+
+    def note() -> None:
+        resident = (pair for pair in source.model.state_dict().items() if not pair[1].is_meta)
+        shapes.update((name, list(tensor.shape)) for name, tensor in resident)
+
+    source.load_ends(cpu)
+    note()
+    source.free_ends()
+    for index in range(len(source.layers)):
+        source.load_layer(index, cpu)
+        note()
+        source.free_layer(index)
+    if problems := audit(source.config, shapes):
+        raise ModelError(
+            f"{source.folder}: config.json and the tensors do not fit: {'; '.join(problems[:3])}",
+            expected="a checkpoint that loads",
+            fix="report it with the model's id and the recipe",
+        )
+
+
+def audit(config: PretrainedConfig, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Check a config and the tensors of a checkpoint against each other.
+
+    Args:
+        config: of the checkpoint, with or without `per_layer_config`.
+        shapes: the model's own name of each tensor -> its shape.
+
+    Returns:
+        What is wrong, a line each; empty if all is well.
+    """
+    problems = list(contradictory_counts(config))
+    try:
+        model = build_uneven_skeleton(config)
+    except (*UNBUILDABLE, ModelError) as error:
+        return [*problems, f"the model cannot be built: {one_line(error)}"]
+    state = model.state_dict()
+    copies = {name for names in _tied(model) for name in names if any(other in shapes for other in names)}
+    problems += [f"{name} is missing" for name in state if name not in shapes and name not in copies]
+    problems += [f"{name} is not part of the model" for name in shapes if name not in state]
+    for name in state.keys() & shapes.keys():
+        if tuple(state[name].shape) != tuple(shapes[name]):
+            problems.append(f"{name} has shape {list(shapes[name])}, the config says {list(state[name].shape)}")
+    if not problems:
+        problems += stumbles(model)
+    return sorted(problems)
+
+
+def contradictory_counts(config: PretrainedConfig) -> Iterator[str]:
+    """Counts in the config that contradict one another."""
+    text = config.get_text_config(decoder=True)
+    values = {path[-1]: value for path, value in integers(config, least=1).items()}
+    experts = max((v for k, v in values.items() if "experts" in k and "per_tok" not in k), default=None)
+    chosen = max((v for k, v in values.items() if "experts_per_tok" in k or k == "moe_top_k"), default=0)
+    if experts is not None and chosen > experts:
+        yield f"{chosen} of {experts} experts are to be chosen for each token"
+    if experts is not None and experts % values.get("n_group", 1):
+        yield f"{experts} experts do not split into {values['n_group']} groups"
+    for name in ("layer_types", "mlp_layer_types"):
+        kinds = getattr(text, name, None)
+        if isinstance(kinds, list) and len(kinds) != text.num_hidden_layers:
+            yield f"{name} has {len(kinds)} entries for {text.num_hidden_layers} layers"
+
+
+def _tied(model: PreTrainedModel) -> list[set[str]]:
+    """Names that stand for one parameter, set by set."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return [together for together in names.values() if len(together) > 1]
+
+
+def stumbles(model: PreTrainedModel) -> Iterator[str]:
+    """What stops the model's own code with these shapes: head sizes, rotary and cache dimensions."""
+    path, layers = find_decoder_layers(model)
+    try:
+        with torch.enable_grad(), eagerly(model):
+            Run(model, path, layers, frozen=False).each(lambda index, trace: None)
+    except UNBUILDABLE as error:
+        yield f"the model does not run: {one_line(error)}"

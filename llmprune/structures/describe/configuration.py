@@ -1,0 +1,293 @@
+"""Describe the smaller model: which attributes of config.json change, found by search and checked.
+
+No table says what a family calls its sizes. Integers of the config that could stand for a size are changed, the model
+is built from the changed config without weights, and the change holds if every parameter then has exactly the shape
+that it shrinks to, and nothing else is different: no other shape, no buffer (rotary frequencies), no scale.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from llmprune.errors import ModelError
+from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.uneven import (
+    UNBUILDABLE,
+    Changes,
+    build_uneven_skeleton,
+    changed,
+    nested,
+    one_line,
+    with_overrides,
+)
+from llmprune.structures.describe.audit import contradictory_counts, stumbles
+from llmprune.structures.describe.candidates import Request, candidates
+from llmprune.structures.describe.equals import equal_config
+from llmprune.structures.remove.cuts import Cut, removed_indices
+
+_MOST_TRIES = 40
+
+
+def smaller_config(
+    config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], decoder_layers: str | None = None
+) -> PretrainedConfig:
+    """The config of the model whose layers have been shrunk, alike in all layers.
+
+    Args:
+        config: of the model at full size.
+        cuts: layer -> what goes there.
+        decoder_layers: dotted name of the decoder layers, where they are not found.
+
+    Returns:
+        Of the same class; where that refuses the sizes, of one with the same layers that does not (see `equals`).
+
+    Raises:
+        ModelError: no change of the config gives these shapes; says what was tried.
+    """
+    return _described(_smaller, _Search(config, cuts, decoder_layers))
+
+
+def uneven_config(
+    config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], decoder_layers: str | None = None
+) -> PretrainedConfig:
+    """A config with `per_layer_config`, for layers that have been shrunk each in its own way.
+
+    Args:
+        config: of the model at full size.
+        cuts: layer -> what goes there; the groups of a layer's structures may be fewer than another's.
+        decoder_layers: dotted name of the decoder layers, where they are not found.
+
+    Returns:
+        Of the same class; where that refuses the sizes, of one with the same layers that does not (see `equals`).
+
+    Raises:
+        ModelError: no change of the config gives a layer its shapes; says what was tried.
+    """
+    with_overrides(config, {"0": {}})  # refuses an architecture that has its own
+    return _described(_uneven, _Search(config, cuts, decoder_layers))
+
+
+def _described(describe: Callable[["_Search"], PretrainedConfig], search: "_Search") -> PretrainedConfig:
+    """What `describe` finds for the config, or for an equal one where the config's own class refuses sizes."""
+    try:
+        return describe(search)
+    except ModelError as error:
+        if not search.refused:
+            raise
+        try:
+            equal = equal_config(search.config)
+            if equal is None:
+                raise error
+            return describe(_Search(equal, search.cuts, search.path))
+        except ModelError as other:
+            if other.what == error.what:
+                raise error from None
+            raise ModelError(error.what, expected=error.expected, fix=f"{error.fix}; {other.what}") from other
+
+
+def _smaller(search: "_Search") -> PretrainedConfig:
+    changes: Changes = {}
+    for requests in search.joined(list(search.cuts)):
+        changes |= requests
+    if differences := search.differences(changes, everything=True) or search.other_differences(changes, None):
+        raise ModelError(
+            f"no config describes the smaller model: with {_shown(changes)}, {differences[0]}",
+            expected="the same widths in every layer with such a structure, and sizes that the config can express",
+            fix="remove as many groups from each of its structures in all layers, or allow widths that differ",
+        )
+    smaller = changed(search.config, changes)
+    if problems := [*contradictory_counts(smaller), *stumbles(search.built(changes))]:
+        raise ModelError(
+            f"the smaller model would not work: with {_shown(changes)}, {problems[0]}", fix="remove fewer groups"
+        )
+    return smaller
+
+
+def _uneven(search: "_Search") -> PretrainedConfig:
+    overrides: dict[str, Any] = {}
+    found: dict[tuple[object, ...], Changes] = {}
+    for layer in sorted(search.cuts):
+        key = search.signature(layer)
+        if key not in found:
+            found[key] = {}
+            for part in search.joined([layer]):
+                found[key] |= part
+            if differences := search.other_differences(found[key], [layer]):
+                raise ModelError(f"no config describes layer {layer}: with {_shown(found[key])}, {differences[0]}")
+        if found[key]:
+            overrides[str(layer)] = nested(found[key])
+    return with_overrides(search.config, overrides)
+
+
+class _Search:
+    """Tries changes of a config against the shapes that are wanted."""
+
+    def __init__(self, config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], decoder_layers: str | None) -> None:
+        self.config, self.cuts = config, cuts
+        self._before = build_uneven_skeleton(config)
+        self.path, self._layers = find_decoder_layers(self._before, decoder_layers)
+        if outside := [layer for layer in cuts if not 0 <= layer < len(self._layers)]:
+            raise ModelError(f"there is no layer {outside[0]}", expected=f"layers below {len(self._layers)}")
+        self._built: dict[str, PreTrainedModel | str] = {}
+        self._gone: dict[object, dict[tuple[str, int], int]] = {}
+
+    @property
+    def refused(self) -> bool:
+        """Whether the config's class has refused values that were tried."""
+        return any(isinstance(model, str) for model in self._built.values())
+
+    def signature(self, layer: int) -> tuple[object, ...]:
+        """Alike for layers that need the same changes."""
+        shapes = tuple((name, tuple(p.shape)) for name, p in self._layers[layer].named_parameters())
+        return (tuple(self._requests([layer])), shapes)
+
+    def joined(self, layers: Sequence[int]) -> Iterator[Changes]:
+        """The changes for each request; requests that no change meets alone are tried together.
+
+        Raises:
+            ModelError: nothing fits.
+        """
+        alone: list[Request] = []
+        for request in self._requests(layers):
+            found = self._first_fit([request], layers)
+            if found is None:
+                alone.append(request)
+            else:
+                yield found
+        for _, group in itertools.groupby(alone, lambda r: (r.kind, r.kept / r.groups)):
+            requests = list(group)
+            found = self._first_fit(requests, layers) if len(requests) > 1 else None
+            if found is None:
+                raise self._nothing_fits(requests, layers)
+            yield found
+
+    def _requests(self, layers: Sequence[int]) -> list[Request]:
+        cuts = [cut for layer in layers for cut in self.cuts.get(layer, ()) if cut.removed]
+        found = [(cut.structure, cut.kept) for cut in cuts]
+        return list(dict.fromkeys(Request(s.kind, s.consumer, s.groups, s.columns, kept) for s, kept in found))
+
+    def _first_fit(self, requests: list[Request], layers: Sequence[int]) -> Changes | None:
+        for changes in self._candidates(requests):
+            if not self.differences(changes, layers, requests):
+                return changes
+        return None
+
+    def _candidates(self, requests: list[Request]) -> list[Changes]:
+        found = [changes for request in requests for changes in candidates(self.config, request)]
+        unique = {repr(changes): changes for changes in found}
+        return list(unique.values())[:_MOST_TRIES]
+
+    def differences(
+        self,
+        changes: Changes,
+        layers: Sequence[int] = (),
+        requests: Sequence[Request] | None = None,
+        *,
+        everything: bool = False,
+    ) -> list[str]:
+        """How the shapes of a changed config differ from those that are left.
+
+        Args:
+            changes: of the config.
+            layers: the layers that are compared.
+            requests: the cuts that have been made; None: all of them.
+            everything: compare all layers, and what is outside them.
+        """
+        model = self._build(changes)
+        if isinstance(model, str):
+            return [model]
+        after = dict(model.named_parameters())
+        differences = []
+        for name, parameter in self._before.named_parameters():
+            layer, inner = self._place(name)
+            if everything or layer in layers:
+                wanted = self._shrunk(layer, inner, parameter, requests)
+                shape = tuple(after[name].shape) if name in after else ()
+                if shape != wanted:
+                    differences.append(f"{name} would be {list(shape)}, not {list(wanted)}")
+        return differences
+
+    def other_differences(self, changes: Changes, layers: Sequence[int] | None) -> list[str]:
+        """Buffers and numbers in modules, of some layers or all (None), that change although nothing of them goes."""
+        model = self._build(changes)
+        assert isinstance(model, PreTrainedModel), model
+        modules = dict(model.named_modules())
+        differences = []
+        for name, module in self._before.named_modules():
+            layer, inner = self._place(name)
+            if layers is not None and layer not in layers:
+                continue
+            other = modules.get(name)
+            if other is None or type(other) is not type(module):
+                differences.append(f"{name} would be another module")
+                continue
+            for key, value in vars(module).items():
+                if isinstance(value, float) and vars(other).get(key) != value:
+                    differences.append(f"{name}.{key} would be {vars(other).get(key)}, not {value}")
+            for key, buffer in module.named_buffers(recurse=False):
+                full = f"{inner}.{key}" if inner else key
+                if not _same_buffer(buffer, other.get_buffer(key), self._shrunk(layer, full, buffer)):
+                    differences.append(f"the buffer {name}.{key} would change")
+        return differences
+
+    def _shrunk(
+        self, layer: int | None, name: str, tensor: Tensor, requests: Sequence[Request] | None = None
+    ) -> tuple[int, ...]:
+        """The shape that is left of a layer's tensor by some of the cuts; None: all of them."""
+        key = layer, None if requests is None else tuple(requests)
+        if key not in self._gone:
+            cuts = [] if layer is None else self.cuts.get(layer, ())
+            asked = [cut for cut in cuts if requests is None or self._request(cut) in requests]
+            self._gone[key] = {place: len(gone) for place, gone in removed_indices(asked).items()}
+        return tuple(size - self._gone[key].get((name, dim), 0) for dim, size in enumerate(tensor.shape))
+
+    def _place(self, name: str) -> tuple[int | None, str]:
+        """The layer in which a dotted name lies, and the rest of the name."""
+        if not name.startswith(self.path + "."):
+            return None, name
+        number, _, inner = name.removeprefix(self.path + ".").partition(".")
+        return int(number), inner
+
+    def _request(self, cut: Cut) -> Request:
+        structure = cut.structure
+        return Request(structure.kind, structure.consumer, structure.groups, structure.columns, cut.kept)
+
+    def _build(self, changes: Changes) -> PreTrainedModel | str:
+        key = repr(sorted(changes.items()))
+        if key not in self._built:
+            try:
+                self._built[key] = build_uneven_skeleton(changed(self.config, changes))
+            except UNBUILDABLE as error:
+                self._built[key] = f"the model cannot be built: {one_line(error)}"
+        return self._built[key]
+
+    def built(self, changes: Changes) -> PreTrainedModel:
+        """The model of a changed config that has been found to fit."""
+        model = self._build(changes)
+        assert isinstance(model, PreTrainedModel), model
+        return model
+
+    def _nothing_fits(self, requests: list[Request], layers: Sequence[int]) -> ModelError:
+        request = requests[0]
+        tried = [f"{_shown(c)}: {self.differences(c, layers, requests)[0]}" for c in self._candidates(requests)[:4]]
+        return ModelError(
+            f"no attribute of {type(self.config).__name__} makes {request.consumer} smaller: {request.kept} of "
+            f"{request.groups} groups ({request.kind})",
+            expected="one that gives every parameter the shape that is left; tried "
+            + ("; ".join(tried) or "nothing: no attribute has such a value"),
+            fix=f"remove another number of groups, or leave {request.kind} out of the recipe",
+        )
+
+
+def _same_buffer(before: Tensor, after: Tensor, wanted: tuple[int, ...]) -> bool:
+    if wanted != tuple(before.shape):
+        return tuple(after.shape) == wanted
+    return before.shape == after.shape and torch.equal(before, after)
+
+
+def _shown(changes: Changes) -> str:
+    return ", ".join(f"{'.'.join(path)}={value}" for path, value in changes.items()) or "no change"

@@ -1,0 +1,155 @@
+"""Describe a model with fewer decoder layers."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from llmprune.errors import ModelError
+from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.uneven import (
+    REMOVED,
+    UNBUILDABLE,
+    build_uneven_skeleton,
+    layer_overrides,
+    one_line,
+    text_part,
+    with_overrides,
+)
+from llmprune.structures.describe.audit import stumbles
+from llmprune.structures.find.tracing import OWN_NUMBER
+
+# Integers that say how many of the first, or of the last, layers are special.
+_FIRST = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "num_hash_layers")
+_LAST = ("num_kv_shared_layers",)
+# Lists of layer numbers, unlike lists with one entry a layer.
+_NUMBERS = ("attn_layer_indices", "mlp_only_layers", "moe_layers", "full_attn_idxs")
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# Lists that have nothing to do with layers, however many entries they have.
+_OTHER_LISTS = ("architectures", "time_step_limit", "mlp_multipliers", "eos_token_id", "pad_token_id")
+
+
+def drop_layers(
+    config: PretrainedConfig, kept: Sequence[int], decoder_layers: str | None = None
+) -> tuple[PretrainedConfig, dict[int, int]]:
+    """The config of the model with only some of its decoder layers.
+
+    Args:
+        config: of the whole model.
+        kept: the layers that stay, ascending and distinct.
+        decoder_layers: dotted name of the decoder layers, where they are not found.
+
+    Returns:
+        The config, and for each layer that stays its new number (for the checkpoint's keys).
+
+    Raises:
+        ModelError: the layers do not exist, or the architecture decides by a layer's number what the layer is, in a way
+            that the ones that stay cannot keep.
+    """
+    before = build_uneven_skeleton(config)
+    path, layers = find_decoder_layers(before, decoder_layers)
+    if not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < len(layers):
+        raise ModelError(f"layers {list(kept)} of {len(layers)} are to stay", expected="ascending numbers of layers")
+    data = config.to_dict()
+    text = text_part(data, config)
+    if text.get("scale_attn_by_inverse_layer_idx"):
+        raise _changed(path, kept[-1], "its attention is scaled by its number")
+    text.update(_renumbered(text, kept, len(layers)))
+    try:
+        smaller = type(config).from_dict(data)
+        model = build_uneven_skeleton(smaller)
+    except UNBUILDABLE as error:
+        raise _changed(path, kept[-1], f"the model cannot be built: {one_line(error)}") from error
+    after = find_decoder_layers(model, decoder_layers)[1]
+    if len(after) != len(kept):
+        raise _changed(path, kept[-1], f"the model would have {len(after)} layers, not {len(kept)}")
+    numbers = {old: new for new, old in enumerate(kept)}
+    for old, new in numbers.items():
+        for difference in _differences(layers[old], after[new], numbers):
+            raise _changed(path, old, difference)
+    for problem in stumbles(model):
+        raise _changed(path, kept[0], problem)
+    return smaller, numbers
+
+
+def _renumbered(text: Mapping[str, Any], kept: Sequence[int], count: int) -> Iterator[tuple[str, Any]]:
+    """The entries of a text config that change."""
+    for key, value in text.items():
+        if key in _COUNTS and value == count:
+            yield key, len(kept)
+        elif key in _NUMBERS and isinstance(value, list):
+            yield key, [new for new, old in enumerate(kept) if old in value]
+        elif isinstance(value, list | tuple) and len(value) == count and key not in _OTHER_LISTS:
+            yield key, [value[layer] for layer in kept]
+        elif key in _FIRST and type(value) is int:
+            yield key, sum(layer < value for layer in kept)
+        elif key in _LAST and type(value) is int:
+            yield key, sum(layer >= count - value for layer in kept)
+        elif key == "per_layer_config" and value:
+            widths = {int(layer): values for layer, values in value.items()}
+            yield key, {str(new): widths[old] for new, old in enumerate(kept) if old in widths}
+
+
+def _differences(before: nn.Module, after: nn.Module, numbers: Mapping[int, int]) -> Iterator[str]:
+    """What a layer is at its new place and was not at the old one."""
+    shapes = {name: tuple(p.shape) for name, p in after.named_parameters()}
+    for name, parameter in before.named_parameters():
+        if shapes.pop(name, None) != tuple(parameter.shape):
+            yield f"{name} is missing or has another shape"
+    if shapes:
+        yield f"{next(iter(shapes))} is new"
+    others = dict(after.named_modules())
+    for name, module in before.named_modules():
+        other = others.get(name)
+        if type(other) is not type(module):
+            yield f"{name or 'it'} is another module"
+            continue
+        for key, value in vars(module).items():
+            if type(value) not in (bool, int, float, str, type(None)) or key in OWN_NUMBER or key == "training":
+                continue
+            # A number of another layer moves with that layer.
+            wanted = numbers.get(value) if key.endswith(("layer_index", "layer_idx")) and type(value) is int else value
+            if vars(other).get(key) != wanted:
+                yield f"{name}.{key} is {vars(other).get(key)}, not {wanted}".lstrip(".")
+
+
+def _changed(path: str, layer: int, why: str) -> ModelError:
+    return ModelError(
+        f"{path}.{layer} would not be the same at its new place: {why}",
+        expected="layers that are alike, or a config that lists what each of them is",
+        fix="keep other layers, so that the pattern of the architecture stays as it is",
+    )
+
+
+def without_blocks(
+    config: PretrainedConfig, removed: Mapping[int, Mapping[str, int]], decoder_layers: str | None = None
+) -> PretrainedConfig:
+    """The config of the model without some blocks; what `per_layer_config` says already stays.
+
+    Args:
+        config: of the model, with or without widths that differ between layers.
+        removed: layer -> the modules of the blocks that go there, as `Block.modules` gives them.
+        decoder_layers: dotted name of the decoder layers, where they are not found.
+
+    Raises:
+        ModelError: the architecture has a `per_layer_config` of its own, a layer or a module does not exist, or the
+            model does not run without it.
+
+    Example:
+        >>> without_blocks(config, {3: {"self_attn": 2}})  # doctest: +SKIP
+    """
+    overrides = {str(layer): values for layer, values in layer_overrides(config).items()}
+    for layer, modules in removed.items():
+        if modules:
+            values = overrides.setdefault(str(layer), {})
+            values[REMOVED] = {**values.get(REMOVED, {}), **modules}
+    smaller = with_overrides(config, overrides)
+    for problem in stumbles(build_uneven_skeleton(smaller)):
+        shown = ", ".join(f"{name} of layer {layer}" for layer, modules in removed.items() for name in modules)
+        raise ModelError(
+            f"without {shown}, {problem}",
+            expected="blocks whose outputs nothing else reads",
+            fix="leave these blocks in place, or remove whole layers",
+        )
+    return smaller

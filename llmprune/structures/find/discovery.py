@@ -1,0 +1,336 @@
+"""Find which rows of which parameters go with each head, FFN channel or expert, from data flow alone.
+
+The model's own code runs once over a few tokens without its weights: each product with a weight is cut and replaced by
+random values, so that the inputs of a matrix (the consumer: o_proj, down_proj) depend only on the products just before
+it (the producers: q, k, v or gate, up) and on the small parameters between. Gradients of the consumer's input columns
+then say exactly which rows feed which columns: what feeds one group of columns only goes when the group goes, and what
+feeds several stays. Binary codes over the groups find this for all rows in 2 log2(groups) backward passes.
+
+A norm makes every row feed every column a little. So the model runs twice: with the statistics of norms held constant,
+which shows what belongs together, and as it is, which shows whether the rest would notice that it has gone.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmprune.models.decoder import find_decoder_layers
+from llmprune.structures.find.influence import PARTLY, STAYS, group_size, owners_of, pull
+from llmprune.structures.find.tracing import OUT, Axis, Run, Trace, eagerly
+
+Kind = Literal["heads", "ffn", "experts", "mixer"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slice:
+    """What of one tensor goes with each group.
+
+    Attributes:
+        name: parameter or buffer, inside its decoder layer.
+        dim: the dimension that shrinks.
+        index: int64 [groups, k], ascending in each row; the groups are disjoint.
+    """
+
+    name: str
+    dim: int
+    index: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Structure:
+    """Groups of a decoder layer that can be removed physically.
+
+    Attributes:
+        kind: "heads" (with all query heads of their key and value), "ffn" (channels), "experts", or "mixer" (a
+            convolution or recurrence, always refused).
+        consumer: the matrix whose input columns are grouped, as a parameter inside the layer; for experts the matrix
+            that gives their output.
+        groups: how many there are.
+        columns: the consumer's input columns in each group, consecutive; 0 for experts.
+        slices: what goes, the consumer's own columns included; empty where refused.
+        refusal: why groups of it cannot be removed exactly; None if they can.
+        partitions: consecutive runs of groups, of equal length, each of which must lose as many (query heads of one key
+            and value head).
+    """
+
+    kind: Kind
+    consumer: str
+    groups: int
+    columns: int
+    slices: tuple[Slice, ...]
+    refusal: str | None = None
+    partitions: int = 1
+
+
+def find_structures(model: PreTrainedModel, decoder_layers: str | None = None) -> list[list[Structure]]:
+    """Find the structures of every decoder layer, without reading a weight.
+
+    Args:
+        model: a causal LM; meta tensors suffice. Left as it was.
+        decoder_layers: dotted name of the decoder layers, where they are not found.
+
+    Returns:
+        For each layer its structures, in the order in which it uses them; the same at every call.
+
+    Raises:
+        ModelError: the decoder layers cannot be told, or a matrix is multiplied in an unknown layout.
+    """
+    return _found(model, decoder_layers, _draft)
+
+
+def find_query_heads(model: PreTrainedModel, decoder_layers: str | None = None) -> list[list[Structure]]:
+    """Find the single query heads of every decoder layer; their key and value heads stay.
+
+    Args:
+        model: a causal LM; meta tensors suffice. Left as it was.
+        decoder_layers: dotted name of the decoder layers, where they are not found.
+
+    Returns:
+        For each layer a structure of kind "heads" for each of its attentions, with as many partitions as there are key
+        and value heads. Refused where each of these has one query head: `find_structures` has the same groups then.
+
+    Raises:
+        ModelError: the decoder layers cannot be told, or a matrix is multiplied in an unknown layout.
+    """
+    return _found(model, decoder_layers, _draft_query_heads)
+
+
+def _found(
+    model: PreTrainedModel, decoder_layers: str | None, draft: Callable[[Trace], list["_Draft"]]
+) -> list[list[Structure]]:
+    """The structures that are drafted with the statistics of norms held constant, and confirmed without."""
+    path, layers = find_decoder_layers(model, decoder_layers)
+    with torch.enable_grad(), eagerly(model):
+        first = Run(model, path, layers, frozen=True)
+        drafts = first.each(_once(lambda index, trace: draft(trace)))
+        second = Run(model, path, layers, frozen=False)
+        second.handed_on = first.handed_on
+        found: list[list[Structure]] = second.each(
+            _once(lambda index, trace: [done for draft in drafts[index] if (done := _confirm(draft, trace))])
+        )
+    return found
+
+
+def _once(visit: Callable[[int, Trace], Any]) -> Callable[[int, Trace], Any]:
+    """Visit one of the layers that are alike; the others have its result."""
+    known: dict[tuple[object, ...], Any] = {}
+
+    def visit_new(index: int, trace: Trace) -> Any:
+        key = trace.likeness()
+        if key not in known:
+            known[key] = visit(index, trace)
+        return known[key]
+
+    return visit_new
+
+
+@dataclass
+class _Draft:
+    """A structure as it looks with the statistics of norms held constant."""
+
+    structure: Structure
+    owners: dict[Axis, Tensor]
+
+
+def _draft(trace: Trace) -> list[_Draft]:
+    drafts = []
+    for consumer in dict.fromkeys(product.parameter for product in trace.products):
+        inputs = trace.inputs(consumer)
+        width = trace.matrices[consumer][0].shape[1]
+        if not inputs or width < 2 or (size := group_size(trace, inputs, width)) is None or _is_linear(trace, inputs):
+            continue
+        owners = owners_of(trace, inputs, width, size)
+        slices, refusal = _slices(trace, owners, width // size)
+        slices.append(_matrix_slice(trace, consumer, torch.arange(width).view(-1, size), output=False))
+        if width == size:
+            refusal = "it has one group only"
+        drafts.append(_Draft(Structure("ffn", consumer, width // size, size, tuple(slices), refusal), owners))
+    return drafts + _draft_experts(trace)
+
+
+def _draft_query_heads(trace: Trace) -> list[_Draft]:
+    drafts = []
+    for consumer in dict.fromkeys(product.parameter for product in trace.products):
+        inputs = trace.inputs(consumer)
+        width = trace.matrices[consumer][0].shape[1]
+        if not inputs or width < 2 or (outer := group_size(trace, inputs, width)) is None:
+            continue
+        if _kind(trace, inputs) != "heads":
+            continue
+        size = group_size(trace, inputs, width, within=outer) if outer > 2 else None
+        if size is None or size in (1, outer) or outer % size:
+            one = Structure("heads", consumer, width // outer, outer, (), "its groups are single query heads already")
+            drafts.append(_Draft(one, {}))
+            continue
+        # What feeds several heads of a group, keys and values, stays.
+        found = owners_of(trace, inputs, width, size)
+        owners = {axis: owner.where(owner != PARTLY, STAYS) for axis, owner in found.items()}
+        slices, refusal = _slices(trace, owners, width // size)
+        if not any(dim == OUT and bool((owner >= 0).any()) for (_, dim), owner in owners.items()):
+            refusal = "no rows belong to one query head only"
+        slices.append(_matrix_slice(trace, consumer, torch.arange(width).view(-1, size), output=False))
+        structure = Structure("heads", consumer, width // size, size, tuple(slices), refusal, width // outer)
+        drafts.append(_Draft(structure, owners))
+    return drafts
+
+
+def _slices(trace: Trace, owners: dict[Axis, Tensor], groups: int) -> tuple[list[Slice], str | None]:
+    """What goes with each group, and why that cannot be had."""
+    slices: list[Slice] = []
+    refusal = None
+    for (name, dim), owner in owners.items():
+        places = [place for place, group in enumerate(owner.tolist()) if group >= 0]
+        if bool((owner == PARTLY).any()):
+            refusal = f"some of its groups have {name} in common"
+        if not places:
+            continue
+        counts = torch.bincount(owner[places], minlength=groups)
+        if name.startswith("argument ") or name in trace.fixed:
+            refusal = f"it depends on the {name}, which has values of its own for each group"
+        elif bool((counts != counts[0]).any()):
+            refusal = f"its groups have different shares of {name}"
+        elif any(known.name == name for known in slices):
+            refusal = f"{name} belongs to the groups along two dimensions"
+        else:
+            index = torch.tensor(sorted(places, key=owner.tolist().__getitem__)).view(groups, -1)
+            slices.append(_matrix_slice(trace, name, index, output=True) if dim == OUT else Slice(name, dim, index))
+            if dim == OUT and name in trace.biases:
+                bias = trace.biases[name]
+                slices.append(Slice(bias, trace.small[bias].dim() - 1, index))
+    return slices, refusal
+
+
+def _matrix_slice(trace: Trace, name: str, index: Tensor, *, output: bool) -> Slice:
+    """The slice of a weight for indices [groups, k] of its outputs, or of its inputs."""
+    matrix, fused = trace.matrices[name][0], len(trace.shapes[name]) == 3
+    dim = int(output == matrix.transposed)
+    if matrix.experts > 1 and not fused and dim == 0:
+        # All experts lie one below the other.
+        index = torch.cat([index + expert * matrix.shape[0 if output else 1] for expert in range(matrix.experts)], 1)
+    return Slice(name, dim + fused, index)
+
+
+def _is_linear(trace: Trace, inputs: list[tuple[Tensor, int]]) -> bool:
+    """Whether the consumer's input depends on the producers linearly: a bottleneck, not an FFN."""
+    random = torch.Generator().manual_seed(3)
+    found = [(product.leaf, product.leaf_dim) for product in trace.products]
+    leaves = [leaf for leaf, _ in found]
+    probes = [torch.randn(x.shape, generator=random).requires_grad_() for x, _ in inputs]
+    results = torch.autograd.grad([x for x, _ in inputs], leaves, probes, create_graph=True, allow_unused=True)
+    gradients = [gradient for gradient in results if gradient is not None]
+    for (leaf, dim), gradient in zip(found, results, strict=True):
+        if gradient is not None:
+            open_for = (gradient != 0).movedim(dim, -1).reshape(-1, leaf.shape[dim])
+            # A ReLU's gradient does not change either, but it is zero where the ReLU is closed.
+            if bool((open_for.any(0) & ~open_for.all(0)).any()):
+                return False
+    total = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+    change = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+    return not any(bool(second.any()) for second in change if second is not None)
+
+
+def _draft_experts(trace: Trace) -> list[_Draft]:
+    """Experts, where a top-k over them says which rows of the router are theirs."""
+    drafts: list[_Draft] = []
+    for scores in trace.selections:
+        count = scores.shape[-1]
+        slices, refusal = _slices(trace, owners_of(trace, [(scores, -1)], count, 1), count)
+        routers = [s.name for s in slices]
+        own = _experts_beside(trace, routers[0], count) if routers else []
+        if not own or any(draft.structure.consumer in own for draft in drafts):
+            continue
+        modules = {name.rpartition(".")[0] for name in own}
+        biases = [
+            name
+            for name, leaf in trace.small.items()
+            if name.rpartition(".")[0] in modules and name not in routers and leaf.shape[:1] == (count,)
+        ]
+        for name in own + biases:
+            rows = torch.arange(trace.shapes[name][0]).view(count, -1)
+            slices.append(Slice(name, 0, rows))
+        if trace.grouped:
+            refusal = "its router chooses groups of experts first"
+        last = [product.parameter for product in trace.products if product.parameter in own]
+        drafts.append(_Draft(Structure("experts", (last or own)[-1], count, 0, tuple(slices), refusal), {}))
+    return drafts
+
+
+def _experts_beside(trace: Trace, router: str, count: int) -> list[str]:
+    """The fused matrices of so many experts that stand nearest to a router's parameter."""
+    for parent in _parents(router):
+        own = [n for n, m in trace.matrices.items() if m[0].experts == count and n.startswith(parent)]
+        if own:
+            return own
+    return []
+
+
+def _parents(name: str) -> Iterator[str]:
+    """The modules around a parameter, innermost first, each with a dot at its end."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name + "."
+
+
+def _confirm(draft: _Draft, trace: Trace) -> Structure | None:
+    """Check a draft against what the model computes; None if it is part of something larger, such as the residual."""
+    structure = draft.structure
+    if structure.kind == "experts":
+        return _settled(structure, "experts", structure.refusal)
+    inputs = trace.inputs(structure.consumer)
+    taken = {axis: owner >= 0 for axis, owner in draft.owners.items()}
+
+    def feeds(sinks: list[Tensor]) -> bool:
+        known = [(sink, -1) for sink in sinks if sink.requires_grad]
+        hits = pull(trace, known) if known else {}
+        return any(bool((hits[axis] & mine).any()) for axis, mine in taken.items() if axis in hits)
+
+    others = [p.read for p in trace.products if p.parameter != structure.consumer]
+    if feeds([*others, *trace.selections, *trace.hidden]):
+        return None
+    kind = _kind(trace, inputs)
+    owners = owners_of(trace, inputs, structure.groups * structure.columns, structure.columns)
+    blurred = [axis[0] for axis, mine in taken.items() if bool((owners[axis] != draft.owners[axis])[mine].any())]
+    refusal = structure.refusal
+    if kind == "mixer":
+        refusal = "it mixes tokens by a convolution or recurrence: neither heads nor FFN channels"
+    elif feeds(trace.beside):
+        refusal = "later layers read the same keys and values"
+    elif kind == "heads" and structure.columns == 1:
+        refusal = "it has one head only"
+    elif blurred:
+        refusal = f"what {blurred[0]} gives is normalised over all groups: the others would change"
+    return _settled(structure, kind, refusal)
+
+
+def _settled(structure: Structure, kind: Kind, refusal: str | None) -> Structure:
+    return replace(structure, kind=kind, refusal=refusal, slices=() if refusal else structure.slices)
+
+
+def _kind(trace: Trace, inputs: list[tuple[Tensor, int]]) -> Kind:
+    """Heads have a softmax between producers and consumer, FFN channels do not mix tokens."""
+    x, dim = max(inputs, key=lambda pair: pair[0].numel())
+    if "Softmax" in _operations(x):
+        return "heads"
+    rows = x.movedim(dim, -1).reshape(-1, x.shape[dim])
+    products = [product for product in trace.products if product.leaf.numel()]
+    gradients = torch.autograd.grad(rows[-1].sum(), [p.leaf for p in products], retain_graph=True, allow_unused=True)
+    for product, gradient in zip(products, gradients, strict=True):
+        if gradient is not None and (gradient != 0).any(product.leaf_dim).sum() > 1:
+            return "mixer"
+    return "ffn"
+
+
+def _operations(x: Tensor) -> str:
+    """The names of the operations that led to x since the last products with weights."""
+    seen: set[Any] = set()
+    waiting = [x.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return " ".join(node.name() for node in seen)

@@ -1,0 +1,293 @@
+"""Find the attention and the MLP of each decoder layer, and describe a model without some of them.
+
+A block is the outermost module that reads the hidden states once and returns what is added to them, found around the
+matrices that give the structures' outputs. Whether that is so is tried: with every product in it silenced, nothing of
+its arguments may come through; where it adds the residual itself, it is refused.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from llmprune.errors import ModelError
+from llmprune.models.decoder import find_decoder_layers, prunable_matrices
+from llmprune.models.uneven import (
+    UNBUILDABLE,
+    one_line,
+    remove_blocks,
+)
+from llmprune.stream.observation import PRODUCTS
+from llmprune.structures.find.discovery import Structure, find_structures
+from llmprune.structures.find.tracing import Run, Trace, eagerly
+
+Part = Literal["attention", "mlp"]
+
+PARTS: tuple[Part, ...] = ("attention", "mlp")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The attention or the MLP of one decoder layer.
+
+    Attributes:
+        part: which of them.
+        modules: dotted name inside the layer -> how many values the module returns; usually one module. Empty where
+            refused.
+        tensors: names inside the layer of the parameters and saved buffers that go with it.
+        refusal: why it cannot be removed exactly; None if it can.
+    """
+
+    part: Part
+    modules: Mapping[str, int]
+    tensors: tuple[str, ...] = ()
+    refusal: str | None = None
+
+
+# The blocks of one decoder layer.
+Blocks = dict[Part, Block]
+
+
+def find_blocks(
+    model: PreTrainedModel, decoder_layers: str | None = None, found: Sequence[Sequence[Structure]] | None = None
+) -> list[Blocks]:
+    """Find the attention and the MLP of every decoder layer, without reading a weight.
+
+    Args:
+        model: a causal LM; meta tensors suffice. Left as it was.
+        decoder_layers: dotted name of the decoder layers, where they are not found.
+        found: the structures of each layer, where they are known.
+
+    Returns:
+        For each layer its two blocks, refused where it has none or where something else depends on it.
+
+    Raises:
+        ModelError: the decoder layers cannot be told, or a matrix is multiplied in an unknown layout.
+    """
+    found = find_structures(model, decoder_layers) if found is None else found
+    path, layers = find_decoder_layers(model, decoder_layers)
+    wanted = [
+        {part: _modules_around(layer, structures, part) for part in PARTS}
+        for layer, structures in zip(layers, found, strict=True)
+    ]
+    returned, read_later = _tried(model, path, layers, [_names(parts) for parts in wanted])
+    blocks = [
+        {part: _block(layer, part, parts[part], returned[index], read_later[index]) for part in PARTS}
+        for index, (layer, parts) in enumerate(zip(layers, wanted, strict=True))
+    ]
+    return _confirmed(model, path, layers, blocks)
+
+
+@contextmanager
+def without(layer: nn.Module, number: int, blocks: Iterable[Block]) -> Iterator[None]:
+    """Run a decoder layer in memory without some of its blocks.
+
+    Args:
+        layer: the decoder layer.
+        number: its place in the model.
+        blocks: of this layer, none of them refused.
+    """
+    modules = {name: returns for block in blocks for name, returns in block.modules.items()}
+    before = {name: layer.get_submodule(name) for name in modules}
+    remove_blocks(layer, number, modules)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            layer.set_submodule(name, module)
+
+
+def _modules_around(layer: nn.Module, structures: Sequence[Structure], part: Part) -> list[list[str]]:
+    """For each consumer of a block the modules that might be it, outermost first.
+
+    A matrix that stands in the layer by itself (OPT's fc2) is given with its producers, all to be removed together, as
+    one name with commas.
+    """
+    heads = {structure.consumer for structure in structures if structure.kind == "heads"}
+    mixers = {structure.consumer for structure in structures if structure.kind == "mixer"}
+    own = {s.consumer: s for s in structures if (s.consumer in heads) == (part == "attention")}
+    others = {structure.consumer for structure in structures} - own.keys() | mixers
+    found = []
+    for consumer in own.keys() - mixers:
+        *modules, _ = consumer.split(".")
+        around = [".".join(modules[: depth + 1]) for depth in range(len(modules))]
+        around = [name for name in around if not any(other.startswith(f"{name}.") for other in others)]
+        found.append([name for name in around if _matrices(layer, name) > 1] or [_bare(layer, own[consumer])])
+    return sorted(names for names in found if names != [""])
+
+
+def _matrices(layer: nn.Module, name: str) -> int:
+    return sum(1 for _ in prunable_matrices(layer.get_submodule(name), ""))
+
+
+def _bare(layer: nn.Module, structure: Structure) -> str:
+    """The matrices of a structure that stand in the layer itself, joined by commas; empty if some do not."""
+    owners = dict.fromkeys(part.name.rpartition(".")[0] for part in structure.slices)
+    return ",".join(owners) if all("." not in owner and _matrices(layer, owner) == 1 for owner in owners) else ""
+
+
+def _names(parts: Mapping[Part, list[list[str]]]) -> dict[str, Part]:
+    """All modules to be tried, and what they might be."""
+    return {name: part for part, around in parts.items() for names in around for name in names if "," not in name}
+
+
+def _block(
+    layer: nn.Module,
+    part: Part,
+    around: list[list[str]],
+    returned: Mapping[str, int | str],
+    read_later: set[str],
+) -> Block:
+    """Choose the outermost module around each consumer that can go."""
+    if not around:
+        return Block(part, {}, refusal=f"the layer has no {part} that can be told from the rest")
+    modules: dict[str, int] = {}
+    for names in around:
+        if "," in names[0]:
+            modules |= dict.fromkeys(names[0].split(","), 1)
+            continue
+        results = [(name, returned.get(name, "is not called by itself")) for name in names]
+        fitting = [(name, values) for name, values in results if isinstance(values, int)]
+        if not fitting:
+            return Block(part, {}, refusal=f"{results[0][0]} {results[0][1]}")
+        modules |= dict(fitting[:1])
+    if handed := [name for name in modules if name in read_later]:
+        return Block(part, {}, refusal=f"later layers read what {handed[0]} computes")
+    tensors = [name for name in layer.state_dict() if name.startswith(tuple(f"{module}." for module in modules))]
+    return Block(part, modules, tuple(tensors))
+
+
+def _tried(
+    model: PreTrainedModel, path: str, layers: nn.ModuleList, wanted: Sequence[Mapping[str, Part]]
+) -> tuple[list[dict[str, int | str]], list[set[str]]]:
+    """Run the model with its blocks silenced, and then as it is.
+
+    Returns:
+        For each layer what became of each module (how many values it returns, or why it is no block), and the modules
+        from which later layers read something beside the hidden states.
+    """
+    results: list[dict[str, int | str]] = [{} for _ in layers]
+    leaves: list[dict[str, list[Tensor]]] = [{name: [] for name in names} for names in wanted]
+    with torch.enable_grad(), eagerly(model):
+        silent, usual = (Run(model, path, layers, frozen=False) for _ in range(2))
+        with ExitStack() as stack:
+            for layer, names, forms in zip(layers, wanted, results, strict=True):
+                for name, part in names.items():
+                    stack.enter_context(_wrapped(layer.get_submodule(name), _Silenced(name, part, forms)))
+            silent.each(lambda index, trace: None)
+        usual.handed_on = silent.handed_on
+        with ExitStack() as stack:
+            for layer, opened in zip(layers, leaves, strict=True):
+                for name, known in opened.items():
+                    stack.enter_context(_wrapped(layer.get_submodule(name), _Opened(known)))
+            return results, usual.each(lambda index, trace: _read_later(trace, leaves[index]))
+
+
+def _read_later(trace: Trace, opened: Mapping[str, list[Tensor]]) -> set[str]:
+    """The modules that have a part in what the layer hands on beside its hidden states."""
+    found = set()
+    for name, leaves in opened.items():
+        own = [*leaves, *(p.leaf for p in trace.products if p.parameter.startswith(f"{name}."))]
+        if trace.beside and own:
+            weights = [torch.ones_like(tensor) for tensor in trace.beside]
+            gradients = torch.autograd.grad(trace.beside, own, weights, retain_graph=True, allow_unused=True)
+            if any(gradient is not None and bool(gradient.any()) for gradient in gradients):
+                found.add(name)
+        leaves.clear()
+    return found
+
+
+@contextmanager
+def _wrapped(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+    """Let `call(forward, ...)` stand in for a module's forward."""
+    forward, own = module.forward, vars(module).get("forward")
+    module.forward = functools.partial(call, forward)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+class _Opened:
+    """Calls a module with arguments at which the graph of gradients begins anew, and keeps these."""
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        self._leaves = leaves
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        args = tuple(map(self._open, args))
+        return forward(*args, **{key: self._open(value) for key, value in kwargs.items()})
+
+    def _open(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            self._leaves.append(value.detach().clone().requires_grad_())
+            return self._leaves[-1]
+        return value
+
+
+class _Silenced:
+    """Calls a module whose products give zeros, and says what it then returns."""
+
+    def __init__(self, name: str, part: Part, forms: dict[str, int | str]) -> None:
+        self._name, self._part, self._forms = name, part, forms
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        leaves: list[Tensor] = []
+        with _Silence():
+            output = _Opened(leaves)(forward, *args, **kwargs)
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        form = _form(output, first, leaves)
+        if self._part == "mlp" and isinstance(output, tuple) and any(value is None for value in output):
+            form = "hands a state from token to token"
+        self._forms[self._name] = "is called more than once" if self._name in self._forms else form
+        return output
+
+
+def _form(output: Any, read: Tensor | None, leaves: list[Tensor]) -> int | str:
+    """How many values a silenced module returns, or why it is no block."""
+    first, *others = output if isinstance(output, tuple) and output else (output,)
+    if not isinstance(first, Tensor):
+        return f"returns a {type(first).__name__}"
+    if read is None or first.shape != read.shape:
+        return "does not return a tensor of the shape that it reads first"
+    if first.requires_grad and leaves:
+        gradients = torch.autograd.grad(first.sum(), leaves, retain_graph=True, allow_unused=True)
+        if any(gradient is not None and bool(gradient.any()) for gradient in gradients):
+            return "adds the residual itself"
+    return 1 + len(others)
+
+
+class _Silence(TorchFunctionMode):
+    """Lets every product give zeros."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return torch.zeros_like(result) if func is F.linear or func in PRODUCTS else result
+
+
+def _confirmed(model: PreTrainedModel, path: str, layers: nn.ModuleList, found: list[Blocks]) -> list[Blocks]:
+    """Refuse the blocks of a kind without which the model does not run."""
+    result: list[Blocks] = [dict(blocks) for blocks in found]
+    for part in PARTS:
+        try:
+            with ExitStack() as stack, torch.enable_grad(), eagerly(model):
+                for index, (layer, blocks) in enumerate(zip(layers, found, strict=True)):
+                    stack.enter_context(without(layer, index, [blocks[part]]))
+                Run(model, path, layers, frozen=False).each(lambda index, trace: None)
+        except (*UNBUILDABLE, ModelError) as error:
+            for blocks in result:
+                if blocks[part].refusal is None:
+                    blocks[part] = Block(part, {}, refusal=f"the model does not run without it: {one_line(error)}")
+    return result

@@ -1,0 +1,342 @@
+"""Run a model without its weights and record, for each decoder layer, what depends on what.
+
+Each product with a weight is cut: its result is replaced by random values where the graph of gradients begins anew, so
+that neither the weight nor anything before it matters. All other parameters of a layer are replaced by random values,
+so that none of them happens to be zero.
+"""
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from llmprune.errors import ModelError
+from llmprune.models.decoder import Matrix, prunable_matrices
+from llmprune.models.source import eager_experts
+from llmprune.stream.observation import PRODUCTS
+
+# Prime, so that no size of a model is taken for the number of tokens; enough that hardly a ReLU is closed for all.
+_TOKENS = 37
+_SOFTMAX = {F.softmax, torch.softmax, torch.Tensor.softmax}
+_STATISTICS = {
+    torch.mean, torch.Tensor.mean, torch.var, torch.Tensor.var, torch.std, torch.Tensor.std, torch.norm,
+    torch.Tensor.norm, torch.linalg.vector_norm,
+}  # fmt: skip
+# A parameter or argument, and one of its dimensions; OUT is the output dimension of a matrix.
+Axis = tuple[str, int]
+OUT = -1
+# A layer's own number, which does not change what it computes.
+OWN_NUMBER = ("layer_idx", "layer_id", "layer_number", "layer_index")
+
+
+@dataclass
+class Product:
+    """A product with a weight: what it read and, in place of its result, the leaf where the graph begins anew."""
+
+    parameter: str
+    read: Tensor
+    read_dim: int
+    leaf: Tensor
+    leaf_dim: int
+
+
+@dataclass
+class Trace:
+    """One decoder layer's forward."""
+
+    matrices: dict[str, list[Matrix]]
+    shapes: dict[str, torch.Size]
+    small: dict[str, Tensor] = field(default_factory=dict)
+    fixed: set[str] = field(default_factory=set)
+    biases: dict[str, str] = field(default_factory=dict)
+    products: list[Product] = field(default_factory=list)
+    selections: list[Tensor] = field(default_factory=list)
+    arguments: dict[str, Tensor] = field(default_factory=dict)
+    hidden: list[Tensor] = field(default_factory=list)
+    beside: list[Tensor] = field(default_factory=list)
+    grouped: bool = False
+    settings: tuple[object, ...] = ()
+
+    def likeness(self) -> tuple[object, ...]:
+        """Alike for layers that compute the same with other weights."""
+        products = tuple((p.parameter, p.read.shape[-1], p.read.requires_grad) for p in self.products if p.leaf.numel())
+        arguments = tuple((name, tuple(leaf.shape)) for name, leaf in self.arguments.items())
+        outputs = len(self.beside), len(self.selections), self.grouped
+        return self.settings, tuple(dict.fromkeys(products)), tuple(self.shapes.items()), arguments, outputs
+
+    def experts(self) -> set[int]:
+        return {matrices[0].experts for matrices in self.matrices.values()} - {1}
+
+    def inputs(self, consumer: str) -> list[tuple[Tensor, int]]:
+        found = [(p.read, p.read_dim) for p in self.products if p.parameter == consumer]
+        return [(read, dim) for read, dim in found if read.requires_grad and read.numel()]
+
+    def sources(self) -> list[tuple[Axis, Tensor, int]]:
+        """Everything that a consumer may depend on: (axis, leaf, the dimension of the leaf)."""
+        sources = [((p.parameter, OUT), p.leaf, p.leaf_dim % p.leaf.dim()) for p in self.products]
+        for name, leaf in (*self.small.items(), *self.arguments.items()):
+            sources += [((name, dim), leaf, dim) for dim in range(leaf.dim())]
+        return sources
+
+
+class _LastLayerDone(Exception):
+    """Ends the forward."""
+
+
+class Run(TorchFunctionMode):
+    """One forward of the model with stand-ins for its weights; hands each layer's trace to a visitor.
+
+    Args:
+        model: the causal LM.
+        path: dotted name of its decoder layers.
+        layers: the decoder layers.
+        frozen: hold the statistics of norms constant.
+
+    Attributes:
+        handed_on: layers that return more than hidden states to a later layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, path: str, layers: nn.ModuleList, *, frozen: bool) -> None:
+        super().__init__()
+        self._model, self._path, self._layers, self._frozen = model, path, layers, frozen
+        self._random = torch.Generator().manual_seed(0)
+        self._parameter_of: dict[int, str] = {}
+        self._trace: Trace | None = None
+        self._returned: dict[int, int] = {}
+        self.handed_on: set[int] = set()
+
+    def each(self, visit: Callable[[int, Trace], Any]) -> list[Any]:
+        """Run the model; what the visitor made of each layer's trace."""
+        results: list[Any] = []
+        tensors = {name: torch.full((1,), 0.01).expand(p.shape) for name, p in self._model.named_parameters()}
+        tensors |= {name: buffer.detach().cpu() for name, buffer in self._model.named_buffers()}
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(_TOKENS)[None] % vocabulary
+        with ExitStack() as stack, suppress(_LastLayerDone):
+            for index, layer in enumerate(self._layers):
+                trace = self._open(layer, f"{self._path}.{index}", tensors)
+                stack.callback(layer.register_forward_pre_hook(self._enter(trace), with_kwargs=True).remove)
+                leave = self._leave(index, trace, visit, results)
+                stack.callback(layer.register_forward_hook(leave, with_kwargs=True).remove)
+            with self:
+                torch.func.functional_call(self._model, tensors, kwargs={"input_ids": ids, "use_cache": False})
+        if len(results) < len(self._layers):
+            raise ModelError(f"{type(self._model).__name__} called {len(results)} of {len(self._layers)} layers")
+        return results
+
+    def _open(self, layer: nn.Module, name: str, tensors: dict[str, Tensor]) -> Trace:
+        """Put stand-ins for a layer's tensors in place: constants without memory for matrices, random for the rest."""
+        matrices: dict[str, list[Matrix]] = {}
+        for matrix in prunable_matrices(layer, name):
+            matrices.setdefault(matrix.parameter, []).append(matrix)
+        trace = Trace(matrices, {parameter: p.shape for parameter, p in layer.named_parameters()})
+        trace.settings = _settings(layer)
+        for parameter in trace.shapes:
+            full = f"{name}.{parameter}"
+            if parameter in matrices:
+                self._parameter_of[_storage(tensors[full])] = parameter
+            else:
+                trace.small[parameter] = tensors[full] = self._leaf(tensors[full])
+        for buffer, value in layer.named_buffers():
+            if value.is_floating_point():
+                owner, _, leaf_name = buffer.rpartition(".")
+                if leaf_name in layer.get_submodule(owner)._non_persistent_buffers_set:
+                    trace.fixed.add(buffer)
+                trace.small[buffer] = tensors[f"{name}.{buffer}"] = value.detach().cpu().float().requires_grad_()
+        return trace
+
+    def _leaf(self, like: Tensor) -> Tensor:
+        values = torch.randn(like.shape, generator=self._random)
+        # Scales stay away from zero.
+        return (values if like.dim() > 1 else 1 + 0.2 * values.clamp(-2, 2)).requires_grad_()
+
+    def _enter(self, trace: Trace) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs.pop(next(iter(kwargs)))
+            rest = [self._opened(trace, value, str(place)) for place, value in enumerate(args[1:], 1)]
+            kwargs = {name: self._opened(trace, value, name) for name, value in kwargs.items()}
+            self._trace = trace
+            return (torch.randn(hidden.shape, generator=self._random), *rest), kwargs
+
+        return hook
+
+    def _opened(self, trace: Trace, value: Any, label: str) -> Any:
+        """An argument whose floats are leaves of the layer's graph; a mapping stays the same object."""
+        if isinstance(value, Tensor) and value.is_floating_point():
+            self.handed_on.add(self._returned.get(_storage(value), -1))
+            unknown = not bool(value.isfinite().any()) or bool(value.isnan().any())
+            leaf = torch.randn(value.shape, generator=self._random) if unknown else value.detach().clone().float()
+            trace.arguments[f"argument {label}"] = leaf.requires_grad_()
+            return leaf
+        if isinstance(value, MutableMapping):
+            value.update({key: self._opened(trace, item, f"{label}.{key}") for key, item in value.items()})
+        elif isinstance(value, list | tuple):
+            items = [self._opened(trace, item, f"{label}.{place}") for place, item in enumerate(value)]
+            return items if isinstance(value, list) else tuple(items)
+        return value
+
+    def _leave(
+        self, index: int, trace: Trace, visit: Callable[[int, Trace], Any], results: list[Any]
+    ) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            self._trace = None
+            hidden, *others = _tensors(output)
+            trace.hidden = [hidden]
+            self._returned.update({_storage(tensor): index for tensor in others})
+            written = [*(others if index in self.handed_on else ()), *_tensors(args[1:]), *_tensors(kwargs)]
+            trace.beside = [t for t in written if t.requires_grad and not t.is_leaf]
+            results.append(visit(index, trace))
+            for known in (trace.products, trace.selections, trace.arguments, trace.hidden, trace.beside):
+                known.clear()  # the layer's graph goes
+            if index == len(self._layers) - 1:
+                raise _LastLayerDone
+            return _detached(output)
+
+        return hook
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Cut the graph at products with a weight, note top-k selections, and hold statistics constant."""
+        kwargs = kwargs or {}
+        if self._trace is None:
+            return func(*args, **kwargs)
+        with torch.enable_grad():
+            product = self._product(self._trace, func, args, kwargs)
+        if product is not None:
+            return product
+        if func in (torch.topk, torch.Tensor.topk):
+            self._note_selection(self._trace, args[0])
+        # Routers choose without gradients.
+        with torch.enable_grad():
+            experts = self._trace.experts()
+            return _with_constants(func, args, kwargs, experts) if self._frozen else func(*args, **kwargs)
+
+    def _note_selection(self, trace: Trace, scores: Tensor) -> None:
+        if scores.shape[-1] in trace.experts() and scores.requires_grad:
+            trace.selections.append(scores)
+        elif scores.dim() > 2 and scores.shape[-2] > 1 and scores.shape[-2] * scores.shape[-1] in trace.experts():
+            trace.grouped = True
+
+    def _product(self, trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        if func is F.linear:
+            left, right, bias = (*args, *kwargs.values(), None)[:3]
+            right = right.mT
+        elif func in PRODUCTS:
+            first = PRODUCTS[func]
+            left, right = (*args, None, None)[first:][:2]
+            bias = args[0] if first else None
+        else:
+            return None
+        if not (isinstance(left, Tensor) and isinstance(right, Tensor) and min(left.dim(), right.dim()) > 1):
+            return None
+        of_left = self._parameter_of.get(_storage(left))
+        parameter = of_left or self._parameter_of.get(_storage(right))
+        if parameter is None:
+            return None
+        weight, read, dim = (left, right, -2) if of_left else (right.mT, left, -1)
+        if tuple(weight.shape[-2:]) != trace.matrices[parameter][0].shape:
+            raise ModelError(
+                f"the layout of {parameter} is unknown: it multiplies as {tuple(weight.shape[-2:])}",
+                expected=f"{trace.matrices[parameter][0].shape} (out, in)",
+            )
+        shape = *torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]), left.shape[-2], right.shape[-1]
+        leaf = (0.5 * torch.randn(shape, generator=self._random)).requires_grad_()
+        trace.products.append(Product(parameter, read, dim, leaf, dim))
+        if bias is not None:
+            self._note_bias(trace, parameter, bias)
+        return leaf * 1  # the leaf itself must not be written to
+
+    def _note_bias(self, trace: Trace, parameter: str, bias: Tensor) -> None:
+        """A bias goes with the rows of its matrix, even where the output does not depend on it (keys, in a softmax)."""
+        for name, leaf in trace.small.items():
+            if _storage(leaf) == _storage(bias) and leaf.shape[-1:] == bias.shape[-1:]:
+                trace.biases[parameter] = name
+                return
+        raise ModelError(f"the bias of {parameter} is no parameter of its layer")
+
+
+def _with_constants(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], experts: set[int]) -> Any:
+    """Call a function; means, variances and norms, and what a router divides by, carry no gradient."""
+    if func is torch.Tensor.detach:
+        return args[0]
+    if func in _STATISTICS:
+        return func(*args, **kwargs).detach()
+    if func is F.layer_norm or func is getattr(F, "rms_norm", None):
+        return _norm(func is F.layer_norm, *args, **kwargs)
+    if func is F.normalize:
+        return args[0] * (func(*args, **kwargs).norm() / args[0].norm()).detach()
+    result = func(*args, **kwargs)
+    if func in _SOFTMAX and result.shape[-1] in experts:
+        return args[0].float().exp() * (result / args[0].float().exp()).detach()
+    return result
+
+
+def _norm(
+    centred: bool, x: Tensor, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float | None = None
+) -> Tensor:
+    dims = tuple(range(-len(shape), 0))
+    fixed = x.detach()
+    mean = fixed.mean(dims, keepdim=True) if centred else torch.zeros(())
+    scale = ((fixed - mean).square().mean(dims, keepdim=True) + (eps or 1e-6)).rsqrt()
+    result = (x - mean) * scale
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
+
+
+def _storage(tensor: Tensor) -> int:
+    return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
+
+
+@contextmanager
+def eagerly(model: PreTrainedModel) -> Iterator[None]:
+    """Have attention and experts computed by ordinary operations, as far as the model lets them be chosen."""
+    before = model.config._attn_implementation
+    with eager_experts(model), sdpa_kernel(SDPBackend.MATH):
+        _choose_attention(model, "eager")
+        try:
+            yield
+        finally:
+            _choose_attention(model, before)
+
+
+def _choose_attention(model: PreTrainedModel, name: str | None) -> None:
+    """Set the implementation; transformers warns of models that have one only, each time."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model.set_attn_implementation(name)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All floats inside tuples, lists and mappings of any class, in order."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    items = value.values() if isinstance(value, MutableMapping) else value if isinstance(value, list | tuple) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_detached(item) for item in value)
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _settings(layer: nn.Module) -> tuple[object, ...]:
+    """The classes of a layer's modules and the plain values in them."""
+    return tuple(
+        (name, type(module), key, value)
+        for name, module in layer.named_modules()
+        for key, value in (("", None), *vars(module).items())
+        if type(value) in (bool, int, float, str, type(None)) and key not in OWN_NUMBER
+    )

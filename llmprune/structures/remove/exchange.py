@@ -1,0 +1,115 @@
+"""Exchange removed with kept groups while that lowers the exact loss."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llmprune.structures.remove.block_matrices import blocks, factor, times, traces
+
+if TYPE_CHECKING:
+    from llmprune.structures.remove.problem import Problem
+
+# Entries of a block of exchanges that are weighed at once.
+_EXCHANGES = 1 << 22
+
+# An exchange must gain this fraction of the greedy search's loss; less is rounding, and could go in circles.
+_GAIN = 1e-6
+
+
+def exchange(problem: "Problem", fraction: float, removed: Tensor) -> int:
+    """Exchange removed with kept groups, in place, while the exact loss falls; returns how often."""
+    tableau = Tableau(problem, fraction, removed)
+    for done in range(problem.settings.swaps):
+        change, back, out = tableau.best()
+        if not change < -_GAIN * tableau.loss:
+            return done
+        tableau.sweep(back, 1)
+        tableau.sweep(out, -1)
+        removed[back], removed[out] = False, True
+    return problem.settings.swaps
+
+
+class Tableau:
+    """The symmetric sweep operator's tableau: what each group would lose or gain, whichever side it is on.
+
+    With S the kept and R the removed columns, M = (H_SS)^-1 and U = M H_SR:
+
+        pivots  T = [[M, U], [U^T, H_RS U - H_RR]]      energies  K = F^T F,  F = [V_S, (V - W) H_R]
+
+    Sweeping on group g, with D = T_gg^-1 and A = D T_g: (zero in g's own columns), moves it to the other side:
+
+        T' = T - T_:g A,   F' = F - F_g A,   T'_g: = -|D| T_g:,   F'_g = -F_g |D|,   T'_gg = -D
+
+    where |D| is whichever of D and -D is positive definite.
+    """
+
+    def __init__(self, problem: "Problem", fraction: float, removed: Tensor) -> None:
+        self.size, self.removed = problem.size, removed
+        self.partition = torch.arange(problem.groups, device=removed.device)
+        self.partition //= problem.groups // problem.settings.partitions
+        kept, gone = problem.columns(~removed), problem.columns(removed)
+        damped = problem.damped(fraction)
+        lower = factor(damped[kept][:, kept])
+        across = damped[kept][:, gone]
+        shares = torch.cholesky_solve(across, lower)
+        surplus = damped[gone][:, gone] - across.T @ shares
+        live = problem.weight.masked_fill(problem.dead, 0.0)
+        rows = torch.empty_like(live)
+        rows[:, kept] = live[:, kept] + live[:, gone] @ shares.T
+        rows[:, gone] = -live[:, gone] @ surplus
+        self.energies = rows.T @ rows
+        # (W - V) H is zero in S, and V in R: the loss is tr((W - V) H W^T) over R.
+        self.loss = -float((rows[:, gone] * live[:, gone]).sum(dtype=torch.float64))
+        self.pivots = damped
+        self.pivots[kept[:, None], kept] = torch.cholesky_inverse(lower)
+        self.pivots[kept[:, None], gone] = shares
+        self.pivots[gone[:, None], kept] = shares.T
+        self.pivots[gone[:, None], gone] = -surplus
+
+    def best(self) -> tuple[float, int, int]:
+        """(change of the loss, group to bring back, group to take out) of the best exchange."""
+        removed, kept = self.removed.nonzero().view(-1), (~self.removed).nonzero().view(-1)
+        best = math.inf, -1, -1
+        for some in removed.split(max(_EXCHANGES // (len(kept) * self.size**2), 1)):
+            changes = self._changes(some, kept)
+            changes.masked_fill_(self.partition[some][:, None] != self.partition[kept], math.inf)
+            place = int(changes.argmin())
+            change = float(changes.view(-1)[place])
+            if change < best[0]:
+                best = change, int(some[place // len(kept)]), int(kept[place % len(kept)])
+        return best
+
+    def _changes(self, back: Tensor, out: Tensor) -> Tensor:
+        """[back, out], float64: the loss of exchanging each pair, minus the present one."""
+        pivots, energies = (blocks(matrix, self.size) for matrix in (self.pivots, self.energies))
+        surplus, gradient = -pivots[back, back].double(), energies[back, back].double()
+        gains = traces(surplus, gradient)
+        link = pivots[out, back[:, None]].double()
+        share = times(link, torch.linalg.inv(surplus)[:, None])
+        mixed = times(energies[out, back[:, None]].double(), share.mT)
+        inverse = pivots[out, out].double() + times(share, link.mT)
+        energy = energies[out, out].double() + mixed + mixed.mT + times(times(share, gradient[:, None]), share.mT)
+        return traces(inverse, energy) - gains[:, None]
+
+    def sweep(self, group: int, sign: int) -> None:
+        """Move a group to the other side: 1 brings it back, -1 takes it out."""
+        columns = slice(group * self.size, (group + 1) * self.size)
+        pivot, energy = self.pivots[columns].clone(), self.energies[columns].clone()
+        # The pivot of a removed group is negative definite.
+        inverse = torch.cholesky_inverse(factor(-sign * pivot[:, columns].double())).to(pivot.dtype)
+        share = -sign * inverse @ pivot
+        share[:, columns] = 0
+        own = energy[:, columns].clone()
+        energy -= 0.5 * own @ share
+        self.pivots.addmm_(pivot.T, share, alpha=-1)
+        self.energies.addmm_(share.T, energy, alpha=-1)
+        self.energies.addmm_(energy.T, share, alpha=-1)
+        self._write(self.pivots, columns, -inverse @ pivot, sign * inverse)
+        self._write(self.energies, columns, -inverse @ (energy - 0.5 * own @ share), inverse @ own @ inverse)
+
+    @staticmethod
+    def _write(matrix: Tensor, columns: slice, rows: Tensor, block: Tensor) -> None:
+        matrix[columns], matrix[:, columns] = rows, rows.T
+        matrix[columns, columns] = block

@@ -1,0 +1,304 @@
+"""Narrow the hidden width: one set of residual channels for the whole model, and the config that says so.
+
+No table says what a family calls its sizes, or which dimensions are the hidden width. The model is built twice without
+weights, from the config and from one with fewer channels; each dimension that differs is hidden width, and nothing
+else may differ: no module, number, buffer or other size. Sizes that follow from the hidden width unless the config
+says them (the size of a head, of an FFN) are then said. In the end both models compute, on random weights, the same.
+"""
+
+import copy
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from llmprune.errors import ModelError, NumericsError, PatternError
+from llmprune.models.uneven import UNBUILDABLE, Changes, build_uneven_skeleton, changed, one_line, text_part
+from llmprune.structures.find.width_probe import Norm, find_norms, first_deviation
+
+# Where None, they follow from the hidden size: times what.
+_IMPLIED_WIDTHS = {"n_inner": 4, "ffn_hidden_size": 4, "intermediate_size": 4}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Width:
+    """A smaller hidden width of one model.
+
+    Attributes:
+        config: of the smaller model.
+        size: hidden channels of the full model.
+        kept: those of the smaller one.
+        places: parameter, by its name in the whole model -> its dimensions that are hidden width; tied parameters have
+            all their names.
+        norms: module, by its name in the whole model -> the norm over hidden channels that it is.
+    """
+
+    config: PretrainedConfig
+    size: int
+    kept: int
+    places: Mapping[str, tuple[int, ...]]
+    norms: Mapping[str, Norm]
+
+
+def plan_width(config: PretrainedConfig, kept: int, multiple: int = 64) -> Width:
+    """Find the config of the model with fewer hidden channels, and what of each parameter goes with a channel.
+
+    The epsilon of the norms becomes eps * size / kept, so that a norm sees it as before, where the config says it and
+    nothing but norms of hidden width reads it.
+
+    Args:
+        config: of the full model, with or without `per_layer_config`.
+        kept: hidden channels that stay, in [1, hidden size).
+        multiple: the numbers suggested in place of a refused one are multiples of it where possible.
+
+    Raises:
+        ModelError: `kept` is out of range, the config does not accept it (says which numbers it does), or something
+            beside the shapes would change (says what).
+    """
+    search = _Search(config)
+    if not 1 <= kept < search.size:
+        raise ModelError(f"{kept} of {search.size} hidden channels are to stay", expected=f"1 to {search.size - 1}")
+    found = search.fit(kept)
+    if found.changes and found.reason:
+        raise _refused(config, kept, f"with {_shown(found.changes)}, {found.reason}")
+    if found.reason:
+        raise _not_accepted(search, kept, found.reason, multiple)
+    smaller = search.built(found.changes)
+    norms = find_norms(smaller, found.places)
+    if deviation := first_deviation(search.before, smaller, found.places, list(norms)):
+        raise _refused(config, kept, f"with {_shown(found.changes)}, {deviation}")
+    adjusted = _with_epsilon(changed(config, found.changes), search.size / kept, smaller, norms)
+    return Width(adjusted, search.size, kept, _with_tied_names(search.before, found.places), norms)
+
+
+def shrink_width(
+    tensors: Mapping[str, Tensor], width: Width, channels: Sequence[int], factors: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """Keep some hidden channels of parameters, and scale the gains of norms.
+
+    Args:
+        tensors: name in the whole model -> parameter at full size.
+        width: what of it is hidden width.
+        channels: those that stay, ascending; `width.kept` of them.
+        factors: norm -> what its gain is multiplied by, for all of `width.norms`.
+
+    Returns:
+        All tensors; those without hidden channels are the same objects, the others new and of the same dtype.
+
+    Raises:
+        PatternError: the channels are not as described.
+        NumericsError: a factor is missing, not positive or not finite.
+    """
+    _check(width, channels, factors)
+    scaled = {norm.gain: (factors[name], norm.offset) for name, norm in width.norms.items()}
+    result = dict(tensors)
+    for name, tensor in tensors.items():
+        for dim in width.places.get(name, ()):
+            result[name] = result[name].index_select(dim, torch.tensor(channels, device=tensor.device))
+        if name in scaled:
+            factor, offset = scaled[name]
+            gain = (result[name].double() + offset) * factor - offset
+            result[name] = gain.to(tensor.dtype)
+    return result
+
+
+def _check(width: Width, channels: Sequence[int], factors: Mapping[str, float]) -> None:
+    ascending = list(channels) == sorted(set(channels))
+    if not ascending or len(channels) != width.kept or not 0 <= channels[0] <= channels[-1] < width.size:
+        raise PatternError(
+            f"{len(channels)} hidden channels: {list(channels)[:8]}",
+            expected=f"{width.kept} ascending numbers below {width.size}",
+        )
+    for name in width.norms:
+        if not 0 < factors.get(name, math.nan) < math.inf:
+            raise NumericsError(
+                f"the gain of {name} is to be multiplied by {factors.get(name)}", expected="a positive number"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """Changes of a config, and what they do; no changes where none of them gives a model.
+
+    Attributes:
+        changes: of the config.
+        places: the dimensions that become smaller.
+        reason: why it will not do; empty if it does.
+        problems: how many reasons there are.
+    """
+
+    changes: Changes
+    places: dict[str, tuple[int, ...]]
+    reason: str = ""
+    problems: int = 0
+
+
+class _Search:
+    """Tries changes of a config that could narrow the hidden width."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+        size = getattr(config.get_text_config(decoder=True), "hidden_size", None)
+        if type(size) is not int:
+            raise ModelError(f"{type(config).__name__} has no hidden_size, but {size}", expected="a number of channels")
+        self.size: int = size
+        self.before = build_uneven_skeleton(config, torch.float32)
+
+    def built(self, changes: Changes) -> PreTrainedModel:
+        """The model of a changed config."""
+        return build_uneven_skeleton(changed(self.config, changes), torch.float32)
+
+    def fit(self, kept: int) -> _Fit:
+        """The first changes that do what is asked, or those that come nearest."""
+        best = _Fit({}, {})
+        for changes in self._candidates(kept):
+            try:
+                model = self.built(changes)
+            except UNBUILDABLE as error:
+                best = best if best.reason else _Fit({}, {}, one_line(error), sys.maxsize)
+                continue
+            places, problems = _compare(self.before, model, self.size, kept)
+            if not problems:
+                return _Fit(changes, places)
+            if not best.reason or len(problems) < best.problems:
+                best = _Fit(changes, places, problems[0], len(problems))
+        return best
+
+    def _candidates(self, kept: int) -> Iterator[Changes]:
+        """The hidden size alone, or with attributes that have the same value; then with the sizes that it implies."""
+        config = self.config.get_text_config(decoder=True)
+        text = text_part(self.config.to_dict(), self.config)
+        own = (config.attribute_map.get("hidden_size", "hidden_size"),)
+        others = [path for path, value in _integers(text) if value == self.size and path != own]
+        together = dict.fromkeys([(), tuple(others), *((path,) for path in others)])
+        implied: list[Changes] = [{}]
+        derived = isinstance(getattr(type(config), "head_dim", None), property)
+        if text.get("head_dim") is None and not derived and hasattr(config, "num_attention_heads"):
+            implied.append({("head_dim",): self.size // config.num_attention_heads})
+        inner = {(key,): self.size * times for key, times in _IMPLIED_WIDTHS.items() if key in text and not text[key]}
+        implied += [inner | pins for pins in implied] if inner else []
+        for pins, paths in itertools.product(implied, together):
+            yield dict.fromkeys([own, *paths], kept) | pins
+
+
+def _integers(text: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Every integer of a text config and of the mappings in it, and where it is."""
+    for key, value in text.items():
+        if type(value) is int:
+            yield (key,), value
+        elif isinstance(value, dict):
+            yield from (((key, inner), number) for inner, number in value.items() if type(number) is int)
+
+
+def _compare(
+    before: PreTrainedModel, after: PreTrainedModel, size: int, kept: int
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """The dimensions that are hidden width, and what differs beside them."""
+    places: dict[str, tuple[int, ...]] = {}
+    problems = list(_other_differences(before, after, size, kept))
+    shapes = {name: tuple(parameter.shape) for name, parameter in after.named_parameters()}
+    for name, parameter in before.named_parameters():
+        shape = shapes.pop(name, ())
+        dims = tuple(dim for dim, pair in enumerate(zip(parameter.shape, shape, strict=False)) if pair == (size, kept))
+        if shape != tuple(kept if dim in dims else length for dim, length in enumerate(parameter.shape)):
+            problems.append(f"{name} would be {list(shape)} in place of {list(parameter.shape)}")
+        elif dims:
+            places[name] = dims
+    problems += [f"{name} would be new" for name in shapes]
+    return places, problems
+
+
+def _other_differences(before: PreTrainedModel, after: PreTrainedModel, size: int, kept: int) -> Iterator[str]:
+    """Modules, their numbers and their buffers that change beside the hidden size."""
+    others = dict(after.named_modules())
+    for name, module in before.named_modules():
+        other = others.get(name)
+        if other is None or type(other) is not type(module):
+            yield f"{name} would be another module"
+            continue
+        for key, value in vars(module).items():
+            new = vars(other).get(key)
+            if type(value) in (bool, int, float, str, tuple) and value != new and not _narrowed(value, new, size, kept):
+                yield f"{name}.{key} would be {new}, not {value}".lstrip(".")
+        for key, buffer in module.named_buffers(recurse=False):
+            if not _same(buffer, other.get_buffer(key)):
+                yield f"the buffer {name}.{key} would change"
+    yield from (f"{name} would be new" for name in others.keys() - dict(before.named_modules()).keys())
+
+
+def _narrowed(before: Any, after: Any, size: int, kept: int) -> bool:
+    """Whether a number, or each of several, is the hidden size before and after, or stays."""
+    if isinstance(before, tuple):
+        pairs = zip(before, after, strict=False)
+        return len(before) == len(after) and all(one == other or (one, other) == (size, kept) for one, other in pairs)
+    return type(before) is int and (before, after) == (size, kept)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def _with_epsilon(
+    config: PretrainedConfig, ratio: float, model: PreTrainedModel, norms: Mapping[str, Norm]
+) -> PretrainedConfig:
+    """The config with larger epsilons, where only norms of hidden width have them.
+
+    Args:
+        config: of the smaller model.
+        ratio: what they are multiplied by.
+        model: built from it.
+        norms: modules that are norms of hidden width.
+    """
+    for key, value in text_part(config.to_dict(), config).items():
+        if "eps" in key and type(value) is float:
+            adjusted = copy.deepcopy(config)
+            setattr(adjusted.get_text_config(decoder=True), key, value * ratio)
+            other = dict(build_uneven_skeleton(adjusted, torch.float32).named_modules())
+            reading = {name for name, module in model.named_modules() if _numbers(module) != _numbers(other[name])}
+            if reading and reading <= norms.keys():
+                config = adjusted
+    return config
+
+
+def _numbers(module: nn.Module) -> dict[str, float]:
+    return {key: value for key, value in vars(module).items() if type(value) is float}
+
+
+def _with_tied_names(model: PreTrainedModel, places: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    known = {id(model.get_parameter(name)): dims for name, dims in places.items()}
+    everything = model.named_parameters(remove_duplicate=False)
+    return {name: known[id(parameter)] for name, parameter in everything if id(parameter) in known}
+
+
+def _refused(config: PretrainedConfig, kept: int, reason: str) -> ModelError:
+    return ModelError(
+        f"the hidden width of {type(config).__name__} cannot be {kept}: {reason}",
+        expected="a model in which fewer hidden channels change nothing but the shapes",
+        fix="leave the hidden width out of the recipe, and remove heads, FFN channels or layers",
+    )
+
+
+def _not_accepted(search: _Search, kept: int, reason: str, multiple: int) -> ModelError:
+    """The refusal of a number that the config does not take, with the nearest that it does."""
+    multiples = range(multiple, search.size, multiple)
+    nearest = [
+        sorted(counts, key=lambda count: (abs(count - kept), count)) for counts in (multiples, range(1, search.size))
+    ]
+    taken: list[int] = []
+    for counts, most in zip(nearest, (4, 64), strict=True):
+        taken = taken or list(itertools.islice((c for c in counts[:most] if not search.fit(c).reason), 2))
+    return ModelError(
+        f"{type(search.config).__name__} does not accept a hidden size of {kept}: {reason}",
+        expected=" or ".join(map(str, sorted(taken))) or "no other number works either",
+        fix="choose another hidden width" if taken else "leave the hidden width out of the recipe",
+    )
+
+
+def _shown(changes: Changes) -> str:
+    return ", ".join(f"{'.'.join(path)}={value}" for path, value in changes.items())

@@ -1,0 +1,1 @@
+"""From documents to calibration tokens, and text that a model generates itself."""

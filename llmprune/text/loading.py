@@ -1,0 +1,156 @@
+"""The tokens of a run: calibration and evaluation text, read or sampled from the dense model."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from llmprune.devices import free_bytes
+from llmprune.errors import CalibrationError, ModelError
+from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.models.skeleton import quiet_transformers, read_config
+from llmprune.models.source import Source, widened
+from llmprune.precision import computed_in
+from llmprune.storage.files import read_index
+from llmprune.text.documents import require_source
+from llmprune.text.generated import generate_text
+from llmprune.text.tokens import TextSpec, Tokenizer, Tokens, load_tokens
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+
+# What configs call the number of positions that a model was made for.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def load_texts(
+    specs: Mapping[str, TextSpec], source: Source, tokenizer: Tokenizer, device: torch.device
+) -> dict[str, Tokens]:
+    """Load every text of a run; the dense model is loaded whole, once, only if a text is sampled from it.
+
+    Args:
+        specs: name -> text.
+        source: the dense model.
+        tokenizer: the model's.
+        device: where text is sampled.
+
+    Raises:
+        CalibrationError: a text cannot be read, is too short, has samples that the model has not enough positions for,
+            or tokens that it does not know.
+    """
+    check_texts(specs, source)
+    dense = None if isinstance(source, CheckpointSource) else source.model
+
+    def generate(spec: TextSpec) -> Tensor:
+        nonlocal dense
+        if dense is None:
+            assert isinstance(source, CheckpointSource)
+            dense = _load_dense(source.folder, device)
+        with widened(dense, computed_in(dense.dtype, dense.device)):
+            return generate_text(dense, spec, tokenizer.bos_token_id)
+
+    texts = {name: load_tokens(spec, tokenizer, generate) for name, spec in specs.items()}
+    for name, tokens in texts.items():
+        _check_vocabulary(tokens, source.model, specs[name].source)
+    return texts
+
+
+def model_positions(config: PretrainedConfig) -> int | None:
+    """How many tokens a model was made to read at once; None where its config sets no end."""
+    text = config.get_text_config()
+    return next((size for name in _POSITIONS if (size := getattr(text, name, None))), None)
+
+
+def check_texts(specs: Mapping[str, TextSpec], source: Source) -> None:
+    """Refuse what can be refused before any text is read.
+
+    Raises:
+        CalibrationError: a local text is not there, or its samples are longer than the model's positions.
+    """
+    positions = model_positions(source.model.config)
+    for name, spec in specs.items():
+        if positions is not None and spec.tokens > positions:
+            raise CalibrationError(
+                f"{name}: samples of {spec.tokens} tokens for a model with {positions} positions",
+                expected=f"a length of at most {positions}",
+                fix=f"set length to {positions} or less",
+            )
+        if spec.source != "self":
+            require_source(spec.source)
+
+
+def _check_vocabulary(tokens: Tokens, model: PreTrainedModel, text: str) -> None:
+    known, largest = model.get_input_embeddings().weight.shape[0], int(tokens.ids.max())
+    if largest >= known:
+        raise CalibrationError(
+            f"{text}: the tokenizer gives token {largest}, and the model has embeddings for {known}",
+            expected=f"token ids below {known}",
+            fix="use the tokenizer that the model was trained with, or resize_token_embeddings and save the model",
+        )
+
+
+def load_tokenizer(folder: Path | str) -> Tokenizer:
+    """Read a model's tokenizer.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"no tokenizer in {folder}: {' '.join(str(error).split())[:300]}",
+            expected="the tokenizer's files beside the weights",
+            fix="save the model's tokenizer into the folder, or pass one from Python",
+        ) from error
+
+
+def tokenizer_for(specs: Iterable[TextSpec], folder: Path | str, config: PretrainedConfig) -> Tokenizer:
+    """Read a model's tokenizer; where there is none, and the model writes all texts itself, none is needed.
+
+    Args:
+        specs: the texts of a run.
+        folder: of the model.
+        config: of the model; says which token opens a document if no tokenizer does.
+
+    Raises:
+        ModelError: there is none, and a text has to be tokenised; or there is one, and it cannot be read.
+    """
+    try:
+        return load_tokenizer(folder)
+    except ModelError:
+        if any(spec.source != "self" for spec in specs) or not _lacks_tokenizer(folder):
+            raise
+        return _NoTokenizer(config.get_text_config().bos_token_id)
+
+
+def _lacks_tokenizer(folder: Path | str) -> bool:
+    """Whether there surely is none: a model that came from nowhere, or a folder without any file of a tokenizer."""
+    if not str(folder):
+        return True
+    return Path(folder).is_dir() and not any(file for name in _TOKENIZER_FILES for file in Path(folder).glob(name))
+
+
+@dataclass
+class _NoTokenizer:
+    """Stands for the tokenizer of a model that has none."""
+
+    bos_token_id: int | None
+
+    def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]:
+        raise AssertionError("there is no tokenizer")
+
+
+def _load_dense(folder: Path, device: torch.device) -> PreTrainedModel:
+    """The whole model; what does not fit the device is left to accelerate, which offloads to CPU and disk."""
+    dtype = computed_in(read_config(folder).dtype or torch.float32, device)
+    nbytes = sum(math.prod(stored.shape) for stored in read_index(folder).values()) * dtype.itemsize
+    fits = nbytes < 0.8 * free_bytes(device)
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map={"": device} if fits else "auto", experts_implementation="eager"
+        )

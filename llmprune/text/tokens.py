@@ -1,0 +1,292 @@
+"""Text in, token ids out: what calibration and evaluation read, seeded and hashed.
+
+A `TextSpec` names the text and the way it is cut into samples of equal length:
+
+    pack       documents one after another, the beginning-of-sequence token in front of each, cut into samples
+    truncate   the first tokens of each document that is long enough, one sample a document
+
+Every text comes out as `Tokens`, whose digest names the exact ids, so that two runs can tell whether they saw the same.
+"""
+
+# No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
+import hashlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+import torch
+from jaxtyping import Int, Int64
+from torch import Tensor
+
+from llmprune.errors import CalibrationError
+from llmprune.text.documents import has_columns, is_single_file, read_documents
+
+Layout = Literal["pack", "truncate"]
+Order = Literal["text", "shuffled"]
+
+DEFAULT_LENGTH = 2048
+
+# Options that have no effect: on text that the model writes, and on text that is read.
+_UNUSED_BY_SELF = ("config", "split", "column", "layout", "order")
+_UNUSED_BY_TEXT = ("temperature",)
+
+# One call of the tokenizer encodes about this much text: enough to use its threads, little enough to hold twice.
+_BATCH_BYTES = 2**22
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    bos_token_id: int | None
+
+    def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]:
+        """Encode a batch of documents; `input_ids` holds a list of ids for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpec:
+    """Which text, and how it becomes samples.
+
+    Attributes:
+        source: "self" (sampled from the dense model), a local .txt (one document), .jsonl or .parquet file, a folder of
+            data files, or a dataset id of the Hugging Face hub.
+        config: configuration name of the dataset, where it has several.
+        split: split of the dataset, slices such as "train[:10%]" included.
+        column: the field or column that holds the text.
+        samples: number of samples, at least 1.
+        length: tokens in a sample, the beginning-of-sequence tokens included, at least 2. None: 2,048, or the model's
+            positions if these are fewer.
+        layout: "pack" or "truncate", see the module.
+        order: "text" takes the first samples and reads no document beyond them; "shuffled" draws samples without
+            replacement, among all windows of the packed text or among all documents.
+        seed: seed of the draw or of the sampling, in [0, 2^63).
+        temperature: of the sampling, above 0; only for "self".
+
+    Raises:
+        CalibrationError: a value is out of its range, or an option means nothing to this kind of source.
+    """
+
+    source: str = "self"
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+    samples: int = 128
+    length: int | None = None
+    layout: Layout = "pack"
+    order: Order = "shuffled"
+    seed: int = 0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("source", bool(self.source), '"self", a file, a folder or a dataset id'),
+            ("samples", self.samples >= 1, "at least 1"),
+            ("length", self.length is None or self.length >= 2, "at least 2 tokens: one to read and one to predict"),
+            ("layout", self.layout in get_args(Layout), " or ".join(get_args(Layout))),
+            ("order", self.order in get_args(Order), " or ".join(get_args(Order))),
+            ("seed", 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1"),
+            ("temperature", 0 < self.temperature < math.inf, "a finite number above 0"),
+        )
+        for name, valid, expected in checks:
+            if not valid:
+                raise CalibrationError(f"{name} {getattr(self, name)!r}", expected=expected)
+        kind, unused = self._ignored()
+        for field in fields(self):
+            if field.name in unused and getattr(self, field.name) != field.default:
+                raise CalibrationError(
+                    f"{field.name} {getattr(self, field.name)!r} for {kind} ({self.source})",
+                    expected=f"no {field.name}: it has no effect there",
+                    fix=f"remove {field.name}, or name another source",
+                )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a sample, of whatever model where none is said."""
+        return DEFAULT_LENGTH if self.length is None else self.length
+
+    def fitted(self, positions: int | None) -> "TextSpec":
+        """The same with its length, for a model with so many positions; None: they have no end."""
+        return replace(self, length=min(self.tokens, positions or self.tokens)) if self.length is None else self
+
+    def _ignored(self) -> tuple[str, tuple[str, ...]]:
+        """What kind of source this is, and the options that mean nothing to it."""
+        if self.source == "self":
+            return "text that the model writes itself", _UNUSED_BY_SELF
+        if not is_single_file(self.source):
+            return "text that is read", _UNUSED_BY_TEXT
+        return "a single file", (*_UNUSED_BY_TEXT, "config", "split", *([] if has_columns(self.source) else ["column"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Samples of equal length, and where they came from.
+
+    Attributes:
+        ids: [samples, length], int64, on the CPU.
+        digest: sha256 in hex over the shape and the ids, row by row, all as little-endian int64.
+        description: the source, how it was read and what was skipped; JSON-ready.
+    """
+
+    ids: Int64[Tensor, "samples length"]
+    digest: str
+    description: dict[str, object]
+
+
+def load_tokens(spec: TextSpec, tokenizer: Tokenizer, generate: Callable[[TextSpec], Tensor] | None = None) -> Tokens:
+    """Read or generate the text that a spec names, as tokens.
+
+    The tokenizer adds no special tokens; its beginning-of-sequence token, where it has one, stands once in front of
+    each document. Blank documents are skipped and counted.
+
+    Args:
+        spec: which text.
+        tokenizer: the model's tokenizer.
+        generate: makes [samples, length] token ids from the dense model; needed for the source "self".
+
+    Raises:
+        CalibrationError: the text cannot be found or read, or holds too few tokens.
+
+    Example:
+        >>> load_tokens(TextSpec("notes.txt", samples=4, length=256), tokenizer).ids.shape
+        torch.Size([4, 256])
+    """
+    if spec.source == "self":
+        return _generated(spec, generate)
+    texts = read_documents(spec.source, spec.config, spec.split, spec.column)
+    if spec.layout == "truncate" and spec.order == "shuffled":
+        texts = _shuffled(texts, spec.seed)
+    reader = _Reader(texts, tokenizer, spec.source)
+    ids = (_pack if spec.layout == "pack" else _truncate)(reader, spec)
+    return Tokens(ids, _digest(ids), _describe(spec, *_UNUSED_BY_TEXT) | reader.counts)
+
+
+def _generated(spec: TextSpec, generate: Callable[[TextSpec], Tensor] | None) -> Tokens:
+    if generate is None:
+        raise CalibrationError(
+            'source "self" without a model to sample from',
+            fix="name a text file or a dataset, or hand a generator to load_tokens",
+        )
+    ids = generate(spec).to("cpu", torch.int64).contiguous()
+    assert ids.shape == (spec.samples, spec.tokens), f"generated {tuple(ids.shape)}"
+    return Tokens(ids, _digest(ids), _describe(spec, *_UNUSED_BY_SELF))
+
+
+class _Reader:
+    """Encodes documents a batch at a time and counts what it read."""
+
+    def __init__(self, texts: Iterator[str], tokenizer: Tokenizer, source: str) -> None:
+        self._texts, self._tokenizer, self._source = texts, tokenizer, source
+        self.documents = self.empty = self.short = self.tokens = 0
+
+    @property
+    def counts(self) -> dict[str, object]:
+        return {
+            "bos_token_id": self._tokenizer.bos_token_id,
+            "documents_read": self.documents,
+            "documents_empty": self.empty,
+            "documents_short": self.short,
+            "tokens_available": self.tokens,
+        }
+
+    def encode(self, *, tokens: int = sys.maxsize, documents: int = sys.maxsize) -> list[list[int]]:
+        """Encode the next documents, no more than are surely needed; empty when the text has ended.
+
+        Args:
+            tokens: number of tokens still wanted.
+            documents: number of documents still wanted.
+        """
+        while texts := self._take(tokens, documents):
+            # verbose=False: documents longer than the model's context are expected here, and cut later.
+            encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            batch = [self._opened(ids) for ids in encoded["input_ids"] if ids]
+            self.empty += len(texts) - len(batch)
+            self.tokens += sum(map(len, batch))
+            if batch:
+                return batch
+        return []
+
+    def _take(self, tokens: int, documents: int) -> list[str]:
+        """Documents that are not blank; one has a BOS and at most a token a byte, which bounds how many are needed."""
+        texts: list[str] = []
+        room = min(tokens, _BATCH_BYTES)
+        while room > 0 and len(texts) < documents and (text := next(self._texts, None)) is not None:
+            self.documents += 1
+            if not text.strip():
+                self.empty += 1
+                continue
+            try:
+                room -= 1 + len(text.encode())
+            except UnicodeEncodeError as error:
+                raise CalibrationError(
+                    f"document {self.documents} of {self._source} is not text: {error}",
+                    expected="text that UTF-8 can write",
+                    fix="mend or remove the document",
+                ) from None
+            texts.append(text)
+        return texts
+
+    def _opened(self, ids: list[int]) -> list[int]:
+        """A document behind its one BOS; text that was rendered by a chat template brings it along."""
+        start = self._tokenizer.bos_token_id
+        return ids if start is None or ids[0] == start else [start, *ids]
+
+
+def _pack(reader: _Reader, spec: TextSpec) -> Int64[Tensor, "samples length"]:
+    needed = spec.samples * spec.tokens
+    wanted = needed if spec.order == "text" else sys.maxsize
+    parts: list[Tensor] = []
+    while reader.tokens < wanted and (batch := reader.encode(tokens=wanted - reader.tokens)):
+        # int32 holds every vocabulary, and a shuffled text is in memory as a whole.
+        parts.append(torch.tensor([token for ids in batch for token in ids], dtype=torch.int32))
+    if reader.tokens < needed:
+        raise _too_little(reader, spec, reader.tokens // spec.tokens, f"at least {needed} tokens")
+    windows = reader.tokens // spec.tokens
+    chosen = torch.arange(windows) if spec.order == "text" else _permutation(windows, spec.seed)
+    packed = torch.cat(parts)[: windows * spec.tokens].view(windows, spec.tokens)
+    return packed[chosen[: spec.samples]].long()
+
+
+def _truncate(reader: _Reader, spec: TextSpec) -> Int64[Tensor, "samples length"]:
+    rows: list[list[int]] = []
+    while len(rows) < spec.samples and (batch := reader.encode(documents=spec.samples - len(rows))):
+        long = [ids[: spec.tokens] for ids in batch if len(ids) >= spec.tokens]
+        reader.short += len(batch) - len(long)
+        rows += long
+    if len(rows) < spec.samples:
+        expected = f"at least {spec.samples} documents of {spec.tokens} tokens or more"
+        raise _too_little(reader, spec, len(rows), expected)
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _too_little(reader: _Reader, spec: TextSpec, possible: int, expected: str) -> CalibrationError:
+    ways = [f"set samples to {possible} or fewer"] if possible else []
+    ways += ["set a shorter length", *["the layout pack"] * (spec.layout == "truncate")]
+    return CalibrationError(
+        f"{spec.source}: {reader.tokens} tokens in {reader.documents} documents ({reader.empty} of them empty) give "
+        f"{possible} of {spec.samples} samples of {spec.tokens} tokens",
+        expected=f"{expected} for the layout {spec.layout}",
+        fix=", or ".join(["add text", *ways]),
+    )
+
+
+def _shuffled(texts: Iterator[str], seed: int) -> Iterator[str]:
+    known = list(texts)
+    return (known[index] for index in _permutation(len(known), seed).tolist())
+
+
+def _permutation(count: int, seed: int) -> Int64[Tensor, " count"]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def _digest(ids: Int[Tensor, "samples length"]) -> str:
+    digest = hashlib.sha256()
+    for part in (torch.tensor(ids.shape), ids):
+        digest.update(part.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _describe(spec: TextSpec, *unused: str) -> dict[str, object]:
+    return {field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in unused}

@@ -1,0 +1,28 @@
+"""Sizes and durations in words."""
+
+import math
+from collections.abc import Sequence
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Write ascending numbers with their runs joined: "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def format_seconds(value: float) -> str:
+    """Seconds to three digits or so."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes in powers of 1,000."""
+    if nbytes < 1000:
+        return f"{nbytes:.0f} B"
+    power = min(int(math.log10(nbytes)) // 3, 4)
+    return f"{nbytes / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"

@@ -1,0 +1,116 @@
+"""What is shown while a run goes on: live on a terminal, one line a layer elsewhere."""
+
+import io
+import os
+import pty
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from command_line import SMALL, make_plain, run, spawn
+
+from llmprune.cli.console import Display, Pace
+from llmprune.errors import LlmpruneError
+from llmprune.progress import Progress
+from llmprune.units import spans
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_plain(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers, hidden size 32, with a tokenizer of the words w0 to w127."""
+    return tiny_models.save(tiny_models.build("llama"), tmp_path_factory.mktemp("llama"))
+
+
+def test_live_display_on_a_terminal(model: Path, tmp_path: Path) -> None:
+    controller, terminal = pty.openpty()
+    process = spawn("prune", model, "-r", "demo", "-o", tmp_path / "out", *SMALL, stderr=terminal)
+    os.close(terminal)
+    shown = b"".join(_pieces(controller)).decode()
+    stdout, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "layer 2 of 2" in shown
+    assert ": layer" not in shown
+    # What was live is gone at the end, and the results are plain.
+    assert "\x1b[2K" in shown
+    assert "sparsity" in stdout
+    assert "\x1b" not in stdout
+
+
+def _pieces(controller: int) -> Iterator[bytes]:
+    try:
+        while piece := os.read(controller, 65536):
+            yield piece
+    except OSError:  # how Linux says that the other end was closed
+        pass
+    finally:
+        os.close(controller)
+
+
+def test_pace_waits_for_a_finished_layer_and_counts_down() -> None:
+    pace = Pace()
+    assert pace.update(Progress("pruning", 0, 4, "statistics"), 0.0) is None
+    assert pace.left(5.0) is None
+    assert pace.update(Progress("pruning", 0, 4, "writing"), 9.0) is None
+    assert pace.update(Progress("pruning", 1, 4, "statistics"), 10.0) == 10
+    assert pace.left(10.0) == 30
+    assert pace.left(14.0) == 26
+    assert pace.left(99.0) == 0
+    assert pace.update(Progress("pruning", 2, 4, "statistics"), 16.0) == 6
+    assert pace.left(16.0) == 16
+    assert pace.update(Progress("pruning", 4, 4), 20.0) == 4
+    assert pace.left(20.0) is None
+
+
+def test_pace_starts_again_with_every_stage() -> None:
+    pace = Pace()
+    pace.update(Progress("dense perplexity", 0, 2), 0.0)
+    pace.update(Progress("dense perplexity", 1, 2), 1.0)
+    pace.update(Progress("pruning", 0, 2), 2.0)
+    assert pace.left(2.0) is None
+
+
+def test_pace_does_not_count_replayed_layers() -> None:
+    pace = Pace()
+    pace.update(Progress("pruning", 0, 3, "replaying"), 0.0)
+    pace.update(Progress("pruning", 0, 3, "advancing"), 0.1)
+    pace.update(Progress("pruning", 1, 3, "statistics"), 0.2)
+    assert pace.left(0.2) is None
+    pace.update(Progress("pruning", 2, 3, "statistics"), 10.2)
+    assert pace.left(10.2) == 10
+
+
+def test_display_shows_step_error_and_eta_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys, "stderr", shown)
+    clock = iter([0.0, 60.0, *[60.0] * 100])
+    with Display(clock=lambda: next(clock)) as display:
+        display(Progress("pruning", 0, 3, "statistics"))
+        display(Progress("pruning", 1, 3, "solving mlp.up_proj", 0.125))
+    assert "layer 2 of 3" in shown.getvalue()
+    assert "ETA 2:00" in shown.getvalue()
+    assert "solving mlp.up_proj" in shown.getvalue()
+    assert "mean error 0.1250" in shown.getvalue()
+
+
+def test_spans() -> None:
+    assert spans([]) == ""
+    assert spans([3]) == "3"
+    assert spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+def test_markup_in_a_message_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise LlmpruneError("[red]x[/red] [/] in [1, 2]", fix="a " * 100)
+
+    monkeypatch.setattr("llmprune.pruning.pipeline.prune", refuse)
+    result = run("prune", "m", "--recipe", "demo", "--output", tmp_path / "out")
+    assert result.stderr == f"Error: [red]x[/red] [/] in [1, 2]\nfix: {'a ' * 100}\n"

@@ -1,0 +1,160 @@
+"""Perplexity at the end of what float64 and JSON can say."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from command_line import make_plain, run
+from folders import tensors
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from llmprune import TextSpec, evaluate, prune
+from llmprune.models.source import ModelSource
+from llmprune.storage.report import load_report
+from llmprune.stream.stream import StreamSettings
+
+
+def logits_of(scale: float, folder: Path) -> Path:
+    """A checkpoint whose logits are very sure of themselves, and mostly wrong."""
+    source = tiny_models.save(tiny_models.build("llama"), folder)
+    weights = tensors(source)
+    weights["lm_head.weight"] *= scale
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    return source
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> TextSpec:
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(f"w{number}" for number in torch.randint(40, 100, (100,)).tolist()))
+    return TextSpec(str(file), samples=4, length=16, order="text")
+
+
+def test_a_perplexity_beyond_float64_is_infinite(tmp_path: Path, text: TextSpec) -> None:
+    sure, hopeless = (evaluate(logits_of(scale, tmp_path / str(scale)), text) for scale in (1.0, 1e4))
+    assert sure.perplexity == math.exp(sure.nats)
+    assert 710 < hopeless.nats < 1e6
+    assert hopeless.perplexity == math.inf
+    content = json.loads(json.dumps(hopeless.to_dict(), allow_nan=False))
+    assert content["perplexity"] is None
+    assert content["nats"] == hopeless.nats
+
+
+def test_the_largest_perplexity_is_still_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmprune.measuring.perplexity import _summary
+    from llmprune.text.tokens import Tokens
+
+    tokens = Tokens(torch.zeros(1, 2, dtype=torch.int64), "", {})
+    source = ModelSource(tiny_models.build("llama"))
+    assert _summary(709.0, tokens, 0.0, source).perplexity == math.exp(709.0)
+    assert _summary(709.79, tokens, 0.0, source).perplexity == math.inf
+
+
+def test_a_hopeless_run_is_reported_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_plain(monkeypatch)
+    source = logits_of(1e4, tmp_path / "dense")
+    settings: Any = tiny_models.recipe(pattern=0.9, method="random", evaluation={"samples": 2})
+    report = prune(source, settings, tmp_path / "out")
+    assert report.pruned_perplexity == math.inf
+    content = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
+    assert content["evaluation"]["pruned"]["perplexity"] is None
+    assert content["evaluation"]["pruned"]["nats"] > 710
+    assert load_report(tmp_path / "out") == report
+    assert "| inf |" in (tmp_path / "out" / "README.md").read_text()
+    (tmp_path / "recipe.json").write_text(json.dumps(settings))
+    arguments = ["prune", source, "--recipe", tmp_path / "recipe.json", "--output", tmp_path / "out", "--resume"]
+    assert " dense, inf pruned" in run(*arguments).stdout
+
+
+def test_a_divergence_that_is_not_finite_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_plain(monkeypatch)
+    monkeypatch.setattr("torch.nn.functional.kl_div", lambda *arguments, **options: torch.tensor(math.inf))
+    source = tiny_models.save(tiny_models.build("llama"), tmp_path / "dense")
+    arguments = ["prune", source, "--recipe", "demo", "--output", tmp_path / "out"]
+    small = ("calibration.samples=2", "calibration.length=8", "evaluation.samples=1", "evaluation.length=8")
+    shown = run(*arguments, *[part for setting in small for part in ("--set", setting)]).stdout
+    assert "not finite" in shown
+    content = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
+    assert content["evaluation"]["kl_divergence"] is None
+    assert "| not finite |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_command_prints_null(tmp_path: Path, text: TextSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_plain(monkeypatch)
+    source = logits_of(1e4, tmp_path / "dense")
+    arguments = ["perplexity", source, "--text", text.source, "--length", 16, "--samples", 4]
+    content = json.loads(run(*arguments, "--json").stdout, parse_constant=pytest.fail)
+    assert content["perplexity"] is None
+    assert f"{content['nats']:.5f}" in run(*arguments).stdout
+
+
+def test_settings_have_a_default(tmp_path: Path, text: TextSpec) -> None:
+    source = tiny_models.save(tiny_models.build("llama"), tmp_path / "dense")
+    assert evaluate(source, text) == evaluate(source, text, StreamSettings(batch_size=8))
+
+
+def reference_calibration_error(folder: Path, words: list[int], length: int, samples: int) -> float:
+    """Guo et al. (2017) in plain loops and float64, from the logits of a stock model that is loaded whole."""
+    ids = torch.tensor([1, *words])[: samples * length].view(samples, length)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits.double()
+    confidences, likeliest = logits.softmax(-1)[:, :-1].reshape(-1, logits.shape[-1]).max(-1)
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for confidence, token, target in zip(
+        confidences.tolist(), likeliest.tolist(), ids[:, 1:].reshape(-1).tolist(), strict=True
+    ):
+        number = next(m for m in range(1, 16) if confidence <= m / 15 + 1e-12)
+        bins.setdefault(number, []).append((confidence, token == target))
+    total = sum(map(len, bins.values()))
+    return sum(
+        len(rows) / total * abs(sum(hit for _, hit in rows) / len(rows) - sum(c for c, _ in rows) / len(rows))
+        for rows in bins.values()
+    )
+
+
+# At 30, confidences are spread over the bins; at 1, all are in the first.
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_the_calibration_error_is_that_of_plain_loops(scale: float, tmp_path: Path, text: TextSpec) -> None:
+    source = logits_of(scale, tmp_path / "model")
+    words = [int(word[1:]) for word in Path(text.source).read_text().split()]
+    found = evaluate(source, text).calibration_error
+    assert found == pytest.approx(reference_calibration_error(source, words, 16, 4), rel=1e-4)
+
+
+def test_a_model_that_is_sure_and_wrong_is_not_calibrated(tmp_path: Path, text: TextSpec) -> None:
+    result = evaluate(logits_of(1e4, tmp_path / "model"), text)
+    assert result.calibration_error == pytest.approx(1.0, abs=0.1)
+    assert result.to_dict()["calibration_error"] == result.calibration_error
+
+
+def test_the_calibration_error_does_not_depend_on_how_much_is_read_at_once(
+    tmp_path: Path, text: TextSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = logits_of(30.0, tmp_path / "model")
+    whole = evaluate(source, text).calibration_error
+    monkeypatch.setattr("llmprune.measuring.perplexity._POSITIONS", 7)
+    assert evaluate(source, text).calibration_error == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_bin_ends_with_its_upper_bound() -> None:
+    from llmprune.measuring.perplexity import _Calibration
+
+    # 0.4 is 6 / 15: the end of the sixth bin, with 0.35. In one bin, a hit and a miss pull against one another.
+    probabilities = torch.tensor([[0.4, 0.3, 0.3], [0.35, 0.34, 0.31]], dtype=torch.float64)
+    calibration = _Calibration()
+    calibration.add(probabilities.log(), torch.tensor([0, 1]))
+    assert calibration.error == pytest.approx(abs(1 - 0.75) / 2)
+
+
+def test_both_models_of_a_comparison_are_calibrated(tmp_path: Path) -> None:
+    source = tiny_models.save(tiny_models.build("llama"), tmp_path / "dense")
+    settings: Any = tiny_models.recipe(pattern=0.9, method="random", evaluation={"samples": 2})
+    evaluation = prune(source, settings, tmp_path / "out").to_dict()["evaluation"]
+    found = [evaluation[which]["calibration_error"] for which in ("dense", "pruned")]
+    assert all(0 < value < 1 for value in found)
+    assert found[0] != found[1]

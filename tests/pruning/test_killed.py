@@ -1,0 +1,173 @@
+"""A run that is killed at any moment and resumed gives the same bytes as one that was left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import contents
+from runs import LAYERS, Whole, assert_equal_to, assert_incomplete_or_whole, note_solved, uninterrupted
+from tiny_models import build
+
+from llmprune import prune
+from llmprune.pruning import pipeline
+from llmprune.storage import files
+from llmprune.storage.folders import MANIFEST_NAME
+from llmprune.storage.report import load_report
+from llmprune.stream.stream import ResidentLayer
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
+    with uninterrupted(tmp_path_factory.mktemp("whole")) as run:
+        yield run
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return note_solved(monkeypatch)
+
+
+class KillAt:
+    """Ends the process by SIGKILL right before the n-th change below a folder; also in the middle of shards."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.folder, self.left = str(folder), number
+
+    def watch(self) -> None:
+
+        save_file = files.save_file
+
+        def in_two_halves(content: Any, file: Path, **options: Any) -> None:
+            save_file(content, file, **options)
+            data = file.read_bytes()
+            os.truncate(file, len(data) // 2)
+            file.write_bytes(data)
+
+        files.save_file = in_two_halves
+        sys.addaudithook(self.step)
+
+    def step(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not arguments or not str(arguments[0]).startswith(self.folder):
+            return
+        reads = event == "open" and not (arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.chmod", "os.truncate") and not reads:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    """Run one job a line of stdin in a fork of its own; answers with how it ended. Jobs are JSON."""
+    build("llama")  # so that the forks need not import its modules
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            run_job(job)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def run_job(job: dict[str, Any]) -> None:
+    solve_layer = pipeline.solve_layer
+
+    def note(layer: ResidentLayer, *arguments: Any) -> Any:
+        rows = solve_layer(layer, *arguments)
+        with Path(job["solved"]).open("a") as log:
+            log.write(f"{layer.name}\n")
+        return rows
+
+    pipeline.solve_layer = note
+    KillAt(job["output"], job["kill_at"]).watch()
+    prune(job["source"], job["recipe"], job["output"], resume=job["resume"])
+    os._exit(0)
+
+
+class Runner:
+    """Hands jobs to the process in which `main` runs."""
+
+    def __init__(self, whole: Whole, process: "subprocess.Popen[str]") -> None:
+        assert process.stdin
+        assert process.stdout
+        self.whole, self.jobs, self.answers = whole, process.stdin, process.stdout
+
+    def __call__(self, output: Path, kill_at: int, resume: bool = False) -> tuple[int, list[str]]:
+        """How a run ended (-9: killed), and the layers that it solved."""
+        log = output.with_name(f"{output.name}.solved")
+        log.write_text("")
+        job = {"source": str(self.whole.source), "recipe": self.whole.recipe, "resume": resume, "solved": str(log)}
+        self.jobs.write(json.dumps({**job, "output": str(output), "kill_at": kill_at}) + "\n")
+        self.jobs.flush()
+        return int(self.answers.readline()), log.read_text().split()
+
+
+@pytest.fixture(scope="module")
+def runner(whole: Whole) -> Iterator[Runner]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    start = [sys.executable, "-c", "import test_killed; test_killed.main()"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(start, env=environment, **pipes) as process:
+        yield Runner(whole, process)
+    assert process.returncode == 0
+
+
+def state(folder: Path) -> list[tuple[str, int]]:
+    """Names and sizes; the size of what holds times varies from run to run."""
+    files = sorted(folder.iterdir()) if folder.exists() else []
+    timed = (MANIFEST_NAME, "report.json", "report.html")
+    return [(file.name, 0 if any(name in file.name for name in timed) else file.stat().st_size) for file in files]
+
+
+def test_killed_before_every_change_and_resumed(
+    whole: Whole, runner: Runner, solved: list[str], tmp_path: Path
+) -> None:
+    lost: set[int] = set()
+    committed_at: set[int] = set()
+    seen: list[tuple[str, int]] = []
+    for kill_at in range(1, 200):
+        folder = tmp_path / str(kill_at) / "pruned"
+        folder.parent.mkdir()
+        ended, solved_before = runner(folder, kill_at)
+        if ended == 0:
+            break
+        assert ended == -signal.SIGKILL
+        if seen == (seen := state(folder)):
+            continue
+        manifest = folder / MANIFEST_NAME
+        committed = len(json.loads(manifest.read_text())["layers"]) if manifest.exists() else 0
+        assert_incomplete_or_whole(whole, folder)
+        solved.clear()
+        report = prune(whole.source, whole.recipe, folder, resume=True)
+        assert_equal_to(whole, folder, report)
+        assert solved == [f"model.layers.{number}" for number in range(committed, LAYERS)]
+        lost.add(len(solved_before) - committed)
+        committed_at.add(committed)
+    # Every shard and every other file was interrupted, and no kill cost more than one layer.
+    assert kill_at > 3 * len(contents(whole.folder))
+    assert lost == {0, 1}
+    assert committed_at == set(range(LAYERS + 1))
+
+
+def test_killed_again_and_again(whole: Whole, runner: Runner, tmp_path: Path) -> None:
+    folder, total, kills = tmp_path / "pruned", 0, 0
+    for kill_at in range(12, 40):
+        ended, solved_now = runner(folder, kill_at, resume=True)
+        total += len(solved_now)
+        if ended == 0:
+            break
+        assert ended == -signal.SIGKILL
+        kills += 1
+        assert_incomplete_or_whole(whole, folder)
+    assert_equal_to(whole, folder, load_report(folder))
+    assert kills >= LAYERS
+    assert total <= LAYERS + kills
+
+
+# --- what resuming finds

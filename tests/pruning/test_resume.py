@@ -1,0 +1,231 @@
+"""What resuming finds, mends and refuses."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from folders import contents, tensors
+from runs import LAYERS, Whole, assert_equal_to, note_solved, uninterrupted
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from llmprune import prune
+from llmprune.errors import ResumeError
+from llmprune.pruning import pipeline
+from llmprune.storage import output
+from llmprune.storage.files import INDEX_NAME
+from llmprune.storage.folders import MANIFEST_NAME
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
+    with uninterrupted(tmp_path_factory.mktemp("whole")) as run:
+        yield run
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return note_solved(monkeypatch)
+
+
+def interrupted(whole: Whole, folder: Path, layers: int) -> Path:
+    """What a run leaves that was killed after this many layers."""
+    shutil.copytree(whole.folder, folder)
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    done = dict(list(manifest["layers"].items())[:layers])
+    (folder / MANIFEST_NAME).write_text(json.dumps({**manifest, "complete": False, "ends": {}, "layers": done}))
+    kept = {MANIFEST_NAME, "recipe.yaml", *(layer["shard"] for layer in done.values())}
+    for file in folder.iterdir():
+        if file.name not in kept:
+            file.unlink()
+    return folder
+
+
+def test_a_finished_run_is_not_done_again(whole: Whole, solved: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(whole.folder)
+    monkeypatch.setattr(pipeline.CheckpointSource, "load_layer", None)
+    monkeypatch.setattr(pipeline.CheckpointSource, "load_ends", None)
+    report = prune(whole.source, whole.recipe, whole.folder, resume=True)
+    assert report == whole.report
+    assert solved == []
+    assert contents(whole.folder) == before
+
+
+def test_resume_begins_where_there_is_nothing(whole: Whole, tmp_path: Path) -> None:
+    report = prune(whole.source, whole.recipe, tmp_path / "new", resume=True)
+    assert_equal_to(whole, tmp_path / "new", report)
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage", [flip, Path.unlink, lambda file: os.truncate(file, 100)], ids=["flip", "gone", "cut"]
+)
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_a_damaged_layer_is_done_again_and_so_is_what_follows(
+    whole: Whole, solved: list[str], tmp_path: Path, layer: int, damage: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "pruned"
+    shutil.copytree(whole.folder, folder)
+    damage(folder / f"model-0000{layer + 2}-of-00004.safetensors")
+    report = prune(whole.source, whole.recipe, folder, resume=True)
+    assert solved == [f"model.layers.{number}" for number in range(layer, LAYERS)]
+    assert_equal_to(whole, folder, report)
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00004.safetensors", INDEX_NAME, "config.json", "report.json"])
+def test_what_is_missing_beside_the_layers_is_written_again(
+    whole: Whole, solved: list[str], tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "pruned"
+    shutil.copytree(whole.folder, folder)
+    (folder / name).unlink()
+    report = prune(whole.source, whole.recipe, folder, resume=True)
+    assert solved == []
+    assert_equal_to(whole, folder, report)
+
+
+def test_a_config_that_does_not_belong_to_the_weights_is_written_again(whole: Whole, tmp_path: Path) -> None:
+    folder = tmp_path / "pruned"
+    shutil.copytree(whole.folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 8}))
+    assert_equal_to(whole, folder, prune(whole.source, whole.recipe, folder, resume=True))
+
+
+def test_a_damaged_folder_does_not_load_while_it_is_mended(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "pruned"
+    shutil.copytree(whole.folder, folder)
+    flip(folder / "model-00002-of-00004.safetensors")
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "solve_layer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prune(whole.source, whole.recipe, folder, resume=True)
+    assert not (folder / INDEX_NAME).exists()
+
+
+def test_half_written_files_are_written_again(whole: Whole, tmp_path: Path) -> None:
+    """A text file can be cut short as well, under its temporary name, and a copied one under its own."""
+    folder = interrupted(whole, tmp_path / "pruned", LAYERS)
+    for file in whole.folder.iterdir():
+        (folder / f".{file.name}.partial").write_bytes(file.read_bytes()[:5])
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((whole.folder / name).read_bytes()[:5])
+    report = prune(whole.source, whole.recipe, folder, resume=True)
+    assert_equal_to(whole, folder, report)
+
+
+# --- what resuming refuses
+
+
+def change_weights(whole: Whole, folder: Path) -> Path:
+    changed = folder / "dense"
+    shutil.copytree(whole.source, changed)
+    weights = load_file(changed / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"].neg_()
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    return changed
+
+
+@pytest.mark.parametrize("layers", [1, LAYERS])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"recipe": {"pattern": "2:4"}}, "recipe.pattern was 0.5 and is now 2:4"),
+        ({"recipe": {"method": {"sparsegpt": {"damping": 0.02}}}}, "recipe.method.sparsegpt.damping was 0.01"),
+        ({"recipe": {"exclude": ["*.o_proj"]}}, "recipe.exclude was"),
+        ({"recipe": {"batch_size": 3}}, "recipe.batch_size was 2 and is now 3"),
+        ({"recipe": {"evaluation": None}}, "recipe.evaluation was"),
+        ({"text": "w9 "}, "tokens.calibration was"),
+        ({"weights": True}, "source was"),
+        ({"version": {"llmprune": "9"}}, "version.llmprune was .* and is now 9"),
+        ({"device": "another"}, "device was .* and is now another"),
+        ({"compute_dtype": "another"}, "compute_dtype was .* and is now another"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_changed_run_is_refused_by_name(
+    whole: Whole,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layers: int,
+    change: dict[str, Any],
+    named: str,
+) -> None:
+    folder = interrupted(whole, tmp_path / "pruned", layers)
+    before = contents(folder)
+    settings, source = {**whole.recipe, **change.get("recipe", {})}, whole.source
+    text = Path(whole.recipe["calibration"]["source"])
+    original = text.read_text()
+    if "weights" in change:
+        source = change_weights(whole, tmp_path)
+    if "version" in change:
+        known = pipeline.versions()
+        monkeypatch.setattr(pipeline, "versions", lambda: known | change["version"])
+    if "device" in change:
+        monkeypatch.setattr(pipeline, "describe_device", lambda device: change["device"])
+    if "compute_dtype" in change:
+        monkeypatch.setattr(pipeline, "dtype_name", lambda dtype: change["compute_dtype"])
+    text.write_text(change.get("text", "") + original)
+    try:
+        with pytest.raises(ResumeError, match=f"cannot be resumed: {named}") as caught:
+            prune(source, settings, folder, resume=True)
+    finally:
+        text.write_text(original)
+    assert "--overwrite" in caught.value.fix
+    assert contents(folder) == before
+
+
+def test_every_difference_is_named_within_a_key(whole: Whole, tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "pruned", 1)
+    with pytest.raises(ResumeError, match=r"recipe\.pattern was .*; recipe\.held_back was 1 and is now 2"):
+        prune(whole.source, {**whole.recipe, "pattern": 0.6, "held_back": 2}, folder, resume=True)
+
+
+def test_another_description_is_no_other_run(whole: Whole, solved: list[str], tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "pruned", 2)
+    prune(whole.source, {**whole.recipe, "description": "in other words"}, folder, resume=True)
+    assert solved == ["model.layers.2"]
+    assert tensors(folder).keys() == tensors(whole.folder).keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ("{}", "cannot be read"),
+        ('{"format": 99}', "has format 99"),
+    ],
+)
+def test_a_damaged_record_is_a_typed_error(whole: Whole, tmp_path: Path, text: str, message: str) -> None:
+    folder = interrupted(whole, tmp_path / "pruned", 1)
+    (folder / MANIFEST_NAME).write_text(text)
+    with pytest.raises(ResumeError, match=message) as caught:
+        prune(whole.source, whole.recipe, folder, resume=True)
+    assert "--overwrite" in caught.value.fix
+
+
+def test_a_model_in_memory_cannot_be_resumed(whole: Whole, tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match="in memory"):
+        prune(AutoModelForCausalLM.from_pretrained(whole.source), whole.recipe, tmp_path, resume=True)
+
+
+def test_the_manifest_is_read_by_its_format(whole: Whole) -> None:
+    manifest = json.loads((whole.folder / MANIFEST_NAME).read_text())
+    assert set(manifest) == {"format", "keys", "complete", "ends", "described", "decisions", "layers"}
+    assert list(manifest["keys"]) == ["recipe", "tokens", "source", "version", "device", "compute_dtype"]
+    assert output.MANIFEST_NAME == ".llmprune.json"
