@@ -13,7 +13,7 @@ from tiny_models import build, recipe, save
 from transformers import AutoModelForCausalLM
 
 from llmprune import prune
-from llmprune.pruning import pipeline
+from llmprune.pruning import layers
 from llmprune.storage.files import INDEX_NAME, read_index
 from llmprune.storage.folders import MANIFEST_NAME
 from llmprune.storage.report import Report, load_report
@@ -49,14 +49,14 @@ def uninterrupted(folder: Path) -> Iterator[Whole]:
 def note_solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The layers that are solved in this process, in order."""
     names: list[str] = []
-    solve_layer = pipeline.solve_layer
+    solve_layer = layers.solve_layer
 
     def note(layer: ResidentLayer, *arguments: Any) -> Any:
         rows = solve_layer(layer, *arguments)
         names.append(layer.name)
         return rows
 
-    monkeypatch.setattr(pipeline, "solve_layer", note)
+    monkeypatch.setattr(layers, "solve_layer", note)
     return names
 
 

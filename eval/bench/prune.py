@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmprune.devices import PeakWatch, describe_device
 from llmprune.precision import dtype_name, float32_products
+from llmprune.pruning.context import Run, versions
 from llmprune.pruning.jobs import plan_jobs
-from llmprune.pruning.pipeline import Run, versions
 from llmprune.pruning.writing import Writer
 from llmprune.recipe.recipe import load_recipe
 from llmprune.storage.files import write_json

@@ -43,7 +43,8 @@ from llmprune.measuring.perplexity import compare_perplexity, run_stream
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.skeleton import quiet_transformers
 from llmprune.progress import ignore
-from llmprune.pruning.pipeline import prune, versions
+from llmprune.pruning.context import versions
+from llmprune.pruning.pipeline import prune
 from llmprune.storage.files import write_json
 from llmprune.storage.hub import resolve_model
 from llmprune.storage.report import Report

@@ -90,7 +90,7 @@ def perplexity(
         from llmprune.cli.tables.measuring import comparison_table, perplexity_table
         from llmprune.devices import describe_device, resolve_device
         from llmprune.measuring.perplexity import evaluate, evaluate_against
-        from llmprune.pruning.pipeline import versions
+        from llmprune.pruning.context import versions
         from llmprune.stream.stream import StreamSettings
         from llmprune.text.tokens import TextSpec
 

@@ -1,18 +1,43 @@
-"""What a run will do, worked out before it does anything."""
+"""What is done to each matrix: by the recipe, and by what was decided after looking at the model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from llmprune.errors import PatternError, RecipeError
-from llmprune.methods import METHODS
+from llmprune.methods import METHODS, Method
 from llmprune.models.decoder import Matrix, prunable_matrices
 from llmprune.models.source import Source
-from llmprune.pruning.solving import Job
+from llmprune.patterns import Block, Pattern, Unstructured
 from llmprune.recipe.recipe import Recipe
+from llmprune.structures.decisions import MatrixChoice
 
 
-def plan_jobs(source: Source, recipe: Recipe) -> list[dict[str, Job]]:
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be done to one matrix.
+
+    Attributes:
+        pattern: which zeros are legal.
+        method: which weights become zero, and what the others become.
+        method_name: as recipes call it.
+    """
+
+    pattern: Pattern
+    method: Method
+    method_name: str
+
+
+def plan_jobs(
+    source: Source, recipe: Recipe, choices: Mapping[str, MatrixChoice] = MappingProxyType({})
+) -> list[dict[str, Job]]:
     """Say for each layer what is done to each matrix, and check that every pattern fits.
+
+    Args:
+        source: the model, at the size that it has when weights are pruned.
+        recipe: patterns, methods and rules.
+        choices: matrix name -> what was decided for it in place of what the recipe says.
 
     Returns:
         One mapping per decoder layer: matrix name -> job; matrices that stay dense are left out (all of them, where the
@@ -20,7 +45,7 @@ def plan_jobs(source: Source, recipe: Recipe) -> list[dict[str, Job]]:
 
     Raises:
         PatternError: a pattern does not divide a matrix; names it.
-        RecipeError: no matrix is selected, or a glob matches none.
+        RecipeError: no matrix is selected, a glob matches none, or a choice does not fit the pattern.
     """
     if recipe.pattern is None:
         return [{} for _ in source.layers]
@@ -28,19 +53,36 @@ def plan_jobs(source: Source, recipe: Recipe) -> list[dict[str, Job]]:
         list(prunable_matrices(layer, f"{source.layers_path}.{index}")) for index, layer in enumerate(source.layers)
     ]
     _check_globs(recipe, [matrix.name for matrices in layers for matrix in matrices])
-    return [{m.name: job for m in matrices if (job := _job(m, recipe)) is not None} for matrices in layers]
+    return [
+        {m.name: job for m in matrices if (job := _job(m, recipe, choices.get(m.name))) is not None}
+        for matrices in layers
+    ]
 
 
-def _job(matrix: Matrix, recipe: Recipe) -> Job | None:
-    chosen = recipe.for_matrix(matrix.name)
-    if chosen is None:
+def _job(matrix: Matrix, recipe: Recipe, choice: MatrixChoice | None) -> Job | None:
+    ordered = recipe.for_matrix(matrix.name)
+    if ordered is None:
         return None
-    pattern, method = chosen
+    pattern, method = ordered if choice is None else _chosen(matrix, *ordered, choice)
     try:
         pattern.check(matrix.shape)
     except PatternError as error:
         raise PatternError(f"{matrix.name}: {error.what}", expected=error.expected, fix=error.fix) from error
     return Job(pattern, method, next(name for name, kind in METHODS.items() if isinstance(method, kind)))
+
+
+def _chosen(matrix: Matrix, pattern: Pattern, method: Method, choice: MatrixChoice) -> tuple[Pattern, Method]:
+    """The recipe's pattern and method for a matrix, as far as nothing else was decided."""
+    pattern, method = choice.pattern or pattern, choice.method or method
+    if choice.sparsity is None:
+        return pattern, method
+    if not isinstance(pattern, Unstructured | Block):
+        raise RecipeError(
+            f"{matrix.name}: sparsity {choice.sparsity} was chosen for the pattern {pattern}",
+            expected="a pattern such as 0.5 or 0.5@64x64, whose sparsity may differ between matrices",
+            fix="choose patterns, or set pattern to a fraction",
+        )
+    return replace(pattern, sparsity=choice.sparsity), method
 
 
 def _check_globs(recipe: Recipe, names: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from llmprune.devices import return_freed_memory
 from llmprune.errors import NumericsError
 from llmprune.methods import Method, Pruned
 from llmprune.patterns import Pattern, Unstructured, layer_shares
+from llmprune.pruning.jobs import Job
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storage.report import MatrixRow
 from llmprune.stream.observation import Group
@@ -20,21 +20,13 @@ from llmprune.stream.stream import ResidentLayer
 from llmprune.timing import Stages
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What is to be done to one matrix."""
-
-    pattern: Pattern
-    method: Method
-    method_name: str
-
-
 def solve_layer(
     layer: ResidentLayer,
     groups: list[Group],
     jobs: Mapping[str, Job],
     min_tokens: int,
     stages: Stages,
+    peak_bytes: Callable[[], int] = lambda: 0,
     step: Callable[[str], None] = lambda step: None,
 ) -> list[MatrixRow]:
     """Prune the matrices of a resident layer in place.
@@ -45,6 +37,7 @@ def solve_layer(
         jobs: matrix name -> what to do; matrices without a job stay dense.
         min_tokens: experts that saw fewer tokens get that many in all, the missing ones imaginary and uncorrelated.
         stages: stopwatch.
+        peak_bytes: reads the run's peak memory so far, for the rows.
         step: told what happens.
 
     Returns:
@@ -63,12 +56,18 @@ def solve_layer(
             for name in group.names:
                 step(f"solving {name.removeprefix(layer.name + '.')}")
                 pattern = shares.get(name, jobs[name].pattern)
-                rows.append(_solve_matrix(layer, group, name, jobs[name], pattern, priors.get(name, 0)))
+                rows.append(_solve_matrix(layer, group, name, jobs[name], pattern, priors.get(name, 0), peak_bytes))
     return rows
 
 
 def _solve_matrix(
-    layer: ResidentLayer, group: Group, name: str, job: Job, pattern: Pattern, prior_tokens: int
+    layer: ResidentLayer,
+    group: Group,
+    name: str,
+    job: Job,
+    pattern: Pattern,
+    prior_tokens: int,
+    peak_bytes: Callable[[], int],
 ) -> MatrixRow:
     start = time.perf_counter()
     original = layer.weight(name)
@@ -98,7 +97,7 @@ def _solve_matrix(
         prior_tokens=prior_tokens,
         dead_inputs=int((statistics.squares == 0).sum()) if statistics else None,
         seconds=time.perf_counter() - start,
-        peak_bytes=0,
+        peak_bytes=peak_bytes(),
     )
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llmprune.models.checkpoint_source import CheckpointSource, positive_zeros
 from llmprune.models.source import Source
-from llmprune.pruning.solving import Job
+from llmprune.pruning.jobs import Job
 from llmprune.storage.files import read_header
 from llmprune.storage.output import OutputFolder
 from llmprune.storage.packed_config import Format, pack_matrices

@@ -37,8 +37,8 @@ def _read_pattern(value: object) -> Pattern:
         raise refusal(error) from error
 
 
-def _read_method(value: object) -> Method:
-    """A name, or a name with its knobs; a method that is one already stays as it is."""
+def read_method(value: object) -> Method:
+    """Read a method: a name, or a name with its knobs; a method that is one already is returned as it is."""
     if type(value) in METHODS.values():
         return cast(Method, value)
     if isinstance(value, str):
@@ -59,7 +59,8 @@ def _read_method(value: object) -> Method:
         raise refusal(error, name, *_culprit(error, knobs)) from error
 
 
-def _write_method(method: Method) -> dict[str, Any]:
+def write_method(method: Method) -> dict[str, Any]:
+    """A method as recipes write it: {name: knobs}."""
     (name,) = (name for name, kind in METHODS.items() if kind is type(method))
     return {name: asdict(cast(Any, method))}
 
@@ -80,5 +81,5 @@ def check_device(name: str) -> str:
 
 GlobField = Annotated[str, Field(min_length=1)]
 PatternField = Annotated[Pattern, PlainValidator(_read_pattern), PlainSerializer(str)]
-MethodField = Annotated[Method, PlainValidator(_read_method), PlainSerializer(_write_method)]
+MethodField = Annotated[Method, PlainValidator(read_method), PlainSerializer(write_method)]
 TextField = Annotated[TextSpec, WrapValidator(_read_text_spec)]

@@ -1,9 +1,12 @@
 """What a run removes from each structure: how much, and once that is known, what."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from llmprune.methods import Method
+from llmprune.patterns import Pattern, parse
+from llmprune.recipe.fields import read_method, write_method
 from llmprune.structures.find.discovery import Structure
 from llmprune.structures.remove.cuts import Cut
 
@@ -12,8 +15,38 @@ _MULTIPLES, _CLOSE = (128, 64, 32, 16, 8), 0.05
 
 
 @dataclass(frozen=True, slots=True)
+class MatrixChoice:
+    """What was decided for one matrix, in place of what the recipe says.
+
+    Attributes:
+        sparsity: fraction set to zero, in [0, 1], under the recipe's pattern; None leaves it.
+        pattern: another pattern; None leaves it.
+        method: another method; None leaves it.
+    """
+
+    sparsity: float | None = None
+    pattern: Pattern | None = None
+    method: Method | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON; what is left to the recipe is left out."""
+        values = {
+            "sparsity": self.sparsity,
+            "pattern": self.pattern and str(self.pattern),
+            "method": self.method and write_method(self.method),
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "MatrixChoice":
+        """Read it back from JSON."""
+        pattern, method = data.get("pattern"), data.get("method")
+        return cls(data.get("sparsity"), pattern and parse(pattern), method and read_method(method))
+
+
+@dataclass(frozen=True, slots=True)
 class Decisions:
-    """What is removed, as far as it is decided before the first layer is pruned.
+    """What is decided before the first layer is pruned: what is removed, and how single matrices are pruned.
 
     Attributes:
         layers: decoder layers that stay, ascending.
@@ -23,6 +56,7 @@ class Decisions:
         channels: hidden channels that stay, ascending; None: all of them.
         factors: norm -> what its gain is multiplied by, where channels go.
         evidence: what the decisions rest on: scores, curves, divergences; for the report.
+        matrices: full name of a matrix, in the model that is left -> what was decided for it.
     """
 
     layers: tuple[int, ...]
@@ -32,10 +66,14 @@ class Decisions:
     channels: tuple[int, ...] | None = None
     factors: Mapping[str, float] = field(default_factory=dict)
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    matrices: Mapping[str, MatrixChoice] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, ready for JSON."""
-        return asdict(self)
+        """As plain data, ready for JSON; without `matrices` where the recipe decides for all of them."""
+        plain = asdict(replace(self, matrices={}))
+        del plain["matrices"]
+        chosen = {name: choice.to_dict() for name, choice in self.matrices.items()}
+        return {**plain, "matrices": chosen} if chosen else plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Decisions":
@@ -46,7 +84,9 @@ class Decisions:
         }
         by_layer = {key: {int(layer): dict(own) for layer, own in data[key].items()} for key in ("groups", "blocks")}
         channels = None if data["channels"] is None else tuple(data["channels"])
-        return cls(**{**data, **by_layer, "layers": tuple(data["layers"]), "removed": removed, "channels": channels})
+        known = {**data, **by_layer, "layers": tuple(data["layers"]), "removed": removed, "channels": channels}
+        known["matrices"] = {name: MatrixChoice.from_dict(one) for name, one in data.get("matrices", {}).items()}
+        return cls(**known)
 
 
 def aligned(among: int, kept: int, multiple: int | str) -> int:

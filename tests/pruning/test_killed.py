@@ -16,7 +16,7 @@ from runs import LAYERS, Whole, assert_equal_to, assert_incomplete_or_whole, not
 from tiny_models import build
 
 from llmprune import prune
-from llmprune.pruning import pipeline
+from llmprune.pruning import layers
 from llmprune.storage import files
 from llmprune.storage.folders import MANIFEST_NAME
 from llmprune.storage.report import load_report
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def run_job(job: dict[str, Any]) -> None:
-    solve_layer = pipeline.solve_layer
+    solve_layer = layers.solve_layer
 
     def note(layer: ResidentLayer, *arguments: Any) -> Any:
         rows = solve_layer(layer, *arguments)
@@ -83,7 +83,7 @@ def run_job(job: dict[str, Any]) -> None:
             log.write(f"{layer.name}\n")
         return rows
 
-    pipeline.solve_layer = note
+    layers.solve_layer = note
     KillAt(job["output"], job["kill_at"]).watch()
     prune(job["source"], job["recipe"], job["output"], resume=job["resume"])
     os._exit(0)

@@ -14,7 +14,7 @@ from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.source import ModelSource
 from llmprune.patterns import NM
 from llmprune.pruning.forecast.memory import LayerMemory, layer_memory, predict_peak
-from llmprune.pruning.solving import Job
+from llmprune.pruning.jobs import Job
 from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
 
 SMALL = LayerMemory(weights=10, statistics=1, held_back=2, forward=5, solving=3)

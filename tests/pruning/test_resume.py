@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llmprune import prune
 from llmprune.errors import ResumeError
-from llmprune.pruning import pipeline
+from llmprune.pruning import layers, pipeline
 from llmprune.storage import output
 from llmprune.storage.files import INDEX_NAME
 from llmprune.storage.folders import MANIFEST_NAME
@@ -111,7 +111,7 @@ def test_a_damaged_folder_does_not_load_while_it_is_mended(
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "solve_layer", stop)
+    monkeypatch.setattr(layers, "solve_layer", stop)
     with pytest.raises(KeyboardInterrupt):
         prune(whole.source, whole.recipe, folder, resume=True)
     assert not (folder / INDEX_NAME).exists()

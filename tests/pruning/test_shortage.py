@@ -16,7 +16,7 @@ from folders import weights_and_texts
 from llmprune import Recipe, dry_run, load_recipe, prune
 from llmprune.errors import DeviceError
 from llmprune.precision import computed_in
-from llmprune.pruning import pipeline
+from llmprune.pruning import layers
 from llmprune.stream import stream
 from llmprune.stream.guard import MemoryGuard, is_shortage
 from llmprune.stream.stream import ResidentLayer, StreamSettings
@@ -82,7 +82,7 @@ def test_what_the_allocator_says_is_recognised() -> None:
         (GPU, ["the memory of the GPU ran out", "CUDA out of memory. Tried", "device: cpu, or free the GPU"]),
         (
             ALLOCATOR,
-            ["the memory of this machine ran out", "can't allocate memory", "activation_budget (it is 4,295.0 MB"],
+            ["the memory of this machine ran out", "can't allocate memory", "activation_budget (it is 4.3 GB"],
         ),
         (MemoryError(), ["the memory of this machine ran out", "activation_budget"]),
     ],
@@ -92,7 +92,7 @@ def test_a_run_out_of_memory_says_how_to_go_on(
 ) -> None:
     arguments = ["prune", model, "--recipe", "demo", "--output", tmp_path / "out", *SMALL]
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "solve_layer", failing(error, pipeline.solve_layer, 1))
+        patched.setattr(layers, "solve_layer", failing(error, layers.solve_layer, 1))
         result = run(*arguments, "--json")
     assert result.exit_code == 1
     assert "Traceback" not in result.stderr
@@ -151,7 +151,7 @@ def test_a_first_batch_that_does_not_fit_is_explained(
 
 
 def test_a_model_in_memory_has_nothing_to_resume(small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "solve_layer", failing(MemoryError(), pytest.fail, 0))
+    monkeypatch.setattr(layers, "solve_layer", failing(MemoryError(), pytest.fail, 0))
     with pytest.raises(DeviceError, match="pruning, layer 1 of 2") as caught:
         prune(tiny_models.build("llama"), small, tokenizer=tiny_models.tokenizer())
     assert "--resume" not in caught.value.fix

@@ -130,7 +130,7 @@ def test_bad_combinations_are_refused_before_anything_is_written(
 def test_a_defect_of_ours_is_no_failed_run(
     model: Path, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweeping.Run, "from_checkpoint", lambda *given, **options: 1 / 0)
+    monkeypatch.setattr(sweeping, "prune_checkpoint", lambda *given, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sweep(model, recipe, GRID, tmp_path / "grid")
 

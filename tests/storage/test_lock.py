@@ -57,7 +57,7 @@ def test_of_two_runs_that_begin_together_one_goes_on(
     """Both find the folder free, and make their texts; the other comes while the first one opens or prunes."""
     folder = tmp_path / "pruned"
     refused: list[LlmpruneError] = []
-    hooks = [(pipeline.OutputFolder, "open"), (pipeline.Run, "prune_layers")]
+    hooks = [(pipeline.OutputFolder, "open"), (pipeline.LayerDriver, "drive")]
     original = getattr(*hooks[first])
 
     def with_another(*arguments: Any, **options: Any) -> Any:
@@ -89,20 +89,20 @@ def test_a_model_in_memory_does_not_replace_what_came_meanwhile(
     source: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "pruned"
-    original = pipeline.Run.prune_layers
+    original = pipeline.LayerDriver.drive
 
     def meanwhile(*arguments: Any) -> Any:
         shutil.copytree(finished.folder, folder)
         return original(*arguments)
 
-    monkeypatch.setattr(pipeline.Run, "prune_layers", meanwhile)
+    monkeypatch.setattr(pipeline.LayerDriver, "drive", meanwhile)
     with pytest.raises(ResumeError, match="is not empty"):
         prune(AutoModelForCausalLM.from_pretrained(source), finished.recipe, folder)
     assert contents(folder) == contents(finished.folder)
 
 
 def test_a_lock_in_another_process_holds_and_dies_with_it(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from llmprune.storage.output import locked\n"
+    code = "import sys; from pathlib import Path; from llmprune.storage.folders import locked\n"
     code += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     start = [sys.executable, "-c", code, str(tmp_path / "pruned")]
     with subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

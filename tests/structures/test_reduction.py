@@ -10,7 +10,8 @@ from tiny_models import build, recipe, save, tokenizer
 from transformers import AutoModelForCausalLM
 
 from llmprune.errors import ModelError, RecipeError, ResumeError
-from llmprune.pruning.pipeline import Run, prune
+from llmprune.pruning.pipeline import prune
+from llmprune.pruning.writing import Writer
 from llmprune.recipe.recipe import load_recipe
 from llmprune.storage.files import read_index
 from llmprune.storage.report import load_report
@@ -81,15 +82,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 ) -> None:
     settings = structured(ffn={"remove": 0.5}, heads={"remove": 1}) | {"pattern": 0.5, "method": "wanda"}
     whole = prune(llama, settings, tmp_path / "whole")
-    commit = Run._commit
+    commit = Writer.commit
 
-    def stop_at_the_second(self: Run, layer: Any, *args: Any) -> None:
+    def stop_at_the_second(self: Writer, layer: Any, *args: Any) -> None:
         if layer.index == 1:
             raise KeyboardInterrupt
         commit(self, layer, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_commit", stop_at_the_second)
+        patch.setattr(Writer, "commit", stop_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             prune(llama, settings, tmp_path / "resumed")
     again = prune(llama, settings, tmp_path / "resumed", resume=True)

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from llmprune.errors import ModelError, PatternError, RecipeError
 from llmprune.models.decoder import find_decoder_layers
 from llmprune.pruning.forecast.forecast import dry_run
-from llmprune.pruning.pipeline import Run, prune
+from llmprune.pruning.pipeline import prune
+from llmprune.pruning.writing import Writer
 from llmprune.storage.report import Report, load_report
 from llmprune.structures.find.discovery import find_structures
 from llmprune.structures.remove.cuts import Cut, mask, routed_without
@@ -72,18 +73,18 @@ def test_an_interrupted_run_goes_on_with_what_it_had_decided(
 ) -> None:
     settings = structured(depth={"remove": 1}, width={"remove": 0.5}, ffn={"remove": 0.5, "method": "taylor"})
     prune(llama, settings, tmp_path / "whole")
-    commit = Run._commit
+    commit = Writer.commit
 
-    def stop_at_the_third(self: Run, layer: Any, *args: Any) -> None:
+    def stop_at_the_third(self: Writer, layer: Any, *args: Any) -> None:
         if layer.index == 2:
             raise KeyboardInterrupt
         commit(self, layer, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_commit", stop_at_the_third)
+        patch.setattr(Writer, "commit", stop_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             prune(llama, settings, tmp_path / "resumed")
-    monkeypatch.setattr("llmprune.pruning.pipeline.decide", None)
+    monkeypatch.setattr("llmprune.pruning.deciding.decide", None)
     prune(llama, settings, tmp_path / "resumed", resume=True)
     for shard in (tmp_path / "whole").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "resumed" / shard.name).read_bytes()

@@ -25,11 +25,10 @@ from llmprune.models.decoder import prunable_matrices
 from llmprune.models.sizes import ends_bytes
 from llmprune.patterns import Unstructured
 from llmprune.precision import add_gram, dtype_name, float32_products
+from llmprune.pruning.context import Run
 from llmprune.pruning.forecast.memory import layer_memory
 from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan, Work
-from llmprune.pruning.jobs import plan_jobs
-from llmprune.pruning.pipeline import Run
-from llmprune.pruning.solving import Job
+from llmprune.pruning.jobs import Job, plan_jobs
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storage.hub import resolve_model
@@ -68,8 +67,8 @@ def dry_run(
         LlmpruneError: what a run would refuse whatever the text is: the recipe, the model, a pattern that does not fit,
             a device that is not there, a matrix that is never used; or there is not enough memory for one layer.
     """
-    run = Run(load_recipe(recipe, overrides))
-    with run.guard:
+    run = Run.begin(load_recipe(recipe, overrides))
+    with run.watch:
         return _forecast(run, str(model), run.open(resolve_model(model)))
 
 

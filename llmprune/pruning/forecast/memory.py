@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from llmprune.models.sizes import ends_bytes
 from llmprune.models.source import Source
-from llmprune.pruning.solving import Job
+from llmprune.pruning.jobs import Job
 from llmprune.statistics import Gram
 from llmprune.stream.guard import scoring_needs
 from llmprune.stream.observation import HELD_BACK_ROWS, Group

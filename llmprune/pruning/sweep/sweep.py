@@ -12,9 +12,10 @@ from typing import Any
 from llmprune.errors import LlmpruneError, ResumeError
 from llmprune.pages import Comparison, compare
 from llmprune.progress import Progress, Watcher, ignore
+from llmprune.pruning.context import Run, versions
 from llmprune.pruning.dense_pass import DensePass
 from llmprune.pruning.forecast.forecast import dry_run
-from llmprune.pruning.pipeline import Run, versions
+from llmprune.pruning.pipeline import prune_checkpoint
 from llmprune.pruning.sweep.ledger import Record, SweepRow, plan_rows, read_record, remove_runs, require_sweep
 from llmprune.recipe.grid import Grid, combine, refuse
 from llmprune.recipe.recipe import Recipe
@@ -224,9 +225,9 @@ def _run_all(runs: Sequence[tuple[SweepRow, Recipe]], record: Record, model: str
         if row.state != "finished":
             record.note(replace(row, state="running", error=None))
         try:
-            run = Run(recipe, _numbered(watch, number, len(runs)), dense)
-            with run.guard:
-                run.from_checkpoint(model, source, record.folder / row.name, resume=True, overwrite=False)
+            run = Run.begin(recipe, _numbered(watch, number, len(runs)), dense)
+            with run.watch:
+                prune_checkpoint(run, model, source, record.folder / row.name, resume=True)
         except ResumeError:
             # The user has changed something that concerns what is there: the record must not forget how far it got.
             record.note(row)

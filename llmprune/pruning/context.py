@@ -1,0 +1,103 @@
+"""What all parts of one run share, and never change."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import transformers
+
+from llmprune import __version__
+from llmprune.devices import resolve_device
+from llmprune.models.checkpoint_source import CheckpointSource, open_checkpoint
+from llmprune.models.source import Source
+from llmprune.progress import Progress, Watcher, ignore
+from llmprune.pruning.dense_pass import DensePass
+from llmprune.pruning.forecast.memory import pruning_needs
+from llmprune.pruning.jobs import Job
+from llmprune.recipe.recipe import Recipe
+from llmprune.stream.guard import MemoryGuard, sampling_needs
+from llmprune.stream.stream import StreamSettings
+from llmprune.text.tokens import Tokenizer, Tokens
+from llmprune.timing import Stages
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The context of one run.
+
+    Attributes:
+        recipe: what is to be done.
+        settings: of every stream of the run.
+        watch: told about every step; as a context it turns memory that runs out into a `DeviceError`.
+        dense: what earlier runs have made of the same dense model.
+        stages: stopwatch.
+        started: when the run began, by `time.perf_counter`.
+    """
+
+    recipe: Recipe
+    settings: StreamSettings
+    watch: MemoryGuard
+    dense: DensePass
+    stages: Stages = field(default_factory=Stages)
+    started: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def begin(cls, recipe: Recipe, watch: Watcher = ignore, dense: DensePass | None = None) -> "Run":
+        """Start the clock.
+
+        Args:
+            recipe: what is to be done.
+            watch: told about every step.
+            dense: shared by runs on one dense model; default: this run is on its own.
+
+        Raises:
+            DeviceError: the recipe's device is not there.
+        """
+        device = resolve_device(recipe.device)
+        settings = StreamSettings(device, recipe.batch_size, recipe.held_back, int(recipe.activation_budget))
+        return cls(recipe, settings, MemoryGuard(settings, watch), dense or DensePass())
+
+    @property
+    def device(self) -> torch.device:
+        """Where layers are computed."""
+        return self.settings.device
+
+    def fitted(self, positions: int | None) -> "Run":
+        """The same run with the lengths of its texts settled, for a model with this many positions; None: no limit."""
+        return replace(self, recipe=self.recipe.fitted(positions))
+
+    def open(self, folder: Path) -> CheckpointSource:
+        """Open a checkpoint in the dtype that this recipe computes in."""
+        return open_checkpoint(folder, self.device, self.recipe.compute_dtype, self.recipe.decoder_layers)
+
+    def texts(self, source: Source, jobs: Sequence[dict[str, Job]], tokenizer: Tokenizer) -> dict[str, Tokens]:
+        """Read, tokenise or sample the recipe's texts.
+
+        Args:
+            source: the dense model.
+            jobs: what is done to each layer's matrices, for the message if memory runs out later.
+            tokenizer: the model's.
+
+        Raises:
+            CalibrationError: a text cannot be read or is too short.
+        """
+        self.watch(Progress("calibration text"))
+        if any(spec.source == "self" for spec in self.recipe.texts.values()):
+            self.watch.expected = lambda: sampling_needs(source)
+        with self.stages("text"):
+            texts = self.dense.texts(self.recipe.texts, source, tokenizer, self.device)
+        self.watch.expected = _needs(source, jobs, texts, self.settings)
+        return texts
+
+
+def _needs(
+    source: Source, jobs: Sequence[dict[str, Job]], texts: dict[str, Tokens], settings: StreamSettings
+) -> Callable[[], str]:
+    return lambda: pruning_needs(source, jobs, texts, settings)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the result."""
+    return {"llmprune": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,0 +1,32 @@
+"""The decide-step: what the recipe leaves open is decided once, after a look at the dense model, and recorded."""
+
+from llmprune.pruning.context import Run
+from llmprune.storage.output import OutputFolder
+from llmprune.structures.decisions import Decisions
+from llmprune.structures.reduction import Reduction
+from llmprune.structures.survey import decide
+from llmprune.text.tokens import Tokens
+
+
+def decide_run(run: Run, reduction: Reduction | None, target: OutputFolder, tokens: Tokens) -> Decisions | None:
+    """Decide what is removed and how single matrices are pruned, or read what an interrupted run has decided.
+
+    Args:
+        run: its context.
+        reduction: what can be removed; settled here. None: nothing is.
+        target: where decisions are recorded, so that a continued run decides the same.
+        tokens: the calibration text.
+
+    Returns:
+        The decisions; None where the recipe leaves nothing open.
+    """
+    if target.decisions is None and reduction is not None:
+        with run.stages("survey"):
+            found = decide(reduction, tokens.ids, run.settings, run.stages, run.watch)
+        target.decide(found.to_dict())
+    if target.decisions is None:
+        return None
+    decisions = Decisions.from_dict(target.decisions)
+    if reduction is not None:
+        reduction.settle(decisions)
+    return decisions

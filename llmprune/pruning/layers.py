@@ -1,0 +1,139 @@
+"""Drive a stream through all decoder layers: prune each of them, or take it over from an interrupted run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from llmprune.devices import PeakWatch
+from llmprune.models.sizes import ends_bytes
+from llmprune.models.source import Source
+from llmprune.progress import Progress
+from llmprune.pruning.context import Run
+from llmprune.pruning.forecast.memory import LayerMemory, layer_memory, predict_peak
+from llmprune.pruning.jobs import Job
+from llmprune.pruning.solving import solve_layer
+from llmprune.pruning.writing import Writer
+from llmprune.storage.output import OutputFolder
+from llmprune.storage.report import MatrixRow, StructureRow
+from llmprune.stream.stream import ResidentLayer, Stream
+from llmprune.structures.plan import consumer_shapes
+from llmprune.structures.reduction import Reduction
+from llmprune.structures.remove.cuts import Cut
+from llmprune.text.tokens import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedLayers:
+    """What came of all layers.
+
+    Attributes:
+        rows: one per pruned matrix, in the order of the layers.
+        structures: one per structure that lost groups.
+        memory: predicted, measured and baseline bytes, as the report has them.
+    """
+
+    rows: tuple[MatrixRow, ...]
+    structures: tuple[StructureRow, ...]
+    memory: dict[str, int]
+
+
+class LayerDriver:
+    """Prunes the layers of one run.
+
+    Args:
+        run: its context.
+        source: the layers that stream, at full size.
+        jobs: for each layer of the result, what is done to its matrices.
+        tokens: the calibration text.
+        target: where layers are committed; None: the model is in memory, and stays there.
+        reduction: what makes layers smaller first; None: nothing does.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        source: Source,
+        jobs: Sequence[dict[str, Job]],
+        tokens: Tokens,
+        target: OutputFolder | None = None,
+        reduction: Reduction | None = None,
+    ) -> None:
+        self._run, self._source, self._jobs, self._target, self._reduction = run, source, jobs, target, reduction
+        self._stream = Stream(source, tokens.ids, run.settings, run.stages)
+        self._writer = None if target is None else Writer(source, reduction, target, run.recipe.format)
+        self._memories: list[LayerMemory] = []
+        self._rows: list[MatrixRow] = []
+        self._structures: list[StructureRow] = []
+
+    def drive(self) -> PrunedLayers:
+        """Stream the layers, prune each, and commit it where there is a target.
+
+        Raises:
+            NumericsError: a value is not finite, or no damping makes a Gram matrix positive definite.
+        """
+        with PeakWatch(self._run.device) as memory:
+            for layer in self._stream:
+                number = layer.index if self._reduction is None else self._reduction.numbers.get(layer.index)
+                if number is None:
+                    layer.skipped = True
+                    continue
+                name = f"{self._source.layers_path}.{number}"
+                if self._target is not None and name in self._target.layers:
+                    self._replay(layer, self._target, name)
+                else:
+                    self._prune(layer, self._jobs[number], memory)
+                self._tell(layer, "advancing")
+            if self._reduction is not None:
+                self._reduction.free()
+        layers = len(self._source.layers)
+        self._run.watch(Progress("pruning", layers, layers, "", self._mean_error()))
+        return PrunedLayers(tuple(self._rows), tuple(self._structures), self._measured(memory))
+
+    def _replay(self, layer: ResidentLayer, target: OutputFolder, name: str) -> None:
+        """Take over what an interrupted run has committed."""
+        self._tell(layer, "replaying")
+        if self._reduction is not None:
+            self._reduction.replay(layer)
+        self._rows += target.rows_of(name)
+        self._structures += target.structures_of(name)
+
+    def _prune(self, layer: ResidentLayer, jobs: dict[str, Job], memory: PeakWatch) -> None:
+        stream, recipe = self._stream, self._run.recipe
+        batch_tokens = stream.batches[0].numel()
+        held_back = recipe.held_back * stream.batches[0].shape[1]
+
+        def tell(step: str) -> None:
+            self._tell(layer, step)
+
+        cuts: list[Cut] = []
+        removed: list[StructureRow] = []
+        if self._reduction is not None:
+            consumers = consumer_shapes(self._reduction, layer.index)
+            self._memories.append(layer_memory(layer, [], {}, batch_tokens, held_back, consumers))
+            cuts, removed = self._reduction.reduce(layer, recipe.experts.min_tokens, tell)
+            removed = [replace(row, peak_bytes=memory.read()) for row in removed]
+        tell("statistics")
+        groups = layer.observe({name: job.method.needs for name, job in jobs.items()}) if jobs else []
+        self._memories.append(layer_memory(layer, groups, jobs, batch_tokens, held_back))
+        rows = solve_layer(layer, groups, jobs, recipe.experts.min_tokens, self._run.stages, memory.read, tell)
+        if self._writer is not None:
+            tell("writing")
+            with self._run.stages("write"):
+                self._writer.commit(layer, rows, jobs, cuts, removed)
+        self._rows += rows
+        self._structures += removed
+
+    def _measured(self, memory: PeakWatch) -> dict[str, int]:
+        held = self._stream.hidden.resident_bytes, self._stream.calls.nbytes
+        return {
+            "predicted_bytes": predict_peak(ends_bytes(self._source), *held, self._memories),
+            "measured_bytes": memory.peak - memory.baseline,
+            "baseline_bytes": memory.baseline,
+        }
+
+    def _tell(self, layer: ResidentLayer, step: str) -> None:
+        self._run.watch(Progress("pruning", layer.index, len(self._source.layers), step, self._mean_error()))
+
+    def _mean_error(self) -> float | None:
+        """Of all rows so far; None before the first that was measured."""
+        errors = [row.error for rows in (self._structures, self._rows) for row in rows if row.error is not None]
+        return sum(errors) / len(errors) if errors else None

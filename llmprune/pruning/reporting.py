@@ -1,0 +1,84 @@
+"""What the report of a run says, beyond its rows."""
+
+import datetime
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from llmprune.measuring.extent import measure_extent
+from llmprune.measuring.layer_speed import compare_speed
+from llmprune.measuring.perplexity import compare_perplexity, run_stream
+from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.models.source import Source
+from llmprune.progress import Progress
+from llmprune.pruning.context import Run
+from llmprune.pruning.layers import PrunedLayers
+from llmprune.storage.report import Report
+from llmprune.stream.stream import Stream
+from llmprune.text.tokens import Tokens
+
+
+def make_report(
+    run: Run,
+    name: str,
+    keys: Mapping[str, Any],
+    source: Source,
+    texts: Mapping[str, Tokens],
+    layers: PrunedLayers,
+    dense: Stream | None,
+    smaller: Mapping[str, Any] | None = None,
+) -> Report:
+    """Measure the pruned model, and put everything together.
+
+    Args:
+        run: its context.
+        name: of the model, as the user gave it.
+        keys: hashes, versions and device.
+        source: the pruned model.
+        texts: "calibration", and where perplexity is measured "evaluation".
+        layers: what came of them.
+        dense: a finished stream of the dense model over the evaluation text; None measures nothing.
+        smaller: what `compare_sizes` found.
+    """
+    evaluation, stage = None, "pruned perplexity"
+    if dense is not None:
+        with run.stages(stage):
+            pruned = run_stream(source, texts["evaluation"].ids, run.settings, run.watch, stage)
+            evaluation = compare_perplexity(dense, pruned, texts["evaluation"]).to_dict()
+    header = {
+        "model": name,
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **keys,
+        "recipe": run.recipe.to_dict(),
+        "texts": {text: tokens.description | {"digest": tokens.digest} for text, tokens in texts.items()},
+        "seconds": {"total": time.perf_counter() - run.started, **run.stages.seconds},
+        "memory": layers.memory,
+        "size": source.sizes() if isinstance(source, CheckpointSource) else None,
+        "evaluation": evaluation,
+        **(smaller or {}),
+    }
+    return Report(layers.rows, header, layers.structures)
+
+
+def compare_sizes(
+    run: Run, dense: CheckpointSource, pruned: CheckpointSource, decisions: Mapping[str, Any] | None, tokens: Tokens
+) -> dict[str, Any]:
+    """What the report says of a model that became smaller, compared with the dense one.
+
+    Args:
+        run: its context.
+        dense: before.
+        pruned: after.
+        decisions: as plain data.
+        tokens: the calibration text, whose first sample is timed.
+    """
+    run.watch(Progress("speed"))
+    with run.stages("speed"):
+        speeds = compare_speed(dense, pruned, tokens.ids[:1], run.device)
+    both = ("dense", "pruned")
+    return {
+        "decisions": decisions,
+        "extent": {name: measure_extent(model).to_dict() for name, model in zip(both, (dense, pruned), strict=True)},
+        "speed": {name: asdict(speed) for name, speed in zip(both, speeds, strict=True)},
+    }
