@@ -38,14 +38,14 @@ PASSING = {
 }  # fmt: skip
 
 
-def run(checkout: Path, recipe: str, text: Path, output: Path) -> None:
-    """Prune the bundled model by a recipe, with the code of a checkout."""
+def run(checkout: Path, recipe: str, model: Path, text: Path, output: Path) -> None:
+    """Prune a model by a recipe, with the code of a checkout."""
     settings = [
         f"calibration.source={text}", f"calibration.samples={SAMPLES}", f"calibration.length={LENGTH}",
         f"held_back={HELD_BACK}", f"evaluation.source={text}", "evaluation.samples=4", f"evaluation.length={LENGTH}",
         "device=cpu", *RECIPES[recipe],
     ]  # fmt: skip
-    command = [checkout / ".venv" / "bin" / "llmprune", "prune", "testbed", "--recipe", BASES.get(recipe, recipe)]
+    command = [checkout / ".venv" / "bin" / "llmprune", "prune", str(model), "--recipe", BASES.get(recipe, recipe)]
     command += [word for setting in settings for word in ("--set", setting)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run(
@@ -103,7 +103,8 @@ def main() -> None:
         folders = [arguments.output.resolve() / recipe / name for name in ("before", "after")]
         for checkout, folder in zip((before, after), folders, strict=True):
             shutil.rmtree(folder, ignore_errors=True)
-            run(checkout, recipe, text, folder)
+            # One path for both: config.json names it.
+            run(checkout, recipe, before / "eval" / "testbed", text, folder)
         result[recipe] = compare(*folders)
         found = {kind: names for kind, names in result[recipe].items() if kind != "equal" and names}
         print(f"{recipe}: {len(result[recipe]['equal'])} files are equal", *(f"{k}: {n}" for k, n in found.items()))

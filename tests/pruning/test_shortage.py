@@ -164,5 +164,5 @@ def test_perplexity_out_of_memory_is_explained(model: Path, tmp_path: Path, monk
     result = run("perplexity", model, "--text", text, "--length", 16, "--samples", 2)
     assert result.exit_code == 1
     assert "ran out: perplexity, head: [enforce fail" in result.stderr
-    assert "MB for the embeddings, the head and the logits of a batch" in result.stderr
+    assert "B for the embeddings, the head and the logits of a batch" in result.stderr
     assert "batch_size (it is 8)" in result.stderr
