@@ -307,7 +307,7 @@ class ResidentLayer:
             # Where a parameter is the cause, the activation that shows it first would mislead.
             for name, parameter in self._parameters.items():
                 check_finite(parameter, f"{self.name}: the parameter {name}")
-            raise NumericsError(f"{self.name}: {error.what}", expected=error.expected, fix=error.fix) from None
+            raise error.at(self.name) from None
 
 
 class _CapturedError(Exception):
