@@ -29,6 +29,7 @@ from llmprune.progress import Progress, Watcher, ignore
 from llmprune.storage.hub import resolve_model
 from llmprune.stream.guard import MemoryGuard, sampling_needs, scoring_needs
 from llmprune.stream.stream import Stream, StreamSettings
+from llmprune.stream.variants import kl_divergence
 from llmprune.text.loading import load_texts, model_positions, tokenizer_for
 from llmprune.text.tokens import TextSpec, Tokens
 
@@ -229,7 +230,7 @@ def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens) -> Compari
             nats[1] += _negative_log_likelihood(after, targets)
             calibrations[0].add(before, targets)
             calibrations[1].add(after, targets)
-            divergence += float(F.kl_div(after, before, reduction="sum", log_target=True))
+            divergence += kl_divergence(before, after)
             same += int((before.argmax(-1) == after.argmax(-1)).sum())
     first, second = (
         _summary(value, tokens, calibration.error, stream.source)
