@@ -7,7 +7,7 @@ from llmprune.serving.registration import register_with_transformers
 if TYPE_CHECKING:
     from llmprune.errors import LlmpruneError
     from llmprune.measuring.inspection import inspect_checkpoint
-    from llmprune.measuring.perplexity import evaluate, evaluate_against
+    from llmprune.measuring.perplexity import perplexity, perplexity_against
     from llmprune.measuring.tasks import run_tasks
     from llmprune.methods import METHODS
     from llmprune.pages import compare, write_report
@@ -38,8 +38,8 @@ _HOMES = {
     "Block": "patterns",
     "Unstructured": "patterns",
     "parse": "patterns",
-    "evaluate": "measuring.perplexity",
-    "evaluate_against": "measuring.perplexity",
+    "perplexity": "measuring.perplexity",
+    "perplexity_against": "measuring.perplexity",
     "prune": "pruning.pipeline",
     "Recipe": "recipe.recipe",
     "load_recipe": "recipe.recipe",
@@ -50,14 +50,23 @@ _HOMES = {
     "write_report": "pages",
 }
 
+# Earlier names, which work until 0.2: `llmprune eval` is lm-eval, and this is perplexity.
+_RENAMED = {"evaluate": "perplexity", "evaluate_against": "perplexity_against"}
+
 __all__ = [
     "METHODS", "NM", "Block", "LlmpruneError", "Recipe", "Report", "Stream", "TextSpec", "Unstructured", "__version__",
-    "compare", "dry_run", "evaluate", "evaluate_against", "inspect_checkpoint", "load", "load_recipe", "pack", "parse",
-    "prune", "run_tasks", "unpack", "write_report",
+    "compare", "dry_run", "inspect_checkpoint", "load", "load_recipe", "pack", "parse", "perplexity",
+    "perplexity_against", "prune", "run_tasks", "unpack", "write_report",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        from warnings import warn
+
+        now = _RENAMED[name]
+        warn(f"llmprune.{name} is llmprune.{now} now; the old name works until 0.2", DeprecationWarning, stacklevel=2)
+        name = now
     if name not in _HOMES:
         raise AttributeError(f"module 'llmprune' has no attribute {name!r}")
     from importlib import import_module

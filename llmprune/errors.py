@@ -19,6 +19,10 @@ class LlmpruneError(Exception):
             lines.append(f"fix: {fix}")
         super().__init__("\n".join(lines))
 
+    def at(self, name: str) -> "LlmpruneError":
+        """The same error with the name of what it happened to in front, to be raised from this one."""
+        return type(self)(f"{name}: {self.what}", expected=self.expected, fix=self.fix)
+
 
 class PatternError(LlmpruneError):
     """A sparsity pattern that cannot be read, or does not fit a matrix."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from llmprune.models.decoder import find_decoder_layers, prunable_matrices
 from llmprune.models.source import ModelSource
 from llmprune.statistics import Gram
 from llmprune.stream.observation import Group
@@ -85,3 +86,30 @@ def in_turn(layers: nn.ModuleList, x: Tensor) -> Tensor:
     for layer in layers:
         x = layer(x)
     return x
+
+
+# (Layer, parameter inside it) -> mean gradient, mean squared gradient.
+Known = dict[tuple[int, str], tuple[Tensor, Tensor]]
+
+
+def matrix_names(model: PreTrainedModel) -> dict[int, list[str]]:
+    _, layers = find_decoder_layers(model)
+    return {i: sorted({m.parameter for m in prunable_matrices(layer, "")}) for i, layer in enumerate(layers)}
+
+
+def whole_gradients(model: PreTrainedModel, names: dict[int, list[str]], ids: Tensor) -> Known:
+    """Gradients of the loss by automatic differentiation of the whole model, a sample at a time."""
+    _, layers = find_decoder_layers(model)
+    weights = {(i, name): layers[i].get_parameter(name) for i, own in names.items() for name in own}
+    flags = [weight.requires_grad for weight in weights.values()]
+    for weight in weights.values():
+        weight.requires_grad_()
+    samples = []
+    for sample in ids:
+        logits = model(input_ids=sample[None], use_cache=False).logits[0, :-1]
+        loss = F.cross_entropy(logits, sample[1:])
+        samples.append(torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True))
+    for weight, flag in zip(weights.values(), flags, strict=True):
+        weight.requires_grad_(flag)
+    stacked = [torch.stack(own) for own in zip(*samples, strict=True)]
+    return {key: (own.mean(0), own.square().mean(0)) for key, own in zip(weights, stacked, strict=True)}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import recipe
 
-from llmprune import TextSpec, dry_run, evaluate, load_recipe, prune
+from llmprune import TextSpec, dry_run, load_recipe, perplexity, prune
 from llmprune.errors import LlmpruneError
 
 
@@ -17,7 +17,7 @@ from llmprune.errors import LlmpruneError
     [
         (lambda: prune(None, recipe(), "out"), "a model of type NoneType"),
         (lambda: prune(torch.nn.Linear(2, 2), recipe(), "out"), "a model of type Linear"),
-        (lambda: evaluate(3, TextSpec()), "a model of type int"),
+        (lambda: perplexity(3, TextSpec()), "a model of type int"),
         (lambda: prune("testbed", None, "out"), "a recipe of type NoneType"),
         (lambda: dry_run("testbed", ["wanda-50"]), "a recipe of type list"),
         (lambda: prune("testbed", recipe(), 3), "output folder 3"),

@@ -20,8 +20,16 @@ def test_every_public_name_is_there(name: str) -> None:
 
 def test_planning_and_measuring_need_no_second_import() -> None:
     assert llmprune.dry_run.__module__ == "llmprune.pruning.forecast.forecast"
-    assert llmprune.evaluate.__module__ == "llmprune.measuring.perplexity"
+    assert llmprune.perplexity.__module__ == "llmprune.measuring.perplexity"
     assert llmprune.TextSpec("self").source == "self"
+
+
+@pytest.mark.parametrize(("old", "new"), [("evaluate", "perplexity"), ("evaluate_against", "perplexity_against")])
+def test_earlier_names_work_and_warn(old: str, new: str) -> None:
+    with pytest.warns(DeprecationWarning, match=rf"^llmprune\.{old} is llmprune\.{new} now; .* until 0\.2$") as caught:
+        assert getattr(llmprune, old) is getattr(llmprune, new)
+    assert caught[0].filename == __file__
+    assert old not in llmprune.__all__
 
 
 def test_no_module_stands_in_the_place_of_a_name() -> None:

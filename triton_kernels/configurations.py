@@ -1,13 +1,9 @@
-"""Which configuration a kernel runs with: choices measured on this machine, else on another of its kind, else none.
+"""Which configuration a kernel runs with: the choice that was measured on this machine, else none.
 
-A choice is looked up by operation, device and exact shape, in two places:
-
-1. the cache file, where tuning records what it measured: `kernels.json` in the folder `$LLMPRUNE_CACHE`, by default
-   `~/.cache/llmprune`. It is read once per process;
-2. `BUILT_IN`, choices that were measured elsewhere and ship with the package.
-
-Where neither has the shape, `measured` returns None and the operation takes its own calculated default. A choice in the
-file belongs to the versions of torch, Triton and our kernels that it was measured with: under others it is not found.
+A choice is looked up by operation, device and exact shape in the file where tuning records what it measured:
+`kernels.json` in the folder `$LLMPRUNE_CACHE`, by default `~/.cache/llmprune`. It is read once per process. Where it
+lacks the shape, `measured` returns None and the operation takes its own calculated default. A choice belongs to the
+versions of torch, Triton and our kernels that it was measured with: under others it is not found.
 """
 
 import functools
@@ -28,9 +24,6 @@ Configuration = TypeVar("Configuration")
 
 # Raise it when a kernel changes so much that earlier measurements say nothing about it.
 KERNELS_VERSION = 1
-
-# device -> operation -> shape, as in the file. Empty: no GPU has been measured yet, calculated defaults run everywhere.
-BUILT_IN: dict[str, dict[str, dict[str, Choice]]] = {}
 
 
 def measured(op: str, device: torch.device, **shape: int) -> Choice | None:
@@ -140,8 +133,7 @@ def _choices() -> dict[tuple[str, str, str], Choice]:
         cached = {}
     return {
         (op, device, shape): choice
-        for table in (BUILT_IN, cached)
-        for device, operations in table.items()
+        for device, operations in cached.items()
         for op, shapes in operations.items()
         for shape, choice in shapes.items()
     }

@@ -89,7 +89,8 @@ def perplexity(
     with explained(as_json):
         from llmprune.cli.tables.measuring import comparison_table, perplexity_table
         from llmprune.devices import describe_device, resolve_device
-        from llmprune.measuring.perplexity import evaluate, evaluate_against
+        from llmprune.measuring.perplexity import perplexity as measure
+        from llmprune.measuring.perplexity import perplexity_against
         from llmprune.pruning.context import versions
         from llmprune.stream.stream import StreamSettings
         from llmprune.text.tokens import TextSpec
@@ -102,9 +103,9 @@ def perplexity(
         result: Any
         with display:
             if against is None:
-                result = evaluate(model, spec, settings, compute_dtype.value, display)
+                result = measure(model, spec, settings, compute_dtype.value, display)
             else:
-                result = evaluate_against(model, against, spec, settings, compute_dtype.value, display)
+                result = perplexity_against(model, against, spec, settings, compute_dtype.value, display)
         run = {
             "model": model,
             **({"against": against} if against else {}),

@@ -36,23 +36,6 @@ class Speed:
     layers: int
 
 
-def measure_speed(source: Source, ids: Tensor, device: torch.device, repeats: int = 5) -> Speed:
-    """Measure one model.
-
-    Args:
-        source: the model.
-        ids: tokens [samples, length]; the first sample is the prompt, its first token the single one.
-        device: where the layers run.
-        repeats: timed runs of each layer, >= 1, after one that is not timed.
-
-    Raises:
-        RecipeError: there is nothing to repeat.
-        CalibrationError: there are no tokens.
-        ModelError: as for `Stream`.
-    """
-    return _measure([source], ids, device, repeats)[0]
-
-
 def compare_speed(
     dense: Source, pruned: Source, ids: Tensor, device: torch.device, repeats: int = 5
 ) -> tuple[Speed, Speed]:
@@ -64,9 +47,10 @@ def compare_speed(
     Args:
         dense: one model.
         pruned: the other, a source of its own.
-        ids: as for `measure_speed`; both models must know the tokens.
-        device: as for `measure_speed`.
-        repeats: as for `measure_speed`.
+        ids: tokens [samples, length] that both models must know; the first sample is the prompt, its first token the
+            single one.
+        device: where the layers run.
+        repeats: timed runs of each layer, >= 1, after one that is not timed.
 
     Raises:
         RecipeError: there is nothing to repeat.

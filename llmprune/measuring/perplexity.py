@@ -29,6 +29,7 @@ from llmprune.progress import Progress, Watcher, ignore
 from llmprune.storage.hub import resolve_model
 from llmprune.stream.guard import MemoryGuard, sampling_needs, scoring_needs
 from llmprune.stream.stream import Stream, StreamSettings
+from llmprune.stream.variants import kl_divergence
 from llmprune.text.loading import load_texts, model_positions, tokenizer_for
 from llmprune.text.tokens import TextSpec, Tokens
 
@@ -99,7 +100,7 @@ class Comparison:
         }
 
 
-def evaluate(
+def perplexity(
     model: str | Path,
     text: TextSpec,
     settings: StreamSettings | None = None,
@@ -121,7 +122,7 @@ def evaluate(
             is not enough memory.
 
     Example:
-        >>> evaluate("testbed", TextSpec("self", samples=4, length=256)).samples  # doctest: +SKIP
+        >>> perplexity("testbed", TextSpec("self", samples=4, length=256)).samples  # doctest: +SKIP
         4
     """
     settings = settings or StreamSettings()
@@ -138,7 +139,7 @@ def evaluate(
         return measure_perplexity(source, tokens, settings, guard)
 
 
-def evaluate_against(
+def perplexity_against(
     model: str | Path,
     dense: str | Path,
     text: TextSpec,
@@ -153,15 +154,15 @@ def evaluate_against(
         dense: the model to compare with, likewise; its tokenizer is used, and text is sampled from it.
         text: which text, and how it becomes chunks.
         settings: device, batch size and memory; default: the CPU, 8 chunks a forward.
-        compute_dtype: of both forwards, as for `evaluate`.
+        compute_dtype: of both forwards, as for `perplexity`.
         watch: told about each layer of both.
 
     Raises:
-        LlmpruneError: as for `evaluate`.
+        LlmpruneError: as for `perplexity`.
         ModelError: the two have vocabularies of different sizes.
 
     Example:
-        >>> evaluate_against("out/demo", "testbed", TextSpec("self", samples=4)).kl_divergence  # doctest: +SKIP
+        >>> perplexity_against("out/demo", "testbed", TextSpec("self", samples=4)).kl_divergence  # doctest: +SKIP
         0.06
     """
     settings = settings or StreamSettings()
@@ -229,7 +230,7 @@ def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens) -> Compari
             nats[1] += _negative_log_likelihood(after, targets)
             calibrations[0].add(before, targets)
             calibrations[1].add(after, targets)
-            divergence += float(F.kl_div(after, before, reduction="sum", log_target=True))
+            divergence += kl_divergence(before, after)
             same += int((before.argmax(-1) == after.argmax(-1)).sum())
     first, second = (
         _summary(value, tokens, calibration.error, stream.source)
@@ -313,9 +314,8 @@ def _summary(nats: float, tokens: Tokens, calibration_error: float, source: Sour
             fix="set compute_dtype: float32 if activations overflow",
         )
     # math.exp raises where float64 ends.
-    perplexity = math.exp(mean) if mean < _LARGEST_NATS else math.inf
     return Perplexity(
-        perplexity,
+        math.exp(mean) if mean < _LARGEST_NATS else math.inf,
         mean,
         count,
         samples,

@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llmprune.methods.method import Pruned, select
-from llmprune.patterns import Pattern, Scope
+from llmprune.methods.method import Selection
+from llmprune.patterns import Scope
 from llmprune.statistics import ColumnNorm, Gram
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Selection):
     """Uniformly random scores.
 
     Attributes:
@@ -31,9 +31,3 @@ class Random:
         content = weight.detach().cpu().contiguous().numpy().data
         generator = torch.Generator().manual_seed(zlib.crc32(content, zlib.crc32(str(self.seed).encode())))
         return torch.rand(weight.shape, generator=generator).to(weight.device)
-
-    def __call__(
-        self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None, pattern: Pattern
-    ) -> Pruned:
-        """Zero random weights; the rest stay as they are."""
-        return select(weight, self.scores(weight, statistics), pattern.compared(self.scope))

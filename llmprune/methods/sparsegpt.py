@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmprune.errors import RecipeError
 from llmprune.kernels.obs_sweep import run_columns, sweep_block
-from llmprune.methods.method import Pruned
+from llmprune.methods.method import Pruned, matrix_workspace
 from llmprune.patterns import NM, Block, Pattern, Scope
 from llmprune.precision import float32_products
 from llmprune.statistics import ColumnNorm, Gram, check_finite
@@ -71,6 +71,19 @@ class SparseGPT:
             values, keep = sweep.run(step)
         del sweep  # its sums, before the result is transposed
         return Pruned(values.T.contiguous(), keep.T, factor.damping, factor.tried)
+
+    def work(self, shape: tuple[int, int]) -> float:
+        """2 out in^2, of the sweep's products."""
+        rows, width = shape
+        return float(2 * rows * width**2)
+
+    def shared_work(self, width: int) -> float:
+        """in^3 / 3, of one Cholesky factorisation."""
+        return width**3 / 3
+
+    def workspace(self, shape: tuple[int, int]) -> int:
+        """Beside the matrices 6 in^2 bytes: the damped Gram, which becomes its factor, and copies in passing."""
+        return matrix_workspace(shape) + 6 * shape[1] ** 2
 
 
 class _Sweep:

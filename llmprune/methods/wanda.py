@@ -6,13 +6,13 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from llmprune.methods.method import Pruned, select
-from llmprune.patterns import Pattern, Scope
+from llmprune.methods.method import Selection
+from llmprune.patterns import Scope
 from llmprune.statistics import ColumnNorm, Gram, check_finite
 
 
 @dataclass(frozen=True)
-class Wanda:
+class Wanda(Selection):
     """Score |W_ij| * sqrt(mean_t X_jt^2), compared inside each output row (equation 1); no weight update."""
 
     needs: ClassVar[type[ColumnNorm]] = ColumnNorm
@@ -24,9 +24,3 @@ class Wanda:
         check_finite(statistics.squares, "the inputs' sum of squares")
         mean_square = statistics.squares.to(weight.dtype) / max(statistics.tokens, 1)
         return weight.abs() * mean_square.sqrt()
-
-    def __call__(
-        self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None, pattern: Pattern
-    ) -> Pruned:
-        """Zero the weights with the lowest scores; the rest stay as they are."""
-        return select(weight, self.scores(weight, statistics), pattern.compared(self.scope))

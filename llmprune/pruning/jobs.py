@@ -67,7 +67,7 @@ def _job(matrix: Matrix, recipe: Recipe, choice: MatrixChoice | None) -> Job | N
     try:
         pattern.check(matrix.shape)
     except PatternError as error:
-        raise PatternError(f"{matrix.name}: {error.what}", expected=error.expected, fix=error.fix) from error
+        raise error.at(matrix.name) from error
     return Job(pattern, method, next(name for name, kind in METHODS.items() if isinstance(method, kind)))
 
 

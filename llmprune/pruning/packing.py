@@ -207,7 +207,7 @@ def unpack(folder: str | Path, output: str | Path, overwrite: bool = False, watc
         try:
             return {key: dense[key][...]}
         except FormatError as error:
-            raise FormatError(f"{key}: {error.what}", expected=error.expected, fix=error.fix) from error
+            raise error.at(key) from error
 
     rows = [
         PackRow(key, tensor.layout.name, tensor.nbytes, tensor.packed_bytes)

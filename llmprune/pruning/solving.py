@@ -105,7 +105,7 @@ def _apply(method: Method, weight: Tensor, statistics: ColumnNorm | Gram | None,
     try:
         return method(weight, statistics, pattern)
     except NumericsError as error:
-        raise NumericsError(f"{name}: {error.what}", expected=error.expected, fix=error.fix) from error
+        raise error.at(name) from error
 
 
 def _layer_shares(layer: ResidentLayer, groups: list[Group], jobs: Mapping[str, Job]) -> dict[str, Pattern]:

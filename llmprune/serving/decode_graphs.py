@@ -53,10 +53,12 @@ class CudaCapture:
     """CUDA graphs that share their memory."""
 
     def __init__(self, device: torch.device) -> None:
+        # One pool: only one graph runs at a time, so that all of them can use the same memory for what lies between.
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
 
     def record(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         with torch.cuda.device(self._device):
+            # On a stream of their own, as PyTorch asks of the runs before a capture; each stream waits for the other.
             stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
@@ -96,9 +98,12 @@ class DecodeGraphs:
         self._capture = capture or CudaCapture(model.device)
         self._memory = Memory()
         self._steps: dict[tuple[int, int], _Step] = {}
-        # Where the weights lay when the steps were recorded.
+        # Where the weights lay when the steps were recorded: a graph knows addresses, not parameters.
         self._weights: list[int] = []
         self._callers_cache: object = None
+        # Three methods of this one instance are wrapped; samplers, beams and stopping criteria run as they are.
+        # `generate` shows whose cache it is, inputs are prepared after the prompt has been read and before the first
+        # step, and `forward` is what a replay stands in for.
         self._forward, self._prepare = model.forward, model.prepare_inputs_for_generation
         self._names = list(inspect.signature(self._forward).parameters)
         model.forward = _in_place_of(self._forward, self._forward_or_replay)
@@ -119,13 +124,14 @@ class DecodeGraphs:
             batch_sizes: numbers of sequences, beams included.
             tokens: of prompt and answer together, up to which steps are recorded.
         """
-        # From large to small: whoever needs more memory than there is starts all over.
+        # From large to small: more memory has new addresses, and everything recorded before would be lost.
         for batch in sorted(set(batch_sizes), reverse=True):
             ids = torch.zeros(batch, 1, dtype=torch.int64, device=self._model.device)
             past = DynamicCache(config=self._model.config.get_text_config())
             self._forward(input_ids=ids, past_key_values=past, use_cache=True)
             cache = self._adopt(past)
             self._grow(cache, tokens)
+            # A step for each size that a shorter call would use, all of them in the memory of the largest.
             while cache.room >= self._smallest:
                 cache.length = 1
                 self._forward_or_replay(input_ids=ids, past_key_values=cache)
@@ -142,6 +148,7 @@ class DecodeGraphs:
     def _prepare_or_adopt(self, *args: Any, **inputs: Any) -> dict[str, Any]:
         """`prepare_inputs_for_generation`; before the first step, the cache moves to fixed addresses."""
         past = inputs.get("past_key_values")
+        # A prompt of one token is no step yet.
         is_step = inputs.get("next_sequence_length") == 1 and not inputs.get("is_first_iteration")
         if is_step and past is not self._callers_cache and is_adoptable(past):
             inputs["past_key_values"] = self._adopt(past)
@@ -174,6 +181,7 @@ class DecodeGraphs:
         cache.require_memory()
         tokens = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None).shape[1]
         self._grow(cache, cache.length + tokens)
+        # A recorded step reads this from the device; a number in Python would be recorded as it was.
         self._memory.length.fill_(cache.length)
         output = self._replay(cache, inputs) if tokens == 1 and _is_plain(inputs) else self._run(cache, inputs)
         cache.length += tokens
@@ -184,6 +192,7 @@ class DecodeGraphs:
         step = self._steps.get(key) or _Step(self._memory.cache(*key), "position_ids" in self._names)
         step.fill(inputs, cache.length)
         if step.replay is None:
+            # Kept only once it is recorded, so that a failure leaves nothing that looks like a step.
             step.replay = self._record(step)
             self._steps[key] = step
         # A copy: the next step overwrites what this one gives.
@@ -203,6 +212,7 @@ class DecodeGraphs:
 
     def _run(self, cache: GraphCache, inputs: dict[str, Any]) -> Any:
         """Several tokens, or one with special wishes: by the model as it is, in the same memory."""
+        # The model writes to layers of fixed size; `generate` goes on with the cache that counts the tokens.
         inner = self._memory.cache(cache.batch, cache.room)
         output = self._forward(**{**inputs, "past_key_values": inner})
         if isinstance(output, tuple):
@@ -243,6 +253,7 @@ class _Step:
 
 def _is_plain(inputs: dict[str, Any]) -> bool:
     """Whether a step asks for nothing but logits."""
+    # A replay gives logits in one tensor: no tuple, no hidden states, and nothing to differentiate.
     wishes = {name: value for name, value in inputs.items() if name not in _KNOWN and value is not None}
     if inputs.get("input_ids") is None or wishes.pop("return_dict", True) is False or torch.is_grad_enabled():
         return False
@@ -263,6 +274,8 @@ def _in_place_of(original: Callable[..., Any], replacement: Callable[..., Any]) 
 def _require_recordable(model: PreTrainedModel) -> None:
     """Raise `ModelError` for a model whose steps are known not to do the same work each time."""
     name, attention = type(model).__name__, model.config._attn_implementation
+    # transformers' own static cache says what each layer keeps from token to token; only keys and values, of all tokens
+    # or of a window, are moved to fixed addresses here.
     try:
         layers = StaticCache(config=model.config, max_cache_len=1).layers
     except KeyError as error:

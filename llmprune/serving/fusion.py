@@ -30,6 +30,8 @@ class Fusion:
         self.sizes = [layer.out_features for layer in layers]
         self.shape = sum(self.sizes), layers[0].in_features
         nm_linear.reserve(layers[0].device, *self.shape)
+        # Tiles of rows come one after another, so what is concatenated is the stacked matrix. The layers keep views of
+        # it: a fusion takes no more memory than they did.
         self.a = torch.cat([layer.held["a"] for layer in layers])
         self.e = torch.cat([layer.held["e"] for layer in layers])
         self.bias = self._fused_bias(layers)
@@ -46,6 +48,8 @@ class Fusion:
 
         A layer that asks twice, or with another x, has the product computed anew.
         """
+        # By identity: to compare values would wait for the GPU. The input is held meanwhile, so no other can take its
+        # place in memory, and let go with the last product, so that activations live no longer than without a fusion.
         if x is not self._x or place not in self._waiting:
             product = multiply_fragments(self.a, self.e, x, self.bias, self.shape)
             self._x, self._waiting = x, dict(enumerate(product.split(self.sizes, dim=-1)))
@@ -104,6 +108,7 @@ def _readers(model: nn.Module, example: dict[str, Any]) -> list[list[SparseLinea
     finally:
         for hook in hooks:
             hook.remove()
+    # A layer that is called twice, with another input each time, would take its neighbours' products along in vain.
     times: dict[SparseLinear, int] = defaultdict(int)
     for layers in calls.values():
         for layer in layers:

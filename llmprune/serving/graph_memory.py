@@ -14,6 +14,9 @@ from llmprune.errors import ModelError
 class Memory:
     """Keys and values of all layers, as flat tensors that batches of any shape share.
 
+    A recorded step reads and writes addresses. As long as the flat tensors stay, each shape of a batch has the same
+    ones every time, and its step remains valid; once they are allocated anew, no recorded step does.
+
     Attributes:
         length: int64 scalar on the device: tokens before those of the forward that runs.
         owner: the cache whose contents lie here.
@@ -42,6 +45,7 @@ class Memory:
 
     def extend(self, batch: int, room: int) -> bool:
         """`reserve`, once it is known what there is to hold."""
+        # All layers hold the same tokens, so the first one's keys say whether there is space in any.
         heads, width = self._shapes[0][0]
         if batch * heads * room * width <= self._states[0][0].numel():
             return False
@@ -129,6 +133,7 @@ class GraphCache(Cache):  # type: ignore[misc] # transformers is not typed
         for states in self._views():
             for state in states:
                 past = state[:, :, : self.length]
+                # In place, where the recorded steps read; the selection is a copy, so nothing is overwritten unread.
                 past.copy_(past.index_select(0, beam_idx.to(past.device)))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -145,6 +150,7 @@ class GraphCache(Cache):  # type: ignore[misc] # transformers is not typed
 
 def is_adoptable(past: object) -> bool:
     """Whether a `GraphCache` can go on with what is in a cache."""
+    # Exact types: what inherits from them keeps more (quantised or offloaded states), which would be left behind.
     if not isinstance(past, DynamicCache) or type(past) is not DynamicCache or past.offloading:
         return False
     kinds = DynamicLayer, DynamicSlidingWindowLayer
@@ -161,7 +167,10 @@ class _Layer(StaticLayer):  # type: ignore[misc] # transformers is not typed
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write behind the tokens that are there, and return all."""
+        """Write behind the tokens that are there, and return all, empty places too: their number must not change.
+
+        The length stays: every layer of a forward reads the same one, and the host moves it on afterwards.
+        """
         slots = self.cumulative_length.view(1)
         if key_states.shape[2] > 1:
             slots = slots + torch.arange(key_states.shape[2], device=self.device)

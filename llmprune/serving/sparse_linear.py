@@ -147,6 +147,7 @@ class SparseLinear(nn.Module):
             wanted = F.linear(x.float(), dense, None if self.bias is None else self.bias.float())
             found = self._multiply(x).float()
             tolerance = _TEST_TOLERANCE * torch.finfo(self.dtype).eps
+            # Relative to the largest product: single ones may cancel until only rounding is left.
             error = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
             if not error <= tolerance:
                 raise NumericsError(
@@ -173,6 +174,7 @@ class SparseLinear(nn.Module):
             self._parameters[name] = _fixed(tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
+        # torch hands down a function, not what it is for: an empty tensor shows whether it casts or moves.
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         if self.choice is None or (probe.dtype, probe.device) == (self.dtype, self.device):
             addresses = self._addresses()
@@ -220,4 +222,5 @@ def self_tests_wanted() -> bool:
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:
+    # A parameter, since transformers loads, counts and places parameters; of packed integers there is no gradient.
     return nn.Parameter(tensor, requires_grad=False)

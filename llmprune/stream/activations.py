@@ -40,6 +40,8 @@ class HiddenStates:
 
     def __setitem__(self, batch: int, hidden: Tensor) -> None:
         hidden = hidden.detach().to("cpu")
+        # First come, first kept: every layer visits all batches in order, so no batch is worth more than another, and
+        # throwing out the least recent one would always throw out the next to be asked for.
         taken = sum(t.nbytes for key, t in self._resident.items() if key != batch)
         if taken + hidden.nbytes <= self._budget:
             self._resident[batch] = hidden
@@ -99,11 +101,17 @@ class LayerCalls:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        # (Layer, batch) -> arguments, with links in the place of what layers return.
         self._calls: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        # Of the batch at hand: id of an object that the model handed over -> that object, which keeps the id from being
+        # used again, and our copy of it.
         self._seen: dict[int, tuple[object, Any]] = {}
+        # (Shape, dtype) -> all different tensors of that kind.
         self._known: dict[tuple[object, ...], list[Tensor]] = {}
+        # What a layer returns beside hidden states, as zeros without memory, and the form of its output.
         self._returned: list[Any] = []
         self._structure: Any = None
+        # Which layer is the last to want what a layer returned; until then it is carried, per batch.
         self._last_use: dict[_Link, int] = {}
         self._carried: dict[tuple[_Link, int], Any] = {}
 

@@ -67,6 +67,8 @@ class Observer(TorchFunctionMode):
         stages: Stages,
     ) -> None:
         super().__init__()
+        # A weight is known by where it lies in memory, however the layer's code got hold of it: by a module, a
+        # transpose or a slice. Hooks on modules would miss every product that is no module's.
         views = [(matrix, matrix.view(parameters[matrix.parameter])) for matrix in matrices]
         self._places = {_address(view): (matrix, view.stride()) for matrix, view in views}
         # Where all experts are multiplied at once, the weight is the whole parameter.
@@ -77,6 +79,7 @@ class Observer(TorchFunctionMode):
         self._needs, self._stages = needs, stages
         self._device = next(iter(parameters.values())).device
         self._group_of: dict[str, Group] = {}
+        # Of the batch at hand: which tensor has been read, kept alive, and by which group; and each matrix's products.
         self._inputs: dict[tuple[object, ...], tuple[Tensor, Group]] = {}
         self._calls_in_batch: dict[str, int] = {}
         self._stoppable = False
@@ -147,6 +150,7 @@ class Observer(TorchFunctionMode):
         self._calls_in_batch[matrix.name] = self._calls_in_batch.get(matrix.name, 0) + 1
         if not x.numel():
             return
+        # A matrix joins a group with its first product, and stays: the layer's code decides which inputs are shared.
         group = self._group_of.get(matrix.name) or self._join(matrix, x)
         if group.names[0] == matrix.name:
             with self._stages("gram"):
@@ -183,6 +187,7 @@ class Observer(TorchFunctionMode):
     def _keep(self, group: Group, rows: Tensor) -> None:
         room = HELD_BACK_ROWS - sum(len(kept) for kept in group.held_back)
         if room > 0:
+            # Spread over the batch: neighbouring tokens have much in common.
             step = max(len(rows) // room, 1)
             group.held_back.append(rows[::step][:room].clone())
 

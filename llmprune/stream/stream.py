@@ -71,6 +71,7 @@ class Stream:
         self.source, self.settings = source, settings or StreamSettings()
         self.stages = stages or Stages()
         self.hidden = HiddenStates(self.settings.activation_budget)
+        # Samples that are held back have batches of their own, so that statistics see a batch whole or not at all.
         counted = len(ids) - self.settings.held_back
         size = self.settings.batch_size
         self.batches = [*ids[:counted].split(size), *(ids[counted:].split(size) if self.settings.held_back else ())]
@@ -110,6 +111,7 @@ class Stream:
     def capture(self) -> None:
         """Run the model's own code around its decoder layers, and record how it calls each of them."""
         with torch.no_grad(), self.stages("forward"):
+            # What stands in for a layer must return what the layer returns, so one is run to see it.
             with self._ends():
                 args, kwargs = self._first_call(self.batches[0])
             # The ends and a layer are large: they are never in memory together.
@@ -243,6 +245,7 @@ class ResidentLayer:
         Raises:
             NumericsError: it holds NaN or infinity.
         """
+        # A copy already, unless the layer is float32.
         weight = self._view(name).float()
         self._check(weight, f"the weight of {name}")
         return weight.clone() if weight.data_ptr() == self._view(name).data_ptr() else weight
@@ -250,6 +253,7 @@ class ResidentLayer:
     def replace(self, name: str, weight: Tensor) -> None:
         """Put a matrix [out, in] in place, rounded to the dtype in which it will be stored."""
         parameter = self.matrices[name].parameter
+        # Rounded now, not when it is written: later layers must be calibrated on the weights that will be loaded.
         with torch.no_grad():
             self._view(name).copy_(weight.to(self.stream.source.stored_dtype(self.index, parameter)))
         self.replaced.add(parameter)
@@ -307,7 +311,7 @@ class ResidentLayer:
             # Where a parameter is the cause, the activation that shows it first would mislead.
             for name, parameter in self._parameters.items():
                 check_finite(parameter, f"{self.name}: the parameter {name}")
-            raise NumericsError(f"{self.name}: {error.what}", expected=error.expected, fix=error.fix) from None
+            raise error.at(self.name) from None
 
 
 class _CapturedError(Exception):
@@ -341,6 +345,7 @@ class _Recorder:
         return self._stream.calls.stand_in(index, hidden)
 
     def _check(self, index: int, hidden: Tensor) -> None:
+        # The same memory and no write since: whatever the model did in between left the hidden states alone.
         state = hidden.data_ptr(), hidden.shape, hidden.stride(), hidden.dtype, hidden._version
         if index == 0 and self.expected == 0:
             self._state = state

@@ -169,7 +169,7 @@ def _solve(layer: ResidentLayer, target: Target, matrix: Matrix, group: Group) -
     try:
         removal = _removal(layer, target, matrix, group, original)
     except NumericsError as error:
-        raise NumericsError(f"{matrix.name}: {error.what}", expected=error.expected, fix=error.fix) from error
+        raise error.at(matrix.name) from error
     layer.replace(matrix.name, removal.weight)
     _compensate(layer, target, group, original, removal.removed)
     lost = layer.output_error(group, matrix.name, original)

@@ -6,6 +6,10 @@ A `TextSpec` names the text and the way it is cut into samples of equal length:
     truncate   the first tokens of each document that is long enough, one sample a document
 
 Every text comes out as `Tokens`, whose digest names the exact ids, so that two runs can tell whether they saw the same.
+
+Which tokens these are depends on the text, the tokenizer and the seed, never on how much is encoded at a time or on how
+many samples a forward takes. Batches follow from the memory of a machine: a run elsewhere, or one that is resumed, must
+be calibrated and measured on the same ids, or their figures could not be compared.
 """
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
@@ -243,6 +247,8 @@ def _pack(reader: _Reader, spec: TextSpec) -> Int64[Tensor, "samples length"]:
         parts.append(torch.tensor([token for ids in batch for token in ids], dtype=torch.int32))
     if reader.tokens < needed:
         raise _too_little(reader, spec, reader.tokens // spec.tokens, f"at least {needed} tokens")
+    # One draw over all windows, once their number is known: each is as likely as any other, however much was encoded at
+    # a time.
     windows = reader.tokens // spec.tokens
     chosen = torch.arange(windows) if spec.order == "text" else _permutation(windows, spec.seed)
     packed = torch.cat(parts)[: windows * spec.tokens].view(windows, spec.tokens)
@@ -278,6 +284,7 @@ def _shuffled(texts: Iterator[str], seed: int) -> Iterator[str]:
 
 
 def _permutation(count: int, seed: int) -> Int64[Tensor, " count"]:
+    # A generator of its own, on the CPU: no other draw in the program, and no other device, changes the samples.
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 

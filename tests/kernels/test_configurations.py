@@ -118,18 +118,6 @@ def test_a_choice_that_could_not_be_read_back_is_refused(choice):
     assert not cache_file().exists()
 
 
-def test_built_in_choices_yield_to_those_of_this_machine(monkeypatch):
-    table = {"cpu": {"op": {"rows=1": {"warps": 1}, "rows=2": {"warps": 2}}}}
-    monkeypatch.setattr(configurations, "BUILT_IN", table)
-    record("op", CPU, {"warps": 8}, rows=1)
-    assert measured("op", CPU, rows=1) == {"warps": 8}
-    assert measured("op", CPU, rows=2) == {"warps": 2}
-
-
-def test_built_in_choices_are_well_formed():
-    configurations._check({"any version": configurations.BUILT_IN})
-
-
 def test_dispatch_limit():
     assert dispatch_limit("op", CPU, 64, rows=1) == 65
     record("op.dispatch", CPU, {"limit": 17}, rows=1)

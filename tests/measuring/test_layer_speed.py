@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from llmprune.errors import CalibrationError, RecipeError
 from llmprune.measuring import layer_speed
-from llmprune.measuring.layer_speed import compare_speed, measure_speed
+from llmprune.measuring.layer_speed import compare_speed
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.source import ModelSource
 
@@ -48,15 +48,16 @@ def states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 
 def test_each_layer_runs_on_what_the_layers_before_give(runs: Runs) -> None:
     model = build("llama-tied")
-    measured = measure_speed(ModelSource(model), IDS, CPU, repeats=2)
+    measured = compare_speed(ModelSource(model), ModelSource(build("llama-tied")), IDS, CPU, repeats=2)
     prompt, single = states(model, IDS[:1]), states(model, IDS[:1, :1])
     expected = [output for pair in zip(prompt, single, strict=True) for output in pair for _ in range(3)]
-    assert all(torch.equal(*pair) for pair in zip(runs, expected, strict=True))
-    assert (measured.prefill_tokens, measured.layers) == (12, 3)
-    # The fastest of the runs after the first, which warms up: the second.
-    fastest = [place / 1000 for place in (2, 5, 8, 11, 14, 17)]
-    assert measured.prefill_seconds == pytest.approx(3 * 12 * 32 + sum(fastest[::2]), abs=1e-6)
-    assert measured.token_seconds == pytest.approx(3 * 32 + sum(fastest[1::2]), abs=1e-6)
+    for place, speed in enumerate(measured):
+        assert all(torch.equal(*pair) for pair in zip(runs[place::2], expected, strict=True))
+        assert (speed.prefill_tokens, speed.layers) == (12, 3)
+        # The fastest of the runs after the first, which warms up: the second.
+        fastest = [(6 * part + 3 + place) / 1000 for part in range(6)]
+        assert speed.prefill_seconds == pytest.approx(3 * 12 * 32 + sum(fastest[::2]), abs=1e-6)
+        assert speed.token_seconds == pytest.approx(3 * 32 + sum(fastest[1::2]), abs=1e-6)
 
 
 def test_two_models_run_in_turn(runs: Runs) -> None:
@@ -100,7 +101,7 @@ def test_a_failure_lets_go_of_the_layers(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(layer_speed, "_seconds", fail)
     with pytest.raises(KeyboardInterrupt):
-        measure_speed(source, IDS, CPU)
+        compare_speed(source, ModelSource(build("llama")), IDS, CPU)
     assert all(parameter.is_meta for parameter in source.model.parameters())
 
 
@@ -114,14 +115,14 @@ def test_seconds_of_this_machine() -> None:
 
 def test_layers_that_hand_each_other_more(runs: Runs) -> None:
     """The second layer attends to the tokens that the first one has chosen."""
-    model = build("glm_moe_dsa")
-    measure_speed(ModelSource(model), IDS, CPU, repeats=1)
-    assert len(runs) == 2 * 2 * 2
+    first, second = (ModelSource(build("glm_moe_dsa")) for _ in range(2))
+    compare_speed(first, second, IDS, CPU, repeats=1)
+    assert len(runs) == 2 * 2 * 2 * 2
 
 
 def test_nothing_to_measure() -> None:
-    source = ModelSource(build("llama"))
+    first, second = (ModelSource(build("llama")) for _ in range(2))
     with pytest.raises(RecipeError, match="0 repeats"):
-        measure_speed(source, IDS, CPU, repeats=0)
+        compare_speed(first, second, IDS, CPU, repeats=0)
     with pytest.raises(CalibrationError, match="no tokens"):
-        measure_speed(source, IDS[:0], CPU)
+        compare_speed(first, second, IDS[:0], CPU)

@@ -13,7 +13,7 @@ from folders import tensors
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from llmprune import TextSpec, evaluate, prune
+from llmprune import TextSpec, perplexity, prune
 from llmprune.models.source import ModelSource
 from llmprune.storage.report import load_report
 from llmprune.stream.stream import StreamSettings
@@ -36,7 +36,7 @@ def text(tmp_path: Path) -> TextSpec:
 
 
 def test_a_perplexity_beyond_float64_is_infinite(tmp_path: Path, text: TextSpec) -> None:
-    sure, hopeless = (evaluate(logits_of(scale, tmp_path / str(scale)), text) for scale in (1.0, 1e4))
+    sure, hopeless = (perplexity(logits_of(scale, tmp_path / str(scale)), text) for scale in (1.0, 1e4))
     assert sure.perplexity == math.exp(sure.nats)
     assert 710 < hopeless.nats < 1e6
     assert hopeless.perplexity == math.inf
@@ -95,7 +95,7 @@ def test_the_command_prints_null(tmp_path: Path, text: TextSpec, monkeypatch: py
 
 def test_settings_have_a_default(tmp_path: Path, text: TextSpec) -> None:
     source = tiny_models.save(tiny_models.build("llama"), tmp_path / "dense")
-    assert evaluate(source, text) == evaluate(source, text, StreamSettings(batch_size=8))
+    assert perplexity(source, text) == perplexity(source, text, StreamSettings(batch_size=8))
 
 
 def reference_calibration_error(folder: Path, words: list[int], length: int, samples: int) -> float:
@@ -122,12 +122,12 @@ def reference_calibration_error(folder: Path, words: list[int], length: int, sam
 def test_the_calibration_error_is_that_of_plain_loops(scale: float, tmp_path: Path, text: TextSpec) -> None:
     source = logits_of(scale, tmp_path / "model")
     words = [int(word[1:]) for word in Path(text.source).read_text().split()]
-    found = evaluate(source, text).calibration_error
+    found = perplexity(source, text).calibration_error
     assert found == pytest.approx(reference_calibration_error(source, words, 16, 4), rel=1e-4)
 
 
 def test_a_model_that_is_sure_and_wrong_is_not_calibrated(tmp_path: Path, text: TextSpec) -> None:
-    result = evaluate(logits_of(1e4, tmp_path / "model"), text)
+    result = perplexity(logits_of(1e4, tmp_path / "model"), text)
     assert result.calibration_error == pytest.approx(1.0, abs=0.1)
     assert result.to_dict()["calibration_error"] == result.calibration_error
 
@@ -136,9 +136,9 @@ def test_the_calibration_error_does_not_depend_on_how_much_is_read_at_once(
     tmp_path: Path, text: TextSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = logits_of(30.0, tmp_path / "model")
-    whole = evaluate(source, text).calibration_error
+    whole = perplexity(source, text).calibration_error
     monkeypatch.setattr("llmprune.measuring.perplexity._POSITIONS", 7)
-    assert evaluate(source, text).calibration_error == pytest.approx(whole, rel=1e-6)
+    assert perplexity(source, text).calibration_error == pytest.approx(whole, rel=1e-6)
 
 
 def test_a_bin_ends_with_its_upper_bound() -> None:

@@ -309,6 +309,17 @@ def test_methods_compare_where_their_papers_do() -> None:
         assert not torch.equal(left_open, prune(name, weight_of(), inputs, f"0.5/{other}").mask)
 
 
+@every_method
+def test_costs_of_a_matrix(name: str) -> None:
+    """The forecast adds them up; what they amount to on a machine is measured elsewhere."""
+    method = METHODS[name]()
+    rows, width = SHAPE
+    sweeps = name == "sparsegpt"
+    assert method.work(SHAPE) == sweeps * 2 * rows * width**2
+    assert method.shared_work(width) == sweeps * width**3 / 3
+    assert method.workspace(SHAPE) == 20 * rows * width + sweeps * 6 * width**2
+
+
 def test_random_masks_depend_on_the_seed_and_on_the_weights() -> None:
     seeds = [0, 1, 2, -1, 2**31, 2**32, 2**40, -(2**70)]
     masks = [Random(seed)(weight_of(), None, parse("0.5")).mask for seed in seeds]

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from llmprune.errors import PatternError
 from llmprune.statistics import ChannelGram, ColumnNorm, Gram, Moments
-from llmprune.structures.choose.channels import Gradients, channels_of, matrix_parameters
+from llmprune.stream.backward import Gradients
+from llmprune.structures.choose.channels import channels_of, matrix_parameters
 from llmprune.structures.choose.scores import NEEDS, SCORES
 from llmprune.structures.find.discovery import Structure, find_structures
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from llmprune.errors import ModelError, NumericsError, RecipeError
 from llmprune.models.source import ModelSource
+from llmprune.stream import variants
 from llmprune.stream.stream import Stream, StreamSettings
-from llmprune.structures.choose import greedy
 from llmprune.structures.choose.depth_scores import (
     BlockInfluence,
     Candidate,
@@ -282,8 +282,8 @@ def test_each_pass_loads_each_layer_once() -> None:
 def test_logits_of_few_variants_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama", num_hidden_layers=4)
     at_once = greedy_on(model, layer_candidates(4), 1)
-    monkeypatch.setattr(greedy, "_LOGIT_BYTES", 1)
-    monkeypatch.setattr(greedy, "_POSITIONS", 5)
+    monkeypatch.setattr(variants, "_LOGIT_BYTES", 1)
+    monkeypatch.setattr(variants, "_POSITIONS", 5)
     one_by_one = greedy_on(model, layer_candidates(4), 1)
     assert one_by_one.steps[0][1] == pytest.approx(at_once.steps[0][1], rel=1e-5)
 

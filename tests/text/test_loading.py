@@ -8,7 +8,7 @@ import yaml
 from tiny_models import VOCABULARY, build, recipe, save, tokenizer
 
 import llmprune.text.loading
-from llmprune import TextSpec, evaluate, prune
+from llmprune import TextSpec, perplexity, prune
 from llmprune.errors import CalibrationError, ModelError
 from llmprune.pruning.forecast.forecast import dry_run
 
@@ -29,7 +29,7 @@ def by_dry_run(folder: Path, spec: dict[str, object], output: Path) -> None:
 
 
 def by_perplexity(folder: Path, spec: dict[str, object], output: Path) -> None:
-    evaluate(folder, TextSpec(**spec))  # type: ignore[arg-type] # any option
+    perplexity(folder, TextSpec(**spec))  # type: ignore[arg-type] # any option
 
 
 EVERYWHERE = pytest.mark.parametrize("use", [by_prune, by_dry_run, by_perplexity])
@@ -54,7 +54,7 @@ def test_a_length_that_is_left_out_is_what_the_model_has_positions_for(text: str
         assert known["calibration"]["length"] == 64
     assert report.header["recipe"]["evaluation"]["length"] == 64
     assert prune(build("gpt2"), recipe(), tokenizer=tokenizer()).header["recipe"]["calibration"]["length"] == 24
-    assert evaluate(folder, TextSpec(text, samples=2)).length == 64
+    assert perplexity(folder, TextSpec(text, samples=2)).length == 64
     bloom = save(build("bloom", max_position_embeddings=None), tmp_path / "bloom")
     assert dry_run(bloom, recipe(calibration={"samples": 2})).recipe["calibration"]["length"] == 2048
 
@@ -91,7 +91,7 @@ def test_a_model_without_a_tokenizer_prunes_on_text_that_it_writes(text: str, tm
     evaluation = {"source": "self", "samples": 1}
     assert prune(folder, recipe(evaluation=evaluation), tmp_path / "pruned").header["texts"]["calibration"]
     assert prune(build("llama"), recipe(evaluation=evaluation), tmp_path / "saved").dense_perplexity
-    assert evaluate(folder, TextSpec(samples=1, length=16)).samples == 1
+    assert perplexity(folder, TextSpec(samples=1, length=16)).samples == 1
     with pytest.raises(ModelError, match="no tokenizer in"):
         by_prune(folder, {"source": text, "samples": 2, "length": 16}, tmp_path / "output")
 

@@ -6,7 +6,8 @@ Counted are the matrix products:
 
     forward   2 x elements x tokens for each matrix of a layer, and that twice: to observe the layer, and to advance
     Gram      2 x tokens x d^2 for each group of width d
-    solve     d^3 / 3 for each group's factorisation, 2 x out x d^2 for each matrix that is swept
+    solve     what the methods say (`Method.work`, `Method.shared_work`): for SparseGPT d^3 / 3 for each group's
+              factorisation, and 2 x out x d^2 for each matrix
 """
 
 import re
@@ -197,12 +198,12 @@ class _Look:
         counted = self._recipe.calibration.samples * self._length
         products = factors = 0.0
         for group in groups:
+            width = left[group.names[0]][1]
             if isinstance(group.statistics, Gram):
-                width = left[group.names[0]][1]
                 products += 2 * counted * shares[group.names[0]] * width**2
-                factors += width**3 / 3
-        swept = [left[name] for name, job in jobs.items() if job.method.needs is Gram]
-        sweeps = sum(2 * rows * width**2 for rows, width in swept)
+            # Matrices with one input share its factorisation, whichever of them asks for most.
+            factors += max(jobs[name].method.shared_work(width) for name in group.names)
+        solving = sum(job.method.work(left[name]) for name, job in jobs.items())
         elements = sum(shares[name] * rows * columns for name, (rows, columns) in left.items())
         forward = (1 + bool(jobs)) * elements
         if self._reduction is not None:
@@ -210,7 +211,7 @@ class _Look:
             forward += observations(self._reduction, layer.index) * dense
             gram, solve = removal_work(self._reduction, layer.index, counted)
             products, factors = products + gram, factors + solve
-        return Work(2 * forward * self.tokens, products, factors + sweeps)
+        return Work(2 * forward * self.tokens, products, factors + solving)
 
     def _shares(self, layer: ResidentLayer, groups: Sequence[Group]) -> dict[str, float]:
         """The fraction of the tokens that reaches each matrix: 1, but for experts."""

@@ -13,8 +13,8 @@ statistics      4 d^2 bytes for each Gram of width d, 4 d for column norms; matr
 held-back rows  up to 1,024 rows of each group's input
 forward         batch x length tokens x (6 hidden sizes + 3 widest products) in the compute dtype, and where that is
                 narrower a float32 copy of the widest input while its Gram is formed
-solving         for the matrix at hand [o, i]: 20 o i (the original, what becomes of it, two workspaces, the mask), and
-                6 i^2 where a Gram is factorised (the damped Gram, which becomes its factor, and copies in passing)
+solving         what the method says of the matrix at hand (`Method.workspace`): for [o, i] 20 o i bytes, and 6 i^2 more
+                for SparseGPT
 
 Not counted: what the libraries load and keep with the first products of a process, some tens of megabytes.
 """
@@ -92,7 +92,7 @@ def layer_memory(
     hidden = min((min(shape) for shape in every), default=0)
     kept_rows = itemsize * min(HELD_BACK_ROWS, held_back_tokens)
     activations = itemsize * (6 * hidden + 3 * widest) + (4 * widest if itemsize < 4 else 0)
-    solving = [_solving(shape, jobs[name]) for name, shape in zip(jobs, shapes, strict=True)]
+    solving = [job.method.workspace(layer.matrices[name].shape) for name, job in jobs.items()]
     # About five matrices of the width (structures.solver), and the matrix in float32 three times over.
     removing = [20 * width**2 + 12 * rows * width for rows, width in consumers]
     return LayerMemory(
@@ -120,11 +120,6 @@ def predict_peak(ends: int, hidden_states: int, calls: int, layers: Sequence[Lay
     """
     between = hidden_states + calls
     return between + max([ends, *(layer.total for layer in layers)])
-
-
-def _solving(shape: tuple[int, int], job: Job) -> int:
-    rows, width = shape
-    return 20 * rows * width + (6 * width**2 if job.method.needs is Gram else 0)
 
 
 def pruning_needs(

@@ -12,17 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from llmprune.errors import ModelError, NumericsError, PatternError
+from llmprune.errors import NumericsError, PatternError
 from llmprune.models.decoder import Matrix
 from llmprune.models.source import Source, eager_experts
 from llmprune.statistics import Gram
-from llmprune.stream.activations import HiddenStates
 from llmprune.stream.observation import Group
 from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.variants import Variants
 from llmprune.structures.choose.budget import BudgetPlan, Candidate, Measured, allowed_size, choose_widths
 from llmprune.structures.remove.block_matrices import loss
 from llmprune.structures.remove.problem import Removal, RemovalSettings
@@ -31,8 +29,8 @@ from llmprune.timing import Stages
 
 # A level that loses a smaller part of the output than this changes the logits by little more than rounding does.
 _LEAST_LOSS = 1e-4
-# Sets of logits in memory at once beside the dense ones, and positions widened to float32 at once.
-_SETS, _POSITIONS = 3, 512
+
+_FIX = "remove the same fraction of every layer instead of spreading a budget"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +41,6 @@ class _Variant:
     candidate: Candidate
     curve: tuple[float, ...]
     reference: int
-    states: HiddenStates
 
 
 class BudgetSurvey:
@@ -65,7 +62,7 @@ class BudgetSurvey:
 
     Raises:
         PatternError: as much cannot go, no candidate can lose groups, or there is not one list a layer.
-        ModelError: the model hands its layers something that they write to, or cannot be streamed.
+        ModelError: the model cannot be streamed.
     """
 
     def __init__(
@@ -94,25 +91,23 @@ class BudgetSurvey:
         # Its layers are those that the other stream makes resident.
         with eager_experts(source.model):
             self._stream.capture()
-        self._beside = [self._handed(index) for index in range(len(source.layers))]
-        self._variants: list[_Variant] = []
+        self._variants = Variants[_Variant](self._stream, _FIX)
 
     def see(self, layer: ResidentLayer) -> None:
         """Measure the structures of a dense layer, and carry all variants through it; the layer does not advance.
 
         Raises:
             NumericsError: a value is not finite, or no damping makes a Gram positive definite; names the matrix.
-            ModelError: layers hand each other more than hidden states, so that variants would not be separate.
+            ModelError: layers hand one another more than hidden states, so that variants would not be separate.
         """
         shadow = ResidentLayer(self._stream, layer.index)
         assert shadow.module is layer.module, "the survey is of the dense model"
-        self._require_separate(shadow)
-        for variant in self._variants:
-            shadow.advance(variant.states)
+        self._variants.advance(shadow)
         if own := self._open[layer.index]:
             needs = {matrix.name: Gram for candidate in own for matrix in _consumers(layer, candidate)}
             groups = {name: group for group in layer.observe(needs) for name in group.names}
-            self._variants += [self._variant(shadow, candidate, groups) for candidate in own]
+            for candidate in own:
+                self._begin(shadow, candidate, groups)
         shadow.advance()
 
     def result(self) -> BudgetPlan:
@@ -121,14 +116,16 @@ class BudgetSurvey:
         Raises:
             NumericsError: a divergence is not finite; names the structure.
         """
-        assert len(self._variants) == sum(map(len, self._open)), "the survey has not seen all layers"
+        # All positions count: the validation samples are few, and what follows a sample's last token is compared too.
+        divergences = self._variants.divergences(self._stream.hidden, last_position=True)
+        assert len(divergences) == sum(map(len, self._open)), "the survey has not seen all layers"
         measured = [
             Measured(variant.layer, variant.candidate, variant.curve, variant.reference, divergence)
-            for variant, divergence in zip(self._variants, self._divergences(), strict=True)
+            for variant, divergence in divergences.items()
         ]
         return choose_widths(measured, self._budget)
 
-    def _variant(self, shadow: ResidentLayer, candidate: Candidate, groups: Mapping[str, Group]) -> _Variant:
+    def _begin(self, shadow: ResidentLayer, candidate: Candidate, groups: Mapping[str, Group]) -> None:
         """Solve for one structure, and start the hidden states of the model in which it alone is pruned."""
         with torch.no_grad(), self._stream.stages("solve"):
             curve = self._curve(shadow, candidate, groups)
@@ -138,10 +135,8 @@ class BudgetSurvey:
                 matrix.name: self._solve(shadow, candidate, matrix, groups, candidate.levels[reference]).weight
                 for matrix in _consumers(shadow, candidate)
             }
-        states = self._stream.hidden.copy()
         with _in_place(shadow, weights):
-            shadow.advance(states)
-        return _Variant(shadow.index, candidate, curve, reference, states)
+            self._variants.begin(_Variant(shadow.index, candidate, curve, reference), shadow)
 
     def _curve(self, shadow: ResidentLayer, candidate: Candidate, groups: Mapping[str, Group]) -> tuple[float, ...]:
         """The relative error of the output at each level; of all experts together, each without as many groups."""
@@ -159,33 +154,7 @@ class BudgetSurvey:
         try:
             return remove_groups(weight, gram, candidate.structure.columns, remove, self._removal)
         except NumericsError as error:
-            raise NumericsError(f"{matrix.name}: {error.what}", expected=error.expected, fix=error.fix) from error
-
-    def _divergences(self) -> list[float]:
-        """Mean KL(dense || variant) over all positions, in nats."""
-        totals: list[float] = []
-        for start in range(0, len(self._variants), _SETS):
-            states = [variant.states for variant in self._variants[start : start + _SETS]]
-            sums = [0.0] * len(states)
-            for logits in self._stream.logits(self._stream.hidden, *states):
-                sums = [known + more for known, more in zip(sums, _divergence(logits), strict=True)]
-            totals += sums
-        positions = sum(batch.numel() for batch in self._stream.batches)
-        return [total / positions for total in totals]
-
-    def _handed(self, index: int) -> list[Tensor]:
-        """What a layer is handed in the first batch beside the hidden states."""
-        leaves = tree_leaves(self._stream.calls.get(index, 0))
-        for leaf in leaves:
-            if isinstance(leaf, Mapping):
-                raise _not_separate(f"{self._stream.source.layers_path}.{index} is handed a {type(leaf).__name__}")
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-    def _require_separate(self, layer: ResidentLayer) -> None:
-        """Refuse a layer that is handed anything that was not there before any layer ran."""
-        before, now = self._beside[layer.index], self._handed(layer.index)
-        if len(now) != len(before) or any(one is not other for one, other in zip(now, before, strict=True)):
-            raise _not_separate(f"{layer.name} is handed what a layer before it has computed")
+            raise error.at(matrix.name) from error
 
 
 def _gram(group: Group) -> Tensor:
@@ -211,23 +180,3 @@ def _in_place(layer: ResidentLayer, weights: Mapping[str, Tensor]) -> Iterator[N
         with torch.no_grad():
             for name, values in before.items():
                 layer.module.get_parameter(name).copy_(values)
-
-
-def _divergence(logits: Sequence[Tensor]) -> list[float]:
-    """Sum over positions of KL(first || other) for each of the others, from log-softmax in float32."""
-    first, *others = (part.flatten(0, -2).split(_POSITIONS) for part in logits)
-    sums = [0.0] * len(others)
-    for place, part in enumerate(first):
-        before = part.float().log_softmax(-1)
-        for which, other in enumerate(others):
-            after = other[place].float().log_softmax(-1)
-            sums[which] += float(F.kl_div(after, before, reduction="sum", log_target=True))
-    return sums
-
-
-def _not_separate(what: str) -> ModelError:
-    return ModelError(
-        what,
-        expected="layers that hand each other hidden states only: variants of the model could not be kept apart",
-        fix="remove the same fraction of every layer instead of spreading a budget",
-    )

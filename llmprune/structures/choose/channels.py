@@ -1,7 +1,6 @@
 """Gather what scores read of a structure: weights, statistics and gradients, channels in the order of groups."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,22 +9,10 @@ from torch import Tensor, nn
 from llmprune.errors import PatternError
 from llmprune.models.decoder import Matrix, prunable_matrices
 from llmprune.statistics import ChannelGram, ColumnNorm, Gram, Moments
+from llmprune.stream.backward import Gradients
 from llmprune.structures.choose.scores import Channels
 from llmprune.structures.find.discovery import Slice, Structure
 from llmprune.structures.remove.fused import by_expert
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Gradients:
-    """The gradient of the loss with respect to one parameter, over calibration samples.
-
-    Attributes:
-        mean: in the parameter's shape, float32 or wider.
-        mean_square: the mean over samples of each sample's squared gradient, alike.
-    """
-
-    mean: Tensor
-    mean_square: Tensor
 
 
 def channels_of(

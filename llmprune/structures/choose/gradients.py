@@ -1,28 +1,15 @@
-"""Gradients of the loss with respect to the weights of a model of which one decoder layer is in memory at a time.
+"""Score the groups of structures by gradients of the dense model's loss."""
 
-Forwards, the inputs of every layer are kept (in CPU memory up to a budget, on disk beyond it). Backwards, from the last
-layer to the first, each layer runs once more on its inputs, and the gradient at its outputs is carried to its weights
-and to its inputs, which are the outputs of the layer before. Samples go one by one: Fisher information needs the square
-of each sample's gradient.
-"""
-
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
-from llmprune.devices import return_freed_memory
-from llmprune.errors import ModelError, NumericsError
-from llmprune.models.source import Source, eager_experts
-from llmprune.statistics import check_finite
-from llmprune.stream.activations import HiddenStates
-from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
-from llmprune.structures.choose.channels import Gradients, channels_of, matrix_parameters
+from llmprune.models.source import Source
+from llmprune.stream.backward import BackwardStream, LayerGradients
+from llmprune.stream.stream import StreamSettings
+from llmprune.structures.choose.channels import channels_of, matrix_parameters
 from llmprune.structures.choose.scores import NEEDS, SCORES
 from llmprune.structures.find.discovery import Structure
 from llmprune.structures.remove.fused import experts_of
@@ -31,168 +18,6 @@ from llmprune.timing import Stages
 GradientMethod = Literal["taylor", "fisher"]
 # One dict for each of a layer's structures, in their order: score -> [groups].
 LayerScores = list[dict[str, Tensor]]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerGradients:
-    """The gradients of one decoder layer.
-
-    Attributes:
-        index: its place in the stream.
-        module: the layer itself, on the device until the next one is asked for.
-        gradients: parameter inside the layer -> gradients of the loss, float32 or wider, on the device.
-    """
-
-    index: int
-    module: nn.Module
-    gradients: dict[str, Gradients]
-
-
-class BackwardStream:
-    """The decoder layers of a source, last one first, each with gradients of its weights.
-
-        for layer in BackwardStream(source, ids, settings, {0: ["mlp.down_proj.weight"]}):
-            layer.gradients["mlp.down_proj.weight"].mean
-
-    The loss of a sample is its mean next-token cross entropy; a gradient's mean, and that of its square, is over
-    samples. Nothing of the model changes.
-
-    Args:
-        source: where the layers come from.
-        ids: tokens [samples, length], length >= 2; those held back are not used.
-        settings: device and memory; the batch size is 1 whatever it says, and the disk takes what exceeds the budget
-            of the inputs of all layers.
-        names: layer -> its parameters whose gradients are wanted; only these layers are yielded, and a layer below the
-            first of them is not run backwards.
-        stages: stopwatch; a new one by default.
-
-    Raises:
-        ModelError: layers hand each other more than hidden states, so that gradients would miss a path.
-        NumericsError: an activation or a gradient is NaN or infinite; names the layer.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        ids: Tensor,
-        settings: StreamSettings | None,
-        names: Mapping[int, Collection[str]],
-        stages: Stages | None = None,
-    ) -> None:
-        settings = settings or StreamSettings()
-        self.source, self.device, self._names = source, settings.device, names
-        self._ids = ids[: len(ids) - settings.held_back]
-        # Half of the memory for the inputs of all layers, half for what flows.
-        budget = settings.activation_budget // 2
-        single = replace(settings, batch_size=1, held_back=0, activation_budget=budget, outputs=True)
-        self._stream = Stream(source, self._ids, single, stages)
-        self._inputs = HiddenStates(budget)
-
-    def __iter__(self) -> Iterator[LayerGradients]:
-        """Run all layers forwards, then yield them from the last to the first."""
-        wanted = [index for index, own in self._names.items() if own]
-        if not wanted:
-            return
-        self._forward(min(wanted))
-        self._start()
-        with eager_experts(self.source.model):
-            for index in range(len(self.source.layers) - 1, min(wanted) - 1, -1):
-                self.source.load_layer(index, self.device)
-                try:
-                    with self._stream.stages("forward"):
-                        gradients = self._backward(index)
-                    if gradients:
-                        yield LayerGradients(index, self.source.layers[index], gradients)
-                finally:
-                    self.source.free_layer(index)
-                    return_freed_memory()
-
-    def _forward(self, first: int) -> None:
-        """Keep the inputs of the layers from the first wanted one on, and the last one's outputs."""
-        handed: list[list[Tensor]] = []
-        for layer in self._stream:
-            if not handed:
-                handed = [self._beside(index) for index in range(len(self.source.layers))]
-            self._require_separate(layer, handed[layer.index])
-            if layer.index >= first:
-                for sample in range(len(self._ids)):
-                    self._inputs[self._key(layer.index, sample)] = self._stream.hidden[sample]
-
-    def _require_separate(self, layer: ResidentLayer, before: list[Tensor]) -> None:
-        """Refuse a layer that is handed anything that was not there before any layer ran."""
-        now = self._beside(layer.index)
-        if len(now) != len(before) or any(one is not other for one, other in zip(now, before, strict=True)):
-            raise ModelError(
-                f"{layer.name} is handed more by the layers before it than their hidden states",
-                expected="layers that pass on hidden states only: gradients would miss the other path",
-                fix="use a score that needs no gradients",
-            )
-
-    def _beside(self, index: int) -> list[Tensor]:
-        """The tensors that a layer is handed beside the first sample's hidden states."""
-        return list(_tensors(self._stream.calls.get(index, 0)))
-
-    def _start(self) -> None:
-        """Replace the last layer's outputs by the gradient of the loss with respect to them."""
-        with self._stream.stages("forward"):
-            self.source.load_ends(self.device)
-            try:
-                for sample in range(len(self._ids)):
-                    self._stream.hidden[sample] = self._loss_gradient(sample)
-            finally:
-                self.source.free_ends()
-
-    def _loss_gradient(self, sample: int) -> Tensor:
-        """Of the sum over tokens: the mean might fall below what 16 bits can express."""
-        final = self._stream.hidden[sample].to(self.device).requires_grad_()
-        ids = self._ids[sample].to(self.device)
-        with torch.enable_grad():
-            logits = self._stream.head(ids[None], final)[0, :-1]
-            loss = F.cross_entropy(
-                logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[1:], reduction="sum"
-            )
-            check_finite(loss.detach(), f"the loss of calibration sample {sample}")
-            (gradient,) = torch.autograd.grad(loss, final)
-        return gradient
-
-    def _backward(self, index: int) -> dict[str, Gradients]:
-        """Carry the gradient of every sample from the layer's outputs to its inputs; returns those of its weights."""
-        module = self.source.layers[index]
-        weights = {name: module.get_parameter(name) for name in self._names.get(index, ())}
-        sums = {name: _zeros(weight) for name, weight in weights.items()}
-        tokens, samples = self._ids.shape[1] - 1, len(self._ids)
-        with _differentiable(module, weights.values()):
-            for sample in range(samples):
-                gradients = self._sample_gradients(index, sample, list(weights.values()))
-                for (total, squares), gradient in zip(sums.values(), gradients, strict=True):
-                    # Experts that no token reached have no gradient.
-                    if gradient is not None:
-                        wide = gradient.to(total.dtype) / tokens
-                        total += wide
-                        squares.addcmul_(wide, wide)
-        return {name: self._mean(index, name, *both, samples) for name, both in sums.items()}
-
-    def _sample_gradients(self, index: int, sample: int, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Of one sample's loss; its gradient at the layer's inputs takes the place of that at the outputs."""
-        inputs = self._inputs[self._key(index, sample)].detach().to(self.device).requires_grad_()
-        args, kwargs = self._stream.calls.get(index, sample)
-        with torch.enable_grad():
-            outputs = tree_leaves(self.source.layers[index](inputs, *args, **kwargs))[0]
-        above = self._stream.hidden[sample].to(self.device)
-        below, *gradients = torch.autograd.grad(outputs, [inputs, *weights], above, allow_unused=True)
-        check_finite(below, f"the gradient at the inputs of {self.source.layers_path}.{index}")
-        self._stream.hidden[sample] = below
-        return gradients
-
-    def _mean(self, index: int, name: str, total: Tensor, squares: Tensor, samples: int) -> Gradients:
-        try:
-            check_finite(squares, f"the gradient of {self.source.layers_path}.{index}.{name}")
-        except NumericsError as error:
-            raise NumericsError(error.what, expected=error.expected, fix="set compute_dtype: float32") from None
-        return Gradients(total / samples, squares / samples)
-
-    def _key(self, index: int, sample: int) -> int:
-        return index * len(self._ids) + sample
 
 
 def gradient_scores(
@@ -218,7 +43,7 @@ def gradient_scores(
         experts, which each of these chooses for itself, [experts, groups]. On the CPU.
 
     Raises:
-        ModelError: layers hand each other more than hidden states, or experts have part of their channels in common.
+        ModelError: layers hand one another more than hidden states, or experts have part of their channels in common.
         NumericsError: an activation or a gradient is NaN or infinite.
     """
     names = {
@@ -239,33 +64,3 @@ def _score(layer: LayerGradients, structure: Structure, method: GradientMethod) 
 
     experts = experts_of(layer.module, structure)
     return of(None) if experts == 1 else torch.stack([of(expert) for expert in range(experts)])
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested containers; layers share mappings of classes that `tree_leaves` does not open."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
-
-
-def _zeros(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Two sums, over gradients and over their squares."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.zeros_like(weight, dtype=dtype), torch.zeros_like(weight, dtype=dtype)
-
-
-@contextmanager
-def _differentiable(module: nn.Module, weights: Collection[Tensor]) -> Iterator[None]:
-    """Have autograd follow these weights of a module and no others."""
-    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    for parameter, _ in before:
-        parameter.requires_grad_(False)
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)

@@ -1,24 +1,22 @@
 """Remove decoder layers or their blocks greedily: in each step what costs the whole model's predictions least."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from llmprune.errors import ModelError, NumericsError
+from llmprune.errors import NumericsError
 from llmprune.models.source import Source
 from llmprune.stream.activations import HiddenStates
 from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.variants import Variants
 from llmprune.structures.choose.depth_scores import Candidate, Removal, check_count
 from llmprune.structures.find.subblocks import Blocks, without
 
-# Bytes of logits that exist at once while variants of the model are compared.
-_LOGIT_BYTES = 1 << 30
-# Positions whose logits are widened to float32 at once.
-_POSITIONS = 512
+_FIX = "choose by block influence or angular distance"
 
 
 def remove_greedily(
@@ -77,16 +75,16 @@ class _Greedy:
     def step(self, watch: Callable[[int], None]) -> None:
         """Measure what each candidate costs on top of what has gone; the cheapest goes."""
         stream = self._start()
-        alone = _Alone()
-        variants: dict[Candidate, HiddenStates] = {}
+        variants = Variants[Candidate](stream, _FIX)
         for layer in stream:
-            alone.check(layer)
             self._visit(layer, variants)
             self._passed += 1
             watch(self._passed)
         if self._dense is None:
             self._dense = stream.hidden  # nothing has gone yet
-        divergences = _divergences(stream, self._dense, variants)
+        # Where a sample ends there is no token to predict; perplexity leaves that position out too.
+        divergences = variants.divergences(self._dense, last_position=False)
+        _require_numbers(divergences)
         best = min(divergences, key=lambda candidate: (divergences[candidate], candidate))
         self._gone.append(best)
         self._steps.append((best, divergences))
@@ -99,82 +97,27 @@ class _Greedy:
         scores = {candidate: value for _, values in self._steps for candidate, value in values.items()}
         return Removal("greedy-kl", tuple(removed), dict(sorted(scores.items())), tuple(self._steps))
 
-    def _visit(self, layer: ResidentLayer, variants: dict[Candidate, HiddenStates]) -> None:
+    def _visit(self, layer: ResidentLayer, variants: Variants[Candidate]) -> None:
         """Take all variants past a layer, and begin those of its own candidates."""
-        gone = {part for number, part in self._gone if number == layer.index}
         layer.skipped = True  # its outputs are computed here
-        for states in variants.values():
-            self._advance(layer, states, gone)
+        gone = {part for number, part in self._gone if number == layer.index}
+        if "layer" in gone:
+            return  # its blocks are no candidates any more
+        with self._without(layer, gone):
+            variants.advance(layer)
         for candidate in self._open:
             if candidate.layer == layer.index:
-                variants[candidate] = layer.stream.hidden.copy()
-                self._advance(layer, variants[candidate], gone | {candidate.part})
-        self._advance(layer, layer.stream.hidden, gone)
+                whole = candidate.part == "layer"
+                with self._without(layer, gone if whole else gone | {candidate.part}):
+                    variants.begin(candidate, layer, skipped=whole)
+        with self._without(layer, gone):
+            layer.advance()
 
-    def _advance(self, layer: ResidentLayer, states: HiddenStates, gone: set[Any]) -> None:
-        if "layer" not in gone:
-            with without(layer.module, layer.index, [self._blocks[layer.index][part] for part in sorted(gone)]):
-                layer.advance(states)
-
-
-class _Alone:
-    """Makes sure that layers hand nothing to one another but the hidden states.
-
-    Whatever else the model hands to a layer is known before any layer has run, and must be the same objects afterwards.
-    """
-
-    def __init__(self) -> None:
-        self._known: list[list[Tensor]] = []
-
-    def check(self, layer: ResidentLayer) -> None:
-        calls, layers = layer.stream.calls, len(layer.stream.source.layers)
-        if not self._known:
-            self._known = [list(_tensors(calls.get(index, 0))) for index in range(layers)]
-        now = list(_tensors(calls.get(layer.index, 0)))
-        known = self._known[layer.index]
-        if len(now) != len(known) or any(one is not other for one, other in zip(now, known, strict=True)):
-            raise ModelError(
-                f"{layer.name} reads more than hidden states of the layers before it",
-                expected="layers that hand one another hidden states only: anything else is that of one variant",
-                fix="choose by block influence or angular distance",
-            )
+    def _without(self, layer: ResidentLayer, gone: set[Any]) -> AbstractContextManager[None]:
+        return without(layer.module, layer.index, [self._blocks[layer.index][part] for part in sorted(gone)])
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors inside tuples, lists and mappings of any class, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, MutableMapping | list | tuple):
-        for item in value.values() if isinstance(value, MutableMapping) else value:
-            yield from _tensors(item)
-
-
-def _divergences(
-    stream: Stream, dense: HiddenStates, variants: Mapping[Candidate, HiddenStates]
-) -> dict[Candidate, float]:
-    """Mean over predicted tokens of KL(dense || variant), in nats."""
-    vocabulary = stream.source.model.config.get_text_config(decoder=True).vocab_size
-    together = max(_LOGIT_BYTES // (4 * stream.batches[0].numel() * vocabulary) - 1, 1)
-    predicted = sum(ids[:, 1:].numel() for ids in stream.batches)
-    names, result = list(variants), dict[Candidate, float]()
-    for start in range(0, len(names), together):
-        some = names[start : start + together]
-        totals = dict.fromkeys(some, 0.0)
-        for first, *others in stream.logits(dense, *(variants[name] for name in some)):
-            for name, logits in zip(some, others, strict=True):
-                totals[name] += _divergence(first, logits)
-        result |= {name: total / predicted for name, total in totals.items()}
-    for name, value in result.items():
+def _require_numbers(divergences: Mapping[Candidate, float]) -> None:
+    for candidate, value in divergences.items():
         if math.isnan(value):
-            raise NumericsError(f"without {name.part} {name.layer}, the predictions diverge by {value}")
-    return result
-
-
-def _divergence(dense: Tensor, other: Tensor) -> float:
-    """Sum over predicted tokens of KL(dense || other), from logits [samples, length, vocabulary]."""
-    flat = [logits[:, :-1].reshape(-1, logits.shape[-1]) for logits in (dense, other)]
-    total = 0.0
-    for parts in zip(*(logits.split(_POSITIONS) for logits in flat), strict=True):
-        before, after = (part.float().log_softmax(-1) for part in parts)
-        total += float(F.kl_div(after, before, reduction="sum", log_target=True))
-    return total
+            raise NumericsError(f"without {candidate.part} {candidate.layer}, the predictions diverge by {value}")
