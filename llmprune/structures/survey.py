@@ -6,7 +6,7 @@ Removal by measured divergence takes a pass for every layer that goes, and gradi
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from llmprune.models.sizes import COUNTS, Cost, layer_size
 from llmprune.progress import Progress, Watcher
 from llmprune.recipe.structures import BUDGETED, Budget
-from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.structures.choose.budget import Candidate as Level
 from llmprune.structures.choose.budget import allowed_size, candidate
 from llmprune.structures.choose.budget_survey import BudgetSurvey
@@ -40,12 +40,6 @@ from llmprune.timing import Stages
 # Samples for what costs many forwards each: divergences of single removals, and gradients.
 _FEW, _GRADIENT_SAMPLES = 8, 32
 _GRADIENTS = ("taylor", "fisher")
-
-
-class _Collector(Protocol):
-    """Sees the layers of the dense model in order, each before it advances."""
-
-    def see(self, layer: ResidentLayer) -> None: ...
 
 
 def decide(reduction: Reduction, ids: Tensor, settings: StreamSettings, stages: Stages, watch: Watcher) -> Decisions:

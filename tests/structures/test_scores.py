@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import NumericsError, PatternError
-from llmprune.structures.choose.scores import NEEDS, SCORES, Channels, lowest_groups, standardise
+from llmprune.structures.choose.scores import NEEDS, SCORES, Channels, lowest_groups
 
 GROUPS, TOKENS = 4, 50
 
@@ -107,15 +107,6 @@ def test_groups_must_divide_the_channels() -> None:
 def test_values_that_are_not_finite() -> None:
     with pytest.raises(NumericsError, match="a score"):
         SCORES["magnitude-l2"](Channels(2, matrices=(torch.tensor([[1.0, math.inf]]),)))
-
-
-def test_standardised_scores_have_no_scale() -> None:
-    scores = torch.rand(100) * 7 + 3
-    found = standardise(scores)
-    assert float(found.mean()) == pytest.approx(0, abs=1e-12)
-    assert float(found.square().mean()) == pytest.approx(1)
-    assert torch.equal(found.argsort(), scores.argsort())
-    assert standardise(torch.full((5,), 0.1)).tolist() == [0] * 5
 
 
 def test_the_lowest_go() -> None:

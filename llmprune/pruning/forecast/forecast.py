@@ -9,7 +9,6 @@ Counted are the matrix products:
     solve     d^3 / 3 for each group's factorisation, 2 x out x d^2 for each matrix that is swept
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -219,11 +218,11 @@ class _Look:
             name: group.statistics.tokens / self._seen
             for group in groups
             for name in group.names
-            if group.statistics is not None and _is_expert(name)
+            if group.statistics is not None and layer.matrices[name].routed
         }
         # Experts that stay dense are not watched; they see as many tokens as the others do.
         average = sum(seen.values()) / len(seen) if seen else 1.0
-        return {name: seen.get(name, average) if _is_expert(name) else 1.0 for name in layer.matrices}
+        return {name: seen.get(name, average) if m.routed else 1.0 for name, m in layer.matrices.items()}
 
     def _handed(self, index: int, batch: int) -> list[Tensor]:
         leaves = tree_leaves(self._stream.calls.get(index, batch))
@@ -286,7 +285,3 @@ def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
         yield f"The text is sampled from the dense model, which is loaded whole for it: {size / 1e9:.2f} GB."
     if any(isinstance(pattern, Unstructured) and pattern.over == "layer" for pattern in recipe.patterns):
         yield "Where scores are compared over a whole layer, the zeros are those of the average matrix."
-
-
-def _is_expert(name: str) -> bool:
-    return re.search(r"\.experts\.\d+\.", name) is not None

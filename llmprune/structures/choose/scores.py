@@ -136,14 +136,6 @@ NEEDS: dict[str, frozenset[str]] = {
 }
 
 
-def standardise(scores: Float[Tensor, " groups"]) -> Float[Tensor, " groups"]:
-    """Shift and scale the scores of one layer to mean 0 and variance 1, so that layers compare (FLAP); alike: all 0."""
-    centred = scores.double() - scores.double().mean()
-    deviation = centred.square().mean().sqrt()
-    # Scores that differ by rounding alone are alike.
-    return centred / deviation if bool(deviation > 1e-12 * scores.abs().max()) else torch.zeros_like(centred)
-
-
 def lowest_groups(scores: Float[Tensor, " groups"], remove: int, partitions: int = 1) -> Int[Tensor, " removed"]:
     """Pick the groups with the lowest scores; a tie goes against the lower index.
 
