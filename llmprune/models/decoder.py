@@ -72,21 +72,47 @@ class Matrix:
         return matrix.T if self.transposed else matrix
 
 
-def find_decoder_layers(model: PreTrainedModel, path: str | None = None) -> tuple[str, nn.ModuleList]:
-    """Locate the list of decoder layers: the text decoder's outermost ModuleList that holds most of its parameters.
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoder:
+    """A causal LM and its decoder layers: found once, when the model is built or opened, and handed on from there.
 
-    Args:
-        model: any causal LM; meta tensors suffice.
-        path: dotted name of the list, where the search fails (recipe key `decoder_layers`).
-
-    Raises:
-        ModelError: nothing is there, two lists are too close to call, or the layers have parameters in common.
+    Attributes:
+        model: the whole model; meta tensors suffice.
+        path: dotted name of the list of decoder layers.
+        layers: that list. A layer in it may be replaced.
     """
-    if path is None:
-        path = _largest_list(model)
-    layers = _named_list(model, path)
-    _require_separate(layers, path)
-    return path, layers
+
+    model: PreTrainedModel
+    path: str
+    layers: nn.ModuleList
+
+    @classmethod
+    def find(cls, model: PreTrainedModel, path: str | None = None) -> "Decoder":
+        """Locate the list of layers: the text decoder's outermost ModuleList that holds most of its parameters.
+
+        Args:
+            model: any causal LM.
+            path: dotted name of the list, where it is known, or the search fails (recipe key `decoder_layers`).
+
+        Raises:
+            ModelError: nothing is there, two lists are too close to call, or the layers have parameters in common.
+        """
+        if path is None:
+            path = _largest_list(model)
+        layers = _named_list(model, path)
+        _require_separate(layers, path)
+        return cls(model, path, layers)
+
+    def layer_name(self, index: int) -> str:
+        """Dotted name of a decoder layer."""
+        return f"{self.path}.{index}"
+
+    def place(self, name: str) -> tuple[int | None, str]:
+        """The layer in which a dotted name of the model lies (None: in none), and the rest of the name."""
+        if not name.startswith(f"{self.path}."):
+            return None, name
+        number, _, inner = name.removeprefix(f"{self.path}.").partition(".")
+        return int(number), inner
 
 
 def _largest_list(model: PreTrainedModel) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.errors import ModelError
-from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.decoder import Decoder
 from llmprune.models.skeleton import refuse_quantised
 
 
@@ -69,7 +69,8 @@ class ModelSource:
                 fix="pass the checkpoint's folder instead: it is read layer by layer",
             )
         self.model = model
-        self.layers_path, self.layers = find_decoder_layers(model, decoder_layers)
+        self.decoder = Decoder.find(model, decoder_layers)
+        self.layers_path, self.layers = self.decoder.path, self.decoder.layers
         self.dtype: torch.dtype = compute_dtype or model.dtype
         self._homes: dict[nn.Module, _Home] = {}
 

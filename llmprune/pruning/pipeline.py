@@ -132,7 +132,7 @@ class Run:
         source = self.open(folder)
         self.recipe = self.recipe.fitted(model_positions(source.config))
         if self.recipe.structures is not None:
-            self.reduction = Reduction(source, self.recipe.structures, self.recipe.decoder_layers)
+            self.reduction = Reduction(source, self.recipe.structures)
             check_budget(self.reduction)
         jobs = plan_jobs(self._result(source), self.recipe)
         require_space(output, sum(stored.nbytes for stored in source.stored.values()))

@@ -37,7 +37,6 @@ class Reduction:
     Args:
         dense: what is pruned.
         spec: what is removed.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
 
     Attributes:
         structures: of each layer those that lose groups, with the section of the recipe that says so.
@@ -52,10 +51,10 @@ class Reduction:
     result: CheckpointSource
     source: CheckpointSource | WidthSource
 
-    def __init__(self, dense: CheckpointSource, spec: Structures, decoder_layers: str | None = None) -> None:
-        self.dense, self.spec, self._path = dense, spec, decoder_layers
-        found = find_structures(dense.model, decoder_layers)
-        self.blocks = find_blocks(dense.model, decoder_layers, found) if spec.attention or spec.mlp else []
+    def __init__(self, dense: CheckpointSource, spec: Structures) -> None:
+        self.dense, self.spec, self._path = dense, spec, dense.layers_path
+        found = find_structures(dense.decoder)
+        self.blocks = find_blocks(dense.decoder, found) if spec.attention or spec.mlp else []
         if spec.heads and spec.heads.unit == "query-head":
             found = self._query_heads(found)
         self.structures = [
@@ -103,10 +102,7 @@ class Reduction:
         if self.width is not None and decisions.channels is not None:
             self.source = WidthSource(self.dense, self.width, decisions.channels, decisions.factors)
         config, self.numbers = self._config(decisions)
-        dtype = self.dense.model.dtype
-        self.result = CheckpointSource(self.dense.folder, dtype, self._path, config)
-        if self.result.layers_path != self.dense.layers_path:
-            raise ModelError(f"the smaller model has its layers in {self.result.layers_path}")
+        self.result = self.dense.rewritten(config)
 
     def reduce(
         self, layer: ResidentLayer, min_tokens: int, step: Callable[[str], None]
@@ -184,7 +180,7 @@ class Reduction:
 
     def _query_heads(self, found: Sequence[Sequence[Structure]]) -> list[list[Structure]]:
         """The structures, with single query heads in the place of whole KV groups."""
-        heads = find_query_heads(self.dense.model, self._path)
+        heads = find_query_heads(self.dense.decoder)
         result = []
         for own, single in zip(found, heads, strict=True):
             # Where each query head has its key and value to itself, they are the groups already.
@@ -205,7 +201,9 @@ class Reduction:
                 expected=f"between 1 and {size - 1} of them",
                 fix=f"set structures.width.remove to a fraction such as 0.25, or to {size // 4}",
             )
-        return plan_width(self.dense.config, aligned(size, size - remove, _multiple("width", section, size)))
+        return plan_width(
+            self.dense.config, aligned(size, size - remove, _multiple("width", section, size)), path=self._path
+        )
 
     def _count(self, structure: Structure, section: Any) -> int:
         """How many groups of a structure go."""

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from llmprune.errors import ModelError
-from llmprune.models.uneven import build_uneven_skeleton, layer_overrides
+from llmprune.models.decoder import Decoder
+from llmprune.models.uneven import build_decoder, layer_overrides
 from llmprune.storage.hub import resolve_model
 from llmprune.structures.describe import equals
 from llmprune.structures.describe.audit import audit
@@ -42,7 +43,7 @@ def llama(**changes: Any) -> PreTrainedModel:
 
 
 def cuts_of(model: PreTrainedModel, removed: tuple[int, ...] = (1,)) -> Cuts:
-    found = find_structures(model)
+    found = find_structures(Decoder.find(model))
     return {layer: [Cut(by_kind(found, layer, "heads")[0], removed)] for layer in range(len(found))}
 
 
@@ -151,13 +152,13 @@ def test_six_of_eight_heads_of_the_testbed() -> None:
 def test_a_llama_stays_one_where_it_can() -> None:
     model = llama()
     assert smaller_config(model.config, cuts_of(model, (0, 2))).model_type == "llama"
-    query = {layer: [Cut(own[0], (0, 2, 4, 6))] for layer, own in enumerate(find_query_heads(model))}
+    query = {layer: [Cut(own[0], (0, 2, 4, 6))] for layer, own in enumerate(find_query_heads(Decoder.find(model)))}
     assert smaller_config(model.config, query).model_type == "llama"
 
 
 def test_query_heads_of_a_llama() -> None:
     model = build("llama-tied", num_attention_heads=8, num_key_value_heads=2, head_dim=8)
-    cuts = {layer: [Cut(own[0], (1, 6))] for layer, own in enumerate(find_query_heads(model))}
+    cuts = {layer: [Cut(own[0], (1, 6))] for layer, own in enumerate(find_query_heads(Decoder.find(model)))}
     config = smaller_config(model.config, cuts)
     assert (config.model_type, config.num_attention_heads, config.num_key_value_heads) == ("mistral", 6, 2)
 
@@ -168,7 +169,7 @@ def test_layers_that_differ() -> None:
     config = uneven_config(model.config, cuts)
     assert config.model_type == "mistral"
     assert layer_overrides(config) == {1: {"num_attention_heads": 6, "num_key_value_heads": 3}}
-    small = build_uneven_skeleton(config)
+    small = build_decoder(config).model
     small.load_state_dict(shrunk_state(model, cuts), assign=True)
     assert torch.allclose(logits(small, IDS), masked_logits(model, cuts, IDS), rtol=0, atol=2e-6)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from llmprune.errors import ModelError, NumericsError
 from llmprune.models.checkpoint_source import CheckpointSource
-from llmprune.models.decoder import find_decoder_layers, prunable_matrices
+from llmprune.models.decoder import Decoder, prunable_matrices
 from llmprune.models.source import ModelSource
 from llmprune.stream.stream import StreamSettings
 from llmprune.structures.choose.gradients import BackwardStream, gradient_scores
@@ -29,7 +29,7 @@ Known = dict[tuple[int, str], tuple[Tensor, Tensor]]
 
 
 def matrices(model: PreTrainedModel) -> dict[int, list[str]]:
-    _, layers = find_decoder_layers(model)
+    layers = Decoder.find(model).layers
     return {i: sorted({m.parameter for m in prunable_matrices(layer, "")}) for i, layer in enumerate(layers)}
 
 
@@ -44,7 +44,7 @@ def streamed(model: PreTrainedModel, names: dict[int, list[str]], ids: Tensor = 
 
 def whole(model: PreTrainedModel, names: dict[int, list[str]], ids: Tensor = IDS) -> Known:
     """The same by automatic differentiation of the whole model, a sample at a time."""
-    _, layers = find_decoder_layers(model)
+    layers = Decoder.find(model).layers
     weights = {(i, name): layers[i].get_parameter(name) for i, own in names.items() for name in own}
     flags = [weight.requires_grad for weight in weights.values()]
     for weight in weights.values():
@@ -169,7 +169,7 @@ def test_what_is_not_finite_is_named() -> None:
 
 
 def structures_of(model: PreTrainedModel) -> dict[int, list[Structure]]:
-    found = find_structures(model)
+    found = find_structures(Decoder.find(model))
     kinds = {index: [s for kind in KINDS for s in by_kind(found, index, kind)] for index in range(len(found))}
     return {index: [s for s in own if s.refusal is None] for index, own in kinds.items()}
 
@@ -187,7 +187,7 @@ def test_scores_add_up_what_each_group_holds(family: str) -> None:
     structures = structures_of(model)
     scores = gradient_scores(ModelSource(model), IDS, None, structures, ["taylor", "fisher"])
     gradients = whole(model, matrices(model))
-    _, layers = find_decoder_layers(model)
+    layers = Decoder.find(model).layers
     assert set(scores) == set(structures)
     for index, own in structures.items():
         for structure, found in zip(own, scores[index], strict=True):
@@ -209,7 +209,7 @@ def test_scores_add_up_what_each_group_holds(family: str) -> None:
 
 def test_channels_of_fused_experts_have_scores_of_each_expert() -> None:
     model = build("mixtral", dtype=torch.float64)
-    (own,) = by_kind(find_structures(model), 1, "ffn")
+    (own,) = by_kind(find_structures(Decoder.find(model)), 1, "ffn")
     ((found,),) = gradient_scores(ModelSource(model), IDS, None, {1: [own]}, ["taylor"]).values()
     gradients = whole(model, {1: ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]})
     experts: Any = model.model.layers[1].mlp.experts

@@ -76,7 +76,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     settings, device = run.recipe, run.device
     settings = settings.fitted(model_positions(source.config))
     check_texts(settings.texts, source)
-    reduction = Reduction(source, settings.structures, settings.decoder_layers) if settings.structures else None
+    reduction = Reduction(source, settings.structures) if settings.structures else None
     if reduction is not None:
         check_budget(reduction)
     result = source if reduction is None else reduction.result

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from llmprune.errors import ModelError
-from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.decoder import Decoder
 from llmprune.models.uneven import (
     UNBUILDABLE,
     Changes,
-    build_uneven_skeleton,
+    build_decoder,
     changed,
     nested,
     one_line,
@@ -33,14 +33,14 @@ _MOST_TRIES = 40
 
 
 def smaller_config(
-    config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], decoder_layers: str | None = None
+    config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], path: str | None = None
 ) -> PretrainedConfig:
     """The config of the model whose layers have been shrunk, alike in all layers.
 
     Args:
         config: of the model at full size.
         cuts: layer -> what goes there.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
+        path: dotted name of the decoder layers; None: they are searched for.
 
     Returns:
         Of the same class; where that refuses the sizes, of one with the same layers that does not (see `equals`).
@@ -48,18 +48,18 @@ def smaller_config(
     Raises:
         ModelError: no change of the config gives these shapes; says what was tried.
     """
-    return _described(_smaller, _Search(config, cuts, decoder_layers))
+    return _described(_smaller, _Search(config, cuts, path))
 
 
 def uneven_config(
-    config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], decoder_layers: str | None = None
+    config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], path: str | None = None
 ) -> PretrainedConfig:
     """A config with `per_layer_config`, for layers that have been shrunk each in its own way.
 
     Args:
         config: of the model at full size.
         cuts: layer -> what goes there; the groups of a layer's structures may be fewer than another's.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
+        path: dotted name of the decoder layers; None: they are searched for.
 
     Returns:
         Of the same class; where that refuses the sizes, of one with the same layers that does not (see `equals`).
@@ -68,7 +68,7 @@ def uneven_config(
         ModelError: no change of the config gives a layer its shapes; says what was tried.
     """
     with_overrides(config, {"0": {}})  # refuses an architecture that has its own
-    return _described(_uneven, _Search(config, cuts, decoder_layers))
+    return _described(_uneven, _Search(config, cuts, path))
 
 
 def _described(describe: Callable[["_Search"], PretrainedConfig], search: "_Search") -> PretrainedConfig:
@@ -79,7 +79,7 @@ def _described(describe: Callable[["_Search"], PretrainedConfig], search: "_Sear
         if not search.refused:
             raise
         try:
-            equal = equal_config(search.config)
+            equal = equal_config(search.config, search.path)
             if equal is None:
                 raise error
             return describe(_Search(equal, search.cuts, search.path))
@@ -126,13 +126,13 @@ def _uneven(search: "_Search") -> PretrainedConfig:
 class _Search:
     """Tries changes of a config against the shapes that are wanted."""
 
-    def __init__(self, config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], decoder_layers: str | None) -> None:
+    def __init__(self, config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], path: str | None) -> None:
         self.config, self.cuts = config, cuts
-        self._before = build_uneven_skeleton(config)
-        self.path, self._layers = find_decoder_layers(self._before, decoder_layers)
-        if outside := [layer for layer in cuts if not 0 <= layer < len(self._layers)]:
-            raise ModelError(f"there is no layer {outside[0]}", expected=f"layers below {len(self._layers)}")
-        self._built: dict[str, PreTrainedModel | str] = {}
+        self._before = build_decoder(config, path=path)
+        self.path, layers = self._before.path, self._before.layers
+        if outside := [layer for layer in cuts if not 0 <= layer < len(layers)]:
+            raise ModelError(f"there is no layer {outside[0]}", expected=f"layers below {len(layers)}")
+        self._built: dict[str, Decoder | str] = {}
         self._gone: dict[object, dict[tuple[str, int], int]] = {}
 
     @property
@@ -142,7 +142,7 @@ class _Search:
 
     def signature(self, layer: int) -> tuple[object, ...]:
         """Alike for layers that need the same changes."""
-        shapes = tuple((name, tuple(p.shape)) for name, p in self._layers[layer].named_parameters())
+        shapes = tuple((name, tuple(p.shape)) for name, p in self._before.layers[layer].named_parameters())
         return (tuple(self._requests([layer])), shapes)
 
     def joined(self, layers: Sequence[int]) -> Iterator[Changes]:
@@ -197,13 +197,13 @@ class _Search:
             requests: the cuts that have been made; None: all of them.
             everything: compare all layers, and what is outside them.
         """
-        model = self._build(changes)
-        if isinstance(model, str):
-            return [model]
-        after = dict(model.named_parameters())
+        decoder = self._build(changes)
+        if isinstance(decoder, str):
+            return [decoder]
+        after = dict(decoder.model.named_parameters())
         differences = []
-        for name, parameter in self._before.named_parameters():
-            layer, inner = self._place(name)
+        for name, parameter in self._before.model.named_parameters():
+            layer, inner = self._before.place(name)
             if everything or layer in layers:
                 wanted = self._shrunk(layer, inner, parameter, requests)
                 shape = tuple(after[name].shape) if name in after else ()
@@ -213,12 +213,10 @@ class _Search:
 
     def other_differences(self, changes: Changes, layers: Sequence[int] | None) -> list[str]:
         """Buffers and numbers in modules, of some layers or all (None), that change although nothing of them goes."""
-        model = self._build(changes)
-        assert isinstance(model, PreTrainedModel), model
-        modules = dict(model.named_modules())
+        modules = dict(self.built(changes).model.named_modules())
         differences = []
-        for name, module in self._before.named_modules():
-            layer, inner = self._place(name)
+        for name, module in self._before.model.named_modules():
+            layer, inner = self._before.place(name)
             if layers is not None and layer not in layers:
                 continue
             other = modules.get(name)
@@ -245,31 +243,24 @@ class _Search:
             self._gone[key] = {place: len(gone) for place, gone in removed_indices(asked).items()}
         return tuple(size - self._gone[key].get((name, dim), 0) for dim, size in enumerate(tensor.shape))
 
-    def _place(self, name: str) -> tuple[int | None, str]:
-        """The layer in which a dotted name lies, and the rest of the name."""
-        if not name.startswith(self.path + "."):
-            return None, name
-        number, _, inner = name.removeprefix(self.path + ".").partition(".")
-        return int(number), inner
-
     def _request(self, cut: Cut) -> Request:
         structure = cut.structure
         return Request(structure.kind, structure.consumer, structure.groups, structure.columns, cut.kept)
 
-    def _build(self, changes: Changes) -> PreTrainedModel | str:
+    def _build(self, changes: Changes) -> Decoder | str:
         key = repr(sorted(changes.items()))
         if key not in self._built:
             try:
-                self._built[key] = build_uneven_skeleton(changed(self.config, changes))
+                self._built[key] = build_decoder(changed(self.config, changes), path=self.path)
             except UNBUILDABLE as error:
                 self._built[key] = f"the model cannot be built: {one_line(error)}"
         return self._built[key]
 
-    def built(self, changes: Changes) -> PreTrainedModel:
+    def built(self, changes: Changes) -> Decoder:
         """The model of a changed config that has been found to fit."""
-        model = self._build(changes)
-        assert isinstance(model, PreTrainedModel), model
-        return model
+        decoder = self._build(changes)
+        assert isinstance(decoder, Decoder), decoder
+        return decoder
 
     def _nothing_fits(self, requests: list[Request], layers: Sequence[int]) -> ModelError:
         request = requests[0]

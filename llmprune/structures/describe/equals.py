@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmprune.errors import ModelError
-from llmprune.models.uneven import build_uneven_skeleton
+from llmprune.models.uneven import build_decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,14 @@ _EQUALS = {
 }
 
 
-def equal_config(config: PretrainedConfig) -> PretrainedConfig | None:
+def equal_config(config: PretrainedConfig, path: str | None = None) -> PretrainedConfig | None:
     """The same model as the config of another class; None if no architecture is known that equals it.
 
     Both models are built without weights and compared: names and shapes of parameters, modules, their numbers, buffers.
 
     Args:
         config: of a causal LM.
+        path: dotted name of its decoder layers; None: they are searched for.
 
     Raises:
         ModelError: one equals it, but not with these values; says which.
@@ -62,7 +63,7 @@ def equal_config(config: PretrainedConfig) -> PretrainedConfig | None:
             raise ModelError(f"{other}, which accepts such sizes and is the same otherwise, has no {key}")
     del data["model_type"]
     result = CONFIG_MAPPING[equal.model_type].from_dict({**data, **equal.sets, "architectures": [other]})
-    for difference in _differences(build_uneven_skeleton(config), build_uneven_skeleton(result)):
+    for difference in _differences(build_decoder(config, path=path).model, build_decoder(result, path=path).model):
         raise ModelError(f"{other} accepts such sizes, but is not the same: {difference}")
     return result
 

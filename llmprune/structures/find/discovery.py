@@ -16,9 +16,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.decoder import Decoder
 from llmprune.structures.find.influence import PARTLY, STAYS, group_size, owners_of, pull
 from llmprune.structures.find.tracing import OUT, Axis, Run, Trace, eagerly
 
@@ -66,48 +65,43 @@ class Structure:
     partitions: int = 1
 
 
-def find_structures(model: PreTrainedModel, decoder_layers: str | None = None) -> list[list[Structure]]:
+def find_structures(decoder: Decoder) -> list[list[Structure]]:
     """Find the structures of every decoder layer, without reading a weight.
 
     Args:
-        model: a causal LM; meta tensors suffice. Left as it was.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
+        decoder: a causal LM; meta tensors suffice. Left as it was.
 
     Returns:
         For each layer its structures, in the order in which it uses them; the same at every call.
 
     Raises:
-        ModelError: the decoder layers cannot be told, or a matrix is multiplied in an unknown layout.
+        ModelError: a matrix is multiplied in an unknown layout.
     """
-    return _found(model, decoder_layers, _draft)
+    return _found(decoder, _draft)
 
 
-def find_query_heads(model: PreTrainedModel, decoder_layers: str | None = None) -> list[list[Structure]]:
+def find_query_heads(decoder: Decoder) -> list[list[Structure]]:
     """Find the single query heads of every decoder layer; their key and value heads stay.
 
     Args:
-        model: a causal LM; meta tensors suffice. Left as it was.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
+        decoder: a causal LM; meta tensors suffice. Left as it was.
 
     Returns:
         For each layer a structure of kind "heads" for each of its attentions, with as many partitions as there are key
         and value heads. Refused where each of these has one query head: `find_structures` has the same groups then.
 
     Raises:
-        ModelError: the decoder layers cannot be told, or a matrix is multiplied in an unknown layout.
+        ModelError: a matrix is multiplied in an unknown layout.
     """
-    return _found(model, decoder_layers, _draft_query_heads)
+    return _found(decoder, _draft_query_heads)
 
 
-def _found(
-    model: PreTrainedModel, decoder_layers: str | None, draft: Callable[[Trace], list["_Draft"]]
-) -> list[list[Structure]]:
+def _found(decoder: Decoder, draft: Callable[[Trace], list["_Draft"]]) -> list[list[Structure]]:
     """The structures that are drafted with the statistics of norms held constant, and confirmed without."""
-    path, layers = find_decoder_layers(model, decoder_layers)
-    with torch.enable_grad(), eagerly(model):
-        first = Run(model, path, layers, frozen=True)
+    with torch.enable_grad(), eagerly(decoder.model):
+        first = Run(decoder, frozen=True)
         drafts = first.each(_once(lambda index, trace: draft(trace)))
-        second = Run(model, path, layers, frozen=False)
+        second = Run(decoder, frozen=False)
         second.handed_on = first.handed_on
         found: list[list[Structure]] = second.each(
             _once(lambda index, trace: [done for draft in drafts[index] if (done := _confirm(draft, trace))])

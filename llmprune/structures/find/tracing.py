@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llmprune.errors import ModelError
-from llmprune.models.decoder import Matrix, prunable_matrices
+from llmprune.models.decoder import Decoder, Matrix, prunable_matrices
 from llmprune.models.source import eager_experts
 from llmprune.stream.observation import PRODUCTS
 
@@ -95,18 +95,16 @@ class Run(TorchFunctionMode):
     """One forward of the model with stand-ins for its weights; hands each layer's trace to a visitor.
 
     Args:
-        model: the causal LM.
-        path: dotted name of its decoder layers.
-        layers: the decoder layers.
+        decoder: the causal LM.
         frozen: hold the statistics of norms constant.
 
     Attributes:
         handed_on: layers that return more than hidden states to a later layer.
     """
 
-    def __init__(self, model: PreTrainedModel, path: str, layers: nn.ModuleList, *, frozen: bool) -> None:
+    def __init__(self, decoder: Decoder, *, frozen: bool) -> None:
         super().__init__()
-        self._model, self._path, self._layers, self._frozen = model, path, layers, frozen
+        self._decoder, self._model, self._layers, self._frozen = decoder, decoder.model, decoder.layers, frozen
         self._random = torch.Generator().manual_seed(0)
         self._parameter_of: dict[int, str] = {}
         self._trace: Trace | None = None
@@ -122,7 +120,7 @@ class Run(TorchFunctionMode):
         ids = torch.arange(_TOKENS)[None] % vocabulary
         with ExitStack() as stack, suppress(_LastLayerDone):
             for index, layer in enumerate(self._layers):
-                trace = self._open(layer, f"{self._path}.{index}", tensors)
+                trace = self._open(layer, self._decoder.layer_name(index), tensors)
                 stack.callback(layer.register_forward_pre_hook(self._enter(trace), with_kwargs=True).remove)
                 leave = self._leave(index, trace, visit, results)
                 stack.callback(layer.register_forward_hook(leave, with_kwargs=True).remove)
