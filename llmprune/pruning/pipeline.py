@@ -51,6 +51,7 @@ from llmprune.structures.decisions import Decisions
 from llmprune.structures.describe.audit import audit_checkpoint
 from llmprune.structures.plan import consumer_shapes
 from llmprune.structures.reduction import Reduction
+from llmprune.structures.removable import Removable
 from llmprune.structures.remove.cuts import Cut
 from llmprune.structures.survey import check_budget, decide
 from llmprune.text.loading import model_positions, tokenizer_for
@@ -132,8 +133,10 @@ class Run:
         source = self.open(folder)
         self.recipe = self.recipe.fitted(model_positions(source.config))
         if self.recipe.structures is not None:
-            self.reduction = Reduction(source, self.recipe.structures)
-            check_budget(self.reduction)
+            found = Removable.find(source, self.recipe.structures)
+            # Whatever will be decided, there must be a config that says so many.
+            self.reduction = Reduction(found, found.preview())
+            check_budget(found)
         jobs = plan_jobs(self._result(source), self.recipe)
         require_space(output, sum(stored.nbytes for stored in source.stored.values()))
         tokenizer = tokenizer_for(self.recipe.texts.values(), folder, source.config)
@@ -158,7 +161,7 @@ class Run:
         write_text(target.path / RECIPE_NAME, self.recipe.to_yaml())
         dense = self.dense.final_states(source, texts, self.settings, self.watch, self.stages)
         if self.reduction is not None:
-            self._decide(self.reduction, target, texts["calibration"])
+            self._decide(self.reduction.found, target, texts["calibration"])
         result = self._result(source)
         jobs = plan_jobs(result, self.recipe)
         for layer in target.layers.values():
@@ -229,13 +232,13 @@ class Run:
         """Where the pruned layers are read from: the source itself, unless they have another size."""
         return source if self.reduction is None else self.reduction.result
 
-    def _decide(self, reduction: Reduction, target: OutputFolder, tokens: Tokens) -> None:
+    def _decide(self, found: Removable, target: OutputFolder, tokens: Tokens) -> None:
         """Decide what is removed, or read what an interrupted run has decided."""
         if target.decisions is None:
             with self.stages("survey"):
-                target.decide(decide(reduction, tokens.ids, self.settings, self.stages, self.watch).to_dict())
+                target.decide(decide(found, tokens.ids, self.settings, self.stages, self.watch).to_dict())
         assert target.decisions is not None
-        reduction.settle(Decisions.from_dict(target.decisions))
+        self.reduction = Reduction(found, Decisions.from_dict(target.decisions))
 
     def _smaller(
         self, source: CheckpointSource, result: CheckpointSource, target: OutputFolder, tokens: Tokens
@@ -325,7 +328,7 @@ class Run:
         held_back = self.recipe.held_back * stream.batches[0].shape[1]
         min_tokens, tell = self.recipe.experts.min_tokens, self._teller(layer)
         if self.reduction is not None:
-            consumers = consumer_shapes(self.reduction, layer.index)
+            consumers = consumer_shapes(self.reduction.found, layer.index)
             self.memories.append(layer_memory(layer, [], {}, batch_tokens, held_back, consumers))
             cuts, removed = self.reduction.reduce(layer, min_tokens, tell)
         tell("statistics")

@@ -42,6 +42,7 @@ from llmprune.structures.plan import (
     structure_notes,
 )
 from llmprune.structures.reduction import Reduction
+from llmprune.structures.removable import Removable
 from llmprune.structures.survey import check_budget
 from llmprune.text.loading import check_texts, model_positions
 
@@ -76,14 +77,15 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     settings, device = run.recipe, run.device
     settings = settings.fitted(model_positions(source.config))
     check_texts(settings.texts, source)
-    reduction = Reduction(source, settings.structures) if settings.structures else None
-    if reduction is not None:
-        check_budget(reduction)
+    found = Removable.find(source, settings.structures) if settings.structures else None
+    reduction = Reduction(found, found.preview()) if found else None
+    if found is not None:
+        check_budget(found)
     result = source if reduction is None else reduction.result
     jobs = plan_jobs(result, settings)
     look = _Look(source, settings, device, reduction)
     layers = tuple(look.plan(indices, jobs) for indices in _kinds(source, jobs))
-    structures = plan_structures(reduction)
+    structures = plan_structures(found)
     hidden = look.hidden_bytes
     resident = min(hidden, int(settings.activation_budget))
     largest = max((plan.memory for plan in layers), key=lambda memory: memory.total)
@@ -99,7 +101,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         memory=MemoryPlan(ends_bytes(source), resident, look.calls_bytes, largest),
         disk_bytes=_disk_bytes(source, result),
         spilled_bytes=hidden - resident,
-        notes=(*_notes(settings, source), *(structure_notes(structures, settings.structures) if structures else ())),
+        notes=(*_notes(settings, source), *(structure_notes(structures, found.spec) if found else ())),
         structures=structures,
     )
 
@@ -168,7 +170,7 @@ class _Look:
             needs = {name: job.method.needs or ColumnNorm for name, job in jobs[index].items()}
             groups = layer.observe(needs) if needs else []
             held_back = self._recipe.held_back * self._length
-            consumers = consumer_shapes(self._reduction, index) if self._reduction else []
+            consumers = consumer_shapes(self._reduction.found, index) if self._reduction else []
             memory = layer_memory(layer, groups, jobs[index], max(self._batches) * self._length, held_back, consumers)
             left = self._left(layer)
             work = self._work(layer, groups, jobs[index], left)
@@ -207,8 +209,8 @@ class _Look:
         forward = (1 + bool(jobs)) * elements
         if self._reduction is not None:
             dense = sum(shares[name] * m.shape[0] * m.shape[1] for name, m in layer.matrices.items())
-            forward += observations(self._reduction, layer.index) * dense
-            gram, solve = removal_work(self._reduction, layer.index, counted)
+            forward += observations(self._reduction.found, layer.index) * dense
+            gram, solve = removal_work(self._reduction.found, layer.index, counted)
             products, factors = products + gram, factors + solve
         return Work(2 * forward * self.tokens, products, factors + sweeps)
 
