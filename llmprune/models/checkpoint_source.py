@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -22,7 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from llmprune.errors import CheckpointError, ModelError
 from llmprune.models.headers import check_headers, require_none
 from llmprune.models.skeleton import quiet_transformers, read_config
-from llmprune.models.source import drop_parameters, modules_outside, move
+from llmprune.models.source import Smaller, drop_parameters, modules_outside, move
 from llmprune.models.uneven import UNBUILDABLE, build_decoder, one_line
 from llmprune.precision import computed_in
 from llmprune.storage.files import INDEX_NAME, SINGLE_NAME, Stored, read_header, read_index, read_json
@@ -30,30 +30,8 @@ from llmprune.storage.formats import Layout
 from llmprune.storage.packed_config import PackedWeight, as_dense, packed_layouts
 
 
-@dataclass(frozen=True, slots=True)
-class Smaller:
-    """A decoder layer with fewer heads, channels or experts, to be stored in the place of the one in the checkpoint.
-
-    Attributes:
-        model: the whole smaller model.
-        layer: the layer, its parameters resident.
-        kept: (name inside the layer, dimension) -> indices, int64, that stay of the original.
-    """
-
-    model: PreTrainedModel
-    layer: nn.Module
-    kept: Mapping[tuple[str, int], Tensor]
-
-    def part(self, name: str, original: Tensor) -> Tensor:
-        """What is left of a tensor."""
-        for (own, dim), index in self.kept.items():
-            if own == name:
-                original = original.index_select(dim, index.to(original.device))
-        return original
-
-
 class CheckpointSource:
-    """A checkpoint folder, read lazily: at most one decoder layer, or the ends, is in memory.
+    """A `StoredSource`: a checkpoint folder, read lazily: at most one decoder layer, or the ends, is in memory.
 
     Key renaming and fused experts follow transformers' own conversion tables, in both directions.
 

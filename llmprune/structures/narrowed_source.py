@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from llmprune.errors import CheckpointError
-from llmprune.models.checkpoint_source import CheckpointSource, Smaller
-from llmprune.models.source import drop_parameters, modules_outside
+from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.models.source import Smaller, drop_parameters, modules_outside
 from llmprune.models.uneven import build_decoder
 from llmprune.structures.remove.width import Width, shrink_width
 
 
 class WidthSource:
-    """A `Source` of the model with fewer hidden channels; beside its layer, at most the full one is in memory.
+    """A `StoredSource` of the model with fewer hidden channels; beside its layer, at most the full one is in memory.
 
     Args:
         inner: the full checkpoint.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.errors import CheckpointError, ModelError
-from llmprune.models.checkpoint_source import CheckpointSource, Smaller
+from llmprune.models.source import Smaller, StoredSource
 from llmprune.recipe.structures import Groups, GroupSection
 from llmprune.storage.report import StructureRow
 from llmprune.stream.stream import ResidentLayer
@@ -44,7 +44,7 @@ class Reduction:
 
     def __init__(self, found: Removable, decisions: Decisions) -> None:
         self.found, self.decisions, self.dense = found, decisions, found.dense
-        self.source: CheckpointSource | WidthSource = found.dense
+        self.source: StoredSource = found.dense
         if found.width is not None and decisions.channels is not None:
             self.source = WidthSource(found.dense, found.width, decisions.channels, decisions.factors)
         config, numbers = found.described(decisions)

@@ -6,14 +6,14 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.errors import ModelError
-from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.decoder import Decoder
+from llmprune.models.source import StoredSource
 from llmprune.models.uneven import UNBUILDABLE, build_decoder, one_line
 from llmprune.structures.describe.candidates import integers
 from llmprune.structures.find.tracing import Run, eagerly
 
 
-def audit_checkpoint(source: CheckpointSource) -> None:
+def audit_checkpoint(source: StoredSource) -> None:
     """Check the config and the tensors of a checkpoint against each other: load all of it, a layer at a time.
 
     Raises:
