@@ -156,6 +156,7 @@ def test_layouts_that_structure_cannot_tell(
 ) -> None:
     layers = Decoder.find(build(family)).layers
     found = [m for layer in layers for m in prunable_matrices(layer, "l") if m.parameter == parameter]
+    assert {m.routed for m in found} == {"experts" in parameter}, "every token meets all blocks of a matrix"
     assert {(m.shape, m.transposed) for m in found} == {(shape, transposed)}
     assert [m.expert for m in found][: found[0].experts] == list(range(found[0].experts))
 

@@ -106,12 +106,12 @@ def test_what_has_no_equal() -> None:
 @pytest.mark.parametrize(
     ("changed", "noticed"),
     [
-        ({"rms_norm_eps": 1e-3}, r"variance_epsilon is 1e-06, .*variance_epsilon is 0\.001"),
-        ({"head_dim": 16}, "scaling is"),
-        ({"num_key_value_heads": 4}, r"k_proj.weight is \(16, 32\), .*k_proj.weight is \(32, 32\)"),
-        ({"num_hidden_layers": 2}, "is"),
-        ({"hidden_act": "gelu"}, "act_fn is SiLU"),
-        ({"rope_parameters": YARN | {"attention_factor": 1.0}}, "the buffer model.rotary_emb.inv_freq has other"),
+        ({"rms_norm_eps": 1e-3}, r"variance_epsilon would be 0\.001, not 1e-06"),
+        ({"head_dim": 16}, "scaling would be"),
+        ({"num_key_value_heads": 4}, r"k_proj.weight would be \[32, 32\], not \[16, 32\]"),
+        ({"num_hidden_layers": 2}, "would be"),
+        ({"hidden_act": "gelu"}, "act_fn would be a GELU.*, not a SiLU"),
+        ({"rope_parameters": YARN | {"attention_factor": 1.0}}, "the buffer model.rotary_emb.inv_freq would change"),
     ],
 )
 def test_a_difference_is_noticed(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], noticed: str) -> None:

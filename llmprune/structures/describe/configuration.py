@@ -9,12 +9,11 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from llmprune.errors import ModelError
 from llmprune.models.decoder import Decoder
+from llmprune.models.differences import Expected, Shape, module_differences, shape_differences
 from llmprune.models.uneven import (
     UNBUILDABLE,
     Changes,
@@ -29,6 +28,7 @@ from llmprune.structures.describe.candidates import Request, candidates
 from llmprune.structures.describe.equals import equal_config
 from llmprune.structures.remove.cuts import Cut, removed_indices
 
+# For one request, the most plausible first: each costs a build of the whole model without weights.
 _MOST_TRIES = 40
 
 
@@ -76,6 +76,7 @@ def _described(describe: Callable[["_Search"], PretrainedConfig], search: "_Sear
     try:
         return describe(search)
     except ModelError as error:
+        # Only where the class itself stands in the way can another class help; other errors are about the shapes.
         if not search.refused:
             raise
         try:
@@ -91,6 +92,8 @@ def _described(describe: Callable[["_Search"], PretrainedConfig], search: "_Sear
 
 def _smaller(search: "_Search") -> PretrainedConfig:
     changes: Changes = {}
+    # Each request is met by itself first, since its changes then are independent of the others', and then all changes
+    # are checked together, in all layers: two attributes may depend on one another.
     for requests in search.joined(list(search.cuts)):
         changes |= requests
     if differences := search.differences(changes, everything=True) or search.other_differences(changes, None):
@@ -111,6 +114,7 @@ def _uneven(search: "_Search") -> PretrainedConfig:
     overrides: dict[str, Any] = {}
     found: dict[tuple[object, ...], Changes] = {}
     for layer in sorted(search.cuts):
+        # Layers that lose the same numbers from the same shapes need the same attributes: a search for one serves all.
         key = search.signature(layer)
         if key not in found:
             found[key] = {}
@@ -154,10 +158,13 @@ class _Search:
         alone: list[Request] = []
         for request in self._requests(layers):
             found = self._first_fit([request], layers)
+            # One attribute may say two sizes (a shared expert's width follows from the routed ones'): neither request
+            # is met without the other, and they are tried together.
             if found is None:
                 alone.append(request)
             else:
                 yield found
+        # Only equal shares of one kind can hang together.
         for _, group in itertools.groupby(alone, lambda r: (r.kind, r.kept / r.groups)):
             requests = list(group)
             found = self._first_fit(requests, layers) if len(requests) > 1 else None
@@ -200,54 +207,39 @@ class _Search:
         decoder = self._build(changes)
         if isinstance(decoder, str):
             return [decoder]
-        after = dict(decoder.model.named_parameters())
-        differences = []
-        for name, parameter in self._before.model.named_parameters():
-            layer, inner = self._before.place(name)
-            if everything or layer in layers:
-                wanted = self._shrunk(layer, inner, parameter, requests)
-                shape = tuple(after[name].shape) if name in after else ()
-                if shape != wanted:
-                    differences.append(f"{name} would be {list(shape)}, not {list(wanted)}")
-        return differences
+        expected = Expected(
+            parameter=lambda name, before, after: self._shrunk(name, before, requests),
+            inside=lambda name: everything or self._before.place(name)[0] in layers,
+        )
+        return list(shape_differences(self._before.model, decoder.model, expected))
 
     def other_differences(self, changes: Changes, layers: Sequence[int] | None) -> list[str]:
         """Buffers and numbers in modules, of some layers or all (None), that change although nothing of them goes."""
-        modules = dict(self.built(changes).model.named_modules())
-        differences = []
-        for name, module in self._before.model.named_modules():
-            layer, inner = self._before.place(name)
-            if layers is not None and layer not in layers:
-                continue
-            other = modules.get(name)
-            if other is None or type(other) is not type(module):
-                differences.append(f"{name} would be another module")
-                continue
-            for key, value in vars(module).items():
-                if isinstance(value, float) and vars(other).get(key) != value:
-                    differences.append(f"{name}.{key} would be {vars(other).get(key)}, not {value}")
-            for key, buffer in module.named_buffers(recurse=False):
-                full = f"{inner}.{key}" if inner else key
-                if not _same_buffer(buffer, other.get_buffer(key), self._shrunk(layer, full, buffer)):
-                    differences.append(f"the buffer {name}.{key} would change")
-        return differences
+        expected = Expected(
+            buffer=self._shrunk,
+            # Whole numbers are sizes, which the shapes tell; the others are scales and epsilons.
+            value=lambda key, before, after: not isinstance(before, float) or before == after,
+            inside=lambda name: layers is None or self._before.place(name)[0] in layers,
+        )
+        return list(module_differences(self._before.model, self.built(changes).model, expected))
 
-    def _shrunk(
-        self, layer: int | None, name: str, tensor: Tensor, requests: Sequence[Request] | None = None
-    ) -> tuple[int, ...]:
-        """The shape that is left of a layer's tensor by some of the cuts; None: all of them."""
+    def _shrunk(self, name: str, shape: Shape, requests: Sequence[Request] | None = None) -> Shape:
+        """The shape that is left of a tensor by some of the cuts; None: all of them."""
+        layer, inner = self._before.place(name)
         key = layer, None if requests is None else tuple(requests)
         if key not in self._gone:
             cuts = [] if layer is None else self.cuts.get(layer, ())
+            # Kept by layer and requests, because every name of every try asks again.
             asked = [cut for cut in cuts if requests is None or self._request(cut) in requests]
             self._gone[key] = {place: len(gone) for place, gone in removed_indices(asked).items()}
-        return tuple(size - self._gone[key].get((name, dim), 0) for dim, size in enumerate(tensor.shape))
+        return tuple(size - self._gone[key].get((inner, dim), 0) for dim, size in enumerate(shape))
 
     def _request(self, cut: Cut) -> Request:
         structure = cut.structure
         return Request(structure.kind, structure.consumer, structure.groups, structure.columns, cut.kept)
 
     def _build(self, changes: Changes) -> Decoder | str:
+        # Candidates of several requests, and the final check, often are the same change.
         key = repr(sorted(changes.items()))
         if key not in self._built:
             try:
@@ -272,12 +264,6 @@ class _Search:
             + ("; ".join(tried) or "nothing: no attribute has such a value"),
             fix=f"remove another number of groups, or leave {request.kind} out of the recipe",
         )
-
-
-def _same_buffer(before: Tensor, after: Tensor, wanted: tuple[int, ...]) -> bool:
-    if wanted != tuple(before.shape):
-        return tuple(after.shape) == wanted
-    return before.shape == after.shape and torch.equal(before, after)
 
 
 def _shown(changes: Changes) -> str:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from llmprune.errors import ModelError
+from llmprune.models.differences import Expected, differences
 from llmprune.models.uneven import (
     REMOVED,
     UNBUILDABLE,
@@ -64,7 +65,7 @@ def drop_layers(
         raise _changed(path, kept[-1], f"the model would have {len(after.layers)} layers, not {len(kept)}")
     numbers = {old: new for new, old in enumerate(kept)}
     for old, new in numbers.items():
-        for difference in _differences(layers[old], after.layers[new], numbers):
+        for difference in _unlike(layers[old], after.layers[new], numbers):
             raise _changed(path, old, difference)
     for problem in stumbles(after):
         raise _changed(path, kept[0], problem)
@@ -89,27 +90,17 @@ def _renumbered(text: Mapping[str, Any], kept: Sequence[int], count: int) -> Ite
             yield key, {str(new): widths[old] for new, old in enumerate(kept) if old in widths}
 
 
-def _differences(before: nn.Module, after: nn.Module, numbers: Mapping[int, int]) -> Iterator[str]:
-    """What a layer is at its new place and was not at the old one."""
-    shapes = {name: tuple(p.shape) for name, p in after.named_parameters()}
-    for name, parameter in before.named_parameters():
-        if shapes.pop(name, None) != tuple(parameter.shape):
-            yield f"{name} is missing or has another shape"
-    if shapes:
-        yield f"{next(iter(shapes))} is new"
-    others = dict(after.named_modules())
-    for name, module in before.named_modules():
-        other = others.get(name)
-        if type(other) is not type(module):
-            yield f"{name or 'it'} is another module"
-            continue
-        for key, value in vars(module).items():
-            if type(value) not in (bool, int, float, str, type(None)) or key in OWN_NUMBER or key == "training":
-                continue
-            # A number of another layer moves with that layer.
-            wanted = numbers.get(value) if key.endswith(("layer_index", "layer_idx")) and type(value) is int else value
-            if vars(other).get(key) != wanted:
-                yield f"{name}.{key} is {vars(other).get(key)}, not {wanted}".lstrip(".")
+def _unlike(before: nn.Module, after: nn.Module, numbers: Mapping[int, int]) -> Iterator[str]:
+    """What a layer would be at its new place and was not at the old one."""
+
+    def same(key: str, value: Any, new: Any) -> bool:
+        if key in OWN_NUMBER or key == "training":
+            return True
+        # A number of another layer moves with that layer.
+        moves = key.endswith(("layer_index", "layer_idx")) and type(value) is int
+        return bool(new == (numbers.get(value) if moves else value))
+
+    return differences(before, after, Expected(value=same))
 
 
 def _changed(path: str, layer: int, why: str) -> ModelError:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.errors import ModelError, NumericsError, PatternError
+from llmprune.models.differences import Expected, Shape, differences
 from llmprune.models.uneven import UNBUILDABLE, Changes, build_decoder, changed, one_line, text_part
 from llmprune.structures.find.width_probe import Norm, find_norms, first_deviation
 
@@ -203,35 +204,17 @@ def _compare(
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """The dimensions that are hidden width, and what differs beside them."""
     places: dict[str, tuple[int, ...]] = {}
-    problems = list(_other_differences(before, after, size, kept))
-    shapes = {name: tuple(parameter.shape) for name, parameter in after.named_parameters()}
-    for name, parameter in before.named_parameters():
-        shape = shapes.pop(name, ())
-        dims = tuple(dim for dim, pair in enumerate(zip(parameter.shape, shape, strict=False)) if pair == (size, kept))
-        if shape != tuple(kept if dim in dims else length for dim, length in enumerate(parameter.shape)):
-            problems.append(f"{name} would be {list(shape)} in place of {list(parameter.shape)}")
-        elif dims:
+
+    def narrowed(name: str, full: Shape, narrow: Shape) -> Shape:
+        dims = tuple(dim for dim, pair in enumerate(zip(full, narrow, strict=False)) if pair == (size, kept))
+        if dims:
             places[name] = dims
-    problems += [f"{name} would be new" for name in shapes]
-    return places, problems
+        return tuple(kept if dim in dims else length for dim, length in enumerate(full))
 
+    def same(key: str, value: Any, new: Any) -> bool:
+        return value is None or value == new or _narrowed(value, new, size, kept)
 
-def _other_differences(before: PreTrainedModel, after: PreTrainedModel, size: int, kept: int) -> Iterator[str]:
-    """Modules, their numbers and their buffers that change beside the hidden size."""
-    others = dict(after.named_modules())
-    for name, module in before.named_modules():
-        other = others.get(name)
-        if other is None or type(other) is not type(module):
-            yield f"{name} would be another module"
-            continue
-        for key, value in vars(module).items():
-            new = vars(other).get(key)
-            if type(value) in (bool, int, float, str, tuple) and value != new and not _narrowed(value, new, size, kept):
-                yield f"{name}.{key} would be {new}, not {value}".lstrip(".")
-        for key, buffer in module.named_buffers(recurse=False):
-            if not _same(buffer, other.get_buffer(key)):
-                yield f"the buffer {name}.{key} would change"
-    yield from (f"{name} would be new" for name in others.keys() - dict(before.named_modules()).keys())
+    return places, list(differences(before, after, Expected(parameter=narrowed, value=same)))
 
 
 def _narrowed(before: Any, after: Any, size: int, kept: int) -> bool:
@@ -240,10 +223,6 @@ def _narrowed(before: Any, after: Any, size: int, kept: int) -> bool:
         pairs = zip(before, after, strict=False)
         return len(before) == len(after) and all(one == other or (one, other) == (size, kept) for one, other in pairs)
     return type(before) is int and (before, after) == (size, kept)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
 
 
 def _with_epsilon(
