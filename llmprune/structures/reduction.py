@@ -28,6 +28,8 @@ from llmprune.structures.remove.problem import RemovalSettings
 class Reduction:
     """The way of one checkpoint to a smaller one, once it is settled what goes.
 
+    Nothing of that changes any more; only which of the result's layers is resident does.
+
     Args:
         found: what can be removed.
         decisions: what is; before any text is read, those of `found.preview()`, which say how much and not which.
