@@ -48,15 +48,12 @@ class Pattern(Protocol):
     def compared(self, over: Scope) -> "Pattern":
         """The same pattern, with the comparison scope filled in where it was left to the method."""
 
-    def mask(
-        self, scores: Shaped[Tensor, "out columns"], *, start: int = 0, width: int | None = None
-    ) -> Bool[Tensor, "out columns"]:
+    def mask(self, scores: Shaped[Tensor, "out columns"], *, start: int = 0) -> Bool[Tensor, "out columns"]:
         """Keep the highest scores.
 
         Args:
             scores: [out, columns], any real dtype, no NaN. Ties go against the lower index.
             start: first column of the slice, where `scores` is a slice of a wider matrix.
-            width: number of columns of the whole matrix; default: the scores are the whole matrix.
 
         Returns:
             True where the weight stays. The masks of consecutive slices add up to `zeros` of the whole.
@@ -99,9 +96,7 @@ class Unstructured:
     def compared(self, over: Scope) -> "Unstructured":
         return self if self.over else replace(self, over=over)
 
-    def mask(
-        self, scores: Shaped[Tensor, "out columns"], *, start: int = 0, width: int | None = None
-    ) -> Bool[Tensor, "out columns"]:
+    def mask(self, scores: Shaped[Tensor, "out columns"], *, start: int = 0) -> Bool[Tensor, "out columns"]:
         rows, columns = scores.shape
         unit = 1 if self.over == "row" else rows
         count = _count(self.sparsity, unit * (start + columns)) - _count(self.sparsity, unit * start)
@@ -152,9 +147,7 @@ class NM:
     def compared(self, over: Scope) -> "NM":
         return self
 
-    def mask(
-        self, scores: Shaped[Tensor, "out columns"], *, start: int = 0, width: int | None = None
-    ) -> Bool[Tensor, "out columns"]:
+    def mask(self, scores: Shaped[Tensor, "out columns"], *, start: int = 0) -> Bool[Tensor, "out columns"]:
         rows, columns = scores.shape
         self.check((rows, columns))
         groups = scores.reshape(-1, self.of)
@@ -207,9 +200,7 @@ class Block:
     def compared(self, over: Scope) -> "Block":
         return self
 
-    def mask(
-        self, scores: Shaped[Tensor, "out columns"], *, start: int = 0, width: int | None = None
-    ) -> Bool[Tensor, "out columns"]:
+    def mask(self, scores: Shaped[Tensor, "out columns"], *, start: int = 0) -> Bool[Tensor, "out columns"]:
         rows, columns = scores.shape
         self.check((rows, columns))
         height, breadth = self.size

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.decoder import Decoder
 from llmprune.structures.find.discovery import Structure
 from llmprune.structures.remove.cuts import Cut, mask, routed_without, shrink
 
@@ -29,7 +29,7 @@ def cut_all(found: list[list[Structure]], kind: str, part: float = 0.3) -> tuple
 
 
 def shrunk_state(model: PreTrainedModel, cuts: Cuts) -> dict[str, Tensor]:
-    path, _ = find_decoder_layers(model)
+    path = Decoder.find(model).path
     state = dict(model.state_dict())
     for layer, own in cuts.items():
         prefix = f"{path}.{layer}."
@@ -40,7 +40,7 @@ def shrunk_state(model: PreTrainedModel, cuts: Cuts) -> dict[str, Tensor]:
 
 def masked_logits(model: PreTrainedModel, cuts: Cuts, ids: Tensor) -> Tensor:
     """The logits of the full-size model, in which the groups are zero from now on."""
-    _, layers = find_decoder_layers(model)
+    layers = Decoder.find(model).layers
     with torch.no_grad(), ExitStack() as stack:
         for layer, own in cuts.items():
             for cut in own:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llmprune.models.decoder import find_decoder_layers, prunable_matrices
+from llmprune.models.decoder import Decoder, prunable_matrices
 from llmprune.models.source import ModelSource
 from llmprune.statistics import Gram
 from llmprune.stream.observation import Group
@@ -93,13 +93,13 @@ Known = dict[tuple[int, str], tuple[Tensor, Tensor]]
 
 
 def matrix_names(model: PreTrainedModel) -> dict[int, list[str]]:
-    _, layers = find_decoder_layers(model)
+    layers = Decoder.find(model).layers
     return {i: sorted({m.parameter for m in prunable_matrices(layer, "")}) for i, layer in enumerate(layers)}
 
 
 def whole_gradients(model: PreTrainedModel, names: dict[int, list[str]], ids: Tensor) -> Known:
     """Gradients of the loss by automatic differentiation of the whole model, a sample at a time."""
-    _, layers = find_decoder_layers(model)
+    layers = Decoder.find(model).layers
     weights = {(i, name): layers[i].get_parameter(name) for i, own in names.items() for name in own}
     flags = [weight.requires_grad for weight in weights.values()]
     for weight in weights.values():

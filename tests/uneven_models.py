@@ -10,7 +10,8 @@ from tiny_models import build, random_ids, save
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from llmprune.models.uneven import build_uneven_skeleton
+from llmprune.models.decoder import Decoder
+from llmprune.models.uneven import build_decoder
 from llmprune.storage.packed_config import with_packing_record
 from llmprune.structures.describe.configuration import uneven_config
 from llmprune.structures.find.discovery import find_structures
@@ -24,14 +25,14 @@ def save_uneven(
 ) -> Tensor:
     """Save a tiny model with a smaller first and last layer; the logits of the full-size model with zeros there."""
     model = build(family, **changes)
-    found = find_structures(model)
+    found = find_structures(Decoder.find(model))
     last = len(found) - 1
     first, narrow = (by_kind(found, layer, "ffn")[0] for layer in (0, last))
     cuts: Cuts = {0: [Cut(first, (3, 5, 7, 9))], last: [Cut(narrow, tuple(range(8, narrow.groups // 2 + 4)))]}
     if heads:
         cuts[last].append(Cut(by_kind(found, last, "heads")[0], (0,)))
     config = uneven_config(model.config, cuts)
-    small = build_uneven_skeleton(config)
+    small = build_decoder(config).model
     small.load_state_dict(shrunk_state(model, cuts), assign=True)
     small.tie_weights()
     save(small.to(dtype), folder)

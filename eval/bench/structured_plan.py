@@ -115,4 +115,4 @@ def _section(kind: str, amount: float, choice: Mapping[str, Any]) -> dict[str, A
 
 def _structures(source: CheckpointSource) -> dict[str, Structure]:
     """Heads and channels of the first layer; the others are alike in the models of this bench."""
-    return {structure.kind: structure for structure in find_structures(source.model)[0]}
+    return {structure.kind: structure for structure in find_structures(source.decoder)[0]}

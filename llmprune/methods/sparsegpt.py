@@ -115,7 +115,7 @@ class _Sweep:
             # Only masks depend on this inverse, not the weights.
             present = torch.addmm(values, _inverse(factor).T, sums)
             scores = present.square_().mul_(importance[:, None]).T
-            keep.copy_(self._pattern.mask(scores, start=start, width=len(self._values)).T)
+            keep.copy_(self._pattern.mask(scores, start=start).T)
         sweep_block(sums, values, factor, importance, keep, self._group)
         values -= sums
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -20,41 +20,18 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from llmprune.errors import CheckpointError, ModelError
-from llmprune.models.decoder import find_decoder_layers
 from llmprune.models.headers import check_headers, require_none
 from llmprune.models.skeleton import quiet_transformers, read_config
-from llmprune.models.source import drop_parameters, modules_outside, move
-from llmprune.models.uneven import UNBUILDABLE, build_uneven_skeleton, one_line
+from llmprune.models.source import Smaller, drop_parameters, modules_outside, move
+from llmprune.models.uneven import UNBUILDABLE, build_decoder, one_line
 from llmprune.precision import computed_in
 from llmprune.storage.files import INDEX_NAME, SINGLE_NAME, Stored, read_header, read_index, read_json
 from llmprune.storage.formats import Layout
 from llmprune.storage.packed_config import PackedWeight, as_dense, packed_layouts
 
 
-@dataclass(frozen=True, slots=True)
-class Smaller:
-    """A decoder layer with fewer heads, channels or experts, to be stored in the place of the one in the checkpoint.
-
-    Attributes:
-        model: the whole smaller model.
-        layer: the layer, its parameters resident.
-        kept: (name inside the layer, dimension) -> indices, int64, that stay of the original.
-    """
-
-    model: PreTrainedModel
-    layer: nn.Module
-    kept: Mapping[tuple[str, int], Tensor]
-
-    def part(self, name: str, original: Tensor) -> Tensor:
-        """What is left of a tensor."""
-        for (own, dim), index in self.kept.items():
-            if own == name:
-                original = original.index_select(dim, index.to(original.device))
-        return original
-
-
 class CheckpointSource:
-    """A checkpoint folder, read lazily: at most one decoder layer, or the ends, is in memory.
+    """A `StoredSource`: a checkpoint folder, read lazily: at most one decoder layer, or the ends, is in memory.
 
     Key renaming and fused experts follow transformers' own conversion tables, in both directions.
 
@@ -78,8 +55,9 @@ class CheckpointSource:
     ) -> None:
         self.folder = folder
         self.config = config or read_config(folder)
-        self.model = build_uneven_skeleton(self.config, compute_dtype, decoder_layers)
-        self.layers_path, self.layers = find_decoder_layers(self.model, decoder_layers)
+        self._named = decoder_layers
+        self.decoder = build_decoder(self.config, compute_dtype, decoder_layers)
+        self.model, self.layers_path, self.layers = self.decoder.model, self.decoder.path, self.decoder.layers
         self.dtype: torch.dtype = self.model.dtype
         self._conversions = get_model_conversion_mapping(self.model)
         self._state_names = set(self.model.state_dict())
@@ -92,6 +70,20 @@ class CheckpointSource:
     def overlay(self, shard: Path, layouts: Mapping[str, Layout] | None = None) -> None:
         """Read the tensors of this shard from now on instead of the source's; `layouts` are those of packed layers."""
         self._add(as_dense({stored.key: stored for stored in read_header(shard)}, layouts or {}))
+
+    def rewritten(self, config: PretrainedConfig) -> "CheckpointSource":
+        """What will be written in the place of this checkpoint; its tensors come by `overlay`.
+
+        Args:
+            config: describes a model with other layers, or other sizes of them.
+
+        Raises:
+            ModelError: its decoder layers are found elsewhere, if at all.
+        """
+        result = CheckpointSource(self.folder, self.model.dtype, self._named, config)
+        if result.layers_path != self.layers_path:
+            raise ModelError(f"the smaller model has its layers in {result.layers_path}")
+        return result
 
     def load_layer(self, index: int, device: torch.device) -> None:
         """Read one decoder layer onto the device."""
@@ -126,7 +118,7 @@ class CheckpointSource:
 
     def layer_name(self, index: int) -> str:
         """Dotted name of a decoder layer."""
-        return f"{self.layers_path}.{index}"
+        return self.decoder.layer_name(index)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of all tensors, as they are stored and as the dense checkpoint that they stand for."""
@@ -215,7 +207,7 @@ class CheckpointSource:
 
     def _inside(self, key: str) -> str:
         """The parameter that a key of the checkpoint becomes, as its layer calls it."""
-        return self.targets[key][0].removeprefix(self.layers_path + ".").partition(".")[2]
+        return self.decoder.place(self.targets[key][0])[1]
 
     def _add(self, tensors: Mapping[str, Stored | PackedWeight]) -> None:
         """Read these tensors from now on."""

@@ -27,6 +27,10 @@ STACKED = {
 }
 
 
+# The number of a routed expert in the name of a module or matrix of its own ("mlp.experts.7.up_proj").
+EXPERT_NUMBER = re.compile(r"(?<=\bexperts\.)\d+(?=\.)")
+
+
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """One prunable matrix.
@@ -39,6 +43,8 @@ class Matrix:
         transposed: stored [in, out] (GPT-2's Conv1D) instead of [out, in].
         shape: (out, in).
         experts: how many matrices the parameter holds.
+        routed: whether a router decides which tokens it multiplies: the one test of "is an expert's". The blocks of a
+            block-diagonal matrix lie in one parameter too, but meet every token.
     """
 
     name: str
@@ -47,6 +53,7 @@ class Matrix:
     transposed: bool
     shape: tuple[int, int]
     experts: int = 1
+    routed: bool = False
 
     @property
     def kind(self) -> str | None:
@@ -54,8 +61,7 @@ class Matrix:
         if self.expert is not None:
             head, _, leaf = self.name.rpartition(f".{self.expert}.")
             return f"{head}.*.{leaf}"
-        kind = re.sub(r"\.experts\.\d+\.", ".experts.*.", self.name)
-        return None if kind == self.name else kind
+        return EXPERT_NUMBER.sub("*", self.name) if EXPERT_NUMBER.search(self.name) else None
 
     def view(self, parameter: Tensor) -> Tensor:
         """The matrix as [out, in], a view of its parameter."""
@@ -66,21 +72,47 @@ class Matrix:
         return matrix.T if self.transposed else matrix
 
 
-def find_decoder_layers(model: PreTrainedModel, path: str | None = None) -> tuple[str, nn.ModuleList]:
-    """Locate the list of decoder layers: the text decoder's outermost ModuleList that holds most of its parameters.
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoder:
+    """A causal LM and its decoder layers: found once, when the model is built or opened, and handed on from there.
 
-    Args:
-        model: any causal LM; meta tensors suffice.
-        path: dotted name of the list, where the search fails (recipe key `decoder_layers`).
-
-    Raises:
-        ModelError: nothing is there, two lists are too close to call, or the layers have parameters in common.
+    Attributes:
+        model: the whole model; meta tensors suffice.
+        path: dotted name of the list of decoder layers.
+        layers: that list. A layer in it may be replaced.
     """
-    if path is None:
-        path = _largest_list(model)
-    layers = _named_list(model, path)
-    _require_separate(layers, path)
-    return path, layers
+
+    model: PreTrainedModel
+    path: str
+    layers: nn.ModuleList
+
+    @classmethod
+    def find(cls, model: PreTrainedModel, path: str | None = None) -> "Decoder":
+        """Locate the list of layers: the text decoder's outermost ModuleList that holds most of its parameters.
+
+        Args:
+            model: any causal LM.
+            path: dotted name of the list, where it is known, or the search fails (recipe key `decoder_layers`).
+
+        Raises:
+            ModelError: nothing is there, two lists are too close to call, or the layers have parameters in common.
+        """
+        if path is None:
+            path = _largest_list(model)
+        layers = _named_list(model, path)
+        _require_separate(layers, path)
+        return cls(model, path, layers)
+
+    def layer_name(self, index: int) -> str:
+        """Dotted name of a decoder layer."""
+        return f"{self.path}.{index}"
+
+    def place(self, name: str) -> tuple[int | None, str]:
+        """The layer in which a dotted name of the model lies (None: in none), and the rest of the name."""
+        if not name.startswith(f"{self.path}."):
+            return None, name
+        number, _, inner = name.removeprefix(f"{self.path}.").partition(".")
+        return int(number), inner
 
 
 def _largest_list(model: PreTrainedModel) -> str:
@@ -115,7 +147,8 @@ def prunable_matrices(layer: nn.Module, prefix: str) -> Iterator[Matrix]:
             transposed = isinstance(module, Conv1D)
             rows, columns = module.weight.shape
             shape = (columns, rows) if transposed else (rows, columns)
-            yield Matrix(full, _join(module_name, "weight"), None, transposed, shape)
+            routed = EXPERT_NUMBER.search(full) is not None
+            yield Matrix(full, _join(module_name, "weight"), None, transposed, shape, routed=routed)
         elif not isinstance(module, nn.Conv1d | nn.Conv2d):
             yield from _expert_matrices(module, module_name, full)
 
@@ -124,7 +157,7 @@ def _expert_matrices(module: nn.Module, module_name: str, full: str) -> Iterator
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dim() == 3 and min(parameter.shape[1:]) > 1 and "bias" not in name:
             transposed = getattr(module, "is_transposed", type(module).__name__ in TRANSPOSED_EXPERTS)
-            yield from _split(parameter.shape, module_name, full, name, transposed)
+            yield from _split(module, parameter.shape, module_name, full, name, transposed)
 
 
 def _stacked_matrices(module: nn.Module, module_name: str, full: str) -> Iterator[Matrix]:
@@ -132,14 +165,20 @@ def _stacked_matrices(module: nn.Module, module_name: str, full: str) -> Iterato
     experts = getattr(module, count)
     for name in plain + transposed:
         rows, columns = module.get_parameter(name).shape
-        yield from _split((experts, rows // experts, columns), module_name, full, name, name in transposed)
+        size = experts, rows // experts, columns
+        yield from _split(module, size, module_name, full, name, name in transposed)
 
 
-def _split(size: Sequence[int], module_name: str, full: str, name: str, transposed: bool) -> Iterator[Matrix]:
+def _split(
+    module: nn.Module, size: Sequence[int], module_name: str, full: str, name: str, transposed: bool
+) -> Iterator[Matrix]:
     experts, rows, columns = size
     shape = (columns, rows) if transposed else (rows, columns)
+    parameter = _join(module_name, name)
+    # Only names tell experts from blocks: the module's own, or the one that it has in the layer.
+    routed = "expert" in f"{parameter} {type(module).__name__}".lower()
     for expert in range(experts):
-        yield Matrix(f"{full}.{expert}.{name}", _join(module_name, name), expert, transposed, shape, experts)
+        yield Matrix(f"{full}.{expert}.{name}", parameter, expert, transposed, shape, experts, routed)
 
 
 def _named_list(model: PreTrainedModel, path: str) -> nn.ModuleList:

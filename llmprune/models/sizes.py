@@ -82,11 +82,8 @@ def layer_weights(layer: nn.Module, active: float) -> dict[str, Weight]:
         raise RecipeError(f"active is {active}", expected="the fraction of the experts that a token reaches, in (0, 1]")
     weights = {name: Weight(tuple(parameter.shape)) for name, parameter in layer.named_parameters()}
     for matrix in prunable_matrices(layer, ""):
-        # Blocks of a block-diagonal matrix lie in one parameter too, but meet every token.
-        owner = layer.get_submodule(matrix.parameter.rpartition(".")[0])
-        routed = matrix.kind is not None and "expert" in f"{matrix.name} {type(owner).__name__}".lower()
-        weight = weights[matrix.parameter]
-        weights[matrix.parameter] = replace(weight, matrices=matrix.experts, share=active if routed else 1.0)
+        share = active if matrix.routed else 1.0
+        weights[matrix.parameter] = replace(weights[matrix.parameter], matrices=matrix.experts, share=share)
     return weights
 
 

@@ -1,16 +1,17 @@
 """Where decoder layers come from: the protocol, and a model in memory."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.errors import ModelError
-from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.decoder import Decoder
 from llmprune.models.skeleton import refuse_quantised
 
 
@@ -30,6 +31,10 @@ class Source(Protocol):
     layers: nn.ModuleList
     dtype: torch.dtype
 
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint that the layers are read from; None for a model in memory."""
+
     def load_layer(self, index: int, device: torch.device) -> None:
         """Put the parameters of one decoder layer on the device."""
 
@@ -46,6 +51,65 @@ class Source(Protocol):
         """Let go of it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Smaller:
+    """A decoder layer with fewer heads, channels or experts, to be stored in the place of the one in the checkpoint.
+
+    Attributes:
+        model: the whole smaller model.
+        layer: the layer, its parameters resident.
+        kept: (name inside the layer, dimension) -> indices, int64, that stay of the original.
+    """
+
+    model: PreTrainedModel
+    layer: nn.Module
+    kept: Mapping[tuple[str, int], Tensor]
+
+    def part(self, name: str, original: Tensor) -> Tensor:
+        """What is left of a tensor."""
+        for (own, dim), index in self.kept.items():
+            if own == name:
+                original = original.index_select(dim, index.to(original.device))
+        return original
+
+
+@runtime_checkable
+class StoredSource(Source, Protocol):
+    """A source that is read from a checkpoint folder: what it takes to write it anew, and to audit it.
+
+    Attributes:
+        decoder: the model and its layers.
+        config: of the model.
+    """
+
+    decoder: Decoder
+    config: PretrainedConfig
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint; of a source that shows only a part of it, the whole one."""
+
+    def layer_name(self, index: int) -> str:
+        """Dotted name of a decoder layer."""
+
+    def checkpoint_tensors(
+        self, index: int, changed: Collection[str] = (), smaller: Smaller | None = None
+    ) -> dict[str, Tensor]:
+        """The resident layer under the checkpoint's own keys and dtypes.
+
+        Args:
+            index: place of the layer.
+            changed: its parameters that hold new values.
+            smaller: what is stored in its place.
+
+        Raises:
+            CheckpointError: the conversion does not give the checkpoint's keys back.
+        """
+
+    def end_tensors(self) -> dict[str, Tensor]:
+        """What lies outside the decoder layers, under the checkpoint's own keys and in its dtypes."""
+
+
 class ModelSource:
     """A model in memory, pruned in place; layers visit the device and return to where they were.
 
@@ -58,6 +122,8 @@ class ModelSource:
         ModelError: parts of the model are elsewhere or quantised, or its decoder layers cannot be told.
     """
 
+    folder: Path | None = None
+
     def __init__(
         self, model: PreTrainedModel, decoder_layers: str | None = None, compute_dtype: torch.dtype | None = None
     ) -> None:
@@ -69,7 +135,8 @@ class ModelSource:
                 fix="pass the checkpoint's folder instead: it is read layer by layer",
             )
         self.model = model
-        self.layers_path, self.layers = find_decoder_layers(model, decoder_layers)
+        self.decoder = Decoder.find(model, decoder_layers)
+        self.layers_path, self.layers = self.decoder.path, self.decoder.layers
         self.dtype: torch.dtype = compute_dtype or model.dtype
         self._homes: dict[nn.Module, _Home] = {}
 

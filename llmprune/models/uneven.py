@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from llmprune.errors import ModelError
-from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.decoder import Decoder
 from llmprune.models.skeleton import build_skeleton
 
 # What building a model from an impossible config raises.
@@ -111,46 +111,46 @@ def _owns_overrides(config: PretrainedConfig) -> bool:
     return _KEY in type(config.get_text_config(decoder=True))().to_dict()
 
 
-def build_uneven_skeleton(
-    config: PretrainedConfig, dtype: torch.dtype | None = None, decoder_layers: str | None = None
-) -> PreTrainedModel:
+def build_decoder(config: PretrainedConfig, dtype: torch.dtype | None = None, path: str | None = None) -> Decoder:
     """Build the model without weights, each decoder layer from its own config.
 
     Args:
         config: may have `per_layer_config`.
         dtype: of the parameters; None: as the config says.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
+        path: dotted name of the decoder layers, where it is known; None: they are searched for.
+
+    Raises:
+        ModelError: the decoder layers cannot be told, or a layer or block that `per_layer_config` names does not exist.
     """
-    if not layer_overrides(config):
-        return build_skeleton(config, dtype)
-    model = build_skeleton(with_overrides(config, {}), dtype)
-    apply_overrides(model, config, decoder_layers)
-    return model
+    uneven = bool(layer_overrides(config))
+    decoder = Decoder.find(build_skeleton(with_overrides(config, {}) if uneven else config, dtype), path)
+    if uneven:
+        apply_overrides(decoder, config)
+    return decoder
 
 
-def apply_overrides(model: PreTrainedModel, config: PretrainedConfig, decoder_layers: str | None = None) -> None:
+def apply_overrides(decoder: Decoder, config: PretrainedConfig) -> None:
     """Replace the decoder layers that `per_layer_config` names by layers of their own size, on the meta device.
 
     Blocks that have gone are replaced by modules without parameters.
 
     Args:
-        model: built from the config without its overrides, before weights are loaded.
+        decoder: built from the config without its overrides, before weights are loaded.
         config: with overrides.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
 
     Raises:
         ModelError: a layer, or a block of it, does not exist.
     """
     plain = with_overrides(config, {})
-    _, layers = find_decoder_layers(model, decoder_layers)
+    layers = decoder.layers
     built: dict[str, nn.ModuleList] = {}
     for layer, values in layer_overrides(config).items():
         if not 0 <= layer < len(layers):
             raise ModelError(f"per_layer_config names layer {layer}", expected=f"layers below {len(layers)}")
         removed = values.pop(REMOVED, {})
         if values and repr(values) not in built:
-            own = build_skeleton(_merged(plain, values), model.dtype)
-            built[repr(values)] = find_decoder_layers(own, decoder_layers)[1]
+            own = build_skeleton(_merged(plain, values), decoder.model.dtype)
+            built[repr(values)] = Decoder.find(own, decoder.path).layers
         if values:
             own_layer = built[repr(values)][layer]
             _share_choices(own_layer, layers[layer])

@@ -3,30 +3,24 @@
 from llmprune.pruning.context import Run
 from llmprune.storage.output import OutputFolder
 from llmprune.structures.decisions import Decisions
-from llmprune.structures.reduction import Reduction
+from llmprune.structures.removable import Removable
 from llmprune.structures.survey import decide
 from llmprune.text.tokens import Tokens
 
 
-def decide_run(run: Run, reduction: Reduction | None, target: OutputFolder, tokens: Tokens) -> Decisions | None:
+def decide_run(run: Run, found: Removable | None, target: OutputFolder, tokens: Tokens) -> Decisions | None:
     """Decide what is removed and how single matrices are pruned, or read what an interrupted run has decided.
 
     Args:
         run: its context.
-        reduction: what can be removed; settled here. None: nothing is.
+        found: what can be removed; None: nothing is.
         target: where decisions are recorded, so that a continued run decides the same.
         tokens: the calibration text.
 
     Returns:
         The decisions; None where the recipe leaves nothing open.
     """
-    if target.decisions is None and reduction is not None:
+    if target.decisions is None and found is not None:
         with run.stages("survey"):
-            found = decide(reduction, tokens.ids, run.settings, run.stages, run.watch)
-        target.decide(found.to_dict())
-    if target.decisions is None:
-        return None
-    decisions = Decisions.from_dict(target.decisions)
-    if reduction is not None:
-        reduction.settle(decisions)
-    return decisions
+            target.decide(decide(found, tokens.ids, run.settings, run.stages, run.watch).to_dict())
+    return None if target.decisions is None else Decisions.from_dict(target.decisions)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from llmprune.measuring.perplexity import run_stream
-from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.source import Source
 from llmprune.progress import Progress, Watcher
 from llmprune.stream.activations import HiddenStates, LayerCalls
@@ -46,7 +45,7 @@ class DensePass:
         Raises:
             CalibrationError: a text cannot be read or is too short.
         """
-        if not isinstance(source, CheckpointSource):
+        if source.folder is None:
             return load_texts(specs, source, tokenizer, device)
         # Only what a model writes depends on the device.
         keys = {name: (source.folder, spec, device if spec.source == "self" else None) for name, spec in specs.items()}
@@ -88,7 +87,7 @@ class DensePass:
 def _key(source: Source, settings: StreamSettings) -> object:
     """What final hidden states depend on, to the bit, beside the tokens."""
     # A model in memory is pruned in place: it is never the same twice.
-    model = source.folder if isinstance(source, CheckpointSource) else object()
+    model = source.folder or object()
     return model, source.dtype, source.layers_path, settings
 
 

@@ -107,7 +107,7 @@ class LayerDriver:
         cuts: list[Cut] = []
         removed: list[StructureRow] = []
         if self._reduction is not None:
-            consumers = consumer_shapes(self._reduction, layer.index)
+            consumers = consumer_shapes(self._reduction.found, layer.index)
             self._memories.append(layer_memory(layer, [], {}, batch_tokens, held_back, consumers))
             cuts, removed = self._reduction.reduce(layer, recipe.experts.min_tokens, tell)
             removed = [replace(row, peak_bytes=memory.read()) for row in removed]

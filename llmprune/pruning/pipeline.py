@@ -39,6 +39,7 @@ from llmprune.storage.output import OutputFolder
 from llmprune.storage.report import REPORT_NAME, Report, load_report
 from llmprune.structures.describe.audit import audit_checkpoint
 from llmprune.structures.reduction import Reduction
+from llmprune.structures.removable import Removable
 from llmprune.structures.survey import check_budget
 from llmprune.text.loading import model_positions, tokenizer_for
 from llmprune.text.tokens import Tokenizer, Tokens
@@ -115,11 +116,8 @@ def prune_checkpoint(
     require_empty(output, resume=resume, overwrite=overwrite)
     source = run.open(folder)
     run = run.fitted(model_positions(source.config))
-    reduction = None
-    if run.recipe.structures is not None:
-        reduction = Reduction(source, run.recipe.structures, run.recipe.decoder_layers)
-        check_budget(reduction)
-    jobs = plan_jobs(source if reduction is None else reduction.result, run.recipe)
+    found = None if run.recipe.structures is None else Removable.find(source, run.recipe.structures)
+    jobs = plan_jobs(_preview(source, found), run.recipe)
     require_space(output, sum(stored.nbytes for stored in source.stored.values()))
     tokenizer = tokenizer_for(run.recipe.texts.values(), folder, source.config)
     texts = run.texts(source, jobs, tokenizer)
@@ -134,7 +132,7 @@ def prune_checkpoint(
         run.watch.resumable = True
         if target.complete and (output / REPORT_NAME).exists():
             return load_report(output)
-        return _into(target, run, name, source, texts, reduction)
+        return _into(target, run, name, source, texts, found)
 
 
 def _into(
@@ -143,12 +141,13 @@ def _into(
     name: str,
     source: CheckpointSource,
     texts: Mapping[str, Tokens],
-    reduction: Reduction | None,
+    found: Removable | None,
 ) -> Report:
     """Do what is left to do in an output folder that was opened."""
     write_text(target.path / RECIPE_NAME, run.recipe.to_yaml())
     dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
-    decisions = decide_run(run, reduction, target, texts["calibration"])
+    decisions = decide_run(run, found, target, texts["calibration"])
+    reduction = None if found is None or decisions is None else Reduction(found, decisions)
     streamed, result = (source, source) if reduction is None else (reduction.source, reduction.result)
     for layer in target.layers.values():
         result.overlay(target.path / layer["shard"], target.layouts_of(layer))
@@ -167,6 +166,21 @@ def _into(
     write_report(target.path)
     target.close()
     return report
+
+
+def _preview(source: CheckpointSource, found: Removable | None) -> CheckpointSource:
+    """The model that weights are pruned in, as far as its sizes are known before any text was read.
+
+    Raises:
+        ModelError: no config describes it.
+        PatternError: the budget is out of reach.
+    """
+    if found is None:
+        return source
+    # Whatever will be decided, some config must describe a model with this much removed.
+    reduction = Reduction(found, found.preview())
+    check_budget(found)
+    return reduction.result
 
 
 def _audited(run: Run, folder: Path) -> CheckpointSource:

@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from llmprune.models.checkpoint_source import CheckpointSource, positive_zeros
-from llmprune.models.source import Source
+from llmprune.models.source import Source, StoredSource
 from llmprune.pruning.jobs import Job
 from llmprune.storage.files import read_header
 from llmprune.storage.output import OutputFolder
 from llmprune.storage.packed_config import Format, pack_matrices
 from llmprune.storage.report import MatrixRow, StructureRow
 from llmprune.stream.stream import ResidentLayer
-from llmprune.structures.narrowed_source import WidthSource
 from llmprune.structures.reduction import Reduction
 from llmprune.structures.remove.cuts import Cut
 
@@ -31,7 +30,7 @@ class Writer:
         if reduction is None:
             assert isinstance(source, CheckpointSource)
             self._dense = self._result = source
-            self._streamed: CheckpointSource | WidthSource = source
+            self._streamed: StoredSource = source
         else:
             self._dense, self._result, self._streamed = reduction.dense, reduction.result, reduction.source
         self._reduction, self._target, self._format = reduction, target, form

@@ -216,6 +216,11 @@ class Budget(BaseModel):
     tokens: PositiveInt = 1
 
 
+# What speaks of groups inside a layer, and every section but the budget.
+GroupSection = Groups | ExpertRemoval
+Section = Depth | Blocks | Width | GroupSection
+
+
 class Structures(BaseModel):
     """What is removed physically. Sections that are left out stay whole.
 
@@ -246,9 +251,24 @@ class Structures(BaseModel):
         return {name: section for name, section in write(self).items() if section is not None}
 
     @property
-    def sections(self) -> dict[str, Any]:
-        """The sections that are there, without the budget."""
-        return {name: section for name, section in self if section is not None and name != "budget"}
+    def groups(self) -> dict[str, GroupSection]:
+        """The sections that are there of groups inside a layer, by the kind of their structures."""
+        named = {"heads": self.heads, "ffn": self.ffn, "experts": self.experts}
+        return {kind: section for kind, section in named.items() if section is not None}
+
+    @property
+    def blocks(self) -> dict[Literal["attention", "mlp"], Blocks]:
+        """The sections that are there of blocks of layers that stay."""
+        named: dict[Literal["attention", "mlp"], Blocks | None] = {"attention": self.attention, "mlp": self.mlp}
+        return {part: section for part, section in named.items() if section is not None}
+
+    @property
+    def sections(self) -> dict[str, Section]:
+        """All sections that are there, without the budget."""
+        whole: dict[str, Section | None] = {
+            "depth": self.depth, "attention": self.attention, "mlp": self.mlp, "width": self.width,
+        }  # fmt: skip
+        return {name: section for name, section in whole.items() if section is not None} | self.groups
 
     @model_validator(mode="after")
     def _check(self) -> "Structures":
@@ -268,7 +288,7 @@ class Structures(BaseModel):
 
     def _check_budget(self) -> None:
         """A budget alone says how much goes, and it weighs the error curves of obs."""
-        shared = {name: self.sections[name] for name in BUDGETED if name in self.sections}
+        shared = {name: section for name, section in self.groups.items() if isinstance(section, Groups)}
         if not shared:
             error = RecipeError("budget, but neither heads nor ffn", fix="add `ffn: {}`, `heads: {}` or both")
             raise refusal(error, "budget")

@@ -81,11 +81,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
         return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        from llmprune.models.decoder import Decoder
         from llmprune.models.uneven import apply_overrides, put_overrides
 
         if self._overrides:
             put_overrides(model.config, self._overrides)
-            apply_overrides(model, model.config)
+            apply_overrides(Decoder.find(model), model.config)
         for name, row in self.quantization_config.modules.items():
             replace_linear(model, name, row)
 

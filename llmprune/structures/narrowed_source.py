@@ -5,18 +5,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from llmprune.errors import CheckpointError
-from llmprune.models.checkpoint_source import CheckpointSource, Smaller
-from llmprune.models.decoder import find_decoder_layers
-from llmprune.models.source import drop_parameters, modules_outside
-from llmprune.models.uneven import build_uneven_skeleton
+from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.models.source import Smaller, drop_parameters, modules_outside
+from llmprune.models.uneven import build_decoder
 from llmprune.structures.remove.width import Width, shrink_width
 
 
 class WidthSource:
-    """A `Source` of the model with fewer hidden channels; beside its layer, at most the full one is in memory.
+    """A `StoredSource` of the model with fewer hidden channels; beside its layer, at most the full one is in memory.
 
     Args:
         inner: the full checkpoint.
@@ -44,8 +43,8 @@ class WidthSource:
         self.config: PretrainedConfig = width.config
         self.folder: Path = inner.folder
         self.dtype = inner.dtype
-        self.model: PreTrainedModel = build_uneven_skeleton(width.config, inner.model.dtype)
-        self.layers_path, self.layers = find_decoder_layers(self.model, inner.layers_path)
+        self.decoder = build_decoder(width.config, inner.model.dtype, inner.layers_path)
+        self.model, self.layers_path, self.layers = self.decoder.model, self.decoder.path, self.decoder.layers
 
     def load_layer(self, index: int, device: torch.device) -> None:
         """Read a full layer onto the device, take what stays of it, and drop the rest."""
@@ -81,7 +80,7 @@ class WidthSource:
 
     def layer_name(self, index: int) -> str:
         """Dotted name of a decoder layer."""
-        return f"{self.layers_path}.{index}"
+        return self.decoder.layer_name(index)
 
     def checkpoint_tensors(
         self, index: int, changed: Collection[str] = (), smaller: Smaller | None = None

@@ -6,107 +6,53 @@ what is left to the result's layer, which stands for it from then on: it is prun
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
-from llmprune.errors import CheckpointError, ModelError, RecipeError
-from llmprune.models.checkpoint_source import CheckpointSource, Smaller
-from llmprune.models.sizes import active_experts
-from llmprune.recipe.structures import Groups, Structures
+from llmprune.errors import CheckpointError, ModelError
+from llmprune.models.source import Smaller, StoredSource
+from llmprune.recipe.structures import Groups, GroupSection
 from llmprune.storage.report import StructureRow
 from llmprune.stream.stream import ResidentLayer
-from llmprune.structures.choose.depth_scores import check_count
-from llmprune.structures.decisions import Decisions, aligned, label, some_cut
-from llmprune.structures.describe.configuration import smaller_config, uneven_config
-from llmprune.structures.describe.depth import drop_layers, without_blocks
-from llmprune.structures.find.discovery import Structure, find_query_heads, find_structures
-from llmprune.structures.find.subblocks import PARTS, Block, Part, find_blocks, without
+from llmprune.structures.decisions import Decisions, label
+from llmprune.structures.find.discovery import Structure
+from llmprune.structures.find.subblocks import Block, without
 from llmprune.structures.narrowed_source import WidthSource
 from llmprune.structures.reducing import Target, reduce_layer
+from llmprune.structures.removable import Removable
 from llmprune.structures.remove.cuts import Cut, removed_indices, shrink
 from llmprune.structures.remove.problem import RemovalSettings
-from llmprune.structures.remove.width import Width, plan_width
 
 
 class Reduction:
-    """The way of one checkpoint to a smaller one.
+    """The way of one checkpoint to a smaller one, once it is settled what goes.
+
+    Nothing of that changes any more; only which of the result's layers is resident does.
 
     Args:
-        dense: what is pruned.
-        spec: what is removed.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
+        found: what can be removed.
+        decisions: what is; before any text is read, those of `found.preview()`, which say how much and not which.
 
     Attributes:
-        structures: of each layer those that lose groups, with the section of the recipe that says so.
-        numbers: old number of each layer that stays -> new number; once settled.
-        result: the smaller checkpoint; once settled. Layers that are committed can be loaded from it.
+        dense: what is pruned.
+        source: what streams: the dense checkpoint, or what stays of its hidden channels.
+        numbers: old number of each layer that stays -> new number.
+        result: the smaller checkpoint. Layers that are committed can be loaded from it.
 
     Raises:
-        RecipeError: there is nothing of the kind to remove, or not as many.
-        ModelError: a structure cannot be removed exactly, or no config describes what is left.
+        ModelError: no config describes the result.
     """
 
-    result: CheckpointSource
-    source: CheckpointSource | WidthSource
-
-    def __init__(self, dense: CheckpointSource, spec: Structures, decoder_layers: str | None = None) -> None:
-        self.dense, self.spec, self._path = dense, spec, decoder_layers
-        found = find_structures(dense.model, decoder_layers)
-        self.blocks = find_blocks(dense.model, decoder_layers, found) if spec.attention or spec.mlp else []
-        if spec.heads and spec.heads.unit == "query-head":
-            found = self._query_heads(found)
-        self.structures = [
-            [(structure, section) for structure in own if (section := self._section(structure)) is not None]
-            for own in found
-        ]
-        self._require_structures()
-        self._require_layers_and_blocks()
-        self.width = self._plan_width()
-        self.numbers: dict[int, int] = {}
+    def __init__(self, found: Removable, decisions: Decisions) -> None:
+        self.found, self.decisions, self.dense = found, decisions, found.dense
+        self.source: StoredSource = found.dense
+        if found.width is not None and decisions.channels is not None:
+            self.source = WidthSource(found.dense, found.width, decisions.channels, decisions.factors)
+        config, numbers = found.described(decisions)
+        self.numbers: Mapping[int, int] = numbers
+        self.result = found.dense.rewritten(config)
         self._resident: int | None = None
-        # Whatever will be decided, there must be a config that says so many.
-        self.settle(self.preview())
-
-    def preview(self) -> Decisions:
-        """What is known before any text was read: how much goes, and not which."""
-        width = self.width
-        return Decisions(
-            tuple(range(len(self.dense.layers))),
-            self.uniform_groups(),
-            channels=None if width is None else tuple(range(width.kept)),
-            factors={} if width is None else dict.fromkeys(width.norms, 1.0),
-        )
-
-    @property
-    def active(self) -> float:
-        """The fraction of the routed experts that a token reaches; 1 without experts."""
-        return active_experts(self.dense.config)
-
-    def uniform_groups(self) -> dict[int, dict[str, int]]:
-        """What goes if every layer loses as much."""
-        return {
-            layer: {label(s): self._count(s, section) for s, section in own if section.remove is not None}
-            for layer, own in enumerate(self.structures)
-        }
-
-    def settle(self, decisions: Decisions) -> None:
-        """Describe the result of these decisions.
-
-        Raises:
-            ModelError: no config describes it.
-        """
-        self.decisions = decisions
-        self.source = self.dense
-        if self.width is not None and decisions.channels is not None:
-            self.source = WidthSource(self.dense, self.width, decisions.channels, decisions.factors)
-        config, self.numbers = self._config(decisions)
-        dtype = self.dense.model.dtype
-        self.result = CheckpointSource(self.dense.folder, dtype, self._path, config)
-        if self.result.layers_path != self.dense.layers_path:
-            raise ModelError(f"the smaller model has its layers in {self.result.layers_path}")
 
     def reduce(
         self, layer: ResidentLayer, min_tokens: int, step: Callable[[str], None]
@@ -157,140 +103,20 @@ class Reduction:
         layer = self.dense.layers[index]
         return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}[name].shape[dim]
 
-    def _config(self, decisions: Decisions) -> tuple[PretrainedConfig, dict[int, int]]:
-        """The config that describes the result, and the new numbers of its layers."""
-        cuts: dict[int, list[Cut]] = {}
-        for layer, own in enumerate(self.structures):
-            counts = decisions.groups.get(layer, {})
-            # Which groups go does not matter here, only how many.
-            cuts[layer] = [some_cut(s, counts[label(s)]) for s, _ in own if counts.get(label(s))]
-        config = self.dense.config if self.width is None else self.width.config
-        if any(cuts.values()):
-            uneven = self.spec.budget is not None
-            config = (uneven_config if uneven else smaller_config)(config, cuts, self._path)
-        if decisions.blocks:
-            config = without_blocks(config, decisions.blocks, self._path)
-        return drop_layers(config, decisions.layers, self._path)
-
     def _targets(self, layer: ResidentLayer) -> list[Target]:
         counts = self.decisions.groups.get(layer.index, {})
         removed = self.decisions.removed.get(layer.index, {})
         there = dict(layer.module.named_parameters())
         return [
             _target(s, section, counts[label(s)], removed.get(label(s)))
-            for s, section in self.structures[layer.index]
+            for s, section in self.found.structures[layer.index]
             if counts.get(label(s)) and s.consumer in there  # not in a block that goes
         ]
 
-    def _query_heads(self, found: Sequence[Sequence[Structure]]) -> list[list[Structure]]:
-        """The structures, with single query heads in the place of whole KV groups."""
-        heads = find_query_heads(self.dense.model, self._path)
-        result = []
-        for own, single in zip(found, heads, strict=True):
-            # Where each query head has its key and value to itself, they are the groups already.
-            exact = [structure for structure in single if structure.refusal is None]
-            replaced = {structure.consumer for structure in exact}
-            result.append([*exact, *(s for s in own if s.kind != "heads" or s.consumer not in replaced)])
-        return result
 
-    def _plan_width(self) -> Width | None:
-        section = self.spec.width
-        if section is None:
-            return None
-        size = int(self.dense.config.get_text_config(decoder=True).hidden_size)
-        remove = section.count(size)
-        if not 0 < remove < size:
-            raise RecipeError(
-                f"width.remove: {section.remove} takes {remove} of {size} hidden channels",
-                expected=f"between 1 and {size - 1} of them",
-                fix=f"set structures.width.remove to a fraction such as 0.25, or to {size // 4}",
-            )
-        return plan_width(self.dense.config, aligned(size, size - remove, _multiple("width", section, size)))
-
-    def _count(self, structure: Structure, section: Any) -> int:
-        """How many groups of a structure go."""
-        among, partitions = structure.groups, structure.partitions
-        remove = section.count(among // partitions) * partitions
-        if structure.kind == "ffn" and 0 < remove < among:
-            remove = among - aligned(among, among - remove, _multiple("ffn", section, among))
-        if not 0 < remove < among:
-            each = among // partitions
-            where = f" of each of {partitions} partitions" if partitions > 1 else ""
-            raise RecipeError(
-                f"{structure.kind}.remove: {section.remove} takes {remove} of {among} groups of {structure.consumer}",
-                expected=f"between 1 and {each - 1}{where}",
-                fix=f"set structures.{structure.kind}.remove to a number such as {max(each // 4, 1)}",
-            )
-        return remove
-
-    def _section(self, structure: Structure) -> Any:
-        """The section of the recipe that speaks of a structure, as it holds for its consumer."""
-        section = self.spec.sections.get(structure.kind)
-        if not isinstance(section, Groups):
-            return section
-        bias = f"{structure.consumer.removesuffix('.weight')}.bias"
-        return section.with_bias(any(bias in dict(layer.named_parameters()) for layer in self.dense.layers))
-
-    def _require_structures(self) -> None:
-        """Every section finds something that can be removed."""
-        for kind in ("heads", "ffn", "experts"):
-            if kind not in self.spec.sections:
-                continue
-            own = [structure for layer in self.structures for structure, _ in layer if structure.kind == kind]
-            refused = [structure for structure in own if structure.refusal]
-            if refused:
-                raise ModelError(
-                    f"{kind} of {type(self.dense.model).__name__} cannot be removed: {refused[0].consumer}: "
-                    f"{refused[0].refusal}",
-                    fix=f"leave {kind} out of the recipe's structures",
-                )
-            if not own:
-                raise RecipeError(
-                    f"{type(self.dense.model).__name__} has no {kind} that can be removed",
-                    fix=f"leave {kind} out of the recipe's structures",
-                )
-
-    def _require_layers_and_blocks(self) -> None:
-        """As many layers and blocks can go as the recipe wants, whichever they are."""
-        layers, gone = len(self.dense.layers), 0
-        if self.spec.depth is not None:
-            gone = self.spec.depth.count(layers)
-            check_count(gone, layers - self.spec.depth.protect, layers, "layers")
-        for part in PARTS:
-            section = getattr(self.spec, part)
-            if section is not None:
-                self._require_blocks(part, section.count(layers - gone), layers)
-
-    def _require_blocks(self, part: Part, count: int, layers: int) -> None:
-        found = [blocks[part] for blocks in self.blocks]
-        removable = {index: block for index, block in enumerate(found) if block.refusal is None}
-        name = "attention" if part == "attention" else "MLP"
-        if not removable:
-            raise ModelError(
-                f"no {name} block of {type(self.dense.model).__name__} can be removed: {found[0].refusal}",
-                expected="blocks that are added to the hidden states, and that nothing else reads",
-                fix=f"leave {part} out of the recipe's structures, or remove whole layers by depth",
-            )
-        kept = [f" (layer {i} keeps its own: {block.refusal})" for i, block in enumerate(found) if block.refusal]
-        check_count(count, len(removable), layers, f"{name} blocks{kept[0] if kept else ''}")
-        # Some architectures have no config that could say it.
-        index, block = next(iter(removable.items()))
-        without_blocks(self.dense.config, {index: block.modules}, self._path)
-
-
-def _multiple(kind: str, section: Any, among: int) -> int | str:
-    """What the channels that stay are a multiple of."""
-    multiple: int | str = section.multiple
-    if multiple != "auto" and int(multiple) > among:
-        raise RecipeError(
-            f"{kind}.multiple is {multiple}, but there are {among} channels",
-            expected=f"a multiple of at most {among}",
-            fix=f"set structures.{kind}.multiple to auto, or to 1",
-        )
-    return multiple
-
-
-def _target(structure: Structure, section: Any, remove: int, removed: Any) -> Target:
+def _target(
+    structure: Structure, section: GroupSection, remove: int, removed: tuple[tuple[int, ...], ...] | None
+) -> Target:
     if not isinstance(section, Groups):
         return Target(structure, remove, section.method, refit=False)
     settings = RemovalSettings(section.damping, section.swaps, structure.partitions, section.refitted)

@@ -6,20 +6,20 @@ Removal by measured divergence takes a pass for every layer that goes, and gradi
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from llmprune.models.sizes import COUNTS, Cost, layer_size
 from llmprune.progress import Progress, Watcher
-from llmprune.recipe.structures import BUDGETED, Budget
-from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.recipe.structures import BUDGETED, Budget, Groups
+from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.structures.choose.budget import Candidate as Level
 from llmprune.structures.choose.budget import allowed_size, candidate
 from llmprune.structures.choose.budget_survey import BudgetSurvey
 from llmprune.structures.choose.depth_scores import (
     BlockInfluence,
+    Candidate,
     LayerDistance,
     Removal,
     block_candidates,
@@ -27,32 +27,25 @@ from llmprune.structures.choose.depth_scores import (
     remove_lowest,
     remove_run,
 )
-from llmprune.structures.choose.gradients import gradient_scores
+from llmprune.structures.choose.gradients import GradientMethod, gradient_scores
 from llmprune.structures.choose.greedy import remove_greedily
 from llmprune.structures.choose.scores import lowest_groups
 from llmprune.structures.choose.width_survey import WidthSurvey
 from llmprune.structures.decisions import Decisions, best_multiple, label
 from llmprune.structures.describe.latency import Latency
-from llmprune.structures.find.subblocks import Part
-from llmprune.structures.reduction import Reduction
+from llmprune.structures.removable import Removable
 from llmprune.timing import Stages
 
 # Samples for what costs many forwards each: divergences of single removals, and gradients.
 _FEW, _GRADIENT_SAMPLES = 8, 32
-_GRADIENTS = ("taylor", "fisher")
+_GRADIENTS: tuple[GradientMethod, ...] = ("fisher", "taylor")
 
 
-class _Collector(Protocol):
-    """Sees the layers of the dense model in order, each before it advances."""
-
-    def see(self, layer: ResidentLayer) -> None: ...
-
-
-def decide(reduction: Reduction, ids: Tensor, settings: StreamSettings, stages: Stages, watch: Watcher) -> Decisions:
+def decide(removable: Removable, ids: Tensor, settings: StreamSettings, stages: Stages, watch: Watcher) -> Decisions:
     """Look at the dense model as far as the recipe asks for it, and decide.
 
     Args:
-        reduction: the recipe and the model; not settled here.
+        removable: the recipe and the model.
         ids: calibration tokens [samples, length], the held-back ones last.
         settings: of the streams.
         stages: stopwatch.
@@ -64,9 +57,9 @@ def decide(reduction: Reduction, ids: Tensor, settings: StreamSettings, stages: 
     Raises:
         LlmpruneError: what the recipe asks for cannot be done with this model.
     """
-    look = _Look(reduction, ids, settings, stages, watch)
+    look = _Look(removable, ids, settings, stages, watch)
     look.stream()
-    decisions = look.depth(reduction.preview())
+    decisions = look.depth(removable.preview())
     decisions = look.blocks(decisions)
     decisions = look.width(decisions)
     decisions = look.budget(decisions)
@@ -77,38 +70,41 @@ class _Look:
     """The surveys of one recipe."""
 
     def __init__(
-        self, reduction: Reduction, ids: Tensor, settings: StreamSettings, stages: Stages, watch: Watcher
+        self, removable: Removable, ids: Tensor, settings: StreamSettings, stages: Stages, watch: Watcher
     ) -> None:
-        self._reduction, self._spec, self._source = reduction, reduction.spec, reduction.dense
+        self._removable, self._spec, self._source = removable, removable.spec, removable.dense
         self._ids, self._settings, self._stages, self._watch = ids, settings, stages, watch
         self._layers = len(self._source.layers)
-        self._collectors: dict[str, Any] = {}
+        self._depth: LayerDistance | None = None
+        self._blocks: BlockInfluence | None = None
+        self._width: WidthSurvey | None = None
+        self._budget: BudgetSurvey | None = None
 
     def stream(self) -> None:
         """Let all collectors see the dense model in one pass."""
-        spec, reduction = self._spec, self._reduction
+        spec, removable = self._spec, self._removable
         if spec.depth and spec.depth.method != "kl":
             span = spec.depth.count(self._layers) if spec.depth.method == "angular" else 1
-            self._collectors["depth"] = LayerDistance(span)
-        parts = [part for part in self._parts() if getattr(spec, part).method != "kl"]
+            self._depth = LayerDistance(span)
+        parts = [part for part, section in spec.blocks.items() if section.method != "kl"]
         if parts:
-            self._collectors["blocks"] = BlockInfluence(reduction.blocks, parts=parts)
-        if spec.width and reduction.width:
-            self._collectors["width"] = WidthSurvey(reduction.width, spec.width.method)
+            self._blocks = BlockInfluence(removable.blocks, parts=parts)
+        if spec.width and removable.width:
+            self._width = WidthSurvey(removable.width, spec.width.method)
         ids = self._ids
         if spec.budget:
             ids, validation = self._split()
-            self._collectors["budget"] = self._budget_survey(spec.budget, validation)
-        if not self._collectors:
+            self._budget = self._budget_survey(spec.budget, validation)
+        finished = [survey for survey in (self._depth, self._blocks, self._width) if survey is not None]
+        if not finished and self._budget is None:
             return
         stream = Stream(self._source, ids, replace(self._settings, outputs=True), self._stages)
         for layer in stream:
             self._watch(Progress("survey", layer.index, self._layers, "looking at the dense model"))
-            for collector in self._collectors.values():
-                collector.see(layer)
-        for name in ("depth", "blocks", "width"):
-            if name in self._collectors:
-                self._collectors[name].finish(stream)
+            for survey in (*finished, *([self._budget] if self._budget else ())):
+                survey.see(layer)
+        for survey in finished:
+            survey.finish(stream)
 
     def depth(self, decisions: Decisions) -> Decisions:
         """Which layers stay."""
@@ -117,12 +113,12 @@ class _Look:
             return decisions
         count = section.count(self._layers)
         candidates = layer_candidates(self._layers, section.protect)
-        if section.method == "kl":
+        if self._depth is None:
             removal = self._greedy(candidates, count)
         elif section.method == "angular":
-            removal = remove_run(self._collectors["depth"].angles, count, section.protect)
+            removal = remove_run(self._depth.angles, count, section.protect)
         else:
-            removal = remove_lowest(self._collectors["depth"].influence, candidates, count)
+            removal = remove_lowest(self._depth.influence, candidates, count)
         kept = tuple(layer for layer in range(self._layers) if layer not in removal.layers)
         return replace(decisions, layers=kept, evidence={**decisions.evidence, "depth": removal.to_dict()})
 
@@ -130,14 +126,14 @@ class _Look:
         """Which attention and MLP blocks of the layers that stay go."""
         gone: dict[int, dict[str, int]] = {}
         evidence = dict(decisions.evidence)
-        for part in self._parts():
-            section, found = getattr(self._spec, part), self._reduction.blocks
+        found = self._removable.blocks
+        for part, section in self._spec.blocks.items():
             candidates = [c for c in block_candidates(found, [part]) if c.layer in decisions.layers]
             count = section.count(len(decisions.layers))
-            if section.method == "kl":
+            if section.method == "kl" or self._blocks is None:
                 removal = self._greedy(candidates, count)
             else:
-                scores = self._collectors["blocks"].result()
+                scores = self._blocks.result()
                 removal = remove_lowest({c: scores[c] for c in candidates}, candidates, count)
             evidence[part] = removal.to_dict()
             for layer in removal.blocks:
@@ -146,22 +142,22 @@ class _Look:
 
     def width(self, decisions: Decisions) -> Decisions:
         """Which hidden channels stay."""
-        if "width" not in self._collectors:
+        if self._width is None:
             return decisions
-        choice = self._collectors["width"].result()
+        choice = self._width.result()
         evidence = {**decisions.evidence, "width": {"score": choice.score, "energy": choice.energy}}
         return replace(decisions, channels=tuple(choice.channels), factors=choice.factors, evidence=evidence)
 
     def budget(self, decisions: Decisions) -> Decisions:
         """How many groups of each structure go within the budget."""
-        if "budget" not in self._collectors:
+        if self._budget is None:
             return decisions
-        plan = self._collectors["budget"].result()
+        plan = self._budget.result()
         shared = {layer: dict(own) for layer, own in decisions.groups.items()}
         for layer, own in plan.groups.items():
             kinds = {
                 structure.consumer: structure
-                for structure, _ in self._reduction.structures[layer]
+                for structure, _ in self._removable.structures[layer]
                 if structure.kind in BUDGETED
             }
             shared.setdefault(layer, {}).update({label(kinds[consumer]): count for consumer, count in own.items()})
@@ -171,9 +167,10 @@ class _Look:
         """Which groups go by scores that need gradients of the dense model's loss."""
         asked = {
             layer: [(s, section) for s, section in own if section.method in _GRADIENTS]
-            for layer, own in enumerate(self._reduction.structures)
+            for layer, own in enumerate(self._removable.structures)
         }
-        methods: Any = sorted({section.method for own in asked.values() for _, section in own})
+        named = {section.method for own in asked.values() for _, section in own}
+        methods = [method for method in _GRADIENTS if method in named]
         if not methods:
             return decisions
         self._watch(Progress("survey", 0, 0, "gradients"))
@@ -191,15 +188,11 @@ class _Look:
                 )
         return replace(decisions, removed=removed)
 
-    def _parts(self) -> list[Part]:
-        parts: tuple[Part, ...] = ("attention", "mlp")
-        return [part for part in parts if getattr(self._spec, part)]
-
-    def _greedy(self, candidates: Sequence[Any], count: int) -> Removal:
+    def _greedy(self, candidates: Sequence[Candidate], count: int) -> Removal:
         def watch(passed: int, total: int) -> None:
             self._watch(Progress("survey", passed, total, "measuring removals"))
 
-        blocks = () if candidates and candidates[0].part == "layer" else self._reduction.blocks
+        blocks = () if candidates and candidates[0].part == "layer" else self._removable.blocks
         return remove_greedily(self._source, self._ids[:_FEW], self._settings, candidates, count, blocks, watch)
 
     def _split(self) -> tuple[Tensor, Tensor]:
@@ -209,28 +202,29 @@ class _Look:
 
     def _budget_survey(self, budget: Budget, validation: Tensor) -> BudgetSurvey:
         cost = _cost(budget, self._settings.device, self._source.model.dtype)
-        levels, remove = budget_problem(self._reduction, budget, cost)
-        damping = next(section.damping for own in self._reduction.structures for _, section in own)
+        levels, remove = budget_problem(self._removable, budget, cost)
+        sections = (section for own in self._removable.structures for _, section in own)
+        damping = next(section.damping for section in sections if isinstance(section, Groups))
         return BudgetSurvey(
             self._source, levels, remove, validation, self._settings, damping=damping, stages=self._stages
         )
 
 
-def check_budget(reduction: Reduction) -> None:
+def check_budget(removable: Removable) -> None:
     """Refuse a budget that the structures cannot meet; one of latency is told by measuring, and passes here.
 
     Raises:
         PatternError: says what can go at most.
     """
-    budget = reduction.spec.budget
+    budget = removable.spec.budget
     if budget is not None and budget.of in COUNTS:
-        levels, remove = budget_problem(reduction, budget, COUNTS[budget.of])
+        levels, remove = budget_problem(removable, budget, COUNTS[budget.of])
         allowed_size([level for own in levels for level in own], remove)
 
 
-def budget_problem(reduction: Reduction, budget: Budget, cost: Cost) -> tuple[list[list[Level]], float]:
+def budget_problem(removable: Removable, budget: Budget, cost: Cost) -> tuple[list[list[Level]], float]:
     """The sizes that each structure may have, layer by layer, and what must go of them, in the unit of the cost."""
-    layers = reduction.dense.layers
+    layers = removable.dense.layers
     levels: list[list[Level]] = [
         [
             candidate(
@@ -239,14 +233,14 @@ def budget_problem(reduction: Reduction, budget: Budget, cost: Cost) -> tuple[li
                 cost,
                 multiple=best_multiple(structure.groups, budget.multiple) if structure.kind == "ffn" else 1,
                 most=budget.most,
-                active=reduction.active,
+                active=removable.active,
             )
             for structure, _ in own
             if structure.kind in BUDGETED
         ]
-        for layer, own in enumerate(reduction.structures)
+        for layer, own in enumerate(removable.structures)
     ]
-    return levels, budget.remove * sum(layer_size(layer, cost, reduction.active) for layer in layers)
+    return levels, budget.remove * sum(layer_size(layer, cost, removable.active) for layer in layers)
 
 
 def _cost(budget: Budget, device: torch.device, dtype: torch.dtype) -> Cost:

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 
 from llmprune.devices import free_bytes
 from llmprune.errors import CalibrationError, ModelError
-from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.skeleton import quiet_transformers, read_config
 from llmprune.models.source import Source, widened
 from llmprune.precision import computed_in
@@ -43,13 +42,14 @@ def load_texts(
             or tokens that it does not know.
     """
     check_texts(specs, source)
-    dense = None if isinstance(source, CheckpointSource) else source.model
+    folder = source.folder
+    dense = source.model if folder is None else None
 
     def generate(spec: TextSpec) -> Tensor:
         nonlocal dense
         if dense is None:
-            assert isinstance(source, CheckpointSource)
-            dense = _load_dense(source.folder, device)
+            assert folder is not None
+            dense = _load_dense(folder, device)
         with widened(dense, computed_in(dense.dtype, dense.device)):
             return generate_text(dense, spec, tokenizer.bos_token_id)
 

@@ -36,7 +36,7 @@ class Fixed:
     def compared(self, over: str) -> "Fixed":
         return self
 
-    def mask(self, scores: Tensor, *, start: int = 0, width: int | None = None) -> Tensor:
+    def mask(self, scores: Tensor, *, start: int = 0) -> Tensor:
         return self.keep[:, start : start + scores.shape[1]]
 
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmprune import prune
 from llmprune.errors import ModelError
-from llmprune.models.decoder import Matrix, find_decoder_layers, prunable_matrices
+from llmprune.models.decoder import Decoder, Matrix, prunable_matrices
 
 
 class Hand(PreTrainedModel):
@@ -32,50 +32,53 @@ def linears(count: int, width: int) -> list[nn.Module]:
 
 def test_the_largest_list_holds_the_layers() -> None:
     model = Hand(small=linears(3, 4), large=linears(2, 32))
-    assert find_decoder_layers(model) == ("large", model.large)
+    found = Decoder.find(model)
+    assert (found.model, found.path, found.layers) == (model, "large", model.large)
+    assert (found.layer_name(1), found.place("large.1.weight")) == ("large.1", (1, "weight"))
+    assert found.place("larger.1.weight") == (None, "larger.1.weight")
 
 
 def test_lists_inside_layers_do_not_count() -> None:
     layers = [nn.ModuleDict({"experts": nn.ModuleList(linears(4, 16))}) for _ in range(2)]
-    assert find_decoder_layers(Hand(layers=layers))[0] == "layers"
+    assert Decoder.find(Hand(layers=layers)).path == "layers"
 
 
 def test_lists_without_matrices_do_not_count() -> None:
     model = Hand(norms=[nn.LayerNorm(1000) for _ in range(4)], layers=linears(2, 8))
-    assert find_decoder_layers(model)[0] == "layers"
+    assert Decoder.find(model).path == "layers"
 
 
 def test_the_text_decoder_comes_before_other_towers() -> None:
     model = build("gemma3-vision")
     tower, decoder = model.model.vision_tower, model.model.language_model.layers
     assert sum(p.numel() for p in tower.parameters()) > sum(p.numel() for p in decoder.parameters())
-    assert find_decoder_layers(model)[0] == "model.language_model.layers"
+    assert Decoder.find(model).path == "model.language_model.layers"
 
 
 def test_lists_of_alike_size_are_ambiguous_and_both_named() -> None:
     model = Hand(first=linears(2, 8), second=linears(3, 8))
     with pytest.raises(ModelError, match=r"second \(3 modules\), first \(2 modules\)") as caught:
-        find_decoder_layers(model)
+        Decoder.find(model)
     assert "decoder_layers:" in caught.value.fix
-    assert find_decoder_layers(model, "first") == ("first", model.first)
+    assert Decoder.find(model, "first").layers is model.first
 
 
 def test_a_model_without_lists_is_refused() -> None:
     with pytest.raises(ModelError, match="no ModuleList with matrices"):
-        find_decoder_layers(Hand())
+        Decoder.find(Hand())
 
 
 @pytest.mark.parametrize("path", ["layers.0", "nowhere", "model", ""])
 def test_a_wrong_path_names_the_right_ones(path: str) -> None:
     with pytest.raises(ModelError, match="no list of modules") as caught:
-        find_decoder_layers(build("llama"), path)
+        Decoder.find(build("llama"), path)
     assert "model.layers" in caught.value.expected
 
 
 def test_layers_in_common_are_refused() -> None:
     block = nn.Linear(8, 8)
     with pytest.raises(ModelError, match=r"layers\.0 and layers\.1 have the parameter weight in common"):
-        find_decoder_layers(Hand(layers=[block, block]))
+        Decoder.find(Hand(layers=[block, block]))
 
 
 def test_the_recipe_names_the_layers(tmp_path: Path) -> None:
@@ -151,8 +154,9 @@ def test_vectors_in_three_dimensions_are_no_matrices() -> None:
 def test_layouts_that_structure_cannot_tell(
     family: str, parameter: str, shape: tuple[int, int], transposed: bool
 ) -> None:
-    layers = find_decoder_layers(build(family))[1]
+    layers = Decoder.find(build(family)).layers
     found = [m for layer in layers for m in prunable_matrices(layer, "l") if m.parameter == parameter]
+    assert {m.routed for m in found} == {"experts" in parameter}, "every token meets all blocks of a matrix"
     assert {(m.shape, m.transposed) for m in found} == {(shape, transposed)}
     assert [m.expert for m in found][: found[0].experts] == list(range(found[0].experts))
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from llmprune import prune
 from llmprune.errors import ModelError
 from llmprune.models.checkpoint_source import CheckpointSource
-from llmprune.models.decoder import Matrix, find_decoder_layers, prunable_matrices
+from llmprune.models.decoder import Decoder, Matrix, prunable_matrices
 from llmprune.models.source import ModelSource
 from llmprune.statistics import Gram
 from llmprune.storage.report import Report
@@ -61,7 +61,8 @@ def load(folder: Path) -> PreTrainedModel:
 
 def matrices(model: PreTrainedModel) -> Iterator[tuple[Matrix, str]]:
     """Every prunable matrix with the full name of its parameter."""
-    path, layers = find_decoder_layers(model)
+    decoder = Decoder.find(model)
+    path, layers = decoder.path, decoder.layers
     for index, layer in enumerate(layers):
         for matrix in prunable_matrices(layer, f"{path}.{index}"):
             yield matrix, f"{path}.{index}.{matrix.parameter}"

@@ -20,6 +20,7 @@ from uneven_models import IDS, describe, save_uneven
 import llmprune
 from llmprune.errors import ModelError
 from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.models.decoder import Decoder
 from llmprune.models.uneven import REMOVED, layer_overrides, with_overrides
 from llmprune.patterns import parse
 from llmprune.pruning.packing import pack, unpack
@@ -235,7 +236,7 @@ def test_its_structures_are_found(tmp_path: Path) -> None:
     """Heads are told by the softmax of plain attention, in layers of their own size too."""
     save_uneven(tmp_path)
     for model in (CheckpointSource(tmp_path).model, load(tmp_path)):
-        found = [[(s.kind, s.groups) for s in structures] for structures in find_structures(model)]
+        found = [[(s.kind, s.groups) for s in structures] for structures in find_structures(Decoder.find(model))]
         # Where one key and value is left, its query heads go one by one.
         assert found == [[("heads", 2), ("ffn", 44)], [("heads", 2), ("ffn", 28)]]
 

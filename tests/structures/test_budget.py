@@ -108,7 +108,7 @@ def test_a_divergence_that_is_not_finite() -> None:
 
 def test_levels_of_a_structure() -> None:
     source = ModelSource(build("llama"))
-    heads, channels = find_structures(source.model)[0]
+    heads, channels = find_structures(source.decoder)[0]
     offered = candidate(source.layers[0], channels, parameters, multiple=16, most=0.7)
     assert offered.levels == (0, 16, 32)
     # Two matrices and their biases lose rows, one loses columns.

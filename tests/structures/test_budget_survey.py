@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from llmprune.errors import ModelError, NumericsError, PatternError
 from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.models.decoder import Decoder
 from llmprune.models.sizes import parameters
 from llmprune.models.source import ModelSource, Source
 from llmprune.statistics import Gram
@@ -30,7 +31,7 @@ SETTINGS = StreamSettings(batch_size=2)
 def offers(source: Source) -> list[list[Candidate]]:
     return [
         [candidate(layer, one, parameters, multiple=4 if one.kind == "ffn" else 1) for one in own if usable(one)]
-        for layer, own in zip(source.layers, find_structures(source.model), strict=True)
+        for layer, own in zip(source.layers, find_structures(source.decoder), strict=True)
     ]
 
 
@@ -88,7 +89,7 @@ def check_share(model: PreTrainedModel, share: Share, columns: int) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
 def test_divergences_are_those_of_the_whole_model(family: str) -> None:
     model = build(family)
-    columns = {one.consumer: one.columns for one in find_structures(model)[0] if usable(one)}
+    columns = {one.consumer: one.columns for one in find_structures(Decoder.find(model))[0] if usable(one)}
     plan = survey(ModelSource(model))
     assert [(share.layer, share.kind) for share in plan.shares] == [
         (0, "heads"), (0, "ffn"), (1, "heads"), (1, "ffn"),

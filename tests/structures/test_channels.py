@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from llmprune.errors import PatternError
+from llmprune.models.decoder import Decoder
 from llmprune.statistics import ChannelGram, ColumnNorm, Gram, Moments
 from llmprune.stream.backward import Gradients
 from llmprune.structures.choose.channels import channels_of, matrix_parameters
@@ -21,7 +22,7 @@ ALL = {"matrices", "reading", "tokens", "sums", "squares", "active", "gradients"
 
 def first(family: str, kind: str) -> tuple[Any, Structure]:
     model = build(family)
-    return model.get_decoder().layers[0], by_kind(find_structures(model), 0, kind)[0]
+    return model.get_decoder().layers[0], by_kind(find_structures(Decoder.find(model)), 0, kind)[0]
 
 
 def test_heads_have_their_rows_and_columns() -> None:
@@ -39,7 +40,7 @@ def test_heads_have_their_rows_and_columns() -> None:
 def test_scattered_and_transposed_channels_are_gathered() -> None:
     model = build("gpt2")
     layer: Any = model.transformer.h[0]
-    (heads,) = by_kind(find_structures(model), 0, "heads")
+    (heads,) = by_kind(find_structures(Decoder.find(model)), 0, "heads")
     qkv, reading = channels_of(layer, heads, {"matrices"}).matrices
     head = layer.attn.c_attn.weight.view(32, 3, 4, 8)[:, :, 1]
     assert torch.equal(qkv.view(32, 4, 24)[:, 1], head.reshape(32, 24))
@@ -68,7 +69,7 @@ def test_an_expert_has_its_own_channels(expert: int) -> None:
 def test_stacked_experts_are_told_apart(expert: int) -> None:
     model = build("dbrx")
     layer: Any = model.transformer.blocks[0]
-    (ffn,) = by_kind(find_structures(model), 0, "ffn")
+    (ffn,) = by_kind(find_structures(Decoder.find(model)), 0, "ffn")
     own = layer.ffn.experts.mlp
     found = channels_of(layer, ffn, {"matrices", "reading"}, expert=expert)
     wanted = [weight.view(8, 24, 32)[expert].T for weight in (own.w1, own.v1, own.w2)]
@@ -91,7 +92,7 @@ def test_experts_as_groups_hold_all_of_their_weights() -> None:
 
 def test_scales_of_norms_and_biases_count_for_nothing() -> None:
     model = build("cohere")
-    (heads,) = by_kind(find_structures(model), 0, "heads")
+    (heads,) = by_kind(find_structures(Decoder.find(model)), 0, "heads")
     assert "self_attn.q_norm.weight" in {part.name for part in heads.slices}
     names = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
     assert matrix_parameters(model.model.layers[0], heads) == names

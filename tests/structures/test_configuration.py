@@ -9,8 +9,9 @@ from tiny_models import build, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.errors import ModelError
+from llmprune.models.decoder import Decoder
 from llmprune.models.skeleton import build_skeleton
-from llmprune.models.uneven import apply_overrides, build_uneven_skeleton, layer_overrides
+from llmprune.models.uneven import apply_overrides, build_decoder, layer_overrides
 from llmprune.structures.describe.audit import audit
 from llmprune.structures.describe.configuration import _Search, smaller_config, uneven_config
 from llmprune.structures.find.discovery import find_structures
@@ -18,7 +19,7 @@ from llmprune.structures.remove.cuts import Cut
 
 
 def cuts_of(model: PreTrainedModel, kind: str, removed: tuple[int, ...] = (1,)) -> Cuts:
-    found = find_structures(model)
+    found = find_structures(Decoder.find(model))
     return {
         layer: [Cut(s, removed) for s in structures if s.kind == kind and s.refusal is None]
         for layer, structures in enumerate(found)
@@ -63,7 +64,7 @@ def test_one_attribute_for_two_structures() -> None:
     """Shared experts are twice as wide as routed ones, and one number says both."""
     model = build("deepseek_v3", n_shared_experts=2)
     cuts: Cuts = {}
-    for layer, structures in enumerate(find_structures(model)):
+    for layer, structures in enumerate(find_structures(Decoder.find(model))):
         ffn = [s for s in structures if s.kind == "ffn"]
         cuts[layer] = [Cut(s, tuple(range(s.groups // 3))) for s in ffn]
     smaller = smaller_config(model.config, cuts)
@@ -118,7 +119,7 @@ def test_a_layer_that_does_not_exist() -> None:
 
 def uneven(family: str) -> tuple[PreTrainedModel, Cuts]:
     model = build(family, num_hidden_layers=3)
-    found = find_structures(model)
+    found = find_structures(Decoder.find(model))
     ffn = [by_kind(found, layer, "ffn")[0] for layer in range(3)]
     heads = by_kind(found, 2, "heads")[0]
     return model, {0: [Cut(ffn[0], (3, 5))], 2: [Cut(ffn[2], tuple(range(7, 20))), Cut(heads, (0,))]}
@@ -135,7 +136,7 @@ def test_layers_of_different_widths(family: str) -> None:
     assert set(found) == {0, 2}
     reread = AutoConfig.for_model(**config.to_dict())
     assert layer_overrides(reread) == found
-    small = build_uneven_skeleton(reread)
+    small = build_decoder(reread).model
     small.load_state_dict(shrunk_state(model, cuts), assign=True)
     ids = random_ids(2, 20)
     assert torch.allclose(logits(small, ids), masked_logits(model, cuts, ids), rtol=0, atol=2e-6)
@@ -146,7 +147,7 @@ def test_overrides_are_applied_before_weights_are_loaded() -> None:
     model, cuts = uneven("llama")
     config = uneven_config(model.config, cuts)
     plain = build_skeleton(model.config)
-    apply_overrides(plain, config)
+    apply_overrides(Decoder.find(plain), config)
     assert shapes(plain) == {name: list(tensor.shape) for name, tensor in shrunk_state(model, cuts).items()}
     assert {p.device.type for p in plain.parameters()} == {"meta"}
 
@@ -154,14 +155,14 @@ def test_overrides_are_applied_before_weights_are_loaded() -> None:
 def test_a_pruned_model_is_pruned_again() -> None:
     model, cuts = uneven("llama")
     config = uneven_config(model.config, cuts)
-    small = build_uneven_skeleton(config)
-    found = find_structures(small)
+    small = build_decoder(config).model
+    found = find_structures(Decoder.find(small))
     assert [by_kind(found, layer, "ffn")[0].groups for layer in range(3)] == [46, 48, 35]
 
 
 def test_an_architecture_that_owns_the_overrides() -> None:
     model = build("gemma4")
-    cuts = {0: [Cut(by_kind(find_structures(model), 0, "ffn")[0], (0,))]}
+    cuts = {0: [Cut(by_kind(find_structures(Decoder.find(model)), 0, "ffn")[0], (0,))]}
     with pytest.raises(ModelError, match="per_layer_config of its own"):
         uneven_config(model.config, cuts)
     assert layer_overrides(model.config) == {}
@@ -175,7 +176,7 @@ def test_overrides_of_a_layer_that_does_not_exist() -> None:
     config = AutoConfig.for_model(**data)
     fewer = build_skeleton(AutoConfig.for_model(**{**model.config.to_dict(), "num_hidden_layers": 1}))
     with pytest.raises(ModelError, match="names layer 1"):
-        apply_overrides(fewer, config)
+        apply_overrides(Decoder.find(fewer), config)
 
 
 def test_a_sound_checkpoint_has_nothing_to_complain_about() -> None:
@@ -225,6 +226,6 @@ def test_configs_that_contradict_themselves(family: str, changes: dict[str, Any]
 
 def test_the_stock_class_loads_the_state() -> None:
     model = build("qwen3")
-    cuts, _ = cut_all(find_structures(model), "ffn")
+    cuts, _ = cut_all(find_structures(Decoder.find(model)), "ffn")
     small = AutoModelForCausalLM.from_config(smaller_config(model.config, cuts))
     assert small.load_state_dict(shrunk_state(model, cuts)).missing_keys == []

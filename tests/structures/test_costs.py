@@ -29,7 +29,7 @@ def test_parameters_are_those_of_the_tensors_that_shrink(family: str) -> None:
     layer = source.layers[-1]
     full = sum(tensor.numel() for tensor in numbers(layer).values())
     assert layer_size(layer, parameters) == full
-    structures = [found for found in find_structures(source.model)[-1] if found.refusal is None]
+    structures = [found for found in find_structures(source.decoder)[-1] if found.refusal is None]
     assert structures
     for structure in structures:
         levels = [0, 1, structure.groups - 1]
@@ -62,7 +62,7 @@ def test_flops_are_those_of_the_products_with_matrices(family: str) -> None:
 def test_a_token_reaches_as_many_experts_as_before() -> None:
     source = ModelSource(build("mixtral"))
     experts, channels = (
-        next(found for found in find_structures(source.model)[0] if found.kind == kind) for kind in ("experts", "ffn")
+        next(found for found in find_structures(source.decoder)[0] if found.kind == kind) for kind in ("experts", "ffn")
     )
     # Two of four experts a token: with fewer experts only the router, 4 x 32, is smaller.
     full, fewer, least = level_sizes(source.layers[0], experts, [0, 1, 2], flops, active=0.5)
@@ -99,7 +99,7 @@ def latency(tokens: int) -> Latency:
 
 def test_latency_is_measured_at_a_few_levels_and_once_a_shape(clock: list[tuple[int, int, int]]) -> None:
     source = ModelSource(build("llama-tied"))
-    found = find_structures(source.model)
+    found = find_structures(source.decoder)
     structure = next(found for found in found[0] if found.kind == "ffn")
     cost, levels = latency(7), list(range(0, 45, 3))
     sizes = level_sizes(source.layers[0], structure, levels, cost)
@@ -128,7 +128,7 @@ def test_latency_of_this_machine() -> None:
 @pytest.mark.parametrize("levels", [[], [-1], [48]])
 def test_levels_out_of_range(levels: list[int]) -> None:
     source = ModelSource(build("llama"))
-    structure = next(found for found in find_structures(source.model)[0] if found.kind == "ffn")
+    structure = next(found for found in find_structures(source.decoder)[0] if found.kind == "ffn")
     with pytest.raises(PatternError, match="down_proj"):
         level_sizes(source.layers[0], structure, levels, parameters)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.errors import ModelError
-from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.decoder import Decoder
 from llmprune.models.uneven import layer_overrides, with_overrides
 from llmprune.structures.describe.depth import drop_layers
 
@@ -55,7 +55,8 @@ class Skipped(nn.Module):
 )
 def test_the_model_without_two_layers(family: str, changes: dict[str, Any], attributes: dict[str, Any] | None) -> None:
     model = build(family, **changes)
-    path, layers = find_decoder_layers(model)
+    decoder = Decoder.find(model)
+    path, layers = decoder.path, decoder.layers
     if attributes is None:
         with pytest.raises(ModelError, match="would not be the same at its new place"):
             drop_layers(model.config, [1, 2])

@@ -7,7 +7,7 @@ from tiny_models import build, random_ids
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.decoder import Decoder
 from llmprune.models.skeleton import build_skeleton
 from llmprune.structures.find.discovery import Structure, find_structures
 
@@ -23,7 +23,7 @@ def described(found: list[list[Structure]]) -> list[object]:
 
 
 def slices(family: str, kind: str, layer: int = 0, **changes: object) -> dict[str, tuple[int, list[list[int]]]]:
-    (structure,) = by_kind(find_structures(build(family, **changes)), layer, kind)
+    (structure,) = by_kind(find_structures(Decoder.find(build(family, **changes))), layer, kind)
     assert structure.refusal is None
     return {part.name: (part.dim, part.index.tolist()) for part in structure.slices}
 
@@ -114,14 +114,14 @@ def test_whole_experts() -> None:
     ],
 )
 def test_refusals(family: str, layer: int, kind: str, reason: str) -> None:
-    (structure,) = by_kind(find_structures(build(family)), layer, kind)
+    (structure,) = by_kind(find_structures(Decoder.find(build(family))), layer, kind)
     assert reason in str(structure.refusal)
     assert structure.slices == ()
 
 
 def test_what_is_part_of_something_larger_is_no_structure() -> None:
     """Neither the residual, nor bottlenecks, nor the rows inside a mixer that several of its matrices read."""
-    found = find_structures(build("jamba"))
+    found = find_structures(Decoder.find(build("jamba")))
     assert [[(s.kind, s.consumer) for s in layer] for layer in found] == [
         [("ffn", "feed_forward.down_proj.weight")],
         [
@@ -130,17 +130,17 @@ def test_what_is_part_of_something_larger_is_no_structure() -> None:
             ("experts", "feed_forward.experts.down_proj"),
         ],
     ]
-    assert find_structures(build("mamba")) == [[], []]
+    assert find_structures(Decoder.find(build("mamba"))) == [[], []]
 
 
 def test_a_single_head_is_refused() -> None:
-    found = find_structures(build("llama", num_attention_heads=1, num_key_value_heads=1))
+    found = find_structures(Decoder.find(build("llama", num_attention_heads=1, num_key_value_heads=1)))
     assert [s.refusal for s in by_kind(found, 0, "heads")] == ["it has one head only"]
 
 
 def test_channels_that_are_normalised_together() -> None:
     """Gemma 3n keeps the strongest gates of a token: which ones depends on all of them."""
-    found = find_structures(build("gemma3n", activation_sparsity_pattern=[0.9, 0.0, 0.0, 0.0]))
+    found = find_structures(Decoder.find(build("gemma3n", activation_sparsity_pattern=[0.9, 0.0, 0.0, 0.0])))
     sparse, dense = (
         next(s for s in by_kind(found, layer, "ffn") if s.consumer == "mlp.down_proj.weight") for layer in (0, 1)
     )
@@ -155,16 +155,16 @@ def test_closed_relus_are_channels_too() -> None:
         for layer in model.model.decoder.layers:
             layer.fc1.bias.fill_(-100)
             layer.fc1.weight.zero_()
-    assert described(find_structures(model)) == described(find_structures(build("opt")))
+    assert described(find_structures(Decoder.find(model))) == described(find_structures(Decoder.find(build("opt"))))
 
 
 @pytest.mark.parametrize("family", ["gemma3-vision", "nemotron_h", "gpt_oss"])
 def test_no_weight_is_needed(family: str) -> None:
     model = build(family)
-    expected = described(find_structures(model))
-    assert expected == described(find_structures(model)), "not the same at every call"
-    assert expected == described(find_structures(build_skeleton(model.config)))
-    assert expected == described(find_structures(build_skeleton(model.config, torch.bfloat16)))
+    expected = described(find_structures(Decoder.find(model)))
+    assert expected == described(find_structures(Decoder.find(model))), "not the same at every call"
+    assert expected == described(find_structures(Decoder.find(build_skeleton(model.config))))
+    assert expected == described(find_structures(Decoder.find(build_skeleton(model.config, torch.bfloat16))))
 
 
 def test_the_model_stays_as_it_was() -> None:
@@ -172,7 +172,7 @@ def test_the_model_stays_as_it_was() -> None:
     model.set_attn_implementation("sdpa")
     model.set_experts_implementation("grouped_mm")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    find_structures(model)
+    find_structures(Decoder.find(model))
     assert model.config._attn_implementation == "sdpa"
     assert set(model.get_experts_implementation().values()) == {"grouped_mm"}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -180,13 +180,13 @@ def test_the_model_stays_as_it_was() -> None:
 
 
 def test_layers_of_different_sizes() -> None:
-    found = find_structures(build("gemma4"))
+    found = find_structures(Decoder.find(build("gemma4")))
     assert [by_kind(found, layer, "heads")[0].columns for layer in range(4)] == [16, 32, 8, 16]
 
 
 def consumer_inputs(model: PreTrainedModel, structure: Structure, layer: int) -> Tensor:
     """What the consumer reads in the real model: [tokens, columns]."""
-    _, layers = find_decoder_layers(model)
+    layers = Decoder.find(model).layers
     module = layers[layer].get_submodule(structure.consumer.removesuffix(".weight"))
     seen: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2).clone()))
@@ -202,11 +202,11 @@ def test_rows_of_a_group_change_its_columns_only(family: str, kind: str) -> None
     """An independent check on the real weights: what a group's rows are has an effect on its own columns alone."""
     model = build(family)
     layer = 1
-    structure = by_kind(find_structures(model), layer, kind)[0]
+    structure = by_kind(find_structures(Decoder.find(model)), layer, kind)[0]
     if structure.consumer.endswith("experts.down_proj"):
-        structure = by_kind(find_structures(model), layer, kind)[1]
+        structure = by_kind(find_structures(Decoder.find(model)), layer, kind)[1]
     before = consumer_inputs(model, structure, layer)
-    group, state = 1, dict(find_decoder_layers(model)[1][layer].named_parameters())
+    group, state = 1, dict(Decoder.find(model).layers[layer].named_parameters())
     with torch.no_grad():
         for part in structure.slices:
             if part.name != structure.consumer:
@@ -222,6 +222,6 @@ def test_many_layers_and_channels_cost_little() -> None:
         "llama", vocab_size=64, hidden_size=512, intermediate_size=14336, num_hidden_layers=40, num_attention_heads=64,
         num_key_value_heads=8,
     )  # fmt: skip
-    found = find_structures(build_skeleton(config))
+    found = find_structures(Decoder.find(build_skeleton(config)))
     assert [(s.kind, s.groups, s.columns) for s in found[39]] == [("heads", 8, 64), ("ffn", 14336, 1)]
     assert found[39][0] is found[0][0], "layers that are alike are analysed once"

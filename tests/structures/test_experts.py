@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from llmprune.errors import ModelError, PatternError
-from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.decoder import Decoder
 from llmprune.stream.stream import ResidentLayer
 from llmprune.structures.choose.experts import ExpertScores, expert_scores, lowest_experts
 from llmprune.structures.find.discovery import Structure, find_structures
@@ -92,7 +92,7 @@ DIRECT: dict[str, tuple[str, Gates, Expert]] = {
 
 
 def with_experts(model: PreTrainedModel) -> dict[int, list[Structure]]:
-    found = find_structures(model)
+    found = find_structures(Decoder.find(model))
     return {layer: own for layer in range(len(found)) if (own := list(by_kind(found, layer, "experts")))}
 
 
@@ -110,7 +110,7 @@ def score(model: PreTrainedModel, method: str, structures: dict[int, list[Struct
 def block_inputs(model: PreTrainedModel, layer: int, name: str) -> Tensor:
     """What the experts' block of a layer reads, [tokens, hidden], without the samples held back."""
     seen: list[Tensor] = []
-    block = find_decoder_layers(model)[1][layer].get_submodule(name)
+    block = Decoder.find(model).layers[layer].get_submodule(name)
     hook = block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         model(input_ids=IDS[: len(IDS) - HELD_BACK], use_cache=False)
@@ -125,7 +125,7 @@ def test_scores_are_those_of_the_weights(family: str) -> None:
     assert structures
     reap, frequency = (score(model, method, structures) for method in ("reap", "frequency"))
     name, gates_of, expert_of = DIRECT[family]
-    _, layers = find_decoder_layers(model)
+    layers = Decoder.find(model).layers
     for layer, own in structures.items():
         block = layers[layer].get_submodule(name)
         x = block_inputs(model, layer, name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.errors import ModelError, PatternError
-from llmprune.models.decoder import find_decoder_layers, prunable_matrices
+from llmprune.models.decoder import Decoder, prunable_matrices
 from llmprune.structures.find.discovery import Slice, Structure, find_structures
 from llmprune.structures.remove.cuts import Cut, mask, shrink
 from llmprune.structures.remove.fused import by_expert, experts_of, last_groups, permute_channels, removed_last
@@ -27,9 +27,9 @@ Choices = list[tuple[nn.Module, Structure, list[list[int]]]]
 def choose(model: PreTrainedModel, remove: int = 7) -> Choices:
     """Channels of every expert of every layer, drawn for each by itself."""
     random = torch.Generator().manual_seed(1)
-    _, layers = find_decoder_layers(model)
+    layers = Decoder.find(model).layers
     choices: Choices = []
-    for layer, own in zip(layers, find_structures(model), strict=True):
+    for layer, own in zip(layers, find_structures(Decoder.find(model)), strict=True):
         for structure in own:
             experts = experts_of(layer, structure)
             if experts > 1:
@@ -65,8 +65,8 @@ def test_each_expert_loses_the_channels_it_chose(family: str) -> None:
     assert not torch.allclose(masked, dense, atol=1e-2)
 
     reference = build(family)
-    _, layers = find_decoder_layers(reference)
-    twins = dict(zip(find_decoder_layers(model)[1], layers, strict=True))
+    layers = Decoder.find(reference).layers
+    twins = dict(zip(Decoder.find(model).layers, layers, strict=True))
     for layer, structure, removed in choices:
         silence(twins[layer], structure, removed)
     torch.testing.assert_close(masked, logits(reference, IDS), rtol=1e-4, atol=1e-4)
@@ -95,14 +95,14 @@ def test_what_shrinks_is_what_the_others_keep_in_their_order(family: str) -> Non
 def test_ordinary_channels_and_shared_experts_are_no_fused_experts() -> None:
     model = build("qwen2_moe")
     layer = model.model.layers[0]
-    counts = {s.consumer: experts_of(layer, s) for s in by_kind(find_structures(model), 0, "ffn")}
+    counts = {s.consumer: experts_of(layer, s) for s in by_kind(find_structures(Decoder.find(model)), 0, "ffn")}
     assert counts == {"mlp.experts.down_proj": 4, "mlp.shared_expert.down_proj.weight": 1}
-    assert [experts_of(layer, s) for s in by_kind(find_structures(model), 0, "heads")] == [1]
+    assert [experts_of(layer, s) for s in by_kind(find_structures(Decoder.find(model)), 0, "heads")] == [1]
 
 
 def test_heads_that_experts_have_in_common_cannot_move() -> None:
     model = build("jetmoe")
-    (heads,) = by_kind(find_structures(model), 0, "heads")
+    (heads,) = by_kind(find_structures(Decoder.find(model)), 0, "heads")
     layer: Any = model.model.layers[0]
     assert experts_of(layer, heads) == 1
     with pytest.raises(ModelError, match=r"\(heads\) have one order"):
@@ -111,7 +111,7 @@ def test_heads_that_experts_have_in_common_cannot_move() -> None:
 
 def test_experts_with_rows_in_common_cannot_choose() -> None:
     model = build("mixtral")
-    (own,) = by_kind(find_structures(model), 0, "ffn")
+    (own,) = by_kind(find_structures(Decoder.find(model)), 0, "ffn")
     odd = Slice("self_attn.q_proj.weight", 0, torch.arange(48).view(48, 1))
     shared = Structure("ffn", own.consumer, own.groups, 1, (*own.slices, odd))
     with pytest.raises(ModelError, match=r"have self_attn\.q_proj\.weight in common"):
@@ -136,7 +136,7 @@ def bad_orders() -> list[Tensor]:
 @pytest.mark.parametrize("order", bad_orders())
 def test_an_order_that_loses_a_channel_is_refused(order: Tensor) -> None:
     model = build("mixtral")
-    (own,) = by_kind(find_structures(model), 0, "ffn")
+    (own,) = by_kind(find_structures(Decoder.find(model)), 0, "ffn")
     before = model.model.layers[0].mlp.experts.down_proj.clone()
     with pytest.raises(PatternError, match="every group once"):
         permute_channels(dict(model.model.layers[0].named_parameters()), own, order)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.decoder import Decoder
 from llmprune.models.source import ModelSource
 from llmprune.structures.choose.gradients import gradient_scores
 from llmprune.structures.find.discovery import Structure, find_structures
@@ -22,7 +22,7 @@ KINDS = ("heads", "ffn", "experts")
 
 
 def structures_of(model: PreTrainedModel) -> dict[int, list[Structure]]:
-    found = find_structures(model)
+    found = find_structures(Decoder.find(model))
     kinds = {index: [s for kind in KINDS for s in by_kind(found, index, kind)] for index in range(len(found))}
     return {index: [s for s in own if s.refusal is None] for index, own in kinds.items()}
 
@@ -40,7 +40,7 @@ def test_scores_add_up_what_each_group_holds(family: str) -> None:
     structures = structures_of(model)
     scores = gradient_scores(ModelSource(model), IDS, None, structures, ["taylor", "fisher"])
     gradients = whole_gradients(model, matrix_names(model), IDS)
-    _, layers = find_decoder_layers(model)
+    layers = Decoder.find(model).layers
     assert set(scores) == set(structures)
     for index, own in structures.items():
         for structure, found in zip(own, scores[index], strict=True):
@@ -62,7 +62,7 @@ def test_scores_add_up_what_each_group_holds(family: str) -> None:
 
 def test_channels_of_fused_experts_have_scores_of_each_expert() -> None:
     model = build("mixtral", dtype=torch.float64)
-    (own,) = by_kind(find_structures(model), 1, "ffn")
+    (own,) = by_kind(find_structures(Decoder.find(model)), 1, "ffn")
     ((found,),) = gradient_scores(ModelSource(model), IDS, None, {1: [own]}, ["taylor"]).values()
     gradients = whole_gradients(model, {1: ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}, IDS)
     experts: Any = model.model.layers[1].mlp.experts

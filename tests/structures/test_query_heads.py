@@ -7,7 +7,8 @@ from tiny_models import FAMILIES, build, known, random_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.errors import ModelError, PatternError
-from llmprune.models.uneven import build_uneven_skeleton
+from llmprune.models.decoder import Decoder
+from llmprune.models.uneven import build_decoder
 from llmprune.structures.describe.audit import audit
 from llmprune.structures.describe.configuration import smaller_config, uneven_config
 from llmprune.structures.find.discovery import Structure, find_query_heads, find_structures
@@ -71,7 +72,7 @@ def test_the_shrunk_model_computes_what_the_masked_one_does(family: str) -> None
     if not known(family):
         pytest.skip(f"this transformers does not know {FAMILIES[family][0]}")
     model = build(family)
-    found = find_query_heads(model)
+    found = find_query_heads(Decoder.find(model))
     expected = EXCEPTIONS.get(family)
     refusals = [structure.refusal for structures in found for structure in structures if structure.refusal]
     if expected is None:
@@ -88,7 +89,7 @@ def test_the_shrunk_model_computes_what_the_masked_one_does(family: str) -> None
 
 
 def test_keys_and_values_stay() -> None:
-    structure = find_query_heads(build("llama"))[0][0]
+    structure = find_query_heads(Decoder.find(build("llama")))[0][0]
     assert (structure.kind, structure.groups, structure.columns, structure.partitions) == ("heads", 4, 8, 2)
     index = torch.arange(32).view(4, 8).tolist()
     assert [(part.name, part.dim, part.index.tolist()) for part in structure.slices] == [
@@ -100,7 +101,7 @@ def test_keys_and_values_stay() -> None:
 
 def test_rows_of_a_fused_matrix() -> None:
     """Falcon puts the query heads of each group before its key and value."""
-    structure = find_query_heads(build("falcon-40b"))[0][0]
+    structure = find_query_heads(Decoder.find(build("falcon-40b")))[0][0]
     rows = structure.slices[0].index
     assert structure.slices[0].name == "self_attention.query_key_value.weight"
     assert rows[:, 0].tolist() == [0, 8, 32, 40]
@@ -109,7 +110,7 @@ def test_rows_of_a_fused_matrix() -> None:
 @pytest.mark.parametrize("removed", [1, 2, 3])
 def test_four_query_heads_of_each_key_and_value(removed: int) -> None:
     model = build("qwen3", num_attention_heads=8, num_key_value_heads=2)
-    cuts = equal_cuts(find_query_heads(model), removed)
+    cuts = equal_cuts(find_query_heads(Decoder.find(model)), removed)
     config = smaller_config(model.config, cuts)
     assert (config.num_attention_heads, config.num_key_value_heads) == (8 - 2 * removed, 2)
     check_exactness(model, cuts)
@@ -117,16 +118,16 @@ def test_four_query_heads_of_each_key_and_value(removed: int) -> None:
 
 def test_layers_may_lose_different_numbers() -> None:
     model = build("qwen3", num_attention_heads=8, num_key_value_heads=2)
-    found = find_query_heads(model)
+    found = find_query_heads(Decoder.find(model))
     cuts = {0: equal_cuts(found, 1)[0], 1: equal_cuts(found, 3)[1]}
-    small = build_uneven_skeleton(uneven_config(model.config, cuts))
+    small = build_decoder(uneven_config(model.config, cuts)).model
     small.load_state_dict(shrunk_state(model, cuts), assign=True)
     ids = random_ids(2, 20)
     assert torch.allclose(logits(small, ids), masked_logits(model, cuts, ids), rtol=0, atol=2e-6)
 
 
 def test_each_key_and_value_keeps_as_many() -> None:
-    structure = find_query_heads(build("llama"))[0][0]
+    structure = find_query_heads(Decoder.find(build("llama")))[0][0]
     with pytest.raises(PatternError, match="0 to 1 of 2 consecutive groups"):
         Cut(structure, (0,))
     with pytest.raises(PatternError, match="0 to 2 of 2"):
@@ -134,7 +135,7 @@ def test_each_key_and_value_keeps_as_many() -> None:
 
 
 def test_the_solver_takes_the_partitions() -> None:
-    structure = find_query_heads(build("llama"))[0][0]
+    structure = find_query_heads(Decoder.find(build("llama")))[0][0]
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x[:, :16] *= 0.01  # alone, the first two heads would go
     settings = RemovalSettings(partitions=structure.partitions)
@@ -145,6 +146,6 @@ def test_the_solver_takes_the_partitions() -> None:
 def test_whole_groups_are_found_as_before() -> None:
     """One query head a key and value: both searches would remove the same."""
     model = build("qwen3", num_key_value_heads=4)
-    assert SINGLE in str(find_query_heads(model)[0][0].refusal)
-    whole = next(s for s in find_structures(model)[0] if s.kind == "heads")
+    assert SINGLE in str(find_query_heads(Decoder.find(model))[0][0].refusal)
+    whole = next(s for s in find_structures(Decoder.find(model))[0] if s.kind == "heads")
     assert (whole.groups, whole.columns, whole.partitions) == (4, 16, 1)

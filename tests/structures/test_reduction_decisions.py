@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmprune.errors import ModelError, PatternError, RecipeError
-from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.decoder import Decoder
 from llmprune.pruning.forecast.forecast import dry_run
 from llmprune.pruning.pipeline import prune
 from llmprune.pruning.writing import Writer
@@ -161,11 +161,11 @@ def test_the_checkpoint_computes_what_the_masked_model_does(family: str, kind: s
     section = {"remove": 0.5} if kind == "experts" else {"remove": 0.5, "method": "magnitude-l2"}
     report = prune(folder, structured(**{kind: section}), tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    _, layers = find_decoder_layers(model)
+    layers = Decoder.find(model).layers
     with torch.no_grad(), ExitStack() as stack:
         for row in report.structures:
             index = int(row.layer.rpartition(".")[2])
-            structure = next(s for s in find_structures(model)[index] if s.kind == kind)
+            structure = next(s for s in find_structures(Decoder.find(model))[index] if s.kind == kind)
             assert row.removed is not None
             cut = Cut(structure, row.removed)
             if kind == "experts":

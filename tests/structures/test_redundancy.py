@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.errors import ModelError, NumericsError, RecipeError
+from llmprune.models.decoder import Decoder
 from llmprune.models.source import ModelSource
 from llmprune.stream import variants
 from llmprune.stream.stream import Stream, StreamSettings
@@ -101,7 +102,7 @@ def test_the_same_tokens_of_every_layer() -> None:
 
 def test_the_influence_of_blocks() -> None:
     model = build("llama", num_hidden_layers=3)
-    blocks = find_blocks(model)
+    blocks = find_blocks(Decoder.find(model))
     collector = BlockInfluence(blocks)
     source = CountingSource(model)
     survey(Stream(source, IDS, StreamSettings(batch_size=2, outputs=True)), collector, LayerDistance())
@@ -122,7 +123,7 @@ def test_the_influence_of_blocks() -> None:
 
 def test_blocks_that_are_refused_have_no_score() -> None:
     model = build("granitemoehybrid")
-    blocks = find_blocks(model)
+    blocks = find_blocks(Decoder.find(model))
     collector = BlockInfluence(blocks, parts=["attention"])
     survey(stream(model, outputs=True), collector)
     assert list(collector.result()) == [(1, "attention")]
@@ -240,7 +241,7 @@ EVERYTHING = [Candidate(layer, part) for layer in range(4) for part in ("attenti
 @pytest.mark.parametrize("budget", [1 << 30, 0])
 def test_greedy_removal(family: str, candidates: list[Candidate], budget: int) -> None:
     model = meek_first(family)
-    removal = greedy_on(model, candidates, 3, find_blocks(model), activation_budget=budget)
+    removal = greedy_on(model, candidates, 3, find_blocks(Decoder.find(model)), activation_budget=budget)
     expected = plainly(family, candidates, 3)
     assert expected[0][0].layer == 0
     assert [best for best, _ in removal.steps] == [best for best, _ in expected]
@@ -261,11 +262,11 @@ def test_a_layer_that_goes_takes_its_blocks_along() -> None:
         for parameter in linear.parameters():
             parameter.detach().mul_(scale)
     candidates = [Candidate(2, "attention"), Candidate(2, "mlp"), *layer_candidates(4)]
-    removal = greedy_on(model, candidates, 3, find_blocks(model))
+    removal = greedy_on(model, candidates, 3, find_blocks(Decoder.find(model)))
     assert [best for best, _ in removal.steps] == [(2, "mlp"), (2, "attention"), (2, "layer")]
     assert removal.steps[1][1][2, "attention"] == removal.steps[2][1][2, "layer"]
     assert removal.removed == ((2, "layer"),)
-    early = greedy_on(model, candidates[2:], 1, find_blocks(model))
+    early = greedy_on(model, candidates[2:], 1, find_blocks(Decoder.find(model)))
     assert early.layers == [2]
 
 

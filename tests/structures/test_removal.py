@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.errors import ModelError, PatternError
+from llmprune.models.decoder import Decoder
 from llmprune.structures.describe.audit import audit
 from llmprune.structures.describe.configuration import smaller_config
 from llmprune.structures.find.discovery import Slice, Structure, find_structures
@@ -103,7 +104,7 @@ def test_the_shrunk_checkpoint_computes_what_the_masked_model_does(family: str, 
     if not known(family):
         pytest.skip(f"this transformers does not know {FAMILIES[family][0]}")
     model = build(family)
-    found = find_structures(model)
+    found = find_structures(Decoder.find(model))
     exact: Cuts = {}
     for kind, expected in zip(("heads", "ffn", "experts"), OUTCOMES[family], strict=True):
         for layer, cuts in possible_cuts(model, found, kind, expected).items():
@@ -147,7 +148,7 @@ def check_exactness(family: str, model: PreTrainedModel, cuts: Cuts, folder: Pat
 
 def test_heads_and_channels_go_together(tmp_path: Path) -> None:
     model = build("phi3")
-    found = find_structures(model)
+    found = find_structures(Decoder.find(model))
     heads, channels = cut_all(found, "heads")[0], cut_all(found, "ffn")[0]
     both = {layer: heads[layer] + channels[layer] for layer in heads}
     config = smaller_config(model.config, both)
@@ -160,7 +161,7 @@ def test_heads_and_channels_go_together(tmp_path: Path) -> None:
 
 def test_the_model_shrinks_physically() -> None:
     model = build("llama")
-    cuts, _ = cut_all(find_structures(model), "heads")
+    cuts, _ = cut_all(find_structures(Decoder.find(model)), "heads")
     state = shrunk_state(model, cuts)
     full = model.state_dict()
     weight = "model.layers.1.self_attn.o_proj.weight"
@@ -172,7 +173,7 @@ def test_the_model_shrinks_physically() -> None:
 def test_the_first_group_goes_as_well_as_the_last() -> None:
     for removed in ((0,), (1,)):
         model = build("gpt_oss")
-        found = find_structures(model)
+        found = find_structures(Decoder.find(model))
         cuts = {layer: [Cut(by_kind(found, layer, "heads")[0], removed)] for layer in range(2)}
         small = AutoModelForCausalLM.from_config(smaller_config(model.config, cuts), experts_implementation="eager")
         small.eval().load_state_dict(shrunk_state(model, cuts))
@@ -224,7 +225,7 @@ def test_a_mask_zeroes_what_goes_and_nothing_else() -> None:
 
 def test_routing_is_restored() -> None:
     model = build("glm_moe_dsa")
-    cuts, _ = cut_all(find_structures(model), "experts")
+    cuts, _ = cut_all(find_structures(Decoder.find(model)), "experts")
     ids = random_ids(2, 20)
     before = logits(model, ids)
     assert not torch.equal(masked_logits(model, cuts, ids), before)

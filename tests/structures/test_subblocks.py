@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, StaticCache
 
 from llmprune.errors import ModelError
-from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.decoder import Decoder
 from llmprune.models.skeleton import build_skeleton
-from llmprune.models.uneven import RemovedBlock, build_uneven_skeleton, layer_overrides, remove_blocks
+from llmprune.models.uneven import RemovedBlock, build_decoder, layer_overrides, remove_blocks
 from llmprune.structures.describe.audit import audit
 from llmprune.structures.describe.configuration import smaller_config, uneven_config
 from llmprune.structures.describe.depth import drop_layers, without_blocks
@@ -51,7 +51,7 @@ Removed = dict[int, Mapping[str, int]]
 def smaller(model: PreTrainedModel, removed: Removed, config: Any = None) -> PreTrainedModel:
     """The model that a config without blocks describes, with the weights of the full one."""
     config = AutoConfig.for_model(**without_blocks(config or model.config, removed).to_dict())
-    small = build_uneven_skeleton(config)
+    small = build_decoder(config).model
     state = {name: tensor for name, tensor in model.state_dict().items() if name in small.state_dict()}
     small.load_state_dict(state, assign=True)
     small.tie_weights()
@@ -80,8 +80,8 @@ def test_every_family_without_attention_or_mlp(family: str) -> None:
     if not known(family):
         pytest.skip(f"transformers has no {family}")
     model = build(family)
-    found = find_structures(model)
-    blocks = find_blocks(model, found=found)
+    found = find_structures(Decoder.find(model))
+    blocks = find_blocks(Decoder.find(model), found=found)
     refusals = {part: own.refusal for part, own in blocks[0].items() if own.refusal}
     expected = REFUSED.get(family, {})
     assert set(refusals) == set(expected)
@@ -106,7 +106,8 @@ def check_exactness(
             without_blocks(model.config, removed)
         return
     small = smaller(model, removed)
-    path, own = find_decoder_layers(model)
+    decoder = Decoder.find(model)
+    path, own = decoder.path, decoder.layers
     gone = {f"{path}.{layer}.{name}" for layer in layers for name in blocks[layer][part].tensors}
     assert model.state_dict().keys() - small.state_dict().keys() == gone
     assert gone
@@ -133,7 +134,7 @@ def generated(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
 
 def without_first_attention(family: str = "llama") -> PreTrainedModel:
     model = build(family)
-    return smaller(model, {0: find_blocks(model)[0]["attention"].modules})
+    return smaller(model, {0: find_blocks(Decoder.find(model))[0]["attention"].modules})
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon-7b"])
@@ -181,22 +182,23 @@ def test_a_static_cache_with_memory_for_the_heads_that_were_there() -> None:
     ],
 )
 def test_which_modules_they_are(family: str, attention: dict[str, int], mlp: dict[str, int]) -> None:
-    blocks = find_blocks(build_skeleton(build(family).config))[1]
+    blocks = find_blocks(Decoder.find(build_skeleton(build(family).config)))[1]
     assert blocks["attention"].modules == attention
     assert blocks["mlp"].modules == mlp
 
 
 def test_a_later_layer_can_do_without_what_the_first_cannot() -> None:
     """Only the first two layers of this Gemma 3n give others their keys; the router of Zaya's last layer feeds none."""
-    assert [own["attention"].refusal is None for own in find_blocks(build("gemma3n"))] == [False, False, True, True]
-    assert [own["mlp"].refusal is None for own in find_blocks(build("zaya"))] == [False, True]
+    gemma, zaya = (find_blocks(Decoder.find(build(family))) for family in ("gemma3n", "zaya"))
+    assert [own["attention"].refusal is None for own in gemma] == [False, False, True, True]
+    assert [own["mlp"].refusal is None for own in zaya] == [False, True]
 
 
 def test_the_search_leaves_the_model_as_it_was() -> None:
     model = build("mixtral")
     ids = random_ids(2, 8)
     before, modules = logits(model, ids), list(model.modules())
-    find_blocks(model)
+    find_blocks(Decoder.find(model))
     assert list(model.modules()) == modules
     assert not any("forward" in vars(module) for module in modules)
     assert torch.equal(logits(model, ids), before)
@@ -204,7 +206,7 @@ def test_the_search_leaves_the_model_as_it_was() -> None:
 
 def test_a_block_is_missing_for_a_while() -> None:
     model = build("llama")
-    layer, block = model.model.layers[1], find_blocks(model)[1]["mlp"]
+    layer, block = model.model.layers[1], find_blocks(Decoder.find(model))[1]["mlp"]
     ids = random_ids(2, 8)
     before, module = logits(model, ids), layer.mlp
     with without(layer, 1, [block]):
@@ -223,7 +225,7 @@ def test_the_config_reads_back_and_grows() -> None:
     assert layer_overrides(twice)[1] == {"removed_blocks": {"self_attn": 2, "mlp": 1}}
     assert set(layer_overrides(twice)) == {1, 10}
     assert layer_overrides(config) == {}
-    layers = build_uneven_skeleton(twice).model.layers
+    layers = build_decoder(twice).model.model.layers
     removed = [
         (n, name) for n, layer in enumerate(layers) for name, m in layer.named_modules() if type(m) is RemovedBlock
     ]
@@ -241,15 +243,16 @@ def test_a_module_that_does_not_exist(name: str) -> None:
 
 def test_together_with_smaller_widths_and_fewer_layers() -> None:
     model = build("llama", num_hidden_layers=4)
-    found, (path, layers) = find_structures(model), find_decoder_layers(model)
+    decoder = Decoder.find(model)
+    found, path, layers = find_structures(decoder), decoder.path, decoder.layers
     cuts = {1: [Cut(found[1][1], (3, 5))], 2: [Cut(found[2][0], (0,))]}
-    blocks = find_blocks(model, found=found)
+    blocks = find_blocks(Decoder.find(model), found=found)
     config = uneven_config(model.config, cuts)
     config = without_blocks(config, {1: blocks[1]["attention"].modules, 3: blocks[3]["mlp"].modules})
     config, numbers = drop_layers(config, [1, 2, 3])
     assert layer_overrides(config)[0] == {"intermediate_size": 46, "removed_blocks": {"self_attn": 2}}
     assert layer_overrides(config)[2] == {"removed_blocks": {"mlp": 1}}
-    small = build_uneven_skeleton(config)
+    small = build_decoder(config).model
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(path)}
     for old, new in numbers.items():
         state |= {f"{path}.{new}.{name}": t for name, t in shrink(layers[old].state_dict(), cuts.get(old, [])).items()}
@@ -272,9 +275,9 @@ def test_together_with_smaller_widths_and_fewer_layers() -> None:
 
 def test_together_with_equal_widths() -> None:
     model = build("llama")
-    cuts = {layer: [Cut(own[1], (0, 1))] for layer, own in enumerate(find_structures(model))}
+    cuts = {layer: [Cut(own[1], (0, 1))] for layer, own in enumerate(find_structures(Decoder.find(model)))}
     config = without_blocks(smaller_config(model.config, cuts), {0: {"self_attn": 2}})
-    shapes = {name: tuple(p.shape) for name, p in build_uneven_skeleton(config).named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in build_decoder(config).model.named_parameters()}
     assert shapes["model.layers.0.mlp.down_proj.weight"] == (32, 46)
     assert not any(name.startswith("model.layers.0.self_attn") for name in shapes)
 
@@ -282,7 +285,7 @@ def test_together_with_equal_widths() -> None:
 def test_a_model_without_blocks_is_searched_again() -> None:
     model = build("llama")
     config = without_blocks(model.config, {0: {"self_attn": 2}})
-    blocks = find_blocks(build_uneven_skeleton(config))
+    blocks = find_blocks(build_decoder(config))
     assert NO_ATTENTION in str(blocks[0]["attention"].refusal)
     assert blocks[0]["mlp"].modules == {"mlp": 1}
     assert blocks[1]["attention"].modules == {"self_attn": 2}

@@ -55,7 +55,7 @@ OUTCOMES = {
     "starcoder2": LAYER,
     "nemotron": LAYER_PLUS,
     "xglm": SCALED,
-    "olmoe": r"k_norm.weight would be \[12\] in place of \[16\]",
+    "olmoe": r"k_norm.weight would be \[12\], not \[16\]",
     "deepseek_v4": r"attn_hc.fn would be \[8, 48\]",  # several streams of the hidden width
     "phimoe": LAYER,
     "dbrx": HEADS,

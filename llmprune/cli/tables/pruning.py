@@ -1,6 +1,5 @@
 """The tables of a run, planned and done, and of the recipes."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,6 @@ from llmprune.units import format_seconds, format_size, spans
 if TYPE_CHECKING:
     from llmprune.pruning.forecast.plan import DryRun, LayerPlan
     from llmprune.storage.report import Report
-
-_EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.)")
 
 
 def report_table(report: "Report", folder: Path) -> RenderableType:
@@ -137,13 +134,15 @@ def _plan_table(plan: "DryRun") -> Table:
 
 def _merged(layer: "LayerPlan") -> list[tuple[str, tuple[tuple[int, int], str, str | None], int]]:
     """The matrices of a layer, with equal ones of its experts in one row."""
+    from llmprune.models.decoder import EXPERT_NUMBER
+
     rows: dict[Any, list[Any]] = {}
     for matrix in layer.matrices:
         what = matrix.shape, matrix.pattern, matrix.method
-        rows.setdefault((_EXPERT.sub("*", matrix.name), what), []).append(matrix)
+        rows.setdefault((EXPERT_NUMBER.sub("*", matrix.name), what), []).append(matrix)
     merged = []
     for (name, what), matrices in rows.items():
-        numbers = [int(found[0]) for matrix in matrices if (found := _EXPERT.search(matrix.name))]
+        numbers = [int(found[0]) for matrix in matrices if (found := EXPERT_NUMBER.search(matrix.name))]
         merged.append((name.replace("*", spans(numbers)), what, sum(matrix.zeros for matrix in matrices)))
     return merged
 

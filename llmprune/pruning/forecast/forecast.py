@@ -10,7 +10,6 @@ Counted are the matrix products:
               factorisation, and 2 x out x d^2 for each matrix
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from llmprune.structures.plan import (
     structure_notes,
 )
 from llmprune.structures.reduction import Reduction
+from llmprune.structures.removable import Removable
 from llmprune.structures.survey import check_budget
 from llmprune.text.loading import check_texts, model_positions
 
@@ -77,14 +77,15 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     settings, device = run.recipe, run.device
     settings = settings.fitted(model_positions(source.config))
     check_texts(settings.texts, source)
-    reduction = Reduction(source, settings.structures, settings.decoder_layers) if settings.structures else None
-    if reduction is not None:
-        check_budget(reduction)
+    found = Removable.find(source, settings.structures) if settings.structures else None
+    reduction = Reduction(found, found.preview()) if found else None
+    if found is not None:
+        check_budget(found)
     result = source if reduction is None else reduction.result
     jobs = plan_jobs(result, settings)
     look = _Look(source, settings, device, reduction)
     layers = tuple(look.plan(indices, jobs) for indices in _kinds(source, jobs))
-    structures = plan_structures(reduction)
+    structures = plan_structures(found)
     hidden = look.hidden_bytes
     resident = min(hidden, int(settings.activation_budget))
     largest = max((plan.memory for plan in layers), key=lambda memory: memory.total)
@@ -100,7 +101,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         memory=MemoryPlan(ends_bytes(source), resident, look.calls_bytes, largest),
         disk_bytes=_disk_bytes(source, result),
         spilled_bytes=hidden - resident,
-        notes=(*_notes(settings, source), *(structure_notes(structures, settings.structures) if structures else ())),
+        notes=(*_notes(settings, source), *(structure_notes(structures, found.spec) if found else ())),
         structures=structures,
     )
 
@@ -169,7 +170,7 @@ class _Look:
             needs = {name: job.method.needs or ColumnNorm for name, job in jobs[index].items()}
             groups = layer.observe(needs) if needs else []
             held_back = self._recipe.held_back * self._length
-            consumers = consumer_shapes(self._reduction, index) if self._reduction else []
+            consumers = consumer_shapes(self._reduction.found, index) if self._reduction else []
             memory = layer_memory(layer, groups, jobs[index], max(self._batches) * self._length, held_back, consumers)
             left = self._left(layer)
             work = self._work(layer, groups, jobs[index], left)
@@ -208,8 +209,8 @@ class _Look:
         forward = (1 + bool(jobs)) * elements
         if self._reduction is not None:
             dense = sum(shares[name] * m.shape[0] * m.shape[1] for name, m in layer.matrices.items())
-            forward += observations(self._reduction, layer.index) * dense
-            gram, solve = removal_work(self._reduction, layer.index, counted)
+            forward += observations(self._reduction.found, layer.index) * dense
+            gram, solve = removal_work(self._reduction.found, layer.index, counted)
             products, factors = products + gram, factors + solve
         return Work(2 * forward * self.tokens, products, factors + solving)
 
@@ -219,11 +220,11 @@ class _Look:
             name: group.statistics.tokens / self._seen
             for group in groups
             for name in group.names
-            if group.statistics is not None and _is_expert(name)
+            if group.statistics is not None and layer.matrices[name].routed
         }
         # Experts that stay dense are not watched; they see as many tokens as the others do.
         average = sum(seen.values()) / len(seen) if seen else 1.0
-        return {name: seen.get(name, average) if _is_expert(name) else 1.0 for name in layer.matrices}
+        return {name: seen.get(name, average) if m.routed else 1.0 for name, m in layer.matrices.items()}
 
     def _handed(self, index: int, batch: int) -> list[Tensor]:
         leaves = tree_leaves(self._stream.calls.get(index, batch))
@@ -286,7 +287,3 @@ def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
         yield f"The text is sampled from the dense model, which is loaded whole for it: {size / 1e9:.2f} GB."
     if any(isinstance(pattern, Unstructured) and pattern.over == "layer" for pattern in recipe.patterns):
         yield "Where scores are compared over a whole layer, the zeros are those of the average matrix."
-
-
-def _is_expert(name: str) -> bool:
-    return re.search(r"\.experts\.\d+\.", name) is not None

@@ -6,14 +6,14 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.errors import ModelError
-from llmprune.models.checkpoint_source import CheckpointSource
-from llmprune.models.decoder import find_decoder_layers
-from llmprune.models.uneven import UNBUILDABLE, build_uneven_skeleton, one_line
+from llmprune.models.decoder import Decoder
+from llmprune.models.source import StoredSource
+from llmprune.models.uneven import UNBUILDABLE, build_decoder, one_line
 from llmprune.structures.describe.candidates import integers
 from llmprune.structures.find.tracing import Run, eagerly
 
 
-def audit_checkpoint(source: CheckpointSource) -> None:
+def audit_checkpoint(source: StoredSource) -> None:
     """Check the config and the tensors of a checkpoint against each other: load all of it, a layer at a time.
 
     Raises:
@@ -34,7 +34,7 @@ def audit_checkpoint(source: CheckpointSource) -> None:
         source.load_layer(index, cpu)
         note()
         source.free_layer(index)
-    if problems := audit(source.config, shapes):
+    if problems := audit(source.config, shapes, source.layers_path):
         raise ModelError(
             f"{source.folder}: config.json and the tensors do not fit: {'; '.join(problems[:3])}",
             expected="a checkpoint that loads",
@@ -42,30 +42,31 @@ def audit_checkpoint(source: CheckpointSource) -> None:
         )
 
 
-def audit(config: PretrainedConfig, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+def audit(config: PretrainedConfig, shapes: Mapping[str, Sequence[int]], path: str | None = None) -> list[str]:
     """Check a config and the tensors of a checkpoint against each other.
 
     Args:
         config: of the checkpoint, with or without `per_layer_config`.
         shapes: the model's own name of each tensor -> its shape.
+        path: dotted name of the decoder layers; None: they are searched for.
 
     Returns:
         What is wrong, a line each; empty if all is well.
     """
     problems = list(contradictory_counts(config))
     try:
-        model = build_uneven_skeleton(config)
+        decoder = build_decoder(config, path=path)
     except (*UNBUILDABLE, ModelError) as error:
         return [*problems, f"the model cannot be built: {one_line(error)}"]
-    state = model.state_dict()
-    copies = {name for names in _tied(model) for name in names if any(other in shapes for other in names)}
+    state = decoder.model.state_dict()
+    copies = {name for names in _tied(decoder.model) for name in names if any(other in shapes for other in names)}
     problems += [f"{name} is missing" for name in state if name not in shapes and name not in copies]
     problems += [f"{name} is not part of the model" for name in shapes if name not in state]
     for name in state.keys() & shapes.keys():
         if tuple(state[name].shape) != tuple(shapes[name]):
             problems.append(f"{name} has shape {list(shapes[name])}, the config says {list(state[name].shape)}")
     if not problems:
-        problems += stumbles(model)
+        problems += stumbles(decoder)
     return sorted(problems)
 
 
@@ -93,11 +94,10 @@ def _tied(model: PreTrainedModel) -> list[set[str]]:
     return [together for together in names.values() if len(together) > 1]
 
 
-def stumbles(model: PreTrainedModel) -> Iterator[str]:
+def stumbles(decoder: Decoder) -> Iterator[str]:
     """What stops the model's own code with these shapes: head sizes, rotary and cache dimensions."""
-    path, layers = find_decoder_layers(model)
     try:
-        with torch.enable_grad(), eagerly(model):
-            Run(model, path, layers, frozen=False).each(lambda index, trace: None)
+        with torch.enable_grad(), eagerly(decoder.model):
+            Run(decoder, frozen=False).each(lambda index, trace: None)
     except UNBUILDABLE as error:
         yield f"the model does not run: {one_line(error)}"

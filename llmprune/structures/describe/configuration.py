@@ -9,16 +9,15 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from llmprune.errors import ModelError
-from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.decoder import Decoder
+from llmprune.models.differences import Expected, Shape, module_differences, shape_differences
 from llmprune.models.uneven import (
     UNBUILDABLE,
     Changes,
-    build_uneven_skeleton,
+    build_decoder,
     changed,
     nested,
     one_line,
@@ -29,18 +28,19 @@ from llmprune.structures.describe.candidates import Request, candidates
 from llmprune.structures.describe.equals import equal_config
 from llmprune.structures.remove.cuts import Cut, removed_indices
 
+# For one request, the most plausible first: each costs a build of the whole model without weights.
 _MOST_TRIES = 40
 
 
 def smaller_config(
-    config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], decoder_layers: str | None = None
+    config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], path: str | None = None
 ) -> PretrainedConfig:
     """The config of the model whose layers have been shrunk, alike in all layers.
 
     Args:
         config: of the model at full size.
         cuts: layer -> what goes there.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
+        path: dotted name of the decoder layers; None: they are searched for.
 
     Returns:
         Of the same class; where that refuses the sizes, of one with the same layers that does not (see `equals`).
@@ -48,18 +48,18 @@ def smaller_config(
     Raises:
         ModelError: no change of the config gives these shapes; says what was tried.
     """
-    return _described(_smaller, _Search(config, cuts, decoder_layers))
+    return _described(_smaller, _Search(config, cuts, path))
 
 
 def uneven_config(
-    config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], decoder_layers: str | None = None
+    config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], path: str | None = None
 ) -> PretrainedConfig:
     """A config with `per_layer_config`, for layers that have been shrunk each in its own way.
 
     Args:
         config: of the model at full size.
         cuts: layer -> what goes there; the groups of a layer's structures may be fewer than another's.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
+        path: dotted name of the decoder layers; None: they are searched for.
 
     Returns:
         Of the same class; where that refuses the sizes, of one with the same layers that does not (see `equals`).
@@ -68,7 +68,7 @@ def uneven_config(
         ModelError: no change of the config gives a layer its shapes; says what was tried.
     """
     with_overrides(config, {"0": {}})  # refuses an architecture that has its own
-    return _described(_uneven, _Search(config, cuts, decoder_layers))
+    return _described(_uneven, _Search(config, cuts, path))
 
 
 def _described(describe: Callable[["_Search"], PretrainedConfig], search: "_Search") -> PretrainedConfig:
@@ -76,10 +76,11 @@ def _described(describe: Callable[["_Search"], PretrainedConfig], search: "_Sear
     try:
         return describe(search)
     except ModelError as error:
+        # Only where the class itself stands in the way can another class help; other errors are about the shapes.
         if not search.refused:
             raise
         try:
-            equal = equal_config(search.config)
+            equal = equal_config(search.config, search.path)
             if equal is None:
                 raise error
             return describe(_Search(equal, search.cuts, search.path))
@@ -91,6 +92,8 @@ def _described(describe: Callable[["_Search"], PretrainedConfig], search: "_Sear
 
 def _smaller(search: "_Search") -> PretrainedConfig:
     changes: Changes = {}
+    # Each request is met by itself first, since its changes then are independent of the others', and then all changes
+    # are checked together, in all layers: two attributes may depend on one another.
     for requests in search.joined(list(search.cuts)):
         changes |= requests
     if differences := search.differences(changes, everything=True) or search.other_differences(changes, None):
@@ -111,6 +114,7 @@ def _uneven(search: "_Search") -> PretrainedConfig:
     overrides: dict[str, Any] = {}
     found: dict[tuple[object, ...], Changes] = {}
     for layer in sorted(search.cuts):
+        # Layers that lose the same numbers from the same shapes need the same attributes: a search for one serves all.
         key = search.signature(layer)
         if key not in found:
             found[key] = {}
@@ -126,13 +130,13 @@ def _uneven(search: "_Search") -> PretrainedConfig:
 class _Search:
     """Tries changes of a config against the shapes that are wanted."""
 
-    def __init__(self, config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], decoder_layers: str | None) -> None:
+    def __init__(self, config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], path: str | None) -> None:
         self.config, self.cuts = config, cuts
-        self._before = build_uneven_skeleton(config)
-        self.path, self._layers = find_decoder_layers(self._before, decoder_layers)
-        if outside := [layer for layer in cuts if not 0 <= layer < len(self._layers)]:
-            raise ModelError(f"there is no layer {outside[0]}", expected=f"layers below {len(self._layers)}")
-        self._built: dict[str, PreTrainedModel | str] = {}
+        self._before = build_decoder(config, path=path)
+        self.path, layers = self._before.path, self._before.layers
+        if outside := [layer for layer in cuts if not 0 <= layer < len(layers)]:
+            raise ModelError(f"there is no layer {outside[0]}", expected=f"layers below {len(layers)}")
+        self._built: dict[str, Decoder | str] = {}
         self._gone: dict[object, dict[tuple[str, int], int]] = {}
 
     @property
@@ -142,7 +146,7 @@ class _Search:
 
     def signature(self, layer: int) -> tuple[object, ...]:
         """Alike for layers that need the same changes."""
-        shapes = tuple((name, tuple(p.shape)) for name, p in self._layers[layer].named_parameters())
+        shapes = tuple((name, tuple(p.shape)) for name, p in self._before.layers[layer].named_parameters())
         return (tuple(self._requests([layer])), shapes)
 
     def joined(self, layers: Sequence[int]) -> Iterator[Changes]:
@@ -154,10 +158,13 @@ class _Search:
         alone: list[Request] = []
         for request in self._requests(layers):
             found = self._first_fit([request], layers)
+            # One attribute may say two sizes (a shared expert's width follows from the routed ones'): neither request
+            # is met without the other, and they are tried together.
             if found is None:
                 alone.append(request)
             else:
                 yield found
+        # Only equal shares of one kind can hang together.
         for _, group in itertools.groupby(alone, lambda r: (r.kind, r.kept / r.groups)):
             requests = list(group)
             found = self._first_fit(requests, layers) if len(requests) > 1 else None
@@ -197,79 +204,55 @@ class _Search:
             requests: the cuts that have been made; None: all of them.
             everything: compare all layers, and what is outside them.
         """
-        model = self._build(changes)
-        if isinstance(model, str):
-            return [model]
-        after = dict(model.named_parameters())
-        differences = []
-        for name, parameter in self._before.named_parameters():
-            layer, inner = self._place(name)
-            if everything or layer in layers:
-                wanted = self._shrunk(layer, inner, parameter, requests)
-                shape = tuple(after[name].shape) if name in after else ()
-                if shape != wanted:
-                    differences.append(f"{name} would be {list(shape)}, not {list(wanted)}")
-        return differences
+        decoder = self._build(changes)
+        if isinstance(decoder, str):
+            return [decoder]
+        expected = Expected(
+            parameter=lambda name, before, after: self._shrunk(name, before, requests),
+            inside=lambda name: everything or self._before.place(name)[0] in layers,
+        )
+        return list(shape_differences(self._before.model, decoder.model, expected))
 
     def other_differences(self, changes: Changes, layers: Sequence[int] | None) -> list[str]:
         """Buffers and numbers in modules, of some layers or all (None), that change although nothing of them goes."""
-        model = self._build(changes)
-        assert isinstance(model, PreTrainedModel), model
-        modules = dict(model.named_modules())
-        differences = []
-        for name, module in self._before.named_modules():
-            layer, inner = self._place(name)
-            if layers is not None and layer not in layers:
-                continue
-            other = modules.get(name)
-            if other is None or type(other) is not type(module):
-                differences.append(f"{name} would be another module")
-                continue
-            for key, value in vars(module).items():
-                if isinstance(value, float) and vars(other).get(key) != value:
-                    differences.append(f"{name}.{key} would be {vars(other).get(key)}, not {value}")
-            for key, buffer in module.named_buffers(recurse=False):
-                full = f"{inner}.{key}" if inner else key
-                if not _same_buffer(buffer, other.get_buffer(key), self._shrunk(layer, full, buffer)):
-                    differences.append(f"the buffer {name}.{key} would change")
-        return differences
+        expected = Expected(
+            buffer=self._shrunk,
+            # Whole numbers are sizes, which the shapes tell; the others are scales and epsilons.
+            value=lambda key, before, after: not isinstance(before, float) or before == after,
+            inside=lambda name: layers is None or self._before.place(name)[0] in layers,
+        )
+        return list(module_differences(self._before.model, self.built(changes).model, expected))
 
-    def _shrunk(
-        self, layer: int | None, name: str, tensor: Tensor, requests: Sequence[Request] | None = None
-    ) -> tuple[int, ...]:
-        """The shape that is left of a layer's tensor by some of the cuts; None: all of them."""
+    def _shrunk(self, name: str, shape: Shape, requests: Sequence[Request] | None = None) -> Shape:
+        """The shape that is left of a tensor by some of the cuts; None: all of them."""
+        layer, inner = self._before.place(name)
         key = layer, None if requests is None else tuple(requests)
         if key not in self._gone:
             cuts = [] if layer is None else self.cuts.get(layer, ())
+            # Kept by layer and requests, because every name of every try asks again.
             asked = [cut for cut in cuts if requests is None or self._request(cut) in requests]
             self._gone[key] = {place: len(gone) for place, gone in removed_indices(asked).items()}
-        return tuple(size - self._gone[key].get((name, dim), 0) for dim, size in enumerate(tensor.shape))
-
-    def _place(self, name: str) -> tuple[int | None, str]:
-        """The layer in which a dotted name lies, and the rest of the name."""
-        if not name.startswith(self.path + "."):
-            return None, name
-        number, _, inner = name.removeprefix(self.path + ".").partition(".")
-        return int(number), inner
+        return tuple(size - self._gone[key].get((inner, dim), 0) for dim, size in enumerate(shape))
 
     def _request(self, cut: Cut) -> Request:
         structure = cut.structure
         return Request(structure.kind, structure.consumer, structure.groups, structure.columns, cut.kept)
 
-    def _build(self, changes: Changes) -> PreTrainedModel | str:
+    def _build(self, changes: Changes) -> Decoder | str:
+        # Candidates of several requests, and the final check, often are the same change.
         key = repr(sorted(changes.items()))
         if key not in self._built:
             try:
-                self._built[key] = build_uneven_skeleton(changed(self.config, changes))
+                self._built[key] = build_decoder(changed(self.config, changes), path=self.path)
             except UNBUILDABLE as error:
                 self._built[key] = f"the model cannot be built: {one_line(error)}"
         return self._built[key]
 
-    def built(self, changes: Changes) -> PreTrainedModel:
+    def built(self, changes: Changes) -> Decoder:
         """The model of a changed config that has been found to fit."""
-        model = self._build(changes)
-        assert isinstance(model, PreTrainedModel), model
-        return model
+        decoder = self._build(changes)
+        assert isinstance(decoder, Decoder), decoder
+        return decoder
 
     def _nothing_fits(self, requests: list[Request], layers: Sequence[int]) -> ModelError:
         request = requests[0]
@@ -281,12 +264,6 @@ class _Search:
             + ("; ".join(tried) or "nothing: no attribute has such a value"),
             fix=f"remove another number of groups, or leave {request.kind} out of the recipe",
         )
-
-
-def _same_buffer(before: Tensor, after: Tensor, wanted: tuple[int, ...]) -> bool:
-    if wanted != tuple(before.shape):
-        return tuple(after.shape) == wanted
-    return before.shape == after.shape and torch.equal(before, after)
 
 
 def _shown(changes: Changes) -> str:

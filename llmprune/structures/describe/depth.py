@@ -7,11 +7,11 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from llmprune.errors import ModelError
-from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.differences import Expected, differences
 from llmprune.models.uneven import (
     REMOVED,
     UNBUILDABLE,
-    build_uneven_skeleton,
+    build_decoder,
     layer_overrides,
     one_line,
     text_part,
@@ -31,14 +31,14 @@ _OTHER_LISTS = ("architectures", "time_step_limit", "mlp_multipliers", "eos_toke
 
 
 def drop_layers(
-    config: PretrainedConfig, kept: Sequence[int], decoder_layers: str | None = None
+    config: PretrainedConfig, kept: Sequence[int], path: str | None = None
 ) -> tuple[PretrainedConfig, dict[int, int]]:
     """The config of the model with only some of its decoder layers.
 
     Args:
         config: of the whole model.
         kept: the layers that stay, ascending and distinct.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
+        path: dotted name of the decoder layers; None: they are searched for.
 
     Returns:
         The config, and for each layer that stays its new number (for the checkpoint's keys).
@@ -47,8 +47,8 @@ def drop_layers(
         ModelError: the layers do not exist, or the architecture decides by a layer's number what the layer is, in a way
             that the ones that stay cannot keep.
     """
-    before = build_uneven_skeleton(config)
-    path, layers = find_decoder_layers(before, decoder_layers)
+    before = build_decoder(config, path=path)
+    path, layers = before.path, before.layers
     if not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < len(layers):
         raise ModelError(f"layers {list(kept)} of {len(layers)} are to stay", expected="ascending numbers of layers")
     data = config.to_dict()
@@ -58,17 +58,16 @@ def drop_layers(
     text.update(_renumbered(text, kept, len(layers)))
     try:
         smaller = type(config).from_dict(data)
-        model = build_uneven_skeleton(smaller)
+        after = build_decoder(smaller, path=path)
     except UNBUILDABLE as error:
         raise _changed(path, kept[-1], f"the model cannot be built: {one_line(error)}") from error
-    after = find_decoder_layers(model, decoder_layers)[1]
-    if len(after) != len(kept):
-        raise _changed(path, kept[-1], f"the model would have {len(after)} layers, not {len(kept)}")
+    if len(after.layers) != len(kept):
+        raise _changed(path, kept[-1], f"the model would have {len(after.layers)} layers, not {len(kept)}")
     numbers = {old: new for new, old in enumerate(kept)}
     for old, new in numbers.items():
-        for difference in _differences(layers[old], after[new], numbers):
+        for difference in _unlike(layers[old], after.layers[new], numbers):
             raise _changed(path, old, difference)
-    for problem in stumbles(model):
+    for problem in stumbles(after):
         raise _changed(path, kept[0], problem)
     return smaller, numbers
 
@@ -91,27 +90,17 @@ def _renumbered(text: Mapping[str, Any], kept: Sequence[int], count: int) -> Ite
             yield key, {str(new): widths[old] for new, old in enumerate(kept) if old in widths}
 
 
-def _differences(before: nn.Module, after: nn.Module, numbers: Mapping[int, int]) -> Iterator[str]:
-    """What a layer is at its new place and was not at the old one."""
-    shapes = {name: tuple(p.shape) for name, p in after.named_parameters()}
-    for name, parameter in before.named_parameters():
-        if shapes.pop(name, None) != tuple(parameter.shape):
-            yield f"{name} is missing or has another shape"
-    if shapes:
-        yield f"{next(iter(shapes))} is new"
-    others = dict(after.named_modules())
-    for name, module in before.named_modules():
-        other = others.get(name)
-        if type(other) is not type(module):
-            yield f"{name or 'it'} is another module"
-            continue
-        for key, value in vars(module).items():
-            if type(value) not in (bool, int, float, str, type(None)) or key in OWN_NUMBER or key == "training":
-                continue
-            # A number of another layer moves with that layer.
-            wanted = numbers.get(value) if key.endswith(("layer_index", "layer_idx")) and type(value) is int else value
-            if vars(other).get(key) != wanted:
-                yield f"{name}.{key} is {vars(other).get(key)}, not {wanted}".lstrip(".")
+def _unlike(before: nn.Module, after: nn.Module, numbers: Mapping[int, int]) -> Iterator[str]:
+    """What a layer would be at its new place and was not at the old one."""
+
+    def same(key: str, value: Any, new: Any) -> bool:
+        if key in OWN_NUMBER or key == "training":
+            return True
+        # A number of another layer moves with that layer.
+        moves = key.endswith(("layer_index", "layer_idx")) and type(value) is int
+        return bool(new == (numbers.get(value) if moves else value))
+
+    return differences(before, after, Expected(value=same))
 
 
 def _changed(path: str, layer: int, why: str) -> ModelError:
@@ -123,14 +112,14 @@ def _changed(path: str, layer: int, why: str) -> ModelError:
 
 
 def without_blocks(
-    config: PretrainedConfig, removed: Mapping[int, Mapping[str, int]], decoder_layers: str | None = None
+    config: PretrainedConfig, removed: Mapping[int, Mapping[str, int]], path: str | None = None
 ) -> PretrainedConfig:
     """The config of the model without some blocks; what `per_layer_config` says already stays.
 
     Args:
         config: of the model, with or without widths that differ between layers.
         removed: layer -> the modules of the blocks that go there, as `Block.modules` gives them.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
+        path: dotted name of the decoder layers; None: they are searched for.
 
     Raises:
         ModelError: the architecture has a `per_layer_config` of its own, a layer or a module does not exist, or the
@@ -145,7 +134,7 @@ def without_blocks(
             values = overrides.setdefault(str(layer), {})
             values[REMOVED] = {**values.get(REMOVED, {}), **modules}
     smaller = with_overrides(config, overrides)
-    for problem in stumbles(build_uneven_skeleton(smaller)):
+    for problem in stumbles(build_decoder(smaller, path=path)):
         shown = ", ".join(f"{name} of layer {layer}" for layer, modules in removed.items() for name in modules)
         raise ModelError(
             f"without {shown}, {problem}",

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmprune.errors import ModelError
-from llmprune.models.uneven import build_uneven_skeleton
+from llmprune.models.differences import Expected, differences
+from llmprune.models.uneven import build_decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,14 @@ _EQUALS = {
 }
 
 
-def equal_config(config: PretrainedConfig) -> PretrainedConfig | None:
+def equal_config(config: PretrainedConfig, path: str | None = None) -> PretrainedConfig | None:
     """The same model as the config of another class; None if no architecture is known that equals it.
 
     Both models are built without weights and compared: names and shapes of parameters, modules, their numbers, buffers.
 
     Args:
         config: of a causal LM.
+        path: dotted name of its decoder layers; None: they are searched for.
 
     Raises:
         ModelError: one equals it, but not with these values; says which.
@@ -62,29 +64,19 @@ def equal_config(config: PretrainedConfig) -> PretrainedConfig | None:
             raise ModelError(f"{other}, which accepts such sizes and is the same otherwise, has no {key}")
     del data["model_type"]
     result = CONFIG_MAPPING[equal.model_type].from_dict({**data, **equal.sets, "architectures": [other]})
-    for difference in _differences(build_uneven_skeleton(config), build_uneven_skeleton(result)):
+    for difference in _unlike(build_decoder(config, path=path).model, build_decoder(result, path=path).model):
         raise ModelError(f"{other} accepts such sizes, but is not the same: {difference}")
     return result
 
 
-def _differences(one: PreTrainedModel, other: PreTrainedModel) -> Iterator[str]:
-    """What sets two models apart, but for the names of their classes."""
-    for before, after in zip(_parts(one), _parts(other), strict=False):
-        if before[:2] != after[:2]:
-            yield f"{before[0]} is {before[1]}, {after[0]} is {after[1]}"
-    if len(list(_parts(one))) != len(list(_parts(other))):
-        yield "it has another number of modules or parameters"
-    buffers = dict(other.named_buffers())
-    for name, buffer in one.named_buffers():
-        if name not in buffers or not torch.equal(buffer, buffers.pop(name)):
-            yield f"the buffer {name} has other values"
-    yield from (f"the buffer {name} is new" for name in buffers)
+def _unlike(one: PreTrainedModel, other: PreTrainedModel) -> Iterator[str]:
+    """What sets two models apart, but for the names of their classes and what is said in whole numbers."""
+    families = [type(model).__name__.removesuffix("ForCausalLM") for model in (one, other)]
 
+    def kind(module: nn.Module) -> str:
+        return type(module).__name__.removeprefix(families[0]).removeprefix(families[1])
 
-def _parts(model: PreTrainedModel) -> Iterator[tuple[str, object]]:
-    """Every module with its class and numbers, and every parameter with its shape."""
-    family = type(model).__name__.removesuffix("ForCausalLM")
-    for name, module in model.named_modules():
-        yield name, type(module).__name__.removeprefix(family)
-        yield from ((f"{name}.{key}", value) for key, value in sorted(vars(module).items()) if type(value) is float)
-    yield from ((name, tuple(parameter.shape)) for name, parameter in model.named_parameters(remove_duplicate=False))
+    def same(key: str, before: object, after: object) -> bool:
+        return float not in (type(before), type(after)) or before == after
+
+    return differences(one, other, Expected(kind=kind, value=same))

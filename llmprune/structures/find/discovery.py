@@ -16,9 +16,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from llmprune.models.decoder import find_decoder_layers
+from llmprune.models.decoder import Decoder
 from llmprune.structures.find.influence import PARTLY, STAYS, group_size, owners_of, pull
 from llmprune.structures.find.tracing import OUT, Axis, Run, Trace, eagerly
 
@@ -66,48 +65,45 @@ class Structure:
     partitions: int = 1
 
 
-def find_structures(model: PreTrainedModel, decoder_layers: str | None = None) -> list[list[Structure]]:
+def find_structures(decoder: Decoder) -> list[list[Structure]]:
     """Find the structures of every decoder layer, without reading a weight.
 
     Args:
-        model: a causal LM; meta tensors suffice. Left as it was.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
+        decoder: a causal LM; meta tensors suffice. Left as it was.
 
     Returns:
         For each layer its structures, in the order in which it uses them; the same at every call.
 
     Raises:
-        ModelError: the decoder layers cannot be told, or a matrix is multiplied in an unknown layout.
+        ModelError: a matrix is multiplied in an unknown layout.
     """
-    return _found(model, decoder_layers, _draft)
+    return _found(decoder, _draft)
 
 
-def find_query_heads(model: PreTrainedModel, decoder_layers: str | None = None) -> list[list[Structure]]:
+def find_query_heads(decoder: Decoder) -> list[list[Structure]]:
     """Find the single query heads of every decoder layer; their key and value heads stay.
 
     Args:
-        model: a causal LM; meta tensors suffice. Left as it was.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
+        decoder: a causal LM; meta tensors suffice. Left as it was.
 
     Returns:
         For each layer a structure of kind "heads" for each of its attentions, with as many partitions as there are key
         and value heads. Refused where each of these has one query head: `find_structures` has the same groups then.
 
     Raises:
-        ModelError: the decoder layers cannot be told, or a matrix is multiplied in an unknown layout.
+        ModelError: a matrix is multiplied in an unknown layout.
     """
-    return _found(model, decoder_layers, _draft_query_heads)
+    return _found(decoder, _draft_query_heads)
 
 
-def _found(
-    model: PreTrainedModel, decoder_layers: str | None, draft: Callable[[Trace], list["_Draft"]]
-) -> list[list[Structure]]:
+def _found(decoder: Decoder, draft: Callable[[Trace], list["_Draft"]]) -> list[list[Structure]]:
     """The structures that are drafted with the statistics of norms held constant, and confirmed without."""
-    path, layers = find_decoder_layers(model, decoder_layers)
-    with torch.enable_grad(), eagerly(model):
-        first = Run(model, path, layers, frozen=True)
+    with torch.enable_grad(), eagerly(decoder.model):
+        # Norms held constant: what shares a norm with a group does not count as fed by it.
+        first = Run(decoder, frozen=True)
         drafts = first.each(_once(lambda index, trace: draft(trace)))
-        second = Run(model, path, layers, frozen=False)
+        second = Run(decoder, frozen=False)
+        # Which layers hand more than hidden states to later ones is known at the end of a run only.
         second.handed_on = first.handed_on
         found: list[list[Structure]] = second.each(
             _once(lambda index, trace: [done for draft in drafts[index] if (done := _confirm(draft, trace))])
@@ -138,6 +134,7 @@ class _Draft:
 
 def _draft(trace: Trace) -> list[_Draft]:
     drafts = []
+    # Any matrix may be a consumer; where no product comes before it in the layer, no rows will be found to feed it.
     for consumer in dict.fromkeys(product.parameter for product in trace.products):
         inputs = trace.inputs(consumer)
         width = trace.matrices[consumer][0].shape[1]
@@ -145,6 +142,7 @@ def _draft(trace: Trace) -> list[_Draft]:
             continue
         owners = owners_of(trace, inputs, width, size)
         slices, refusal = _slices(trace, owners, width // size)
+        # Its own columns go by definition: no gradient is needed for them.
         slices.append(_matrix_slice(trace, consumer, torch.arange(width).view(-1, size), output=False))
         if width == size:
             refusal = "it has one group only"
@@ -161,6 +159,7 @@ def _draft_query_heads(trace: Trace) -> list[_Draft]:
             continue
         if _kind(trace, inputs) != "heads":
             continue
+        # Within one key and value head, rows of q alone tell its query heads apart.
         size = group_size(trace, inputs, width, within=outer) if outer > 2 else None
         if size is None or size in (1, outer) or outer % size:
             one = Structure("heads", consumer, width // outer, outer, (), "its groups are single query heads already")
@@ -183,11 +182,13 @@ def _slices(trace: Trace, owners: dict[Axis, Tensor], groups: int) -> tuple[list
     slices: list[Slice] = []
     refusal = None
     for (name, dim), owner in owners.items():
+        # STAYS and UNUSED are negative: what feeds all groups, or none of them, is not cut.
         places = [place for place, group in enumerate(owner.tolist()) if group >= 0]
         if bool((owner == PARTLY).any()):
             refusal = f"some of its groups have {name} in common"
         if not places:
             continue
+        # Everything shrinks by the same share whichever groups go, or no config could say the size.
         counts = torch.bincount(owner[places], minlength=groups)
         if name.startswith("argument ") or name in trace.fixed:
             refusal = f"it depends on the {name}, which has values of its own for each group"
@@ -196,8 +197,10 @@ def _slices(trace: Trace, owners: dict[Axis, Tensor], groups: int) -> tuple[list
         elif any(known.name == name for known in slices):
             refusal = f"{name} belongs to the groups along two dimensions"
         else:
+            # A stable sort by owner: row g holds the places of group g, ascending.
             index = torch.tensor(sorted(places, key=owner.tolist().__getitem__)).view(groups, -1)
             slices.append(_matrix_slice(trace, name, index, output=True) if dim == OUT else Slice(name, dim, index))
+            # A bias before a softmax (of keys) has no influence at all, and goes nevertheless.
             if dim == OUT and name in trace.biases:
                 bias = trace.biases[name]
                 slices.append(Slice(bias, trace.small[bias].dim() - 1, index))
@@ -228,6 +231,7 @@ def _is_linear(trace: Trace, inputs: list[tuple[Tensor, int]]) -> bool:
             # A ReLU's gradient does not change either, but it is zero where the ReLU is closed.
             if bool((open_for.any(0) & ~open_for.all(0)).any()):
                 return False
+    # A second derivative that is zero everywhere: the gradients do not depend on the values, so the map is linear.
     total = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
     change = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
     return not any(bool(second.any()) for second in change if second is not None)
@@ -237,12 +241,14 @@ def _draft_experts(trace: Trace) -> list[_Draft]:
     """Experts, where a top-k over them says which rows of the router are theirs."""
     drafts: list[_Draft] = []
     for scores in trace.selections:
+        # The scores are one column an expert, so that groups of one column are the experts.
         count = scores.shape[-1]
         slices, refusal = _slices(trace, owners_of(trace, [(scores, -1)], count, 1), count)
         routers = [s.name for s in slices]
         own = _experts_beside(trace, routers[0], count) if routers else []
         if not own or any(draft.structure.consumer in own for draft in drafts):
             continue
+        # Biases of experts take part in no product of their own; they stand beside the matrices.
         modules = {name.rpartition(".")[0] for name in own}
         biases = [
             name
@@ -254,6 +260,7 @@ def _draft_experts(trace: Trace) -> list[_Draft]:
             slices.append(Slice(name, 0, rows))
         if trace.grouped:
             refusal = "its router chooses groups of experts first"
+        # The last product of the experts gives their output.
         last = [product.parameter for product in trace.products if product.parameter in own]
         drafts.append(_Draft(Structure("experts", (last or own)[-1], count, 0, tuple(slices), refusal), {}))
     return drafts
@@ -288,11 +295,15 @@ def _confirm(draft: _Draft, trace: Trace) -> Structure | None:
         hits = pull(trace, known) if known else {}
         return any(bool((hits[axis] & mine).any()) for axis, mine in taken.items() if axis in hits)
 
+    # With the norms as they are. If another matrix, a router or the residual also sees what would go, then these rows
+    # are not this consumer's own (the residual stream feeds everything), and there is no structure.
     others = [p.read for p in trace.products if p.parameter != structure.consumer]
     if feeds([*others, *trace.selections, *trace.hidden]):
         return None
     kind = _kind(trace, inputs)
     owners = owners_of(trace, inputs, structure.groups * structure.columns, structure.columns)
+    # A norm over all groups (of queries, say) makes each row feed all columns: owners that were clear with frozen
+    # statistics are no more, and the groups that stay would be normalised differently.
     blurred = [axis[0] for axis, mine in taken.items() if bool((owners[axis] != draft.owners[axis])[mine].any())]
     refusal = structure.refusal
     if kind == "mixer":
@@ -312,9 +323,11 @@ def _settled(structure: Structure, kind: Kind, refusal: str | None) -> Structure
 
 def _kind(trace: Trace, inputs: list[tuple[Tensor, int]]) -> Kind:
     """Heads have a softmax between producers and consumer, FFN channels do not mix tokens."""
+    # An expert may have got no token; the largest input is one that was used.
     x, dim = max(inputs, key=lambda pair: pair[0].numel())
     if "Softmax" in _operations(x):
         return "heads"
+    # The last token's inputs depend on its own products, and on earlier tokens only where tokens are mixed.
     rows = x.movedim(dim, -1).reshape(-1, x.shape[dim])
     products = [product for product in trace.products if product.leaf.numel()]
     gradients = torch.autograd.grad(rows[-1].sum(), [p.leaf for p in products], retain_graph=True, allow_unused=True)

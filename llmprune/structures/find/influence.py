@@ -22,6 +22,8 @@ def group_size(trace: Trace, inputs: list[tuple[Tensor, int]], width: int, withi
         width: its columns.
         within: look only for what sets the first so many columns apart; None: all of them.
     """
+    # Columns of one group are fed by the same rows, those of another group by other rows: rows that feed the second
+    # column and not the last are its group's own, and the columns that they reach in turn are the group.
     far = (within or width) - 1
     here, last = (pull(trace, inputs, torch.arange(width) == column) for column in (1, far))
     rows = {
@@ -32,18 +34,21 @@ def group_size(trace: Trace, inputs: list[tuple[Tensor, int]], width: int, withi
     if not rows:
         return None
     reached = push(trace, inputs, rows, width).tolist()
+    # The run of reached columns around the second one.
     first = end = 1
     while first and reached[first - 1]:
         first -= 1
     while end < width and reached[end]:
         end += 1
     size = end - first
+    # Groups are of equal size and fill the width, or there are none.
     return size if size and first % size == 0 and width % size == 0 else None
 
 
 def pull(trace: Trace, inputs: list[tuple[Tensor, int]], columns: Tensor | None = None) -> dict[Axis, Tensor]:
     """Which indices of each axis have an influence on the columns (bool [width]; None: on any)."""
     random = torch.Generator().manual_seed(1)
+    # Random weights, so that influences of several columns on one index do not cancel by chance.
     weights = [
         torch.randn(x.shape, generator=random) * (1 if columns is None else _along(columns, x, dim))
         for x, dim in inputs
@@ -57,6 +62,8 @@ def pull(trace: Trace, inputs: list[tuple[Tensor, int]], columns: Tensor | None 
         if gradient is None:
             seen = torch.zeros(leaf.shape[dim], dtype=torch.bool)
         else:
+            # An index counts if it has an influence for any token: only exact zeros are none. A path that is closed for
+            # all tokens is none either, hence their number.
             seen = (gradient != 0).movedim(dim, -1).reshape(-1, leaf.shape[dim]).any(0)
         hits[axis] = hits[axis] | seen if axis in hits else seen
     return hits
@@ -66,6 +73,8 @@ def push(trace: Trace, inputs: list[tuple[Tensor, int]], rows: Mapping[Axis, Ten
     """Which columns (bool [width]) the rows of matrices have an influence on: a Jacobian-vector product."""
     random = torch.Generator().manual_seed(2)
     sources = [source for source in trace.sources() if source[0] in rows]
+    # Reverse mode twice gives forward mode: the gradient is linear in the probes, so that its derivative in them, in
+    # the direction of the rows, is what the rows do to the columns.
     probes = [torch.zeros_like(x).requires_grad_() for x, _ in inputs]
     gradients = torch.autograd.grad(
         [x for x, _ in inputs], [leaf for _, leaf, _ in sources], probes, create_graph=True, allow_unused=True
@@ -92,6 +101,10 @@ def owners_of(trace: Trace, inputs: list[tuple[Tensor, int]], width: int, size: 
 
     UNUSED says none, STAYS all of them, PARTLY several that have a bit of their numbers in common.
     """
+    # Asking group by group would take a backward pass for each. Instead the columns of all groups whose number has a
+    # given bit are asked at once, and those without it: an index that feeds one group alone is hit on exactly one side
+    # of each bit, and the sides spell the group's number. One that feeds several groups is hit on both sides wherever
+    # their numbers differ.
     group = torch.arange(width) // size
     owners: dict[Axis, Tensor] = {}
     ones: dict[Axis, list[Tensor]] = {}
@@ -103,6 +116,7 @@ def owners_of(trace: Trace, inputs: list[tuple[Tensor, int]], width: int, size: 
                 hits.setdefault(axis, []).append(hit)
     for axis in ones:
         one, zero = torch.stack(ones[axis]), torch.stack(zeros[axis])
+        # In this order: who is hit on both sides of every bit is hit on both sides of some, too.
         owner = (one.long() << torch.arange(len(one))[:, None]).sum(0)
         owner[(one & zero).any(0)] = PARTLY
         owner[(one & zero).all(0)] = STAYS

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
 
 from llmprune.errors import ModelError
-from llmprune.models.decoder import find_decoder_layers, prunable_matrices
+from llmprune.models.decoder import Decoder, prunable_matrices
 from llmprune.models.uneven import (
     UNBUILDABLE,
     one_line,
@@ -55,34 +54,31 @@ class Block:
 Blocks = dict[Part, Block]
 
 
-def find_blocks(
-    model: PreTrainedModel, decoder_layers: str | None = None, found: Sequence[Sequence[Structure]] | None = None
-) -> list[Blocks]:
+def find_blocks(decoder: Decoder, found: Sequence[Sequence[Structure]] | None = None) -> list[Blocks]:
     """Find the attention and the MLP of every decoder layer, without reading a weight.
 
     Args:
-        model: a causal LM; meta tensors suffice. Left as it was.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
+        decoder: a causal LM; meta tensors suffice. Left as it was.
         found: the structures of each layer, where they are known.
 
     Returns:
         For each layer its two blocks, refused where it has none or where something else depends on it.
 
     Raises:
-        ModelError: the decoder layers cannot be told, or a matrix is multiplied in an unknown layout.
+        ModelError: a matrix is multiplied in an unknown layout.
     """
-    found = find_structures(model, decoder_layers) if found is None else found
-    path, layers = find_decoder_layers(model, decoder_layers)
+    found = find_structures(decoder) if found is None else found
+    layers = decoder.layers
     wanted = [
         {part: _modules_around(layer, structures, part) for part in PARTS}
         for layer, structures in zip(layers, found, strict=True)
     ]
-    returned, read_later = _tried(model, path, layers, [_names(parts) for parts in wanted])
+    returned, read_later = _tried(decoder, [_names(parts) for parts in wanted])
     blocks = [
         {part: _block(layer, part, parts[part], returned[index], read_later[index]) for part in PARTS}
         for index, (layer, parts) in enumerate(zip(layers, wanted, strict=True))
     ]
-    return _confirmed(model, path, layers, blocks)
+    return _confirmed(decoder, blocks)
 
 
 @contextmanager
@@ -117,8 +113,11 @@ def _modules_around(layer: nn.Module, structures: Sequence[Structure], part: Par
     found = []
     for consumer in own.keys() - mixers:
         *modules, _ = consumer.split(".")
+        # Outermost first: of nested modules the largest that can go takes norms and biases along.
         around = [".".join(modules[: depth + 1]) for depth in range(len(modules))]
+        # A module that also holds a consumer of the other part is too large: the layer's only one, or parallel blocks.
         around = [name for name in around if not any(other.startswith(f"{name}.") for other in others)]
+        # A module with one matrix is the consumer itself; its producers would stay and compute for nobody.
         found.append([name for name in around if _matrices(layer, name) > 1] or [_bare(layer, own[consumer])])
     return sorted(names for names in found if names != [""])
 
@@ -158,33 +157,35 @@ def _block(
         if not fitting:
             return Block(part, {}, refusal=f"{results[0][0]} {results[0][1]}")
         modules |= dict(fitting[:1])
+    # Keys of a layer that later ones attend to must be computed, whatever becomes of its own attention.
     if handed := [name for name in modules if name in read_later]:
         return Block(part, {}, refusal=f"later layers read what {handed[0]} computes")
     tensors = [name for name in layer.state_dict() if name.startswith(tuple(f"{module}." for module in modules))]
     return Block(part, modules, tuple(tensors))
 
 
-def _tried(
-    model: PreTrainedModel, path: str, layers: nn.ModuleList, wanted: Sequence[Mapping[str, Part]]
-) -> tuple[list[dict[str, int | str]], list[set[str]]]:
+def _tried(decoder: Decoder, wanted: Sequence[Mapping[str, Part]]) -> tuple[list[dict[str, int | str]], list[set[str]]]:
     """Run the model with its blocks silenced, and then as it is.
 
     Returns:
         For each layer what became of each module (how many values it returns, or why it is no block), and the modules
         from which later layers read something beside the hidden states.
     """
-    results: list[dict[str, int | str]] = [{} for _ in layers]
+    results: list[dict[str, int | str]] = [{} for _ in decoder.layers]
     leaves: list[dict[str, list[Tensor]]] = [{name: [] for name in names} for names in wanted]
-    with torch.enable_grad(), eagerly(model):
-        silent, usual = (Run(model, path, layers, frozen=False) for _ in range(2))
+    with torch.enable_grad(), eagerly(decoder.model):
+        # The first run tells which modules are blocks; the second, which outputs beside the hidden states need them.
+        # Which of these outputs are read at all is known at the end of the first.
+        silent, usual = (Run(decoder, frozen=False) for _ in range(2))
         with ExitStack() as stack:
-            for layer, names, forms in zip(layers, wanted, results, strict=True):
+            for layer, names, forms in zip(decoder.layers, wanted, results, strict=True):
                 for name, part in names.items():
                     stack.enter_context(_wrapped(layer.get_submodule(name), _Silenced(name, part, forms)))
+            # The visitor has nothing to do: what counts is noted while the modules are called.
             silent.each(lambda index, trace: None)
         usual.handed_on = silent.handed_on
         with ExitStack() as stack:
-            for layer, opened in zip(layers, leaves, strict=True):
+            for layer, opened in zip(decoder.layers, leaves, strict=True):
                 for name, known in opened.items():
                     stack.enter_context(_wrapped(layer.get_submodule(name), _Opened(known)))
             return results, usual.each(lambda index, trace: _read_later(trace, leaves[index]))
@@ -194,6 +195,7 @@ def _read_later(trace: Trace, opened: Mapping[str, list[Tensor]]) -> set[str]:
     """The modules that have a part in what the layer hands on beside its hidden states."""
     found = set()
     for name, leaves in opened.items():
+        # A module's influence shows at what it was given and at its cut products alike.
         own = [*leaves, *(p.leaf for p in trace.products if p.parameter.startswith(f"{name}."))]
         if trace.beside and own:
             weights = [torch.ones_like(tensor) for tensor in trace.beside]
@@ -243,11 +245,14 @@ class _Silenced:
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         leaves: list[Tensor] = []
+        # With all products zero, a block returns zeros and biases; whatever of its arguments still comes through is the
+        # residual, which must not go with it.
         with _Silence():
             output = _Opened(leaves)(forward, *args, **kwargs)
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         form = _form(output, first, leaves)
         if self._part == "mlp" and isinstance(output, tuple) and any(value is None for value in output):
+            # A tuple with None in it has a place for a state, as RWKV's channel mixing has: such an MLP mixes tokens.
             form = "hands a state from token to token"
         self._forms[self._name] = "is called more than once" if self._name in self._forms else form
         return output
@@ -277,15 +282,17 @@ class _Silence(TorchFunctionMode):
         return torch.zeros_like(result) if func is F.linear or func in PRODUCTS else result
 
 
-def _confirmed(model: PreTrainedModel, path: str, layers: nn.ModuleList, found: list[Blocks]) -> list[Blocks]:
+def _confirmed(decoder: Decoder, found: list[Blocks]) -> list[Blocks]:
     """Refuse the blocks of a kind without which the model does not run."""
     result: list[Blocks] = [dict(blocks) for blocks in found]
     for part in PARTS:
         try:
-            with ExitStack() as stack, torch.enable_grad(), eagerly(model):
-                for index, (layer, blocks) in enumerate(zip(layers, found, strict=True)):
+            with ExitStack() as stack, torch.enable_grad(), eagerly(decoder.model):
+                for index, (layer, blocks) in enumerate(zip(decoder.layers, found, strict=True)):
+                    # All at once: which of them go is decided later, and each must be able to.
                     stack.enter_context(without(layer, index, [blocks[part]]))
-                Run(model, path, layers, frozen=False).each(lambda index, trace: None)
+                Run(decoder, frozen=False).each(lambda index, trace: None)
+        # The model's own code may look into a block that has gone (for its cache, its window), anywhere in the forward.
         except (*UNBUILDABLE, ModelError) as error:
             for blocks in result:
                 if blocks[part].refusal is None:

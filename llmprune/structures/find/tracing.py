@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llmprune.errors import ModelError
-from llmprune.models.decoder import Matrix, prunable_matrices
+from llmprune.models.decoder import Decoder, Matrix, prunable_matrices
 from llmprune.models.source import eager_experts
 from llmprune.stream.observation import PRODUCTS
 
@@ -39,7 +39,16 @@ OWN_NUMBER = ("layer_idx", "layer_id", "layer_number", "layer_index")
 
 @dataclass
 class Product:
-    """A product with a weight: what it read and, in place of its result, the leaf where the graph begins anew."""
+    """A product with a weight that was cut: what it read, and the random leaf that stands for its result.
+
+    Attributes:
+        parameter: the weight, inside its layer.
+        read: what it multiplied, float32 [*, tokens, in] or [*, in, tokens]; where it depends on leaves of this layer,
+            its graph leads back to them.
+        read_dim: the dimension of the matrix's inputs in it, -1 or -2.
+        leaf: [*, tokens, out] or [*, out, tokens], random; what comes later depends on it, and it on nothing.
+        leaf_dim: the dimension of the matrix's outputs in it.
+    """
 
     parameter: str
     read: Tensor
@@ -50,7 +59,29 @@ class Product:
 
 @dataclass
 class Trace:
-    """One decoder layer's forward."""
+    """One decoder layer's forward, as a graph of gradients between cut products and stand-ins for all else.
+
+    Names are those inside the layer. What holds a part of the graph (products, selections, arguments, hidden and
+    beside) is emptied once the layer has been visited.
+
+    Attributes:
+        matrices: parameter -> the matrices that lie in it: one, or one an expert or block.
+        shapes: parameter -> its shape, of all parameters.
+        small: parameter that holds no matrix (gain, bias, convolution), or buffer of floats -> the leaf in its place:
+            random for parameters, its own values for buffers.
+        fixed: the buffers among them that are not saved: computed from the config, they cannot shrink with a group.
+        biases: matrix parameter -> the parameter that was added to its product.
+        products: every product with one of the matrices, in the order of the forward; a matrix that is used twice, or
+            for several experts, has several.
+        selections: what a top-k over the experts chose from, [*, experts]: where a router's rows show.
+        arguments: "argument NAME" -> the leaf in place of a float that the layer was given beside its hidden states
+            (rotary cosines, masks, keys of other layers).
+        hidden: the hidden states that the layer returns, [1, tokens, hidden]; a list of one.
+        beside: whatever else it hands on that depends on its leaves: further outputs that a later layer reads, and
+            what it wrote into its arguments (caches).
+        grouped: whether a router chose groups of experts before experts.
+        settings: (module, class, attribute, value) of all plain numbers in the layer's modules.
+    """
 
     matrices: dict[str, list[Matrix]]
     shapes: dict[str, torch.Size]
@@ -73,9 +104,11 @@ class Trace:
         return self.settings, tuple(dict.fromkeys(products)), tuple(self.shapes.items()), arguments, outputs
 
     def experts(self) -> set[int]:
+        """The numbers of matrices in fused parameters, by which routers are recognised."""
         return {matrices[0].experts for matrices in self.matrices.values()} - {1}
 
     def inputs(self, consumer: str) -> list[tuple[Tensor, int]]:
+        """What a matrix read that depends on this layer's leaves, and the dimension of its inputs in it."""
         found = [(p.read, p.read_dim) for p in self.products if p.parameter == consumer]
         return [(read, dim) for read, dim in found if read.requires_grad and read.numel()]
 
@@ -95,18 +128,16 @@ class Run(TorchFunctionMode):
     """One forward of the model with stand-ins for its weights; hands each layer's trace to a visitor.
 
     Args:
-        model: the causal LM.
-        path: dotted name of its decoder layers.
-        layers: the decoder layers.
+        decoder: the causal LM.
         frozen: hold the statistics of norms constant.
 
     Attributes:
         handed_on: layers that return more than hidden states to a later layer.
     """
 
-    def __init__(self, model: PreTrainedModel, path: str, layers: nn.ModuleList, *, frozen: bool) -> None:
+    def __init__(self, decoder: Decoder, *, frozen: bool) -> None:
         super().__init__()
-        self._model, self._path, self._layers, self._frozen = model, path, layers, frozen
+        self._decoder, self._model, self._layers, self._frozen = decoder, decoder.model, decoder.layers, frozen
         self._random = torch.Generator().manual_seed(0)
         self._parameter_of: dict[int, str] = {}
         self._trace: Trace | None = None
@@ -116,13 +147,17 @@ class Run(TorchFunctionMode):
     def each(self, visit: Callable[[int, Trace], Any]) -> list[Any]:
         """Run the model; what the visitor made of each layer's trace."""
         results: list[Any] = []
+        # One number seen as a whole weight: nothing of the model's size is allocated, and each parameter still has a
+        # storage of its own, by which its products are recognised. Matrices never show their values, because they are
+        # cut.
         tensors = {name: torch.full((1,), 0.01).expand(p.shape) for name, p in self._model.named_parameters()}
         tensors |= {name: buffer.detach().cpu() for name, buffer in self._model.named_buffers()}
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
         ids = torch.arange(_TOKENS)[None] % vocabulary
+        # Nothing behind the layers is needed, and the head's product is the largest of all.
         with ExitStack() as stack, suppress(_LastLayerDone):
             for index, layer in enumerate(self._layers):
-                trace = self._open(layer, f"{self._path}.{index}", tensors)
+                trace = self._open(layer, self._decoder.layer_name(index), tensors)
                 stack.callback(layer.register_forward_pre_hook(self._enter(trace), with_kwargs=True).remove)
                 leave = self._leave(index, trace, visit, results)
                 stack.callback(layer.register_forward_hook(leave, with_kwargs=True).remove)
@@ -142,9 +177,12 @@ class Run(TorchFunctionMode):
         for parameter in trace.shapes:
             full = f"{name}.{parameter}"
             if parameter in matrices:
+                # Views of the parameter (an expert's slice, a transpose) have the same storage.
                 self._parameter_of[_storage(tensors[full])] = parameter
             else:
+                # A gain of 0 or a bias of 0, as models are initialised, would hide that it has an influence at all.
                 trace.small[parameter] = tensors[full] = self._leaf(tensors[full])
+        # Buffers keep their values: rotary frequencies or a mask in random numbers would make the forward another one.
         for buffer, value in layer.named_buffers():
             if value.is_floating_point():
                 owner, _, leaf_name = buffer.rpartition(".")
@@ -160,6 +198,7 @@ class Run(TorchFunctionMode):
 
     def _enter(self, trace: Trace) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # Random hidden states and no graph: what a layer does must not depend on the layers before it.
             hidden = args[0] if args else kwargs.pop(next(iter(kwargs)))
             rest = [self._opened(trace, value, str(place)) for place, value in enumerate(args[1:], 1)]
             kwargs = {name: self._opened(trace, value, name) for name, value in kwargs.items()}
@@ -171,7 +210,9 @@ class Run(TorchFunctionMode):
     def _opened(self, trace: Trace, value: Any, label: str) -> Any:
         """An argument whose floats are leaves of the layer's graph; a mapping stays the same object."""
         if isinstance(value, Tensor) and value.is_floating_point():
+            # An earlier layer may have returned this very tensor: -1 stands for what comes from outside the layers.
             self.handed_on.add(self._returned.get(_storage(value), -1))
+            # A mask keeps its values, minus infinities included; what is NaN, or nothing but infinite, says nothing.
             unknown = not bool(value.isfinite().any()) or bool(value.isnan().any())
             leaf = torch.randn(value.shape, generator=self._random) if unknown else value.detach().clone().float()
             trace.arguments[f"argument {label}"] = leaf.requires_grad_()
@@ -188,6 +229,7 @@ class Run(TorchFunctionMode):
     ) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             self._trace = None
+            # Which outputs matter is known only once a later layer was given them, hence `handed_on` of an earlier run.
             hidden, *others = _tensors(output)
             trace.hidden = [hidden]
             self._returned.update({_storage(tensor): index for tensor in others})
@@ -210,6 +252,7 @@ class Run(TorchFunctionMode):
         if self._trace is None:
             return func(*args, **kwargs)
         with torch.enable_grad():
+            # Some models run parts of a layer under no_grad; what is found must not depend on that.
             product = self._product(self._trace, func, args, kwargs)
         if product is not None:
             return product
@@ -238,6 +281,7 @@ class Run(TorchFunctionMode):
             return None
         if not (isinstance(left, Tensor) and isinstance(right, Tensor) and min(left.dim(), right.dim()) > 1):
             return None
+        # Which side is the weight: x @ w for most, w @ x for grouped or transposed ones, whose inputs are in rows (-2).
         of_left = self._parameter_of.get(_storage(left))
         parameter = of_left or self._parameter_of.get(_storage(right))
         if parameter is None:
@@ -249,6 +293,9 @@ class Run(TorchFunctionMode):
                 expected=f"{trace.matrices[parameter][0].shape} (out, in)",
             )
         shape = *torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]), left.shape[-2], right.shape[-1]
+        # The cut. Here the graph begins anew, so that a consumer's inputs depend on the last products before it and on
+        # nothing earlier: gradients name exactly the producers. Random values take no special way through the layer, as
+        # zeros would (closed ReLUs, even softmaxes), and small ones keep exponentials and products of several in range.
         leaf = (0.5 * torch.randn(shape, generator=self._random)).requires_grad_()
         trace.products.append(Product(parameter, read, dim, leaf, dim))
         if bias is not None:
@@ -266,6 +313,7 @@ class Run(TorchFunctionMode):
 
 def _with_constants(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], experts: set[int]) -> Any:
     """Call a function; means, variances and norms, and what a router divides by, carry no gradient."""
+    # Routers detach what they choose by; with it, their rows would have no influence.
     if func is torch.Tensor.detach:
         return args[0]
     if func in _STATISTICS:
@@ -273,9 +321,11 @@ def _with_constants(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     if func is F.layer_norm or func is getattr(F, "rms_norm", None):
         return _norm(func is F.layer_norm, *args, **kwargs)
     if func is F.normalize:
+        # Any constant serves: what counts is which entries have an influence, not how much.
         return args[0] * (func(*args, **kwargs).norm() / args[0].norm()).detach()
     result = func(*args, **kwargs)
     if func in _SOFTMAX and result.shape[-1] in experts:
+        # The sum over all experts is a statistic, too: through it each expert's score would depend on all others' rows.
         return args[0].float().exp() * (result / args[0].float().exp()).detach()
     return result
 

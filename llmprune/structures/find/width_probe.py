@@ -56,6 +56,7 @@ def find_norms(model: PreTrainedModel, places: Places) -> dict[str, Norm]:
     norms: dict[str, Norm] = {}
     for name, module in model.named_modules():
         shapes = {key: parameter.shape for key, parameter in module.named_parameters()}
+        # Gains and biases only: whatever else has hidden width multiplies, and is compared by the logits.
         if shapes and all(len(shape) == 1 and f"{name}.{key}" in places for key, shape in shapes.items()):
             norm = _recognise(name, module, shapes)
             norms |= {name: norm} if norm else {}
@@ -77,6 +78,8 @@ def _recognise(name: str, module: nn.Module, shapes: Mapping[str, torch.Size]) -
             expected = _normalised(x, centred) * (offset + values[gain]) + sum(values[key] for key in others)
             if len(others) < 2 and _alike(output, expected):
                 return Norm(f"{name}.{gain}", centred, offset)
+    # No norm that is known. It may still work on each channel alone (a scale): then the first one's output does not
+    # change when all others become zero.
     x[:, 1:] = 0
     if torch.equal(functional_call(module, values, (x,))[:, 0], output[:, 0]):
         return None
@@ -112,9 +115,11 @@ def first_deviation(
     size, kept = _sizes(before, after, places)
     random = torch.Generator().manual_seed(0)
     channels = torch.tensor(sorted(torch.randperm(size, generator=random)[:kept].tolist()))
+    # The full model with zeros in the other channels computes what the narrow one must, if width is only width.
     full, narrow = _stand_ins(before, after, places, channels)
     with torch.no_grad(), ExitStack() as stack:
         for name in norms:
+            # But for norms, which divide by the number of channels, the zeros among them.
             restricted = _restricted(after.get_submodule(name), name, narrow, channels)
             stack.callback(before.get_submodule(name).register_forward_hook(restricted).remove)
         wanted, found = _run(before, full), _run(after, narrow)
@@ -145,6 +150,7 @@ def _stand_ins(
         dims = places.get(name, ())
         shape = [size if dim in dims else 1 for dim, size in enumerate(parameter.shape)]
         for dim, size in enumerate(parameter.shape):
+            # One value along a dimension takes no memory (`expand`); channels must be told apart, and vary in any case.
             if torch.Size(shape).numel() * size <= _MOST_RANDOM:
                 shape[dim] = size
         values = torch.randn(shape, generator=random)
@@ -194,6 +200,7 @@ class _Folded(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         x, weight, bias = (*args, *(kwargs or {}).values(), None)[:3]
         rows = weight.shape[0]
+        # Stride 0: all columns are the first one, so that the inputs may be added up before.
         if weight.stride(1) == 0:
             x, weight = x.sum(-1, keepdim=True), weight[:, :1]
         if weight.stride(0) == 0:

@@ -55,6 +55,7 @@ class Tableau:
         across = damped[kept][:, gone]
         shares = torch.cholesky_solve(across, lower)
         surplus = damped[gone][:, gone] - across.T @ shares
+        # F of the docstring: the refitted weight in the kept columns, half the loss's gradient in the removed ones.
         live = problem.weight.masked_fill(problem.dead, 0.0)
         rows = torch.empty_like(live)
         rows[:, kept] = live[:, kept] + live[:, gone] @ shares.T
@@ -72,8 +73,10 @@ class Tableau:
         """(change of the loss, group to bring back, group to take out) of the best exchange."""
         removed, kept = self.removed.nonzero().view(-1), (~self.removed).nonzero().view(-1)
         best = math.inf, -1, -1
+        # All pairs at once would be [removed, kept, size, size]; a share of the removed at a time bounds the memory.
         for some in removed.split(max(_EXCHANGES // (len(kept) * self.size**2), 1)):
             changes = self._changes(some, kept)
+            # Each partition must go on losing the same number.
             changes.masked_fill_(self.partition[some][:, None] != self.partition[kept], math.inf)
             place = int(changes.argmin())
             change = float(changes.view(-1)[place])
@@ -84,6 +87,9 @@ class Tableau:
     def _changes(self, back: Tensor, out: Tensor) -> Tensor:
         """[back, out], float64: the loss of exchanging each pair, minus the present one."""
         pivots, energies = (blocks(matrix, self.size) for matrix in (self.pivots, self.energies))
+        # Bringing a group back gains tr(surplus^-1 gradient). What taking another out costs then is read from the
+        # tableau after that step, of which only the one block is computed: the sweep's formulas for g = back,
+        # restricted to `out`.
         surplus, gradient = -pivots[back, back].double(), energies[back, back].double()
         gains = traces(surplus, gradient)
         link = pivots[out, back[:, None]].double()
@@ -101,6 +107,7 @@ class Tableau:
         inverse = torch.cholesky_inverse(factor(-sign * pivot[:, columns].double())).to(pivot.dtype)
         share = -sign * inverse @ pivot
         share[:, columns] = 0
+        # As in the solver: half of the quadratic term on each side.
         own = energy[:, columns].clone()
         energy -= 0.5 * own @ share
         self.pivots.addmm_(pivot.T, share, alpha=-1)

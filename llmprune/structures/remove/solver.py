@@ -159,13 +159,18 @@ class _Elimination:
         """Take a group out."""
         columns = slice(group * self.size, (group + 1) * self.size)
         inverse, energy = self._rows(columns)
+        # With M_gg = L L^T and roots = L^-1 M_g:, M' = M - roots^T roots stays symmetric whatever the rounding, and A
+        # is L^-T roots.
         lower = factor(self.inverse_blocks[group]).to(inverse.dtype)
         root = torch.linalg.solve_triangular(lower, inverse, upper=False)
         share = torch.linalg.solve_triangular(lower.mT, root, upper=True)
+        # Half of A^T K_gg A goes to each side: with E = K_g: - K_gg A / 2, K' = K - A^T E - E^T A takes two products of
+        # panels in the place of three.
         energy -= 0.5 * energy[:, columns] @ share
         place = slice(self.pending, self.pending + self.size)
         self.roots[place], self.shares[place], self.energies[place] = root, share, energy
         self.pending += self.size
+        # All prices need only diagonal blocks: these are exact at once, in float64, while the rest waits in panels.
         by_group = [columns_by_group(rows, self.size) for rows in (root, share, energy)]
         self.inverse_blocks -= times(by_group[0].mT, by_group[0])
         change = times(by_group[1].mT, by_group[2])
@@ -176,11 +181,13 @@ class _Elimination:
     def _rows(self, columns: slice) -> tuple[Tensor, Tensor]:
         """Rows of M and K as they are now."""
         roots, shares, energies = (pending[: self.pending] for pending in (self.roots, self.shares, self.energies))
+        # What is pending is applied to the few rows that are needed now.
         inverse = self.inverse[columns] - roots[:, columns].T @ roots
         energy = self.energy[columns] - shares[:, columns].T @ energies - energies[:, columns].T @ shares
         return inverse, energy
 
     def _flush(self) -> None:
+        # One product of [in, panel] by [panel, in] for many removals: the rate of a matrix product, not of its memory.
         self.inverse.addmm_(self.roots.T, self.roots, alpha=-1)
         self.energy.addmm_(self.shares.T, self.energies, alpha=-1)
         self.energy.addmm_(self.energies.T, self.shares, alpha=-1)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.errors import ModelError, NumericsError, PatternError
-from llmprune.models.uneven import UNBUILDABLE, Changes, build_uneven_skeleton, changed, one_line, text_part
+from llmprune.models.differences import Expected, Shape, differences
+from llmprune.models.uneven import UNBUILDABLE, Changes, build_decoder, changed, one_line, text_part
 from llmprune.structures.find.width_probe import Norm, find_norms, first_deviation
 
 # Where None, they follow from the hidden size: times what.
@@ -46,7 +47,7 @@ class Width:
     norms: Mapping[str, Norm]
 
 
-def plan_width(config: PretrainedConfig, kept: int, multiple: int = 64) -> Width:
+def plan_width(config: PretrainedConfig, kept: int, multiple: int = 64, path: str | None = None) -> Width:
     """Find the config of the model with fewer hidden channels, and what of each parameter goes with a channel.
 
     The epsilon of the norms becomes eps * size / kept, so that a norm sees it as before, where the config says it and
@@ -56,12 +57,13 @@ def plan_width(config: PretrainedConfig, kept: int, multiple: int = 64) -> Width
         config: of the full model, with or without `per_layer_config`.
         kept: hidden channels that stay, in [1, hidden size).
         multiple: the numbers suggested in place of a refused one are multiples of it where possible.
+        path: dotted name of the decoder layers; None: they are searched for.
 
     Raises:
         ModelError: `kept` is out of range, the config does not accept it (says which numbers it does), or something
             beside the shapes would change (says what).
     """
-    search = _Search(config)
+    search = _Search(config, path)
     if not 1 <= kept < search.size:
         raise ModelError(f"{kept} of {search.size} hidden channels are to stay", expected=f"1 to {search.size - 1}")
     found = search.fit(kept)
@@ -73,7 +75,7 @@ def plan_width(config: PretrainedConfig, kept: int, multiple: int = 64) -> Width
     norms = find_norms(smaller, found.places)
     if deviation := first_deviation(search.before, smaller, found.places, list(norms)):
         raise _refused(config, kept, f"with {_shown(found.changes)}, {deviation}")
-    adjusted = _with_epsilon(changed(config, found.changes), search.size / kept, smaller, norms)
+    adjusted = _with_epsilon(changed(config, found.changes), search.size / kept, smaller, norms, path)
     return Width(adjusted, search.size, kept, _with_tied_names(search.before, found.places), norms)
 
 
@@ -142,17 +144,18 @@ class _Fit:
 class _Search:
     """Tries changes of a config that could narrow the hidden width."""
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, path: str | None) -> None:
         self.config = config
         size = getattr(config.get_text_config(decoder=True), "hidden_size", None)
         if type(size) is not int:
             raise ModelError(f"{type(config).__name__} has no hidden_size, but {size}", expected="a number of channels")
         self.size: int = size
-        self.before = build_uneven_skeleton(config, torch.float32)
+        self._decoder = build_decoder(config, torch.float32, path)
+        self.before = self._decoder.model
 
     def built(self, changes: Changes) -> PreTrainedModel:
         """The model of a changed config."""
-        return build_uneven_skeleton(changed(self.config, changes), torch.float32)
+        return build_decoder(changed(self.config, changes), torch.float32, self._decoder.path).model
 
     def fit(self, kept: int) -> _Fit:
         """The first changes that do what is asked, or those that come nearest."""
@@ -201,35 +204,17 @@ def _compare(
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """The dimensions that are hidden width, and what differs beside them."""
     places: dict[str, tuple[int, ...]] = {}
-    problems = list(_other_differences(before, after, size, kept))
-    shapes = {name: tuple(parameter.shape) for name, parameter in after.named_parameters()}
-    for name, parameter in before.named_parameters():
-        shape = shapes.pop(name, ())
-        dims = tuple(dim for dim, pair in enumerate(zip(parameter.shape, shape, strict=False)) if pair == (size, kept))
-        if shape != tuple(kept if dim in dims else length for dim, length in enumerate(parameter.shape)):
-            problems.append(f"{name} would be {list(shape)} in place of {list(parameter.shape)}")
-        elif dims:
+
+    def narrowed(name: str, full: Shape, narrow: Shape) -> Shape:
+        dims = tuple(dim for dim, pair in enumerate(zip(full, narrow, strict=False)) if pair == (size, kept))
+        if dims:
             places[name] = dims
-    problems += [f"{name} would be new" for name in shapes]
-    return places, problems
+        return tuple(kept if dim in dims else length for dim, length in enumerate(full))
 
+    def same(key: str, value: Any, new: Any) -> bool:
+        return value is None or value == new or _narrowed(value, new, size, kept)
 
-def _other_differences(before: PreTrainedModel, after: PreTrainedModel, size: int, kept: int) -> Iterator[str]:
-    """Modules, their numbers and their buffers that change beside the hidden size."""
-    others = dict(after.named_modules())
-    for name, module in before.named_modules():
-        other = others.get(name)
-        if other is None or type(other) is not type(module):
-            yield f"{name} would be another module"
-            continue
-        for key, value in vars(module).items():
-            new = vars(other).get(key)
-            if type(value) in (bool, int, float, str, tuple) and value != new and not _narrowed(value, new, size, kept):
-                yield f"{name}.{key} would be {new}, not {value}".lstrip(".")
-        for key, buffer in module.named_buffers(recurse=False):
-            if not _same(buffer, other.get_buffer(key)):
-                yield f"the buffer {name}.{key} would change"
-    yield from (f"{name} would be new" for name in others.keys() - dict(before.named_modules()).keys())
+    return places, list(differences(before, after, Expected(parameter=narrowed, value=same)))
 
 
 def _narrowed(before: Any, after: Any, size: int, kept: int) -> bool:
@@ -240,12 +225,8 @@ def _narrowed(before: Any, after: Any, size: int, kept: int) -> bool:
     return type(before) is int and (before, after) == (size, kept)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
-
-
 def _with_epsilon(
-    config: PretrainedConfig, ratio: float, model: PreTrainedModel, norms: Mapping[str, Norm]
+    config: PretrainedConfig, ratio: float, model: PreTrainedModel, norms: Mapping[str, Norm], path: str | None
 ) -> PretrainedConfig:
     """The config with larger epsilons, where only norms of hidden width have them.
 
@@ -254,12 +235,13 @@ def _with_epsilon(
         ratio: what they are multiplied by.
         model: built from it.
         norms: modules that are norms of hidden width.
+        path: dotted name of the decoder layers; None: they are searched for.
     """
     for key, value in text_part(config.to_dict(), config).items():
         if "eps" in key and type(value) is float:
             adjusted = copy.deepcopy(config)
             setattr(adjusted.get_text_config(decoder=True), key, value * ratio)
-            other = dict(build_uneven_skeleton(adjusted, torch.float32).named_modules())
+            other = dict(build_decoder(adjusted, torch.float32, path).model.named_modules())
             reading = {name for name, module in model.named_modules() if _numbers(module) != _numbers(other[name])}
             if reading and reading <= norms.keys():
                 config = adjusted

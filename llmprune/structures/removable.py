@@ -1,0 +1,221 @@
+"""What can be removed from a model by a recipe: found once, before any text is read, and checked.
+
+Nothing is decided here. Whatever will be, there must be as many structures, layers and blocks as the recipe wants to
+remove, and a config that says what is left; what cannot be met is refused now, in a dry run as in a run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from llmprune.errors import ModelError, RecipeError
+from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.models.sizes import active_experts
+from llmprune.recipe.structures import Channels, Groups, GroupSection, Structures
+from llmprune.recipe.structures import Width as WidthSection
+from llmprune.structures.choose.depth_scores import check_count
+from llmprune.structures.decisions import Decisions, aligned, label, some_cut
+from llmprune.structures.describe.configuration import smaller_config, uneven_config
+from llmprune.structures.describe.depth import drop_layers, without_blocks
+from llmprune.structures.find.discovery import Structure, find_query_heads, find_structures
+from llmprune.structures.find.subblocks import Block, Blocks, Part, find_blocks
+from llmprune.structures.remove.cuts import Cut
+from llmprune.structures.remove.width import Width, plan_width
+
+# A layer's structures that lose groups, each with the section of the recipe that says so, as it holds for its consumer.
+Asked = tuple[tuple[Structure, GroupSection], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Removable:
+    """What a recipe's `structures` speak of in one checkpoint.
+
+    Attributes:
+        dense: what is pruned.
+        spec: what is to be removed.
+        structures: of each layer those that lose groups; none of them is refused.
+        blocks: of each layer its attention and MLP; empty where no block is to go.
+        width: how the hidden width is narrowed; None where it stays.
+    """
+
+    dense: CheckpointSource
+    spec: Structures
+    structures: tuple[Asked, ...]
+    blocks: Sequence[Blocks]
+    width: Width | None
+
+    @classmethod
+    def find(cls, dense: CheckpointSource, spec: Structures) -> "Removable":
+        """Look for all that the recipe speaks of; no weight is read.
+
+        Raises:
+            RecipeError: there is nothing of the kind to remove, or not as many.
+            ModelError: a structure or a block cannot be removed exactly, or no config has the hidden width.
+        """
+        found = find_structures(dense.decoder)
+        blocks = find_blocks(dense.decoder, found) if spec.blocks else []
+        if spec.heads and spec.heads.unit == "query-head":
+            found = _query_heads(dense, found)
+        sections = [[(structure, _section(dense, spec, structure)) for structure in own] for own in found]
+        structures = tuple(tuple((s, section) for s, section in own if section is not None) for own in sections)
+        _require_structures(dense, spec, structures)
+        _require_layers_and_blocks(dense, spec, blocks)
+        return cls(dense, spec, structures, blocks, _plan_width(dense, spec.width))
+
+    def preview(self) -> Decisions:
+        """What is known before any text was read: how much goes, and not which.
+
+        Raises:
+            RecipeError: a structure has not as many groups as are to go.
+        """
+        width = self.width
+        return Decisions(
+            tuple(range(len(self.dense.layers))),
+            self.uniform_groups(),
+            channels=None if width is None else tuple(range(width.kept)),
+            factors={} if width is None else dict.fromkeys(width.norms, 1.0),
+        )
+
+    @property
+    def active(self) -> float:
+        """The fraction of the routed experts that a token reaches; 1 without experts."""
+        return active_experts(self.dense.config)
+
+    def uniform_groups(self) -> dict[int, dict[str, int]]:
+        """What goes if every layer loses as much."""
+        return {
+            layer: {label(s): _count(s, section) for s, section in own if section.remove is not None}
+            for layer, own in enumerate(self.structures)
+        }
+
+    def described(self, decisions: Decisions) -> tuple[PretrainedConfig, dict[int, int]]:
+        """The config of what is left, and for each layer that stays its new number.
+
+        Args:
+            decisions: how much goes of what; which groups and channels it is does not matter here.
+
+        Raises:
+            ModelError: no config describes it.
+        """
+        cuts: dict[int, list[Cut]] = {}
+        for layer, own in enumerate(self.structures):
+            counts = decisions.groups.get(layer, {})
+            cuts[layer] = [some_cut(s, counts[label(s)]) for s, _ in own if counts.get(label(s))]
+        path = self.dense.layers_path
+        config = self.dense.config if self.width is None else self.width.config
+        if any(cuts.values()):
+            uneven = self.spec.budget is not None
+            config = (uneven_config if uneven else smaller_config)(config, cuts, path)
+        if decisions.blocks:
+            config = without_blocks(config, decisions.blocks, path)
+        return drop_layers(config, decisions.layers, path)
+
+
+def _query_heads(dense: CheckpointSource, found: Sequence[Sequence[Structure]]) -> list[list[Structure]]:
+    """The structures, with single query heads in the place of whole KV groups."""
+    heads = find_query_heads(dense.decoder)
+    result = []
+    for own, single in zip(found, heads, strict=True):
+        # Where each query head has its key and value to itself, they are the groups already.
+        exact = [structure for structure in single if structure.refusal is None]
+        replaced = {structure.consumer for structure in exact}
+        result.append([*exact, *(s for s in own if s.kind != "heads" or s.consumer not in replaced)])
+    return result
+
+
+def _plan_width(dense: CheckpointSource, section: WidthSection | None) -> Width | None:
+    if section is None:
+        return None
+    size = int(dense.config.get_text_config(decoder=True).hidden_size)
+    remove = section.count(size)
+    if not 0 < remove < size:
+        raise RecipeError(
+            f"width.remove: {section.remove} takes {remove} of {size} hidden channels",
+            expected=f"between 1 and {size - 1} of them",
+            fix=f"set structures.width.remove to a fraction such as 0.25, or to {size // 4}",
+        )
+    kept = aligned(size, size - remove, _multiple("width", section, size))
+    return plan_width(dense.config, kept, path=dense.layers_path)
+
+
+def _count(structure: Structure, section: GroupSection) -> int:
+    """How many groups of a structure go."""
+    among, partitions = structure.groups, structure.partitions
+    remove = section.count(among // partitions) * partitions
+    if isinstance(section, Channels) and 0 < remove < among:
+        remove = among - aligned(among, among - remove, _multiple("ffn", section, among))
+    if not 0 < remove < among:
+        each = among // partitions
+        where = f" of each of {partitions} partitions" if partitions > 1 else ""
+        raise RecipeError(
+            f"{structure.kind}.remove: {section.remove} takes {remove} of {among} groups of {structure.consumer}",
+            expected=f"between 1 and {each - 1}{where}",
+            fix=f"set structures.{structure.kind}.remove to a number such as {max(each // 4, 1)}",
+        )
+    return remove
+
+
+def _section(dense: CheckpointSource, spec: Structures, structure: Structure) -> GroupSection | None:
+    """The section of the recipe that speaks of a structure, as it holds for its consumer."""
+    section = spec.groups.get(structure.kind)
+    if not isinstance(section, Groups):
+        return section
+    bias = f"{structure.consumer.removesuffix('.weight')}.bias"
+    return section.with_bias(any(bias in dict(layer.named_parameters()) for layer in dense.layers))
+
+
+def _require_structures(dense: CheckpointSource, spec: Structures, structures: Sequence[Asked]) -> None:
+    """Every section finds something that can be removed."""
+    for kind in spec.groups:
+        own = [structure for layer in structures for structure, _ in layer if structure.kind == kind]
+        refused = [structure for structure in own if structure.refusal]
+        if refused:
+            raise ModelError(
+                f"{kind} of {type(dense.model).__name__} cannot be removed: {refused[0].consumer}: "
+                f"{refused[0].refusal}",
+                fix=f"leave {kind} out of the recipe's structures",
+            )
+        if not own:
+            raise RecipeError(
+                f"{type(dense.model).__name__} has no {kind} that can be removed",
+                fix=f"leave {kind} out of the recipe's structures",
+            )
+
+
+def _require_layers_and_blocks(dense: CheckpointSource, spec: Structures, found: Sequence[Blocks]) -> None:
+    """As many layers and blocks can go as the recipe wants, whichever they are."""
+    layers, gone = len(dense.layers), 0
+    if spec.depth is not None:
+        gone = spec.depth.count(layers)
+        check_count(gone, layers - spec.depth.protect, layers, "layers")
+    for part, section in spec.blocks.items():
+        _require_blocks(dense, part, [blocks[part] for blocks in found], section.count(layers - gone))
+
+
+def _require_blocks(dense: CheckpointSource, part: Part, found: Sequence[Block], count: int) -> None:
+    removable = {index: block for index, block in enumerate(found) if block.refusal is None}
+    name = "attention" if part == "attention" else "MLP"
+    if not removable:
+        raise ModelError(
+            f"no {name} block of {type(dense.model).__name__} can be removed: {found[0].refusal}",
+            expected="blocks that are added to the hidden states, and that nothing else reads",
+            fix=f"leave {part} out of the recipe's structures, or remove whole layers by depth",
+        )
+    kept = [f" (layer {i} keeps its own: {block.refusal})" for i, block in enumerate(found) if block.refusal]
+    check_count(count, len(removable), len(dense.layers), f"{name} blocks{kept[0] if kept else ''}")
+    # Some architectures have no config that could say it.
+    index, block = next(iter(removable.items()))
+    without_blocks(dense.config, {index: block.modules}, dense.layers_path)
+
+
+def _multiple(kind: str, section: Channels | WidthSection, among: int) -> int | str:
+    """What the channels that stay are a multiple of."""
+    multiple: int | str = section.multiple
+    if multiple != "auto" and int(multiple) > among:
+        raise RecipeError(
+            f"{kind}.multiple is {multiple}, but there are {among} channels",
+            expected=f"a multiple of at most {among}",
+            fix=f"set structures.{kind}.multiple to auto, or to 1",
+        )
+    return multiple
