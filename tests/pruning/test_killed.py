@@ -22,6 +22,8 @@ from llmprune.storage.folders import MANIFEST_NAME
 from llmprune.storage.report import load_report
 from llmprune.stream.stream import ResidentLayer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 from folders import contents, same, tensors
+from packed_models import prune_files
 from safetensors.torch import load_file, save_file
 from tiny_models import build, random_ids, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmprune.errors import CheckpointError, FormatError, LlmpruneError, PatternError, ResumeError
-from llmprune.patterns import parse
 from llmprune.progress import Progress
 from llmprune.pruning import packing
 from llmprune.pruning.packing import PackReport, PackRow, pack, unpack
-from llmprune.storage import files, output
+from llmprune.storage import files, folders
 from llmprune.storage.detection import detect_pattern
 from llmprune.storage.files import Stored, read_json
 from llmprune.storage.packed_config import NOTICE, NOTICE_KEY, QUANT_METHOD
@@ -34,17 +34,6 @@ MIXED = {
     "up_proj": "7:8",
     "down_proj": "0.05",
 }
-
-
-def prune_files(folder: Path, patterns: dict[str, str], zero: float = 0.0) -> None:
-    """Make zeros in the weights whose key has one of these names in it."""
-    for file in folder.glob("*.safetensors"):
-        content = load_file(file)
-        for key, weight in content.items():
-            pattern = next((parse(patterns[name]) for name in patterns if name in key and weight.dim() == 2), None)
-            if pattern is not None:
-                weight[~pattern.compared("row").mask(weight.float().abs())] = zero
-        save_file(content, file, metadata={"format": "pt"})
 
 
 def pruned(folder: Path, patterns: dict[str, str], family: str = "llama", **options: Any) -> Path:
@@ -346,7 +335,7 @@ def test_what_cannot_be_packed_or_unpacked(dense: Path, tmp_path: Path) -> None:
 
 def test_a_folder_in_use_is_refused_at_once(dense: Path, tmp_path: Path) -> None:
     told: list[Progress] = []
-    with output.locked(tmp_path / "packed"), pytest.raises(ResumeError, match="another run"):
+    with folders.locked(tmp_path / "packed"), pytest.raises(ResumeError, match="another run"):
         pack(dense, tmp_path / "packed", watch=told.append)
     assert not told
 
@@ -366,8 +355,8 @@ def test_too_little_space_is_refused_before_anything_is_written(
     report = pack(dense, tmp_path / "packed")
     usage = shutil.disk_usage(tmp_path)
     free = [0]
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage._replace(free=free[0]))
-    monkeypatch.setattr(output, "_BESIDE_BYTES", 0)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: usage._replace(free=free[0]))
+    monkeypatch.setattr(folders, "_BESIDE_BYTES", 0)
     for run, needed in (
         (lambda folder: pack(dense, folder), report.packed_checkpoint_bytes),
         (lambda folder: unpack(tmp_path / "packed", folder), report.dense_checkpoint_bytes),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from shrinking import logits
-from tiny_models import FAMILIES, build, known, random_ids
+from tiny_models import build, every_family, known, random_ids
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, StaticCache
 
@@ -75,7 +75,7 @@ def first_or_all(blocks: list[Blocks], part: Part) -> list[int]:
     return able[:1] if part == "attention" else able
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_every_family_without_attention_or_mlp(family: str) -> None:
     if not known(family):
         pytest.skip(f"transformers has no {family}")

@@ -28,6 +28,7 @@ from llmprune.measuring.tasks.model import LlmpruneLM
 from llmprune.measuring.tasks.tasks import Tasks
 from llmprune.storage.hub import resolve_model
 
+pytestmark = pytest.mark.slow
 ON_CPU = HarnessSettings(device="cpu", batch_size=4, quiet=True)
 
 
