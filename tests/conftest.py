@@ -4,10 +4,12 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_processes import FreshProcesses
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -54,3 +56,10 @@ def seeds() -> Iterator[None]:
     yield
     random.setstate(before[0])
     torch.random.set_rng_state(before[1])
+
+
+@pytest.fixture(scope="session")
+def run_fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshProcesses]:
+    """Run programs that have imported nothing of llmprune."""
+    with ExitStack() as stack:
+        yield FreshProcesses(tmp_path_factory.mktemp("fresh"), stack)
