@@ -4,13 +4,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint types docs clean
+.PHONY: demo test test-rest test-all lint types docs clean
 
 demo: $(VENV)/ready
 	$(BIN)/llmprune prune testbed --recipe demo --output out/demo --overwrite
 
+# Most tests, in a few minutes; the rest; and all of them.
+SPECIAL = families or kernels or slow or browser
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not ($(SPECIAL))"
+
+test-rest: $(VENV)/ready
+	$(PYTEST) -m "$(SPECIAL)"
+
+test-all: $(VENV)/ready
+	$(PYTEST)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

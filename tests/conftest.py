@@ -2,10 +2,14 @@
 
 import os
 import random
+import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
+from fresh_processes import FreshProcesses
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -28,8 +32,19 @@ install_import_hook(
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
+# Thousands of small checkpoints are written and removed: in memory, where there is room for them.
+MEMORY = Path("/dev/shm")
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= 4 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
 settings.register_profile("llmprune", derandomize=True, database=None, deadline=None)
 settings.load_profile("llmprune")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker waits for another at the end."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +56,10 @@ def seeds() -> Iterator[None]:
     yield
     random.setstate(before[0])
     torch.random.set_rng_state(before[1])
+
+
+@pytest.fixture(scope="session")
+def run_fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshProcesses]:
+    """Run programs that have imported nothing of llmprune."""
+    with ExitStack() as stack:
+        yield FreshProcesses(tmp_path_factory.mktemp("fresh"), stack)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import build, save
 
 from llmprune.patterns import Pattern, parse
@@ -42,6 +42,17 @@ def prune_by_magnitude(folder: Path, pattern: Pattern) -> None:
         weight = tensors[f"{name}.weight"]
         tensors[f"{name}.weight"] = weight * pattern.compared("row").mask(weight.float().abs())
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def prune_files(folder: Path, patterns: dict[str, str], zero: float = 0.0) -> None:
+    """Make zeros in the weights whose key has one of these names in it, of a checkpoint of any number of files."""
+    for file in folder.glob("*.safetensors"):
+        content = load_file(file)
+        for key, weight in content.items():
+            pattern = next((parse(patterns[name]) for name in patterns if name in key and weight.dim() == 2), None)
+            if pattern is not None:
+                weight[~pattern.compared("row").mask(weight.float().abs())] = zero
+        save_file(content, file, metadata={"format": "pt"})
 
 
 def linear_layers(tensors: dict[str, torch.Tensor]) -> list[str]:

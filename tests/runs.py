@@ -32,9 +32,9 @@ class Whole(NamedTuple):
 
 
 @contextmanager
-def uninterrupted(folder: Path) -> Iterator[Whole]:
-    """Prune a Llama of three layers in one go; its source must stay as it is."""
-    model = build("llama", torch.bfloat16, num_hidden_layers=LAYERS)
+def uninterrupted(folder: Path, layers: int = LAYERS) -> Iterator[Whole]:
+    """Prune a Llama in one go; its source must stay as it is."""
+    model = build("llama", torch.bfloat16, num_hidden_layers=layers)
     source = save(model, folder / "dense")
     text = " ".join(f"w{number % 120 + 4}" for number in range(700))
     (folder / "text.txt").write_text(text)

@@ -2,16 +2,24 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cache
 
 import torch
+from tiny_models import build
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.models.decoder import Decoder
-from llmprune.structures.find.discovery import Structure
+from llmprune.structures.find.discovery import Structure, find_structures
 from llmprune.structures.remove.cuts import Cut, mask, routed_without, shrink
 
 Cuts = dict[int, list[Cut]]
+
+
+@cache
+def structures_of(family: str) -> list[list[Structure]]:
+    """The structures of a tiny model of a family, found once for all tests, which do not change them."""
+    return find_structures(Decoder.find(build(family)))
 
 
 def cut_all(found: list[list[Structure]], kind: str, part: float = 0.3) -> tuple[Cuts, list[str]]:

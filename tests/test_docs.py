@@ -283,6 +283,7 @@ class Loaded(HTMLParser):
         self.found += [value for value in values if tag != "a" and re.match(r"(https?:)?//", value)]
 
 
+@pytest.mark.slow
 def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
     absent = [name for name in BUILDERS if importlib.util.find_spec(name) is None]
     if absent:

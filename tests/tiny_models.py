@@ -3,10 +3,11 @@
 Weights are random throughout: norms are not 1, biases not 0, and routers are decided enough to leave experts idle.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -176,6 +177,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_TIED, "lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 8},
     ),
 }  # fmt: skip
+
+
+# One of every kind; `make test` leaves the others out.
+_USUAL = {"llama", "llama-tied", "gpt2", "gemma3-vision", "falcon-40b", "mixtral", "deepseek_v3", "jamba", "mamba2"}
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test, "family" or "family:dtype", most of them with the marker `families`."""
+    return [pytest.param(name, marks=[] if name in _USUAL else [pytest.mark.families], id=name) for name in names]
+
+
+every_family = pytest.mark.parametrize("family", marked(FAMILIES))
 
 
 def known(family: str) -> bool:

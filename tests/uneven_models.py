@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shrinking import Cuts, by_kind, masked_logits, shrunk_state
+from shrinking import Cuts, by_kind, masked_logits, shrunk_state, structures_of
 from tiny_models import build, random_ids, save
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -25,7 +25,7 @@ def save_uneven(
 ) -> Tensor:
     """Save a tiny model with a smaller first and last layer; the logits of the full-size model with zeros there."""
     model = build(family, **changes)
-    found = find_structures(Decoder.find(model))
+    found = find_structures(Decoder.find(model)) if changes else structures_of(family)
     last = len(found) - 1
     first, narrow = (by_kind(found, layer, "ffn")[0] for layer in (0, last))
     cuts: Cuts = {0: [Cut(first, (3, 5, 7, 9))], last: [Cut(narrow, tuple(range(8, narrow.groups // 2 + 4)))]}

@@ -267,6 +267,7 @@ def test_interrupted_before_the_output_was_opened(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_sigint_exits_with_130_and_the_run_goes_on_by_the_command_it_names(tmp_path: Path) -> None:
     small = ["--set", "calibration.samples=8", "--set", "calibration.length=64", "--set", "evaluation=null"]
     process = spawn("prune", "testbed", "--recipe", "demo", "--output", tmp_path / "out", *small)

@@ -29,6 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save(tiny_models.build("llama"), tmp_path_factory.mktemp("llama"))
 
 
+@pytest.mark.slow
 def test_live_display_on_a_terminal(model: Path, tmp_path: Path) -> None:
     controller, terminal = pty.openpty()
     process = spawn("prune", model, "-r", "demo", "-o", tmp_path / "out", *SMALL, stderr=terminal)

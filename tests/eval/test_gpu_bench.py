@@ -100,6 +100,7 @@ def test_without_a_gpu_only_a_rehearsal_runs(tmp_path: Path, monkeypatch: pytest
         gpu.main(["--json", str(tmp_path / "gpu.json"), "--parts", "linear,speed"])
 
 
+@pytest.mark.slow
 def test_the_whole_script_runs_in_a_rehearsal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -139,6 +139,7 @@ def test_every_score_has_its_rows(bench: Bench) -> None:
     assert {row.removed for row in found if "heads" in row.structures} == {"25.0% FFN + 1 of 2 heads", "1 of 2 heads"}
 
 
+@pytest.mark.slow
 def test_uniform_rows_are_as_large_as_the_budget(bench: Bench, tmp_path: Path) -> None:
     found = budget_rows(bench.source)
     uniform = [row for row in found if "budget" not in row.structures]

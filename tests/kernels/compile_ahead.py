@@ -81,8 +81,9 @@ def compile_ahead(
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage, listing = _tool("-res-usage", cubin), _tool("-sass", cubin)
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+        command = [_TOOLS / "cuobjdump", "-res-usage", "-sass", cubin]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", listing)}
     code = [(int(place, 16), opcode, rest) for place, opcode, rest in _INSTRUCTION.findall(listing)]
     loop = max(_loops(code), key=len, default=[])
     return {
@@ -91,11 +92,6 @@ def compile_ahead(
         "loop": _count(loop),
         "conversions": sum("convert_layout" in line for line in _loop_lines(compiled.asm["ttgir"])),
     }
-
-
-def _tool(option: str, cubin: Path) -> str:
-    command = [_TOOLS / "cuobjdump", option, cubin]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _count(code: list[tuple[int, str, str]]) -> dict[str, int]:
@@ -126,13 +122,20 @@ def _loop_lines(text: str) -> Iterator[str]:
             depth.append(indent)
 
 
-def _run(job: Job) -> dict[str, Any]:
+def _kernel(job: Job) -> Any:
     module, _, name = job["kernel"].partition(":")
-    kernel = getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(module), name)
+
+
+def _run(job: Job) -> dict[str, Any]:
+    kernel = _kernel(job)
     options = job.get("options", {})
     return compile_ahead(kernel, job["capability"], job["arguments"], job["constants"], warps=job["warps"], **options)
 
 
 if __name__ == "__main__":
-    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, 8)) as pool:
-        json.dump(pool.map(_run, json.load(sys.stdin), chunksize=1), sys.stdout)
+    jobs: list[Job] = json.load(sys.stdin)
+    for job in jobs:
+        _kernel(job)  # imported once, before the processes part
+    with multiprocessing.get_context("fork").Pool(min(os.cpu_count() or 1, 8)) as pool:
+        json.dump(pool.map(_run, jobs, chunksize=1), sys.stdout)

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be compiled")
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("compile_block_linear.py")
 # Tensor cores of Ampere, Hopper and Blackwell.
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")

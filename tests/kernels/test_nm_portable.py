@@ -180,6 +180,7 @@ def count(instructions, *starts):
     return sum(number for opcode, number in instructions.items() if opcode.startswith(starts))
 
 
+@pytest.mark.slow
 def test_compiles_for_gpus_without_spilling(nvidia):
     assert len(nvidia) == len(CAPABILITIES) * (2 + 2 * len(TOKENS))
     for name, used in nvidia.items():
@@ -187,6 +188,7 @@ def test_compiles_for_gpus_without_spilling(nvidia):
         assert used["LOCAL"] == 0, name
 
 
+@pytest.mark.slow
 def test_expansion_moves_128_bits_at_a_time(nvidia):
     for name, used in nvidia.items():
         if name.startswith("expand"):
@@ -195,6 +197,7 @@ def test_expansion_moves_128_bits_at_a_time(nvidia):
             assert used["instructions"]["LDG.E.128"] == 2, name  # the values; what describes them is a quarter or less
 
 
+@pytest.mark.slow
 def test_portable_kernel_uses_tensor_cores_and_wide_accesses(nvidia):
     for name, used in nvidia.items():
         if name.startswith("portable"):
@@ -203,6 +206,7 @@ def test_portable_kernel_uses_tensor_cores_and_wide_accesses(nvidia):
             assert count(used["instructions"], "STG.E.128"), name
 
 
+@pytest.mark.slow
 def test_portable_kernel_compiles_for_amd(resources):
     assert len(resources["amd"]) == len(TOKENS)
     for tokens, used in resources["amd"].items():

@@ -13,7 +13,7 @@ from compile_ahead import compile_all
 from llmprune.kernels.nm_linear.decode import CHOICES, EXCHANGED_GROUPS
 
 # The compilations take a minute on two cores of one's own, and belong to whichever test comes first.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CAPABILITIES = [80, 90, 100]
 # A step of 256 inputs, by 16 rows, among 32 lanes; counted in fours.

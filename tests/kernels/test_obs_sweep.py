@@ -103,6 +103,7 @@ def test_columns_are_decided_once_in_order_with_all_that_is_asked_of_them(column
     assert torch.equal(sums, lost)
 
 
+@pytest.mark.slow
 def test_compiles_for_gpus_without_spilling():
     from compile_ahead import compile_all
 

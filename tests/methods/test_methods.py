@@ -187,14 +187,14 @@ def test_dead_inputs_go_first(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 200])
 @every_pattern
-@every_method
+@pytest.mark.parametrize("name", CALIBRATED)
 def test_inputs_that_are_all_dead(name: str, text: str, tokens: int) -> None:
     weight = weight_of()
     check(prune(name, weight, torch.zeros(tokens, SHAPE[1]), text), weight, name, text)
 
 
 @every_pattern
-@every_method
+@pytest.mark.parametrize("name", CALIBRATED)
 def test_a_single_token(name: str, text: str) -> None:
     weight = weight_of()
     check(prune(name, weight, correlated_inputs(1, SHAPE[1]), text), weight, name, text)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from folders import same, tensors, zeros
-from tiny_models import FAMILIES, VOCABULARY, build, known, random_ids, recipe, save
+from tiny_models import FAMILIES, VOCABULARY, build, known, marked, random_ids, recipe, save
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -40,7 +40,7 @@ class Case:
     in_memory: PreTrainedModel
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, *(f"{name}:bfloat16" for name in IN_BFLOAT16)])
+@pytest.fixture(scope="module", params=marked([*FAMILIES, *(f"{name}:bfloat16" for name in IN_BFLOAT16)]))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     family, _, dtype = request.param.partition(":")
     if not known(family):

@@ -3,8 +3,6 @@
 import copy
 import json
 import pickle
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from folders import same, tensors
+from fresh_processes import TRANSFORMERS, FreshProcesses
 from packed_models import prune_by_magnitude
 from tiny_models import VOCABULARY, build, random_ids, recipe, save, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, pipeline
@@ -184,22 +183,24 @@ def test_packed_layers_of_different_sizes(tmp_path: Path, pattern: str, layout: 
     assert same(logits(load(tmp_path / "dequantised")), logits(dense))
 
 
-def test_without_llmprune_the_error_says_what_to_install(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_without_llmprune_the_error_says_what_to_install(tmp_path: Path, run_fresh: FreshProcesses) -> None:
     save_uneven(tmp_path / "a")
     load(tmp_path / "a").save_pretrained(tmp_path / "b")
     for name in "ab":
-        assert "`import llmprune` before from_pretrained" in stock_error(tmp_path / name)
+        assert "`import llmprune` before from_pretrained" in stock_error(tmp_path / name, run_fresh)
 
 
-def stock_error(folder: Path) -> str:
+def stock_error(folder: Path, run_fresh: FreshProcesses) -> str:
     """What transformers says without llmprune."""
-    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode != 0
-    return "".join(done.stderr.splitlines()[-2:])
+    program = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r})"
+    done = run_fresh(program, TRANSFORMERS)
+    assert done.status != 0
+    return "".join(done.printed.splitlines()[-2:])
 
 
-def test_the_text_model_of_a_larger_one(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_text_model_of_a_larger_one(tmp_path: Path, run_fresh: FreshProcesses) -> None:
     """AutoModelForCausalLM takes the inner config of Llama 4, which must hold the notice as well."""
     wanted = save_uneven(tmp_path, "llama4", moe_layers=[])
     described = read_json(tmp_path / "config.json")
@@ -207,15 +208,15 @@ def test_the_text_model_of_a_larger_one(tmp_path: Path) -> None:
     outer = {"model_type": "llama4", "architectures": described["architectures"], "text_config": inner}
     (tmp_path / "config.json").write_text(json.dumps(with_packing_record(outer, {})))
     assert close(logits(load(tmp_path)), wanted)
-    assert "`import llmprune` before from_pretrained" in stock_error(tmp_path)
+    assert "`import llmprune` before from_pretrained" in stock_error(tmp_path, run_fresh)
     config = CheckpointSource(tmp_path).config
     assert NOTICE not in (getattr(part, NOTICE_KEY, None) for part in (config, config.get_text_config(decoder=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["llmprune.models.skeleton", "llmprune.models.uneven", "llmprune.models.source"])
-def test_any_module_may_be_what_imports_transformers(module: str) -> None:
-    done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True)
-    assert done.stderr == ""
+def test_any_module_may_be_what_imports_transformers(module: str, run_fresh: FreshProcesses) -> None:
+    assert run_fresh(f"import {module}") == (0, "")
 
 
 def test_is_read_layer_by_layer(tmp_path: Path) -> None:

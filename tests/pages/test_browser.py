@@ -12,6 +12,8 @@ from llmprune.pages import compare, write_comparison, write_report
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
 
+pytestmark = pytest.mark.browser
+
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _LOADS = 3
 _PHONE = {"viewport": {"width": 375, "height": 812}, "is_mobile": True, "has_touch": True}

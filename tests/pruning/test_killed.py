@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from folders import contents
-from runs import LAYERS, Whole, assert_equal_to, assert_incomplete_or_whole, note_solved, uninterrupted
+from runs import Whole, assert_equal_to, assert_incomplete_or_whole, note_solved, uninterrupted
 from tiny_models import build
 
 from llmprune import prune
@@ -22,10 +22,14 @@ from llmprune.storage.folders import MANIFEST_NAME
 from llmprune.storage.report import load_report
 from llmprune.stream.stream import ResidentLayer
 
+pytestmark = pytest.mark.slow
+# Runs are killed at every step of the first layer and of the last; each more would take as long again.
+LAYERS = 2
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
-    with uninterrupted(tmp_path_factory.mktemp("whole")) as run:
+    with uninterrupted(tmp_path_factory.mktemp("whole"), LAYERS) as run:
         yield run
 
 

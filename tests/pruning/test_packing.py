@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from folders import contents, same, tensors
+from packed_models import prune_files
 from safetensors.torch import load_file, save_file
 from tiny_models import build, random_ids, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmprune.errors import CheckpointError, FormatError, LlmpruneError, PatternError, ResumeError
-from llmprune.patterns import parse
 from llmprune.progress import Progress
 from llmprune.pruning import packing
 from llmprune.pruning.packing import PackReport, PackRow, pack, unpack
@@ -34,17 +34,6 @@ MIXED = {
     "up_proj": "7:8",
     "down_proj": "0.05",
 }
-
-
-def prune_files(folder: Path, patterns: dict[str, str], zero: float = 0.0) -> None:
-    """Make zeros in the weights whose key has one of these names in it."""
-    for file in folder.glob("*.safetensors"):
-        content = load_file(file)
-        for key, weight in content.items():
-            pattern = next((parse(patterns[name]) for name in patterns if name in key and weight.dim() == 2), None)
-            if pattern is not None:
-                weight[~pattern.compared("row").mask(weight.float().abs())] = zero
-        save_file(content, file, metadata={"format": "pt"})
 
 
 def pruned(folder: Path, patterns: dict[str, str], family: str = "llama", **options: Any) -> Path:

@@ -245,6 +245,7 @@ def test_generate_explains_what_cannot_be(folder: Path, options: list[str], mess
     assert message in json.loads(result.stdout)["error"]["what"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_prints_what_there_is_and_exits_130(folder: Path) -> None:
     # More tokens than any machine writes before it is stopped.
     process = spawn("generate", folder / "packed", "--prompt", "w5", "--max-new-tokens", 1_000_000, "--seed", 1)

@@ -2,15 +2,13 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from folders import same, tensors
+from fresh_processes import TORCH, TRANSFORMERS, FreshProcesses
 from packed_models import save_packed
 from safetensors.torch import load_file, save_file
 from tiny_models import random_ids, tokenizer
@@ -191,26 +189,26 @@ def test_weight_is_there_for_those_who_ask(tmp_path: Path) -> None:
     assert same(layer.weight, tensors(folder / "dense")[f"{name}.weight"] + 0.0)
 
 
-@pytest.mark.parametrize("first", ["import llmprune; import transformers", "import transformers; import llmprune"])
-def test_importing_llmprune_is_enough(tmp_path: Path, first: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "imported"),
+    [("import llmprune; import transformers", TORCH), ("import transformers; import llmprune", TRANSFORMERS)],
+)
+def test_importing_llmprune_is_enough(
+    tmp_path: Path, run_fresh: FreshProcesses, first: str, imported: tuple[str, ...]
+) -> None:
     folder = save_packed(tmp_path) / "packed"
-    code = f"{first}; transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-    assert run(code).returncode == 0
+    program = f"{first}; transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    assert run_fresh(program, imported).status == 0
 
 
-def test_importing_llmprune_does_not_import_torch() -> None:
-    assert run("import llmprune, sys; sys.exit('torch' in sys.modules)").returncode == 0
-
-
-def test_without_llmprune_the_error_says_what_to_install(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_without_llmprune_the_error_says_what_to_install(tmp_path: Path, run_fresh: FreshProcesses) -> None:
     folder = save_packed(tmp_path) / "packed"
-    done = run(f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r})")
-    assert done.returncode != 0
-    assert "install llmprune, and `import llmprune`" in done.stderr.splitlines()[-1] + done.stderr.splitlines()[-2]
-
-
-def run(code: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    program = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r})"
+    done = run_fresh(program, TRANSFORMERS)
+    assert done.status != 0
+    assert "install llmprune, and `import llmprune`" in "".join(done.printed.splitlines()[-2:])
 
 
 def test_damaged_tensors_are_refused(tmp_path: Path) -> None:

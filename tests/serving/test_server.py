@@ -25,6 +25,7 @@ TESTBED = Path(__file__).parents[2] / "eval" / "testbed"
 PROMPT = "The library"
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
+pytestmark = pytest.mark.slow
 needs_server = pytest.mark.skipif(not is_serve_available(), reason="the extra llmprune[serve] is not installed")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from shrinking import Cuts, logits, masked_logits, shrunk_state
-from tiny_models import FAMILIES, build, known, random_ids
+from tiny_models import FAMILIES, build, every_family, known, random_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.errors import ModelError, PatternError
@@ -67,7 +67,7 @@ def check_exactness(model: PreTrainedModel, cuts: Cuts) -> None:
     assert float((dense - masked).abs().max()) > 1e-2 * scale, "what was removed had no effect"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_the_shrunk_model_computes_what_the_masked_one_does(family: str) -> None:
     if not known(family):
         pytest.skip(f"this transformers does not know {FAMILIES[family][0]}")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from shrinking import Cuts, by_kind, cut_all, logits, masked_logits, shrunk_state
-from tiny_models import FAMILIES, build, known, random_ids, save
+from shrinking import Cuts, by_kind, cut_all, logits, masked_logits, shrunk_state, structures_of
+from tiny_models import FAMILIES, build, every_family, known, random_ids, save
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -98,13 +98,12 @@ def test_every_family_has_an_outcome() -> None:
     assert set(OUTCOMES) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_the_shrunk_checkpoint_computes_what_the_masked_model_does(family: str, tmp_path: Path) -> None:
     """All kinds that can go exactly go at once; the others are refused for the reason in the table."""
     if not known(family):
         pytest.skip(f"this transformers does not know {FAMILIES[family][0]}")
-    model = build(family)
-    found = find_structures(Decoder.find(model))
+    model, found = build(family), structures_of(family)
     exact: Cuts = {}
     for kind, expected in zip(("heads", "ffn", "experts"), OUTCOMES[family], strict=True):
         for layer, cuts in possible_cuts(model, found, kind, expected).items():

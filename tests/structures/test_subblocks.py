@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from shrinking import logits
-from tiny_models import FAMILIES, build, known, random_ids
+from shrinking import logits, structures_of
+from tiny_models import build, every_family, known, random_ids
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, StaticCache
 
@@ -75,12 +75,11 @@ def first_or_all(blocks: list[Blocks], part: Part) -> list[int]:
     return able[:1] if part == "attention" else able
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_every_family_without_attention_or_mlp(family: str) -> None:
     if not known(family):
         pytest.skip(f"transformers has no {family}")
-    model = build(family)
-    found = find_structures(Decoder.find(model))
+    model, found = build(family), structures_of(family)
     blocks = find_blocks(Decoder.find(model), found=found)
     refusals = {part: own.refusal for part, own in blocks[0].items() if own.refusal}
     expected = REFUSED.get(family, {})

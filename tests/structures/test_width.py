@@ -7,7 +7,7 @@ import pytest
 import torch
 from narrowing import CHANNELS, factors_of, narrowed, restrict
 from shrinking import logits
-from tiny_models import FAMILIES, build, known, random_ids
+from tiny_models import FAMILIES, build, every_family, known, random_ids
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.llama import modeling_llama
@@ -71,7 +71,7 @@ OUTCOMES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_the_narrow_model_computes_what_the_full_one_does_with_zeros(family: str) -> None:
     if not known(family):
         pytest.skip(f"this transformers does not know {FAMILIES[family][0]}")

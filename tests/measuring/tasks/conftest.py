@@ -41,6 +41,12 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def harness() -> None:
+    """Skip where lm-eval is not installed."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
+
+
+@pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers with a tokenizer of the words w0 to w127; 64 positions."""
     return tiny_models.save(tiny_models.build("llama"), tmp_path_factory.mktemp("llama"))

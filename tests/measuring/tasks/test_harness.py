@@ -20,19 +20,19 @@ from safetensors.torch import save_file
 from llmprune import prune
 from llmprune.errors import CheckpointError, DeviceError, ModelError, NumericsError
 from llmprune.measuring.tasks import OFFLINE_TASKS, EvaluationError, HarnessSettings, run_tasks
-
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
-from lm_eval import simple_evaluate
-
-from llmprune.measuring.tasks.model import LlmpruneLM
-from llmprune.measuring.tasks.tasks import Tasks
 from llmprune.storage.hub import resolve_model
 
+# Importing the harness takes seconds, so it waits for the first test.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("harness")]
 ON_CPU = HarnessSettings(device="cpu", batch_size=4, quiet=True)
 
 
 def by_hf(folder: Path, tasks: Sequence[str], **options: Any) -> dict[str, Any]:
     """What lm-eval says by itself."""
+    from lm_eval import simple_evaluate
+
+    from llmprune.measuring.tasks.tasks import Tasks
+
     loaded = Tasks(tasks)
     found = simple_evaluate(
         "hf", model_args={"pretrained": str(folder)}, tasks=loaded.names, device="cpu", task_manager=loaded, **options
@@ -118,6 +118,8 @@ def test_results_that_cannot_be_written_are_an_error(llama: Path, tasks: tuple[s
 
 def count_forwards(monkeypatch: pytest.MonkeyPatch, most: float = math.inf) -> list[int]:
     """Batches as they are computed; after so many of them, somebody presses Ctrl-C."""
+    from llmprune.measuring.tasks.model import LlmpruneLM
+
     seen: list[int] = []
     call = LlmpruneLM._model_call
 

@@ -9,18 +9,16 @@ import pytest
 from llmprune.errors import ModelError
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
-from lm_eval import simple_evaluate
-from lm_eval.api.registry import get_model, model_registry
-
-from llmprune.measuring.tasks.__main__ import main
-from llmprune.measuring.tasks.model import MODEL_NAME, LlmpruneLM, register
-from llmprune.measuring.tasks.tasks import Tasks, offline_folder
+# The harness itself is imported inside the tests: it takes seconds.
 
 
 @pytest.fixture
 def unregistered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The registry without our class; what is put into it is taken out again."""
     import lm_eval.models  # noqa: F401 # fills the registry
+    from lm_eval.api.registry import model_registry
+
+    from llmprune.measuring.tasks.model import MODEL_NAME
 
     entries = {name: entry for name, entry in model_registry._objs.items() if name != MODEL_NAME}
     monkeypatch.setattr(model_registry, "_objs", entries)
@@ -28,6 +26,10 @@ def unregistered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_registered_by_name(unregistered: dict[str, Any]) -> None:
+    from lm_eval.api.registry import get_model, model_registry
+
+    from llmprune.measuring.tasks.model import LlmpruneLM, register
+
     register()
     register()
     assert get_model("llmprune") is LlmpruneLM
@@ -36,6 +38,10 @@ def test_registered_by_name(unregistered: dict[str, Any]) -> None:
 
 
 def test_found_by_an_entry_point(unregistered: dict[str, Any]) -> None:
+    from lm_eval.api.registry import get_model, model_registry
+
+    from llmprune.measuring.tasks.model import MODEL_NAME, LlmpruneLM, register
+
     entry = EntryPoint(MODEL_NAME, "llmprune.measuring.tasks.model:LlmpruneLM", "lm_eval.models")
     model_registry.register(MODEL_NAME, target=entry)
     register()
@@ -45,6 +51,11 @@ def test_found_by_an_entry_point(unregistered: dict[str, Any]) -> None:
 def test_the_command_line_of_the_harness_knows_it(
     unregistered: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from lm_eval.api.registry import get_model
+
+    from llmprune.measuring.tasks.__main__ import main
+    from llmprune.measuring.tasks.model import LlmpruneLM
+
     seen: list[type[Any]] = []
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: seen.append(get_model("llmprune")))
     main()
@@ -52,6 +63,11 @@ def test_the_command_line_of_the_harness_knows_it(
 
 
 def test_by_the_harness_itself(llama: Path, tasks: tuple[str, ...]) -> None:
+    from lm_eval import simple_evaluate
+
+    from llmprune.measuring.tasks.model import register
+    from llmprune.measuring.tasks.tasks import Tasks
+
     register()
     loaded = Tasks(tasks[:1])
     arguments = f"pretrained={llama},served=dense,revision=main,dtype=float32"
@@ -74,12 +90,16 @@ def test_by_the_harness_itself(llama: Path, tasks: tuple[str, ...]) -> None:
     ],
 )
 def test_refused(options: dict[str, Any], said: str, llama: Path) -> None:
+    from llmprune.measuring.tasks.model import LlmpruneLM
+
     with pytest.raises(ModelError, match=said):
         LlmpruneLM(**{"pretrained": str(llama), "device": "cpu", **options})
 
 
 def test_our_tasks_are_found_by_the_harness() -> None:
     from lm_eval.tasks import TaskManager
+
+    from llmprune.measuring.tasks.tasks import offline_folder
 
     manager = TaskManager(include_path=str(offline_folder()), include_defaults=False)
     loaded = manager.load(["llmprune_offline"])["tasks"]
