@@ -160,7 +160,7 @@ class Stream:
         return ModelError(
             f"{type(self.source.model).__name__} called {called} of {len(self.source.layers)} layers "
             f"in {self.source.layers_path}",
-            expected="a forward that calls each decoder layer once, in order",
+            expected="a forward pass that calls each decoder layer once, in order",
             fix="set decoder_layers in the recipe to another list of layers",
         )
 
