@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/llmprune prune testbed --recipe demo --output out/demo --overwrite
 
-# Most tests, in a few minutes; the rest; and all of them.
+# What a contributor needs, in a few minutes; the rest; and all of it, one after the other.
 SPECIAL = families or kernels or slow or browser
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -19,8 +19,8 @@ test: $(VENV)/ready
 test-rest: $(VENV)/ready
 	$(PYTEST) -m "$(SPECIAL)"
 
-test-all: $(VENV)/ready
-	$(PYTEST)
+test-all: test
+	$(MAKE) test-rest
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

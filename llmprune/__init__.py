@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Resolved on first use, so that `import llmprune` and `llmprune --help` do not wait for torch. No module may be called
-# like one of these: once it is imported, it would stand in the name's place.
+# Resolved on first use, so that `import llmprune` and `llmprune --help` do not wait for torch. No module may have one
+# of these names: once imported, it would shadow the public name.
 _HOMES = {
     "TextSpec": "text.tokens",
     "LlmpruneError": "errors",
@@ -50,7 +50,7 @@ _HOMES = {
     "write_report": "pages",
 }
 
-# Earlier names, which work until 0.2: `llmprune eval` is lm-eval, and this is perplexity.
+# Deprecated names, to be removed in 0.2: `llmprune eval` runs lm-eval, whereas these measure perplexity.
 _RENAMED = {"evaluate": "perplexity", "evaluate_against": "perplexity_against"}
 
 __all__ = [
@@ -65,7 +65,7 @@ def __getattr__(name: str) -> Any:
         from warnings import warn
 
         now = _RENAMED[name]
-        warn(f"llmprune.{name} is llmprune.{now} now; the old name works until 0.2", DeprecationWarning, stacklevel=2)
+        warn(f"llmprune.{name} will be removed in 0.2; use llmprune.{now}", DeprecationWarning, stacklevel=2)
         name = now
     if name not in _HOMES:
         raise AttributeError(f"module 'llmprune' has no attribute {name!r}")

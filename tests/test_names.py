@@ -26,7 +26,7 @@ def test_planning_and_measuring_need_no_second_import() -> None:
 
 @pytest.mark.parametrize(("old", "new"), [("evaluate", "perplexity"), ("evaluate_against", "perplexity_against")])
 def test_earlier_names_work_and_warn(old: str, new: str) -> None:
-    with pytest.warns(DeprecationWarning, match=rf"^llmprune\.{old} is llmprune\.{new} now; .* until 0\.2$") as caught:
+    with pytest.warns(DeprecationWarning, match=rf"^llmprune\.{old} will be removed .* use llmprune\.{new}$") as caught:
         assert getattr(llmprune, old) is getattr(llmprune, new)
     assert caught[0].filename == __file__
     assert old not in llmprune.__all__

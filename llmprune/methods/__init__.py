@@ -1,4 +1,4 @@
-"""Pruning methods: one file each, one literal table."""
+"""The pruning methods: one file each, listed in one literal table."""
 
 from llmprune.methods.magnitude import Magnitude
 from llmprune.methods.method import Method, Pruned

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go."""
+"""Magnitude pruning: remove the weights with the smallest absolute values."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +13,7 @@ from llmprune.statistics import ColumnNorm, Gram
 
 @dataclass(frozen=True)
 class Magnitude(Selection):
-    """Score |w|, compared over the whole matrix; needs no calibration (Han et al. 2015)."""
+    """Score |w|, compared over the whole matrix; needs no calibration text (Han et al. 2015)."""
 
     needs: ClassVar[None] = None
     scope: ClassVar[Scope] = "matrix"

@@ -18,9 +18,9 @@ class Pruned:
 
     Attributes:
         weight: [out, in], the dtype of the input; zero wherever `mask` is False.
-        mask: [out, in], True where the weight stays.
-        damping: the damping used, where the method inverts or factorises something.
-        tried: every damping tried, in order; more than one means that the ladder was climbed.
+        mask: [out, in], True where the weight is kept.
+        damping: the damping used; None if the method factorises nothing.
+        tried: every damping tried, in order; more than one means that the factorisation failed with the first.
     """
 
     weight: Float[Tensor, "out in"]
@@ -30,18 +30,18 @@ class Pruned:
 
 
 class Method(Protocol):
-    """Which weights go, and what the rest become: a pure function of one matrix, with its knobs as fields."""
+    """Which weights are removed, and the values of the rest: a pure function of one matrix, its settings as fields."""
 
     @property
     def needs(self) -> type[ColumnNorm] | type[Gram] | None:
-        """The statistics it reads; None if the weights alone are enough."""
+        """The statistics that it reads; None if it needs only the weights."""
 
     @property
     def scope(self) -> Scope:
-        """Where an unstructured pattern compares scores if the pattern does not say."""
+        """The weights among which an unstructured pattern compares scores, unless the pattern specifies it."""
 
     def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
-        """How much each weight matters, in the same units for all matrices of a layer."""
+        """The importance of each weight, in the same units for all matrices of a layer."""
 
     def __call__(
         self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None, pattern: Pattern
@@ -50,62 +50,60 @@ class Method(Protocol):
 
         Args:
             weight: [out, in], float32 or float64; not changed.
-            statistics: what `needs` names, collected on this matrix's inputs; not changed.
-            pattern: the legal zeros.
+            statistics: of the type that `needs` names, collected on this matrix's inputs; not changed.
+            pattern: which zeros are legal.
 
         Raises:
             PatternError: the pattern does not fit the shape.
-            NumericsError: a value is not finite, or a factorisation fails at every damping.
+            NumericsError: a value is not finite, or the factorisation fails with every damping.
         """
 
     def work(self, shape: tuple[int, int]) -> float:
-        """What one matrix of this shape (out, in) costs beyond `shared_work`, in floating-point operations.
+        """Floating-point operations for one matrix of this shape (out, in), excluding `shared_work`.
 
-        Counted are products and factorisations of matrices. A method made of several, one after the other, costs their
-        sum.
+        Only matmuls and factorisations are counted. A method that runs several others in sequence returns their sum.
         """
 
     def shared_work(self, width: int) -> float:
-        """What all matrices that read one input of this width cost together: the factorisation of their Gram."""
+        """Operations shared by all matrices that read the same input of this width: the factorisation of its Gram."""
 
     def workspace(self, shape: tuple[int, int]) -> int:
-        """Bytes that exist at once while a matrix of this shape (out, in) is pruned, statistics left out.
+        """Peak bytes while a matrix of this shape (out, in) is pruned, excluding the statistics.
 
-        The matrix itself and what becomes of it are among them. A method made of several, one after the other, takes
-        the maximum of theirs.
+        Includes the matrix itself and the result. A method that runs several others in sequence returns their maximum.
         """
 
 
 class Selection(ABC):
-    """A method that keeps the weights with the highest scores as they are; what it has to say is the scores."""
+    """A method that keeps the weights with the highest scores unchanged; subclasses define only the scores."""
 
     scope: ClassVar[Scope]
 
     @abstractmethod
     def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
-        """How much each weight matters."""
+        """The importance of each weight."""
 
     def __call__(
         self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None, pattern: Pattern
     ) -> Pruned:
-        """Zero the weights with the lowest scores; the rest stay as they are."""
+        """Zero the weights with the lowest scores; the rest are unchanged."""
         return select(weight, self.scores(weight, statistics), pattern.compared(self.scope))
 
     def work(self, shape: tuple[int, int]) -> float:
-        """None: scoring and selecting multiply no matrices."""
+        """Zero: scoring and selecting involve no matmuls."""
         return 0.0
 
     def shared_work(self, width: int) -> float:
-        """None: nothing is factorised."""
+        """Zero: nothing is factorised."""
         return 0.0
 
     def workspace(self, shape: tuple[int, int]) -> int:
-        """Bytes of the matrix and of what has its shape."""
+        """Bytes of the matrix and of everything that has its shape."""
         return matrix_workspace(shape)
 
 
 def matrix_workspace(shape: tuple[int, int]) -> int:
-    """Bytes of what has a matrix's own shape: the original, what becomes of it, two workspaces in float32, the mask."""
+    """Bytes of everything that has the matrix's shape: the original, the result, two float32 workspaces, the mask."""
     rows, width = shape
     return 20 * rows * width
 

@@ -13,7 +13,7 @@ from llmprune.statistics import ColumnNorm, Gram, check_finite
 
 @dataclass(frozen=True)
 class Wanda(Selection):
-    """Score |W_ij| * sqrt(mean_t X_jt^2), compared inside each output row (equation 1); no weight update."""
+    """Score |W_ij| * sqrt(mean_t X_jt^2), compared within each output row (equation 1); no weight update."""
 
     needs: ClassVar[type[ColumnNorm]] = ColumnNorm
     scope: ClassVar[Scope] = "row"

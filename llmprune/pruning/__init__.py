@@ -1,1 +1,1 @@
-"""A run from recipe to report: the only room that puts structures, methods and streams together."""
+"""A run from recipe to report: the only package that combines structures, methods and streams."""

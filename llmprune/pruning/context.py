@@ -1,4 +1,4 @@
-"""What all parts of one run share, and never change."""
+"""What all parts of one run share and never change."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -28,10 +28,10 @@ class Run:
     """The context of one run.
 
     Attributes:
-        recipe: what is to be done.
+        recipe: what to do.
         settings: of every stream of the run.
-        watch: told about every step; as a context it turns memory that runs out into a `DeviceError`.
-        dense: what earlier runs have made of the same dense model.
+        watch: told about every step; as a context manager it turns running out of memory into a `DeviceError`.
+        dense: results of earlier runs on the same dense model.
         stages: stopwatch.
         started: when the run began, by `time.perf_counter`.
     """
@@ -48,12 +48,12 @@ class Run:
         """Start the clock.
 
         Args:
-            recipe: what is to be done.
+            recipe: what to do.
             watch: told about every step.
-            dense: shared by runs on one dense model; default: this run is on its own.
+            dense: shared by runs on one dense model; default: not shared.
 
         Raises:
-            DeviceError: the recipe's device is not there.
+            DeviceError: the recipe's device is not available.
         """
         device = resolve_device(recipe.device)
         settings = StreamSettings(device, recipe.batch_size, recipe.held_back, int(recipe.activation_budget))
@@ -65,7 +65,7 @@ class Run:
         return self.settings.device
 
     def fitted(self, positions: int | None) -> "Run":
-        """The same run with the lengths of its texts settled, for a model with this many positions; None: no limit."""
+        """The same run with the lengths of its texts resolved, for a model with this many positions; None: no limit."""
         return replace(self, recipe=self.recipe.fitted(positions))
 
     def open(self, folder: Path) -> CheckpointSource:
@@ -77,7 +77,7 @@ class Run:
 
         Args:
             source: the dense model.
-            jobs: what is done to each layer's matrices, for the message if memory runs out later.
+            jobs: what is done to each layer's matrices, for the message if the run is later out of memory.
             tokenizer: the model's.
 
         Raises:
@@ -99,5 +99,5 @@ def _needs(
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the result."""
+    """Versions of the libraries that determine the result."""
     return {"llmprune": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,4 +1,4 @@
-"""The decide-step: what the recipe leaves open is decided once, after a look at the dense model, and recorded."""
+"""The decision step: what the recipe leaves open is decided once, from the dense model, and recorded."""
 
 from llmprune.pruning.context import Run
 from llmprune.storage.output import OutputFolder
@@ -9,16 +9,16 @@ from llmprune.text.tokens import Tokens
 
 
 def decide_run(run: Run, found: Removable | None, target: OutputFolder, tokens: Tokens) -> Decisions | None:
-    """Decide what is removed and how single matrices are pruned, or read what an interrupted run has decided.
+    """Decide what is removed and how individual matrices are pruned, or read what an interrupted run decided.
 
     Args:
         run: its context.
-        found: what can be removed; None: nothing is.
-        target: where decisions are recorded, so that a continued run decides the same.
+        found: what can be removed; None: nothing is removed.
+        target: where decisions are recorded, so that a resumed run decides the same.
         tokens: the calibration text.
 
     Returns:
-        The decisions; None where the recipe leaves nothing open.
+        The decisions; None if the recipe leaves nothing open.
     """
     if target.decisions is None and found is not None:
         with run.stages("survey"):

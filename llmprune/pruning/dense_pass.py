@@ -1,4 +1,4 @@
-"""What several runs on one dense model need alike: their texts, and one pass over its layers."""
+"""What several runs on one dense model have in common: their texts, and one pass over its layers."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,10 +19,10 @@ _STAGE = "dense perplexity"
 
 
 class DensePass:
-    """Hands to every run what an earlier one has made, if it would make the same to the bit.
+    """Gives every run the results of earlier runs that would be bit-identical to its own.
 
-    All texts are kept, because tokens are small. Of the final hidden states only the last are: runs that share them
-    follow one another. They stay within the activation budget of the runs; the rest is on disk.
+    All texts are kept, because tokens are small. Only the most recent final hidden states are kept: runs that share
+    them are consecutive. They stay within the activation budget of the runs; the rest is on disk.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class DensePass:
     def texts(
         self, specs: Mapping[str, TextSpec], source: Source, tokenizer: Tokenizer, device: torch.device
     ) -> dict[str, Tokens]:
-        """Load every text of a run that no run before has loaded; see `load_texts`.
+        """Load the texts of a run that no earlier run has loaded; see `load_texts`.
 
         Args:
             specs: name -> text.
@@ -47,7 +47,7 @@ class DensePass:
         """
         if source.folder is None:
             return load_texts(specs, source, tokenizer, device)
-        # Only what a model writes depends on the device.
+        # Only self-generated text depends on the device.
         keys = {name: (source.folder, spec, device if spec.source == "self" else None) for name, spec in specs.items()}
         missing = {name: specs[name] for name, key in keys.items() if key not in self._tokens}
         for name, tokens in load_texts(missing, source, tokenizer, device).items():
@@ -57,13 +57,13 @@ class DensePass:
     def final_states(
         self, source: Source, texts: Mapping[str, Tokens], settings: StreamSettings, watch: Watcher, stages: Stages
     ) -> Stream | None:
-        """Run the dense model over the evaluation text, or take the last run's final hidden states if they are equal.
+        """Run the dense model over the evaluation text, or reuse the previous run's final hidden states if equal.
 
         Args:
-            source: the model, of which nothing is pruned yet.
+            source: the model, not pruned yet.
             texts: without "evaluation", nothing is run.
             settings: of the run; `outputs` is implied.
-            watch: told about each layer, or that none is run.
+            watch: told about each layer, or that none needs to run.
             stages: stopwatch.
 
         Returns:
@@ -77,7 +77,7 @@ class DensePass:
             if self._kept is not None and key == self._key and torch.equal(ids, self._ids):
                 watch(Progress(f"{_STAGE}: the same as in an earlier run"))
                 return _finished(source, ids, settings, *self._kept)
-            # Before the next pass, so that there are never two in memory.
+            # Freed before the next pass, so that there are never two in memory.
             self._kept = None
             stream = run_stream(source, ids, settings, watch, _STAGE)
             self._key, self._ids, self._kept = key, ids, (stream.hidden, stream.calls)
@@ -85,14 +85,14 @@ class DensePass:
 
 
 def _key(source: Source, settings: StreamSettings) -> object:
-    """What final hidden states depend on, to the bit, beside the tokens."""
-    # A model in memory is pruned in place: it is never the same twice.
+    """Everything that final hidden states depend on, to the bit, apart from the tokens."""
+    # A model in memory is pruned in place, so it is never the same twice.
     model = source.folder or object()
     return model, source.dtype, source.layers_path, settings
 
 
 def _finished(source: Source, ids: Tensor, settings: StreamSettings, hidden: HiddenStates, calls: LayerCalls) -> Stream:
-    """A stream of this source as if it had run: its head is loaded from this source, and the other one is let go."""
+    """A stream of this source as if it had run: its head is loaded from this source, so the other one can be freed."""
     stream = Stream(source, ids, settings)
     stream.hidden, stream.calls = hidden, calls
     return stream

@@ -1,4 +1,4 @@
-"""What is done to each matrix: by the recipe, and by what was decided after looking at the model."""
+"""What is done to each matrix: according to the recipe, and to decisions made from the dense model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +16,12 @@ from llmprune.structures.decisions import MatrixChoice
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be done to one matrix.
+    """What to do to one matrix.
 
     Attributes:
         pattern: which zeros are legal.
-        method: which weights become zero, and what the others become.
-        method_name: as recipes call it.
+        method: chooses which weights become zero, and updates the others.
+        method_name: its name in recipes.
     """
 
     pattern: Pattern
@@ -32,19 +32,19 @@ class Job:
 def plan_jobs(
     source: Source, recipe: Recipe, choices: Mapping[str, MatrixChoice] = MappingProxyType({})
 ) -> list[dict[str, Job]]:
-    """Say for each layer what is done to each matrix, and check that every pattern fits.
+    """Plan for each layer what is done to each matrix, and check that every pattern fits.
 
     Args:
         source: the model, at the size that it has when weights are pruned.
         recipe: patterns, methods and rules.
-        choices: matrix name -> what was decided for it in place of what the recipe says.
+        choices: matrix name -> what was decided for it instead of what the recipe says.
 
     Returns:
-        One mapping per decoder layer: matrix name -> job; matrices that stay dense are left out (all of them, where the
+        One mapping per decoder layer: matrix name -> job; matrices that stay dense are omitted (all of them, if the
         recipe has no pattern).
 
     Raises:
-        PatternError: a pattern does not divide a matrix; names it.
+        PatternError: a pattern does not divide a matrix; names the matrix.
         RecipeError: no matrix is selected, a glob matches none, or a choice does not fit the pattern.
     """
     if recipe.pattern is None:
@@ -72,7 +72,7 @@ def _job(matrix: Matrix, recipe: Recipe, choice: MatrixChoice | None) -> Job | N
 
 
 def _chosen(matrix: Matrix, pattern: Pattern, method: Method, choice: MatrixChoice) -> tuple[Pattern, Method]:
-    """The recipe's pattern and method for a matrix, as far as nothing else was decided."""
+    """The recipe's pattern and method for a matrix, unless others were decided."""
     pattern, method = choice.pattern or pattern, choice.method or method
     if choice.sparsity is None:
         return pattern, method
@@ -93,7 +93,7 @@ def _check_globs(recipe: Recipe, names: Sequence[str]) -> None:
             raise RecipeError(
                 f"{key}: {glob!r} matches none of the model's {len(names)} matrices",
                 expected=f"a shell glob over names such as {example}",
-                fix="see the names with: llmprune prune MODEL --recipe RECIPE --output DIR --dry-run",
+                fix="list the names with: llmprune prune MODEL --recipe RECIPE --output DIR --dry-run",
             )
     if not any(recipe.for_matrix(name) for name in names):
         raise RecipeError(f"the recipe leaves all {len(names)} matrices dense", fix="widen include or narrow exclude")

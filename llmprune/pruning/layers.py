@@ -1,4 +1,4 @@
-"""Drive a stream through all decoder layers: prune each of them, or take it over from an interrupted run."""
+"""Drive a stream through all decoder layers: prune each, or replay what an interrupted run has committed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +23,12 @@ from llmprune.text.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class PrunedLayers:
-    """What came of all layers.
+    """The results of all layers.
 
     Attributes:
         rows: one per pruned matrix, in the order of the layers.
-        structures: one per structure that lost groups.
-        memory: predicted, measured and baseline bytes, as the report has them.
+        structures: one per structure from which groups were removed.
+        memory: predicted, measured and baseline bytes, as in the report.
     """
 
     rows: tuple[MatrixRow, ...]
@@ -41,11 +41,11 @@ class LayerDriver:
 
     Args:
         run: its context.
-        source: the layers that stream, at full size.
+        source: the streamed layers, at full size.
         jobs: for each layer of the result, what is done to its matrices.
         tokens: the calibration text.
         target: where layers are committed; None: the model is in memory, and stays there.
-        reduction: what makes layers smaller first; None: nothing does.
+        reduction: removes structures from the layers first; None: no structures are removed.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class LayerDriver:
         self._structures: list[StructureRow] = []
 
     def drive(self) -> PrunedLayers:
-        """Stream the layers, prune each, and commit it where there is a target.
+        """Stream the layers, prune each, and commit it if there is a target.
 
         Raises:
-            NumericsError: a value is not finite, or no damping makes a Gram matrix positive definite.
+            NumericsError: a value is not finite, or a Gram matrix is not positive definite with any damping.
         """
         with PeakWatch(self._run.device) as memory:
             for layer in self._stream:
@@ -89,7 +89,7 @@ class LayerDriver:
         return PrunedLayers(tuple(self._rows), tuple(self._structures), self._measured(memory))
 
     def _replay(self, layer: ResidentLayer, target: OutputFolder, name: str) -> None:
-        """Take over what an interrupted run has committed."""
+        """Reuse what an interrupted run has committed."""
         self._tell(layer, "replaying")
         if self._reduction is not None:
             self._reduction.replay(layer)
@@ -134,6 +134,6 @@ class LayerDriver:
         self._run.watch(Progress("pruning", layer.index, len(self._source.layers), step, self._mean_error()))
 
     def _mean_error(self) -> float | None:
-        """Of all rows so far; None before the first that was measured."""
+        """The mean relative output error of all rows so far; None before the first that has one."""
         errors = [row.error for rows in (self._structures, self._rows) for row in rows if row.error is not None]
         return sum(errors) / len(errors) if errors else None

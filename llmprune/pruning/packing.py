@@ -1,7 +1,7 @@
-"""From a dense checkpoint to a packed one and back, one shard in memory at a time.
+"""Convert a dense checkpoint to a packed one and back, with one shard in memory at a time.
 
-What will be packed is decided first, from the zeros that are there: a checkpoint that cannot be packed is refused
-before anything is written. config.json is written last, and without it no folder loads.
+What will be packed is decided first, from the zeros in the weights: a checkpoint that cannot be packed is refused
+before anything is written. config.json is written last, because no folder can be loaded without it.
 """
 
 import math
@@ -48,14 +48,14 @@ from llmprune.storage.report import REPORT_NAME, load_report
 
 _CONFIG = "config.json"
 
-# How a checkpoint came about, where llmprune made it.
+# The files that say how llmprune made a checkpoint.
 _HISTORY = (REPORT_NAME, "recipe.yaml", "README.md")
 
 _FORMATS = ("auto", "nm", "block", "bitmask")
 
 _OUTSIDE, _NOT_PRUNED = "outside the decoder layers", "not pruned"
 
-# What `detect_pattern` says where every group or block obeys; further zeros may follow behind a comma.
+# What `detect_pattern` returns if every group or block obeys a pattern; further zeros may follow after a comma.
 _GROUPS_OR_BLOCKS = re.compile(r"(\d+:\d+|[\d.]+@\d+x\d+)(?:,.*)?")
 
 
@@ -67,8 +67,8 @@ class PackRow:
         matrix: its key, for example "model.layers.0.mlp.up_proj.weight".
         layout: "nm", "block", "bitmask" or "dense".
         dense_bytes: size of the dense tensor.
-        packed_bytes: size as it is stored in the packed checkpoint.
-        reason: why it is dense; empty where it is packed.
+        packed_bytes: size in the packed checkpoint.
+        reason: why it is dense; empty if it is packed.
     """
 
     matrix: str
@@ -84,7 +84,7 @@ class PackReport:
 
     Attributes:
         folder: the checkpoint that was written.
-        rows: one a matrix, in the checkpoint's order; of `unpack` only those that were packed.
+        rows: one per matrix, in the checkpoint's order; from `unpack` only those that were packed.
         dense_checkpoint_bytes: size of all tensors of the dense checkpoint.
         packed_checkpoint_bytes: size of all tensors of the packed one.
     """
@@ -96,17 +96,17 @@ class PackReport:
 
     @property
     def dense_bytes(self) -> int:
-        """Size of the packed matrices before."""
+        """Size of the packed matrices when dense."""
         return sum(row.dense_bytes for row in self.rows if row.layout != "dense")
 
     @property
     def packed_bytes(self) -> int:
-        """Size of the packed matrices after."""
+        """Size of the packed matrices when packed."""
         return sum(row.packed_bytes for row in self.rows if row.layout != "dense")
 
     @property
     def ratio(self) -> float:
-        """Packed bytes for each dense byte of the packed matrices: 0.5625 for 2:4 in bfloat16."""
+        """Packed bytes per dense byte of the packed matrices: 0.5625 for 2:4 in bfloat16."""
         return self.packed_bytes / max(1, self.dense_bytes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,20 +126,20 @@ def pack(
     overwrite: bool = False,
     watch: Watcher = ignore,
 ) -> PackReport:
-    """Write a pruned checkpoint again, with its matrices packed.
+    """Convert a pruned checkpoint to a packed (compressed) one.
 
-    Packed are the `Linear` layers inside the decoder layers, where the packed tensors are the smaller ones.
+    The `Linear` layers inside the decoder layers are packed if that makes them smaller.
 
     Args:
         folder: a local folder with config.json and safetensors.
-        output: another folder, created if it does not exist; default: "-packed" behind the name of `folder`.
-        format: "nm" (N:M), "block", "bitmask" (any zeros), or "auto" for the one that suits each matrix.
+        output: another folder, created if it does not exist; default: the name of `folder` with "-packed" appended.
+        format: "nm" (N:M), "block", "bitmask" (any zeros), or "auto" for the best one for each matrix.
         overwrite: remove an earlier checkpoint from `output` first.
         watch: told about every shard.
 
     Raises:
-        PatternError: there is no such format, or no matrix that it fits.
-        CheckpointError: `folder` is packed already or damaged, or there is not enough space.
+        PatternError: there is no such format, or it fits no matrix.
+        CheckpointError: `folder` is already packed or is damaged, or there is not enough disk space.
         ModelError: `folder` holds no causal LM.
         ResumeError: `output` is not empty, is in use, or is `folder` itself.
     """
@@ -150,7 +150,7 @@ def pack(
     config = read_json(source / _CONFIG)
     if packed_layouts(config):
         raise CheckpointError(
-            f"{source} is packed already", expected="a dense checkpoint", fix="unpack it first (llmprune unpack)"
+            f"{source} is already packed", expected="a dense checkpoint", fix="unpack it first (llmprune unpack)"
         )
     _refuse_occupied(target, source, overwrite)
     checkpoint = CheckpointSource(source)
@@ -159,8 +159,8 @@ def pack(
     if not layouts:
         raise PatternError(
             f"no matrix of {source} can be packed as {format}: {_most_common_reason(rows)}",
-            expected="a checkpoint that was pruned, in a pattern of that format",
-            fix="try the format auto; llmprune inspect shows the zeros of every matrix",
+            expected="a pruned checkpoint whose pattern suits that format",
+            fix="try the format auto; llmprune inspect shows the sparsity and pattern of every matrix",
         )
 
     def read(key: str) -> dict[str, Tensor]:
@@ -180,9 +180,9 @@ def pack(
 
 
 def unpack(folder: str | Path, output: str | Path, overwrite: bool = False, watch: Watcher = ignore) -> PackReport:
-    """Write a packed checkpoint again as the dense one that it stands for; the inverse of `pack`.
+    """Convert a packed checkpoint back to the dense one; the inverse of `pack`.
 
-    The tensors are the dense ones bit for bit, but for the sign of zeros.
+    The tensors are bit-identical to the dense ones, except for the sign of zeros.
 
     Args:
         folder: a packed checkpoint.
@@ -191,7 +191,7 @@ def unpack(folder: str | Path, output: str | Path, overwrite: bool = False, watc
         watch: told about every shard.
 
     Raises:
-        CheckpointError: `folder` is not packed or damaged, or there is not enough space.
+        CheckpointError: `folder` is not packed or is damaged, or there is not enough disk space.
         FormatError: the tensors of a packed matrix are damaged.
         ResumeError: `output` is not empty, is in use, or is `folder` itself.
     """
@@ -225,12 +225,12 @@ def unpack(folder: str | Path, output: str | Path, overwrite: bool = False, watc
 
 @dataclass(frozen=True, slots=True)
 class _Writer:
-    """Writes a checkpoint that has the shards of another one.
+    """Writes a checkpoint with the same shards as another one.
 
     Attributes:
         source: the other one.
         target: an empty folder, or one to be replaced.
-        shards: key of each tensor of `source` as it is read -> name of its shard.
+        shards: key of each tensor to read from `source` -> name of its shard.
         watch: told about every shard.
     """
 
@@ -240,7 +240,7 @@ class _Writer:
     watch: Watcher
 
     def write(self, read: Callable[[str], dict[str, Tensor]], config: Mapping[str, Any], stage: str) -> None:
-        """Write everything; `read` gives what is stored for a key."""
+        """Write everything; `read` returns the tensors to store for a key."""
         names = sorted(set(self.shards.values()))
         weight_map: dict[str, str] = {}
         total = 0
@@ -272,13 +272,13 @@ class _Writer:
 
 
 def _update_history(packed: PackReport, stored_bytes: int) -> None:
-    """Have the report and the card that were copied tell of this checkpoint."""
+    """Make the copied report and card describe this checkpoint."""
     update_card(packed.folder)
     size = {"stored_bytes": stored_bytes, "dense_bytes": packed.dense_checkpoint_bytes}
     try:
         report = load_report(packed.folder)
     except CheckpointError:
-        return  # there is none, or the file of this name is another program's
+        return  # there is none, or the file of this name was written by another program
     replace(report, header={**report.header, "size": size}).save(packed.folder)
     write_report(packed.folder)
 
@@ -307,7 +307,7 @@ def _file_of(tensor: Stored | PackedWeight) -> Path:
 def _choose_layouts(
     checkpoint: CheckpointSource, stored: Mapping[str, Stored], wanted: Format, watch: Watcher
 ) -> tuple[dict[str, Layout], list[PackRow]]:
-    """The layouts of what will be packed, by the layer's name, and a row for every matrix."""
+    """The layouts of the matrices to pack, by the layer's name, and a row for every matrix."""
     layouts, rows = {}, []
     linear, outside = _linear_weights(checkpoint), set(checkpoint.end_keys())
     matrices = [tensor for tensor in stored.values() if len(tensor.shape) >= 2]
@@ -317,9 +317,9 @@ def _choose_layouts(
         if tensor.key in outside:
             reason = _OUTSIDE
         elif tensor.key not in linear:
-            reason = "not the weight of one prunable Linear"
+            reason = "not the weight of a single prunable Linear"
         elif linear[tensor.key] != tensor.key.removesuffix(".weight"):
-            reason = f"stored under another name than the model's ({linear[tensor.key]})"
+            reason = f"stored under a different name than in the model ({linear[tensor.key]})"
         else:
             layout, reason = _choose_layout(tensor[...], wanted)
         if layout is None:
@@ -356,7 +356,7 @@ def _choose_layout(weight: Tensor, wanted: Format) -> tuple[Layout | None, str]:
 
 
 def _obeyed(weight: Tensor, found: str) -> Pattern:
-    """The pattern behind the words of `detect_pattern`; 2:4 also where further zeros hide it from there."""
+    """The pattern that `detect_pattern` describes; also finds 2:4 when `detect_pattern` misses it for extra zeros."""
     if match := _GROUPS_OR_BLOCKS.fullmatch(found):
         return parse(match[1])
     if weight.shape[1] % 4 == 0 and found != "1.0" and int((weight != 0).view(-1, 4).sum(1).amax()) <= 2:

@@ -1,4 +1,4 @@
-"""Prune a model by a recipe: the whole run, from text to report."""
+"""Prune a model with a recipe: the whole run, from text to report."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -59,21 +59,21 @@ def prune(
     """Prune a causal LM one decoder layer at a time.
 
     Args:
-        model: a hub id, a local checkpoint folder or "testbed", which are read layer by layer and never changed; or a
+        model: a hub id, a local checkpoint folder or "testbed", which is read layer by layer and never changed; or a
             model in memory, which is pruned in place.
         recipe: a bundled recipe's name, a YAML file, a mapping or a `Recipe`.
         output: folder for the pruned checkpoint; optional for a model in memory.
         overrides: changes to the recipe, "key.path=value".
-        tokenizer: of a model in memory; default: the one it was loaded with. A checkpoint brings its own.
+        tokenizer: of a model in memory; default: the one it was loaded with. A checkpoint has its own.
         resume: continue an interrupted run in `output`.
-        overwrite: replace a checkpoint that is in `output`.
+        overwrite: replace an existing checkpoint in `output`.
         watch: told about every step.
 
     Returns:
         The report; it is also written into `output`.
 
     Raises:
-        LlmpruneError: one of its kinds for everything that a user can mend; see `llmprune.errors`.
+        LlmpruneError: a subclass of it for everything that a user can fix; see `llmprune.errors`.
 
     Example:
         >>> prune("testbed", "demo", "out/demo").sparsity  # doctest: +SKIP
@@ -104,7 +104,7 @@ def prune_checkpoint(
         run: its context.
         name: of the model, as the user gave it.
         folder: the checkpoint.
-        output: where the pruned one goes.
+        output: where the pruned checkpoint is written.
         resume: as for `prune`.
         overwrite: as for `prune`.
 
@@ -143,7 +143,7 @@ def _into(
     texts: Mapping[str, Tokens],
     found: Removable | None,
 ) -> Report:
-    """Do what is left to do in an output folder that was opened."""
+    """Do what is left to do in an open output folder."""
     write_text(target.path / RECIPE_NAME, run.recipe.to_yaml())
     dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
     decisions = decide_run(run, found, target, texts["calibration"])
@@ -157,7 +157,7 @@ def _into(
         Writer(source, reduction, target, run.recipe.format).finish()
     smaller = None
     if reduction is not None:
-        # What was written is what is measured; reading it checks it.
+        # The written checkpoint is measured, which also checks that it can be read.
         result = _audited(run, target.path)
         smaller = compare_sizes(run, source, result, target.decisions, texts["calibration"])
     report = make_report(run, name, target.keys, result, texts, layers, dense, smaller)
@@ -199,7 +199,7 @@ def prune_in_memory(
     Args:
         run: its context.
         model: changed.
-        output: where it is saved; None: nowhere.
+        output: where it is saved; None: it is not saved.
         tokenizer: the model's.
         overwrite: as for `prune`.
 
@@ -227,7 +227,7 @@ def prune_in_memory(
 
 
 def _shrink(run: Run, model: PreTrainedModel, output: Path | None, tokenizer: Tokenizer, *, overwrite: bool) -> Report:
-    """Prune a copy on the disk, because modules cannot change their size, and take over what came out."""
+    """Prune a copy on disk, because modules cannot change their size, and load the result into the model."""
     _compute_dtype(run, model)
     if output is not None:
         require_other(output, model.config._name_or_path)
@@ -245,7 +245,7 @@ def _name(model: PreTrainedModel) -> str:
 
 
 def _environment(run: Run, source: Source) -> dict[str, Any]:
-    """What the result depends on beside the recipe, the text and the weights."""
+    """What the result depends on, apart from the recipe, the text and the weights."""
     return {
         "version": versions(),
         "device": describe_device(run.device),

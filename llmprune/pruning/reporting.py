@@ -1,4 +1,4 @@
-"""What the report of a run says, beyond its rows."""
+"""What the report of a run contains in addition to its rows."""
 
 import datetime
 import time
@@ -29,17 +29,17 @@ def make_report(
     dense: Stream | None,
     smaller: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Measure the pruned model, and put everything together.
+    """Measure the pruned model, and assemble the report.
 
     Args:
         run: its context.
         name: of the model, as the user gave it.
         keys: hashes, versions and device.
         source: the pruned model.
-        texts: "calibration", and where perplexity is measured "evaluation".
-        layers: what came of them.
-        dense: a finished stream of the dense model over the evaluation text; None measures nothing.
-        smaller: what `compare_sizes` found.
+        texts: "calibration" and, if perplexity is measured, "evaluation".
+        layers: their results.
+        dense: a finished stream of the dense model over the evaluation text; None: perplexity is not measured.
+        smaller: the result of `compare_sizes`.
     """
     evaluation, stage = None, "pruned perplexity"
     if dense is not None:
@@ -64,14 +64,14 @@ def make_report(
 def compare_sizes(
     run: Run, dense: CheckpointSource, pruned: CheckpointSource, decisions: Mapping[str, Any] | None, tokens: Tokens
 ) -> dict[str, Any]:
-    """What the report says of a model that became smaller, compared with the dense one.
+    """What the report says about a model that was made smaller, compared with the dense one.
 
     Args:
         run: its context.
-        dense: before.
-        pruned: after.
+        dense: the model before.
+        pruned: the model after.
         decisions: as plain data.
-        tokens: the calibration text, whose first sample is timed.
+        tokens: the calibration text; the first sample is timed.
     """
     run.watch(Progress("speed"))
     with run.stages("speed"):

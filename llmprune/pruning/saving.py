@@ -27,15 +27,15 @@ from llmprune.text.tokens import Tokenizer
 def save_pruned(
     model: PreTrainedModel, tokenizer: Tokenizer, output: Path, recipe: Recipe, report: Report, *, overwrite: bool
 ) -> None:
-    """Save a model that was pruned in memory: beside the output folder first, then the finished files are moved in.
+    """Save a model that was pruned in memory: first next to the output folder, then the finished files are moved in.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
         output: the folder.
         recipe: as it was run.
-        report: what came out.
-        overwrite: replace a checkpoint that is in `output`.
+        report: of the run.
+        overwrite: replace an existing checkpoint in `output`.
 
     Raises:
         ResumeError: the folder is not empty, or another run is writing into it.
@@ -52,7 +52,7 @@ def save_pruned(
             write_text(folder / RECIPE_NAME, recipe.to_yaml())
             report.save(folder)
             if recipe.format != "dense":
-                # Where nothing gets smaller, all matrices stay dense, as they do from a checkpoint.
+                # If packing makes nothing smaller, all matrices stay dense, as when a checkpoint is pruned.
                 with contextlib.suppress(PatternError):
                     folder = pack(folder, folder.with_name("packed"), recipe.format).folder
             write_card(folder, report.header["model"], recipe, report)
@@ -68,7 +68,7 @@ def save_dense(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> No
     """Write a model and its tokenizer into a new folder."""
     with quiet_transformers():
         model.save_pretrained(folder)
-    # Any callable will do as a tokenizer, and a model may have none.
+    # Any callable is accepted as a tokenizer, and a model may have none.
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
     for shard in folder.glob("*.safetensors"):
@@ -77,7 +77,7 @@ def save_dense(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> No
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Keep a model in evaluation mode: dropout would blur what calibration sees."""
+    """Keep a model in evaluation mode: dropout would add noise to the calibration statistics."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -88,11 +88,11 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def take_over(model: PreTrainedModel, folder: Path) -> None:
-    """Let a model in memory become the one of a checkpoint: its modules are replaced, and its config.
+    """Turn a model in memory into that of a checkpoint, by replacing its modules and its config.
 
     Args:
-        model: keeps its dtype, device, mode, and which parameters take gradients.
-        folder: the checkpoint, whose model has the same class of parts in other sizes.
+        model: keeps its dtype, device, training mode, and which parameters require gradients.
+        folder: the checkpoint, whose model has modules of the same classes in other sizes.
     """
     device = next(model.parameters()).device
     gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -110,6 +110,6 @@ def take_over(model: PreTrainedModel, folder: Path) -> None:
     model.set_attn_implementation(attention)
     model.set_experts_implementation(experts)
     if overrides := layer_overrides(source.config):
-        # As after loading: the layers have their sizes, and what is saved has to say so.
+        # As after loading: the layers differ in size, and a saved config has to record that.
         put_overrides(model.config, overrides)
         keep_record(model)

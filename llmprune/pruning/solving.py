@@ -33,22 +33,22 @@ def solve_layer(
 
     Args:
         layer: the layer.
-        groups: what `layer.observe` returned; emptied on the way, so that no Gram outlives its matrices.
+        groups: what `layer.observe` returned; emptied along the way, so that no Gram outlives its matrices.
         jobs: matrix name -> what to do; matrices without a job stay dense.
-        min_tokens: experts that saw fewer tokens get that many in all, the missing ones imaginary and uncorrelated.
+        min_tokens: experts with fewer tokens are topped up to this many with synthetic, uncorrelated ones.
         stages: stopwatch.
         peak_bytes: reads the run's peak memory so far, for the rows.
-        step: told what happens.
+        step: told about each step.
 
     Returns:
         The report rows, in the order in which the layer uses the matrices.
 
     Raises:
-        NumericsError: a value is not finite or a factorisation fails at every damping; names the matrix.
+        NumericsError: a value is not finite, or a factorisation fails with every damping; names the matrix.
     """
     priors = add_priors(layer, groups, min_tokens)
     with torch.no_grad(), stages("solve"):
-        return_freed_memory()  # what the forward left behind, before the workspaces of the solvers
+        return_freed_memory()  # what the forward pass has freed, before the workspaces of the solvers are allocated
         shares = _layer_shares(layer, groups, jobs)
         rows: list[MatrixRow] = []
         while groups:
@@ -74,14 +74,14 @@ def _solve_matrix(
     pruned = _apply(job.method, original, group.statistics, pattern, name)
     damping, tried = pruned.damping, pruned.tried
     layer.replace(name, pruned.weight)
-    del pruned  # before the difference is formed
+    del pruned  # freed before the difference is computed
     statistics = group.statistics
     error = layer.output_error(group, name, original)
     if error is not None and not math.isfinite(error):
         raise NumericsError(
             f"{name}: the relative output error is {error}",
-            expected="inputs and outputs whose squares add up to a finite float32",
-            fix="check the source checkpoint; for overflowing activations set compute_dtype: float32",
+            expected="inputs and outputs whose sums of squares are finite in float32",
+            fix="check the source checkpoint; if activations overflow, set compute_dtype: float32",
         )
     return MatrixRow(
         layer=layer.name,
@@ -109,7 +109,7 @@ def _apply(method: Method, weight: Tensor, statistics: ColumnNorm | Gram | None,
 
 
 def _layer_shares(layer: ResidentLayer, groups: list[Group], jobs: Mapping[str, Job]) -> dict[str, Pattern]:
-    """Resolve patterns that are compared over the whole layer into one count per matrix."""
+    """Resolve patterns that compare scores over the whole layer into one count per matrix."""
     statistics = {name: group.statistics for group in groups for name in group.names}
     pools: dict[tuple[float, Method], list[str]] = {}
     for name, job in jobs.items():

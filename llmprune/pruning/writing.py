@@ -1,4 +1,4 @@
-"""Write what a run makes of a checkpoint: a shard for each layer, one for what lies outside them, and the config."""
+"""Write the pruned checkpoint: a shard for each layer, one for everything outside the layers, and the config."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,9 +20,9 @@ class Writer:
     """Writes one run's layers.
 
     Args:
-        source: what streams.
-        reduction: what makes it smaller; None: nothing.
-        target: where to.
+        source: the streamed model.
+        reduction: removes structures from it; None: no structures are removed.
+        target: the output folder.
         form: how pruned matrices are stored.
     """
 
@@ -43,14 +43,14 @@ class Writer:
         cuts: Sequence[Cut],
         removed: Sequence[StructureRow],
     ) -> None:
-        """Write a layer that is done; from now on it is read from its shard.
+        """Write a finished layer; from now on it is read from its shard.
 
         Args:
             layer: resident.
             rows: the report rows of its matrices.
             jobs: what was done to them.
-            cuts: what was taken out.
-            removed: the report rows of that.
+            cuts: what was removed.
+            removed: the report rows of the cuts.
         """
         tensors, number = self._tensors(layer, cuts)
         patterns = {name: job.pattern for name, job in jobs.items() if self._is_linear(layer, name)}
@@ -59,7 +59,7 @@ class Writer:
         self._result.overlay(shard, layouts)
 
     def finish(self) -> None:
-        """Write everything outside the decoder layers, the config and the index; then the folder loads."""
+        """Write everything outside the decoder layers, the config and the index; then the folder can be loaded."""
         first = self._shard(0)
         ends = {key: positive_zeros(tensor) for key, tensor in self._streamed.end_tensors().items()}
         self._target.commit_ends(first, ends)
@@ -69,7 +69,7 @@ class Writer:
         self._target.finish(self._dense.folder, headers, config)
 
     def _tensors(self, layer: ResidentLayer, cuts: Sequence[Cut]) -> tuple[dict[str, Tensor], int]:
-        """What is stored of a layer, and its number in the result."""
+        """The tensors to store for a layer, and its number in the result."""
         if self._reduction is None:
             return self._dense.checkpoint_tensors(layer.index, layer.replaced), layer.index
         return self._reduction.tensors(layer, cuts), self._reduction.numbers[layer.index]
@@ -77,11 +77,11 @@ class Writer:
     def _is_linear(self, layer: ResidentLayer, name: str) -> bool:
         """Whether a matrix is a linear layer that can be packed.
 
-        Under another key than the layer's name, the parts could not be told from it (see packing.py).
+        If its key differs from the layer's name, the packed tensors could not be matched to it (see packing.py).
         """
         original = f"{self._dense.layer_name(layer.index)}{name.removeprefix(layer.name)}"
         return self._dense.linear_key(original) == f"{original}.weight"
 
     def _shard(self, number: int) -> str:
-        """The usual shard name; number 0 holds what is outside the decoder layers."""
+        """The usual shard name; number 0 holds everything outside the decoder layers."""
         return f"model-{number + 1:05d}-of-{len(self._result.layers) + 1:05d}.safetensors"

@@ -1,1 +1,1 @@
-"""Packed checkpoints in memory and in use: transformers' loader, kernels behind linear layers, the HTTP server."""
+"""Loading and running packed checkpoints: transformers' loader, linear layers that call kernels, the HTTP server."""

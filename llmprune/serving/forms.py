@@ -1,14 +1,14 @@
-"""The forms in which a packed matrix can be served, and which of them a device gets.
+"""The forms in which a packed matrix can be served, and the choice among them for each device.
 
-A form says what a layer holds in memory and how it multiplies. The forms are tried in the order of `FORMS`; each that
-does not fit gives its reason, which `llmprune explain` shows.
+A form determines what a layer holds in memory and how it multiplies. The forms are tried in the order of `FORMS`; each
+that does not fit gives a reason, which `llmprune explain` shows.
 
-    cusparselt  fragments, and a second copy for prefill by cuSPARSELt; only on request
+    cusparselt  fragments, and a second copy for prefill with cuSPARSELt; only on request
     fragments   2:4 in the order of the sparse tensor cores (NVIDIA, 8.0 and up): decode reads 0.5625 of the bytes
     portable    2:4 as on disk, expanded inside the kernel: other GPUs
     blocks      block-sparse
-    dense       an ordinary weight: where nothing sparse is faster
-    unpacked    as on disk, unpacked by each call: the least memory, and the slowest; only on request
+    dense       an ordinary weight: if no sparse form is faster
+    unpacked    as on disk, unpacked on each call: least memory, and slowest; only on request
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 import torch
-import torch.utils._triton  # not there by itself
+import torch.utils._triton  # not imported by torch itself
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,11 +29,11 @@ Served = Literal["auto", "packed", "dense", "cusparselt"]
 # Below this sparsity a CPU multiplies the dense matrix faster (eval/bench/LOG.md).
 CPU_BLOCK_SPARSITY = 0.9
 
-# Smaller blocks and smaller matrices lose as well (the same log).
+# With smaller blocks or smaller matrices, the dense matmul is faster too (same log).
 CPU_BLOCK_SIZE = 32
 CPU_BLOCK_WEIGHTS = 1 << 20
 
-# Below it users report that the library is slower than the dense product (pytorch/pytorch#111339).
+# Below this many tokens, users report that the library is slower than the dense matmul (pytorch/pytorch#111339).
 CUSPARSELT_TOKENS = 256
 
 _ALGORITHMS: dict[tuple[torch.device, torch.dtype, tuple[int, int]], int] = {}
@@ -42,24 +42,24 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class Form(Protocol):
-    """How one matrix is held and multiplied; without state.
+    """How one matrix is held and multiplied; stateless.
 
     Attributes:
-        name: what `explain` calls it.
-        tested: whether a layer in this form is compared with its dense product when it is built.
+        name: its name in `explain`.
+        tested: whether a layer in this form is checked against the dense matmul when it is built.
     """
 
     name: ClassVar[str]
     tested: ClassVar[bool]
 
     def refusal(self, layout: Layout, device: torch.device, dtype: torch.dtype, served: Served) -> str | None:
-        """Why this form does not serve the matrix there; None if it does."""
+        """Why this form cannot serve the matrix on this device; None if it can."""
 
     def build(self, layout: Layout, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the layer holds, from the tensors on disk."""
+        """Convert the tensors on disk to what the layer holds."""
 
     def restore(self, layout: Layout, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors on disk, from what the layer holds."""
+        """Convert what the layer holds back to the tensors on disk."""
 
     def multiply(self, layout: Layout, held: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
         """X [..., in] times the transposed matrix, plus the bias [out]: [..., out]."""
@@ -81,7 +81,7 @@ class Fragments:
         values = stored["values"]
         nm_linear.reserve(values.device, *layout.shape)
         a, e = to_fragments(values, stored["meta"])
-        # As weights, so that the model knows their dtype.
+        # Viewed in the weights' dtype, so that the model finds that dtype.
         return {"a": a.view(values.dtype), "e": e}
 
     def restore(self, layout: Layout, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -94,9 +94,9 @@ class Fragments:
 
 
 class Cusparselt(Fragments):
-    """Fragments for decode; for prefill a second copy, which cuSPARSELt has compressed: 1.125 times the dense bytes.
+    """Fragments for decode; for prefill a second copy, compressed by cuSPARSELt: 1.125 times the dense bytes in total.
 
-    Holds also compressed, weights' dtype, flat. The algorithm is searched once for each shape.
+    Also holds compressed, weights' dtype, flat. The algorithm is searched once for each shape.
     """
 
     name: ClassVar[str] = "cusparselt"
@@ -116,7 +116,7 @@ class Cusparselt(Fragments):
         count, compressed = len(tokens), held["compressed"]
         if count < CUSPARSELT_TOKENS:
             return super().multiply(layout, held, x, bias)
-        # The library takes multiples of 8.
+        # The library requires multiples of 8.
         tokens = F.pad(tokens, (0, 0, 0, -count % 8))
         key = x.device, x.dtype, layout.shape
         if key not in _ALGORITHMS:
@@ -134,7 +134,7 @@ class _AsOnDisk:
 
 
 class Portable(_AsOnDisk):
-    """2:4 as on disk, with memory for its kernel."""
+    """2:4 as on disk, with workspace for its kernel."""
 
     name: ClassVar[str] = "portable"
     tested: ClassVar[bool] = True
@@ -181,7 +181,7 @@ class Dense:
     tested: ClassVar[bool] = False
 
     def refusal(self, layout: Layout, device: torch.device, dtype: torch.dtype, served: Served) -> str | None:
-        return "packed weights were asked for" if served == "packed" else None
+        return "packed weights were requested" if served == "packed" else None
 
     def build(self, layout: Layout, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"weight": layout.unpack(stored)}
@@ -194,7 +194,7 @@ class Dense:
 
 
 class Unpacked(_AsOnDisk):
-    """As on disk; each call unpacks the matrix and throws it away."""
+    """As on disk; each call unpacks the matrix and discards it."""
 
     name: ClassVar[str] = "unpacked"
     tested: ClassVar[bool] = False
@@ -215,7 +215,7 @@ class Choice:
 
     Attributes:
         form: the first of `FORMS` that does not refuse.
-        refused: (form, reason) of each before it.
+        refused: (form, reason) for each form before it.
     """
 
     form: Form
@@ -229,7 +229,7 @@ def choose_form(layout: Layout, device: torch.device, dtype: torch.dtype, served
         layout: of the matrix.
         device: where it will be.
         dtype: of its values.
-        served: "auto": what is fastest; "packed": what needs the least memory; "dense": as ordinary weights;
+        served: "auto": the fastest form; "packed": the one with the least memory; "dense": ordinary weights;
             "cusparselt": as auto, with a second copy for prefill.
     """
     refused: list[tuple[str, str]] = []
@@ -244,7 +244,7 @@ def choose_form(layout: Layout, device: torch.device, dtype: torch.dtype, served
 
 
 def multiply_fragments(a: Tensor, e: Tensor, x: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
-    """Multiply by fragments as `Fragments` holds them."""
+    """Multiply by fragments in the layout of `Fragments`."""
     return nm_linear.linear_24(x, a.view(torch.int32), e, bias, *shape, a.dtype)
 
 
@@ -255,25 +255,25 @@ def _not_two_of_four(layout: Layout) -> str | None:
 
 
 def _too_dense_for_a_cpu(layout: BlockLayout) -> str | None:
-    """Why the dense product is the faster one on a CPU; None if it is not."""
+    """Why the dense matmul is faster on a CPU; None if it is not."""
     rows, columns = layout.grid
-    # Padding, and rounding to whole blocks, may leave a little more than asked for.
+    # Padding, and rounding to whole blocks, may leave slightly more blocks than requested.
     if layout.blocks > 1.02 * (1 - CPU_BLOCK_SPARSITY) * rows * columns:
         return f"a CPU is faster with the dense matrix below {CPU_BLOCK_SPARSITY:.0%} block sparsity"
     if layout.block < CPU_BLOCK_SIZE:
         return f"a CPU is faster with the dense matrix for blocks smaller than {CPU_BLOCK_SIZE}"
     if layout.shape[0] * layout.shape[1] < CPU_BLOCK_WEIGHTS:
-        return "a CPU is faster with the dense matrix where it is as small as this one"
+        return "a CPU is faster with the dense matrix if it is as small as this one"
     return None
 
 
 def _no_kernel(device: torch.device, dtype: torch.dtype, served: Served) -> str | None:
     if served == "dense":
-        return "dense weights were asked for"
+        return "dense weights were requested"
     if device.type == "cpu":
-        return "a CPU has no sparse kernel that is faster than the dense product"
+        return "a CPU has no sparse kernel that is faster than the dense matmul"
     if dtype not in _HALF:
-        return f"the kernels multiply bfloat16 and float16, and this is {str(dtype).removeprefix('torch.')}"
+        return f"the kernels support bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if device.type == "cuda" and not torch.utils._triton.has_triton():
-        return "Triton is not installed, or does not run here"
+        return "Triton is not installed, or does not run on this machine"
     return None if device.type == "cuda" else f"no kernel for {device.type}"

@@ -1,7 +1,7 @@
-"""Layers that read the same input multiply it in one launch: q, k and v; gate and up.
+"""Layers that read the same input multiply it in one kernel launch: q, k and v; gate and up.
 
-Decode is bound by the bytes of the weights and by launches. Which layers share an input is seen in one forward of a
-token, not told from their names.
+Decode is bound by the bytes of the weights and by kernel launches. Which layers share an input is observed in one
+forward pass of a token, not inferred from their names.
 """
 
 from collections import defaultdict
@@ -14,12 +14,12 @@ from llmprune.kernels import nm_linear
 from llmprune.serving.forms import Fragments, multiply_fragments
 from llmprune.serving.sparse_linear import SparseLinear
 
-# Rows of W in one tile of fragments; a fused matrix is cut between tiles.
+# Rows of W in one tile of fragments; a fused matrix is split between tiles.
 _TILE = 16
 
 
 class Fusion:
-    """One product for several layers, computed when the first of them asks, and handed out to the others.
+    """One matmul for several layers, computed when the first of them is called, and shared with the others.
 
     Args:
         layers: settled as fragments, with the same input dimension and dtype; afterwards their weights are views of
@@ -30,8 +30,8 @@ class Fusion:
         self.sizes = [layer.out_features for layer in layers]
         self.shape = sum(self.sizes), layers[0].in_features
         nm_linear.reserve(layers[0].device, *self.shape)
-        # Tiles of rows come one after another, so what is concatenated is the stacked matrix. The layers keep views of
-        # it: a fusion takes no more memory than they did.
+        # Tiles of rows are stored in sequence, so concatenating them stacks the matrices. The layers keep views of the
+        # result: a fusion takes no more memory than they did.
         self.a = torch.cat([layer.held["a"] for layer in layers])
         self.e = torch.cat([layer.held["e"] for layer in layers])
         self.bias = self._fused_bias(layers)
@@ -44,12 +44,12 @@ class Fusion:
             first = last
 
     def multiply(self, x: Tensor, place: int) -> Tensor:
-        """The product of the layer at this place; x [..., in] is the one object that all of them get.
+        """The result for the layer at index `place`; x [..., in] is the same object for all layers.
 
-        A layer that asks twice, or with another x, has the product computed anew.
+        If a layer is called twice, or with a different x, everything is computed again.
         """
-        # By identity: to compare values would wait for the GPU. The input is held meanwhile, so no other can take its
-        # place in memory, and let go with the last product, so that activations live no longer than without a fusion.
+        # By identity: comparing values would wait for the GPU. The input is kept alive, so that its address is not
+        # reused, but only until all results are taken, so that activations live no longer than without a fusion.
         if x is not self._x or place not in self._waiting:
             product = multiply_fragments(self.a, self.e, x, self.bias, self.shape)
             self._x, self._waiting = x, dict(enumerate(product.split(self.sizes, dim=-1)))
@@ -72,10 +72,10 @@ def fuse(model: nn.Module, **example: Any) -> list[list[str]]:
 
     Args:
         model: loaded and settled.
-        example: arguments of one short forward, for example `input_ids` of one token.
+        example: arguments of one short forward pass, for example `input_ids` of one token.
 
     Returns:
-        The names of the layers fused with each other.
+        The names of the layers in each fusion.
     """
     readers = _readers(model, example)
     names = {layer: name for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
@@ -93,9 +93,9 @@ def _fits(layer: SparseLinear) -> bool:
 
 
 def _readers(model: nn.Module, example: dict[str, Any]) -> list[list[SparseLinear]]:
-    """The layers of each input tensor, of the layers that are called once in a forward."""
+    """The layers that read each input tensor, among those called once in a forward pass."""
     calls: dict[int, list[SparseLinear]] = defaultdict(list)
-    alive: list[Tensor] = []  # so that no id comes back
+    alive: list[Tensor] = []  # so that no id is reused
 
     def note(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, SparseLinear)
@@ -108,7 +108,7 @@ def _readers(model: nn.Module, example: dict[str, Any]) -> list[list[SparseLinea
     finally:
         for hook in hooks:
             hook.remove()
-    # A layer that is called twice, with another input each time, would take its neighbours' products along in vain.
+    # A layer that is called twice, with different inputs, would compute its neighbours' results in vain.
     times: dict[SparseLinear, int] = defaultdict(int)
     for layers in calls.values():
         for layer in layers:

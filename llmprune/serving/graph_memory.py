@@ -1,4 +1,4 @@
-"""Keys and values at fixed addresses: what the recorded steps of `decode_graphs` read and write."""
+"""Keys and values at fixed addresses, which the recorded steps of `decode_graphs` read and write."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,12 +14,12 @@ from llmprune.errors import ModelError
 class Memory:
     """Keys and values of all layers, as flat tensors that batches of any shape share.
 
-    A recorded step reads and writes addresses. As long as the flat tensors stay, each shape of a batch has the same
-    ones every time, and its step remains valid; once they are allocated anew, no recorded step does.
+    A recorded step reads and writes fixed addresses. As long as the flat tensors exist, each batch shape has the same
+    addresses every time, and its step remains valid; once they are reallocated, all recorded steps are invalid.
 
     Attributes:
-        length: int64 scalar on the device: tokens before those of the forward that runs.
-        owner: the cache whose contents lie here.
+        length: int64 scalar on the device: number of tokens before those of the current forward pass.
+        owner: the cache whose contents are stored here.
     """
 
     def __init__(self) -> None:
@@ -29,12 +29,12 @@ class Memory:
         self._shapes: list[tuple[tuple[int, int], ...]] = []
 
     def reserve(self, like: DynamicCache, batch: int, room: int) -> bool:
-        """Make space for `batch` sequences of `room` tokens of a model whose cache looks `like` this one.
+        """Make space for `batch` sequences of `room` tokens of a model whose cache is shaped `like` this one.
 
         Returns:
-            Whether all addresses are new, and what lay here is lost.
+            Whether all addresses are new, and the previous contents lost.
         """
-        # Tensors of inference mode could not be written outside of it.
+        # Tensors created in inference mode could not be modified outside it.
         with torch.inference_mode(False):
             if not self._states:
                 pairs = [(layer.keys, layer.values) for layer in like.layers]
@@ -44,8 +44,8 @@ class Memory:
             return self.extend(batch, room)
 
     def extend(self, batch: int, room: int) -> bool:
-        """`reserve`, once it is known what there is to hold."""
-        # All layers hold the same tokens, so the first one's keys say whether there is space in any.
+        """`reserve`, once the shapes are known."""
+        # All layers hold the same tokens, so the first one's keys show whether there is space in all.
         heads, width = self._shapes[0][0]
         if batch * heads * room * width <= self._states[0][0].numel():
             return False
@@ -69,34 +69,34 @@ class Memory:
             yield keys, values
 
     def cache(self, batch: int, room: int) -> Cache:
-        """What a model reads and writes in a forward."""
+        """The cache that a model reads and writes in a forward pass."""
         return Cache(layers=[_Layer(keys, values, self.length) for keys, values in self.views(batch, room)])
 
 
 class GraphCache(Cache):  # type: ignore[misc] # transformers is not typed
-    """The keys and values of one call of `generate`; they lie in memory that the next call uses again.
+    """The keys and values of one call of `generate`, in memory that the next call reuses.
 
     Args:
-        memory: where they lie.
-        batch: sequences.
-        length: tokens of each.
-        room: tokens of each for which there is space.
+        memory: where they are stored.
+        batch: number of sequences.
+        length: tokens in each.
+        room: tokens for which each has space.
     """
 
     def __init__(self, memory: Memory, batch: int, length: int, room: int) -> None:
-        # Without layers, transformers leaves the masks to the model, whose forward is given another cache.
+        # Without layers, transformers leaves the masks to the model, whose forward gets a different cache.
         super().__init__(layers=[])
         self.memory, self.batch, self.length, self.room = memory, batch, length, room
         memory.owner = self
 
     def fill(self, past: DynamicCache) -> None:
-        """Take over what a growing cache holds; of a sliding window, that is the end."""
+        """Copy the contents of a growing cache; for a sliding window, these are the last tokens."""
         pairs = [(layer.keys, layer.values) for layer in past.layers]
         for views, states in zip(self._views(), pairs, strict=True):
             _write(views, states, self.length)
 
     def grow(self, tokens: int) -> bool:
-        """Double the space until so many tokens have room; returns whether all addresses are new."""
+        """Double the space until this many tokens fit; returns whether all addresses are new."""
         room = self.room
         while room < tokens:
             room *= 2
@@ -106,42 +106,42 @@ class GraphCache(Cache):  # type: ignore[misc] # transformers is not typed
         moved = self.memory.extend(self.batch, room)
         self.room = room
         for views, states in zip(self._views(), old, strict=True):
-            # Cloned, since both may lie in the same memory.
+            # Cloned, since both may overlap in memory.
             _write(views, tuple(state.clone() for state in states), self.length)
         return moved
 
     def require_memory(self) -> None:
-        """Refuse to go on when a later call has taken the memory.
+        """Refuse to continue after a later call has taken over the memory.
 
         Raises:
-            ModelError: it has.
+            ModelError: a later call has taken it over.
         """
         if self.memory.owner is not self:
             raise ModelError(
                 "the keys and values of this cache have been overwritten by a later call of generate",
-                expected="one call at a time of a model with CUDA graphs",
+                expected="one call at a time to a model with CUDA graphs",
                 fix="pass the whole prompt without past_key_values, or load the model without graphs",
             )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of each sequence."""
+        """Tokens in each sequence."""
         return self.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let sequence i go on from sequence `beam_idx[i]`."""
+        """Let sequence i continue from sequence `beam_idx[i]`."""
         self.require_memory()
         for states in self._views():
             for state in states:
                 past = state[:, :, : self.length]
-                # In place, where the recorded steps read; the selection is a copy, so nothing is overwritten unread.
+                # In place, where the recorded steps read; the selection is a copy, so nothing is overwritten too early.
                 past.copy_(past.index_select(0, beam_idx.to(past.device)))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; their number is negative, as in transformers."""
+        """Drop the last tokens; their number is given as a negative one, as in transformers."""
         self.length += tokens_to_remove
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Drop all tokens."""
         self.length = 0
 
     def _views(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -149,8 +149,8 @@ class GraphCache(Cache):  # type: ignore[misc] # transformers is not typed
 
 
 def is_adoptable(past: object) -> bool:
-    """Whether a `GraphCache` can go on with what is in a cache."""
-    # Exact types: what inherits from them keeps more (quantised or offloaded states), which would be left behind.
+    """Whether a `GraphCache` can continue with the contents of a cache."""
+    # Exact types: subclasses keep more (quantised or offloaded states), which would be lost.
     if not isinstance(past, DynamicCache) or type(past) is not DynamicCache or past.offloading:
         return False
     kinds = DynamicLayer, DynamicSlidingWindowLayer
@@ -158,7 +158,7 @@ def is_adoptable(past: object) -> bool:
 
 
 class _Layer(StaticLayer):  # type: ignore[misc] # transformers is not typed
-    """Keys and values of one layer; how many there are stands in a tensor that all layers read and the host writes."""
+    """Keys and values of one layer; their number is in a tensor that all layers read and the host updates."""
 
     def __init__(self, keys: Tensor, values: Tensor, length: Tensor) -> None:
         super().__init__(max_cache_len=keys.shape[2])
@@ -167,9 +167,9 @@ class _Layer(StaticLayer):  # type: ignore[misc] # transformers is not typed
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write behind the tokens that are there, and return all, empty places too: their number must not change.
+        """Append to the existing tokens, and return all positions, empty ones too: the shape must not change.
 
-        The length stays: every layer of a forward reads the same one, and the host moves it on afterwards.
+        The length is not updated: all layers of a forward pass read the same one, and the host updates it afterwards.
         """
         slots = self.cumulative_length.view(1)
         if key_states.shape[2] > 1:
@@ -180,7 +180,7 @@ class _Layer(StaticLayer):  # type: ignore[misc] # transformers is not typed
 
 
 def _write(views: tuple[Tensor, ...], states: tuple[Tensor, ...], length: int) -> None:
-    """Fill a layer with tokens that end at `length`; all else becomes zero, since NaN would pass any mask."""
+    """Fill a layer with tokens that end at `length`; the rest becomes zero, since NaN would pass through any mask."""
     for view, state in zip(views, states, strict=True):
         view.zero_()
         view[:, :, length - state.shape[2] : length].copy_(state)

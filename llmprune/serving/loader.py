@@ -1,4 +1,4 @@
-"""Load a checkpoint so that it generates fast, and let it write.
+"""Load a checkpoint for fast generation, and generate text.
 
 model = load("out/packed", graphs=True)
 model.generate(...)
@@ -48,28 +48,27 @@ def load(
     Args:
         model: "testbed", a local folder, or a hub id.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: of the weights, also by its name; "auto": the checkpoint's, or float32 on a CPU without instructions for
-            it.
-        served: how packed matrices are held. "auto": what is fastest; "packed": what needs the least memory; "dense":
-            as ordinary weights; "cusparselt": as auto, with a second copy of 2:4 matrices for prefill by cuSPARSELt.
-        fused: multiply what reads the same input in one launch, where 2:4 kernels serve it.
-        graphs: a static cache and CUDA graphs for `generate`: see `serving.decode_graphs`.
-            `model.decode_graphs.warm` records them ahead.
+        dtype: of the weights, also by name; "auto": the checkpoint's, or float32 on a CPU without instructions for it.
+        served: how packed matrices are held. "auto": in the fastest form; "packed": in the least memory; "dense":
+            as ordinary weights; "cusparselt": as auto, with a second copy of 2:4 matrices for prefill with cuSPARSELt.
+        fused: use one kernel launch for 2:4 matrices that read the same input.
+        graphs: use a static cache and CUDA graphs for `generate`: see `serving.decode_graphs`.
+            `model.decode_graphs.warm` records them in advance.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        ModelError: there is no such model, it is no causal LM, or graphs cannot be recorded for it.
+        ModelError: there is no such model, it is not a causal LM, or graphs cannot be recorded for it.
         CheckpointError: its files are incomplete, or quantised by another library.
-        DeviceError: this machine has no such device, or graphs are asked for on one without them.
+        DeviceError: this machine has no such device, or graphs are requested on a device without them.
     """
     target = resolve_device(device)
     if graphs and target.type != "cuda":
         raise DeviceError(
             f"CUDA graphs on the device {str(target)!r}",
             expected="a CUDA device",
-            fix="leave graphs out; there are no launches here that they could save",
+            fix="load it without graphs; this device has no kernel launches to save",
         )
     folder = resolve_model(model)
     read_config(folder)
@@ -93,15 +92,15 @@ def load_tokenizer(model: str | Path, chat_template: Path | None = None) -> PreT
         chat_template: a Jinja file to use instead of the tokenizer's own template.
 
     Raises:
-        ModelError: there is no tokenizer beside the model, or no such file.
+        ModelError: there is no tokenizer next to the model, or the template cannot be read.
     """
     folder = resolve_model(model)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{folder} has no tokenizer that can be read: {' '.join(str(error).split())[:300]}",
-            expected="tokenizer.json and tokenizer_config.json beside the weights",
+            f"{folder} has no readable tokenizer: {' '.join(str(error).split())[:300]}",
+            expected="tokenizer.json and tokenizer_config.json next to the weights",
             fix="copy them from the model that was pruned",
         ) from error
     if chat_template is not None:
@@ -114,15 +113,15 @@ def load_tokenizer(model: str | Path, chat_template: Path | None = None) -> PreT
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a model has written, and how fast.
+    """What a model has generated, and how fast.
 
     Attributes:
         text: without special tokens.
-        prompt_tokens: read before.
-        tokens: written, the end of the text included.
-        first_token_seconds: from the call to the first of them.
-        seconds: from the call to the last of them.
-        finish: "stop": the model has ended the text; "length": there were as many tokens as allowed; "interrupted".
+        prompt_tokens: number of tokens in the prompt.
+        tokens: number of generated tokens, including the end-of-text token.
+        first_token_seconds: time to first token (TTFT).
+        seconds: from the call to the last token.
+        finish: "stop": the model has ended the text; "length": the limit on new tokens was reached; "interrupted".
     """
 
     text: str
@@ -134,7 +133,7 @@ class Written:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """After the first token; None where there is no second."""
+        """Decode speed after the first token; None if there is no second token."""
         return (self.tokens - 1) / max(self.seconds - self.first_token_seconds, 1e-9) if self.tokens > 1 else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,7 +147,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> Te
     Args:
         tokenizer: of the model.
         prompt: any text.
-        chat: whether it is a user's message, to be put into the chat template.
+        chat: whether to treat it as a user's message and apply the chat template.
 
     Raises:
         ModelError: the tokenizer has no chat template, or an empty prompt has no tokens.
@@ -165,28 +164,28 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> Te
     ids: Tensor = encoded["input_ids"].long()
     if ids.numel() == 0:
         if tokenizer.bos_token_id is None:
-            raise ModelError("an empty prompt, and the tokenizer knows no beginning of a text", fix="give a prompt")
+            raise ModelError("the prompt is empty, and the tokenizer has no BOS token", fix="give a prompt")
         ids = torch.tensor([[tokenizer.bos_token_id]])
     return ids
 
 
 def missing_template(name: str) -> ModelError:
-    """The error for a chat with a model that has learnt none."""
+    """The error for a chat with a model that has no chat template."""
     return ModelError(
         f"{name} has no chat template",
-        expected="a model that has been trained on chats, with its template beside the tokenizer",
-        fix="prompt it without a chat, or give a Jinja file with --chat-template",
+        expected="a model trained for chat, with its template next to the tokenizer",
+        fix="prompt it without chat, or give a Jinja file with --chat-template",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to write.
+    """How to generate.
 
     Attributes:
         max_new_tokens: at least 1.
-        temperature: from 0 on; 0 takes the likeliest token each time. None: as the generation configuration says.
-        seed: of the draws; None: another one each time.
+        temperature: at least 0; 0 is greedy. None: as the generation configuration says.
+        seed: for sampling; None: a different one each time.
     """
 
     max_new_tokens: int = 128
@@ -194,7 +193,7 @@ class Sampling:
     seed: int | None = None
 
     def options(self) -> dict[str, Any]:
-        """As `generate` takes it."""
+        """The arguments for `generate`."""
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
         if self.temperature is not None:
             options["do_sample"] = self.temperature > 0
@@ -208,14 +207,14 @@ def write(
     sampling: Sampling,
     say: Callable[[str], None] = lambda text: None,
 ) -> Written:
-    """Go on from a prompt. Ctrl-C ends the text, and what there is is returned.
+    """Generate from a prompt. Ctrl-C stops, and the text so far is returned.
 
     Args:
         model: in evaluation mode.
         tokenizer: of the model.
         ids: the prompt, [1, length].
-        sampling: how.
-        say: told each piece of text as it comes.
+        sampling: how to generate.
+        say: called with each piece of text as it is generated.
     """
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
@@ -234,7 +233,7 @@ def write(
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc] # transformers is not typed
-    """Hands text on as soon as its words are complete, and looks at the clock."""
+    """Passes text on as soon as its words are complete, and records the time of each token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -244,28 +243,28 @@ class _Streamer(TextStreamer):  # type: ignore[misc] # transformers is not typed
 
     @property
     def tokens(self) -> int:
-        """Written so far."""
+        """Number of tokens generated so far."""
         return len(self._times)
 
     def ended(self, model: PreTrainedModel) -> bool:
-        """Whether the last token ends a text."""
+        """Whether the last token is an end-of-text token."""
         ends = model.generation_config.eos_token_id
         return self._last in (ends if isinstance(ends, list) else [ends])
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt first, then each token."""
+        """Receive the prompt first, then each token."""
         if not self.next_tokens_are_prompt:
             self._times.append(time.perf_counter() - self._started)
             self._last = int(value.flatten()[-1])
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Take a piece of text."""
+        """Receive a piece of text."""
         self._parts.append(text)
         self._say(text)
 
     def written(self, prompt_tokens: int, finish: Literal["stop", "length", "interrupted"]) -> Written:
-        """All of it."""
+        """The whole text with its timing."""
         first, last = (self._times[0], self._times[-1]) if self._times else (0.0, 0.0)
         return Written("".join(self._parts), prompt_tokens, len(self._times), first, last, finish)
 
@@ -276,7 +275,7 @@ def _choose_served(config: PretrainedConfig, served: Served, folder: Path) -> No
         record["served"] = served
     elif served == "packed":
         raise ModelError(
-            f"{folder} is not packed, and packed weights were asked for",
+            f"packed weights were requested, but {folder} is not packed",
             expected='"auto" or "dense" for a checkpoint with ordinary weights',
             fix=f"pack it first: llmprune pack {folder}",
         )

@@ -1,8 +1,8 @@
-"""Our checkpoints in transformers: `AutoModelForCausalLM.from_pretrained(DIR)` after `import llmprune`.
+"""llmprune checkpoints in transformers: `AutoModelForCausalLM.from_pretrained(DIR)` after `import llmprune`.
 
-A quantizer of transformers, `quant_method: llmprune`, changes the skeleton before the weights come: decoder layers that
-differ in size are built anew, and each packed linear layer is replaced by a `SparseLinear`, so that the dense model
-never exists. The packed layers settle afterwards; a model without any is an ordinary one from then on.
+A quantizer for transformers, `quant_method: llmprune`, changes the skeleton before the weights are loaded: decoder
+layers that differ in size are rebuilt, and each packed linear layer is replaced by a `SparseLinear`, so that the dense
+model never exists. The packed layers settle afterwards; a model without any is an ordinary model from then on.
 """
 
 import json
@@ -37,10 +37,10 @@ from llmprune.storage.packed_config import (
 
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers is not typed
-    """The `quantization_config` of a checkpoint of ours.
+    """The `quantization_config` of an llmprune checkpoint.
 
     Args:
-        modules: name of a packed linear layer -> its layout, as `Layout.to_dict` gives it.
+        modules: name of a packed linear layer -> its layout, as returned by `Layout.to_dict`.
         version: of this record.
         served: see `llmprune.serving.forms.choose_form`; not saved.
 
@@ -69,15 +69,15 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
     _overrides: dict[int, dict[str, Any]] | None = None
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
-        """Take what is not for transformers out of its way; called before the weight files are looked for."""
-        # Not at the top of the file: what first imports transformers, and thereby this, may be that module.
+        """Remove from the config what transformers does not understand; called before it looks for weight files."""
+        # Not at the top of the file: that module may be the first to import transformers, and thereby this one.
         from llmprune.models.uneven import take_overrides
 
         self._overrides = self._overrides or take_overrides(config)
         return without_notice(config)
 
     def update_tp_plan(self, config: PretrainedConfig) -> PretrainedConfig:
-        """The same for transformers before 5.18, which has no other hook here."""
+        """The same for transformers before 5.18, which has no other hook at this point."""
         return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
@@ -98,7 +98,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        if isinstance(dtype, str):  # as `save_pretrained` leaves it in the configuration
+        if isinstance(dtype, str):  # as stored in the configuration by `save_pretrained`
             dtype = getattr(torch, dtype)
         for name, layer in list(sparse_layers(model)):
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
@@ -111,33 +111,33 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
         return model
 
     def is_serializable(self, **_: Any) -> bool:
-        """Whether `save_pretrained` works: it does."""
+        """Whether `save_pretrained` works: always."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """The packed weights take no gradient."""
+        """Whether it can be trained: packed weights have no gradient."""
         return False
 
     @property
     def is_compileable(self) -> bool:
-        """The kernels are custom operators, which torch.compile and CUDA graphs take as they are."""
+        """Whether it can be compiled: the kernels are custom operators, which torch.compile and CUDA graphs support."""
         return True
 
 
 def register() -> None:
-    """Tell transformers about `quant_method: llmprune`; a second call changes nothing."""
+    """Register `quant_method: llmprune` with transformers; calling it again has no effect."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = PackedConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = PackedQuantizer
 
 
 def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
-    """The packed layers of a model, by name, in its order."""
+    """The packed layers of a model with their names, in the model's order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear))
 
 
 def replace_linear(model: nn.Module, name: str, row: dict[str, Any]) -> None:
-    """Put an empty packed layer in the place of a linear layer on the meta device.
+    """Replace a linear layer on the meta device by an empty packed layer.
 
     Args:
         model: the skeleton.
@@ -145,8 +145,8 @@ def replace_linear(model: nn.Module, name: str, row: dict[str, Any]) -> None:
         row: its layout, from config.json.
 
     Raises:
-        ModelError: the model has no such linear layer, or one of another shape.
-        FormatError: the row describes no layout.
+        ModelError: the model has no such linear layer, or one of a different shape.
+        FormatError: the row is not a valid layout.
     """
     layout = layout_from_dict(row)
     try:
@@ -157,9 +157,9 @@ def replace_linear(model: nn.Module, name: str, row: dict[str, Any]) -> None:
     if not isinstance(linear, nn.Linear) or shape != layout.shape:
         found = f"one of {shape[0]} x {shape[1]}" if shape else "none" if linear is None else type(linear).__name__
         raise ModelError(
-            f"config.json packs {name} of {layout.shape[0]} x {layout.shape[1]}; the model has {found}",
+            f"config.json packs {name} as {layout.shape[0]} x {layout.shape[1]}; the model has {found}",
             expected="the model that was packed",
-            fix="load config.json and weights of the same folder, with the class that AutoModelForCausalLM chooses",
+            fix="load config.json and weights from the same folder, with the class that AutoModelForCausalLM chooses",
         )
     packed = SparseLinear(layout, bias=linear.bias is not None, dtype=linear.weight.dtype)
     packed.train(linear.training)
@@ -167,13 +167,14 @@ def replace_linear(model: nn.Module, name: str, row: dict[str, Any]) -> None:
 
 
 def settle(model: nn.Module, served: Served = "auto") -> None:
-    """Bring the packed layers of a loaded model into the forms that their devices multiply fastest, one by one.
+    """Convert the packed layers of a loaded model, one by one, to the forms that their devices multiply fastest.
 
-    Layers that accelerate moves to the device for each call stay as they are on disk.
+    Layers that accelerate offloads, and moves to the device for each call, stay as they are on disk.
 
     Raises:
         FormatError: the tensors of a layer are damaged.
-        NumericsError: a kernel gives wrong numbers here; `LLMPRUNE_SELFTEST=0` in the environment leaves this test out.
+        NumericsError: a kernel gives wrong results on this machine; the environment variable `LLMPRUNE_SELFTEST=0`
+            skips this test.
     """
     for name, layer in sparse_layers(model):
         if _is_offloaded(layer):
@@ -195,16 +196,16 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def keep_record(model: PreTrainedModel) -> None:
-    """Have `model.save_pretrained` write our record, which it drops otherwise, into the configuration."""
+    """Make `model.save_pretrained` write our record, which it otherwise drops, into the configuration."""
     model.save_pretrained = partial(_save_with_record, model)
 
 
 def _save_with_record(model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-    """`PreTrainedModel.save_pretrained`, and our record in the configuration."""
+    """`PreTrainedModel.save_pretrained`, plus our record in the configuration."""
     if kwargs.get("push_to_hub"):
-        # The upload would come before the record.
+        # The upload would happen before the record is written.
         raise ModelError(
-            "save_pretrained with push_to_hub, of a model that needs llmprune",
+            "save_pretrained with push_to_hub does not work for a model that needs llmprune",
             fix="call model.push_to_hub(REPOSITORY)",
         )
     result = type(model).save_pretrained(model, save_directory, *args, **kwargs)

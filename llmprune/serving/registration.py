@@ -1,4 +1,4 @@
-"""Register with transformers when it is there, without importing it: `import llmprune` stays quick."""
+"""Register with transformers once it is imported, without importing it, so that `import llmprune` stays fast."""
 
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _AWAITED = "transformers.modeling_utils"
 
 
 def register_with_transformers() -> None:
-    """Make packed checkpoints loadable: now if transformers is imported already, otherwise as soon as it is."""
+    """Make packed checkpoints loadable: now if transformers is already imported, otherwise as soon as it is."""
     if _AWAITED in sys.modules:
         _register()
     elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
@@ -21,12 +21,12 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    # It registers at its end. Where it is what has just imported transformers, it is half imported, and comes to that.
+    # This module registers at its end. If it is itself importing transformers, it is half imported and will get there.
     import_module("llmprune.serving.quantizer")
 
 
 class _Watcher(MetaPathFinder):
-    """Finds nothing itself; has one module's import followed by the registration."""
+    """Finds no modules itself; registers after the import of one module."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

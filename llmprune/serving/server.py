@@ -1,7 +1,7 @@
-"""transformers' OpenAI-compatible server, for one model that `serving.load` has loaded.
+"""transformers' OpenAI-compatible server, for one model loaded by `serving.loader.load`.
 
-`transformers serve` brings the endpoints, streaming and the queue of requests. Its models come from its model manager;
-ours gives one model, under one name.
+`transformers serve` provides the endpoints, streaming and the request queue. Its models come from its model manager;
+ours provides one model, under one name.
 """
 
 import socket
@@ -25,21 +25,21 @@ def serve(
     host: str = "localhost",
     port: int = 8000,
 ) -> None:
-    """Serve a model over HTTP until Ctrl-C; its requests are answered one after another.
+    """Serve a model over HTTP until Ctrl-C; requests are answered one after another.
 
     Args:
-        load_model: called before the server starts, and again after a `POST /reset` has thrown the model away.
+        load_model: called before the server starts, and again after a `POST /reset` has discarded the model.
         load_tokenizer: the same for its tokenizer.
-        name: what clients call the model.
+        name: the model's name for clients.
         host: address to listen on.
         port: port to listen on.
 
     Raises:
-        ServingError: what a server needs is not installed, or the port cannot be had.
+        ServingError: a package that the server needs is not installed, or the port is taken.
         KeyboardInterrupt: by Ctrl-C, after the server has shut down.
     """
     require_server()
-    # Before minutes of loading, not after them.
+    # Checked before minutes of loading, not after.
     _require_free(host, port)
     from transformers.cli.serve import Serve
 
@@ -55,7 +55,7 @@ def serve(
 
 
 def require_server() -> None:
-    """Refuse to go on without the packages of the extra `serve`.
+    """Refuse to continue without the packages of the extra `serve`.
 
     Raises:
         ServingError: one is missing.
@@ -64,7 +64,7 @@ def require_server() -> None:
         raise ServingError(
             "the packages that a server needs are not installed",
             expected="fastapi, uvicorn and openai",
-            fix="pip install fastapi uvicorn openai, or llmprune with its extra serve",
+            fix="pip install fastapi uvicorn openai, or install llmprune with its extra serve",
         )
 
 
@@ -77,13 +77,13 @@ class _OneModel(model_manager.ModelManager):  # type: ignore[misc] # transformer
 
     @staticmethod
     def process_model_name(model_id: str) -> str:
-        """The name as clients give it; transformers would read a revision behind an @, and add one."""
+        """The name as clients give it; transformers would parse a revision after an @, and add one."""
         return model_id
 
     def load_model_and_processor(self, model_id_and_revision: str, *rest: Any, **named: Any) -> Any:
-        """The model and its tokenizer, loaded if they are not there."""
+        """The model and its tokenizer, loaded if necessary."""
         if model_id_and_revision != self.force_model:
-            raise ModelError(f"no model {model_id_and_revision!r} here", expected=repr(self.force_model))
+            raise ModelError(f"no model {model_id_and_revision!r} on this server", expected=repr(self.force_model))
         return super().load_model_and_processor(model_id_and_revision, *rest, **named)
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ class _OneModel(model_manager.ModelManager):  # type: ignore[misc] # transformer
     def _load_processor(self, *_: Any, **__: Any) -> PreTrainedTokenizerBase:
         tokenizer = self.sources[1]()
         if tokenizer.chat_template is None:
-            # The handlers would answer a chat with "Internal Server Error".
+            # The handlers would answer a chat request with "Internal Server Error".
             tokenizer.apply_chat_template = self._refuse_chat
         return tokenizer
 
@@ -112,6 +112,6 @@ def _require_free(host: str, port: int) -> None:
     except OSError as error:
         raise ServingError(
             f"cannot listen on {host}, port {port}: {error.strerror or error}",
-            expected="an address of this machine, and a port that no other program listens on",
-            fix="choose another --port, or end the program there",
+            expected="an address of this machine, and a free port",
+            fix="choose another --port, or stop the program that uses it",
         ) from error

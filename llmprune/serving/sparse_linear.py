@@ -1,4 +1,4 @@
-"""A linear layer over a packed matrix: allocated from its layout alone, filled like any other, saved as it was."""
+"""A linear layer with a packed matrix: allocated from its layout alone, loaded like any other, saved as it was."""
 
 import os
 from collections.abc import Callable
@@ -15,18 +15,18 @@ from llmprune.storage.formats import Layout
 if TYPE_CHECKING:
     from llmprune.serving.fusion import Fusion
 
-# Tokens of the self-test: decode, and prefill by either library.
+# Tokens in the self-test: decode, and prefill with either library.
 _TEST_TOKENS = (5, 80, 300)
 
-# Times the dtype's epsilon: what rounding the result, and a float32 sum in another order, can cost.
+# In multiples of the dtype's epsilon: the error of rounding the result, and of a float32 sum in a different order.
 _TEST_TOLERANCE = 4
 
 
 class SparseLinear(nn.Module):
     """y = x W^T + bias, for W [out, in] in a packed layout.
 
-    A new layer waits for the tensors of its layout (`load_state_dict`, or transformers' loader); `settle` then turns
-    them into the form that the device multiplies fastest. Its state dict holds the layout's tensors either way.
+    A new layer expects the tensors of its layout (from `load_state_dict`, or transformers' loader); `settle` then
+    converts them to the form that the device multiplies fastest. Its state dict holds the layout's tensors either way.
 
     Args:
         layout: of W.
@@ -35,8 +35,8 @@ class SparseLinear(nn.Module):
         device: where to allocate; "meta" allocates nothing.
 
     Attributes:
-        choice: the form, and why not another one; None until the layer has settled.
-        fusion: computes the product together with the layers that read the same input; None: on its own.
+        choice: the form, and why others were not chosen; None until the layer has settled.
+        fusion: computes the matmul together with the layers that read the same input; None: the layer computes its own.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class SparseLinear(nn.Module):
 
     @property
     def form(self) -> Form | None:
-        """How the layer multiplies; None until it has settled."""
+        """The form in which the layer multiplies; None until it has settled."""
         return self.choice.form if self.choice else None
 
     @property
     def held(self) -> dict[str, Tensor]:
-        """What the layer holds of W: by name, the layout's tensors or those of its form."""
+        """The tensors in which the layer holds W, by name: the layout's or those of its form."""
         return {name: tensor for name, tensor in self._parameters.items() if name != "bias" and tensor is not None}
 
     @property
@@ -81,17 +81,17 @@ class SparseLinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device of the values."""
         return next(iter(self.held.values())).device
 
     def settle(self, served: Served = "auto") -> Choice:
-        """Bring the loaded tensors into the form that serves them.
+        """Convert the loaded tensors to the form that serves them.
 
         Args:
             served: as for `choose_form`.
 
         Raises:
-            FormatError: they are not what the layout says, where the form unpacks them.
+            FormatError: they do not match the layout; only checked if the form unpacks them.
         """
         stored = self.stored()
         choice = choose_form(self.layout, self.device, self.dtype, served)
@@ -112,7 +112,7 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., in]."""
         if torch.is_autocast_enabled(x.device.type):
-            # As an ordinary linear layer does it: the result is in autocast's dtype.
+            # As in an ordinary linear layer, the result is in autocast's dtype.
             return self._multiply(x.to(self.dtype)).to(torch.get_autocast_dtype(x.device.type))
         return self._multiply(x)
 
@@ -124,15 +124,15 @@ class SparseLinear(nn.Module):
         return self.form.multiply(self.layout, self.held, x, self.bias)
 
     def join(self, fusion: "Fusion", place: int, held: dict[str, Tensor]) -> None:
-        """Let a fusion compute this layer's product; `held` are its parts of the fused tensors."""
+        """Let a fusion compute this layer's matmul; `held` are its parts of the fused tensors."""
         self.fusion, self._place = fusion, place
         self._hold(held)
 
     @torch.no_grad()
     def test(self, name: str) -> None:
-        """Compare the layer with its dense product on random activations.
+        """Compare the layer with the dense matmul on random activations.
 
-        A kernel that a compiler has laid out wrongly gives wrong numbers without an error, so each layer is tried once.
+        A miscompiled kernel gives wrong results without an error, so each layer is tested once.
 
         Args:
             name: of the layer, for the message.
@@ -147,13 +147,13 @@ class SparseLinear(nn.Module):
             wanted = F.linear(x.float(), dense, None if self.bias is None else self.bias.float())
             found = self._multiply(x).float()
             tolerance = _TEST_TOLERANCE * torch.finfo(self.dtype).eps
-            # Relative to the largest product: single ones may cancel until only rounding is left.
+            # Relative to the largest output: individual ones may cancel until only rounding is left.
             error = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
             if not error <= tolerance:
                 raise NumericsError(
-                    f"{name}: the {self.form.name if self.form else 'packed'} product of {tokens} tokens is wrong: "
+                    f"{name}: the {self.form.name if self.form else 'packed'} matmul of {tokens} tokens is wrong: "
                     f"relative error {error:.3g}",
-                    expected=f"at most {tolerance:.3g} beside the dense product",
+                    expected=f"at most {tolerance:.3g} compared with the dense matmul",
                     fix='load it with served="dense", and report the versions of torch, triton and the driver',
                 )
 
@@ -162,7 +162,7 @@ class SparseLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.layout.name}, {form}"
 
     def __getattr__(self, name: str) -> Any:
-        # Some models look at `weight.dtype` of their layers; PEFT and inspection want the matrix itself.
+        # Some models read `weight.dtype` of their layers; PEFT and inspection need the matrix itself.
         if name == "weight" and self.__dict__.get("choice") is not None and "weight" not in self._parameters:
             return self.unpack()
         return super().__getattr__(name)
@@ -174,7 +174,7 @@ class SparseLinear(nn.Module):
             self._parameters[name] = _fixed(tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
-        # torch hands down a function, not what it is for: an empty tensor shows whether it casts or moves.
+        # torch passes a function without its purpose: an empty tensor shows whether it casts or moves.
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         if self.choice is None or (probe.dtype, probe.device) == (self.dtype, self.device):
             addresses = self._addresses()
@@ -182,17 +182,17 @@ class SparseLinear(nn.Module):
             if self._addresses() != addresses:
                 self.fusion = None  # copies are no longer parts of the fused tensors
             return self
-        # Held forms are no numbers that could be cast, and another device may multiply another form faster.
+        # Held forms cannot be cast as numbers, and another device may multiply another form faster.
         self._unsettle()
         super()._apply(fn, recurse)
         if self.device.type != "meta":
             self.settle(self.served)
             if self.form and self.form.tested and self_tests_wanted():
-                self.test("a layer that was moved")
+                self.test("a moved layer")
         return self
 
     def _unsettle(self) -> None:
-        """Hold the layout's tensors again."""
+        """Go back to holding the layout's tensors."""
         stored = self.stored()
         self.choice = self.fusion = None
         self._hold(stored)
@@ -208,7 +208,7 @@ class SparseLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         settled = self.choice
         if settled is not None:
-            # The layout's tensors are copied into their places, and brought into the same form as before.
+            # The layout's tensors are loaded, and converted to the same form as before.
             self._unsettle()
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if settled is not None:
@@ -217,10 +217,10 @@ class SparseLinear(nn.Module):
 
 
 def self_tests_wanted() -> bool:
-    """Whether layers are compared with their dense products; `LLMPRUNE_SELFTEST=0` in the environment says no."""
+    """Whether layers are tested against dense matmuls; the environment variable `LLMPRUNE_SELFTEST=0` disables it."""
     return os.environ.get("LLMPRUNE_SELFTEST", "1") != "0"
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:
-    # A parameter, since transformers loads, counts and places parameters; of packed integers there is no gradient.
+    # A parameter, since transformers loads, counts and places parameters; packed integers have no gradient.
     return nn.Parameter(tensor, requires_grad=False)

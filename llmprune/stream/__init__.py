@@ -1,1 +1,1 @@
-"""The stream of resident decoder layers and what it observes. Knows neither recipes nor methods."""
+"""The stream of resident decoder layers and what it observes. Independent of recipes and methods."""

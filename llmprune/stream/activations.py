@@ -1,4 +1,4 @@
-"""What flows between decoder layers: hidden states, in CPU memory up to a budget on disk beyond it, and the rest."""
+"""What is passed between decoder layers: hidden states (in CPU memory up to a budget, then on disk), and the rest."""
 
 import math
 import shutil
@@ -18,10 +18,10 @@ from llmprune.errors import CheckpointError, ModelError
 
 
 class HiddenStates:
-    """One tensor [samples, length, hidden] per batch, replaced in place as the stream moves on.
+    """One tensor [samples, length, hidden] per batch, replaced in place as the stream advances.
 
     Args:
-        budget_bytes: what may stay in CPU memory; batches that do not fit live in a temporary folder.
+        budget_bytes: limit on CPU memory; batches that do not fit are kept in a temporary folder.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -40,8 +40,8 @@ class HiddenStates:
 
     def __setitem__(self, batch: int, hidden: Tensor) -> None:
         hidden = hidden.detach().to("cpu")
-        # First come, first kept: every layer visits all batches in order, so no batch is worth more than another, and
-        # throwing out the least recent one would always throw out the next to be asked for.
+        # The first batches that fit stay in memory: every layer visits all batches in order, so none is worth more than
+        # another, and evicting the least recently used one would always evict the one that is needed next.
         taken = sum(t.nbytes for key, t in self._resident.items() if key != batch)
         if taken + hidden.nbytes <= self._budget:
             self._resident[batch] = hidden
@@ -52,7 +52,7 @@ class HiddenStates:
             self._on_disk.add(batch)
 
     def copy(self) -> "HiddenStates":
-        """The same states under a budget of their own; replacing one in either leaves the other as it is."""
+        """The same states with a budget of their own; replacing one in either copy does not affect the other."""
         other = HiddenStates(self._budget)
         for batch in range(len(self)):
             other[batch] = self[batch]
@@ -66,7 +66,7 @@ class HiddenStates:
     def _file(self, batch: int) -> Path:
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="llmprune-hidden-"))
-            # Goes with the last reference, or with the process; TemporaryDirectory would warn about that.
+            # Removed with the last reference, or at exit; TemporaryDirectory would warn about that.
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         return self._folder / f"{batch}.safetensors"
 
@@ -76,24 +76,24 @@ class HiddenStates:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"hidden states cannot be written to {file.parent}: {error}",
-                expected=f"room for what exceeds activation_budget ({self._budget} bytes)",
+                expected=f"disk space for what exceeds activation_budget ({self._budget} bytes)",
                 fix="raise activation_budget, or set the environment variable TMPDIR to a folder with more space",
             ) from error
 
 
 @dataclass(frozen=True, slots=True)
 class _Link:
-    """Stands for what a layer returns, in the recorded call of a later one."""
+    """A placeholder for what a layer returns, in the recorded call of a later layer."""
 
     layer: int
     leaf: int
 
 
 class LayerCalls:
-    """What the model hands to each decoder layer beside the hidden states, for each batch.
+    """What the model passes to each decoder layer in addition to the hidden states, for each batch.
 
     Most of it is the same for every batch (masks, rotary embeddings): equal tensors are stored once. Some layers return
-    more than hidden states, and the model hands that to a later layer; such a value is known when its layer has run.
+    more than hidden states, and the model passes that to a later layer; such a value is known once its layer has run.
 
     Args:
         device: where the layers run.
@@ -101,48 +101,48 @@ class LayerCalls:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # (Layer, batch) -> arguments, with links in the place of what layers return.
+        # (Layer, batch) -> arguments, with links in place of what layers return.
         self._calls: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        # Of the batch at hand: id of an object that the model handed over -> that object, which keeps the id from being
-        # used again, and our copy of it.
+        # For the current batch: id of an object that the model passed -> that object, kept alive so that its id is not
+        # reused, and our copy of it.
         self._seen: dict[int, tuple[object, Any]] = {}
-        # (Shape, dtype) -> all different tensors of that kind.
+        # (Shape, dtype) -> all distinct tensors of that kind.
         self._known: dict[tuple[object, ...], list[Tensor]] = {}
-        # What a layer returns beside hidden states, as zeros without memory, and the form of its output.
+        # What a layer returns besides hidden states, as zeros that take no memory, and the structure of its output.
         self._returned: list[Any] = []
         self._structure: Any = None
-        # Which layer is the last to want what a layer returned; until then it is carried, per batch.
+        # The last layer that needs what a layer returned; until then it is carried, per batch.
         self._last_use: dict[_Link, int] = {}
         self._carried: dict[tuple[_Link, int], Any] = {}
 
     def learn(self, output: Any) -> None:
-        """Learn from one layer's output what layers return around and beside the hidden states."""
+        """Learn from one layer's output what layers return besides the hidden states, and in what structure."""
         (_, *beside), self._structure = tree_flatten(output)
         self._returned = [_filled(value, 0) for value in beside]
 
     def stand_in(self, layer: int, hidden: Tensor) -> Any:
-        """What the model gets as output of a layer that did not run: `hidden`, and nothing that it can compute with."""
+        """The output that the model gets for a layer that did not run: `hidden`, and values whose use is detectable."""
         beside = [_filled(value, _unusable(value)) for value in self._returned]
         self._seen.update({id(v): (v, _Link(layer, leaf)) for leaf, v in enumerate(beside) if isinstance(v, Tensor)})
         return tree_unflatten([hidden, *beside], self._structure)
 
     def record(self, layer: int, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember one call; `args` without the hidden states.
+        """Record one call; `args` without the hidden states.
 
         Raises:
-            ModelError: the model computes something from what a layer returns beside the hidden states.
+            ModelError: the model computes something from what a layer returns besides the hidden states.
         """
         call = tuple(map(self._share, args)), {key: self._share(value) for key, value in kwargs.items()}
         self._calls[layer, batch] = call
         self._last_use.update(dict.fromkeys(_leaves(call, _Link), layer))
 
     def get(self, layer: int, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of one call; zeros stand in for what a layer that has not run yet will return."""
+        """The arguments of one call; zeros replace what a layer that has not run yet will return."""
         args, kwargs = self._calls[layer, batch]
         return self._resolve(args, batch), {key: self._resolve(value, batch) for key, value in kwargs.items()}
 
     def carry(self, layer: int, batch: int, output: Any) -> Tensor:
-        """Keep what a later layer wants of a layer's output; returns the hidden states."""
+        """Keep what a later layer needs of a layer's output; returns the hidden states."""
         hidden, *beside = tree_leaves(output)
         for leaf, value in enumerate(beside):
             if (link := _Link(layer, leaf)) in self._last_use:
@@ -152,7 +152,7 @@ class LayerCalls:
         return hidden
 
     def end_batch(self) -> None:
-        """Forget the identities of the objects of the batch that ends."""
+        """Forget the identities of the objects of the batch that has ended."""
         self._seen.clear()
 
     @property
@@ -172,9 +172,9 @@ class LayerCalls:
         return value.to(self._device) if isinstance(value, Tensor) else value
 
     def _share(self, value: Any) -> Any:
-        """A copy of `value` on the device that has all its equal tensors in common with others."""
-        # The layers of one batch are handed the same objects: looking at each once is enough, and what one layer writes
-        # into a mapping reaches the later ones.
+        """A copy of `value` on the device that shares equal tensors with other copies."""
+        # All layers of a batch are passed the same objects: copying each once is enough, and what one layer writes into
+        # a mapping reaches the later ones.
         if id(value) not in self._seen and isinstance(value, Tensor | dict | list | tuple):
             self._seen[id(value)] = value, self._copy(value)
         return self._seen[id(value)][1] if id(value) in self._seen else value
@@ -189,7 +189,7 @@ class LayerCalls:
     def _shared_tensor(self, tensor: Tensor) -> Tensor:
         if _leaves(self._returned, Tensor) and _is_unusable(tensor):
             raise ModelError(
-                "the model computes something from what a decoder layer returns beside its hidden states",
+                "the model computes something from what a decoder layer returns besides its hidden states",
                 expected="layers whose outputs reach later layers unchanged",
                 fix="this architecture cannot be streamed layer by layer",
             )
@@ -207,12 +207,12 @@ def _leaves(tree: Any, kind: type) -> list[Any]:
 
 
 def _filled(value: Any, number: float) -> Any:
-    """A tensor of the same form in no memory, every element the same; other things as they are."""
+    """A tensor of the same shape filled with one number, taking no memory; other values are returned unchanged."""
     return value.new_full((), number).expand(value.shape) if isinstance(value, Tensor) else value
 
 
 def _unusable(value: Any) -> float:
-    """A number that gives away whatever is computed from it, as far as the dtype has one."""
+    """A number that is recognisable in anything computed from it, as far as the dtype has one."""
     if not isinstance(value, Tensor) or value.dtype == torch.bool:
         return 0
     return math.nan if value.is_floating_point() or value.is_complex() else torch.iinfo(value.dtype).min

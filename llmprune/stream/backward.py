@@ -1,9 +1,9 @@
-"""Gradients of the loss with respect to the weights of a model of which one decoder layer is in memory at a time.
+"""Gradients of the loss with respect to a model's weights, with one decoder layer in memory at a time.
 
-Forwards, the inputs of every layer are kept (in CPU memory up to a budget, on disk beyond it). Backwards, from the last
-layer to the first, each layer runs once more on its inputs, and the gradient at its outputs is carried to its weights
-and to its inputs, which are the outputs of the layer before. Samples go one by one: Fisher information needs the square
-of each sample's gradient.
+The forward pass keeps the inputs of every layer (in CPU memory up to a budget, on disk beyond it). The backward pass,
+from the last layer to the first, runs each layer again on its inputs and propagates the gradient at its outputs to its
+weights and to its inputs, which are the outputs of the previous layer. Samples are processed one by one: Fisher
+information needs the square of each sample's gradient.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ class Gradients:
 
     Attributes:
         mean: in the parameter's shape, float32 or wider.
-        mean_square: the mean over samples of each sample's squared gradient, alike.
+        mean_square: the mean over samples of each sample's squared gradient; same shape and dtype.
     """
 
     mean: Tensor
@@ -43,8 +43,8 @@ class LayerGradients:
     """The gradients of one decoder layer.
 
     Attributes:
-        index: its place in the stream.
-        module: the layer itself, on the device until the next one is asked for.
+        index: its position in the stream.
+        module: the layer itself, on the device until the next one is requested.
         gradients: parameter inside the layer -> gradients of the loss, float32 or wider, on the device.
     """
 
@@ -54,25 +54,25 @@ class LayerGradients:
 
 
 class BackwardStream:
-    """The decoder layers of a source, last one first, each with gradients of its weights.
+    """The decoder layers of a source from last to first, each with the gradients of its weights.
 
         for layer in BackwardStream(source, ids, settings, {0: ["mlp.down_proj.weight"]}):
             layer.gradients["mlp.down_proj.weight"].mean
 
-    The loss of a sample is its mean next-token cross entropy; a gradient's mean, and that of its square, is over
-    samples. Nothing of the model changes.
+    The loss of a sample is its mean next-token cross entropy; gradients and squared gradients are averaged over
+    samples. The model is not changed.
 
     Args:
         source: where the layers come from.
-        ids: tokens [samples, length], length >= 2; those held back are not used.
-        settings: device and memory; the batch size is 1 whatever it says, and the disk takes what exceeds the budget
-            of the inputs of all layers.
-        names: layer -> its parameters whose gradients are wanted; only these layers are yielded, and a layer below the
-            first of them is not run backwards.
+        ids: tokens [samples, length], length >= 2; held-back samples are not used.
+        settings: device and memory; the batch size is always 1, and inputs of layers that exceed the budget go to
+            disk.
+        names: layer -> its parameters whose gradients are wanted; only these layers are yielded, and there is no
+            backward pass through the layers before the first of them.
         stages: stopwatch; a new one by default.
 
     Raises:
-        ModelError: layers hand one another more than hidden states, so that gradients would miss a path.
+        ModelError: layers pass each other more than hidden states, so that gradients would miss a path.
         NumericsError: an activation or a gradient is NaN or infinite; names the layer.
     """
 
@@ -87,14 +87,14 @@ class BackwardStream:
         settings = settings or StreamSettings()
         self.source, self.device, self._names = source, settings.device, names
         self._ids = ids[: len(ids) - settings.held_back]
-        # Half of the memory for the inputs of all layers, half for what flows.
+        # Half of the memory for the inputs of all layers, half for the hidden states or gradients in transit.
         budget = settings.activation_budget // 2
         single = replace(settings, batch_size=1, held_back=0, activation_budget=budget, outputs=True)
         self._stream = Stream(source, self._ids, single, stages)
         self._inputs = HiddenStates(budget)
 
     def __iter__(self) -> Iterator[LayerGradients]:
-        """Run all layers forwards, then yield them from the last to the first."""
+        """Run the forward pass, then yield the layers from last to first."""
         wanted = [index for index, own in self._names.items() if own]
         if not wanted:
             return
@@ -113,7 +113,7 @@ class BackwardStream:
                     return_freed_memory()
 
     def _forward(self, first: int) -> None:
-        """Keep the inputs of the layers from the first wanted one on, and the last one's outputs."""
+        """Keep the inputs of the layers from `first` on, and the outputs of the last one."""
         separation = Separation(fix="use a score that needs no gradients")
         for layer in self._stream:
             separation.check(layer)
@@ -122,7 +122,7 @@ class BackwardStream:
                     self._inputs[self._key(layer.index, sample)] = self._stream.hidden[sample]
 
     def _start(self) -> None:
-        """Replace the last layer's outputs by the gradient of the loss with respect to them."""
+        """Replace the last layer's outputs with the gradient of the loss with respect to them."""
         with self._stream.stages("forward"):
             self.source.load_ends(self.device)
             try:
@@ -132,7 +132,7 @@ class BackwardStream:
                 self.source.free_ends()
 
     def _loss_gradient(self, sample: int) -> Tensor:
-        """Of the sum over tokens: the mean might fall below what 16 bits can express."""
+        """The gradient of the loss summed over tokens: that of the mean could underflow in 16 bits."""
         final = self._stream.hidden[sample].to(self.device).requires_grad_()
         ids = self._ids[sample].to(self.device)
         with torch.enable_grad():
@@ -145,7 +145,7 @@ class BackwardStream:
         return gradient
 
     def _backward(self, index: int) -> dict[str, Gradients]:
-        """Carry the gradient of every sample from the layer's outputs to its inputs; returns those of its weights."""
+        """Propagate every sample's gradient from the layer's outputs to its inputs; returns those of its weights."""
         module = self.source.layers[index]
         weights = {name: module.get_parameter(name) for name in self._names.get(index, ())}
         sums = {name: _zeros(weight) for name, weight in weights.items()}
@@ -154,7 +154,7 @@ class BackwardStream:
             for sample in range(samples):
                 gradients = self._sample_gradients(index, sample, list(weights.values()))
                 for (total, squares), gradient in zip(sums.values(), gradients, strict=True):
-                    # Experts that no token reached have no gradient.
+                    # Experts that received no token have no gradient.
                     if gradient is not None:
                         wide = gradient.to(total.dtype) / tokens
                         total += wide
@@ -162,7 +162,7 @@ class BackwardStream:
         return {name: self._mean(index, name, *both, samples) for name, both in sums.items()}
 
     def _sample_gradients(self, index: int, sample: int, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Of one sample's loss; its gradient at the layer's inputs takes the place of that at the outputs."""
+        """The gradients of one sample's loss; that at the layer's inputs replaces that at its outputs."""
         inputs = self._inputs[self._key(index, sample)].detach().to(self.device).requires_grad_()
         args, kwargs = self._stream.calls.get(index, sample)
         with torch.enable_grad():
@@ -185,14 +185,14 @@ class BackwardStream:
 
 
 def _zeros(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Two sums, over gradients and over their squares."""
+    """Two sums: of gradients and of their squares."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return torch.zeros_like(weight, dtype=dtype), torch.zeros_like(weight, dtype=dtype)
 
 
 @contextmanager
 def _differentiable(module: nn.Module, weights: Collection[Tensor]) -> Iterator[None]:
-    """Have autograd follow these weights of a module and no others."""
+    """Have autograd track these weights of a module and no others."""
     before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     for parameter, _ in before:
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Turn memory that runs out into an error that says where it happened, what the work needs, and what helps."""
+"""Turn running out of memory into an error that says where it happened, how much is needed, and how to fix it."""
 
 import re
 from collections.abc import Callable
@@ -14,20 +14,20 @@ from llmprune.stream.stream import StreamSettings
 from llmprune.text.tokens import Tokens
 from llmprune.units import format_size
 
-# How the rest of PyTorch says it, in plain RuntimeErrors: its CPU allocator, and the libraries of CUDA.
+# How the rest of PyTorch reports it, as plain RuntimeErrors: its CPU allocator, and the CUDA libraries.
 _PHRASES = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
 
 
 class MemoryGuard:
-    """Watches a run, and turns memory that runs out inside its `with` block into a `DeviceError`.
+    """Watches a run, and turns running out of memory inside its `with` block into a `DeviceError`.
 
     Args:
-        settings: what the run can change to need less.
+        settings: what the user can change so that the run needs less.
         watch: told about every step, after the guard.
 
     Attributes:
-        expected: says what the work at hand needs; asked only when memory has run out.
-        resumable: whether what was committed so far can be continued.
+        expected: says how much the current work needs; called only when memory has run out.
+        resumable: whether the run can be resumed from what was committed so far.
     """
 
     def __init__(self, settings: StreamSettings, watch: Watcher = ignore) -> None:
@@ -65,34 +65,34 @@ class MemoryGuard:
     def _fix(self, error: BaseException) -> str:
         smaller = f"set a smaller batch_size (it is {self._settings.batch_size})"
         if _on_gpu(error):
-            ways = f"{smaller} or device: cpu, or free the GPU of other programs"
+            ways = f"{smaller} or device: cpu, or stop other programs that use the GPU"
         else:
             budget = f"activation_budget (it is {format_size(self._settings.activation_budget)})"
             ways = f"{smaller} or a smaller {budget}, or free memory"
         if not self.resumable:
             return ways
-        return f"{ways}; with more memory and the same settings go on with --resume, with others --overwrite"
+        return f"{ways}; then use --resume if the recipe is unchanged, otherwise --overwrite"
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether an error says that there was not enough memory, on whatever device."""
+    """Whether an error says that there was not enough memory, on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _PHRASES)
 
 
 def sampling_needs(source: Source) -> str:
-    """Say what it takes to sample text from the dense model."""
+    """Say how much memory it takes to sample text from the dense model."""
     nbytes = sum(parameter.nbytes for parameter in source.model.parameters())
-    return f"{format_size(nbytes)} for the dense model, which is loaded whole to write its text, and some for its cache"
+    return f"{format_size(nbytes)} for the whole dense model, which generates the text, and some for its KV cache"
 
 
 def scoring_needs(source: Source, tokens: Tokens, settings: StreamSettings, models: int = 1) -> str:
-    """Say what the logits of a batch take, which is most of what an evaluation needs."""
+    """Say how much memory the logits of a batch take, which is most of what an evaluation needs."""
     positions = min(settings.batch_size, len(tokens.ids)) * tokens.ids.shape[1]
     vocabulary = source.model.config.get_text_config().vocab_size
     logits = models * positions * vocabulary * source.dtype.itemsize
-    return f"{format_size(ends_bytes(source) + logits)} for the embeddings, the head and the logits of a batch"
+    return f"{format_size(ends_bytes(source) + logits)} for the embeddings, the LM head and the logits of a batch"
 
 
 def _on_gpu(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Watch a decoder layer's matrix products and collect what its matrices read.
+"""Observe a decoder layer's matmuls and collect statistics of the inputs of its matrices.
 
 Weights are recognised by their storage, whichever operation reads them (Linear, Conv1D, `x @ w.T`, `w @ x`, fused
 experts), and matrices that read the same tensor form a group with one set of statistics.
@@ -20,18 +20,18 @@ from llmprune.models.decoder import Matrix
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.timing import Stages
 
-# Functions that multiply two of their arguments, and which the first of these is.
+# Functions that multiply two of their arguments -> index of the first of the two.
 PRODUCTS = {
     torch.matmul: 0, torch.Tensor.matmul: 0, torch.Tensor.__matmul__: 0, torch.mm: 0, torch.Tensor.mm: 0,
     torch.bmm: 0, torch.Tensor.bmm: 0, torch.addmm: 1, torch.baddbmm: 1, torch.Tensor.baddbmm: 1,
 }  # fmt: skip
 
-# Rows of held-back inputs kept per group to measure the output error: plenty for a ratio of norms.
+# Rows of held-back inputs kept per group to measure the relative output error: plenty for a ratio of norms.
 HELD_BACK_ROWS = 1024
 
 
 class EveryMatrixSeenError(Exception):
-    """Stops a forward whose remaining products nobody needs."""
+    """Stops a forward pass once its remaining matmuls are not needed."""
 
 
 @dataclass
@@ -39,9 +39,9 @@ class Group:
     """Matrices that read the same input.
 
     Attributes:
-        names: matrices, in the order in which the layer uses them; the first one's calls feed the statistics.
-        statistics: sums over the input rows, or None if no method needs any.
-        held_back: input rows [rows, in] that the statistics did not see.
+        names: matrices, in the order in which the layer uses them; the statistics come from the first one's calls.
+        statistics: sums over the input rows; None if no method needs any.
+        held_back: input rows [rows, in] that are excluded from the statistics.
     """
 
     names: list[str]
@@ -50,13 +50,13 @@ class Group:
 
 
 class Observer(TorchFunctionMode):
-    """Collects statistics while a decoder layer runs under it.
+    """Collects statistics while a decoder layer runs inside it.
 
     Args:
         parameters: parameter name -> tensor, of the layer that will run.
-        matrices: the matrices to watch.
+        matrices: the matrices to observe.
         needs: matrix name -> the statistics to collect.
-        stages: where the time of the sums is booked.
+        stages: stopwatch, to which the time for the sums is added.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class Observer(TorchFunctionMode):
         stages: Stages,
     ) -> None:
         super().__init__()
-        # A weight is known by where it lies in memory, however the layer's code got hold of it: by a module, a
-        # transpose or a slice. Hooks on modules would miss every product that is no module's.
+        # A weight is recognised by its memory address, however the layer's code accesses it: through a module, a
+        # transpose or a slice. Module hooks would miss every matmul outside a module.
         views = [(matrix, matrix.view(parameters[matrix.parameter])) for matrix in matrices]
         self._places = {_address(view): (matrix, view.stride()) for matrix, view in views}
-        # Where all experts are multiplied at once, the weight is the whole parameter.
+        # If all experts are multiplied at once, the weight is the whole parameter.
         self._fused: dict[tuple[int, int], list[tuple[Matrix, tuple[int, ...]]]] = {}
         for matrix, view in views:
             if matrix.expert is not None:
@@ -79,7 +79,7 @@ class Observer(TorchFunctionMode):
         self._needs, self._stages = needs, stages
         self._device = next(iter(parameters.values())).device
         self._group_of: dict[str, Group] = {}
-        # Of the batch at hand: which tensor has been read, kept alive, and by which group; and each matrix's products.
+        # For the current batch: tensors that were read, kept alive, with their groups; and each matrix's matmul count.
         self._inputs: dict[tuple[object, ...], tuple[Tensor, Group]] = {}
         self._calls_in_batch: dict[str, int] = {}
         self._stoppable = False
@@ -89,7 +89,7 @@ class Observer(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Look at matrix products on their way through."""
+        """Inspect matmuls as they are called."""
         kwargs = kwargs or {}
         if func is F.linear:
             self._see(args[0] if args else kwargs["input"], args[1] if len(args) > 1 else kwargs["weight"])
@@ -104,24 +104,24 @@ class Observer(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def end_batch(self) -> None:
-        """Close a batch; the tensors seen in it may be freed."""
-        # When a full forward used each matrix exactly once, later ones may stop at the last of them.
+        """End a batch; the tensors seen in it may be freed."""
+        # If a full forward pass used each matrix exactly once, later passes may stop at the last of them.
         counts = self._calls_in_batch
         self._stoppable = len(counts) == len(self._needs) and set(counts.values()) == {1}
         self._calls_in_batch = {}
         self._inputs.clear()
 
     def finish(self) -> None:
-        """Give every matrix a group; experts that no token reached get empty statistics.
+        """Give every matrix a group; experts that received no token get empty statistics.
 
         Raises:
-            ModelError: ordinary matrices took part in no matrix product.
+            ModelError: a matrix that belongs to no expert was not used in any matmul.
         """
         unused = [matrix for matrix, _ in self._places.values() if matrix.name not in self._group_of]
         if ordinary := [matrix for matrix in unused if matrix.kind is None]:
             raise ModelError(
-                f"{ordinary[0].name} took part in no matrix product during calibration"
-                + (f", nor did {len(ordinary) - 1} more in its layer" if ordinary[1:] else ""),
+                f"{ordinary[0].name} was not used in any matmul during calibration"
+                + (f" (and {len(ordinary) - 1} more in its layer)" if ordinary[1:] else ""),
                 expected="weights that multiply the layer's activations",
                 fix=f"leave them dense: {_exclude(*ordinary)}",
             )
@@ -129,28 +129,28 @@ class Observer(TorchFunctionMode):
             self._new_group(matrix)
 
     def _see(self, x: Tensor, weight: Tensor) -> None:
-        """Look at a product of inputs [..., in] and a weight [..., out, in]."""
+        """Inspect a matmul of inputs [..., in] and a weight [..., out, in]."""
         address = _address(weight)
         if address in self._places:
             self._take(*self._places[address], x, weight)
             return
         for matrix, stride in self._fused.get(address, ()):
             rows = x[matrix.expert].reshape(-1, x.shape[-1])
-            # Tokens that were sent to other experts may be there as rows of zeros.
+            # Tokens routed to other experts may be present as rows of zeros.
             sent = rows.any(-1)
             self._take(matrix, stride, rows if bool(sent.all()) else rows[sent], weight)
 
     def _take(self, matrix: Matrix, stride: tuple[int, ...], x: Tensor, weight: Tensor) -> None:
         if weight.shape[-2:] != matrix.shape or (weight.stride()[-2:] != stride and min(matrix.shape) > 1):
             raise ModelError(
-                f"the layout of {matrix.name} is unknown: taken for {matrix.shape} (out, in), "
-                f"it multiplies as {tuple(weight.shape[-2:])} with strides {weight.stride()[-2:]}, not {stride}",
-                fix=f"report it, and leave such matrices dense meanwhile: {_exclude(matrix)}",
+                f"the layout of {matrix.name} is unknown: expected to be {matrix.shape} (out, in) with strides "
+                f"{stride}, it is multiplied as {tuple(weight.shape[-2:])} with strides {weight.stride()[-2:]}",
+                fix=f"report it, and leave such matrices dense until it is fixed: {_exclude(matrix)}",
             )
         self._calls_in_batch[matrix.name] = self._calls_in_batch.get(matrix.name, 0) + 1
         if not x.numel():
             return
-        # A matrix joins a group with its first product, and stays: the layer's code decides which inputs are shared.
+        # A matrix joins a group at its first matmul and stays in it: the layer's code decides which inputs are shared.
         group = self._group_of.get(matrix.name) or self._join(matrix, x)
         if group.names[0] == matrix.name:
             with self._stages("gram"):
@@ -161,7 +161,7 @@ class Observer(TorchFunctionMode):
                     group.statistics.update(rows)
 
     def _join(self, matrix: Matrix, x: Tensor) -> Group:
-        # The input is kept alive until the batch ends, so its address cannot be handed to another tensor meanwhile.
+        # The input is kept alive until the batch ends, so that its address is not reused by another tensor.
         key = (x.data_ptr(), x._version, _rows_layout(x))
         if key in self._inputs and self._needs_same(matrix, self._inputs[key][1]):
             group = self._inputs[key][1]
@@ -173,7 +173,7 @@ class Observer(TorchFunctionMode):
         return group
 
     def _needs_same(self, matrix: Matrix, group: Group) -> bool:
-        # A Gram holds the column norms too; the other way round the matrix gets statistics of its own.
+        # A Gram contains the column norms too; in the reverse case the matrix gets statistics of its own.
         need = self._needs[matrix.name]
         return need is None or isinstance(group.statistics, (need, Gram) if need is ColumnNorm else need)
 
@@ -187,18 +187,18 @@ class Observer(TorchFunctionMode):
     def _keep(self, group: Group, rows: Tensor) -> None:
         room = HELD_BACK_ROWS - sum(len(kept) for kept in group.held_back)
         if room > 0:
-            # Spread over the batch: neighbouring tokens have much in common.
+            # Spread over the batch, since neighbouring tokens are similar.
             step = max(len(rows) // room, 1)
             group.held_back.append(rows[::step][:room].clone())
 
 
 def _address(weight: Tensor) -> tuple[int, int]:
-    """Where a matrix begins in memory, and its size; the same for the matrix and its transpose."""
+    """The memory address of a matrix and its number of elements; the same for the matrix and its transpose."""
     return weight.data_ptr(), weight.numel()
 
 
 def _rows_layout(x: Tensor) -> tuple[tuple[int, int], ...]:
-    """Sizes and strides of x [..., in], dimensions merged where possible: alike for all shapes of the same rows."""
+    """Sizes and strides of x [..., in], dimensions merged where possible: equal for all shapes of the same rows."""
     merged = [(x.shape[-1], x.stride(-1))]
     for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
         inner_size, inner_stride = merged[-1]
@@ -210,6 +210,6 @@ def _rows_layout(x: Tensor) -> tuple[tuple[int, int], ...]:
 
 
 def _exclude(*matrices: Matrix) -> str:
-    """The line of a recipe that leaves these matrices, and their likes in other layers, dense."""
+    """The line of a recipe that leaves these matrices, and their counterparts in other layers, dense."""
     globs = ["*" + re.split(r"\.\d+(?=\.)", matrix.kind or matrix.name, maxsplit=1)[-1] for matrix in matrices]
     return f"exclude: {json.dumps(list(dict.fromkeys(globs)))}"

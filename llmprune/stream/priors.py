@@ -1,4 +1,4 @@
-"""Complete the statistics of experts that too few calibration tokens reached."""
+"""Complete the statistics of experts with too few calibration tokens."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,19 @@ from llmprune.stream.stream import ResidentLayer
 
 
 def add_priors(layer: ResidentLayer, groups: list[Group], min_tokens: int) -> dict[str, int]:
-    """Complete the statistics of experts that too few tokens reached.
+    """Complete the statistics of experts with too few tokens.
 
     Below `min_tokens` an expert's Gram is mostly noise, and without any token it would make every weight look useless.
-    The missing tokens are replaced by uncorrelated ones with the mean square that the layer's other experts see, which
-    pulls the solution towards magnitude pruning of this expert as far as data is missing.
+    The missing tokens are replaced by uncorrelated ones with the mean square of the inputs of all experts in the layer,
+    which moves the solution towards magnitude pruning the more data is missing.
+
+    Args:
+        layer: resident.
+        groups: its groups; their statistics are completed in place.
+        min_tokens: tokens that every expert should have.
+
+    Returns:
+        Matrix name -> tokens added, for the matrices of experts with too few.
     """
     priors: dict[str, int] = {}
     kinds = {group.names[0]: layer.matrices[group.names[0]].kind for group in groups}

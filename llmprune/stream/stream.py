@@ -5,8 +5,8 @@
             for name in group.names:
                 layer.replace(name, method(layer.weight(name), group.statistics, pattern).weight)
 
-The caller's loop body is the algorithm. When it ends, the stream runs the layer as it now is and hands its outputs to
-the next one, so that every layer is calibrated on what the pruned prefix produces.
+The caller's loop body is the algorithm. After it, the stream runs the modified layer and passes its outputs to the next
+one, so that every layer is calibrated on the outputs of the pruned layers before it.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ Needs = Mapping[str, type[ColumnNorm] | type[Gram] | None]
 
 @dataclass(frozen=True, slots=True)
 class StreamSettings:
-    """How a stream runs; none of it changes the result beyond rounding.
+    """How a stream runs; only `held_back` changes the result beyond rounding.
 
     Attributes:
         device: where layers are computed.
-        batch_size: samples a forward.
-        held_back: how many of the last samples the statistics must not see.
+        batch_size: samples per forward pass.
+        held_back: how many of the last samples to exclude from the statistics.
         activation_budget: bytes of hidden states in CPU memory; the rest goes to disk.
         outputs: also compute the last layer's outputs, which the logits need.
     """
@@ -62,7 +62,7 @@ class Stream:
 
     Raises:
         ModelError: the model does not pass hidden states from one layer to the next unchanged.
-        NumericsError: a layer's output is not finite; it names the layer.
+        NumericsError: a layer's output is not finite; names the layer.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Stream:
         self.source, self.settings = source, settings or StreamSettings()
         self.stages = stages or Stages()
         self.hidden = HiddenStates(self.settings.activation_budget)
-        # Samples that are held back have batches of their own, so that statistics see a batch whole or not at all.
+        # Held-back samples have batches of their own, so that the statistics include a whole batch or none of it.
         counted = len(ids) - self.settings.held_back
         size = self.settings.batch_size
         self.batches = [*ids[:counted].split(size), *(ids[counted:].split(size) if self.settings.held_back else ())]
@@ -98,12 +98,12 @@ class Stream:
     def logits(self, *final: HiddenStates) -> Iterator[tuple[Tensor, ...]]:
         """Yield, batch by batch, the logits [samples, length, vocabulary] of one or more sets of final hidden states.
 
-        The model's own code is run with its decoder layers replaced by the given hidden states, so whatever it does
-        around the head (norm, scaling, soft-capping) is done.
+        The model's own code is run with its decoder layers replaced by the given hidden states, so that whatever it
+        does around the head (norm, scaling, soft-capping) is included.
         """
         with self._ends():
             for batch, ids in enumerate(self.batches):
-                # Not around the yield: what is switched there would stay switched for the caller.
+                # Not around the yield: gradients would stay disabled in the caller's code.
                 with torch.no_grad(), self.stages("forward"):
                     logits = tuple(self.head(ids, states[batch]) for states in final)
                 yield logits
@@ -111,10 +111,10 @@ class Stream:
     def capture(self) -> None:
         """Run the model's own code around its decoder layers, and record how it calls each of them."""
         with torch.no_grad(), self.stages("forward"):
-            # What stands in for a layer must return what the layer returns, so one is run to see it.
+            # The stand-in for a layer must return what the layer returns, so one layer is run to find out.
             with self._ends():
                 args, kwargs = self._first_call(self.batches[0])
-            # The ends and a layer are large: they are never in memory together.
+            # Both the ends (embeddings, norm, head) and a layer are large, so they are never in memory together.
             self.source.load_layer(0, self.settings.device)
             try:
                 self.calls.learn(self.source.layers[0].forward(*args, **kwargs))
@@ -127,7 +127,7 @@ class Stream:
 
     @contextlib.contextmanager
     def _ends(self) -> Iterator[None]:
-        """What lies outside the layers, on the device."""
+        """Everything outside the layers, on the device."""
         self.source.load_ends(self.settings.device)
         try:
             yield
@@ -160,8 +160,8 @@ class Stream:
         return ModelError(
             f"{type(self.source.model).__name__} called {called} of {len(self.source.layers)} layers "
             f"in {self.source.layers_path}",
-            expected="a forward that calls each decoder layer once, in order",
-            fix="name another list of layers in the recipe (decoder_layers)",
+            expected="a forward pass that calls each decoder layer once, in order",
+            fix="set decoder_layers in the recipe to another list of layers",
         )
 
     def _run_model(self, ids: Tensor) -> Any:
@@ -185,11 +185,11 @@ class ResidentLayer:
 
     Attributes:
         name: dotted name in the model, for example "model.layers.3".
-        index: its place in the stream.
+        index: its position in the stream.
         module: the layer itself.
         matrices: name -> its prunable matrices.
         replaced: the parameters in which a matrix was replaced.
-        skipped: whether the next layer gets this one's inputs, as if it were not there.
+        skipped: whether the next layer gets this one's inputs, as if this layer were removed.
     """
 
     def __init__(self, stream: Stream, index: int) -> None:
@@ -199,7 +199,7 @@ class ResidentLayer:
         self.become(stream.source.layers[index], f"{stream.source.layers_path}.{index}")
 
     def become(self, module: nn.Module, name: str) -> None:
-        """Let another module, on the device already, stand for this layer from now on; who made it frees it.
+        """Use another module, already on the device, as this layer from now on; its creator must free it.
 
         Args:
             module: takes the same arguments, and its parameters have the same names.
@@ -220,7 +220,7 @@ class ResidentLayer:
 
         Raises:
             NumericsError: an activation is NaN or infinite; names the matrix.
-            ModelError: a matrix took part in no product.
+            ModelError: a matrix was not used in any matmul.
         """
         watched = [self.matrices[name] for name in needs]
         observer = Observer(self._parameters, watched, needs, self.stream.stages)
@@ -251,26 +251,26 @@ class ResidentLayer:
         return weight.clone() if weight.data_ptr() == self._view(name).data_ptr() else weight
 
     def replace(self, name: str, weight: Tensor) -> None:
-        """Put a matrix [out, in] in place, rounded to the dtype in which it will be stored."""
+        """Replace a matrix by another [out, in], rounded to the dtype in which it will be stored."""
         parameter = self.matrices[name].parameter
-        # Rounded now, not when it is written: later layers must be calibrated on the weights that will be loaded.
+        # Rounded now, not on writing: later layers must be calibrated on the weights that will be loaded.
         with torch.no_grad():
             self._view(name).copy_(weight.to(self.stream.source.stored_dtype(self.index, parameter)))
         self.replaced.add(parameter)
 
     def count_zeros(self, name: str) -> int:
-        """Zeros in the matrix as it is now."""
+        """The number of zeros currently in the matrix."""
         return int((self._view(name) == 0).sum())
 
     def output_error(self, group: Group, name: str, original: Tensor) -> float | None:
-        """||(W - V) X||^2 / ||W X||^2 on the held-back rows X, for W the original [out, in] and V the present matrix.
+        """Relative output error ||(W - V) X||^2 / ||W X||^2, W the original [out, in], V the current matrix.
 
-        Without held-back rows the statistics' own Gram is used; None if there is neither.
+        X are the held-back rows. Without them the Gram of the statistics is used; None if there is neither.
         """
         difference = original - self._view(name).float()
         rows = torch.cat(group.held_back) if group.held_back else None
         if rows is not None:
-            # The ratio needs three digits, not seven.
+            # Three digits of the ratio are enough, so bfloat16 will do.
             with float32_products("bf16" if rows.dtype == torch.bfloat16 else "ieee"):
                 lost = (rows.float() @ difference.T).square().sum()
                 total = (rows.float() @ original.T).square().sum()
@@ -283,10 +283,10 @@ class ResidentLayer:
         return float(lost / total) if float(total) > 0 else 0.0
 
     def advance(self, states: HiddenStates | None = None) -> None:
-        """Run the layer as it is now; its outputs take the place of its inputs.
+        """Run the layer in its current state; its outputs replace its inputs.
 
         Args:
-            states: other hidden states than the stream's own, for a model that differs in some layer before.
+            states: hidden states other than the stream's own, for a model that differs in some earlier layer.
         """
         hidden = self.stream.hidden if states is None else states
         with torch.no_grad(), self.stream.stages("forward"):
@@ -296,7 +296,7 @@ class ResidentLayer:
                 hidden[batch] = output
 
     def forward(self, hidden: Tensor, batch: int) -> Any:
-        """Call the layer with hidden states [samples, length, hidden] and what the model hands it in this batch."""
+        """Call the layer with hidden states [samples, length, hidden] and what the model passes to it in this batch."""
         args, kwargs = self.stream.calls.get(self.index, batch)
         return self.module(hidden.to(self.stream.settings.device), *args, **kwargs)
 
@@ -308,18 +308,18 @@ class ResidentLayer:
         try:
             check_finite(values, what)
         except NumericsError as error:
-            # Where a parameter is the cause, the activation that shows it first would mislead.
+            # If a parameter is the cause, naming the activation in which it first shows would mislead.
             for name, parameter in self._parameters.items():
                 check_finite(parameter, f"{self.name}: the parameter {name}")
             raise error.at(self.name) from None
 
 
 class _CapturedError(Exception):
-    """Ends a forward once the last decoder layer has been called."""
+    """Ends a forward pass once the last decoder layer has been called."""
 
 
 class _Recorder:
-    """Stands in for all decoder layers during one forward: passes the hidden states on and records the calls.
+    """Stands in for all decoder layers during one forward pass: passes the hidden states on and records the calls.
 
     Attributes:
         expected: index of the layer that must be called next.
@@ -345,7 +345,7 @@ class _Recorder:
         return self._stream.calls.stand_in(index, hidden)
 
     def _check(self, index: int, hidden: Tensor) -> None:
-        # The same memory and no write since: whatever the model did in between left the hidden states alone.
+        # Same memory, no writes since: the model did not change the hidden states in between.
         state = hidden.data_ptr(), hidden.shape, hidden.stride(), hidden.dtype, hidden._version
         if index == 0 and self.expected == 0:
             self._state = state
@@ -356,15 +356,15 @@ class _Recorder:
                 f"{name} calls layer {index} of {self._stream.source.layers_path} after {self.expected} others"
                 if index != self.expected
                 else f"{name} changes the hidden states between its decoder layers (before layer {index})",
-                expected="layers that are called in order, and hand their output to the next one unchanged",
+                expected="layers that are called in order, and whose output is passed to the next one unchanged",
                 fix="this architecture cannot be streamed layer by layer",
             )
 
 
 @contextlib.contextmanager
 def _replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `forward(index, ...)` stand in for every layer's forward."""
-    # A model that accelerate has dispatched keeps its hooks in a `forward` of the instance.
+    """Replace every layer's `forward(...)` with `forward(index, ...)`."""
+    # A model dispatched by accelerate keeps its hooks in an instance attribute `forward`.
     before = [vars(layer).get("forward") for layer in layers]
     for index, layer in enumerate(layers):
         layer.forward = functools.partial(forward, index)

@@ -1,7 +1,7 @@
-"""Several variants of a model in one pass: hidden states of their own, carried through the same resident layers.
+"""Several variants of a model in one pass: each has its own hidden states, carried through the same resident layers.
 
-A variant differs from the streamed model in some layer, and from there on in its hidden states alone. So each decoder
-layer is loaded once, whatever the number of variants, and each of them costs one forward of every layer that follows.
+A variant differs from the streamed model in one layer, and after that only in its hidden states. So each decoder layer
+is loaded once, whatever the number of variants, and each variant costs one forward pass of every layer that follows.
 """
 
 from collections.abc import Hashable, Iterator, Mapping
@@ -14,24 +14,24 @@ from llmprune.errors import ModelError
 from llmprune.stream.activations import HiddenStates
 from llmprune.stream.stream import ResidentLayer, Stream
 
-# Bytes of logits that exist at once while variants are compared.
+# Limit on the bytes of logits in memory while variants are compared.
 _LOGIT_BYTES = 1 << 30
-# Positions whose logits are widened to float32 at once.
+# Positions whose logits are converted to float32 at once.
 _POSITIONS = 512
 
 Name = TypeVar("Name", bound=Hashable)
 
 
 class Separation:
-    """Refuses layers that hand one another anything but hidden states.
+    """Refuses layers that pass each other anything but hidden states.
 
-    What the model hands to its layers beside them (masks, rotary embeddings) is the same for every variant as long as
-    no layer computes it: it is known before any layer has run, and is made of the same tensors when a layer's turn
-    comes. Keys and values that one layer shares with another are not; they would be those of one variant only, and a
-    gradient would miss the path through them.
+    Whatever else the model passes to its layers (masks, rotary embeddings) is the same for every variant as long as no
+    layer computes it: it is known before any layer has run, and consists of the same tensors when a layer is reached.
+    Keys and values that one layer shares with another do not; they would belong to one variant only, and a gradient
+    would miss the path through them.
 
     Args:
-        fix: what to do about a model that is refused.
+        fix: what to do with a model that is refused.
     """
 
     def __init__(self, fix: str) -> None:
@@ -39,10 +39,10 @@ class Separation:
         self._before: list[list[Tensor]] = []
 
     def check(self, layer: ResidentLayer) -> None:
-        """Look at what a layer is handed; called for each layer in order, the first one before it has run.
+        """Check what is passed to a layer; called for each layer in order, for the first one before it has run.
 
         Raises:
-            ModelError: the layer reads what a layer before it has computed, other than hidden states.
+            ModelError: the layer reads something computed by an earlier layer, other than hidden states.
         """
         stream = layer.stream
         if not self._before:
@@ -50,14 +50,14 @@ class Separation:
         before, now = self._before[layer.index], _handed(stream, layer.index)
         if len(now) != len(before) or any(one is not other for one, other in zip(now, before, strict=True)):
             raise ModelError(
-                f"{layer.name} reads more than hidden states of the layers before it",
-                expected="layers that hand one another hidden states only",
+                f"{layer.name} reads more than the hidden states of earlier layers",
+                expected="layers that pass each other only hidden states",
                 fix=self._fix,
             )
 
 
 class Variants(Generic[Name]):
-    """Hidden states of variants of the model that streams.
+    """Hidden states of variants of the streamed model.
 
         variants = Variants(stream, fix)
         for layer in stream:
@@ -67,8 +67,8 @@ class Variants(Generic[Name]):
         variants.divergences(stream.hidden, last_position=False)["without"]
 
     Args:
-        stream: the one whose layers become resident; its activation budget holds for each variant anew.
-        fix: what to do about a model whose layers hand one another more than hidden states.
+        stream: the one whose layers become resident; its activation budget applies to each variant separately.
+        fix: what to do with a model whose layers pass each other more than hidden states.
     """
 
     def __init__(self, stream: Stream, fix: str) -> None:
@@ -76,10 +76,10 @@ class Variants(Generic[Name]):
         self._states: dict[Name, HiddenStates] = {}
 
     def advance(self, layer: ResidentLayer) -> None:
-        """Carry all variants through a layer as it is now.
+        """Carry all variants through a layer in its current state.
 
         Raises:
-            ModelError: the layer reads more than hidden states of the layers before it.
+            ModelError: the layer reads more than the hidden states of earlier layers.
             NumericsError: an output is not finite; names the layer.
         """
         self._separation.check(layer)
@@ -87,12 +87,12 @@ class Variants(Generic[Name]):
             layer.advance(states)
 
     def begin(self, name: Name, layer: ResidentLayer, skipped: bool = False) -> None:
-        """Start a variant that has this layer as it is now, and all layers before it as the stream had them.
+        """Start a variant with this layer in its current state, and all earlier layers as the stream had them.
 
         Args:
             name: of the variant.
             layer: the stream's own hidden states are still its inputs.
-            skipped: the variant does without the layer.
+            skipped: whether the variant omits the layer.
 
         Raises:
             NumericsError: an output is not finite; names the layer.
@@ -106,11 +106,11 @@ class Variants(Generic[Name]):
 
         Args:
             dense: its final hidden states.
-            last_position: whether the prediction after a sample's last token counts. No token of the sample says
-                whether it is right, so perplexity leaves it out; two distributions can be compared there all the same.
+            last_position: whether to include the prediction after a sample's last token. The sample has no token to
+                check it against, so perplexity omits it; two distributions can still be compared there.
 
         Returns:
-            Variant -> mean over positions of KL(dense || variant), in nats; NaN or infinite where the logits are.
+            Variant -> mean over positions of KL(dense || variant), in nats/token; NaN or infinite where the logits are.
         """
         names = list(self._states)
         totals = dict.fromkeys(names, 0.0)
@@ -124,7 +124,7 @@ class Variants(Generic[Name]):
         return {name: total / positions for name, total in totals.items()}
 
     def _together(self) -> int:
-        """How many variants have logits in memory at once, beside the dense model's."""
+        """How many variants have logits in memory at once, in addition to the dense model's."""
         vocabulary = self._stream.source.model.config.get_text_config(decoder=True).vocab_size
         return max(_LOGIT_BYTES // (4 * self._stream.batches[0].numel() * vocabulary) - 1, 1)
 
@@ -134,13 +134,13 @@ def kl_divergence(dense: Tensor, other: Tensor) -> float:
 
     Args:
         dense: log-probabilities [positions, vocabulary], float32 or wider.
-        other: alike.
+        other: the same.
     """
     return float(F.kl_div(other, dense, reduction="sum", log_target=True))
 
 
 def _sums(logits: tuple[Tensor, ...], last_position: bool) -> list[float]:
-    """KL(first || other) for each of the others, summed over positions of [samples, length, vocabulary]."""
+    """KL(first || other) for each of the others, summed over positions, from logits [samples, length, vocabulary]."""
     stop = None if last_position else -1
     first, *others = (part[:, :stop].reshape(-1, part.shape[-1]).split(_POSITIONS) for part in logits)
     sums = [0.0] * len(others)
@@ -152,15 +152,15 @@ def _sums(logits: tuple[Tensor, ...], last_position: bool) -> list[float]:
 
 
 def _handed(stream: Stream, index: int) -> list[Tensor]:
-    """The tensors that a layer is handed in the first batch beside the hidden states."""
+    """The tensors passed to a layer in the first batch, apart from the hidden states."""
     return list(_tensors(stream.calls.get(index, 0)))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     """All tensors in nested containers, in order.
 
-    Layers may share a mapping that they write to, of a class that `tree_leaves` does not open: what is written shows in
-    the next layer's tensors.
+    Layers may write to a shared mapping of a class that `tree_leaves` does not traverse: what they write then appears
+    among the next layer's tensors.
     """
     if isinstance(value, Tensor):
         yield value

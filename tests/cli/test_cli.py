@@ -306,7 +306,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(
         "sparsegpt",
         "predicted peak",
         "two forwards",
-        "not looked at",
+        "does not read",
     ):
         assert words in result.stdout
     assert all(len(line) <= 80 for line in result.stdout.splitlines() if str(model) not in line)

@@ -67,7 +67,7 @@ def only(found: Explanation) -> tuple[set[str], set[str]]:
 @pytest.mark.parametrize(
     ("layout", "pattern", "reason"),
     [
-        ("nm", "2:4", "a CPU has no sparse kernel that is faster than the dense product"),
+        ("nm", "2:4", "a CPU has no sparse kernel that is faster than the dense matmul"),
         ("nm", "1:4", "only 2:4 has a kernel"),
         ("bitmask", "0.7", "no kernel gains from zeros that lie anywhere: it is smaller on disk only"),
         ("block", "0.5@16x16", "a CPU is faster with the dense matrix below 85% block sparsity"),
@@ -117,7 +117,7 @@ def test_what_keeps_a_gpu_from_the_fastest_form_is_said(tmp_path: Path, monkeypa
     wide = explain(save_packed(tmp_path / "wide", dtype=torch.float32, **WHOLE) / "packed", CUDA)
     forms_found, (reason,) = only(wide)
     assert forms_found == {"dense"}
-    assert reason == "the kernels multiply bfloat16 and float16, and this is float32"
+    assert reason == "the kernels support bfloat16 and float16, not float32"
 
 
 def test_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def test_the_table_joins_equal_layers_and_explains_in_footnotes(tmp_path: Path) 
     assert sum("model.layers.0-2" in line for line in lines) == 1
     (row,) = [line.split() for line in lines if "mlp.down_proj" in line]
     assert row == ["mlp.down_proj", "64x320", "2:4", "dense", "[1]", "56.2%", "1.00", "none"]
-    assert "[1] a CPU has no sparse kernel that is faster than the dense product" in lines
+    assert "[1] a CPU has no sparse kernel that is faster than the dense matmul" in lines
     assert any(line.startswith("limit") and "1.00 times as fast" in line for line in lines)
 
 

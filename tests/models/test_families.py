@@ -301,9 +301,7 @@ def test_a_decoder_without_its_encoder_is_pruned_without_cross_attention(tmp_pat
         max_position_embeddings=64, is_encoder_decoder=False, is_decoder=True,
     )  # fmt: skip
     save(AutoModelForCausalLM.from_config(config), tmp_path / "source")
-    with pytest.raises(
-        ModelError, match=r"encoder_attn\.k_proj took part in no matrix product .* nor did 3 more"
-    ) as caught:
+    with pytest.raises(ModelError, match=r"encoder_attn\.k_proj was not used in any matmul .*and 3 more") as caught:
         prune(tmp_path / "source", recipe(), tmp_path / "output")
     exclude = json.loads(caught.value.fix.partition("exclude: ")[2])
     report = prune(tmp_path / "source", recipe(exclude=exclude), tmp_path / "output", overwrite=True)

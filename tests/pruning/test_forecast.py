@@ -174,7 +174,7 @@ def test_nothing_is_written_and_no_text_is_read(folder: Path, tmp_path: Path, mo
     plan = look(folder, calibration={"source": "nobody/corpus", "samples": 6, "length": 24})
     assert contents(tmp_path) == {}
     assert contents(folder) == before
-    assert any("The calibration text is not looked at" in note for note in plan.notes)
+    assert any("does not read the calibration text" in note for note in plan.notes)
 
 
 def test_notes_say_what_the_figures_leave_out(folder: Path) -> None:
@@ -183,8 +183,8 @@ def test_notes_say_what_the_figures_leave_out(folder: Path) -> None:
 
     text = {"source": "nobody/corpus", "samples": 6, "length": 24}
     assert "lower bound" in notes()
-    assert "loaded whole" in notes()
-    assert "loaded whole" not in notes(calibration=text)
+    assert "self-generated text" in notes()
+    assert "self-generated text" not in notes(calibration=text)
     assert "average" in notes(rules=[{"match": "*mlp*", "pattern": "0.5/layer"}])
     assert "average" not in notes()
 

@@ -198,9 +198,13 @@ def test_zeros_lose_their_sign(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "matrix", "reason"),
     [
-        ("gpt2", "c_fc", "not the weight of one prunable Linear"),
-        ("mixtral", "experts", "not the weight of one prunable Linear"),
-        ("gemma3-vision", "language_model.model.layers.0.mlp.up_proj", "stored under another name than the model's"),
+        ("gpt2", "c_fc", "not the weight of a single prunable Linear"),
+        ("mixtral", "experts", "not the weight of a single prunable Linear"),
+        (
+            "gemma3-vision",
+            "language_model.model.layers.0.mlp.up_proj",
+            "stored under a different name than in",
+        ),
     ],
 )
 def test_matrices_that_a_packed_linear_cannot_replace_stay_dense(
@@ -315,7 +319,7 @@ def test_what_cannot_be_packed_or_unpacked(dense: Path, tmp_path: Path) -> None:
         (CheckpointError, "no folder", lambda: unpack(tmp_path / "absent", new)),
         (CheckpointError, "no config.json", lambda: pack(tmp_path / "empty", new)),
         (CheckpointError, "no weights", lambda: pack(tmp_path / "weightless", new)),
-        (CheckpointError, "packed already", lambda: pack(packed, new)),
+        (CheckpointError, "already packed", lambda: pack(packed, new)),
         (CheckpointError, "not packed", lambda: unpack(dense, new)),
         (ResumeError, "the model itself", lambda: pack(dense, dense)),
         (ResumeError, "the model itself", lambda: pack(dense, dense / ".." / "dense", overwrite=True)),

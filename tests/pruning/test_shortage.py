@@ -79,7 +79,7 @@ def test_what_the_allocator_says_is_recognised() -> None:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (GPU, ["the memory of the GPU ran out", "CUDA out of memory. Tried", "device: cpu, or free the GPU"]),
+        (GPU, ["the memory of the GPU ran out", "CUDA out of memory. Tried", "device: cpu, or stop other programs"]),
         (
             ALLOCATOR,
             ["the memory of this machine ran out", "can't allocate memory", "activation_budget (it is 4.3 GB"],
@@ -133,7 +133,7 @@ def test_sampling_text_says_that_the_model_is_loaded_whole(
     result = run("prune", model, "--recipe", "demo", "--output", tmp_path / "out", *SMALL)
     assert result.exit_code == 1
     assert "Error: the memory of this machine ran out: calibration text" in result.stderr
-    assert "for the dense model, which is loaded whole to write its text" in result.stderr
+    assert "for the whole dense model, which generates the text" in result.stderr
     assert "continue with" not in result.stderr
     assert "--resume" not in result.stderr
     assert not (tmp_path / "out").exists()
@@ -164,5 +164,5 @@ def test_perplexity_out_of_memory_is_explained(model: Path, tmp_path: Path, monk
     result = run("perplexity", model, "--text", text, "--length", 16, "--samples", 2)
     assert result.exit_code == 1
     assert "ran out: perplexity, head: [enforce fail" in result.stderr
-    assert "B for the embeddings, the head and the logits of a batch" in result.stderr
+    assert "B for the embeddings, the LM head and the logits of a batch" in result.stderr
     assert "batch_size (it is 8)" in result.stderr

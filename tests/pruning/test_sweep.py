@@ -254,7 +254,7 @@ def test_what_was_never_begun_stands_in_nobodys_way(model: Path, recipe: dict[st
 
 def test_a_folder_with_something_in_it_is_refused(model: Path, recipe: dict[str, Any], copy: Path) -> None:
     before = contents(copy.parent)
-    with pytest.raises(ResumeError, match=r"holds a sweep.*\nexpected.*\nfix: go on with --resume, or replace it with"):
+    with pytest.raises(ResumeError, match=r"holds a sweep.*\nexpected.*\nfix: continue it with --resume, or replace"):
         sweep(model, recipe, GRID, copy)
     with pytest.raises(ResumeError, match="contradict"):
         sweep(model, recipe, GRID, copy, resume=True, overwrite=True)
@@ -288,9 +288,9 @@ def test_overwriting_replaces_all_runs_and_nothing_else(model: Path, recipe: dic
         ('{"format": 1, "keys": {}, "runs": [{"name": "a"}]}', "cannot be read"),
         (
             '{"format": 1, "keys": {}, "runs": [{"name": "../victim", "settings": {}, "recipe": {}}]}',
-            "no name of a run",
+            "not a valid name",
         ),
-        ('{"format": 1, "keys": {}, "runs": [{"name": "..", "settings": {}, "recipe": {}}]}', "no name of a run"),
+        ('{"format": 1, "keys": {}, "runs": [{"name": "..", "settings": {}, "recipe": {}}]}', "not a valid name"),
     ],
 )
 def test_a_damaged_record_is_a_typed_error(

@@ -288,7 +288,7 @@ def test_a_forward_without_generate_is_the_models() -> None:
     [
         ("mamba", {}, r"layers of other kinds: LinearAttentionLayer"),
         ("openai-gpt", {}, "cannot be compiled"),
-        ("llama", {"attn_implementation": "flex_attention"}, "uses the attention 'flex_attention'"),
+        ("llama", {"attn_implementation": "flex_attention"}, "uses the attention implementation 'flex_attention'"),
     ],
 )
 def test_refuses_what_it_cannot_record(family: str, changes: dict[str, Any], reason: str) -> None:

@@ -253,7 +253,7 @@ def test_a_wrong_kernel_is_found_at_load(tmp_path: Path, monkeypatch: pytest.Mon
             return super().multiply(*arguments) * 1.05  # type: ignore[arg-type]
 
     monkeypatch.setattr(forms, "FORMS", (Wrong(),))
-    with pytest.raises(NumericsError, match=r"q_proj: the wrong product of 5 tokens"):
+    with pytest.raises(NumericsError, match=r"q_proj: the wrong matmul of 5 tokens"):
         load(folder / "packed")
     monkeypatch.setenv("LLMPRUNE_SELFTEST", "0")
     load(folder / "packed")

@@ -121,7 +121,7 @@ def test_the_model_stays_as_it_was() -> None:
 @pytest.mark.parametrize("family", [family for family in ("gemma3n", "gemma4", "zaya", "glm_moe_dsa") if known(family)])
 def test_layers_that_hand_on_more_than_hidden_states_are_refused(family: str) -> None:
     model = build(family)
-    with pytest.raises(ModelError, match="reads more than hidden states of the layers before it"):
+    with pytest.raises(ModelError, match="reads more than the hidden states of earlier layers"):
         streamed(model, matrix_names(model))
 
 

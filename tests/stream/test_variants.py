@@ -64,5 +64,5 @@ def test_a_variant_without_the_layer_has_its_inputs() -> None:
 def test_layers_that_hand_one_another_more_are_refused_with_a_way_out(family: str) -> None:
     run = stream(build(family))
     variants = Variants[int](run, "take another way")
-    with pytest.raises(ModelError, match=r"reads more than hidden states of the layers before it(.|\n)*another way"):
+    with pytest.raises(ModelError, match=r"reads more than the hidden states of earlier layers(.|\n)*another way"):
         walk(run, variants.advance)

@@ -137,7 +137,7 @@ def test_the_reference_moves_to_where_something_is_lost() -> None:
 
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4", "zaya", "glm_moe_dsa"])
 def test_layers_that_hand_one_another_more_than_hidden_states(family: str) -> None:
-    with pytest.raises(ModelError, match="reads more than hidden states of the layers before it"):
+    with pytest.raises(ModelError, match="reads more than the hidden states of earlier layers"):
         survey(ModelSource(build(family)))
 
 

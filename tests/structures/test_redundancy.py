@@ -293,7 +293,7 @@ def test_logits_of_few_variants_at_once(monkeypatch: pytest.MonkeyPatch) -> None
 def test_layers_that_hand_one_another_more_than_hidden_states(family: str) -> None:
     model = build(family)
     layers = model.config.num_hidden_layers
-    with pytest.raises(ModelError, match="reads more than hidden states of the layers before it"):
+    with pytest.raises(ModelError, match="reads more than the hidden states of earlier layers"):
         greedy_on(model, layer_candidates(layers), 1)
 
 

@@ -1,1 +1,1 @@
-"""What a run would do and need, before it starts."""
+"""What a run would do and what it would need, before it starts."""

@@ -1,12 +1,12 @@
-"""What a run would do, take and need, without running it: the plan, its arithmetic, its memory and its disk space.
+"""What a run would do and need, without running it: the plan, its arithmetic, its memory and its disk space.
 
-The checkpoint's structure says what happens to each matrix. One layer of every kind is loaded and shown a few random
-tokens, which tells the groups of matrices that share an input and the share of the tokens that reaches each expert.
-Counted are the matrix products:
+The checkpoint's structure determines what happens to each matrix. One layer of every kind is loaded and run on a few
+random tokens, which shows which matrices share an input and what fraction of the tokens each expert receives. Only
+matmuls are counted:
 
-    forward   2 x elements x tokens for each matrix of a layer, and that twice: to observe the layer, and to advance
+    forward   2 x elements x tokens for each matrix of a layer, in two forward passes: to observe the layer, to advance
     Gram      2 x tokens x d^2 for each group of width d
-    solve     what the methods say (`Method.work`, `Method.shared_work`): for SparseGPT d^3 / 3 for each group's
+    solve     as the methods state (`Method.work`, `Method.shared_work`): for SparseGPT d^3 / 3 for each group's
               factorisation, and 2 x out x d^2 for each matrix
 """
 
@@ -46,18 +46,18 @@ from llmprune.structures.removable import Removable
 from llmprune.structures.survey import check_budget
 from llmprune.text.loading import check_texts, model_positions
 
-# The look at a layer: few tokens, and sizes that hardly any dimension of a model has, so that a tensor's shape tells
-# which of its dimensions grow with the batch and with the length.
+# Samples and length for probing a layer: few tokens, and sizes that hardly any dimension of a model has, so that a
+# tensor's shape shows which of its dimensions grow with the batch and with the length.
 _SAMPLES, _LENGTH = 2, 61
 
-# The size of the square matrices that rates are measured on.
+# The size of the square matrices used to measure rates.
 _RATE_SIZES = {"cpu": 1024, "cuda": 4096}
 
 
 def dry_run(
     model: str | Path, recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()
 ) -> DryRun:
-    """Work out what `prune` would do with a checkpoint; nothing is written.
+    """Work out what `prune` would do with a checkpoint, without writing anything.
 
     Args:
         model: a hub id, a local checkpoint folder or "testbed".
@@ -65,8 +65,9 @@ def dry_run(
         overrides: changes to the recipe, "key.path=value".
 
     Raises:
-        LlmpruneError: what a run would refuse whatever the text is: the recipe, the model, a pattern that does not fit,
-            a device that is not there, a matrix that is never used; or there is not enough memory for one layer.
+        LlmpruneError: everything that a run would refuse regardless of the text: the recipe, the model, a pattern that
+            does not fit, an unavailable device, a matrix that is never used; or there is not enough memory for one
+            layer.
     """
     run = Run.begin(load_recipe(recipe, overrides))
     with run.watch:
@@ -107,11 +108,11 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Work:
-    """Measure how fast a device multiplies matrices, in operations a second.
+    """Measure how fast a device multiplies matrices, in operations per second.
 
     Args:
-        device: where.
-        dtype: of the forward; Grams are formed from it, and solved in float32.
+        device: where to measure.
+        dtype: of the forward pass, from which Grams are computed; solving is in float32.
     """
     size = _RATE_SIZES.get(device.type, 1024)
     narrow = torch.randn(size, size, device=device).to(dtype)
@@ -126,7 +127,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Work:
 
 
 class _Look:
-    """A look at single layers with a few random tokens, and what it says about a run over all of them."""
+    """Probes single layers with a few random tokens, and extrapolates to a run over all layers."""
 
     def __init__(
         self, source: CheckpointSource, recipe: Recipe, device: torch.device, reduction: Reduction | None
@@ -137,7 +138,7 @@ class _Look:
         self.tokens = (recipe.calibration.samples + recipe.held_back) * self._length
         vocabulary = source.model.get_input_embeddings().weight.shape[0]
         generator = torch.Generator().manual_seed(0)
-        # Two batches, because what differs between them is kept for each.
+        # Two batches, because values that differ between batches are stored for each.
         ids = torch.randint(vocabulary, (2 * _SAMPLES, min(self._length, _LENGTH)), generator=generator)
         self._stream = Stream(source, ids, StreamSettings(device, _SAMPLES))
         self._stream.capture()
@@ -150,7 +151,7 @@ class _Look:
 
     @property
     def calls_bytes(self) -> int:
-        """What the model hands to its layers; equal tensors are kept once, but for batches of another size."""
+        """Bytes that the model passes to its layers; equal tensors are stored once for each batch size."""
         first, second = (
             {id(tensor): tensor for index in range(len(self._source.layers)) for tensor in self._handed(index, batch)}
             for batch in (0, 1)
@@ -161,12 +162,12 @@ class _Look:
         )
 
     def plan(self, indices: tuple[int, ...], jobs: Sequence[dict[str, Job]]) -> LayerPlan:
-        """Load the first of some equal layers, and say what will be done to each of them."""
+        """Load the first of several equal layers, and plan what will be done to each of them."""
         index = indices[0]
         self._source.load_layer(index, self._device)
         try:
             layer = ResidentLayer(self._stream, index)
-            # Column norms where nothing is needed: their count says how many tokens reach an expert.
+            # Column norms if the method needs none: they also count the tokens that an expert receives.
             needs = {name: job.method.needs or ColumnNorm for name, job in jobs[index].items()}
             groups = layer.observe(needs) if needs else []
             held_back = self._recipe.held_back * self._length
@@ -183,7 +184,7 @@ class _Look:
         return LayerPlan(indices, tuple(matrices), work, memory)
 
     def _left(self, layer: ResidentLayer) -> dict[str, tuple[int, int]]:
-        """Matrix -> (out, in) once structures are gone from the layer."""
+        """Matrix -> (out, in) after structures are removed from the layer."""
         if self._reduction is None:
             return {name: matrix.shape for name, matrix in layer.matrices.items()}
         return {m.name: m.shape for m in prunable_matrices(self._reduction.result.layers[layer.index], layer.name)}
@@ -202,7 +203,7 @@ class _Look:
             width = left[group.names[0]][1]
             if isinstance(group.statistics, Gram):
                 products += 2 * counted * shares[group.names[0]] * width**2
-            # Matrices with one input share its factorisation, whichever of them asks for most.
+            # Matrices with one input share its factorisation; the most expensive one is counted.
             factors += max(jobs[name].method.shared_work(width) for name in group.names)
         solving = sum(job.method.work(left[name]) for name, job in jobs.items())
         elements = sum(shares[name] * rows * columns for name, (rows, columns) in left.items())
@@ -215,24 +216,24 @@ class _Look:
         return Work(2 * forward * self.tokens, products, factors + solving)
 
     def _shares(self, layer: ResidentLayer, groups: Sequence[Group]) -> dict[str, float]:
-        """The fraction of the tokens that reaches each matrix: 1, but for experts."""
+        """The fraction of the tokens that each matrix receives: 1, except for experts."""
         seen = {
             name: group.statistics.tokens / self._seen
             for group in groups
             for name in group.names
             if group.statistics is not None and layer.matrices[name].routed
         }
-        # Experts that stay dense are not watched; they see as many tokens as the others do.
+        # Experts that stay dense are not observed; they are assumed to receive as many tokens as the others.
         average = sum(seen.values()) / len(seen) if seen else 1.0
         return {name: seen.get(name, average) if m.routed else 1.0 for name, m in layer.matrices.items()}
 
     def _handed(self, index: int, batch: int) -> list[Tensor]:
         leaves = tree_leaves(self._stream.calls.get(index, batch))
-        # What stands for the output of a layer that did not run takes no memory: its strides are 0.
+        # Placeholders for the output of a layer that did not run take no memory: their strides are 0.
         return [leaf for leaf in leaves if isinstance(leaf, Tensor) and any(leaf.stride())]
 
     def _scaled(self, tensor: Tensor, samples: int) -> int:
-        """Bytes of a tensor that the model handed to a layer, for so many samples of full length."""
+        """Bytes of a tensor that the model passed to a layer, scaled to this many samples of full length."""
         nbytes, few = float(tensor.nbytes), self._seen // (2 * _SAMPLES)
         for dimension, size in enumerate(tensor.shape):
             if dimension == 0 and size == _SAMPLES:
@@ -243,7 +244,7 @@ class _Look:
 
 
 def _kinds(source: CheckpointSource, jobs: Sequence[dict[str, Job]]) -> list[tuple[int, ...]]:
-    """Sort the layers by what they are and what is done to them."""
+    """Group the layers by their structure and by what is done to them."""
     kinds: dict[object, list[int]] = {}
     for index, layer in enumerate(source.layers):
         prefix = f"{source.layer_name(index)}."
@@ -254,14 +255,14 @@ def _kinds(source: CheckpointSource, jobs: Sequence[dict[str, Job]]) -> list[tup
 
 
 def _disk_bytes(source: CheckpointSource, result: CheckpointSource) -> int:
-    """Bytes of the pruned checkpoint, by the share of the parameters that stays."""
+    """Bytes of the pruned checkpoint, from the fraction of the parameters that is kept."""
     nbytes = sum(stored.nbytes for stored in source.stored.values())
     whole, left = (sum(p.numel() for p in checkpoint.model.parameters()) for checkpoint in (source, result))
     return nbytes if result is source else round(nbytes * left / whole)
 
 
 def _batch_sizes(recipe: Recipe) -> set[int]:
-    """The different numbers of samples in a batch; held-back samples have batches of their own."""
+    """The distinct batch sizes that occur; held-back samples have batches of their own."""
     sizes = set()
     for samples in (recipe.calibration.samples, recipe.held_back):
         sizes |= {min(recipe.batch_size, samples), samples % recipe.batch_size}
@@ -276,14 +277,14 @@ def _matrix_plan(name: str, shape: tuple[int, int], job: Job | None) -> MatrixPl
 
 
 def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
-    yield "The calibration text is not looked at: nothing is tokenised, sampled or checked for its length."
+    yield "A dry run does not read the calibration text, so errors in the text only show up in the real run."
     yield (
-        "The seconds are a lower bound, at the rate of large matrix products. Elementwise work, attention, the sweeps' "
-        "small steps, loading and writing come on top, and so do the text and the perplexity."
+        "The time is a lower bound: matmuls only. Elementwise operations, attention, column updates, loading, writing, "
+        "preparing the texts and measuring perplexity take additional time."
     )
     texts = [text for text in (recipe.calibration, recipe.evaluation) if text is not None]
     if any(text.source == "self" for text in texts):
         size = sum(stored.nbytes for stored in source.stored.values())
-        yield f"The text is sampled from the dense model, which is loaded whole for it: {size / 1e9:.2f} GB."
+        yield f"For self-generated text, the whole dense model is loaded: {size / 1e9:.2f} GB."
     if any(isinstance(pattern, Unstructured) and pattern.over == "layer" for pattern in recipe.patterns):
-        yield "Where scores are compared over a whole layer, the zeros are those of the average matrix."
+        yield "If scores are compared over a whole layer, the sparsity of each matrix is the layer's average."

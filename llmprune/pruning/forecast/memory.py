@@ -1,22 +1,22 @@
-"""How much memory a run will take: a formula, and a watch that says what it took.
+"""How much memory a run will take: a formula for its peak.
 
-    peak = what the interpreter holds before
+    peak = what the process holds before the first layer
          + max( ends + hidden states + calls,
                 hidden states + calls + max over layers of
                     ( weights + statistics + held-back rows + max(forward, solving) ) )
 
-ends            embeddings, final norm and head, while text is embedded; no layer is in memory then
+ends            embeddings, final norm and LM head, while text is embedded; no layer is in memory at that time
 hidden states   samples x length x hidden size, at most `activation_budget` (the rest is on disk)
-calls           masks and rotary embeddings that the model hands to its layers, equal ones once
+calls           masks and rotary embeddings that the model passes to its layers; equal ones are stored once
 weights         one decoder layer in the compute dtype
-statistics      4 d^2 bytes for each Gram of width d, 4 d for column norms; matrices with one input share it
+statistics      4 d^2 bytes for each Gram of width d, 4 d for column norms; shared by matrices with the same input
 held-back rows  up to 1,024 rows of each group's input
-forward         batch x length tokens x (6 hidden sizes + 3 widest products) in the compute dtype, and where that is
-                narrower a float32 copy of the widest input while its Gram is formed
-solving         what the method says of the matrix at hand (`Method.workspace`): for [o, i] 20 o i bytes, and 6 i^2 more
-                for SparseGPT
+forward         batch x length tokens x (6 hidden sizes + 3 widest dimensions) in the compute dtype; if that is narrower
+                than float32, plus a float32 copy of the widest input while its Gram is computed
+solving         what the method states for the current matrix (`Method.workspace`): for [o, i] 20 o i bytes, and 6 i^2
+                more for SparseGPT
 
-Not counted: what the libraries load and keep with the first products of a process, some tens of megabytes.
+Not counted: what the libraries allocate and keep at the first matmuls of a process, some tens of megabytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,12 +35,12 @@ from llmprune.units import format_size
 
 @dataclass(frozen=True, slots=True)
 class LayerMemory:
-    """Bytes that one decoder layer takes while it is resident.
+    """Bytes that a decoder layer takes while it is resident.
 
     Attributes:
         weights: its parameters.
         statistics: Grams and column norms of its groups.
-        held_back: input rows kept to measure errors.
+        held_back: input rows kept to measure the relative output error.
         forward: activations of one batch.
         solving: workspace of its largest matrix.
         shapes: (out, in) of the matrices that are pruned.
@@ -73,12 +73,13 @@ def layer_memory(
 
     Args:
         layer: the layer.
-        groups: its groups of matrices with a common input; None before they are known gives an upper bound, as if no
-            two matrices had their input in common.
+        groups: its groups of matrices with a common input; None if they are not known yet, which gives an upper bound,
+            as if no two matrices shared an input.
         jobs: what is done to its matrices.
-        batch_tokens: tokens in a forward.
-        held_back_tokens: tokens that the statistics do not see.
-        consumers: (out, in) of matrices from whose inputs groups are removed first; their statistics are gone by then.
+        batch_tokens: tokens in a forward pass.
+        held_back_tokens: tokens that are excluded from the statistics.
+        consumers: (out, in) of matrices from whose inputs groups are removed first; their statistics are freed before
+            weights are pruned.
     """
     if groups is None:
         widths = [(layer.matrices[name].shape[1], job.method.needs is Gram) for name, job in jobs.items()]
@@ -93,7 +94,7 @@ def layer_memory(
     kept_rows = itemsize * min(HELD_BACK_ROWS, held_back_tokens)
     activations = itemsize * (6 * hidden + 3 * widest) + (4 * widest if itemsize < 4 else 0)
     solving = [job.method.workspace(layer.matrices[name].shape) for name, job in jobs.items()]
-    # About five matrices of the width (structures.solver), and the matrix in float32 three times over.
+    # About five square matrices of this width (structures.remove.solver), and three float32 copies of the matrix.
     removing = [20 * width**2 + 12 * rows * width for rows, width in consumers]
     return LayerMemory(
         weights=sum(parameter.nbytes for parameter in parameters),
@@ -110,13 +111,13 @@ def layer_memory(
 
 
 def predict_peak(ends: int, hidden_states: int, calls: int, layers: Sequence[LayerMemory]) -> int:
-    """The formula's peak in bytes, above what the interpreter holds.
+    """The formula's peak in bytes, above what the process holds before the first layer.
 
     Args:
         ends: bytes outside the decoder layers.
         hidden_states: bytes of them in memory.
-        calls: bytes that the model hands to its layers.
-        layers: each of them, or the one that takes most.
+        calls: bytes that the model passes to its layers.
+        layers: all of them, or only the one that takes most.
     """
     between = hidden_states + calls
     return between + max([ends, *(layer.total for layer in layers)])
@@ -125,12 +126,12 @@ def predict_peak(ends: int, hidden_states: int, calls: int, layers: Sequence[Lay
 def pruning_needs(
     source: Source, jobs: Sequence[dict[str, Job]], texts: Mapping[str, Tokens], settings: StreamSettings
 ) -> str:
-    """Say what it takes to prune, before any layer was seen, and to evaluate.
+    """Say how much memory it takes to prune and to evaluate, before any layer has run.
 
     Args:
         source: the model.
         jobs: for each layer, what is done to its matrices.
-        texts: "calibration", with the held-back samples, and where perplexity is measured "evaluation".
+        texts: "calibration", with the held-back samples, and, if perplexity is measured, "evaluation".
         settings: device, batch size and memory.
     """
     ids = texts["calibration"].ids
@@ -139,8 +140,8 @@ def pruning_needs(
     layers = [layer_memory(ResidentLayer(stream, i), None, job, batch, held_back) for i, job in enumerate(jobs)]
     hidden = ids.numel() * source.model.config.get_text_config().hidden_size * source.dtype.itemsize
     peak = predict_peak(ends_bytes(source), min(hidden, settings.activation_budget), 0, layers)
-    needs = f"up to {format_size(peak)} for pruning, beside what the program itself holds"
+    needs = f"up to {format_size(peak)} for pruning, in addition to the program itself"
     if "evaluation" in texts:
-        # Dense and pruned logits are compared, side by side.
+        # Dense and pruned logits are in memory together to be compared.
         needs += f", and {scoring_needs(source, texts['evaluation'], settings, models=2)}"
     return needs

@@ -1,4 +1,4 @@
-"""What a run would do, as data: what `llmprune.pruning.forecast.forecast` works out and the tables show."""
+"""What a run would do, as data: computed by `llmprune.pruning.forecast.forecast`, shown by the tables."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,9 +14,9 @@ class MatrixPlan:
     Attributes:
         name: dotted name inside its decoder layer.
         shape: (out, in).
-        pattern: "dense" if it is left alone.
-        method: None if it is left alone.
-        zeros: how many there will be; an average where a pattern is compared over the whole layer.
+        pattern: "dense" if it is not pruned.
+        method: None if it is not pruned.
+        zeros: expected number of zeros; an average if the pattern compares scores over the whole layer.
     """
 
     name: str
@@ -28,12 +28,12 @@ class MatrixPlan:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The matrix products of a run: floating-point operations, or their rates in operations a second, or seconds.
+    """The matmuls of a run: floating-point operations, or their rates in operations per second, or seconds.
 
     Attributes:
-        forward: both forwards of all calibration tokens.
+        forward: both forward passes of all calibration tokens.
         gram: Gram matrices.
-        solve: factorisations and sweeps.
+        solve: factorisations and column updates.
     """
 
     forward: float
@@ -51,9 +51,9 @@ class LayerPlan:
     """Decoder layers with the same structure and the same plan.
 
     Attributes:
-        indices: which layers.
+        indices: of the layers.
         matrices: in the order of the layer's modules.
-        work: operations of one of these layers.
+        work: operations for one of these layers.
         memory: bytes while one of them is resident.
     """
 
@@ -68,10 +68,10 @@ class MemoryPlan:
     """The parts of the predicted peak in bytes, as `llmprune.pruning.forecast.memory` defines them.
 
     Attributes:
-        ends: embeddings, final norm and head.
+        ends: embeddings, final norm and LM head.
         hidden_states: in memory; at most the recipe's activation_budget.
         calls: masks and rotary embeddings.
-        layer: of the layer that takes most.
+        layer: the layer that takes most.
     """
 
     ends: int
@@ -81,7 +81,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """The predicted peak, above what the interpreter holds."""
+        """The predicted peak, above what the process holds before the first layer."""
         return predict_peak(self.ends, self.hidden_states, self.calls, [self.layer])
 
 
@@ -90,18 +90,18 @@ class DryRun:
     """What a run would do.
 
     Attributes:
-        model: as it was named.
+        model: as the user gave it.
         recipe: as it will be run.
         device: its name.
-        compute_dtype: dtype of the forward, as torch names it.
+        compute_dtype: dtype of the forward pass, as torch names it.
         layers_path: dotted name of the list of decoder layers.
-        tokens: calibration tokens, the held-back ones included.
-        layers: the plan; layers with the same one stand together.
-        rates: matrix products a second on this device, measured just now.
+        tokens: calibration tokens, including the held-back ones.
+        layers: the plan; layers with the same plan are grouped.
+        rates: operations per second on this device, measured by this dry run.
         memory: predicted peak.
         disk_bytes: size of the pruned checkpoint.
         spilled_bytes: hidden states beyond the activation budget, in the temporary folder.
-        notes: what the figures leave out.
+        notes: what the figures do not include.
         structures: what will be removed physically.
     """
 
@@ -121,7 +121,7 @@ class DryRun:
 
     @property
     def work(self) -> Work:
-        """Operations of all layers."""
+        """Operations for all layers."""
         counted = [(len(plan.indices), plan.work) for plan in self.layers]
         return Work(
             forward=sum(count * work.forward for count, work in counted),
@@ -131,13 +131,13 @@ class DryRun:
 
     @property
     def seconds(self) -> Work:
-        """The operations at the measured rates: a lower bound, see `notes`."""
+        """The time for the operations at the measured rates: a lower bound, see `notes`."""
         work, rates = self.work, self.rates
         return Work(work.forward / rates.forward, work.gram / rates.gram, work.solve / rates.solve)
 
     @property
     def sparsity(self) -> float:
-        """Expected fraction of zeros over all matrices that are pruned."""
+        """Expected sparsity over all matrices that are pruned."""
         pruned = [(len(p.indices), m) for p in self.layers for m in p.matrices if m.method is not None]
         elements = sum(count * matrix.shape[0] * matrix.shape[1] for count, matrix in pruned)
         return sum(count * matrix.zeros for count, matrix in pruned) / max(elements, 1)

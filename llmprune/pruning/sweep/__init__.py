@@ -1,1 +1,1 @@
-"""Many runs over a grid of settings, resumable."""
+"""Grid search: one run for every combination of settings, resumable."""

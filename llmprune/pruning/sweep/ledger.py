@@ -1,4 +1,4 @@
-"""The record of a sweep, `sweep.json`: which runs there are and how far they got."""
+"""The record of a sweep, `sweep.json`: its runs and their states."""
 
 import contextlib
 import json
@@ -27,8 +27,8 @@ class SweepRow:
         name: of its folder.
         settings: keys of the grid -> their values.
         recipe: as it is run, with every key.
-        state: how far it got. "running" of a process that is gone was killed.
-        error: of a failed run: its kind, what, expected and fix.
+        state: how far it got. "running" without a running process means that it was killed.
+        error: of a failed run: kind, what, expected and fix.
     """
 
     name: str
@@ -39,12 +39,12 @@ class SweepRow:
 
 
 class Record:
-    """`sweep.json`, written anew at every change, so that it is always whole.
+    """`sweep.json`, rewritten at every change, so that it is always complete.
 
     Args:
         folder: of the sweep.
-        keys: what must be equal for a sweep to go on, JSON-ready.
-        rows: of a name that comes twice, the first.
+        keys: what must be equal for a sweep to be resumed, JSON-ready.
+        rows: the runs; of several with the same name, the first counts.
 
     Attributes:
         rows: by name.
@@ -57,20 +57,20 @@ class Record:
             self.rows.setdefault(row.name, row)
 
     def note(self, row: SweepRow) -> None:
-        """Replace the row of this name."""
+        """Replace the row with this name."""
         self.rows[row.name] = row
         self.write()
 
     def write(self) -> None:
-        """Write the file anew."""
+        """Rewrite the file."""
         write_json(self.folder / RECORD_NAME, {**self._head, "runs": [asdict(row) for row in self.rows.values()]})
 
 
 def plan_rows(combinations: Sequence[Combination], earlier: Sequence[SweepRow]) -> list[SweepRow]:
-    """Find each combination's row among the earlier ones, or begin a new one.
+    """Find each combination's row among the earlier ones, or create a new one.
 
     Raises:
-        ResumeError: an earlier run has a new one's name, and another recipe.
+        ResumeError: an earlier run has the same name as a new one, but a different recipe.
     """
     known = {_identity(row.recipe): row for row in earlier}
     named = {row.name.casefold(): row for row in earlier}
@@ -83,8 +83,8 @@ def plan_rows(combinations: Sequence[Combination], earlier: Sequence[SweepRow]) 
             if (other := named.get(row.name.casefold())) is not None:
                 raise ResumeError(
                     f"{other.name} cannot be resumed: {_difference(other.recipe, recipe)}",
-                    expected="the grid that was interrupted, with more or fewer values",
-                    fix=f"undo the change, give both values, which makes both runs, or remove the folder {other.name}",
+                    expected="the grid that was interrupted, possibly with more or fewer values",
+                    fix=f"undo the change, or give both values to make both runs, or remove the folder {other.name}",
                 )
         rows.append(row)
     return rows
@@ -103,19 +103,19 @@ def _difference(before: Any, now: Any, key: str = "") -> str:
 
 
 def require_sweep(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds something, unless it is a sweep and the user said what to do with it.
+    """Refuse a folder that is not empty, unless it is a sweep and the user said what to do with it.
 
     Raises:
-        ResumeError: it does.
+        ResumeError: the folder is refused, or both `resume` and `overwrite` are set.
     """
     if resume and overwrite:
-        raise ResumeError("resume and overwrite contradict each other", fix="ask for one of them")
+        raise ResumeError("resume and overwrite contradict each other", fix="use one of them")
     if (output / RECORD_NAME).exists():
         if not resume and not overwrite:
             raise ResumeError(
                 f"{output} holds a sweep",
                 expected="a new or empty folder",
-                fix="go on with --resume, or replace it with --overwrite",
+                fix="continue it with --resume, or replace it with --overwrite",
             )
         return
     if output.exists() and not output.is_dir():
@@ -130,11 +130,11 @@ def require_sweep(output: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def read_record(output: Path, keys: Mapping[str, Any] | None) -> list[SweepRow]:
-    """Read what an earlier sweep has begun: runs that left no folder are no obstacle to anything.
+    """Read the runs that an earlier sweep has begun; runs that left no folder are omitted.
 
     Args:
         output: folder of the sweep, which may have no record yet.
-        keys: what must be equal; None takes any.
+        keys: what must be equal; None accepts any.
 
     Raises:
         ResumeError: the record is damaged, or its keys differ.
@@ -148,9 +148,9 @@ def read_record(output: Path, keys: Mapping[str, Any] | None) -> list[SweepRow]:
             raise ValueError(f"format {content['format']} instead of {_FORMAT}")
         rows = [SweepRow(**row) for row in content["runs"]]
         before = dict(content["keys"])
-        # Whoever replaces a sweep trusts these names with what is removed.
+        # Folders with these names are removed when a sweep is replaced.
         if foreign := [row.name for row in rows if row.name != Path(row.name).name or not row.name.strip(".")]:
-            raise ValueError(f"{foreign[0]!r} is no name of a run")
+            raise ValueError(f"{foreign[0]!r} is not a valid name of a run")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResumeError(
             f"{file} cannot be read: {error}",
@@ -167,11 +167,11 @@ def read_record(output: Path, keys: Mapping[str, Any] | None) -> list[SweepRow]:
 
 
 def remove_runs(output: Path) -> None:
-    """Remove the checkpoints of an earlier sweep, and the folders that are empty then."""
+    """Remove the checkpoints of an earlier sweep, and the folders that are then empty."""
     folders = [output / row.name for row in read_record(output, None)]
     for folder in folders:
         require_free(folder)
     for folder in folders:
         remove_checkpoint(folder)
-        with contextlib.suppress(OSError):  # not there, or it holds what is not ours
+        with contextlib.suppress(OSError):  # missing, or it contains files that are not ours
             folder.rmdir()

@@ -1,7 +1,7 @@
-"""Prune one model by every recipe of a grid, and put the results side by side.
+"""Grid search: prune one model with every recipe of a grid, and compare the results.
 
-The runs are those of `llmprune.prune`, to the bit, one folder each; they share what they would all make of the dense
-model. `sweep.json` in the folder above says which there are and how far they got.
+Each run is bit-identical to that of `llmprune.prune`, in a folder of its own; the runs share the results of the dense
+model. `sweep.json` in the parent folder lists the runs and their states.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,8 +30,8 @@ class Sweep:
     Attributes:
         model: what was pruned.
         folder: of the sweep.
-        rows: the runs of this grid in the order in which they were made, then those that earlier grids have finished.
-        comparison: of all finished runs and the dense model; None if there are none.
+        rows: the runs of this grid in the order in which they were made, then the finished runs of earlier grids.
+        comparison: of all finished runs and the dense model; None if no run has finished.
     """
 
     model: str
@@ -62,9 +62,9 @@ class ForecastRow:
     Attributes:
         name: of its folder.
         settings: keys of the grid -> their values.
-        finished: whether an earlier sweep has made it, so that it takes nothing.
-        seconds: lower bound, by the matrix products alone.
-        peak_bytes: predicted memory, above what the program itself holds.
+        finished: whether an earlier sweep has made it, so that it costs nothing.
+        seconds: a lower bound: matmuls only.
+        peak_bytes: predicted memory, in addition to the program itself.
         disk_bytes: size of the pruned checkpoint.
     """
 
@@ -81,7 +81,7 @@ class SweepForecast:
     """What a sweep would take.
 
     Attributes:
-        model: as it was named.
+        model: as the user gave it.
         rows: the runs, in the order in which they would be made.
     """
 
@@ -95,7 +95,7 @@ class SweepForecast:
 
     @property
     def peak_bytes(self) -> int:
-        """Of the run that needs most."""
+        """Of the run that needs the most."""
         return max((row.peak_bytes for row in self.rows), default=0)
 
     @property
@@ -119,25 +119,26 @@ def sweep(
     overwrite: bool = False,
     watch: Watcher = ignore,
 ) -> Sweep:
-    """Prune a model by every combination of some recipe keys' values.
+    """Grid search: prune a model with every combination of settings.
 
     Args:
         model: a hub id, a local checkpoint folder or "testbed".
         recipe: what all runs have in common: a bundled recipe's name, a YAML file, a mapping or a `Recipe`.
         grid: key of the recipe -> its values; a key with one value has it in all runs.
-        output: folder of the sweep; each run has a folder in it, named by what differs.
-        resume: go on with the sweep in `output`. Finished runs are kept, those of other grids too; runs that the grid
-            did not have before are added.
+        output: folder of the sweep; each run has a folder in it, named after the settings that differ.
+        resume: continue the sweep in `output`. Finished runs are kept, including those of other grids; runs that are
+            new in the grid are added.
         overwrite: replace the sweep in `output`.
         watch: told about every step of every run.
 
     Returns:
-        The runs and their comparison; a run that failed is a row with its error, and the others went on.
+        The runs and their comparison; a failed run is a row with its error, and does not stop the others.
 
     Raises:
-        RecipeError: combinations that are no recipe, all at once, before anything is written; or two are the same.
-        ResumeError: the folder holds something else, or what is in it was made in another way.
-        LlmpruneError: the model cannot be read, or `output` not be written.
+        RecipeError: combinations are not valid recipes (all reported at once, before anything is written), or two are
+            the same.
+        ResumeError: the folder contains something else, or a sweep of another model or version.
+        LlmpruneError: the model cannot be read, or `output` cannot be written.
 
     Example:
         >>> sweep("testbed", "demo", {"pattern": [0.5, 0.6]}, "out/demo").comparison.to_frame()  # doctest: +SKIP
@@ -171,18 +172,19 @@ def forecast(
     resume: bool = False,
     overwrite: bool = False,
 ) -> SweepForecast:
-    """Work out what `sweep` would do with a checkpoint; nothing is written.
+    """Work out what `sweep` would do with a checkpoint, without writing anything.
 
     Args:
         model: a hub id, a local checkpoint folder or "testbed".
         recipe: as for `sweep`.
         grid: as for `sweep`.
-        output: checked for what is in it and for its free space, if it is given.
+        output: if given, its contents and its free disk space are checked.
         resume: as for `sweep`.
         overwrite: as for `sweep`.
 
     Raises:
-        LlmpruneError: what `sweep` would refuse, and what `llmprune.dry_run` refuses for any combination, all at once.
+        LlmpruneError: everything that `sweep` would refuse, and that `llmprune.dry_run` refuses for any combination,
+            all at once.
     """
     folder = resolve_model(model)
     combinations = combine(recipe, grid)
@@ -217,11 +219,11 @@ def forecast(
 
 
 def _run_all(runs: Sequence[tuple[SweepRow, Recipe]], record: Record, model: str, source: Path, watch: Watcher) -> None:
-    """Make every run, whatever becomes of the one before it."""
+    """Make every run, even if an earlier one fails."""
     dense = DensePass()
     for number, (row, recipe) in enumerate(runs, start=1):
         watch(Progress(f"run {number} of {len(runs)}: {row.name}"))
-        # The pipeline checks that a finished run is still what it was.
+        # The pipeline checks that a finished run is unchanged.
         if row.state != "finished":
             record.note(replace(row, state="running", error=None))
         try:
@@ -229,7 +231,7 @@ def _run_all(runs: Sequence[tuple[SweepRow, Recipe]], record: Record, model: str
             with run.watch:
                 prune_checkpoint(run, model, source, record.folder / row.name, resume=True)
         except ResumeError:
-            # The user has changed something that concerns what is there: the record must not forget how far it got.
+            # The user has changed something about an existing run: the record must keep its state.
             record.note(row)
             raise
         except LlmpruneError as error:
