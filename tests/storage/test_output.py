@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmprune import load_recipe, prune
 from llmprune.errors import CheckpointError, LlmpruneError, ResumeError
-from llmprune.storage import files, output
+from llmprune.storage import files, folders
 from llmprune.storage.folders import MANIFEST_NAME, copy_companions, remove_checkpoint, require_empty, require_space
 from llmprune.storage.report import load_report
 
@@ -148,7 +148,7 @@ def test_a_folder_with_a_stranger_s_files_is_refused(source: Path, tmp_path: Pat
     with pytest.raises(ResumeError, match="is not empty") as caught:
         prune(source, recipe(), tmp_path)
     assert caught.value.fix == "choose another folder"
-    with pytest.raises(ResumeError, match="no run of llmprune to resume"):
+    with pytest.raises(ResumeError, match="no llmprune run to resume"):
         prune(source, recipe(), tmp_path, resume=True)
     with pytest.raises(ResumeError, match="holds files but no checkpoint"):
         prune(source, recipe(), tmp_path, overwrite=True)
@@ -201,7 +201,7 @@ def test_home_is_expanded(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_home_that_is_not_known_is_a_typed_error(source: Path) -> None:
-    with pytest.raises(ResumeError, match="~no-such-user/x begins with a home folder that is not known"):
+    with pytest.raises(ResumeError, match="~no-such-user/x starts with an unknown home folder"):
         prune(source, recipe(), "~no-such-user/x")
 
 
@@ -237,7 +237,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Tests may run as root, whom no mode stops.
-    monkeypatch.setattr(output.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(folders.os, "access", lambda path, mode: False)
     with pytest.raises(CheckpointError, match="is not writable"):
         prune(source, recipe(), tmp_path / "pruned")
 
@@ -251,7 +251,7 @@ def test_a_folder_that_cannot_be_made_is_a_typed_error(source: Path) -> None:
 
 def test_a_full_disk_is_noticed_before_the_work(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match=r"1\.0 kB are free under") as caught:
         prune(source, recipe(), tmp_path / "deep" / "pruned")
     assert str(tmp_path) in caught.value.what
@@ -262,8 +262,8 @@ def test_a_full_disk_is_noticed_before_the_work(source: Path, tmp_path: Path, mo
 
 def test_shards_that_will_be_replaced_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(600))
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: type("usage", (), {"free": 400}))
-    monkeypatch.setattr(output, "_BESIDE_BYTES", 300)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: type("usage", (), {"free": 400}))
+    monkeypatch.setattr(folders, "_BESIDE_BYTES", 300)
     require_space(tmp_path, 700)
     with pytest.raises(CheckpointError, match=r"1\.0 kB are free"):
         require_space(tmp_path, 701)
