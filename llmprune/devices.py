@@ -1,4 +1,4 @@
-"""Which device a run uses, how fast it is, how much memory a block of code takes, and returning freed memory."""
+"""Choose a run's device, measure its speed and a code block's peak memory, and return freed memory to the system."""
 
 import ctypes
 import platform
@@ -33,14 +33,14 @@ def resolve_device(name: str) -> torch.device:
         built = "" if torch.version.cuda else " (the installed PyTorch is a CPU build)"
         raise DeviceError(
             f"device {name!r}: {torch.cuda.device_count()} CUDA devices are visible{built}",
-            expected="a device of this machine",
+            expected="a device that this machine has",
             fix="set device: auto or cpu, or install a CUDA build of PyTorch",
         )
     return device
 
 
 def describe_device(device: torch.device) -> str:
-    """The device's name, with what decides the last bit of a result: a CPU's vector instructions and threads."""
+    """Name the device, with whatever affects the last bit of a result: a CPU's vector instructions and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     instructions = torch.backends.cpu.get_cpu_capability()
@@ -54,12 +54,12 @@ def cpu_threads() -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free: of the GPU, or of this machine."""
+    """Free memory in bytes, of the GPU or of this machine."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def runs_per_second(work: Callable[[], object], device: torch.device) -> float:
-    """Measure how often a device does some work in a second, after a first time that does not count."""
+    """Measure how many times a second a device completes some work, after one warm-up run."""
     work()
     _wait(device)
     runs, start = 0, time.perf_counter()
@@ -73,8 +73,8 @@ def runs_per_second(work: Callable[[], object], device: torch.device) -> float:
 def return_freed_memory() -> None:
     """Hand freed heap memory back to the system; does nothing where the C library is not glibc.
 
-    glibc keeps freed blocks below 32 MB for reuse. Activations and workspaces of that size, of ever different lengths,
-    leave it with several hundred megabytes that nobody uses.
+    glibc keeps freed blocks below 32 MB for reuse. Activations and workspaces of that size vary in length, so that
+    several hundred megabytes would stay unused in its free lists.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -88,7 +88,7 @@ def _wait(device: torch.device) -> None:
 
 
 class PeakWatch:
-    """Measures the peak memory of a block: of the CUDA device, or the resident size of this process.
+    """Measures a code block's peak memory: allocated on the CUDA device, or the resident set size of this process.
 
     Attributes:
         baseline: bytes when the block began.

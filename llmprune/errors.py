@@ -2,11 +2,11 @@
 
 
 class LlmpruneError(Exception):
-    """Base of all errors that a user can cause and mend.
+    """Base class of all errors that a user can cause and fix.
 
     Args:
         what: what happened, with the offending value.
-        expected: what would have been right; empty where `what` says it already.
+        expected: what would have been right; empty where `what` already says it.
         fix: what to do about it.
     """
 
@@ -61,4 +61,4 @@ class ServingError(LlmpruneError):
 
 
 class FormatError(LlmpruneError):
-    """Packed tensors that do not hold what their layout says."""
+    """Packed tensors that do not match their layout."""

@@ -1,13 +1,13 @@
-"""Which zeros are legal: frozen values that know their exact count and choose it from scores.
+"""Sparsity patterns: frozen values that know exactly how many weights to zero, and choose them by their scores.
 
-A pattern reads from a string and prints back to it:
+A pattern is parsed from a string and prints back to it:
 
     0.5          half of the weights, compared as the method's paper compares them
     0.5/row      compared inside each output row (also /matrix, /layer)
     2:4          two of every four consecutive input weights are kept
     0.5@64x64    half of the 64 x 64 blocks are zero (also /row: the same number of blocks in each block row)
 
-The masks here are the only top-k of the project: the count is exact and ties fall to the lower index.
+All top-k selection of the project happens here: the count is exact, and among ties the lower index is pruned first.
 """
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
@@ -29,18 +29,18 @@ _SYNTAX = "a sparsity such as 0.5, 0.5/row, 0.5/matrix or 0.5/layer, N:M such as
 
 @runtime_checkable  # so that annotations that name it can be executed in the tests
 class Pattern(Protocol):
-    """What a method needs to know about the zeros it may make."""
+    """What a method needs to know about the zeros it may create."""
 
     @property
     def column_multiple(self) -> int:
-        """Columns that must be decided together; a slice handed to `mask` starts and ends on a multiple."""
+        """Columns that must be decided together; a slice passed to `mask` starts and ends on a multiple."""
 
     @property
     def sparsity(self) -> float:
         """The fraction of weights set to zero, in [0, 1]."""
 
     def check(self, shape: tuple[int, int]) -> None:
-        """Raise `PatternError` if a matrix of this shape [out, in] cannot carry the pattern."""
+        """Raise `PatternError` if the pattern does not fit a matrix of this shape [out, in]."""
 
     def zeros(self, shape: tuple[int, int]) -> int:
         """The exact number of zeros in a matrix of this shape."""
@@ -52,11 +52,11 @@ class Pattern(Protocol):
         """Keep the highest scores.
 
         Args:
-            scores: [out, columns], any real dtype, no NaN. Ties go against the lower index.
+            scores: [out, columns], any real dtype, no NaN. Among ties the lower index is dropped first.
             start: first column of the slice, where `scores` is a slice of a wider matrix.
 
         Returns:
-            True where the weight stays. The masks of consecutive slices add up to `zeros` of the whole.
+            True where the weight is kept. The zeros of consecutive slices add up to `zeros` of the whole matrix.
 
         Raises:
             PatternError: the pattern does not divide the shape.
@@ -70,7 +70,7 @@ class Unstructured:
 
     Attributes:
         sparsity: fraction set to zero, in [0, 1].
-        over: where scores are compared; None leaves it to the method (Wanda: row, magnitude: matrix).
+        over: the scope in which scores are compared; None leaves it to the method (Wanda: row, magnitude: matrix).
     """
 
     sparsity: float
@@ -107,7 +107,7 @@ class Unstructured:
 class NM:
     """Keep `keep` of every `of` consecutive weights along the input dimension.
 
-    Peers disagree on what N counts (wanda and llm-compressor: the removed ones); here the names say it.
+    Projects disagree on what N counts (wanda and llm-compressor: the removed weights); the field names say it.
     """
 
     keep: int
@@ -118,7 +118,7 @@ class NM:
             raise PatternError(
                 f"pattern {self.keep}:{self.of}",
                 expected="0 <= N <= M and M >= 1 in N:M",
-                fix="N of M consecutive weights stay: 2:4 keeps 2 of every 4",
+                fix="N of every M consecutive weights are kept: 2:4 keeps 2 of every 4",
             )
 
     def __str__(self) -> str:
@@ -137,7 +137,7 @@ class NM:
             raise PatternError(
                 f"pattern {self} on a matrix of {shape[0]} x {shape[1]} (out x in)",
                 expected=f"an input dimension that is a multiple of {self.of}",
-                fix="give this matrix another pattern by a rule, or exclude it",
+                fix="give this matrix another pattern with a rule, or exclude it",
             )
 
     def zeros(self, shape: tuple[int, int]) -> int:
@@ -185,7 +185,7 @@ class Block:
             raise PatternError(
                 f"blocks of {self.size[0]}x{self.size[1]} on a matrix of {shape[0]} x {shape[1]} (out x in)",
                 expected="blocks that divide both dimensions",
-                fix="choose a smaller block, give this matrix another pattern by a rule, or exclude it",
+                fix="choose a smaller block, give this matrix another pattern with a rule, or exclude it",
             )
 
     def zeros(self, shape: tuple[int, int]) -> int:
@@ -213,7 +213,7 @@ def parse(text: str | float) -> Pattern:
     """Read a pattern; the inverse of `str`.
 
     Raises:
-        PatternError: the text is no pattern, or a number is out of range.
+        PatternError: the text is not a pattern, or a number is out of range.
 
     Example:
         >>> parse("2:4")
@@ -234,10 +234,10 @@ def parse(text: str | float) -> Pattern:
 
 
 def layer_shares(scores: dict[str, Shaped[Tensor, "..."]], sparsity: float) -> dict[str, Unstructured]:
-    """Split one sparsity over the matrices of a layer by comparing all their scores with one another.
+    """Distribute one sparsity over the matrices of a layer by ranking all their scores together.
 
     Returns:
-        For each name the pattern of its matrix (compared over the matrix); the zeros add up exactly.
+        For each name the pattern of its matrix (compared within the matrix); the zeros add up exactly.
     """
     flat = torch.cat([s.reshape(-1) for s in scores.values()])
     keep = keep_highest(flat.view(1, -1), _count(sparsity, flat.numel())).view(-1)
@@ -249,7 +249,7 @@ def layer_shares(scores: dict[str, Shaped[Tensor, "..."]], sparsity: float) -> d
 
 
 def keep_highest(scores: Shaped[Tensor, "groups n"], count: int) -> Bool[Tensor, "groups n"]:
-    """Drop the `count` lowest scores of each group; True where a score stays.
+    """Drop the `count` lowest scores of each group; True where a score is kept.
 
     Ties are broken by index: the lower index is dropped first. Linear time (selection, not sorting).
 
@@ -270,7 +270,7 @@ def keep_highest(scores: Shaped[Tensor, "groups n"], count: int) -> Bool[Tensor,
 
 
 def _keep_highest_of_all(scores: Tensor, count: int) -> Tensor:
-    """`keep_highest` with all of a matrix as one group; reads it in the order in which it lies in memory."""
+    """`keep_highest` with the whole matrix as one group; a transposed matrix is read in memory order."""
     if scores.is_contiguous():
         return keep_highest(scores.view(1, -1), count).view(scores.shape)
     if not 0 < count < scores.numel():
@@ -284,13 +284,13 @@ def _keep_highest_of_all(scores: Tensor, count: int) -> Tensor:
 
 
 def _keep_last(keep: Tensor, tied: Tensor, count: int) -> None:
-    """Keep the last `count` of those that are tied, in place."""
+    """Keep the last `count` of the tied scores, in place."""
     places = tied.nonzero()
     keep[places[len(places) - count :].unbind(1)] = True
 
 
 def _refuse_nan(scores: Tensor) -> None:
-    # The highest of numbers among which one is NaN is NaN.
+    # amax propagates NaN, so that one pass without a mask suffices.
     if scores.numel() and bool(torch.isnan(scores.amax())):
         raise NumericsError(f"{int(torch.isnan(scores).sum())} of {scores.numel()} scores are NaN")
 
@@ -310,7 +310,7 @@ def _partition(scores: Tensor, position: int):  # type: ignore[no-untyped-def]
 
 
 def _keep_in_groups(groups: Tensor, keep: int) -> Tensor:
-    """Keep the `keep` highest of each short group, without sorting while pairs are cheaper."""
+    """Keep the `keep` highest of each group; up to a length of 16, comparing all pairs is cheaper than selection."""
     size = groups.shape[1]
     if size > 16:
         return keep_highest(groups, size - keep)

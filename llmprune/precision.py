@@ -1,4 +1,4 @@
-"""Matrix products of known precision: exact products of the inputs, float32 sums, fast where the hardware allows."""
+"""Matmuls of known precision: exact products of the inputs, float32 sums, fast where the hardware allows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @contextmanager
 def float32_products(mode: str) -> Iterator[None]:
-    """Set how float32 matrix products are formed, on CPU and CUDA, and restore it afterwards.
+    """Set how float32 matmuls are computed, on CPU and CUDA, and restore it afterwards.
 
     Args:
         mode: "ieee" for full float32, or "bf16" to round the inputs to bfloat16 first (CPU only; sums stay float32).
@@ -26,12 +26,12 @@ def float32_products(mode: str) -> Iterator[None]:
 
 
 def computed_in(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which a model of this dtype is best computed on a device.
+    """The dtype in which to compute a model that is stored in this dtype.
 
-    Its own, or float32 on a CPU without instructions for it: there PyTorch multiplies 16-bit numbers one at a time
-    (0.9 GFLOP/s in bfloat16 beside 133 in float32, two cores with AVX2).
+    The same dtype, or float32 on a CPU without instructions for it: there PyTorch multiplies 16-bit numbers one at a
+    time (0.9 GFLOP/s in bfloat16 compared with 133 in float32, two cores with AVX2).
     """
-    # A property of the processor rather than a measurement: what is computed must not depend on a noisy moment.
+    # Decided by a property of the processor, not by a measurement: results must not depend on a noisy moment.
     native = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(stored)
     if device.type != "cpu" or native is None:
         return stored
@@ -40,11 +40,11 @@ def computed_in(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As recipes and reports write it: "bfloat16"."""
+    """The dtype's name as recipes and reports write it: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
-# Columns of a Gram that are formed by one product.
+# Columns of a Gram matrix that one matmul computes.
 _PANEL = 1024
 
 
@@ -52,8 +52,8 @@ def add_gram(total: Tensor, x: Tensor) -> None:
     """Add the lower triangle of x^T x to `total` in place, with exact products and sums in the dtype of `total`.
 
     bfloat16 inputs multiply on the matrix units: on CUDA with float32 output, on a CPU by a float32 product that may
-    round its inputs to bfloat16, which changes nothing because they are bfloat16 already. What lies above the diagonal
-    is left in an unspecified state: `mirror_lower` completes it.
+    round its inputs to bfloat16, which changes nothing because they are bfloat16 already. Everything above the diagonal
+    is left unspecified: `mirror_lower` completes it.
 
     Args:
         total: [in, in], float32 or float64.
@@ -72,7 +72,7 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 
 
 def mirror_lower(total: Tensor) -> None:
-    """Complete a symmetric matrix whose lower triangle was summed by `add_gram`, in place and to the bit."""
+    """Make a matrix whose lower triangle was summed by `add_gram` exactly symmetric, in place."""
     for start in range(0, len(total), _PANEL):
         stop = min(start + _PANEL, len(total))
         corner = total[start:stop, start:stop]

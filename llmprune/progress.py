@@ -1,4 +1,4 @@
-"""What a long run tells whoever watches it."""
+"""Progress events of a long run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ class Progress:
     """One step of a run.
 
     Attributes:
-        stage: what is being done to all layers in turn: "dense perplexity", "pruning", "pruned perplexity"; or a step
-            without layers such as "calibration text".
+        stage: what is being done to one layer after another: "dense perplexity", "pruning", "pruned perplexity"; or a
+            step without layers such as "calibration text".
         layer: layers finished in this stage.
         layers: layers in total; 0 for a step without layers.
-        step: what is being done to the layer at hand.
+        step: what is being done to the current layer.
         mean_error: running mean of the relative output error of the matrices pruned so far; None before the first.
-        unit: what is counted, where it is not layers: "matrix", "file".
+        unit: what is counted if not layers: "matrix", "file".
     """
 
     stage: str
@@ -30,4 +30,4 @@ Watcher = Callable[[Progress], None]
 
 
 def ignore(progress: Progress) -> None:
-    """Watch nothing."""
+    """Discard progress events."""

@@ -1,6 +1,6 @@
 """What calibration collects about one matrix's inputs: raw sums and a token count, so that shards merge exactly.
 
-A Gram matrix is factorised here as well, damped, for solvers that go through the columns from left to right.
+A damped Gram matrix is also factorised here, for solvers that process columns from left to right.
 """
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
@@ -14,25 +14,25 @@ from torch import Tensor
 from llmprune.errors import NumericsError
 from llmprune.precision import add_gram, float32_products, mirror_lower
 
-# What is tried, above the damping asked for, when a factorisation fails.
+# The larger dampings to try when a factorisation fails.
 _LADDER = (0.01, 0.1, 1.0)
 
 
 def damping_ladder(damping: float) -> tuple[float, ...]:
-    """Every damping to try, in order: the one asked for, then 0.01, 0.1 and 1 as far as they are higher.
+    """Every damping to try, in order: the requested one, then those of 0.01, 0.1 and 1 that are higher.
 
     Args:
-        damping: fraction of the Gram's mean diagonal, >= 0.
+        damping: fraction of the Gram matrix's mean diagonal, >= 0.
     """
     return damping, *(step for step in _LADDER if step > damping)
 
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """R of the damped Gram matrix R R^T, R upper triangular: the inverse of the usual factor of the Gram's inverse.
+    """Upper triangular R with R R^T = the damped Gram matrix: the inverse of the usual Cholesky factor of its inverse.
 
     Attributes:
-        upper: R, [width, width], the dtype of the Gram.
+        upper: R, [width, width], the dtype of the Gram matrix.
         damping: the damping that succeeded, as a fraction of the mean diagonal.
         tried: every damping tried, in order.
     """
@@ -97,7 +97,7 @@ class ColumnNorm:
 
 @dataclass(slots=True)
 class Moments(ColumnNorm):
-    """What scores of whole channels read: sums of the values, and how often they are above zero.
+    """What channel scores need: sums of the values, and how often they are above zero.
 
     Attributes:
         totals: [width], float32, sum over tokens of each feature.
@@ -145,7 +145,7 @@ class Gram:
 
     @property
     def products(self) -> Float[Tensor, "width width"]:
-        """X X^T, [width, width], symmetric to the bit once anything was added."""
+        """X X^T, [width, width], exactly symmetric."""
         if not self._symmetric:
             mirror_lower(self.sums)
             self._symmetric = True
@@ -173,16 +173,16 @@ class Gram:
         self.tokens += tokens
 
     def factor(self, damping: float) -> Factor:
-        """Factorise G + damping * mean(diag G) * I, raising the damping where that fails.
+        """Factorise G + damping * mean(diag G) * I, increasing the damping if that fails.
 
-        A dead input (zero diagonal) gets a diagonal of 1. The ladder after a failure is 0.01, 0.1, 1 (those above
+        A dead input (zero diagonal) gets a diagonal of 1. After a failure 0.01, 0.1 and 1 are tried (those above
         `damping`); the factor says which one succeeded. Matrices that share an input share the factor.
 
         Args:
             damping: fraction of the mean diagonal, >= 0.
 
         Raises:
-            NumericsError: the Gram is not finite, or no damping up to 1 makes it positive definite.
+            NumericsError: the Gram matrix is not finite, or no damping up to 1 makes it positive definite.
         """
         if damping not in self._factors:
             check_finite(self.squares, "the Gram matrix of the inputs")
@@ -192,7 +192,7 @@ class Gram:
 
 @dataclass(slots=True)
 class ChannelGram(Gram):
-    """A Gram matrix, and the moments that scores of whole channels read.
+    """A Gram matrix with the moments that channel scores need.
 
     Attributes:
         moments: of the same tokens.
@@ -220,7 +220,7 @@ class ChannelGram(Gram):
 
 def check_finite(values: Tensor, what: str) -> None:
     """Raise `NumericsError`, with the count, if any value is NaN or infinite."""
-    # One pass for the usual case: a sum is finite only if all its terms are.
+    # A sum is finite only if all its terms are: the usual case takes one pass and no mask.
     if bool(torch.isfinite(values.sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32))):
         return
     bad = ~torch.isfinite(values)
@@ -233,14 +233,14 @@ def check_finite(values: Tensor, what: str) -> None:
 
 
 def factorise(gram: Float[Tensor, "width width"], damping: float, tokens: int) -> Factor:
-    """Factorise gram + damping * mean(diagonal) * I, raising the damping where that fails.
+    """Factorise gram + damping * mean(diagonal) * I, increasing the damping if that fails.
 
     A dead input (zero diagonal) gets a diagonal of 1.
 
     Args:
         gram: [width, width], symmetric, finite; not changed.
         damping: fraction of the mean diagonal, >= 0.
-        tokens: rows behind the Gram, for the error.
+        tokens: rows that were summed, for the error message.
 
     Raises:
         NumericsError: no damping up to 1 makes it positive definite.
@@ -260,17 +260,18 @@ def factorise(gram: Float[Tensor, "width width"], damping: float, tokens: int) -
         f"a Gram matrix of width {len(gram)} from {tokens} tokens is not positive definite at damping {tried} "
         f"(diagonal from {float(diagonal.min()):.3e} to {float(diagonal.max()):.3e}, mean {mean:.3e})",
         expected="a finite, symmetric Gram matrix",
-        fix="check the calibration text and the model's activations, or give this matrix another method by a rule",
+        fix="check the calibration text and the model's activations, or give this matrix another method with a rule",
     )
 
 
 def _factorise_in_place(matrix: Tensor) -> bool:
-    """Overwrite a symmetric matrix by the transpose of its lower factor; False if it is not positive definite.
+    """Overwrite a symmetric matrix with the transpose of its lower factor; False if it is not positive definite.
 
-    With rows and columns reversed, R is an ordinary lower factor, and widths of 30,000 leave no room for copies.
+    With rows and columns reversed, R is an ordinary lower factor. In place, because a width of 30,000 leaves no room
+    for copies.
     """
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
-    # The transpose of a symmetric matrix is itself, and in the column-major order that LAPACK works in.
+    # A symmetric matrix equals its transpose, a view in LAPACK's column-major order: nothing is copied.
     in_order = matrix.mT
     with float32_products("ieee"):
         torch.linalg.cholesky_ex(in_order, out=(in_order, info))

@@ -1,9 +1,9 @@
-"""Seconds: of a run by stage, and of a single call, measured the same way for everything that is compared.
+"""Timing: of a run by stage, and of single calls, measured the same way for everything that is compared.
 
-In a model each weight is read once a token, so it comes from memory. A benchmark that multiplies by one matrix again
-and again measures a cache instead. Here the calls are equal except for the copy of the weights that they read, and are
-made in rotation; together the copies are larger than the last-level cache. On a GPU one CUDA graph holds them all, so
-that launches cost what they cost in a captured model.
+In a model each weight is read once per token, so it comes from memory. A benchmark that multiplies by the same matrix
+again and again measures the cache instead. Here the calls differ only in the copy of the weights that they read, and
+they rotate through the copies, which together exceed the last-level cache. On a GPU one CUDA graph holds all calls, so
+that launches cost what they do in a captured model.
 """
 
 import time
@@ -58,18 +58,18 @@ class Stages:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is spent on one measurement.
+    """How much time and memory to spend on one measurement.
 
     Attributes:
-        seconds: of repetitions, at least; what is slower runs three times.
-        rotated_bytes: size of all copies of a weight together; None: what leaves no cache a chance.
+        seconds: minimum duration of all repetitions; at least three are made.
+        rotated_bytes: total size of a weight's copies; None: enough to exceed the last-level cache.
     """
 
     seconds: float = 0.25
     rotated_bytes: int | None = None
 
     def copies(self, nbytes: int, device: torch.device) -> int:
-        """How many copies of a weight of this size are rotated."""
+        """How many copies of a weight of this size to rotate through."""
         wanted = rotated_bytes(device) if self.rotated_bytes is None else self.rotated_bytes
         return max(1, min(_MOST_COPIES, -(-wanted // max(nbytes, 1))))
 
@@ -80,8 +80,8 @@ class Timing:
 
     Attributes:
         median: seconds.
-        low: seconds; a tenth of the measurements is faster.
-        high: seconds; a tenth of them is slower.
+        low: seconds, 10th percentile.
+        high: seconds, 90th percentile.
         repeats: number of measurements.
     """
 
@@ -92,7 +92,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Timing":
-        """Sum up measurements."""
+        """Summarise measurements."""
         ranked = sorted(seconds)
         low, median, high = (ranked[round(share * (len(ranked) - 1))] for share in (0.1, 0.5, 0.9))
         return cls(median, low, high, len(ranked))
@@ -104,23 +104,23 @@ class Timing:
 
 
 def rotated_bytes(device: torch.device) -> int:
-    """How many bytes of weights do not fit into the last cache, with a margin; at most 1 GiB."""
+    """How many bytes of weights exceed the last-level cache, with a margin; at most 1 GiB."""
     if device.type == "cuda":
-        # Loads that evict first leave old lines in the cache, which would answer part of a few times its size.
+        # Evict-first loads leave older lines in the cache, which would still serve part of a few times its size.
         return _MOST_ROTATED
     return min(max(_LEAST_ROTATED, _last_cache() * 5 // 4), _MOST_ROTATED)
 
 
 @torch.inference_mode()
 def time_calls(calls: Sequence[Call], device: torch.device, seconds: float, *, captured: bool = True) -> Timing:
-    """Time one of several equal calls.
+    """Time one of several calls that do the same work.
 
     Args:
-        calls: made in turn.
+        calls: made in rotation.
         device: where they compute.
-        seconds: how long to repeat, at least.
-        captured: on a GPU, put them into a CUDA graph; False where something in them cannot be captured: they are then
-            launched one behind the other, and a call shorter than its launch looks as long as that.
+        seconds: minimum duration of all repetitions.
+        captured: on a GPU, put them into a CUDA graph; False if something in them cannot be captured: they are then
+            launched one after another, and a call shorter than its launch appears as long as the launch.
     """
     if device.type == "cuda":
         return _time_on_gpu(calls, device, seconds, captured)
@@ -146,7 +146,7 @@ def _time_on_gpu(calls: Sequence[Call], device: torch.device, seconds: float, ca
             call()
         torch.cuda.synchronize()
         replay = capture(calls, rounds) if captured else lambda: _make(calls, rounds)
-        # The first replay uploads the graph; then the clocks rise, which takes longer than a short product.
+        # The first replay uploads the graph; then the clocks rise, which takes longer than a short matmul.
         replay()
         estimate, warm = _elapsed(replay, 1)[0], time.perf_counter() + _WARM_UP_SECONDS
         while time.perf_counter() < warm:
@@ -156,7 +156,7 @@ def _time_on_gpu(calls: Sequence[Call], device: torch.device, seconds: float, ca
 
 
 def capture(calls: Sequence[Call], rounds: int = 1) -> Call:
-    """Capture calls, which must have run before, in a CUDA graph; returns what replays it."""
+    """Capture calls, which must have run before, in a CUDA graph; returns its replay function."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         _make(calls, rounds)
@@ -181,7 +181,7 @@ def _elapsed(replay: Call, repeats: int) -> list[float]:
 
 
 def _last_cache() -> int:
-    """Bytes of the last cache; 0 where the system does not say."""
+    """Bytes of the last-level cache; 0 if the system does not report it."""
     try:
         text = _CACHE_SIZE.read_text(encoding="ascii").strip()
     except OSError:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """Write ascending numbers with their runs joined: "0-2, 5"."""
+    """Write ascending numbers with consecutive ones joined: "0-2, 5"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -16,7 +16,7 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def format_seconds(value: float) -> str:
-    """Seconds to three digits or so."""
+    """Seconds to about three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 

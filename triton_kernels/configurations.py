@@ -1,9 +1,9 @@
-"""Which configuration a kernel runs with: the choice that was measured on this machine, else none.
+"""Look up a kernel's configuration: the choice that was measured on this machine, or else none.
 
 A choice is looked up by operation, device and exact shape in the file where tuning records what it measured:
-`kernels.json` in the folder `$LLMPRUNE_CACHE`, by default `~/.cache/llmprune`. It is read once per process. Where it
-lacks the shape, `measured` returns None and the operation takes its own calculated default. A choice belongs to the
-versions of torch, Triton and our kernels that it was measured with: under others it is not found.
+`kernels.json` in the folder `$LLMPRUNE_CACHE`, by default `~/.cache/llmprune`. It is read once per process. If the file
+lacks the shape, `measured` returns None and the operation uses its own calculated default. A choice belongs to the
+versions of torch, Triton and our kernels that it was measured with: others do not find it.
 """
 
 import functools
@@ -17,17 +17,17 @@ from typing import Any, TypeVar
 
 import torch
 
-# What one measurement decides, in the operation's own words; for a kernel the fields of its configuration.
+# What one measurement decides, named by the operation; for a kernel the fields of its configuration.
 Choice = dict[str, int | float | str]
 
 Configuration = TypeVar("Configuration")
 
-# Raise it when a kernel changes so much that earlier measurements say nothing about it.
+# Increase it when a kernel changes so much that earlier measurements no longer apply.
 KERNELS_VERSION = 1
 
 
 def measured(op: str, device: torch.device, **shape: int) -> Choice | None:
-    """Look up the choice that was measured best.
+    """Look up the choice that was measured as the fastest.
 
     Args:
         op: name of the operation, such as "linear_24".
@@ -35,7 +35,7 @@ def measured(op: str, device: torch.device, **shape: int) -> Choice | None:
         shape: named sizes; only a choice recorded under exactly these is found.
 
     Returns:
-        The choice, not to be changed; None where this was never measured.
+        The choice, not to be modified; None if this was never measured.
     """
     return _choices().get((op, device_key(device), _shape_key(shape)))
 
@@ -43,16 +43,16 @@ def measured(op: str, device: torch.device, **shape: int) -> Choice | None:
 def measured_as(
     make: Callable[..., Configuration], op: str, device: torch.device, **shape: int
 ) -> Configuration | None:
-    """Look up the choice that was measured best, as a configuration.
+    """Look up the choice that was measured as the fastest, as a configuration.
 
     Args:
-        make: takes the settings of the choice by name; raises TypeError or ValueError for those no kernel can run with.
+        make: takes the settings of the choice by name; raises TypeError or ValueError if no kernel can run with them.
         op: as for `measured`.
         device: as for `measured`.
         shape: as for `measured`.
 
     Returns:
-        What `make` made; None where nothing was measured or, with a warning, where `make` refused it.
+        What `make` returned; None if nothing was measured or, with a warning, if `make` refused it.
     """
     choice = measured(op, device, **shape)
     if choice is None:
@@ -70,13 +70,13 @@ def measured_as(
 
 
 def dispatch_limit(op: str, device: torch.device, highest: int, **shape: int) -> int:
-    """Tell from how many tokens on an operation leaves its decode kernel for the dense path.
+    """The number of tokens from which an operation takes the dense path instead of its decode kernel.
 
     Args:
         op: name of the operation; the measured limit is the choice {"limit": tokens} of `<op>.dispatch`.
         device: the device that it runs on.
-        highest: most tokens that the decode kernel can take. Without a measurement it takes them all: it moves 0.56 of
-            the dense bytes, while the dense path moves 0.56 + 1 + 1 of them.
+        highest: most tokens that the decode kernel accepts. Without a measurement it runs for all of them: it moves
+            0.56 of the dense bytes, while the dense path moves 0.56 + 1 + 1 of them.
         shape: named sizes, without the tokens.
     """
     limit = measured_as(_limit, f"{op}.dispatch", device, **shape)
@@ -84,9 +84,9 @@ def dispatch_limit(op: str, device: torch.device, highest: int, **shape: int) ->
 
 
 def record(op: str, device: torch.device, choice: Choice, **shape: int) -> None:
-    """Write a measured choice to the cache file; `measured` finds it from now on, also in later processes.
+    """Write a measured choice to the cache file; from then on `measured` finds it, also in later processes.
 
-    The file is replaced atomically. Of two processes that record at the same moment, one may lose its choice.
+    The file is replaced atomically. If two processes record at the same moment, one choice may be lost.
 
     Raises:
         TypeError: a value of the choice is not an int, a float or a string.
@@ -108,14 +108,14 @@ def forget() -> None:
 
 
 def cache_file() -> Path:
-    """Return where measured choices are kept; the file need not exist."""
+    """The file in which measured choices are stored; it need not exist."""
     folder = os.environ.get("LLMPRUNE_CACHE")
     return (Path(folder).expanduser() if folder else Path.home() / ".cache" / "llmprune") / "kernels.json"
 
 
 @functools.cache
 def device_key(device: torch.device) -> str:
-    """Name the kind of device as its driver does, such as "NVIDIA H200"; "cpu" for the CPU."""
+    """The device's name as its driver gives it, such as "NVIDIA H200"; "cpu" for the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -129,7 +129,7 @@ def sm_count(device: torch.device) -> int:
 def _choices() -> dict[tuple[str, str, str], Choice]:
     try:
         cached = _read(cache_file()).get(_versions(), {})
-    except RuntimeError:  # this user has no home folder: so there is no cache either
+    except RuntimeError:  # a user without a home folder has no cache either
         cached = {}
     return {
         (op, device, shape): choice
@@ -140,7 +140,7 @@ def _choices() -> dict[tuple[str, str, str], Choice]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Versions -> device -> operation -> shape -> choice; empty, with a warning, where the file is damaged."""
+    """Versions -> device -> operation -> shape -> choice; empty, with a warning, if the file is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         _check(content)
@@ -158,7 +158,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check(content: Any, depth: int = 4) -> None:
-    """Raise ValueError unless `content` is `depth` dicts inside one another around choices."""
+    """Raise ValueError unless `content` is `depth` levels of nested dicts around choices."""
     if depth == 0:
         if not _is_choice(content):
             raise ValueError(f"{str(content)[:60]} is not a choice")

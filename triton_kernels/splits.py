@@ -1,4 +1,4 @@
-"""The second stage of a split sum: partial sums are added in their order, so that the result is the same each time."""
+"""The second stage of a split sum: partial sums are added in a fixed order, so that the result is deterministic."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ def add_splits(partials: Tensor, bias: Tensor | None, y: Tensor, splits: int) ->
     """Write the sum of partial products, and the bias, to y.
 
     Args:
-        partials: float32, contiguous, at least `splits` times the elements of y: one product behind another.
+        partials: float32, contiguous, at least `splits` times the elements of y: one product after another.
         bias: [out], contiguous, or None.
         y: [tokens, out], contiguous; overwritten.
         splits: at least 1.

@@ -1,11 +1,12 @@
-"""Memory that all layers of a device share: the dense matrix of the layer at work, and split-K partial sums.
+"""Memory that all layers of a device share: the dense matrix of the current layer, and split-K partial sums.
 
 It is allocated when layers are built, so that a forward pass allocates nothing but its output and can be captured in a
-CUDA graph. A buffer that was handed out once is kept until `release`, even where a larger one has taken its place: a
-graph captured meanwhile still writes to its address.
+CUDA graph. A buffer that has been used is kept until `release`, even after a larger one has replaced it: a graph
+captured in the meantime still writes to its address.
 
-Its content lives from one kernel to the next inside one operation. So a device may run the operations that use it on
-one stream at a time: two streams, or two threads, that run them at once overwrite each other's sums without an error.
+Its content lives from one kernel to the next within one operation. The operations that use it must therefore run on one
+stream of a device at a time: if two streams, or two threads, run them concurrently, they silently overwrite each
+other's sums.
 """
 
 from dataclasses import dataclass, field
@@ -36,9 +37,9 @@ class _Buffer:
             )
         if self.memory is not None and self.handed_out:
             self.retired.append(self.memory)
-        # Dropped before the larger one exists, so that both need not fit.
+        # Freed before the larger one is allocated, so that both need not fit.
         self.memory, self.handed_out = None, False
-        with torch.inference_mode(False):  # it outlives the mode that the first caller happens to be in
+        with torch.inference_mode(False):  # it outlives the inference mode that its first caller may be in
             self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def view(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -72,9 +73,9 @@ def reserve(device: torch.device, scratch_bytes: int, partial_bytes: int) -> Non
 
 
 def scratch(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a view [*shape] of the device's scratch, with whatever the last user left in it.
+    """Return a view [*shape] of the device's scratch, with arbitrary content.
 
-    It grows where nobody reserved enough. The next call returns the same memory.
+    It grows if not enough was reserved. The next call returns the same memory.
 
     Raises:
         RuntimeError: memory would have to grow while a CUDA graph is captured.
@@ -84,7 +85,7 @@ def scratch(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) ->
 
 
 def partials(device: torch.device, shape: tuple[int, ...]) -> Tensor:
-    """Return a float32 view [*shape] of the device's space for partial sums; as `scratch` otherwise."""
+    """Return a float32 view [*shape] of the device's space for partial sums; otherwise like `scratch`."""
     device = _indexed(device)
     return _of(_partials, "space for partial sums", device).view(shape, torch.float32)
 
@@ -97,7 +98,7 @@ def reserved(device: torch.device) -> int:
 
 
 def release(device: torch.device) -> None:
-    """Give the memory of a device back; graphs captured before must not be replayed any more."""
+    """Free the memory of a device; graphs captured before must not be replayed afterwards."""
     device = _indexed(device)
     _scratch.pop(device, None)
     _partials.pop(device, None)

@@ -1,1 +1,1 @@
-"""Benches: scripts that check correctness first and then print medians with their spread."""
+"""Benchmarks: scripts that first check correctness and then print medians with their spread."""

@@ -1,9 +1,9 @@
-"""From which block sparsity on a device multiplies stored blocks faster than the dense matrix.
+"""The block sparsity from which a device multiplies stored blocks faster than the dense matrix.
 
     python -m llmprune.eval.bench.blocks --shape 4096x4096 --tokens 1,64 --json blocks.json
 
-On a CPU this is what `CPU_BLOCK_SPARSITY` in llmprune/forms.py stands on. Weights are random, in bfloat16, with the
-same number of blocks in every row of blocks; a product that is wrong is not timed.
+For CPUs, `CPU_BLOCK_SPARSITY` in llmprune/serving/forms.py is based on it. Weights are random, in bfloat16, with the
+same number of blocks in every block row; a matmul with a wrong result is not timed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every combination, print it, and write JSON."""
     args = _parse(arguments)
     device = resolve_device(args.device)
-    # "packed", so that the blocks are multiplied where a model would be served dense.
+    # A rehearsal uses the packed form, so that blocks are multiplied even where a model would be served dense.
     plan = replace(Plan(), device=device, effort=Effort(args.seconds), rehearsal=True)
     rates = measure_rates(device, torch.bfloat16, plan.effort)
     rows = []
@@ -48,7 +48,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=_list(int), default=(1, 64))
     parser.add_argument("--blocks", type=_list(int), default=(16, 32, 64, 128))
     parser.add_argument("--sparsities", type=_list(float), default=(0.5, 0.7, 0.8, 0.85, 0.9, 0.95))
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each time")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each timing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     return parser.parse_args(arguments)

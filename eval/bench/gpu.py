@@ -1,24 +1,24 @@
-"""Everything that only a GPU can tell, in one command: correctness first, then speed, written down row by row.
+"""Every check and benchmark that needs a GPU, in one command: first correctness, then speed, saved row by row.
 
-    pip install --no-deps --no-build-isolation -e .       # where there is no network
+    pip install --no-deps --no-build-isolation -e .       # without a network
     python -m llmprune.eval.bench.gpu --json out/gpu.json --seconds 540
     python -m llmprune.eval.bench.gpu --json out/gpu.json --parts linear,block --tune
 
 | part | what |
 |---|---|
 | checks | tests/kernels on the GPU; every kernel at every shape against float64, twice |
-| linear | 2:4 products of the shapes of Llama, Qwen beside cuBLAS and cuSPARSELt |
-| block | block-sparse products beside cuBLAS and torch.sparse |
-| decode | a random model of Llama-3-8B shape: steps of decode in CUDA graphs and a prefill, dense and 2:4 |
-| sweep | SparseGPT's kernel against float64 and beside its reference |
-| prune | a random model of Llama-3-8B shape, pruned: seconds by stage beside the arithmetic floor |
+| linear | 2:4 matmuls in the shapes of Llama and Qwen, compared with cuBLAS and cuSPARSELt |
+| block | block-sparse matmuls, compared with cuBLAS and torch.sparse |
+| decode | a random model of Llama-3-8B shape: decode steps in CUDA graphs and a prefill, dense and 2:4 |
+| sweep | SparseGPT's kernel against float64, and its speed compared with its reference |
+| prune | a random model of Llama-3-8B shape, pruned: seconds by stage compared with the arithmetic floor |
 | structures | exact group removal against float64, its seconds at 14336 x 4096, a recipe on the GPU and on the CPU |
 
-A product that is wrong is not timed. A part that fails does not keep the others from running; its traceback is in the
-results, and the exit code is 1. The file is written after every row, so that a time limit costs one row at most; parts
-that an earlier run has left in it stay. Kernel configurations that --tune finds are kept beside it, in kernels.json.
+A matmul with a wrong result is not timed. A failing part does not stop the others; its traceback is in the results, and
+the exit code is 1. The file is written after every row, so that a time limit costs one row at most; parts from an
+earlier run are kept. Kernel configurations that --tune finds are stored next to it, in kernels.json.
 
-`--rehearse` runs all of it with tiny shapes on a CPU, so that the script itself is known to work.
+`--rehearse` runs everything with tiny shapes on a CPU, to check the script itself.
 """
 
 import argparse
@@ -40,13 +40,13 @@ PARTS = ("checks", "linear", "block", "decode", "sweep", "prune", "structures")
 
 
 class Results:
-    """A JSON file that is whole after every row.
+    """A JSON file that is complete after every row.
 
     Args:
-        path: of the file; what other parts have left in it is kept.
+        path: of the file; the results of other parts in it are kept.
         header: device, versions, commit.
-        seconds: from now on, after which no further row is begun.
-        clock: seconds, ever rising.
+        seconds: from now, after which no further row is started.
+        clock: returns seconds, monotonically.
     """
 
     def __init__(self, path: Path, header: Row, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -60,11 +60,11 @@ class Results:
 
     @property
     def left(self) -> float:
-        """Seconds until no further row is begun."""
+        """Seconds until no further row is started."""
         return self._end - self._clock()
 
     def run(self, name: str, part: Part) -> bool:
-        """Run a part to its end, to the end of the time, or to its failure; returns whether all of it was right."""
+        """Run a part until it ends, time is up, or it fails; returns whether everything passed."""
         if self.left <= 0:
             print(f"{name}: not run, no time left", flush=True)
             return False
@@ -74,13 +74,13 @@ class Results:
         try:
             rows = part()
             while self.left > 0 and (row := next(rows, None)) is not None:
-                json.dumps(row, allow_nan=False)  # what cannot be written must not spoil the file
+                json.dumps(row, allow_nan=False)  # a row that cannot be written must not spoil the file
                 entry["rows"].append(row)
                 entry["seconds"] = round(self._clock() - started, 3)
                 self._write()
                 print(f"{name}: {summary(row)}", flush=True)
             entry["status"] = "done" if self.left > 0 else "stopped: no time left"
-        except Exception:  # noqa: BLE001 - another part may still tell something; this one is reported as failed
+        except Exception:  # noqa: BLE001 - other parts may still succeed; this one is reported as failed
             entry.update(status="failed", traceback=traceback.format_exc())
             print(f"{name}: {entry['traceback']}", flush=True)
         entry["seconds"] = round(self._clock() - started, 3)
@@ -92,7 +92,7 @@ class Results:
 
 
 def summary(row: Row) -> str:
-    """A row on one line: what it is, and its ratios; with what tests have printed where they failed."""
+    """A row on one line: what it is, and its ratios; with the output of tests that failed."""
     shown = {key: row[key] for key in row if key in _SHOWN}
     if "comparisons" in row:
         shown["ratios"] = {c["tokens"]: c.get("ratio", "WRONG") for c in row["comparisons"]}
@@ -111,7 +111,7 @@ _SHOWN = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts; returns the exit code."""
     args = _parse(arguments)
-    # Before anything looks for measured choices: they come back with the results.
+    # Before anything looks up measured choices, so that they are written next to the results.
     os.environ.setdefault("LLMPRUNE_CACHE", str(args.json.resolve().parent))
     import torch
 
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from llmprune.measuring.bench.machine import commit, device_name, versions
 
     if not args.rehearse and not torch.cuda.is_available():
-        print("no GPU here: --rehearse runs the script on a CPU")
+        print("this machine has no GPU: --rehearse runs the script on a CPU")
         return 1
     plan = replace(rehearsal() if args.rehearse else Plan(), tune=args.tune)
     header = {
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _part(name: str, plan: Any, args: argparse.Namespace) -> Part:
-    """The rows of a part; imported when its turn comes, so that a missing package costs that part alone."""
+    """The rows of a part; imported only when it runs, so that a missing package fails only that part."""
 
     def rows() -> Iterator[Row]:
         if name == "checks":
@@ -169,11 +169,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
     parser.add_argument("--parts", type=_parts, default=PARTS, help=f"some of {','.join(PARTS)}, in this order")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so long")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after this time")
     parser.add_argument("--tune", action="store_true", help="search kernel configurations before measuring")
-    parser.add_argument("--commit", help="of the code, where it is no git checkout")
-    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU: does the script work?")
-    parser.add_argument("--work", type=Path, default=Path("out/bench"), help="where `prune` puts its random model")
+    parser.add_argument("--commit", help="of the code, if it is not a git checkout")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU, to check the script itself")
+    parser.add_argument("--work", type=Path, default=Path("out/bench"), help="folder for the random model of `prune`")
     parser.add_argument("--shape", default="llama-8b", help="of the model of `prune`")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
@@ -183,7 +183,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _parts(text: str) -> tuple[str, ...]:
     wanted = text.split(",")
     if unknown := [name for name in wanted if name not in PARTS]:
-        raise argparse.ArgumentTypeError(f"no part {unknown[0]}; there are {', '.join(PARTS)}")
+        raise argparse.ArgumentTypeError(f"no part {unknown[0]}; choose from {', '.join(PARTS)}")
     return tuple(name for name in PARTS if name in wanted)
 
 

@@ -24,12 +24,12 @@ _TESTS = Path(__file__).resolve().parents[2] / "tests" / "kernels"
 _TEST_SECONDS = 400
 _TAIL = 4000
 
-# Rows of the exact product at once: float64 copies of the largest matrices would take minutes and gigabytes.
+# Rows of the exact result at a time: float64 copies of the largest matrices would take minutes and gigabytes.
 _ROWS = 4096
 
 
 def checks(plan: Plan) -> Iterator[Row]:
-    """A row for the tests, and one for each kernel and shape; `passed` says what came of it."""
+    """A row for the tests, and one for each kernel and shape; `passed` is the outcome."""
     yield _tests(plan)
     forms = {form.name: form for form in FORMS}
     for name, shape in plan.shapes.items():
@@ -45,9 +45,9 @@ def checks(plan: Plan) -> Iterator[Row]:
 
 
 def _tests(plan: Plan) -> Row:
-    """Run tests/kernels in a process of its own; in a rehearsal only look which tests there are."""
+    """Run tests/kernels in a separate process; in a rehearsal only collect the tests."""
     command = [sys.executable, "-m", "pytest", str(_TESTS), "-q", "-p", "no:cacheprovider"]
-    # What is compiled ahead of time needs no GPU, and has been looked at elsewhere.
+    # Tests of ahead-of-time compilation need no GPU, and run elsewhere.
     command += ["-W", "default", "-k", "not sass and not compile"]
     command += ["--collect-only"] * plan.rehearsal
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -64,7 +64,7 @@ def _tests(plan: Plan) -> Row:
 
 @torch.inference_mode()
 def _check(form: Form, layout: Layout, stored: dict[str, Tensor], plan: Plan) -> Row:
-    """Every number of tokens, twice: right, finite and the same bits both times, with and without a bias."""
+    """Every number of tokens, twice: correct, finite and bit-identical both times, with and without a bias."""
     held, weight = form.build(layout, stored), layout.unpack(stored)
     bias = torch.randn(layout.shape[0], device=plan.device, dtype=weight.dtype)
     errors, wrong = {}, []
@@ -76,9 +76,9 @@ def _check(form: Form, layout: Layout, stored: dict[str, Tensor], plan: Plan) ->
         error, allowed = relative_error(first, exact), relative_error(F.linear(x, weight, given), exact)
         errors[str(tokens)] = repr(error)
         if not is_right(error, allowed, weight.dtype):
-            wrong.append(f"{tokens} tokens: relative error {error:.3g}, of the dense product {allowed:.3g}")
+            wrong.append(f"{tokens} tokens: relative error {error:.3g}, of the dense matmul {allowed:.3g}")
         if not torch.equal(first, second):
-            wrong.append(f"{tokens} tokens: other bits the second time")
+            wrong.append(f"{tokens} tokens: different bits the second time")
     return {"form": form.name, "shape": list(layout.shape), "errors": errors, "passed": not wrong, "wrong": wrong}
 
 
@@ -89,7 +89,7 @@ def _exact(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def failed(rows: list[Row]) -> list[str]:
-    """What did not pass, as JSON lines without the output of the tests."""
+    """The rows that did not pass, as JSON lines without the output of the tests."""
     return [
         json.dumps({key: value for key, value in row.items() if key != "output"})
         for row in rows

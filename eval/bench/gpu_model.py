@@ -1,7 +1,7 @@
-"""The part `decode` of the GPU bench: a whole model of random weights, dense beside 2:4, in the same CUDA graphs.
+"""The part `decode` of the GPU bench: a whole model of random weights, dense against 2:4, in the same CUDA graphs.
 
-A step is one token for every sequence of the batch, with a static cache that is attended to in full; generation around
-it (sampling, stopping) is left out on both sides.
+A step is one token for every sequence of the batch, attending to a full static cache; the rest of generation (sampling,
+stopping) is left out for both.
 """
 
 import gc
@@ -21,9 +21,9 @@ Row = dict[str, Any]
 
 
 def decode(plan: Plan) -> Iterator[Row]:
-    """A row for each batch of the dense model, of the 2:4 model layer by layer, and of the fused one, with the ratios.
+    """A row per batch size for the dense model, the unfused 2:4 model and the fused one, with the speed-ups.
 
-    The dense model is not fused: its ratio to the 2:4 model layer by layer is that of like to like.
+    The dense model is not fused, so the unfused 2:4 model is the like-for-like comparison.
     """
     model = random_model(plan)
     dense: dict[str, Timing] = {}
@@ -51,7 +51,7 @@ def random_model(plan: Plan) -> PreTrainedModel:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device=plan.device)
-    # Its frequencies are computed, not stored: to_empty has lost them.
+    # Rotary frequencies are computed, not stored: to_empty has lost them.
     with torch.device(plan.device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     for name, parameter in model.named_parameters():
@@ -60,7 +60,7 @@ def random_model(plan: Plan) -> PreTrainedModel:
 
 
 def prune_24(model: PreTrainedModel, plan: Plan) -> None:
-    """Put 2:4 layers with new random weights in the place of the linear layers in the decoder layers, one by one."""
+    """Replace the linear layers in the decoder layers by 2:4 layers with new random weights, one at a time."""
     linears = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
     for name in linears:
         linear = model.model.get_submodule(name)
@@ -93,13 +93,13 @@ def _times(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, Timing]]:
 
 
 def decode_step(model: PreTrainedModel, batch: int, plan: Plan) -> Callable[[], object]:
-    """One step of decode on buffers that stay where they are; it may be repeated for ever: the cache is half full."""
+    """One decode step on fixed buffers, at a half-full cache; it may be repeated any number of times."""
     device, full = plan.device, plan.context // 2
     cache = StaticCache(config=model.config, max_cache_len=plan.context)
     ids = torch.randint(plan.model["vocab_size"], (batch, 1), device=device)
     with torch.inference_mode():
         model(input_ids=ids.repeat(1, full), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    # One tensor for the lengths of all layers, so that one launch takes back what a step adds.
+    # One tensor for the lengths of all layers, so that one launch undoes what a step adds to them.
     lengths = torch.full((len(cache.layers),), full, device=device)
     for layer, length in zip(cache.layers, lengths, strict=True):
         layer.cumulative_length = length

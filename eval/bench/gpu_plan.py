@@ -1,4 +1,4 @@
-"""What the GPU bench measures, and the same in miniature for a rehearsal on a CPU."""
+"""What the GPU bench measures, and a miniature of it for a rehearsal on a CPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,21 +37,21 @@ class Plan:
 
     Attributes:
         device: where.
-        shapes: of the 2:4 products: name -> (out, in). Those of Qwen3-8B that Llama-3-8B has as well are not repeated.
-        block_shapes: of the block-sparse products.
-        tokens: of the products.
-        block_tokens: of the block-sparse products.
-        checked_tokens: of the correctness checks, odd ones on purpose.
+        shapes: of the 2:4 matmuls: name -> (out, in). Shapes of Qwen3-8B that Llama-3-8B also has are not repeated.
+        block_shapes: of the block-sparse matmuls.
+        tokens: numbers of tokens for the 2:4 matmuls.
+        block_tokens: numbers of tokens for the block-sparse matmuls.
+        checked_tokens: numbers of tokens for the correctness checks, some of them odd on purpose.
         blocks: block sizes.
-        sparsities: shares of the blocks that are zero.
-        uneven: block size whose rows are also tried with unequal numbers of blocks.
+        sparsities: fractions of zero blocks.
+        uneven: block size that is also measured with unequal numbers of blocks per block row.
         model: LlamaConfig of the whole model.
-        batches: of its decode.
+        batches: its batch sizes for decode.
         context: tokens in its static cache.
         prompt: tokens of its prefill.
-        effort: for each time.
+        effort: for each timing.
         tune: search configurations before measuring.
-        rehearsal: on a CPU, for the sake of the script.
+        rehearsal: on a CPU, to check the script itself.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""The parts `linear` and `block` of the GPU bench: products of the models' shapes beside cuBLAS and the peers."""
+"""The parts `linear` and `block` of the GPU bench: matmuls of the models' shapes against cuBLAS and other libraries."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +17,12 @@ from llmprune.storage.formats import BlockLayout, Layout, NMLayout
 
 Row = dict[str, Any]
 
-# The six ways to keep two of four: i0 | i1 << 2.
+# The six ways to keep two of four, as i0 | i1 << 2.
 _NIBBLES = [low | high << 2 for low in range(4) for high in range(low + 1, 4)]
 
 
 def linear(plan: Plan) -> Iterator[Row]:
-    """2:4 products of every shape; a row for each."""
+    """2:4 matmuls of every shape; a row for each."""
     rates = measure_rates(plan.device, torch.bfloat16, plan.effort)
     yield {"rates": rates.to_dict(), "cusparselt": peers.cusparselt_version()}
     for name, shape in plan.shapes.items():
@@ -40,7 +40,7 @@ def linear(plan: Plan) -> Iterator[Row]:
 
 
 def block(plan: Plan) -> Iterator[Row]:
-    """Block-sparse products; a row for each shape, block size and sparsity, and one for each peer."""
+    """Block-sparse matmuls; a row for each shape, block size and sparsity, and one for each other library."""
     rates = measure_rates(plan.device, torch.bfloat16, plan.effort)
     yield {"rates": rates.to_dict()}
     for size in plan.blocks:
@@ -71,10 +71,10 @@ def _block_rows(name: str, case: Row, rates: Rates, plan: Plan) -> Iterator[Row]
 
 
 def build_layer(layout: Layout, stored: Mapping[str, Tensor], plan: Plan) -> SparseLinear:
-    """A layer over packed tensors, in the form that a model on this device would have, self-tested."""
+    """A layer with packed tensors, in the form that a model on this device would use, self-tested."""
     layer = SparseLinear(layout, bias=False, dtype=torch.bfloat16, device=plan.device)
     layer.load_state_dict(dict(stored))
-    # In a rehearsal a CPU would take the dense form, and compare it with itself.
+    # In a rehearsal a CPU would choose the dense form, and compare it with itself.
     layer.settle("packed" if plan.rehearsal else "auto")
     layer.test("random")
     return layer
@@ -107,7 +107,7 @@ def random_blocks(
 
 def _as_bsr(layout: BlockLayout, stored: Mapping[str, Tensor]) -> Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that BSR tensors are in beta
+        warnings.simplefilter("ignore", UserWarning)  # about BSR tensors being in beta
         return torch.sparse_bsr_tensor(
             stored["crow"], stored["col"], stored["values"], layout.shape, check_invariants=False
         )

@@ -22,7 +22,7 @@ def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def sweep(plan: Plan) -> Iterator[Row]:
-    """Gram, sweep and SparseGPT against float64; then the kernel's time beside the reference's."""
+    """Gram matrix, column loop and SparseGPT against float64; then the kernel's time and the reference's."""
     errors = _sweep_errors(plan)
     yield {"name": "errors", "passed": True, **errors}
     widths = (64,) if plan.rehearsal else (4096, 14336)
@@ -49,10 +49,10 @@ def prune(plan: Plan, work: Path, shape: str, samples: int, length: int) -> Iter
 
 
 def _sweep_errors(plan: Plan) -> dict[str, float]:
-    """Compare with float64; raises AssertionError where the device is wrong.
+    """Compare with float64; raises AssertionError if the device computes wrong results.
 
-    Tensor cores sum long rows with a little less than float32's rounding, and a near tie that falls the other way
-    changes the rest of its row: rows are compared where the whole mask agrees.
+    Tensor cores sum long rows slightly less precisely than float32, and a near tie that is decided differently changes
+    the rest of its row: only rows with identical masks are compared.
     """
     torch.manual_seed(0)
     device, rows_seen = plan.device, 512 if plan.rehearsal else 4096
@@ -91,7 +91,7 @@ def _sweep_errors(plan: Plan) -> dict[str, float]:
 
 
 def _time_sweep(rows: int, width: int, pattern: str, device: torch.device) -> Row:
-    """Milliseconds of SparseGPT on one matrix, the factor ready, with the kernel and with the reference."""
+    """Milliseconds of SparseGPT on one matrix, without the factorisation, with the kernel and with the reference."""
     weight, x = torch.randn(rows, width, device=device), torch.randn(2 * width, width, device=device)
     gram = Gram.empty(width, device)
     gram.update(x)
@@ -127,6 +127,6 @@ def _sweep_with(implementation, weight: torch.Tensor, gram: Gram, pattern: str) 
 
 
 def wait(device: torch.device) -> None:
-    """Let a GPU finish what it was given."""
+    """Wait until a GPU has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

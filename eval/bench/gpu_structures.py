@@ -12,12 +12,12 @@ from llmprune.eval.bench.gpu_prune import Row, wait
 from llmprune.structures.remove.problem import Removal, RemovalSettings
 from llmprune.structures.remove.solver import remove_groups
 
-# How much more than float64's loss a search in float32 may end with: a near tie may fall the other way.
+# The factor by which a search in float32 may exceed float64's loss: a near tie may be decided differently.
 _SLACK = 1.02
 
 
 def structures(plan: Plan, work: Path) -> Iterator[Row]:
-    """Removal against float64, its seconds at the sizes of a real layer, and a recipe on the device beside the CPU."""
+    """Removal against float64, its seconds at the sizes of a real layer, and a recipe on the device and on the CPU."""
     yield _check(plan)
     sizes = ((256, 64),) if plan.rehearsal else ((14336, 4096), (4096, 4096))
     for width, rows in sizes:
@@ -26,7 +26,7 @@ def structures(plan: Plan, work: Path) -> Iterator[Row]:
 
 
 def _problem(rows: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight [rows, width], and the Gram of inputs whose channels have a part in common."""
+    """A weight [rows, width], and the Gram matrix of inputs with correlated channels."""
     torch.manual_seed(0)
     common = torch.randn(2 * width, max(width // 8, 1), device=device)
     x = common @ torch.randn(common.shape[1], width, device=device) + 0.3 * torch.randn(2 * width, width, device=device)
@@ -46,7 +46,7 @@ def _check(plan: Plan) -> Row:
 
 
 def _time(plan: Plan, width: int, rows: int) -> Row:
-    """Seconds to remove a quarter of the channels, without and with exchanges; the second run of each counts."""
+    """Seconds to remove a quarter of the channels, without and with exchanges; of the second run of each."""
     weight, gram = _problem(rows, width, plan.device)
     result: Row = {"name": "removal", "width": width, "rows": rows, "remove": width // 4}
     for name, swaps in (("greedy", 0), ("exchanges", 32)):
@@ -61,7 +61,7 @@ def _time(plan: Plan, width: int, rows: int) -> Row:
 
 
 def _recipe(plan: Plan, work: Path) -> Iterator[Row]:
-    """The bundled model by a recipe, on the device and on the CPU: the perplexities must agree."""
+    """The bundled model pruned by a recipe, on the device and on the CPU: the perplexities must agree."""
     from llmprune.pruning.pipeline import prune
 
     text = {"source": "self", "samples": 4 if plan.rehearsal else 64, "length": 32 if plan.rehearsal else 256}
@@ -80,7 +80,7 @@ def _recipe(plan: Plan, work: Path) -> Iterator[Row]:
             "name": "recipe", "device": name, "perplexity": report.pruned_perplexity,
             "speed": report.header["speed"], "seconds": report.header["seconds"],
         }  # fmt: skip
-    # Texts are sampled on each device: the same seed gives other tokens, so only gross errors show.
+    # Text is sampled on each device: rounding makes the tokens differ despite equal seeds, so only gross errors show.
     first, last = found[str(plan.device)], found["cpu"]
     assert first is not None
     assert last is not None

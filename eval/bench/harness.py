@@ -1,9 +1,9 @@
-"""What `llmprune eval` adds to the time of lm-eval itself, on the same model and tasks.
+"""The overhead of `llmprune eval` over lm-eval itself, on the same model and tasks.
 
     python -m llmprune.eval.bench.harness --json harness.json
 
-Both load the model, load the tasks and answer; the scores have to be equal to the last digit before a time counts. The
-two take turns in one process, after a first time of each that does not count.
+Both load the model, load the tasks and answer; times only count if the scores are equal to the last digit. The two
+alternate in one process, after a warm-up run of each.
 """
 
 import argparse
@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     added = medians["llmprune"] / medians["hf"] - 1
     for name, times in seconds.items():
-        print(f"{name}: median {medians[name]:.3f} s of {len(times)}, from {min(times):.3f} to {max(times):.3f}")
-    print(f"added: {added:+.1%}; scores are equal")
+        print(f"{name}: median {medians[name]:.3f} s of {len(times)} runs, {min(times):.3f} to {max(times):.3f}")
+    print(f"overhead: {added:+.1%}; scores are equal")
     if args.json:
         header = {"device": device_name(resolve_device(args.device)), "versions": versions(), "commit": commit()}
         what = {"model": args.model, "tasks": args.tasks, "limit": args.limit, "batch_size": args.batch_size}
@@ -70,7 +70,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="testbed")
     parser.add_argument("--tasks", type=lambda text: tuple(text.split(",")), default=OFFLINE_TASKS)
-    parser.add_argument("--limit", type=int, help="documents of each task")
+    parser.add_argument("--limit", type=int, help="documents per task")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,11 +1,11 @@
 """SparseGPT by llm-compressor on the same model and tokens, for comparison.
 
-It runs in an environment of its own:
+It runs in a separate environment:
 
     python -m venv peer && peer/bin/pip install llmcompressor==0.14.0.1 transformers==5.17.0
     peer/bin/python eval/bench/peer_llmcompressor.py eval/testbed --samples 128 --length 256
 
-Prints JSON: seconds of `oneshot` alone, without loading the model, and the peak resident size.
+Prints JSON: seconds of `oneshot` alone, without loading the model, and the peak resident set size.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The libraries that we are compared with; each is checked before it is timed, and what it refuses is written down."""
+"""The libraries to compare with; each is checked for correctness before it is timed, and its refusals are recorded."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,20 +14,20 @@ Row = dict[str, Any]
 
 
 def cusparselt_version() -> int | None:
-    """The version of cuSPARSELt, as a number like 800 for 0.8.0; None where it is not there."""
+    """The version of cuSPARSELt, as a number such as 800 for 0.8.0; None if it is not available."""
     return torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None
 
 
 def cusparselt(weight: Tensor, x: Tensor, effort: Effort) -> Row:
-    """Time cuSPARSELt's product x @ weight.T with the algorithm that its search chooses.
+    """Time cuSPARSELt's x @ weight.T with the algorithm that its search chooses.
 
     Args:
         weight: [out, in], 2:4.
-        x: [tokens, in]; padded to a multiple of 8 tokens, as its users must.
-        effort: for the time.
+        x: [tokens, in]; padded to a multiple of 8 tokens, as the library requires.
+        effort: for the timing.
 
     Returns:
-        "version", "algorithm", "padded_tokens" and the time; or "refused" and why.
+        "version", "algorithm", "padded_tokens" and the time; or "refused" with the reason.
     """
     version = cusparselt_version()
     if version is None:
@@ -39,23 +39,23 @@ def cusparselt(weight: Tensor, x: Tensor, effort: Effort) -> Row:
         copies = [compressed, *(compressed.clone() for _ in range(effort.copies(compressed.nbytes, x.device) - 1))]
         calls = [_cslt_call(copy, padded, settings) for copy in copies]
         result = torch._cslt_sparse_mm(compressed, padded.t(), **settings).t()[: len(x)]
-    except Exception as error:  # noqa: BLE001 - whatever a library raises, it is written down, and ours is measured
+    except Exception as error:  # noqa: BLE001 - whatever a library raises is recorded, and ours is measured anyway
         return {"version": version, "refused": _first_line(error)}
     known = {"version": version, "algorithm": settings, "padded_tokens": len(padded)}
     return {**known, **_checked_time(result, weight, x, calls, effort)}
 
 
 def torch_blocks(bsr: Tensor, weight: Tensor, x: Tensor, effort: Effort) -> Row:
-    """Time torch's own block-sparse product x @ weight.T.
+    """Time torch's own block-sparse x @ weight.T.
 
     Args:
         bsr: [out, in], sparse BSR.
         weight: the same, dense.
         x: [tokens, in].
-        effort: for the time.
+        effort: for the timing.
 
     Returns:
-        The time; or "refused" and why.
+        The time; or "refused" with the reason.
     """
     if not x.is_cuda:
         return {"refused": "torch.sparse._triton_ops needs a GPU"}
@@ -67,13 +67,13 @@ def torch_blocks(bsr: Tensor, weight: Tensor, x: Tensor, effort: Effort) -> Row:
     calls = [_bsr_call(_triton_ops.bsr_dense_addmm, y, copy, dense) for copy in copies]
     try:
         result = calls[0]()
-    except Exception as error:  # noqa: BLE001 - Triton and the library have errors of their own
+    except Exception as error:  # noqa: BLE001 - Triton and the library raise errors of many types
         return {"refused": _first_line(error)}
     return _checked_time(result.t(), weight, x, calls, effort)
 
 
 def _algorithm(compressed: Tensor, x: Tensor) -> dict[str, Any]:
-    """What the library's search finds; builds that tell its split-K choice are asked for that, too."""
+    """The algorithm that the library's search finds, with its split-K choice from builds that report it."""
     search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
     if search is None:
         return {"alg_id": int(torch._cslt_sparse_mm_search(compressed, x.t()))}
@@ -91,7 +91,7 @@ def _checked_time(result: Tensor, weight: Tensor, x: Tensor, calls: list[Callabl
     except Exception as refusal:  # noqa: BLE001 - captures fail in many ways
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        # Launched one by one instead; a short product then looks as long as its launch.
+        # Launched one by one instead; a short matmul then appears as long as its launch.
         timing = time_calls(calls, x.device, effort.seconds, captured=False)
         return {"error": error, "captured": False, "not_captured": _first_line(refusal), **timing.to_dict()}
 

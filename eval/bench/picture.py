@@ -1,9 +1,9 @@
-"""The picture of the README: perplexity of every bundled recipe on the bundled model, by what it leaves of the model.
+"""The README's figure: perplexity of every bundled recipe on the bundled model against its non-zero parameters.
 
     python -m llmprune.eval.bench.picture docs/assets/recipes.png
 
-The figures are those of results/recipes-testbed-cpu.json (`python -m llmprune.eval.bench.recipes`); nothing is measured
-here. A browser draws it: playwright's Chromium or the system's.
+The numbers are those of results/recipes-testbed-cpu.json (`python -m llmprune.eval.bench.recipes`); nothing is measured
+here. A browser renders it: playwright's Chromium or the system's.
 """
 
 import argparse
@@ -21,16 +21,16 @@ from llmprune.models.decoder import prunable_matrices
 from llmprune.storage.hub import resolve_model
 
 RESULTS = Path(__file__).parent / "results" / "recipes-testbed-cpu.json"
-# Kinds of recipes, their colours, and which way their names stand so that few overlap.
+# Kinds of recipes and their colours.
 _KINDS = {
     "zeros in the weights": "#2563eb",
     "structures, stock checkpoint": "#c2410c",
     "structures by a budget": "#047857",
     "both": "#7c3aed",
 }
-# Off the scale; the same method as another one; on top of others.
+# Left out: off the scale, the same method as another recipe, or hidden by others.
 _HIDDEN = ("random-50", "demo", "sparsegpt-4of8", "sparsegpt-attention-2of4-mlp-50")
-# Where a name stands beside its point, so that none hides another; above where nothing is said.
+# Where a name is placed next to its point, so that none overlaps another; default: above.
 _PLACES = {
     "sparsegpt-50": "bottom center", "sparsegpt-2of4": "middle right", "wanda-50": "middle left",
     "magnitude-50": "top center", "sparsegpt-60": "bottom center",
@@ -39,18 +39,19 @@ _SIZE = {"width": 960, "height": 560}
 
 
 def points(rows: list[dict[str, Any]], prunable: float) -> list[dict[str, Any]]:
-    """What is drawn.
+    """The points to draw.
 
     Args:
         rows: of the results file.
-        prunable: the fraction of the model's parameters that lie in matrices which recipes prune.
+        prunable: the fraction of the model's parameters in prunable matrices.
     """
     drawn = []
     for row in rows:
         if "refused" in row or row["recipe"] in _HIDDEN:
             continue
         left = row.get("parameters", 1.0)
-        # What structures take, they take from the prunable matrices (the hidden width from all, but zeros come later).
+        # Structures are removed from the prunable matrices, before the zeros (hidden width from all matrices, but no
+        # recipe combines it with zeros).
         nonzero = left - row["sparsity"] * (prunable - (1 - left))
         drawn.append({"name": row["recipe"], "kind": _kind(row), "left": nonzero, "perplexity": row["perplexity"]})
     return drawn
@@ -65,7 +66,7 @@ def _kind(row: dict[str, Any]) -> str:
 
 
 def picture(drawn: list[dict[str, Any]], dense: float) -> go.Figure:
-    """The figure: non-zero parameters from left to right, perplexity upwards on a logarithmic scale."""
+    """The figure: non-zero parameters on the x axis, perplexity on a logarithmic y axis."""
     figure = go.Figure()
     for kind, colour in _KINDS.items():
         own = [point for point in drawn if point["kind"] == kind]
@@ -82,7 +83,7 @@ def picture(drawn: list[dict[str, Any]], dense: float) -> go.Figure:
                        marker={"size": 13, "color": "#111827", "symbol": "diamond"}, name="dense")  # fmt: skip
     figure.update_layout(
         template="plotly_white",
-        title="Bundled model (8 million parameters), text that it wrote itself; no recovery",
+        title="Bundled model (8 million parameters), self-generated text; no recovery",
         xaxis_title="non-zero parameters, % of the dense model",
         yaxis_title="perplexity",
         legend={"orientation": "h", "y": -0.18},
@@ -95,14 +96,14 @@ def picture(drawn: list[dict[str, Any]], dense: float) -> go.Figure:
 
 
 def prunable_fraction() -> float:
-    """The fraction of the bundled model's parameters that lies in prunable matrices."""
+    """The fraction of the bundled model's parameters in prunable matrices."""
     source = CheckpointSource(resolve_model("testbed"))
     inside = sum(m.shape[0] * m.shape[1] for layer in source.layers for m in prunable_matrices(layer, ""))
     return inside / sum(parameter.numel() for parameter in source.model.parameters())
 
 
 def save(figure: go.Figure, file: Path) -> None:
-    """Let a browser draw the figure."""
+    """Render the figure in a browser."""
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         page_file = Path(folder) / "figure.html"
         figure.write_html(page_file, include_plotlyjs=True)
@@ -116,7 +117,7 @@ def save(figure: go.Figure, file: Path) -> None:
 
 
 def main() -> None:
-    """Draw the picture into the file that is named."""
+    """Draw the figure into a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     args = parser.parse_args()

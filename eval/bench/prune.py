@@ -1,14 +1,14 @@
-"""Seconds by stage of a pruning run, beside the arithmetic floor of this machine.
+"""Seconds by stage of a pruning run, compared with the arithmetic floor of this machine.
 
     python -m llmprune.eval.bench.prune testbed --samples 128 --length 256
     python -m llmprune.eval.bench.prune llama-1.2b --samples 16 --length 512
     python -m llmprune.eval.bench.prune llama-8b --samples 128 --length 2048 --device cuda
 
-The floor is what the arithmetic alone must take: two forwards of the calibration tokens through the decoder layers at
-the measured rate of the dtype in which they are computed, and the Gram products at the measured rate of exact products
-with float32 sums.
+The floor is the time of the arithmetic alone: two forward passes of the calibration tokens through the decoder layers
+at the measured rate of their compute dtype, and the Gram matrices at the measured rate of exact products with float32
+sums.
 
-`llama-1.2b` and `llama-8b` are random models of those shapes, written once to --work.
+`llama-1.2b` and `llama-8b` are random models of these shapes, written once to --work.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from llmprune.devices import PeakWatch, describe_device
 from llmprune.precision import dtype_name, float32_products
 from llmprune.pruning.context import Run, versions
 from llmprune.pruning.jobs import plan_jobs
+from llmprune.pruning.layers import LayerDriver
 from llmprune.pruning.writing import Writer
 from llmprune.recipe.recipe import load_recipe
 from llmprune.storage.files import write_json
@@ -45,7 +46,7 @@ SHAPES = {
 
 
 def random_model(shape: str, work: Path) -> Path:
-    """Write a random bfloat16 Llama of this shape, in shards, unless it is there already."""
+    """Write a random bfloat16 Llama of this shape, in shards, unless it already exists."""
     folder = work / shape
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
@@ -61,7 +62,7 @@ def random_model(shape: str, work: Path) -> Path:
 
 
 def rate(product: Callable[[], object], flops: float, device: torch.device) -> float:
-    """Median FLOP/s of a product over several runs, after a warm-up."""
+    """Median FLOP/s of a matmul over several runs, after a warm-up."""
     seconds = []
     for _ in range(8):
         start = time.perf_counter()
@@ -73,7 +74,7 @@ def rate(product: Callable[[], object], flops: float, device: torch.device) -> f
 
 
 def measure_rates(dtype: torch.dtype, device: torch.device, size: int) -> dict[str, float]:
-    """FLOP/s of a forward's products and of a Gram, square of this size."""
+    """FLOP/s of the matmuls of a forward pass and of a Gram matrix, with square matrices of this size."""
     x = torch.randn(size, size, device=device).to(dtype)
     flops = 2.0 * size**3
     forward = rate(lambda: x @ x, flops, device)
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--pattern", default="0.5")
     parser.add_argument("--method", default="sparsegpt")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--work", type=Path, default=Path("out/bench"), help="where random models and outputs go")
+    parser.add_argument("--work", type=Path, default=Path("out/bench"), help="folder for random models and outputs")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
     folder = random_model(args.model, args.work) if args.model in SHAPES else resolve_model(args.model)
@@ -116,8 +117,8 @@ def main() -> None:
 
 
 def measure(folder: Path, output: Path, recipe, samples: int, length: int) -> dict[str, object]:
-    """One run on random tokens (or any: the time does not depend on them)."""
-    run = Run(recipe)
+    """One run on random tokens, on which the time does not depend."""
+    run = Run.begin(recipe)
     with PeakWatch(torch.device("cpu")) as process, PeakWatch(run.device) as memory:
         start = time.perf_counter()
         source = run.open(folder)
@@ -126,13 +127,15 @@ def measure(folder: Path, output: Path, recipe, samples: int, length: int) -> di
         vocabulary = source.config.get_text_config().vocab_size
         ids = torch.randint(0, vocabulary, (samples + recipe.held_back, length), generator=generator)
         target = OutputFolder.open(output, {}, resume=False, overwrite=True)
-        run.prune_layers(source, jobs, Tokens(ids, "", {}), target, memory)
+        layers = LayerDriver(run, source, jobs, Tokens(ids, "", {}), target)
+        layers.drive()
         with run.stages("write"):
             Writer(source, None, target, run.recipe.format).finish()
         total = time.perf_counter() - start
     tokens = samples * length
-    forward_flops = 2.0 * 2 * tokens * sum(rows * columns for layer in run.memories for rows, columns in layer.shapes)
-    gram_flops = 2.0 * tokens * sum(width**2 for layer in run.memories for width in layer.gram_widths)
+    sizes = layers._memories
+    forward_flops = 2.0 * 2 * tokens * sum(rows * columns for layer in sizes for rows, columns in layer.shapes)
+    gram_flops = 2.0 * tokens * sum(width**2 for layer in sizes for width in layer.gram_widths)
     rates = measure_rates(source.model.dtype, run.device, 2048 if run.device.type == "cpu" else 8192)
     floor = forward_flops / rates["forward"] + gram_flops / rates["gram"]
     return {

@@ -1,11 +1,11 @@
-"""Perplexity and layer error of every method and pattern on one model and one pair of texts.
+"""Perplexity and relative output error of every method and pattern on one model and one pair of texts.
 
     python -m llmprune.eval.bench.quality --calibration calibration.jsonl --heldout heldout.jsonl --json quality.json
 
-Protocol: weights and activations in float32; calibration is the first 128 packed samples of 256 tokens, with a
-beginning-of-sequence token in front of each document; perplexity is measured on the first 400 packed chunks of 256
-held-out tokens, each predicted from its own chunk. The error is the mean over matrices of ||(W - V) X||^2 / ||W X||^2
-on 8 further calibration samples. All matrices of the decoder layers are pruned; the head stays dense.
+Protocol: weights and activations in float32; calibration on the first 128 packed sequences of 256 tokens, with a BOS
+token in front of each document; perplexity on the first 400 packed sequences of 256 held-out tokens, each token
+predicted from its own sequence. The error is the mean relative output error, ||(W - V) X||^2 / ||W X||^2, of all
+matrices on 8 further calibration sequences. All matrices of the decoder layers are pruned; the LM head stays dense.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Whether two checkouts of llmprune prune alike, to the byte.
+"""Check whether two checkouts of llmprune prune to byte-identical checkpoints.
 
     make .venv/ready                                   # in each of the two checkouts
     python eval/bench/same_bytes.py ../before . --json out/same-bytes.json
 
-Each recipe is run by each checkout's own environment, on one thread, with the same text. Checkpoint files must be equal
-to the byte; report.json and the manifest without times, memory, versions and the wording of descriptions; the pages for
-people, README.md and report.html, may say the same in other words, so they are named and not judged.
+Each recipe is run in each checkout's own environment, on one thread, with the same text. Checkpoint files must be
+byte-identical; report.json and the manifest must be equal apart from times, memory, versions and the wording of
+descriptions; README.md and report.html, which may be worded differently, are listed but do not count.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BASES = {"packed-nm": "sparsegpt-2of4"}
 SAMPLES, LENGTH, HELD_BACK = 12, 128, 2
 PAGES = {"README.md", "report.html"}
 RECORDS = {"report.json", ".llmprune.json"}
-# Times, sizes of this process, and what names the code that ran.
+# Times, sizes of the process, and what identifies the code.
 PASSING = {
     "description", "device", "finished", "measured_bytes", "baseline_bytes", "predicted_bytes", "peak_bytes", "seconds",
     "speed", "version",
@@ -54,13 +54,13 @@ def run(checkout: Path, recipe: str, model: Path, text: Path, output: Path) -> N
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Every file of an output folder -> sha256 of what must be equal."""
+    """Every file of an output folder -> sha256 of the content that must be equal."""
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
     return {str(file.relative_to(folder)): hashlib.sha256(_content(file)).hexdigest() for file in files}
 
 
 def compare(before: Path, after: Path) -> dict[str, list[str]]:
-    """Names of the files that are equal, differ, are pages that differ, or are in one of two folders only."""
+    """Names of the files that are equal, differ, are pages that differ, or are in only one of two folders."""
     one, other = digests(before), digests(after)
     both = sorted(one.keys() & other.keys())
     return {
@@ -78,14 +78,14 @@ def _content(file: Path) -> bytes:
 
 
 def _lasting(value: Any) -> Any:
-    """A record without what passes."""
+    """A record without the values that change from run to run."""
     if isinstance(value, dict):
         return {key: _lasting(inner) for key, inner in value.items() if key not in PASSING}
     return [_lasting(inner) for inner in value] if isinstance(value, list) else value
 
 
 def main() -> None:
-    """Run the recipes in both checkouts, and say what differs; the exit code is 1 if anything does."""
+    """Run the recipes in both checkouts, and print what differs; the exit code is 1 if anything does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="a checkout with its .venv")
     parser.add_argument("after", type=Path, help="another one")
@@ -93,8 +93,8 @@ def main() -> None:
         "--text", type=Path, help="text for both, longer than 3,000 tokens (default: LICENSE of the first)"
     )
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--output", type=Path, default=Path("out/same-bytes"), help="where the runs go; replaced")
-    parser.add_argument("--json", type=Path, help="where the result goes")
+    parser.add_argument("--output", type=Path, default=Path("out/same-bytes"), help="folder of the runs; replaced")
+    parser.add_argument("--json", type=Path, help="where to write the result")
     arguments = parser.parse_args()
     before, after = (folder.resolve() for folder in (arguments.before, arguments.after))
     text = _as_text(arguments.text or before / "LICENSE", arguments.output.resolve())
@@ -111,11 +111,11 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     if any(found["different"] or found["alone"] for found in result.values()):
-        raise SystemExit("the two do not prune alike")
+        raise SystemExit("the two checkouts produce different checkpoints")
 
 
 def _as_text(file: Path, output: Path) -> Path:
-    """The text under a name that both checkouts read the same way."""
+    """A copy of the text with a suffix that both checkouts read in the same way."""
     output.mkdir(parents=True, exist_ok=True)
     suffix = file.suffix if file.suffix in (".txt", ".jsonl", ".parquet") else ".txt"
     return Path(shutil.copyfile(file, output / f"text{suffix}"))

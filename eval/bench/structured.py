@@ -1,4 +1,4 @@
-"""What structured pruning costs in quality and gains in speed; every part writes a JSON file.
+"""The quality loss and speed-up of structured pruning; every part writes a JSON file.
 
     python -m llmprune.eval.bench.structured quality --text FOLDER --json FILE
     python -m llmprune.eval.bench.structured budget --text FOLDER --json FILE
@@ -9,18 +9,18 @@
 | part | what |
 |---|---|
 | quality | every score of heads and FFN channels, with and without a refit |
-| budget | one budget for all layers, beside every uniform choice of as many parameters |
+| budget | one budget for all layers, compared with every uniform choice of the same number of parameters |
 | depth | layers, attention and MLP blocks, hidden channels |
-| speed | a random Llama without half of its channels and heads: prefill and decode, in turns with the dense one |
-| solver | exact group removal at 2816 x 1024: seconds, and floating-point operations beside the documented ones |
+| speed | a random Llama without half of its channels and heads: prefill and decode, alternating with the dense one |
+| solver | exact group removal at 2816 x 1024: seconds, and FLOP/s by the documented operation count |
 
-Protocol of the first three: weights and activations in float32; calibration is the first 128 packed samples of 256
-tokens of calibration.jsonl, 8 more are held back; perplexity is measured on the first 400 packed chunks of 256 tokens
-of heldout.jsonl, each token predicted from its own chunk, and the divergence is the mean KL(dense || pruned) there.
-FFN widths are not aligned. Nothing is recovered by training.
+Protocol of the first three: weights and activations in float32; calibration on the first 128 packed sequences of 256
+tokens of calibration.jsonl, with 8 more for validation; perplexity on the first 400 packed sequences of 256 tokens of
+heldout.jsonl, each token predicted from its own sequence, and KL divergence as the mean KL(dense || pruned) on the
+same, in nats/token. FFN widths are not aligned. There is no recovery training.
 
-The file is written after every row; rows of the first three that stand in it are not run again. The files of the
-figures in LOG.md are results/structured-PART-testbed-cpu.json, for the last two results/structured-PART-cpu.json.
+The file is written after every row; rows of the first three parts that it already has are not run again. The figures in
+LOG.md are from results/structured-PART-testbed-cpu.json, those of the last two from results/structured-PART-cpu.json.
 """
 
 import argparse
@@ -66,11 +66,11 @@ class Protocol:
     """How the perplexities are measured.
 
     Attributes:
-        samples: of the calibration text.
-        held_back: more of them, for the errors.
-        chunks: of the held-out text.
-        length: tokens of both.
-        batch_size: samples in a forward.
+        samples: calibration sequences.
+        held_back: validation sequences, for the output errors.
+        chunks: sequences of the held-out text.
+        length: sequence length of both texts.
+        batch_size: sequences per forward pass.
     """
 
     samples: int = 128
@@ -81,11 +81,11 @@ class Protocol:
 
 
 class Bench:
-    """One model and one pair of texts; the dense model runs over the held-out text once.
+    """One model and one pair of texts; the dense model is run on the held-out text once.
 
     Args:
-        model: a checkpoint or "testbed"; its weights are widened to float32.
-        text: folder of calibration.jsonl and heldout.jsonl, each with a column `text`.
+        model: a checkpoint or "testbed"; its weights are converted to float32.
+        text: folder with calibration.jsonl and heldout.jsonl, each with a column `text`.
         work: an empty folder.
         protocol: how the perplexities are measured.
 
@@ -146,17 +146,17 @@ class Bench:
 def perplexity_rows(
     bench: Bench, rows: Sequence[Row], path: Path, code: str | None, only: Sequence[str] = ("*",)
 ) -> list[Figures]:
-    """Measure the rows that a file does not hold yet, and write it after each of them.
+    """Measure the rows that a file does not have yet, and write it after each of them.
 
     Args:
         bench: the model and the texts.
         rows: of one part.
-        path: of the file; its rows stay, those of other recipes under the same name are measured again.
+        path: of the file; its rows are kept, except that those whose recipe has changed are measured again.
         code: the commit that is measured.
         only: shell globs over the rows' names.
 
     Returns:
-        What the file holds.
+        All rows of the file.
     """
     known: dict[str, Figures] = {_name(row): row for row in _read(path)}
     wanted = [row for row in rows if any(fnmatchcase(row.name, glob) for glob in only)]
@@ -171,7 +171,7 @@ def perplexity_rows(
 
 
 def perplexity_table(rows: Sequence[Figures]) -> str:
-    """Lay perplexities (and divergences) out: how the structures are chosen by what goes, the dense model first."""
+    """Tabulate perplexities (and KL divergences): a row per method, a column per amount removed."""
     columns, labels = (list(dict.fromkeys(row[key] for row in rows)) for key in ("removed", "label"))
     cells = {(row["label"], row["removed"]): _cell(row) for row in rows}
     head = f"perplexity (divergence), dense {rows[0]['dense_perplexity']:.2f}"
@@ -179,11 +179,11 @@ def perplexity_table(rows: Sequence[Figures]) -> str:
 
 
 def figures_table(rows: Sequence[Figures], columns: Mapping[str, str]) -> str:
-    """Lay the figures of other parts out, a row each.
+    """Tabulate the figures of the other parts, one row each.
 
     Args:
-        rows: as they stand in the file.
-        columns: heading -> format string over a row.
+        rows: as in the file.
+        columns: heading -> format string for a row.
     """
     return markdown(list(columns), ([form.format(**row) for form in columns.values()] for row in rows))
 
@@ -199,11 +199,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PLANS, "speed", "solver"])
     parser.add_argument("--model", default="testbed", help="for quality, budget and depth")
-    parser.add_argument("--text", type=Path, help="folder of calibration.jsonl and heldout.jsonl, for the same")
-    parser.add_argument("--rows", nargs="+", default=["*"], metavar="GLOB", help="of their names, for the same")
-    parser.add_argument("--json", type=Path, required=True, help="the figures; rows that it holds are not run again")
-    parser.add_argument("--table", type=Path, help="where to write them as a table in Markdown")
-    parser.add_argument("--commit", default=commit(), help="of the code; default: as git says")
+    parser.add_argument("--text", type=Path, help="folder with calibration.jsonl and heldout.jsonl, for the same parts")
+    parser.add_argument("--rows", nargs="+", default=["*"], metavar="GLOB", help="names of rows, for the same parts")
+    parser.add_argument("--json", type=Path, required=True, help="the figures; rows that it has are not run again")
+    parser.add_argument("--table", type=Path, help="where to write them as a Markdown table")
+    parser.add_argument("--commit", default=commit(), help="of the code; default: from git")
     args = parser.parse_args(arguments)
     if args.part in PLANS:
         if args.text is None:
@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _kept(report: Report) -> dict[str, list[int]]:
-    """Heads and channels that stay, layer by layer."""
+    """The kept heads and channels, layer by layer."""
     kinds = dict.fromkeys(row.kind for row in report.structures)
     return {kind: [row.kept for row in report.structures if row.kind == kind] for kind in kinds}
 

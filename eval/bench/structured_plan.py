@@ -1,4 +1,4 @@
-"""Which structures the bench of structured pruning removes: the rows of its tables."""
+"""Which structures the benchmark of structured pruning removes: the rows of its tables."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from llmprune.structures.find.discovery import Structure, find_structures
 SCORES: tuple[str, ...] = get_args(GroupScore)
 FRACTIONS = (0.125, 0.25, 0.375, 0.5)
 WIDTH_SCORES = ("energy", "activation-norm", "norm-gain", "magnitude-l1", "magnitude-l2")
-# A budget leaves multiples of these of the FFN channels, and lets 640 of 704 go, which 64 divides.
+# A budget keeps multiples of these numbers of FFN channels, and may remove 640 of 704, which 64 divides.
 MULTIPLES, MOST = (64, 16, 1), 0.91
 
 
@@ -23,7 +23,7 @@ class Row:
     """One run.
 
     Attributes:
-        removed: what goes; a column of the table.
+        removed: what is removed; a column of the table.
         label: how it is chosen; a row of the table.
         structures: the section of the recipe.
     """
@@ -34,12 +34,12 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Tell the row from all others."""
+        """A unique name of the row."""
         return f"{self.removed}: {self.label}"
 
 
 def quality_rows(source: CheckpointSource) -> list[Row]:
-    """Every score, with and without a refit; one key and value head of each layer, two, and FFN channels."""
+    """Every score, with and without a refit, for one and two KV groups of each layer and for FFN channels."""
     heads = _structures(source)["heads"].groups
     parts: dict[str, dict[str, Any]] = {f"{part:.1%} FFN": {"ffn": part} for part in FRACTIONS}
     parts[f"25.0% FFN + 1 of {heads} heads"] = {"heads": 1, "ffn": 0.25}
@@ -52,9 +52,10 @@ def quality_rows(source: CheckpointSource) -> list[Row]:
 
 
 def budget_rows(source: CheckpointSource) -> list[Row]:
-    """One budget for all layers, as large as a quarter of the FFN channels and one key and value head of each.
+    """One budget for all layers, of the size of a quarter of the FFN channels and one KV group of each layer.
 
-    Beside it every uniform choice of as many parameters: so many heads of each layer, and channels for the rest.
+    It is compared with every uniform choice of the same number of parameters: some heads of each layer, and channels
+    for the rest.
     """
     layer, found = source.layers[0], _structures(source)
     heads, ffn = found["heads"], found["ffn"]
@@ -74,7 +75,7 @@ def budget_rows(source: CheckpointSource) -> list[Row]:
             structures = {kind: _section(kind, amount, {"method": "obs"}) for kind, amount in amounts.items()}
             rows.append(Row(removed, f"uniform: {count} of {heads.groups} heads, {channels} channels", structures))
     for multiple in MULTIPLES:
-        # As much as the uniform choices remove, but for the rounding of a fraction.
+        # As much as the uniform choices remove; slightly less, so that rounding cannot ask for one group more.
         budget = {"remove": part * (1 - 1e-12), "multiple": multiple, "most": MOST}
         rows.append(Row(removed, f"budget: multiple {multiple}", {"heads": {}, "ffn": {}, "budget": budget}))
     return rows
@@ -101,10 +102,10 @@ def depth_rows(source: CheckpointSource) -> list[Row]:
 
 
 def _choices(amounts: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The scores that these structures have, each by itself and refitted."""
+    """The scores that apply to these structures, each with and without a refit."""
     for score in SCORES:
         if score == "activation-frequency" and "heads" in amounts:
-            continue  # of the sums that attention hands to o_proj about half are positive, whatever the head
+            continue  # about half of the sums that attention passes to o_proj are positive, whatever the head
         for refit in (True,) if score == "obs" else (False, True):
             yield f"{score} + refit" if refit else score, {"method": score, "refit": refit}
 
@@ -114,5 +115,5 @@ def _section(kind: str, amount: float, choice: Mapping[str, Any]) -> dict[str, A
 
 
 def _structures(source: CheckpointSource) -> dict[str, Structure]:
-    """Heads and channels of the first layer; the others are alike in the models of this bench."""
+    """Heads and channels of the first layer; in the models of this benchmark all layers are the same."""
     return {structure.kind: structure for structure in find_structures(source.decoder)[0]}

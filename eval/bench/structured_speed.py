@@ -1,7 +1,7 @@
-"""How fast a model is without half of its structures, and how fast exact group removal is.
+"""The speed of a model without half of its structures, and the speed of exact group removal.
 
-Both parts check what they measure before they measure it, take turns between what they compare, and note the load of
-the machine; other programs on it slow all of them, and not alike.
+Both parts check correctness before measuring, alternate between what they compare, and record the load of the machine:
+other programs slow down all of them, but not equally.
 """
 
 import os
@@ -37,8 +37,8 @@ SPEED_COLUMNS = {
     "what": "{what}",
     "dense": "{dense_ms:.1f} ms",
     "pruned": "{pruned_ms:.1f} ms",
-    "times as fast": "{speedup:.2f}",
-    "times the FLOPs": "{flop_ratio:.2f}",
+    "speed-up": "{speedup:.2f}",
+    "FLOPs, dense / pruned": "{flop_ratio:.2f}",
     "load": "{load:.2f}",
 }
 # (inputs, outputs, removed) of the matrix that is solved, and of the one that its time is extrapolated to.
@@ -57,12 +57,12 @@ SOLVER_COLUMNS = {
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """How often the two models take turns, and at what.
+    """How often two models alternate, and what they run.
 
     Attributes:
         prompt: tokens of the prefill.
         new_tokens: of a decode.
-        rounds: turns of each model.
+        rounds: runs of each model.
     """
 
     prompt: int = 512
@@ -71,11 +71,11 @@ class Turns:
 
 
 def speed_rows(shape: dict[str, int] | None = None, turns: Turns | None = None) -> Iterator[dict[str, Any]]:
-    """Compare prefill and decode of a random Llama and of what is left of it, also in bfloat16 where the CPU has it.
+    """Compare prefill and decode of a random Llama and of its pruned model, also in bfloat16 if the CPU supports it.
 
     Args:
         shape: fields of its config.
-        turns: how often they are measured, and at what.
+        turns: how often they are measured, and what they run.
     """
     turns = turns or Turns()
     for dtype in dict.fromkeys(computed_in(dtype, CPU) for dtype in (torch.float32, torch.bfloat16)):
@@ -106,12 +106,12 @@ def speed_rows(shape: dict[str, int] | None = None, turns: Turns | None = None) 
 def solver_rows(
     solved: tuple[int, int, int] = SOLVED, threads: tuple[int, ...] = (1, 2), swaps: tuple[int, ...] = (0, 32)
 ) -> Iterator[dict[str, Any]]:
-    """Time exact group removal of single columns, beside the operations that its documentation counts.
+    """Time exact removal of single columns, and relate it to the documented number of operations.
 
     Args:
         solved: inputs, outputs and removed columns.
-        threads: numbers of them to try.
-        swaps: most exchanges, likewise.
+        threads: numbers of threads to try.
+        swaps: maximum numbers of exchanges to try.
     """
     width, outputs, removed = solved
     weight, gram = _problem(width, outputs)
@@ -159,7 +159,7 @@ def _solver_row(solved: tuple[int, int, int], removal: Removal, most: int) -> di
 
 
 def _problem(width: int, outputs: int) -> tuple[Tensor, Tensor]:
-    """A matrix and the Gram of inputs that depend on each other, of unequal size."""
+    """A matrix, and the Gram matrix of correlated inputs of unequal scale."""
     generator = _seeded()
     tokens, mixing = 4 * width, torch.randn(width, width, generator=generator) / width**0.5
     scales = (0.3 * torch.randn(width, generator=generator)).exp()
@@ -169,7 +169,7 @@ def _problem(width: int, outputs: int) -> tuple[Tensor, Tensor]:
 
 
 def _require_optimal(weight: Tensor, gram: Tensor, removal: Removal) -> None:
-    """What stays has its least-squares values, by float64."""
+    """Require that the kept weights have their least-squares values, computed in float64."""
     damped = gram.double()
     damped.diagonal().add_(removal.damping * damped.diagonal().mean())
     kept = torch.ones(weight.shape[1], dtype=torch.bool)
@@ -181,7 +181,7 @@ def _require_optimal(weight: Tensor, gram: Tensor, removal: Removal) -> None:
 
 
 def _models(work: Path, shape: dict[str, int], dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel, Report]:
-    """A random model and what is left of it, as stock transformers loads them."""
+    """A random model and its pruned model, as stock transformers loads them."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=2048)).to(dtype)
     with quiet_transformers():
@@ -206,13 +206,13 @@ def _load(folder: Path) -> PreTrainedModel:
 
 
 def _flops(extent: dict[str, Any], head: float, tokens: int) -> float:
-    """Operations of one forward: the head sees its last token alone, and attention's own products are left out."""
+    """FLOPs of one forward pass: the LM head reads only the last token, and attention's own matmuls are left out."""
     return tokens * (extent["flops_per_token"] - head) + head
 
 
 @torch.inference_mode()
 def _require_equal(folder: Path, pruned: PreTrainedModel, report: Report) -> None:
-    """The smaller model computes what the dense one does with zeros in the place of what went."""
+    """Require that the pruned model computes the same as the dense one with zeros in place of what was removed."""
     dense = _load(folder)
     for row in report.structures:
         weight = dense.get_parameter(f"{row.consumer}.weight")
@@ -226,7 +226,7 @@ def _require_equal(folder: Path, pruned: PreTrainedModel, report: Report) -> Non
 
 @torch.inference_mode()
 def _in_turns(models: list[PreTrainedModel], ids: Tensor, turns: Turns) -> dict[str, list[Timing]]:
-    """Seconds of a prefill, and of each decoded token behind it, of each model; a first turn warms up."""
+    """Seconds of a prefill, and of each token decoded after it, for each model; the first round warms up."""
 
     def generate(model: PreTrainedModel, new_tokens: int) -> float:
         return _seconds(

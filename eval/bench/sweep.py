@@ -1,10 +1,10 @@
-"""Seconds that SparseGPT takes for one matrix: the factorisation of its Gram matrix, and the sweep over its columns.
+"""Seconds of SparseGPT for one matrix: the factorisation of its Gram matrix, and the column updates.
 
     python -m llmprune.eval.bench.sweep --json sweep.json
 
-Weights and inputs are random. Beside the sweep stands what its long-range products alone would take, rows x width^2
-operations at the measured rate of float32 products. A sweep whose output error differs from that of the same sweep in
-float64 by more than a thousandth is not timed.
+Weights and inputs are random. For comparison, the time of the long-range matmuls alone is given: rows x width^2
+operations at the measured rate of float32 matmuls. If the output error differs from that of the same run in float64 by
+more than 0.1 %, nothing is timed.
 """
 
 import argparse
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row = measure(height, width, pattern, args.repeats, device) | {"products": height * width**2 / rate}
         rows.append({"rows": height, "width": width, "pattern": pattern, **row})
         print(
-            f"{height} x {width}, {pattern}: factor {row['factor']:.2f} s; sweep {row['best']:.2f} to "
-            f"{row['worst']:.2f} s; its products {row['products']:.2f} s"
+            f"{height} x {width}, {pattern}: factor {row['factor']:.2f} s; column updates {row['best']:.2f} to "
+            f"{row['worst']:.2f} s, of which matmuls {row['products']:.2f} s"
         )
     if args.json:
         header = {"device": device_name(device), "versions": versions(), "commit": commit()}
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(height: int, width: int, pattern: str, repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds of the factorisation, once, and of the fastest and the slowest of some sweeps."""
+    """Seconds of one factorisation, and of the fastest and the slowest of several runs of SparseGPT."""
     weight, gram = _operands(height, width, device)
     factor = _seconds(lambda: gram.factor(0.01), device)
     sweeps = [_seconds(lambda: SparseGPT()(weight, gram, parse(pattern)), device) for _ in range(repeats)]
@@ -60,7 +60,7 @@ def measure(height: int, width: int, pattern: str, repeats: int, device: torch.d
 
 
 def check(pattern: str, device: torch.device) -> None:
-    """Compare the error of a small float32 sweep with that of the same sweep in float64."""
+    """Compare the output error of a small run in float32 with that of the same run in float64."""
     weight, gram = _operands(96, 256, device)
     products, lost = gram.products.double().cpu(), []
     exact = SparseGPT()(weight.double().cpu(), Gram(products, gram.tokens), parse(pattern))

@@ -1,4 +1,4 @@
-"""Tasks whose data lie beside their YAML: lm-eval itself finds files by absolute paths, or in the current folder."""
+"""Tasks whose data is next to their YAML: lm-eval itself finds files by absolute path, or in the current folder."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ class LocalTask(ConfigurableTask):
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Read the splits, without a copy in the cache of datasets."""
+        """Read the splits, without a copy in the cache of the datasets library."""
         files = (dataset_kwargs or {})["data_files"]
         self.dataset = DatasetDict({split: Dataset.from_list(_rows(name)) for split, name in files.items()})
 

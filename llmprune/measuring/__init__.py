@@ -1,1 +1,1 @@
-"""What came of a run: perplexity, speed, size and sparsity. Never imports structures."""
+"""Measurements of a checkpoint: perplexity, speed, size and sparsity. Never imports structures."""

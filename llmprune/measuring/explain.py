@@ -1,8 +1,8 @@
-"""Which form will serve each matrix of a checkpoint on a device, why not a faster one, and what that is worth.
+"""Which kernel runs each weight matrix of a checkpoint on a device, why no faster one does, and what it can gain.
 
-Read from config.json, the headers of the weights and bench.json alone: no weight is loaded. `limit` is how many times
-fewer bytes of weights a token reads than with dense weights, which is what bounds decode; `gains` is what
-`llmprune bench` has measured.
+Only config.json, the headers of the weights and bench.json are read: no weight is loaded. `limit` is the maximum
+speed-up of decode, which is bound by the bytes of weights that a token reads: those of the dense weights divided by
+those as served. `gains` are the speed-ups that `llmprune bench` has measured.
 """
 
 import re
@@ -21,11 +21,11 @@ from llmprune.storage.files import Stored, read_index, read_json
 from llmprune.storage.formats import Layout
 from llmprune.storage.packed_config import PackedWeight, as_dense, packed_layouts
 
-# Refusals that only say that another layout is meant; and what to say where nothing else is left.
+# Refusals that only say that a kernel is for another layout, and what to say if no other refusal is left.
 _OTHER_LAYOUTS = ("not 2:4", "not block-sparse")
 _NO_KERNEL = {
     "nm": "only 2:4 has a kernel",
-    "bitmask": "no kernel gains from zeros that lie anywhere: it is smaller on disk only",
+    "bitmask": "no kernel gains from unstructured zeros: it only saves disk space",
     "dense": "stored as an ordinary weight",
 }
 
@@ -42,13 +42,13 @@ class PackedRow:
         name: of the linear layer.
         layout: as config.json describes it.
         dtype: of the weights, as torch names it.
-        form: what will serve it.
-        reason: why not a faster form; empty where there is none.
-        refused: (form, reason) of all forms before it.
+        form: the form in which it will be served, which decides the kernel.
+        reason: why no faster form; empty if there is none.
+        refused: (form, reason) of all forms that would have been preferred.
         dense_bytes: size of the dense matrix.
         packed_bytes: size on disk.
         served_bytes: size in memory, which is what a token reads.
-        gains: (tokens, times as fast as the dense product) where it was measured on this device.
+        gains: (tokens, speed-up over the dense matmul) as measured on this device.
     """
 
     name: str
@@ -64,13 +64,13 @@ class PackedRow:
 
     @property
     def limit(self) -> float:
-        """By what factor decode can become faster at most."""
+        """The maximum speed-up of decode."""
         return self.dense_bytes / max(self.served_bytes, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class DenseRow:
-    """One matrix that is stored as it is.
+    """One matrix that is stored dense.
 
     Attributes:
         name: of the tensor.
@@ -87,14 +87,14 @@ class DenseRow:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What a checkpoint will do on a device.
+    """How a checkpoint will be served on a device.
 
     Attributes:
         folder: of the checkpoint.
         device: its name.
-        packed: a row for each packed matrix.
-        dense: a row for each other tensor of two or more dimensions.
-        token_bytes: what a decoded token reads of all weights: (with dense weights, as served).
+        packed: one row per packed matrix.
+        dense: one row per other tensor of two or more dimensions.
+        token_bytes: bytes of all weights that a decoded token reads: (with dense weights, as served).
         measured: when this device was measured; None: not yet.
     """
 
@@ -107,7 +107,7 @@ class Explanation:
 
     @property
     def limit(self) -> float:
-        """By what factor the decode of the whole model can become faster at most."""
+        """The maximum speed-up of decode of the whole model."""
         return self.token_bytes[0] / max(self.token_bytes[1], 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Explanation:
 
 
 def explain(folder: Path, device: torch.device) -> Explanation:
-    """Say what will serve a checkpoint on a device.
+    """Determine which kernel runs each matrix of a checkpoint on a device.
 
     Args:
         folder: a local checkpoint, packed or not.
@@ -146,7 +146,7 @@ def explain(folder: Path, device: torch.device) -> Explanation:
 
 
 def served_bytes(form: Form, layout: Layout, dtype: torch.dtype) -> int:
-    """What a form holds of a matrix, in bytes."""
+    """The size of a matrix in memory when served in a form, in bytes."""
     if form.name == "dense":
         return layout.shape[0] * layout.shape[1] * dtype.itemsize
     specs = layout.tensors().items()
@@ -181,18 +181,18 @@ def _dense_reason(key: str, stored: Stored, packed: bool) -> str:
     if _LOOKED_UP.search(key):
         return "embeddings are looked up, not multiplied"
     if _HEAD.search(key):
-        return "the head is never pruned unless a recipe says so"
+        return "the LM head is only pruned if a recipe says so"
     if not _NUMBERED.search(key):
         return "not in a decoder layer"
     if len(stored.shape) > 2:
-        return "no linear layer: experts or filters in one tensor"
+        return "not a linear layer: experts or filters in one tensor"
     if not packed:
         return "the checkpoint is not packed, and zeros in a dense tensor are multiplied like any other number"
-    return "not packed: `llmprune inspect` names the pattern of its zeros, if there is one"
+    return "not packed: `llmprune inspect` shows whether its zeros have a pattern"
 
 
 def _read_by_each_token(tensors: Mapping[str, Stored]) -> int:
-    """Bytes of the tensors that are not packed; of embeddings only where they are the head as well."""
+    """Bytes of the tensors that are not packed; embeddings count only if they are tied to the LM head."""
     tied = not any(_HEAD.search(key) for key in tensors)
     return sum(
         stored.nbytes
@@ -202,7 +202,7 @@ def _read_by_each_token(tensors: Mapping[str, Stored]) -> int:
 
 
 def why_not_faster(choice: Choice, layout: Layout) -> str:
-    """The refusals that concern this layout, joined; empty where the matrix is served by the kernel made for it."""
+    """The refusals that concern this layout, joined; empty if the matrix is served by the kernel made for it."""
     if choice.form.name in ("fragments", "blocks"):
         return ""
     own = dict.fromkeys(reason for _, reason in choice.refused if reason not in _OTHER_LAYOUTS)

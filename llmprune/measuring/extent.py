@@ -1,4 +1,4 @@
-"""How large a model is: parameters, arithmetic and bytes, from its shapes alone."""
+"""The size of a model: parameters, FLOPs and bytes, from its shapes alone."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ class Extent:
     Attributes:
         layers: decoder layers.
         hidden_size: hidden channels.
-        parameters: all of them; tied ones once.
-        flops_per_token: of the products with weights, decoder layers and head; of routed experts those that are used.
-            Attention's products of activations, which grow with the length, are left out.
-        nbytes: of the tensors as they are stored.
+        parameters: all of them, tied ones once.
+        flops_per_token: of the matmuls with weights in the decoder layers and the LM head; of the routed experts only
+            the active ones count. Attention's matmuls of activations, which grow with the length, are left out.
+        nbytes: size of the tensors as stored.
     """
 
     layers: int
@@ -34,11 +34,11 @@ class Extent:
 
 
 def measure_stored(model: str | Path, *, unpacked: bool = False) -> dict[str, Any]:
-    """Count a checkpoint and, by reading it tensor by tensor, its weights that are not zero.
+    """Measure a checkpoint and count its non-zero weights, reading it tensor by tensor.
 
     Args:
         model: a hub id, a local folder or "testbed".
-        unpacked: give the bytes of the dense checkpoint that a packed one stands for.
+        unpacked: report the bytes of the dense checkpoint that a packed one represents.
 
     Returns:
         `Extent.to_dict()`, with "nonzeros".
@@ -50,7 +50,7 @@ def measure_stored(model: str | Path, *, unpacked: bool = False) -> dict[str, An
 
 
 def measure_extent(source: CheckpointSource) -> Extent:
-    """Count a checkpoint; no weight is read."""
+    """Measure a checkpoint's size; no weight is read."""
     active = active_experts(source.config)
     head = source.model.get_output_embeddings()
     return Extent(

@@ -1,7 +1,7 @@
-"""What zeros a checkpoint holds: counted from its files, whoever pruned it, one tensor in memory at a time.
+"""The sparsity of a checkpoint, counted from its files, whoever pruned it; one tensor is in memory at a time.
 
-A pattern is reported only where every group, block or row keeps it, so the report can be checked against what a recipe
-asked for, and shows what a checkpoint of unknown origin could run on.
+A pattern is reported only if every group, block or row obeys it, so the report can be checked against the recipe, and
+shows which kernels could run a checkpoint of unknown origin.
 """
 
 import re
@@ -31,7 +31,7 @@ _SIGN_VIEWS = {
     torch.float8_e4m3fn: torch.int8,
     torch.float8_e5m2: torch.int8,
 }
-# Other integers are masks, indices or packed words: a zero there is not a weight that is zero.
+# Other integers are masks, indices or packed words: a zero among them is not a zero weight.
 _WEIGHT_DTYPES = {*_SIGN_VIEWS, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.int8}
 
 
@@ -44,12 +44,12 @@ class TensorRow:
         shape: its dimensions as stored.
         dtype: its element type as torch names it, for example "bfloat16".
         elements: number of elements.
-        zeros: number of elements that are zero, counted, -0.0 included; 0 where the elements are not weights (packed
-            words, indices, masks and scales without a zero).
-        negative_zeros: those of `zeros` that are -0.0.
-        pattern: what `detect_pattern` says; None for vectors, and where the elements are not weights.
+        zeros: number of zero elements, counted, including -0.0; 0 if the elements are not weights (packed words,
+            indices, masks and scales without a zero).
+        negative_zeros: how many of `zeros` are -0.0.
+        pattern: as `detect_pattern` reports it; None for vectors, and if the elements are not weights.
         bytes: size of its data, as stored.
-        layout: how it is stored, for example "nm"; the other columns are those of the dense tensor.
+        layout: how it is stored, for example "nm"; the other fields are those of the dense tensor.
     """
 
     name: str
@@ -69,7 +69,7 @@ class TensorRow:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it counts in `Inspection.matrix_sparsity`: a weight with two dimensions, and no embedding."""
+        """Whether it counts towards `Inspection.matrix_sparsity`: a weight with two dimensions, not an embedding."""
         return self.pattern is not None and not _EMBEDDINGS.search(self.name)
 
 
@@ -78,10 +78,10 @@ class Inspection:
     """The zeros of a checkpoint, tensor by tensor.
 
     Attributes:
-        folder: where it lies.
-        rows: one row a tensor, layers in their numerical order.
+        folder: of the checkpoint.
+        rows: one per tensor, layers in numerical order.
         bytes_on_disk: size of its safetensors files.
-        contradiction: how config.json and the tensors do not fit, where there is a config.json of a causal LM.
+        contradiction: how config.json and the tensors disagree, if there is a config.json of a causal LM; else None.
     """
 
     folder: str
@@ -91,12 +91,12 @@ class Inspection:
 
     @property
     def parameters(self) -> int:
-        """The number of elements stored, of all tensors."""
+        """The number of elements in all tensors."""
         return sum(row.elements for row in self.rows)
 
     @property
     def nonzeros(self) -> int:
-        """The number of elements that are not zero, of all tensors."""
+        """The number of non-zero elements in all tensors."""
         return self.parameters - sum(row.zeros for row in self.rows)
 
     @property
@@ -111,7 +111,7 @@ class Inspection:
         return sum(row.zeros for row in matrices) / max(sum(row.elements for row in matrices), 1)
 
     def to_dict(self) -> dict[str, object]:
-        """Everything as JSON types: the summary's keys, and the rows under "tensors"."""
+        """Everything as JSON types: the summary's keys, and the rows as "tensors"."""
         summary = ("folder", "parameters", "nonzeros", "bytes_on_disk", "sparsity", "matrix_sparsity", "contradiction")
         tensors = [{**asdict(row), "shape": list(row.shape), "sparsity": row.sparsity} for row in self.rows]
         return {**{key: getattr(self, key) for key in summary}, "tensors": tensors}
@@ -120,14 +120,14 @@ class Inspection:
 def inspect_checkpoint(folder: Path) -> Inspection:
     """Count the zeros of every tensor of a checkpoint and find their patterns.
 
-    The matrices of a packed checkpoint are unpacked for it, one by one.
+    The matrices of a packed checkpoint are unpacked one at a time.
 
     Args:
-        folder: holds safetensors files, with or without an index; config.json says what is packed, and is compared
-            with the tensors.
+        folder: has safetensors files, with or without an index; config.json says what is packed, and is compared with
+            the tensors.
 
     Raises:
-        CheckpointError: there are no safetensors files, one is damaged or missing, or two hold the same tensor.
+        CheckpointError: there are no safetensors files, one is damaged or missing, or two contain the same tensor.
     """
     files = _files(folder)
     packed = _packed(folder, files)
@@ -138,7 +138,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
             if row.name in rows:
                 raise CheckpointError(
                     f"tensor {row.name} is in {path} and in another file of the folder",
-                    expected="every tensor in one file",
+                    expected="every tensor in only one file",
                     fix="remove the files that belong to another checkpoint",
                 )
             rows[row.name] = row

@@ -1,9 +1,8 @@
-"""How long the decoder layers of a checkpoint of any size take, measured one layer at a time.
+"""The speed of a checkpoint's decoder layers, measured one layer at a time so that a model of any size fits.
 
-Each layer is loaded, run a few times on one sample of a prompt's length and on a single token, and let go. What counts
-is the fastest run of each layer, summed over the layers; loading, embeddings, the final norm and the head are left out.
-The single token is a decode step without its cache: its attention looks at itself alone. Mixtures of experts run expert
-by expert, as everywhere in the stream.
+Each layer is loaded, run a few times on one sequence of the prompt's length and on a single token, and freed. The
+fastest runs of the layers are added up; loading, embeddings, final norm and LM head are left out. The single token is a
+decode step without a cache: it attends only to itself. MoE layers run expert by expert, as everywhere in the stream.
 """
 
 import time
@@ -21,11 +20,11 @@ from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Seconds of all decoder layers of one model; neither loading nor embeddings and head are among them.
+    """Seconds of all decoder layers of one model, without loading, embeddings and LM head.
 
     Attributes:
-        prefill_seconds: one forward of `prefill_tokens` tokens.
-        token_seconds: one forward of a single token.
+        prefill_seconds: of one forward pass of `prefill_tokens` tokens.
+        token_seconds: of one forward pass of a single token.
         prefill_tokens: length of the prompt.
         layers: how many layers were measured.
     """
@@ -39,21 +38,21 @@ class Speed:
 def compare_speed(
     dense: Source, pruned: Source, ids: Tensor, device: torch.device, repeats: int = 5
 ) -> tuple[Speed, Speed]:
-    """Measure two models side by side, so that whatever else the machine does meets both.
+    """Measure two models side by side, so that other load on the machine affects both.
 
-    Layers at the same relative depth are resident together and run in turn, run by run; where one model has fewer
-    layers, the others run alone. Each layer of both is measured once, with the same number of runs.
+    Layers at the same relative depth are resident together and run alternately; if one model has fewer layers, the
+    remaining layers of the other run alone. Each layer of both is measured once, with the same number of runs.
 
     Args:
         dense: one model.
-        pruned: the other, a source of its own.
-        ids: tokens [samples, length] that both models must know; the first sample is the prompt, its first token the
+        pruned: the other, a separate source.
+        ids: tokens [samples, length], valid for both models; the first sequence is the prompt, its first token the
             single one.
         device: where the layers run.
-        repeats: timed runs of each layer, >= 1, after one that is not timed.
+        repeats: timed runs of each layer, >= 1, after a warm-up run.
 
     Raises:
-        RecipeError: there is nothing to repeat.
+        RecipeError: `repeats` is below 1.
         CalibrationError: there are no tokens.
         ModelError: as for `Stream`.
     """
@@ -66,7 +65,7 @@ _Run = Callable[[], object]
 
 @dataclass
 class _Course:
-    """One model on its way through its layers: of each the runs to be timed, of the prompt and of the single token."""
+    """One model's progress through its layers; for each layer the runs to time: of the prompt and of a single token."""
 
     layers: Iterator[tuple[_Run, _Run]]
     count: int
@@ -78,7 +77,7 @@ def _measure(sources: Sequence[Source], ids: Tensor, device: torch.device, repea
     if repeats < 1:
         raise RecipeError(f"{repeats} repeats", expected="at least one")
     if not ids.numel():
-        raise CalibrationError("no tokens to measure the speed with", expected="at least one sample with one token")
+        raise CalibrationError("no tokens to measure the speed with", expected="at least one sequence with one token")
     prompt = ids[:1]
     with ExitStack() as stack, torch.no_grad():
         courses = [
@@ -87,7 +86,7 @@ def _measure(sources: Sequence[Source], ids: Tensor, device: torch.device, repea
         ]
         steps = max(course.count for course in courses)
         for step in range(steps):
-            # A course with fewer layers moves on when its turn comes.
+            # A course with fewer layers only moves on once the step has reached its next relative depth.
             moving = [course for course in courses if step * course.count // steps >= course.done]
             residents = [next(course.layers) for course in moving]
             for kind in (0, 1):
@@ -117,7 +116,7 @@ def _run(layer: ResidentLayer) -> _Run:
 
 
 def _fastest(runs: Sequence[_Run], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of the fastest of several runs of each, made in turn; the first round warms up."""
+    """Seconds of the fastest run of each, in alternating rounds; the first round warms up."""
     rounds = [[_seconds(run, device) for run in runs] for _ in range(repeats + 1)]
     return [min(times) for times in zip(*rounds[1:], strict=True)]
 

@@ -1,13 +1,13 @@
-"""Perplexity and divergence by one pinned protocol, streamed layer by layer.
+"""Perplexity and KL divergence by one fixed protocol, streamed layer by layer.
 
-Text is tokenised with a beginning-of-sequence token in front of each document, packed, and cut into chunks of `length`
-tokens; the stride is the length, so no token is scored twice. Each token but the first is predicted from its own chunk.
-Negative log-likelihoods are summed in float64, from log-softmax in float32.
+Text is tokenised with a BOS token in front of each document, packed, and cut into sequences of `length` tokens; the
+stride is the length, so no token is scored twice. Each token but the first is predicted from its own sequence. Negative
+log-likelihoods are summed in float64, from log-softmax in float32.
 
-The expected calibration error says how far a model's confidence is from its accuracy (Guo et al. 2017, On Calibration
-of Modern Neural Networks, section 2): predictions fall into 15 bins of equal width by the probability of the likeliest
-next token, a bin holds (m - 1) / 15 < confidence <= m / 15, and |accuracy - mean confidence| is averaged over the bins
-by their predictions.
+The expected calibration error (ECE) measures how far a model's confidence is from its accuracy (Guo et al. 2017, On
+Calibration of Modern Neural Networks, section 2): predictions fall into 15 bins of equal width by the probability of
+the most likely next token, bin m has (m - 1) / 15 < confidence <= m / 15, and |accuracy - mean confidence| is averaged
+over the bins, weighted by their number of predictions.
 """
 
 import math
@@ -33,7 +33,7 @@ from llmprune.stream.variants import kl_divergence
 from llmprune.text.loading import load_texts, model_positions, tokenizer_for
 from llmprune.text.tokens import TextSpec, Tokens
 
-# Positions whose logits are widened to float32 at once: bounds the memory for vocabularies of 250,000.
+# Positions whose logits are converted to float32 at a time: bounds the memory for vocabularies of 250,000.
 _POSITIONS = 512
 
 _LARGEST_NATS = math.log(sys.float_info.max)
@@ -46,16 +46,16 @@ class Perplexity:
     """One measurement.
 
     Attributes:
-        perplexity: exp(nats); infinite where that exceeds float64, from 709 nats on.
-        nats: mean negative log-likelihood of a predicted token.
-        predicted_tokens: tokens scored.
-        samples: chunks.
-        length: tokens in a chunk, which is also the stride.
-        tokens_digest: sha256 of the chunks.
-        text: where they came from.
-        calibration_error: expected calibration error of the likeliest next token, in [0, 1], lower is better; None in
-            measurements of before it was taken.
-        compute_dtype: of the forward, as torch names it; None in measurements of before it was noted.
+        perplexity: exp(nats); infinite if that exceeds float64 (above 709 nats).
+        nats: mean negative log-likelihood per predicted token.
+        predicted_tokens: number of tokens scored.
+        samples: number of sequences.
+        length: sequence length in tokens, which is also the stride.
+        tokens_digest: sha256 of the sequences.
+        text: their origin.
+        calibration_error: expected calibration error (ECE) of the most likely next token, in [0, 1], lower is better;
+            None in measurements from before it was recorded.
+        compute_dtype: of the forward pass, as torch names it; None in measurements from before it was recorded.
     """
 
     perplexity: float
@@ -69,20 +69,20 @@ class Perplexity:
     compute_dtype: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, ready for JSON, which has no infinity: such a perplexity is null, beside its nats."""
+        """As plain data, ready for JSON, which has no infinity: an infinite perplexity is null, with its nats given."""
         return {**asdict(self), "perplexity": finite(self.perplexity), "stride": self.length}
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A pruned model beside the dense one, on the same tokens.
+    """A pruned model compared with the dense one, on the same tokens.
 
     Attributes:
-        dense: perplexity before.
-        pruned: perplexity after.
-        kl_divergence: mean over positions of KL(dense || pruned) of the next-token distributions, in nats; not finite
-            where the pruned model rules out, to float32, what the dense one does not.
-        agreement: fraction of positions whose most likely next token is the same.
+        dense: perplexity of the dense model.
+        pruned: perplexity of the pruned model.
+        kl_divergence: mean KL(dense || pruned) of the next-token distributions, in nats/token; not finite if the pruned
+            model gives probability zero (in float32) to a token for which the dense model does not.
+        agreement: top-1 agreement: the fraction of positions whose most likely next token is the same.
     """
 
     dense: Perplexity
@@ -91,7 +91,7 @@ class Comparison:
     agreement: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, ready for JSON: a divergence that is not finite is null."""
+        """As plain data, ready for JSON; a divergence that is not finite is null."""
         return {
             "dense": self.dense.to_dict(),
             "pruned": self.pruned.to_dict(),
@@ -111,15 +111,16 @@ def perplexity(
 
     Args:
         model: a hub id, a local checkpoint folder or "testbed".
-        text: which text, and how it becomes chunks; what a model samples from itself says nothing about another.
-        settings: device, batch size and memory; default: the CPU, 8 chunks a forward.
-        compute_dtype: of the forward, as torch names it; "auto": the checkpoint's, or float32 on a CPU without
+        text: which text, and how it is cut into sequences; perplexities on self-generated text cannot be compared
+            between models.
+        settings: device, batch size and memory; default: the CPU, 8 sequences per forward pass.
+        compute_dtype: of the forward pass, as torch names it; "auto": the checkpoint's, or float32 on a CPU without
             instructions for it.
-        watch: told about each layer.
+        watch: called for each layer.
 
     Raises:
-        LlmpruneError: the model or the text cannot be read, the text is too short, the logits are not finite, or there
-            is not enough memory.
+        LlmpruneError: the model or the text cannot be read, the text is too short, the logits are not finite, or
+            memory is insufficient.
 
     Example:
         >>> perplexity("testbed", TextSpec("self", samples=4, length=256)).samples  # doctest: +SKIP
@@ -147,15 +148,15 @@ def perplexity_against(
     compute_dtype: str = "auto",
     watch: Watcher = ignore,
 ) -> Comparison:
-    """Measure how far a checkpoint is from the dense model on a text: both perplexities, divergence, agreement.
+    """Compare a checkpoint with the dense model on a text: both perplexities, KL divergence and top-1 agreement.
 
     Args:
         model: a hub id, a local checkpoint folder or "testbed".
-        dense: the model to compare with, likewise; its tokenizer is used, and text is sampled from it.
-        text: which text, and how it becomes chunks.
-        settings: device, batch size and memory; default: the CPU, 8 chunks a forward.
-        compute_dtype: of both forwards, as for `perplexity`.
-        watch: told about each layer of both.
+        dense: the model to compare with, likewise; its tokenizer is used, and self-generated text is sampled from it.
+        text: which text, and how it is cut into sequences.
+        settings: device, batch size and memory; default: the CPU, 8 sequences per forward pass.
+        compute_dtype: of both forward passes, as for `perplexity`.
+        watch: called for each layer of both.
 
     Raises:
         LlmpruneError: as for `perplexity`.
@@ -172,7 +173,7 @@ def perplexity_against(
         sizes = [source.config.get_text_config().vocab_size for source in sources]
         if sizes[0] != sizes[1]:
             raise ModelError(
-                f"{model} has {sizes[1]} tokens, and {dense} has {sizes[0]}",
+                f"{model} has a vocabulary of {sizes[1]} tokens, and {dense} one of {sizes[0]}",
                 expected="two models with the same vocabulary",
                 fix="compare with the model that this one was pruned from",
             )
@@ -195,9 +196,9 @@ def measure_perplexity(source: Source, tokens: Tokens, settings: StreamSettings,
 
     Args:
         source: the model.
-        tokens: the chunks.
+        tokens: the sequences.
         settings: device, batch size and memory; `outputs` is implied.
-        watch: told about each layer.
+        watch: called for each layer.
 
     Raises:
         NumericsError: the logits are not finite.
@@ -213,13 +214,13 @@ def measure_perplexity(source: Source, tokens: Tokens, settings: StreamSettings,
 
 
 def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens) -> Comparison:
-    """Score a pruned model beside the dense one.
+    """Score a pruned model and the dense one on the same tokens.
 
     Args:
-        dense: a finished run of the dense model on the tokens; its source may be the pruned one's by now, if only
-            decoder layers have changed.
+        dense: a finished run of the dense model on the tokens; its source may have become the pruned model's since, if
+            only decoder layers have changed.
         pruned: a finished run of the pruned model.
-        tokens: the chunks that both models were run on.
+        tokens: the sequences that both models were run on.
     """
     nats, divergence, same = [0.0, 0.0], 0.0, 0
     calibrations = (_Calibration(), _Calibration())
@@ -240,7 +241,7 @@ def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens) -> Compari
 
 
 def run_stream(source: Source, ids: Tensor, settings: StreamSettings, watch: Watcher, stage: str) -> Stream:
-    """Run a model's layers without changing them; the final hidden states stay in the stream."""
+    """Run a model's layers without changing them; the final hidden states remain in the stream."""
     stream = Stream(source, ids, replace(settings, held_back=0, outputs=True))
     layers = len(source.layers)
     for layer in stream:
@@ -250,12 +251,12 @@ def run_stream(source: Source, ids: Tensor, settings: StreamSettings, watch: Wat
 
 
 def finite(value: float) -> float | None:
-    """The number, or None where JSON cannot write it."""
+    """The number, or None if JSON cannot represent it."""
     return value if math.isfinite(value) else None
 
 
 def _logits(dense: Stream, pruned: Stream) -> Iterator[tuple[Tensor, ...]]:
-    """The logits of both, batch by batch; a head that they share is loaded once."""
+    """The logits of both, batch by batch; a shared LM head is loaded once."""
     if dense.source is pruned.source:
         yield from pruned.logits(dense.hidden, pruned.hidden)
     else:
@@ -264,7 +265,7 @@ def _logits(dense: Stream, pruned: Stream) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _positions(ids: Tensor, *logits: Tensor) -> Any:
-    """Cut [samples, length, vocabulary] logits into float32 pieces with the tokens that they predict."""
+    """Split [samples, length, vocabulary] logits into float32 pieces, with the tokens that they predict."""
     targets = ids[:, 1:].reshape(-1).to(logits[0].device)
     flat = [part[:, :-1].reshape(-1, part.shape[-1]) for part in logits]
     for start in range(0, len(targets), _POSITIONS):
@@ -278,7 +279,7 @@ def _negative_log_likelihood(log_probabilities: Tensor, targets: Tensor) -> floa
 
 
 class _Calibration:
-    """Sums of hits and of confidences, bin by bin."""
+    """Sums of correct predictions and of confidences, bin by bin."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
@@ -290,14 +291,14 @@ class _Calibration:
         confidence = confidence.double().exp().clamp(max=1.0)
         bins = (confidence * _BINS).ceil().long().clamp(1, _BINS) - 1
         values = torch.stack([(likeliest == targets).double(), confidence])
-        # A product, because scattered additions come in another order each time on a GPU.
+        # A matmul, because scatter additions on a GPU run in a different order each time.
         sums = values @ F.one_hot(bins, _BINS).double()
         self._sums = sums if self._sums is None else self._sums + sums
         self._count += len(targets)
 
     @property
     def error(self) -> float:
-        """The expected calibration error; a bin's weight cancels the counts of its means."""
+        """The expected calibration error; a bin's weight cancels the count that its means are divided by."""
         assert self._sums is not None
         hits, confidences = self._sums
         return float((hits - confidences).abs().sum()) / self._count
@@ -313,7 +314,7 @@ def _summary(nats: float, tokens: Tokens, calibration_error: float, source: Sour
             expected="a finite number",
             fix="set compute_dtype: float32 if activations overflow",
         )
-    # math.exp raises where float64 ends.
+    # math.exp raises an OverflowError instead of returning infinity.
     return Perplexity(
         math.exp(mean) if mean < _LARGEST_NATS else math.inf,
         mean,

@@ -1,4 +1,4 @@
-"""Recipes as text: YAML with the line of every key, and overrides from the command line."""
+"""Recipes as text: YAML that remembers the line of every key, and overrides from the command line."""
 
 import difflib
 import json
@@ -17,20 +17,20 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass
 class Document:
-    """A recipe as plain data, with the place (file:line, or override) where each key was written."""
+    """A recipe as plain data, with the place (file:line, or override) where each key was set."""
 
     data: Any
     name: str
     places: dict[KeyPath, str] = field(default_factory=dict)
 
     def place(self, path: KeyPath) -> str:
-        """The place of a key, or of the innermost section around it that was written somewhere."""
+        """The place of a key, or of the innermost enclosing section that was set explicitly."""
         written = (path[:length] for length in range(len(path), 0, -1) if path[:length] in self.places)
         return self.places.get(next(written, ()), self.name)
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """Plain words as YAML 1.2 reads them: 2:4, no and dates are text (2:4 was 124 in YAML 1.1), 1e-3 is a number."""
+    """Reads plain scalars as YAML 1.2 does: 2:4 (124 in YAML 1.1), no and dates are text, 1e-3 is a number."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - declared by the base class
 
@@ -42,7 +42,7 @@ class _RecipeLoader(yaml.SafeLoader):
 
 
 class RecipeDumper(yaml.SafeDumper):
-    """Quotes whatever either version of YAML would not read back as text."""
+    """Quotes text that either version of YAML would not read back as text."""
 
 
 _FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
@@ -58,7 +58,7 @@ for _kind, _form, _first in (
 
 
 def refusal(error: LlmpruneError, *keys: str | int) -> PydanticCustomError:
-    """Our error in a form that pydantic gathers with its own; `keys` lead from the value to the culprit."""
+    """Our error in a form that pydantic collects with its own; `keys` lead from the value to the offending key."""
     context = {"what": error.what, "expected": error.expected, "fix": error.fix, "keys": keys, "cause": error}
     return PydanticCustomError("llmprune", "{what}", context)
 
@@ -71,12 +71,12 @@ def parse_document(text: str, name: str) -> Document:
 
     data, lines = _read_yaml(text, place)
     if not isinstance(data, dict):
-        raise RecipeError(f"{name} holds {shown_value(data)}", expected="keys and values, pattern and method at least")
+        raise RecipeError(f"{name} holds {shown_value(data)}", expected="keys and values, at least pattern and method")
     return Document(data, name, {path: place(line) for path, line in lines.items()})
 
 
 def _read_yaml(text: str, place: Callable[[int], str]) -> tuple[Any, dict[KeyPath, int]]:
-    """Read YAML as plain data, and the line of each key and list item; `place` names a line in an error."""
+    """Read YAML as plain data, with the line of each key and list item; `place` names a line in errors."""
     lines: dict[KeyPath, int] = {}
     try:
         loader = _RecipeLoader(text)
@@ -89,7 +89,7 @@ def _read_yaml(text: str, place: Callable[[int], str]) -> tuple[Any, dict[KeyPat
         raise RecipeError(
             f"{place(line + 1)}: {problem}",
             expected="valid YAML without aliases and tags, each key once",
-            fix="check indentation and quotes; a glob that begins with * needs quotes",
+            fix="check indentation and quotes; a glob that starts with * needs quotes",
         ) from error
 
 
@@ -105,7 +105,7 @@ def _build(loader: _RecipeLoader, node: yaml.Node, path: KeyPath, lines: dict[Ke
         if not isinstance(key_node, yaml.ScalarNode):
             raise yaml.MarkedYAMLError(problem="a list or mapping as a key", problem_mark=key_node.start_mark)
         if key in content:
-            problem = f"key {dotted(inside)!r} stands in line {lines[inside]} already"
+            problem = f"key {dotted(inside)!r} is already set on line {lines[inside]}"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
         lines[inside] = key_node.start_mark.line + 1
         content[key] = _build(loader, value, inside, lines)
@@ -113,7 +113,7 @@ def _build(loader: _RecipeLoader, node: yaml.Node, path: KeyPath, lines: dict[Ke
 
 
 def override(document: Document, assignment: str) -> None:
-    """Set one key, and the sections around it where they are missing."""
+    """Set one key, adding the sections around it if they are missing."""
     label = f"--set {assignment}"
     key, equals, text = assignment.partition("=")
     path = tuple(key.strip().split("."))
@@ -127,7 +127,7 @@ def override(document: Document, assignment: str) -> None:
         if part == "method" and section and path[depth] not in section:
             raise RecipeError(
                 f"{label}: the method is {one_of(section)}, not {path[depth]}",
-                fix="name a knob of this method, or set the method as well",
+                fix="set a knob of this method, or set the method as well",
             )
     section[path[-1]], lines = _read_yaml(text, lambda line: label)
     document.places = {old: place for old, place in document.places.items() if old[: len(path)] != path}
@@ -135,19 +135,19 @@ def override(document: Document, assignment: str) -> None:
 
 
 def _enter(section: dict[str, Any], part: str, where: str) -> dict[str, Any]:
-    """The section of this name, added where it is missing; a method's bare name becomes a mapping to its knobs."""
+    """The section of this name, added if it is missing; a method's bare name becomes a mapping to its knobs."""
     child = section.setdefault(part, {})
     if part == "method" and isinstance(child, str):
         child = section[part] = {child: {}}
     if not isinstance(child, dict):
         raise RecipeError(
-            f"{where} is {shown_value(child)}, which has no keys to set", fix="set all of it by one --set"
+            f"{where} is {shown_value(child)}, which has no keys to set", fix="set the whole value with one --set"
         )
     return child
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint at the closest known word, or nothing."""
+    """A hint at the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -159,7 +159,7 @@ def one_of(known: Iterable[str]) -> str:
 
 
 def shown_value(value: object) -> str:
-    """A value as YAML would show it, cut where it is long."""
+    """A value as YAML would show it, truncated if it is long."""
     shown = json.dumps(value, default=str)
     return shown if len(shown) <= 60 else shown[:60] + "..."
 

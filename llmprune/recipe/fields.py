@@ -1,4 +1,4 @@
-"""The types of a recipe's values: patterns, methods, texts and globs, read from YAML and written back."""
+"""The types of a recipe's values: patterns, methods, texts and globs, parsed from YAML and written back."""
 
 import json
 import re
@@ -26,7 +26,7 @@ STRICT = ConfigDict(frozen=True, extra="forbid")
 
 
 def _culprit(error: LlmpruneError, keys: Iterable[str]) -> list[str]:
-    """The key that an error names, so that its own line can be shown; none where the error names no key."""
+    """The key that an error names, so that its own line can be shown; empty if it names none."""
     return [key for key in keys if re.search(rf"\b{re.escape(key)}\b", error.what)][:1]
 
 
@@ -38,7 +38,7 @@ def _read_pattern(value: object) -> Pattern:
 
 
 def read_method(value: object) -> Method:
-    """Read a method: a name, or a name with its knobs; a method that is one already is returned as it is."""
+    """Read a method: a name, or a name with its knobs; a `Method` is returned unchanged."""
     if type(value) in METHODS.values():
         return cast(Method, value)
     if isinstance(value, str):
@@ -50,7 +50,7 @@ def read_method(value: object) -> Method:
     if name not in METHODS:
         raise refusal(RecipeError(f"unknown method {name!r}{did_you_mean(name, METHODS)}", expected=one_of(METHODS)))
     knobs = {} if knobs is None else knobs
-    # The method stays inside its one-key mapping: for a bare dataclass pydantic takes no configuration.
+    # The method stays inside its one-key mapping because pydantic takes no configuration for a bare dataclass.
     kind = dict[str, METHODS[name]]  # type: ignore[valid-type]
     adapter: TypeAdapter[dict[str, Method]] = TypeAdapter(kind, config=STRICT)
     try:
@@ -73,7 +73,7 @@ def _read_text_spec(value: Any, build: ValidatorFunctionWrapHandler) -> TextSpec
 
 
 def check_device(name: str) -> str:
-    """Refuse what names no device."""
+    """Refuse a text that names no device."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise refusal(RecipeError(f"device is {name!r}", expected="auto, cpu, cuda, or one GPU such as cuda:1"))
     return name

@@ -11,5 +11,5 @@ def matches_any(globs: Iterable[str], name: str) -> bool:
 
 
 def covers(wide: str, narrow: str) -> bool:
-    """Whether `wide` matches whatever `narrow` matches; False as well where a set, or a ? in `wide`, leaves it open."""
+    """Whether `wide` matches everything that `narrow` matches; also False if a [set], or a ? in `wide`, is involved."""
     return wide == narrow or (not re.search(r"[?[]", wide) and "[" not in narrow and fnmatchcase(narrow, wide))

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in the words of recipes: pydantic speaks of Python and JSON."""
+"""Validation errors in the terms of a recipe, where pydantic's are in those of Python and JSON."""
 
 from collections.abc import Callable
 
@@ -12,12 +12,15 @@ from llmprune.recipe.document import Document, KeyPath, did_you_mean, dotted, on
 def explain(
     error: ValidationError, document: Document, known_keys: Callable[[KeyPath], list[str]]
 ) -> tuple[Exception, RecipeError]:
-    """Our error for pydantic's, and its cause: all problems with their places, then what was expected instead.
+    """Translate pydantic's error to ours: all problems with their places, then what was expected instead.
 
     Args:
         error: pydantic's.
-        document: what was read.
-        known_keys: the keys that the section at a path may hold.
+        document: the recipe that was validated.
+        known_keys: the keys that the section at a path may have.
+
+    Returns:
+        The cause, and our error.
     """
     details = error.errors(include_url=False)
     problems = [_problem(detail, document, known_keys) for detail in details]
@@ -38,7 +41,7 @@ def _problem(
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         known, section = known_keys(path[:-1]), f" in {dotted(path[:-1])}" if path[1:] else ""
         hint = did_you_mean(str(path[-1]), known)
-        fix = "" if hint else "drop it; `llmprune recipes NAME` prints a recipe with all keys"
+        fix = "" if hint else "remove it; `llmprune recipes NAME` prints a recipe with all keys"
         return f"{place}: unknown key {str(path[-1])!r}{section}{hint}", one_of(known), fix
     if kind == "missing":
         return f"{place}: {name} is missing", "", ""
@@ -47,7 +50,7 @@ def _problem(
     return f"{place}: {name} is {shown_value(detail['input'])}", expected, fix
 
 
-# Where pydantic speaks of Python or JSON, and a recipe is YAML.
+# Replaces wording of pydantic that is about Python or JSON.
 _EXPECTED = {
     "string_type": "text",
     "tuple_type": "a list",

@@ -8,7 +8,7 @@
         pattern: "2:4"
     calibration: {source: self, samples: 128}
 
-Types are pydantic's. Ours are the bundled names, the overrides, and errors that say where the mistake stands.
+pydantic checks the types. Added here are the bundled names, the overrides, and errors that say where a mistake is.
 """
 
 import hashlib
@@ -55,17 +55,17 @@ from llmprune.text.tokens import TextSpec
 
 _RECIPE_FORMS = "a bundled recipe's name, the path of a YAML file, YAML text, a mapping or a Recipe"
 
-# What evaluation is unless it says otherwise; its length is that of calibration.
+# The defaults of the section evaluation; its length defaults to that of calibration.
 _EVALUATION = {"samples": 32, "seed": 12345}
 
 
 class Rule(BaseModel):
-    """Another pattern, another method, or both, for some matrices.
+    """A different pattern, method, or both for some matrices.
 
     Attributes:
         match: shell glob over full matrix names.
-        pattern: None leaves the recipe's.
-        method: None leaves the recipe's.
+        pattern: None keeps the recipe's.
+        method: None keeps the recipe's.
     """
 
     model_config = STRICT
@@ -80,17 +80,17 @@ class Rule(BaseModel):
             error = RecipeError(
                 f"the rule for {self.match!r} changes nothing",
                 expected="pattern, method or both",
-                fix="give it one, or list the glob under exclude if these matrices are to stay dense",
+                fix="add one, or list the glob under exclude if these matrices should stay dense",
             )
             raise refusal(error)
         return self
 
 
 class Experts(BaseModel):
-    """What holds for the experts of a mixture only.
+    """Settings for the experts of MoE layers.
 
     Attributes:
-        min_tokens: tokens, at least 0, that must reach an expert before its statistics are trusted.
+        min_tokens: tokens, at least 0, that an expert must receive before its statistics are trusted.
     """
 
     model_config = STRICT
@@ -102,25 +102,26 @@ class Recipe(BaseModel):
     """Everything a run needs. Built by `load_recipe`, which turns mistakes into `RecipeError`.
 
     Attributes:
-        pattern: the zeros that are legal; None, and no method, where only structures are removed.
-        method: which weights go, with its knobs.
-        structures: what is removed physically, before weights are; None: nothing.
+        pattern: sparsity pattern of the weights; None, like the method, if only structures are removed.
+        method: how the weights to remove are chosen, with its knobs.
+        structures: what is removed physically, before weights are pruned; None: nothing.
         description: one line for people; not part of the digest.
-        include: shell globs over full matrix names such as model.layers.3.self_attn.q_proj; others stay dense.
-        exclude: matrices that stay dense all the same.
-        rules: the first one that matches changes pattern or method for a matrix.
-        calibration: the text that statistics are collected on.
-        evaluation: the text that perplexity is measured on; None does not measure it.
-        batch_size: samples in a forward, at least 1; results do not depend on it, up to rounding.
-        held_back: further calibration samples, at least 0, for the error in the report only; with 0 the rows of the
-            statistics measure it.
-        decoder_layers: module path of the list of decoder layers, for a model where they are not found.
-        experts: what holds for the experts of a mixture.
+        include: shell globs over full matrix names such as model.layers.3.self_attn.q_proj; other matrices stay dense.
+        exclude: globs of included matrices that stay dense nevertheless.
+        rules: the first matching rule changes the pattern or method of a matrix.
+        calibration: the calibration text, on which statistics are collected.
+        evaluation: the text on which perplexity is measured; None skips the measurement.
+        batch_size: sequences per forward pass, at least 1; results do not depend on it, up to rounding.
+        held_back: validation sequences: further calibration sequences, at least 0, that only measure the relative
+            output error in the report; with 0 it is measured on the rows of the statistics.
+        decoder_layers: module path of the list of decoder layers, for models in which it cannot be identified.
+        experts: settings for the experts of MoE layers.
         device: auto, cpu, cuda or cuda:N.
-        format: how pruned matrices are stored: dense, with their zeros; nm, block or bitmask where the pattern is of
-            that kind (bitmask: any); auto: what suits each pattern. A packed checkpoint loads where llmprune is.
-        compute_dtype: dtype of the forward; auto is the checkpoint's, or float32 on a CPU without instructions for it.
-        activation_budget: bytes of hidden states kept in memory, at least 0; the rest goes to disk.
+        format: how pruned matrices are stored: dense, with their zeros; nm, block or bitmask if the pattern is of that
+            kind (bitmask: any); auto: what suits each pattern. Loading a packed checkpoint requires llmprune.
+        compute_dtype: dtype of the forward pass; auto is the checkpoint's, or float32 on a CPU without instructions
+            for it.
+        activation_budget: bytes of hidden states kept in memory, at least 0; the rest is written to disk.
     """
 
     model_config = STRICT
@@ -149,7 +150,7 @@ class Recipe(BaseModel):
         if not isinstance(value, Mapping):
             return value
         calibration: TextSpec = info.data.get("calibration", TextSpec())
-        # The first chunks of a text are everybody's test set; text that the model writes has no order to choose.
+        # Published perplexities are of a text's first sequences; self-generated text has no order to choose.
         order = {} if value.get("source", "self") == "self" else {"order": "text"}
         return {"length": calibration.length, **_EVALUATION, **order, **value}
 
@@ -159,7 +160,7 @@ class Recipe(BaseModel):
             self._check_without_weights(absent)
             return self
         if not self.include:
-            raise refusal(RecipeError("include is empty: nothing would be pruned", fix="drop the key"), "include")
+            raise refusal(RecipeError("include is empty: nothing would be pruned", fix="remove the key"), "include")
         if all(any(covers(out, glob) for out in self.exclude) for glob in self.include):
             raise refusal(RecipeError("exclude covers all of include: nothing would be pruned"), "exclude")
         for number, rule in enumerate(self.rules):
@@ -180,12 +181,12 @@ class Recipe(BaseModel):
             missing = RecipeError(
                 f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing",
                 expected="pattern and method, which prune weights, or structures, which removes heads, channels or "
-                "layers, or all three",
+                "layers, or both",
             )
             raise refusal(missing)
         if self.rules or self.format != "dense":
             key = "rules" if self.rules else "format"
-            raise refusal(RecipeError(f"{key} without a pattern and a method", fix="add them, or drop the key"), key)
+            raise refusal(RecipeError(f"{key} without a pattern and a method", fix="add them, or remove the key"), key)
         self._check_seeds()
 
     def _check_seeds(self) -> None:
@@ -193,7 +194,7 @@ class Recipe(BaseModel):
         if evaluation and evaluation.source == calibration.source == "self" and evaluation.seed == calibration.seed:
             error = RecipeError(
                 f"evaluation.seed and calibration.seed are both {evaluation.seed}",
-                expected="two seeds: from one seed the model writes one text, and perplexity would be measured on it",
+                expected="two different seeds; with the same one, perplexity would be measured on the calibration text",
                 fix="change one of them",
             )
             raise refusal(error, "evaluation", "seed")
@@ -205,12 +206,12 @@ class Recipe(BaseModel):
 
     @property
     def texts(self) -> dict[str, TextSpec]:
-        """The texts that a run reads: "calibration", with the held-back samples, and "evaluation", if there is any."""
+        """The texts of a run: "calibration", with the validation sequences, and "evaluation", if there is one."""
         held_back = replace(self.calibration, samples=self.calibration.samples + self.held_back)
         return {"calibration": held_back, **({"evaluation": self.evaluation} if self.evaluation else {})}
 
     def fitted(self, positions: int | None) -> "Recipe":
-        """The recipe with the length of its texts, for a model with so many positions; None: they have no end."""
+        """The recipe with the sequence length filled in, for a model with this many positions; None: no limit."""
         evaluation = self.evaluation and self.evaluation.fitted(positions)
         return self.model_copy(update={"calibration": self.calibration.fitted(positions), "evaluation": evaluation})
 
@@ -235,19 +236,19 @@ class Recipe(BaseModel):
 
     @property
     def digest(self) -> str:
-        """sha256, in hex, of everything but the description; the same however the recipe was written."""
+        """sha256, in hex, of everything but the description; independent of how the recipe was written."""
         content = self.model_dump(mode="json", exclude={"description"})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and fill in what it leaves open.
+    """Read a recipe and fill in defaults.
 
     Args:
-        recipe: the name of a bundled recipe (it comes before a file of that name), the path of a YAML file, YAML text
-            of more than one line, a mapping of plain data, or a recipe.
-        overrides: KEY=VALUE each, such as "pattern=2:4" or "method.sparsegpt.damping=0.05"; values are YAML. They may
-            come in any order: sections are set before the keys inside them.
+        recipe: the name of a bundled recipe (which takes precedence over a file of that name), the path of a YAML file,
+            YAML text of more than one line, a mapping of plain data, or a recipe.
+        overrides: KEY=VALUE each, such as "pattern=2:4" or "method.sparsegpt.damping=0.05"; values are YAML. Their
+            order does not matter: sections are set before the keys inside them.
 
     Raises:
         RecipeError: for unknown, missing, contradictory or repeated keys, wrong types, values out of range, unreadable
@@ -268,7 +269,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
         override(document, assignment)
     _tell_changes(document, overrides)
     try:
-        # As JSON, because pydantic's strict types then still take lists for tuples and mappings for dataclasses.
+        # As JSON, for which pydantic's strict types accept lists as tuples and mappings as dataclasses.
         return Recipe.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
         cause, refused = explain(error, document, _known_keys)
@@ -276,7 +277,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
 
 
 def _tell_changes(document: Document, overrides: Sequence[str]) -> None:
-    """Have the description, where there is one, say what was changed of that which it describes."""
+    """Append the overrides of what the description describes to it, if there is a description."""
     described = document.data.get("description")
     given = sorted(change.strip() for change in overrides)
     changes = [change for change in given if re.match(r"(pattern|method|structures|rules)\b", change)]
@@ -293,7 +294,7 @@ def _check_reachable(rule: Rule, earlier: Sequence[Rule]) -> None:
     for other in earlier:
         if covers(other.match, rule.match):
             error = RecipeError(
-                f"the rule for {rule.match!r} is never reached: {other.match!r} stands before it and matches the same",
+                f"the rule for {rule.match!r} is never reached: the earlier {other.match!r} matches the same matrices",
                 fix="put the narrower rule first",
             )
             raise refusal(error, "rules", len(earlier))
@@ -333,7 +334,7 @@ def _open(recipe: str | Path | Mapping[str, Any] | Recipe) -> Document:
 
 
 def _known_keys(section: KeyPath) -> list[str]:
-    """The keys that a section may hold."""
+    """The keys that a section may have."""
     match section:
         case ("calibration" | "evaluation",):
             return [knob.name for knob in fields(TextSpec)]

@@ -1,4 +1,4 @@
-"""The recipe's section `structures`: what is removed physically, so that the checkpoint becomes smaller.
+"""The recipe's section `structures`: what is removed physically, which makes the checkpoint smaller.
 
 structures:
 depth: {remove: 0.25, method: block-influence}   # whole decoder layers
@@ -46,14 +46,14 @@ GroupScore = Literal[
 
 
 def _read_amount(value: object) -> float | int:
-    """How much goes: a fraction below 1, or a number of things."""
+    """How much to remove: a fraction below 1, or a count."""
     if type(value) is int and value >= 1:
         return value
     if type(value) is float and 0 < value < 1:
         return value
     error = RecipeError(
         f"remove is {shown_value(value)}",
-        expected="a fraction between 0 and 1, or a whole number from 1 on",
+        expected="a fraction between 0 and 1, or an integer of at least 1",
         fix="write 0.25 for a quarter, or 2 for two of them; to remove nothing, leave the section out",
     )
     raise refusal(error)
@@ -68,7 +68,7 @@ class _Section(BaseModel):
     remove: Amount | None = None
 
     def count(self, among: int) -> int:
-        """How many of so many things go, before any alignment."""
+        """How many of this many are removed, before any alignment."""
         assert self.remove is not None, "a section without `remove` is for the budget"
         return self.remove if isinstance(self.remove, int) else round(among * self.remove)
 
@@ -77,13 +77,14 @@ class Groups(_Section):
     """Heads or FFN channels of every layer.
 
     Attributes:
-        remove: a fraction of the groups, or how many; left out where a budget decides.
-        method: obs chooses and refits by exact group removal with exchanges; the others are scores, the lowest go.
-        refit: give what stays its least-squares values; default: as the method is published, obs only.
-        damping: of the Gram, for obs and refits.
-        swaps: most exchanges after the greedy search of obs.
-        compensate: for flap: add the mean of what is removed to the consumer's bias. None: where it has one; elsewhere
-            a refit makes up for it, unless `refit` forbids that.
+        remove: a fraction of the groups, or how many; omitted if a budget decides.
+        method: obs chooses and refits by exact group removal with exchanges; the others are scores, and the groups with
+            the lowest are removed.
+        refit: give the remaining weights their least-squares values; default: as the method is published, obs only.
+        damping: of the Gram matrix, for obs and refits.
+        swaps: maximum number of exchanges after the greedy search of obs.
+        compensate: for flap: add the mean of what is removed to the consumer's bias. None: if it has one; otherwise a
+            refit compensates for it, unless `refit` forbids that.
     """
 
     method: GroupScore = "obs"
@@ -94,11 +95,11 @@ class Groups(_Section):
 
     @property
     def refitted(self) -> bool:
-        """Whether what stays is refitted."""
+        """Whether the remaining weights are refitted."""
         return self.method == "obs" if self.refit is None else self.refit
 
     def with_bias(self, bias: bool) -> "Groups":
-        """These settings for a consumer with or without a bias: without, flap is refitted if nothing else was said."""
+        """These settings for a consumer with or without a bias: without one, flap is refitted unless set otherwise."""
         open_ = self.method == "flap" and self.refit is None and self.compensate is None
         return self.model_copy(update={"refit": True}) if open_ and not bias else self
 
@@ -108,8 +109,8 @@ class Groups(_Section):
             raise refusal(
                 RecipeError(
                     "compensate is for flap without a refit",
-                    expected="method: flap, where the mean of the removed channels goes into the bias",
-                    fix="drop the key: a refit makes up for the removed channels by itself",
+                    expected="method: flap, which adds the mean of the removed channels to the bias",
+                    fix="remove the key: a refit already compensates for the removed channels",
                 ),
                 "compensate",
             )
@@ -120,8 +121,9 @@ class Heads(Groups):
     """Attention heads.
 
     Attributes:
-        unit: kv-group takes a key and value head with all query heads that read it; query-head takes as many query
-            heads from each of them. Alike where every query head has a key and value head to itself.
+        unit: kv-group removes key and value heads with all query heads that read them; query-head removes the same
+            number of query heads from each KV group. The same in multi-head attention, where every query head has its
+            own key and value head.
     """
 
     unit: Literal["kv-group", "query-head"] = "kv-group"
@@ -130,7 +132,7 @@ class Heads(Groups):
     def _check_method(self) -> "Heads":
         if self.method == "activation-frequency":
             error = RecipeError(
-                "activation-frequency counts what ReLU-like units let through", expected="ffn, not heads"
+                "activation-frequency counts the positive outputs of ReLU-like units", expected="ffn, not heads"
             )
             raise refusal(error, "method")
         return self
@@ -140,8 +142,8 @@ class Channels(Groups):
     """FFN channels.
 
     Attributes:
-        multiple: what stays is a multiple of it; "auto": of 128, 64, 32, 16 or 8, the first that is within 5 % of the
-            width.
+        multiple: the remaining number is a multiple of it; "auto": the first of 128, 64, 32, 16 and 8 that is within
+            5 % of the width.
     """
 
     multiple: PositiveInt | Literal["auto"] = "auto"
@@ -152,8 +154,8 @@ class Width(_Section):
 
     Attributes:
         remove: a fraction of the hidden size, or how many channels.
-        method: how channels are scored; the lowest go.
-        multiple: what stays is a multiple of it; "auto" as for FFN channels.
+        method: how channels are scored; those with the lowest scores are removed.
+        multiple: the remaining number is a multiple of it; "auto" as for FFN channels.
     """
 
     method: Literal["energy", "activation-norm", "norm-gain", "magnitude-l1", "magnitude-l2"] = "energy"
@@ -165,9 +167,10 @@ class Depth(_Section):
 
     Attributes:
         remove: a fraction of the layers, or how many.
-        method: block-influence: those that turn the hidden states least; angular: the block of neighbours that turns
-            them least; kl: one after the other, that whose removal costs least in measured KL divergence.
-        protect: how many of the last layers must stay.
+        method: block-influence: the layers that change the direction of the hidden states least; angular: the run of
+            consecutive layers that changes it least; kl: one layer at a time, whichever increases the measured KL
+            divergence least.
+        protect: how many of the last layers are always kept.
     """
 
     method: Literal["block-influence", "angular", "kl"] = "block-influence"
@@ -175,7 +178,7 @@ class Depth(_Section):
 
 
 class Blocks(_Section):
-    """Attention or MLP blocks of layers that stay; the checkpoint then needs llmprune to load.
+    """Attention or MLP blocks of layers that are kept; the checkpoint then needs llmprune to load.
 
     Attributes:
         remove: a fraction of the blocks, or how many.
@@ -186,11 +189,12 @@ class Blocks(_Section):
 
 
 class ExpertRemoval(_Section):
-    """Routed experts of every mixture.
+    """Routed experts of every MoE layer.
 
     Attributes:
         remove: a fraction of the experts, or how many.
-        method: reap: the lowest mean of gate times norm of the output; frequency: those that get the fewest tokens.
+        method: reap: those with the lowest mean of gate weight times output norm; frequency: those with the fewest
+            tokens.
     """
 
     method: Literal["reap", "frequency"] = "reap"
@@ -200,11 +204,11 @@ class Budget(BaseModel):
     """One budget for the heads and FFN channels of all layers, which may then differ; such a checkpoint needs llmprune.
 
     Attributes:
-        remove: the fraction of the decoder layers' total that goes.
-        of: parameters, FLOPs of a token, or seconds of this device's measured products.
-        most: the largest fraction of one structure that may go.
-        multiple: FFN channels that stay are a multiple of it.
-        tokens: rows of the products that latency is measured with: 1 for decode.
+        remove: the fraction of the decoder layers' total to remove.
+        of: parameters, FLOPs per token, or latency: the seconds of the matmuls as measured on this device.
+        most: the largest fraction of one structure that may be removed.
+        multiple: the remaining number of FFN channels is a multiple of it.
+        tokens: rows of the matmuls by which latency is measured: 1 for decode.
     """
 
     model_config = _CONFIG
@@ -222,12 +226,12 @@ Section = Depth | Blocks | Width | GroupSection
 
 
 class Structures(BaseModel):
-    """What is removed physically. Sections that are left out stay whole.
+    """What is removed physically. Structures without a section are left intact.
 
     Attributes:
         depth: decoder layers.
-        attention: attention blocks of layers that stay.
-        mlp: MLP blocks of layers that stay.
+        attention: attention blocks of layers that are kept.
+        mlp: MLP blocks of layers that are kept.
         width: hidden channels.
         heads: attention heads.
         ffn: FFN channels.
@@ -273,7 +277,7 @@ class Structures(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> "Structures":
         if not self.sections:
-            raise refusal(RecipeError("structures is empty: nothing would be removed", fix="drop the key"))
+            raise refusal(RecipeError("structures is empty: nothing would be removed", fix="remove the key"))
         if self.budget is not None:
             self._check_budget()
         for name, section in self.sections.items():
@@ -287,20 +291,21 @@ class Structures(BaseModel):
         return self
 
     def _check_budget(self) -> None:
-        """A budget alone says how much goes, and it weighs the error curves of obs."""
+        """The budget alone decides how much is removed, and it needs the error curves of obs."""
         shared = {name: section for name, section in self.groups.items() if isinstance(section, Groups)}
         if not shared:
             error = RecipeError("budget, but neither heads nor ffn", fix="add `ffn: {}`, `heads: {}` or both")
             raise refusal(error, "budget")
         for name, section in shared.items():
-            key, expected = "remove", "no `remove` beside a budget, which decides how much goes"
+            key, expected = "remove", "no `remove` together with a budget, which decides how much is removed"
             if section.remove is None:
-                key, expected = "method", "obs: a budget weighs its error curves"
+                key, expected = "method", "obs: a budget needs its error curves"
             if section.remove is None and section.method == "obs":
                 key, expected = "unit", "kv-group: a budget removes whole KV groups"
             if key == "unit" and getattr(section, "unit", "kv-group") == "kv-group":
                 continue
-            error = RecipeError(f"{name}.{key} is {getattr(section, key)}", expected=expected, fix=f"drop {name}.{key}")
+            fix = f"remove {name}.{key}"
+            error = RecipeError(f"{name}.{key} is {getattr(section, key)}", expected=expected, fix=fix)
             raise refusal(error, name, key)
 
 

@@ -1,4 +1,4 @@
-"""Which pattern the zeros of a matrix follow: only what every group, block or row keeps is reported."""
+"""Detect the pattern of a matrix's zeros: one is reported only if every group, block or row obeys it."""
 
 import math
 
@@ -11,7 +11,7 @@ _DENSE_BELOW = 0.01
 _GROUPS = (2, 4, 8, 16, 32)
 _BLOCKS = (16, 32, 64, 128)
 
-# Weights that were zero before pruning make a matrix a little sparser than its pattern.
+# Weights that were already zero before pruning make a matrix slightly sparser than its pattern.
 _SLACK = 0.02
 _NEARLY_ALL = 0.99
 _NOTABLE = 0.1
@@ -20,18 +20,18 @@ _NOTABLE = 0.1
 def detect_pattern(matrix: Tensor) -> str:
     """Describe the zeros of a weight matrix.
 
-    Looked for in this order: whole rows or columns ("0.25 rows", "0.25 columns", "0.4 rows and columns"), N:M with the
-    shortest M ("2:4"), all-zero square blocks of the largest size ("0.5@64x64"), the same count in each row
-    ("0.5/row"), and any ("0.5"). Below 1 % zeros it is "dense". N:M and equal counts that lie along the other
-    dimension, as in a Conv1D that stores [in, out], read "2:4 along dim 0". Where whole rows or columns hold part of
-    the zeros (at least a tenth), their number follows: "2:4, 128 zero rows". Rows and columns are those of the matrix
-    as it is stored.
+    Patterns are tried in this order: whole rows or columns ("0.25 rows", "0.25 columns", "0.4 rows and columns"), N:M
+    with the shortest M ("2:4"), all-zero square blocks of the largest size ("0.5@64x64"), the same count in each row
+    ("0.5/row"), and no structure ("0.5"). Below 1 % zeros the matrix is "dense". N:M and equal counts along the other
+    dimension, as in a Conv1D that stores [in, out], are reported as "2:4 along dim 0". If whole rows or columns hold
+    at least a tenth of the zeros, their number is appended: "2:4, 128 zero rows". Rows and columns are those of the
+    matrix as it is stored.
 
     Args:
-        matrix: [out, in], or [..., out, in] for one matrix an expert; -0.0 is a zero.
+        matrix: [out, in], or [..., out, in] with one matrix per expert; -0.0 counts as zero.
 
     Raises:
-        PatternError: it has fewer than two dimensions.
+        PatternError: the tensor has fewer than two dimensions.
 
     Example:
         >>> detect_pattern(torch.tensor([[0.0, 1.0, 2.0, 0.0], [3.0, 0.0, 0.0, 4.0], [0.0, 5.0, 6.0, 0.0]]))
@@ -74,7 +74,7 @@ def _row_counts(mask: Tensor) -> Tensor:
 def _column_counts(mask: Tensor) -> Tensor:
     """Count the True of each column of [matrices, out, in]: [matrices, in]."""
     matrices, rows, columns = mask.shape
-    # Adding bytes is many times faster than widening them first; 128 of them cannot overflow.
+    # Adding bytes is many times faster than widening them first, and sums of up to 128 ones fit into a byte.
     step = math.gcd(rows, 128)
     bytes_ = mask.view(torch.uint8).view(matrices, rows // step, step, columns)
     return bytes_.sum(2, dtype=torch.uint8).sum(1, dtype=torch.int64)
@@ -83,8 +83,8 @@ def _column_counts(mask: Tensor) -> Tensor:
 def _byte_sums(mask: Tensor, width: int) -> Tensor:
     """Add up every `width` (2, 4 or 8) consecutive bools, flat.
 
-    The bytes are read as one integer; times 0x01...01 its top byte is the sum of all of them, far faster than a
-    reduction over a dimension of so few.
+    The bytes are read as one integer and multiplied by 0x01...01: the top byte of the product is the sum of all bytes.
+    That is far faster than a reduction over such a short dimension.
     """
     word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
     ones = int.from_bytes(b"\1" * width, "little")
@@ -95,7 +95,7 @@ def _zero_lines(by_row: Tensor, by_column: Tensor, zeros: int) -> tuple[str, flo
     """Whole zero rows and columns of each matrix.
 
     Returns:
-        What to call the lines, the share of all zeros that they hold, and the elements outside zero rows.
+        The name of the lines, the fraction of all zeros that they hold, and the number of elements outside zero rows.
     """
     (matrices, rows), columns = by_row.shape, by_column.shape[1]
     dead_rows, dead_columns = (by_row == 0).sum(1), (by_column == 0).sum(1)
@@ -114,12 +114,16 @@ def _note(by_row: Tensor, by_column: Tensor) -> str:
 
 
 def _groups(mask: Tensor, density: float, along: str) -> str | None:
-    """Find N:M along the input dimension, otherwise along the other; `density` is the fraction kept in live rows."""
+    """Find N:M along the input dimension, otherwise along the other one; `density` is the fraction kept in live rows.
+
+    Zero rows are left out of the density: they obey every N:M, and would make N look smaller than it is.
+    """
     for where, length in (("", mask.shape[2]), (along, mask.shape[1])):
         for of in _GROUPS:
-            # No group may keep more than N, so N/M is at least the density; only the next N above can be close to it.
+            # No group keeps more than N, so N/M is at least the density, and only the smallest such N can be close to
+            # it: one N to test for each M.
             keep = math.ceil(of * density - 1e-9)
-            # A group as long as the row is better called equal counts.
+            # A group as long as the row is reported as equal counts instead.
             if length % of or length == of or keep >= of or keep / of - density > _SLACK:
                 continue
             if (_most_in_rows(mask, of) if where == "" else _most_in_columns(mask, of)) <= keep:
@@ -138,7 +142,10 @@ def _most_in_columns(mask: Tensor, of: int) -> int:
 
 
 def _blocks(mask: Tensor, zeros: int) -> str | None:
-    """Find the largest square blocks that hold nearly all zeros of [matrices, out, in]."""
+    """Find the largest square blocks that hold nearly all zeros of [matrices, out, in].
+
+    Each size is reduced from the one before, so that the mask itself is read only once.
+    """
     matrices, rows, columns = mask.shape
     found, tiles, previous = None, mask.view(torch.uint8), 1
     for size in _BLOCKS:
@@ -148,7 +155,7 @@ def _blocks(mask: Tensor, zeros: int) -> str | None:
         tiles = tiles.view(-1, step, columns // previous).amax(1).view(-1, step).amax(1)
         tiles = tiles.view(matrices, rows // size, columns // size)
         empty = tiles.numel() - int(torch.count_nonzero(tiles))
-        # Blocks inside larger zero blocks are zero too: where a size fails, all larger ones do.
+        # Blocks inside larger zero blocks are zero too: if a size fails, so do all larger ones.
         if empty * size * size < _NEARLY_ALL * zeros:
             break
         found, previous = f"{_rounded(empty / tiles.numel())}@{size}x{size}", size

@@ -1,7 +1,7 @@
 """Read a safetensors checkpoint one tensor at a time, and write shards atomically.
 
-Which files belong to a checkpoint is decided here, as transformers decides it: model.safetensors where it exists,
-otherwise what model.safetensors.index.json names.
+Which files belong to a checkpoint is decided here, in the same way as in transformers: model.safetensors if it exists,
+otherwise the files that model.safetensors.index.json names.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ SINGLE_NAME = "model.safetensors"
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-# What is read at once of a tensor that is read as another dtype.
+# Elements read at a time when a tensor is converted to another dtype.
 _READ_ELEMENTS = 1 << 22
 
 DTYPES = {
@@ -38,14 +38,14 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of a checkpoint: where it is and what it is, without its values.
+    """One tensor of a checkpoint: its place, shape and dtype, without its values.
 
     Attributes:
         key: its name in the checkpoint.
         file: the safetensors file that holds it.
         shape: its dimensions.
         dtype: its element type.
-        span: first byte of its values in the file, and the one behind the last.
+        span: offsets [start, end) of its bytes in the file.
     """
 
     key: str
@@ -63,18 +63,18 @@ class Stored:
         """Read it: a fresh copy, independent of the file (transformers reads its lazy tensors as `tensor[...]`).
 
         Raises:
-            CheckpointError: the file went away or was cut short.
+            CheckpointError: the file has disappeared or was truncated.
         """
         return self.read(self.dtype)
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """Read it as another dtype, without a whole copy in its own.
+        """Read it as another dtype, without a full copy in the stored dtype.
 
         Raises:
-            CheckpointError: the file went away or was cut short.
+            CheckpointError: the file has disappeared or was truncated.
         """
-        # Not mapped: pages of the file would count beside the copy, and a mapped tensor may be misaligned, on which the
-        # last bit of results depends.
+        # Not memory-mapped: the file's pages would count towards memory in addition to the copy, and a mapped tensor
+        # may be misaligned, which can change the last bit of results.
         values = torch.empty(math.prod(self.shape), dtype=dtype)
         with _reading(self.file), self.file.open("rb") as handle:
             handle.seek(self.span[0])
@@ -87,30 +87,30 @@ class Stored:
         return values.view(self.shape)
 
     def get_dtype(self) -> str:
-        """The safetensors name of the dtype, as transformers asks for it."""
+        """The safetensors name of the dtype, for transformers."""
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """List the safetensors files of a checkpoint, in the order of their names.
+    """List the safetensors files of a checkpoint, sorted by name.
 
-    Other safetensors files beside them (original or consolidated copies) are not part of the checkpoint.
+    Other safetensors files in the folder (original or consolidated copies) are not part of the checkpoint.
 
     Raises:
         CheckpointError: neither a single file nor an index exists, the index cannot be read, or it names a file that
-            is not there.
+            does not exist.
     """
     names = shard_names(folder)
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(
-            f"{folder / INDEX_NAME} names {len(missing)} of {len(names)} files that are not there: {listed(missing)}",
+            f"{folder / INDEX_NAME} names files that do not exist ({len(missing)} of {len(names)}): {listed(missing)}",
             fix="download or copy the missing files into the folder",
         )
     return [folder / name for name in names]
 
 
 def shard_names(folder: Path) -> list[str]:
-    """Name the safetensors files that make up a checkpoint, whether they are there or not.
+    """Name the safetensors files that make up a checkpoint, whether they exist or not.
 
     Raises:
         CheckpointError: neither a single file nor an index exists, or the index cannot be read.
@@ -126,7 +126,8 @@ def read_index(folder: Path) -> dict[str, Stored]:
     """List the tensors of a checkpoint folder without reading them.
 
     Raises:
-        CheckpointError: no safetensors, or a shard missing, truncated, corrupted or without a tensor of the index.
+        CheckpointError: there are no safetensors files, or a shard is missing, truncated, corrupted or lacks a tensor
+            that the index names.
     """
     files = weight_files(folder)
     tensors = {stored.key: stored for file in files for stored in read_header(file)}
@@ -143,10 +144,10 @@ def read_index(folder: Path) -> dict[str, Stored]:
 
 
 def read_header(file: Path) -> list[Stored]:
-    """List the tensors of one safetensors file, in the order of their keys.
+    """List the tensors of one safetensors file, sorted by key.
 
     Raises:
-        CheckpointError: the file is missing, truncated or corrupted, or holds a dtype that torch has not.
+        CheckpointError: the file is missing, truncated or corrupted, or has a dtype that is not supported.
     """
     header = header_bytes(file)
     found = []
@@ -161,12 +162,12 @@ def read_header(file: Path) -> list[Stored]:
 
 
 def header_bytes(file: Path) -> bytes:
-    """The JSON at the start of a safetensors file, behind the 8 bytes of its length.
+    """The JSON header of a safetensors file, which follows the 8 bytes of its length.
 
     Raises:
         CheckpointError: the file is missing, truncated or corrupted.
     """
-    # safetensors itself refuses what does not add up: lengths, shapes, overlaps, gaps.
+    # safe_open refuses inconsistent headers: lengths, shapes, overlaps, gaps.
     with _reading(file), safe_open(file, framework="pt"), file.open("rb") as handle:
         return handle.read(int.from_bytes(handle.read(8), "little"))
 
@@ -178,20 +179,20 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> str:
         The sha256 of the file.
 
     Raises:
-        CheckpointError: the disk is full or not writable; nothing is left behind.
+        CheckpointError: the disk is full or the folder is not writable; no partial file is left.
     """
     temporary = file.with_name(f".{file.name}.partial")
     contiguous = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     with removed_on_failure(temporary):
         save_file(contiguous, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)  # safetensors creates private files
+        temporary.chmod(0o644)  # safetensors creates files that only their owner can read
         digest = file_digest(temporary)
         publish(temporary, file)
     return digest
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file so that it is either the old one or the new one, never half of it."""
+    """Write a text file atomically: a reader sees the old content or the new, never a part."""
     temporary = file.with_name(f".{file.name}.partial")
     with removed_on_failure(temporary):
         temporary.write_text(text, encoding="utf-8")
@@ -204,7 +205,7 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def publish(temporary: Path, file: Path) -> None:
-    """Flush a finished file to disk and give it its name."""
+    """Flush a finished file to disk and rename it to its final name."""
     with temporary.open("rb") as handle:
         os.fsync(handle.fileno())
     temporary.replace(file)
@@ -221,7 +222,7 @@ def removed_on_failure(temporary: Path) -> Iterator[None]:
         raise CheckpointError(
             f"cannot write {temporary.parent}: {error}",
             expected="a writable folder with enough free space",
-            fix="free some space or mend the permissions, then run again with --resume",
+            fix="free some space or fix the permissions, then run again with --resume",
         ) from error
 
 
@@ -255,13 +256,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds something else.
+        CheckpointError: the file cannot be read, or holds another JSON type.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error}", fix="download or copy the file again; it may be cut short"
+            f"{path} cannot be read: {error}", fix="download or copy the file again; it may be truncated"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -273,23 +274,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def without_weights(where: str, names: Sequence[str]) -> CheckpointError:
-    """Say why a folder or repository with these file names is no checkpoint that we read."""
+    """The error for a folder or repository with these file names, which is not a readable checkpoint."""
     pickles = sorted(name for name in names if name.endswith(_PICKLES))
     others = sorted(name for name in names if name.endswith((".safetensors", ".gguf")))
     if pickles:
-        what = f"{where} has its weights only as pickles, which can run code when they are read: {listed(pickles)}"
+        what = f"{where} has only pickled weights, which can run code when they are read: {listed(pickles)}"
         fix = "convert it once: AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER) writes safetensors"
     elif others:
         what = f"{where} has neither {SINGLE_NAME} nor {INDEX_NAME}, only {listed(others)}"
         fix = "use the folder or repository that transformers' from_pretrained loads"
     else:
         what = f"{where} has no weights"
-        fix = "check that this is a model, and that it was downloaded completely"
+        fix = "check that this is a model and that its download is complete"
     return CheckpointError(what, expected=f"{SINGLE_NAME}, or {INDEX_NAME} and the files that it names", fix=fix)
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
+    """The first names, followed by the number of those left out."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
@@ -299,11 +300,11 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(
             f"{index} has no weight_map",
-            expected="a JSON object from tensor names to file names",
+            expected="a JSON object that maps tensor names to file names",
             fix="download or copy the file again",
         )
     names = sorted(set(weight_map.values()))
-    # A plain name cannot lead out of the folder.
+    # Only plain file names: a path could lead out of the folder.
     if strange := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
         raise CheckpointError(
             f"{index} names {listed(strange)}",

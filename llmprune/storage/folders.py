@@ -1,4 +1,4 @@
-"""Folders that results are written into: locked, empty or ours, with enough space; only what we wrote is removed."""
+"""Output folders: locked, empty or ours, with enough free space; only files that llmprune wrote are removed."""
 
 import contextlib
 import os
@@ -18,17 +18,17 @@ MANIFEST_NAME = ".llmprune.json"
 LOCK_NAME = ".llmprune.lock"
 RECIPE_NAME = "recipe.yaml"
 
-# What lies beside the weights: tokenizer, report and its page.
+# Allowance for everything but the weights: tokenizer, report and its page.
 _BESIDE_BYTES = 20_000_000
 
-# Everything beside the weights that makes a checkpoint usable; copied as it is.
+# The files other than the weights that make a checkpoint usable; copied unchanged.
 _COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
     "merges.txt", "*.model", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja",
     "preprocessor_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
-# What --overwrite removes: the files that a checkpoint or a run of ours consists of, and nothing else.
+# What --overwrite removes: the files of a checkpoint or of an llmprune run, and nothing else.
 _REPLACED = (
     *_COMPANIONS, "*.safetensors", INDEX_NAME, "README.md", RECIPE_NAME, REPORT_NAME, PAGE_NAME, MANIFEST_NAME,
     ".*.partial",
@@ -39,7 +39,7 @@ _REPLACED = (
 def locked(path: Path) -> Iterator[None]:
     """Keep every other run out of an output folder, which is created if it does not exist.
 
-    The operating system holds the lock while this process lives; what a killed run leaves of it is no obstacle.
+    The operating system holds the lock as long as this process lives; a lock file left by a killed run does not block.
 
     Raises:
         ResumeError: another run is writing into the folder.
@@ -59,7 +59,7 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # While it is held: whoever comes now finds no file, or one that is locked.
+        # Removed while the lock is still held, so that another run finds either no file or a locked one.
         with contextlib.suppress(OSError):
             (path / LOCK_NAME).unlink()
         lock.release()
@@ -67,19 +67,19 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into a `CheckpointError`."""
+    """Turn errors of the operating system into a `CheckpointError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write {path}: {error}",
             expected="a writable folder with enough free space",
-            fix="free some space, mend the permissions or choose another folder",
+            fix="free some space, fix the permissions or choose another folder",
         ) from error
 
 
 def copy_companions(source: Path, target: Path, *, but: str = "") -> None:
-    """Copy configuration and tokenizer files, unchanged, except the one called `but`."""
+    """Copy configuration and tokenizer files unchanged, except for the file named `but`."""
     with writing_to(target):
         for pattern in _COMPANIONS:
             for file in source.glob(pattern):
@@ -93,7 +93,7 @@ def expanded(path: str | Path) -> Path:
     """The path with ~ replaced by a home folder.
 
     Raises:
-        ResumeError: it is no path, an empty one, or ~name of a user whom this machine does not know.
+        ResumeError: it is not a path, it is empty, or it is ~name of a user who does not exist on this machine.
     """
     if not isinstance(path, str | Path) or not str(path):
         raise ResumeError(
@@ -103,27 +103,27 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise ResumeError(
-            f"{path} begins with a home folder that is not known: {error}",
+            f"{path} starts with an unknown home folder: {error}",
             expected="an output folder",
             fix="write the path in full, or ./~ for a folder of that name",
         ) from error
 
 
 def require_other(path: Path, source: str | Path) -> None:
-    """Refuse to write over the model that is pruned.
+    """Refuse to overwrite the model that is being pruned.
 
     Raises:
-        ResumeError: both are one folder.
+        ResumeError: both are the same folder.
     """
     if str(source) and path.resolve() == Path(source).resolve():
         raise ResumeError(f"{path} is the model itself", fix="choose another output folder")
 
 
 def require_free(path: Path) -> None:
-    """Refuse a folder into which another run is writing; creates nothing.
+    """Refuse a folder that another run is writing into; creates nothing.
 
     Raises:
-        ResumeError: there is such a run.
+        ResumeError: another run is writing into it.
     """
     if (path / LOCK_NAME).exists():
         with locked(path):
@@ -131,22 +131,22 @@ def require_free(path: Path) -> None:
 
 
 def require_empty(path: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds something, unless the user said what to do with it.
+    """Refuse a folder that is not empty, unless the user said what to do with its content.
 
     Args:
         path: the output folder.
-        resume: an interrupted run of ours may be in it.
-        overwrite: a checkpoint may be in it.
+        resume: it may hold an interrupted run of llmprune.
+        overwrite: it may hold a checkpoint, which will be replaced.
 
     Raises:
-        ResumeError: the folder is not empty, or is no folder; says what can be done.
+        ResumeError: the folder is not empty, or is a file; says what can be done.
     """
     if resume and overwrite:
-        raise ResumeError("resume and overwrite contradict each other", fix="ask for one of them")
+        raise ResumeError("resume and overwrite contradict each other", fix="choose one of them")
     existing = _existing(path)
     if not existing.is_dir():
         raise ResumeError(f"{existing} is a file", expected="an output folder", fix="choose another output folder")
-    # A run that was killed before it was recorded leaves no more than this, and so does one that has just begun.
+    # All that a run leaves if it is killed before its manifest is written, and all that one has that has just begun.
     beginnings = {f".{MANIFEST_NAME}.partial", LOCK_NAME}
     if existing != path or all(file.name in beginnings for file in path.iterdir()):
         return
@@ -155,7 +155,7 @@ def require_empty(path: Path, *, resume: bool, overwrite: bool) -> None:
     elsewhere = "choose another folder" + ", or replace the checkpoint in it with --overwrite" * replaceable
     if resume and not ours:
         raise ResumeError(
-            f"{path} holds files but no run of llmprune to resume",
+            f"{path} holds files but no llmprune run to resume",
             expected="the folder of an interrupted run",
             fix=elsewhere,
         )
@@ -171,30 +171,30 @@ def require_empty(path: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def require_space(path: Path, nbytes: int) -> None:
-    """Refuse to start what cannot be finished.
+    """Refuse to start a run whose result will not fit on the disk.
 
     Args:
-        path: the output folder; shards that are in it will be replaced, so their space counts as free.
+        path: the output folder; shards in it will be replaced, so their space counts as free.
         nbytes: size of the pruned checkpoint.
 
     Raises:
-        CheckpointError: the folder is not writable, or there is less space.
+        CheckpointError: the folder is not writable, or there is not enough space.
     """
     existing = _existing(path)
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise CheckpointError(f"{existing} is not writable", fix="mend the permissions or choose another output folder")
+        raise CheckpointError(f"{existing} is not writable", fix="fix the permissions or choose another output folder")
     free = shutil.disk_usage(existing).free + sum(shard.stat().st_size for shard in path.glob("*.safetensors"))
     needed = nbytes + _BESIDE_BYTES
     if free < needed:
         raise CheckpointError(
-            f"{format_size(free)} are free under {existing}",
+            f"only {format_size(free)} are free under {existing}",
             expected=f"{format_size(needed)} for the pruned checkpoint, its tokenizer and its report",
             fix="choose another output folder or free some space",
         )
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove the files that a checkpoint or a run of ours consists of, and nothing else."""
+    """Remove the files of a checkpoint or of an llmprune run, and nothing else."""
     for pattern in _REPLACED:
         for file in path.glob(pattern):
             if file.is_file():
@@ -202,5 +202,5 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def _existing(path: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """The folder, or its nearest parent that exists."""
     return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

@@ -1,8 +1,8 @@
-"""From what the user names a model by to a local folder with its files, and the identity of that folder.
+"""Resolve a model's name to a local folder with its files, and identify that folder by a digest.
 
 A name is "testbed" (the bundled model), a local folder, or a hub id. Only what is needed is downloaded: the small
-files first, so that a model that cannot be pruned is refused before its weights, then the safetensors files that
-transformers would read. Pickles are never downloaded or opened: reading one can run code.
+files first, so that a model that cannot be pruned is refused before its weights are fetched, then the safetensors files
+that transformers would read. Pickles are never downloaded or opened: reading one can run code.
 """
 
 import glob
@@ -36,16 +36,16 @@ _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*
 _SAMPLE_BYTES = 1 << 20
 _TENSOR_SAMPLE_BYTES = 1 << 12
 
-# The transport's base error (httpx), by way of the hub: which httpx it is has changed between versions.
+# The transport's base error (httpx), taken from the hub client because it has changed its transport between versions.
 _TransportError: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
 
 
 def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
-    """Find a model's files, downloading them where it is a hub id.
+    """Find a model's files, downloading them if it is a hub id.
 
     Args:
-        model: "testbed", a local folder, or a hub id such as "org/name". A folder that exists goes before a hub id of
-            the same name, as in transformers; a `Path` is always local.
+        model: "testbed", a local folder, or a hub id such as "org/name". An existing folder takes precedence over a hub
+            id of the same name, as in transformers; a `Path` is always local.
         revision: branch, tag or commit of a hub id; default: its main branch.
 
     Returns:
@@ -53,13 +53,13 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
 
     Raises:
         ModelError: no such folder or hub id, no access to it, or no connection and not in the cache.
-        CheckpointError: the folder lacks its config or weights, holds only pickles, or is quantised.
+        CheckpointError: the folder has no config or weights, has only pickles, or is quantised.
     """
     if not isinstance(model, str | Path):
         raise ModelError(
             f"a model of type {type(model).__name__}",
             expected=f'"{TESTBED}", a local folder or a hub id',
-            fix="pass one of these; only `prune` and `Stream` take a transformers model, all of it in memory",
+            fix="pass one of these; only `prune` and `Stream` accept a transformers model in memory",
         )
     if isinstance(model, str) and model != TESTBED and not _looks_local(model):
         return _from_hub(model, revision)
@@ -68,7 +68,7 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
         raise ModelError(
             f"revision {revision!r} for {model}, which is a local folder",
             expected="a revision only with a hub id",
-            fix="leave the revision out",
+            fix="remove the revision",
         )
     _check_folder(folder)
     _check_config(folder)
@@ -77,18 +77,18 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """Identify a checkpoint without reading all of it: some milliseconds a shard, whatever its size.
+    """Identify a checkpoint without reading all of it: a few milliseconds per shard, whatever its size.
 
-    sha256 over config.json and, for every shard in the order of the names: its name, its size, its header, 1 MiB at the
-    start, in the middle and at the end of its data, and 4 KiB in the middle of each tensor. The tensor samples notice
-    what changes only some matrices, such as a merged adapter; an edit of a few weights outside all samples is not
-    noticed. The tokenizer is not part of it.
+    sha256 over config.json and, for every shard sorted by name: its name, its size, its header, 1 MiB at the start, in
+    the middle and at the end of its data, and 4 KiB in the middle of each tensor. The tensor samples detect changes to
+    some matrices only, such as a merged adapter; an edit of a few weights outside all samples goes undetected. The
+    tokenizer is not included.
 
     Returns:
         64 hexadecimal digits.
 
     Raises:
-        CheckpointError: a file is missing, truncated or no safetensors file.
+        CheckpointError: a file is missing, truncated or not a safetensors file.
     """
     _check_folder(folder)
     digest = hashlib.sha256((folder / _CONFIG).read_bytes())
@@ -103,7 +103,7 @@ def checkpoint_digest(folder: Path) -> str:
 
 
 def _samples(path: Path) -> list[tuple[int, int]]:
-    """The spans [start, end) of a safetensors file that stand for its data, in a fixed order."""
+    """The spans [start, end) of a safetensors file that represent its data, in a fixed order."""
     size, tensors = path.stat().st_size, sorted(stored.span for stored in read_header(path))
     first = tensors[0][0] if tensors else size
     whole = [_around(at, (first, size), _SAMPLE_BYTES) for at in (first, (first + size) // 2, size)]
@@ -117,7 +117,7 @@ def _around(middle: int, span: tuple[int, int], length: int) -> tuple[int, int]:
 
 
 def _looks_local(model: str) -> bool:
-    # A hub id has one slash at most; what starts like a path is meant as one even where nothing is there.
+    # A hub id has at most one slash; a name that starts like a path is meant as one even if nothing exists there.
     return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or Path(model).exists()
 
 
@@ -139,7 +139,7 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} has no {_CONFIG}" + (", only an adapter's configuration" if adapter else ""),
             expected="a folder written by save_pretrained",
-            fix="merge the adapter into its base model (merge_and_unload) and save that"
+            fix="merge the adapter into its base model (merge_and_unload) and save the result"
             if adapter
             else "give the folder that transformers' from_pretrained loads",
         )
@@ -151,7 +151,7 @@ def _check_config(folder: Path) -> None:
     method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
     if quantization and method != QUANT_METHOD:
         raise CheckpointError(
-            f"{folder / _CONFIG} says that the model is quantised already (quantization_config: {method})",
+            f"{folder / _CONFIG} says that the model is already quantised (quantization_config: {method})",
             expected="weights in float32, bfloat16 or float16",
             fix="prune the unquantised model, then quantise the result",
         )
@@ -160,7 +160,7 @@ def _check_config(folder: Path) -> None:
 def _from_hub(repository: str, revision: str | None) -> Path:
     with _hub_errors(repository, revision):
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(_SMALL_FILES)))
-    # The commit, so that a branch that moves meanwhile does not mix two versions.
+    # Later requests name the commit, so that a branch that moves in the meantime does not mix two versions.
     commit = folder.name
     if not (folder / _CONFIG).is_file():
         with _hub_errors(repository, revision):
@@ -168,12 +168,12 @@ def _from_hub(repository: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"hub model {repository} has no {_CONFIG}, only {listed(published)}",
             expected="a repository that transformers' from_pretrained loads",
-            fix="for an adapter or a GGUF file, give the model that it was made from",
+            fix="for an adapter or a GGUF file, give the model that it was derived from",
         )
     _check_config(folder)
-    # Without an index among the small files, the weights can only be in a single one.
+    # Without an index among the small files, the weights can only be in a single file.
     names = shard_names(folder) if (folder / INDEX_NAME).is_file() else [SINGLE_NAME]
-    # What is complete needs no further request, nor its retries where there is no connection.
+    # A complete model needs no further request, and no retries without a connection.
     if all((folder / name).is_file() for name in names):
         return folder
     with _hub_errors(repository, revision):
@@ -193,7 +193,7 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
 
 
 def _explain(error: Exception, repository: str, revision: str | None) -> LlmpruneError:
-    """Translate an error of the hub's client; the order goes from the special to the general."""
+    """Translate an error of the hub's client, from the most specific to the most general."""
     page = f"{constants.ENDPOINT}/{repository}"
     if isinstance(error, errors.HFValidationError):
         return ModelError(
@@ -210,7 +210,7 @@ def _explain(error: Exception, repository: str, revision: str | None) -> Llmprun
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return ModelError(
-            f"no model {repository}: no folder of this name here, and no hub model that this account can see",
+            f"no model {repository}: there is no folder of this name, and no hub model that this account can see",
             fix="check the spelling; for a private model log in with `hf auth login` or set HF_TOKEN",
         )
     # The client reports an error status as "not in the cache", with the response in the cause.
@@ -234,13 +234,13 @@ def _unreachable(error: Exception, repository: str) -> LlmpruneError:
     cache = constants.HF_HUB_CACHE
     if constants.HF_HUB_OFFLINE:
         return ModelError(
-            f"no folder {repository} here; as a hub model it is not completely in the cache {cache}, and "
-            "HF_HUB_OFFLINE forbids to download it",
-            fix=f"unset HF_HUB_OFFLINE, or fetch it first where there is a network: hf download {repository}",
+            f"no folder {repository}; as a hub model it is not complete in the cache {cache}, and "
+            "HF_HUB_OFFLINE forbids downloading it",
+            fix=f"unset HF_HUB_OFFLINE, or fetch it first with a network connection: hf download {repository}",
         )
     if isinstance(error, errors.LocalEntryNotFoundError | _TransportError):
         return ModelError(
-            f"no folder {repository} here; as a hub model it is not completely in the cache {cache}, and "
+            f"no folder {repository}; as a hub model it is not complete in the cache {cache}, and "
             f"{constants.ENDPOINT} cannot be reached",
             expected=f'"{TESTBED}", a folder, or a hub id such as org/name',
             fix="check the spelling of the folder, or the connection (HF_ENDPOINT and proxy variables too)",

@@ -1,4 +1,4 @@
-"""The output folder: one shard a decoder layer, each committed atomically, and a manifest that lets a run resume."""
+"""The output folder: one shard per decoder layer, committed atomically, and a manifest from which a run can resume."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from llmprune.storage.formats import Layout, layout_from_dict
 from llmprune.storage.packed_config import with_packing_record
 from llmprune.storage.report import MatrixRow, StructureRow
 
-# What makes the shards a model.
+# The files that make the shards a model.
 _DESCRIBING = ("config.json", INDEX_NAME)
 
 _FORMAT = 4
@@ -27,12 +27,12 @@ class OutputFolder:
 
     Attributes:
         path: the folder.
-        keys: what must be equal for a run to continue: name -> value.
-        layers: decoder layer name -> {"shard", "sha256", "rows"} of what is committed.
-        ends: {"shard", "sha256"} of what is outside the decoder layers, once it is written.
+        keys: what must be unchanged for a run to continue: name -> value.
+        layers: decoder layer name -> {"shard", "sha256", "rows"} of each committed layer.
+        ends: {"shard", "sha256"} of the tensors outside the decoder layers, once they are written.
         described: sha256 of the files that make the shards a model (config.json and the index), once it is complete.
         complete: whether the run has nothing left to do.
-        decisions: what was decided about structures before the first layer; None if nothing was.
+        decisions: the decisions about structures that were made before the first layer; None if there were none.
     """
 
     path: Path
@@ -50,11 +50,11 @@ class OutputFolder:
         Args:
             path: created if it does not exist.
             keys: what identifies the run, JSON-ready.
-            resume: continue what an interrupted run with the same keys has committed.
+            resume: continue after the layers that an interrupted run with the same keys has committed.
             overwrite: remove an earlier checkpoint from the folder first.
 
         Raises:
-            ResumeError: the folder is not empty and neither was asked for, its keys differ, or its record is damaged.
+            ResumeError: the folder is not empty and neither flag is set, its keys differ, or its manifest is damaged.
             CheckpointError: it cannot be written.
         """
         require_empty(path, resume=resume, overwrite=overwrite)
@@ -69,7 +69,7 @@ class OutputFolder:
         return folder
 
     def decide(self, decisions: Mapping[str, Any]) -> None:
-        """Record what was decided about structures, so that a continued run decides the same."""
+        """Record the decisions about structures, so that a resumed run makes the same ones."""
         self.decisions = json.loads(json.dumps(decisions))
         self._write_manifest()
 
@@ -87,10 +87,10 @@ class OutputFolder:
         Args:
             layer: dotted name of the layer.
             shard: name of its file.
-            tensors: what the file holds.
-            rows: what the report says of its matrices.
+            tensors: the file's content.
+            rows: the report's rows for its matrices.
             layouts: of its packed matrices, by name.
-            structures: what the report says of what was removed from it.
+            structures: the report's rows for the structures removed from it.
         """
         digest = write_shard(self.path / shard, tensors)
         self.layers[layer] = {
@@ -113,17 +113,17 @@ class OutputFolder:
         return [MatrixRow.from_dict(row) for row in self.layers[layer]["rows"]]
 
     def structures_of(self, layer: str) -> list[StructureRow]:
-        """What was removed from a committed layer."""
+        """The report rows for the structures removed from a committed layer."""
         return [StructureRow.from_dict(row) for row in self.layers[layer]["structures"]]
 
     def commit_ends(self, shard: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write what is outside the decoder layers."""
+        """Write the tensors outside the decoder layers."""
         self.ends = {"shard": shard, "sha256": write_shard(self.path / shard, tensors)}
 
     def finish(
         self, source: Path, shards: Mapping[str, Sequence[Stored]], config: Mapping[str, Any] | None = None
     ) -> None:
-        """Copy the companions of the weights and write the index; now the folder loads.
+        """Copy configuration and tokenizer files and write the index; from then on the folder loads.
 
         Args:
             source: the folder that was pruned.
@@ -140,7 +140,7 @@ class OutputFolder:
         write_json(self.path / INDEX_NAME, index)
 
     def _describe(self) -> None:
-        """Have config.json say what is packed now, and nothing of what the source had packed."""
+        """Make config.json describe what is packed now, instead of what was packed in the source."""
         with writing_to(self.path):
             config = read_json(self.path / "config.json")
         layouts = {name: layout for layer in self.layers.values() for name, layout in self.layouts_of(layer).items()}
@@ -159,11 +159,11 @@ class OutputFolder:
             if manifest["keys"].get(key) != value:
                 raise ResumeError(
                     f"{self.path} cannot be resumed: {_difference(key, manifest['keys'].get(key), value)}",
-                    expected="the run that was interrupted, unchanged, so that the result is the same to the bit",
+                    expected="the interrupted run, unchanged, so that the result is bit-identical",
                     fix="undo the change, or start again with --overwrite",
                 )
         for name, layer in manifest["layers"].items():
-            # A shard that went missing or was damaged is done again, and so is every layer behind it.
+            # A missing or damaged shard is written again, and so is every layer after it.
             if not self._intact(layer):
                 break
             self.layers[name] = layer
@@ -176,7 +176,7 @@ class OutputFolder:
             and all(self._intact(file) for file in files)
         )
         if not self.complete:
-            # Shards are about to change: until all of them are there again, the folder must not load.
+            # Shards are about to change: until all of them exist again, the folder must not load.
             with writing_to(self.path):
                 for leftover in (index, *self.path.glob(".*.partial")):
                     leftover.unlink(missing_ok=True)
@@ -205,14 +205,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(
             f"{folder / MANIFEST_NAME} cannot be read: {error}",
-            expected="the record of an interrupted run",
+            expected="the manifest of an interrupted run",
             fix="start again with --overwrite",
         ) from error
     if not known:
         raise ResumeError(
             f"{folder / MANIFEST_NAME} has format {manifest['format']}",
             expected=f"format {_FORMAT}, which this version of llmprune writes",
-            fix="resume with the version that began the run, or start again with --overwrite",
+            fix="resume with the version that started the run, or start again with --overwrite",
         )
     return manifest
 

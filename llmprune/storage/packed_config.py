@@ -1,15 +1,16 @@
-"""What makes a checkpoint ours, and how a packed one is read as the dense one that it stands for.
+"""The record in config.json that describes a packed checkpoint, and the dense view of its tensors.
 
 config.json says which linear layers are stored in which layout:
 
     "quantization_config": {"quant_method": "llmprune", "version": 1, "modules": {"model.layers.0.mlp.up_proj": {...}}},
     "transformers_weights": "written by llmprune: ..."
 
-Where decoder layers differ in size (`per_layer_config`, see `llmprune.models.uneven`) the same record, with or without
-modules, has them built in their sizes.
+If decoder layers differ in size (`per_layer_config`, see `llmprune.models.uneven`), the same record, with or without
+modules, makes llmprune build them in their own sizes.
 
-transformers goes on with random weights when it does not know a `quant_method`. The second key stops it: its value is
-no file name, and the error shows it. With llmprune imported it is taken away before it is looked at.
+transformers continues with random weights when it does not know a `quant_method`. The second key prevents that: its
+value is not a file name, and transformers shows it in its error. With llmprune imported, the key is removed before
+transformers reads it.
 """
 
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ FORMAT_VERSION = 1
 NOTICE_KEY = "transformers_weights"
 NOTICE = "written by llmprune: install llmprune, and `import llmprune` before from_pretrained"
 
-# A mapping with both has decoder layers that differ; some architectures have the first alone.
+# A mapping with both keys has decoder layers that differ; some architectures have only the first.
 _UNEVEN = ("per_layer_config", "allow_global_per_layer_attribute_access")
 
 Format = Literal["dense", "auto", "nm", "block", "bitmask"]
@@ -38,7 +39,7 @@ Format = Literal["dense", "auto", "nm", "block", "bitmask"]
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A dense weight that is stored in parts; offers what `checkpoint.Stored` offers.
+    """A dense weight that is stored in parts, with the interface of `llmprune.storage.files.Stored`.
 
     Attributes:
         key: the dense tensor's name in the checkpoint.
@@ -81,7 +82,7 @@ class PackedWeight:
 
 
 def packing_record(layouts: Mapping[str, Layout]) -> dict[str, Any]:
-    """What config.json gains: `layouts` by the name of the linear layer."""
+    """The keys that packing adds to config.json; `layouts` by the name of the linear layer."""
     modules = {name: layout.to_dict() for name, layout in layouts.items()}
     return {
         "quantization_config": {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, "modules": modules},
@@ -90,7 +91,7 @@ def packing_record(layouts: Mapping[str, Layout]) -> dict[str, Any]:
 
 
 def with_packing_record(config: Mapping[str, Any], layouts: Mapping[str, Layout]) -> dict[str, Any]:
-    """What config.json of a checkpoint says: with our record where stock transformers would load it wrongly.
+    """A checkpoint's config.json: with our record if stock transformers would load the checkpoint wrongly.
 
     Args:
         config: of the dense checkpoint; `per_layer_config`, if its decoder layers differ.
@@ -99,13 +100,13 @@ def with_packing_record(config: Mapping[str, Any], layouts: Mapping[str, Layout]
     config = _unrecorded(config)
     if not layouts and not is_uneven(config):
         return config
-    # Text models load from the configuration of a larger one, which hides what stands beside it.
+    # A text model may be loaded from the nested configuration alone, so that the notice must be inside it as well.
     inner = {key: {**part, NOTICE_KEY: NOTICE} for key, part in config.items() if _is_text(key, part)}
     return {**config, **inner, **packing_record(layouts)}
 
 
 def without_packing_record(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json of the dense checkpoint says; a record without modules stays where decoder layers differ."""
+    """The dense checkpoint's config.json; a record without modules is kept if decoder layers differ."""
     return with_packing_record(config, {})
 
 
@@ -129,9 +130,9 @@ def _is_text(key: str, part: object) -> bool:
 
 
 def layout_name(wanted: Format, pattern: Pattern) -> str | None:
-    """The layout that a format gives to matrices of a pattern; None where they stay dense.
+    """The layout that a format gives to matrices of a pattern; None if they stay dense.
 
-    "auto" takes what suits the pattern; "nm" and "block" leave matrices of other patterns dense.
+    "auto" chooses the layout that suits the pattern; "nm" and "block" leave matrices of other patterns dense.
     """
     suits = "nm" if isinstance(pattern, NM) else "block" if _is_servable(pattern) else "bitmask"
     if wanted == "bitmask":
@@ -150,7 +151,8 @@ def pack_matrices(
         wanted: the format.
 
     Returns:
-        (tensors, layouts): all tensors, those of packed layers in parts under the layer's name; the layouts by name.
+        (tensors, layouts): all tensors, with packed layers split into parts under the layer's name; the layouts by
+        name.
     """
     packed, layouts = dict(tensors), {}
     for name, pattern in patterns.items():
@@ -170,7 +172,7 @@ def packed_layouts(config: Mapping[str, Any]) -> dict[str, Layout]:
     """The layouts that config.json names; empty if the checkpoint is not packed.
 
     Raises:
-        CheckpointError: the record has another version.
+        CheckpointError: the record has a different version.
         FormatError: a layout cannot be read.
     """
     record = config.get("quantization_config") or {}
@@ -185,7 +187,7 @@ def _is_servable(pattern: Pattern) -> bool:
 
 
 def require_version(version: object) -> None:
-    """Refuse a packed checkpoint of another version of the record."""
+    """Refuse a packed checkpoint whose record has a different version."""
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"the packed checkpoint has format version {version}",
@@ -195,7 +197,7 @@ def require_version(version: object) -> None:
 
 
 def without_record(config: PretrainedConfig) -> PretrainedConfig:
-    """Turn the configuration of a packed checkpoint into that of the dense one, in place; others stay as they are."""
+    """Turn the configuration of a packed checkpoint into that of the dense one, in place; others are unchanged."""
     if (getattr(config, "quantization_config", None) or {}).get("quant_method") == QUANT_METHOD:
         del config.quantization_config
         without_notice(config)
@@ -203,7 +205,7 @@ def without_record(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def without_notice(config: PretrainedConfig) -> PretrainedConfig:
-    """Take the notice away, in place, so that transformers looks for the weight files."""
+    """Remove the notice, in place, so that transformers looks for the weight files."""
     for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
         if getattr(part, NOTICE_KEY, None) == NOTICE:
             delattr(part, NOTICE_KEY)
@@ -211,7 +213,7 @@ def without_notice(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def as_dense(stored: Mapping[str, Stored], layouts: Mapping[str, Layout]) -> dict[str, Stored | PackedWeight]:
-    """See a packed checkpoint's tensors as the dense ones.
+    """View a packed checkpoint's tensors as those of the dense one.
 
     Args:
         stored: its tensors by key.

@@ -24,15 +24,15 @@ class MatrixRow:
         layer: dotted name of its decoder layer.
         name: dotted name of the matrix.
         shape: (out, in).
-        pattern: as asked for.
-        method: as asked for.
-        zeros: counted in what was stored.
-        error: ||(W - V) X||^2 / ||W X||^2 on held-back rows X, for W as it was and V as it is stored; None if nothing
-            could be measured.
+        pattern: as requested.
+        method: as requested.
+        zeros: counted in the stored matrix.
+        error: relative output error ||(W - V) X||^2 / ||W X||^2 on held-out rows X, with W the dense and V the stored
+            matrix; None if it could not be measured.
         damping: the damping used; None for methods without one.
         damping_tried: every damping tried, in order; more than one means that the factorisation failed at first.
-        tokens: input rows behind the statistics.
-        prior_tokens: imaginary uncorrelated rows added for an expert that saw too few.
+        tokens: input rows in the statistics.
+        prior_tokens: imaginary uncorrelated rows added for an expert that received too few tokens.
         dead_inputs: inputs that were always zero; None without statistics.
         seconds: spent on solving this matrix.
         peak_bytes: peak memory of the process (CPU) or of the device (CUDA) so far.
@@ -60,7 +60,7 @@ class MatrixRow:
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> "MatrixRow":
-        """Read a row back from JSON."""
+        """Restore a row from JSON."""
         return cls(**{**row, "shape": tuple(row["shape"]), "damping_tried": tuple(row["damping_tried"])})
 
 
@@ -73,18 +73,18 @@ class StructureRow:
         kind: heads, ffn or experts.
         consumer: dotted name of the matrix that reads the groups (for experts: that gives their output).
         groups: how many there were.
-        kept: how many stay.
+        kept: how many are kept.
         method: how they were chosen.
-        refit: whether what stays was refitted.
-        compensated: whether the mean of what went was added to the consumer's bias (FLAP).
-        error: ||(W - V) X||^2 / ||W X||^2 of the consumer on held-back rows, averaged over the experts of a mixture;
-            None where nothing could be measured.
+        refit: whether the kept weights were refitted.
+        compensated: whether the mean of the removed outputs was added to the consumer's bias (FLAP).
+        error: relative output error ||(W - V) X||^2 / ||W X||^2 of the consumer on held-out rows, averaged over the
+            experts of an MoE layer; None if it could not be measured.
         damping: the largest damping used; None without a refit.
         swaps: exchanges made after the greedy search.
-        tokens: input rows behind the statistics.
-        removed: the groups that went; None where they differ from expert to expert.
+        tokens: input rows in the statistics.
+        removed: the removed groups; None if they differ from expert to expert.
         seconds: spent on choosing and refitting.
-        peak_bytes: peak memory of the process (CPU) or of the device (CUDA) so far; 0 where it is not known.
+        peak_bytes: peak memory of the process (CPU) or of the device (CUDA) so far; 0 if unknown.
     """
 
     layer: str
@@ -121,7 +121,7 @@ class Left:
     Attributes:
         kind: in words, such as "FFN channels".
         amount: how many of how many.
-        where: in which layers, where they are counted in each; else empty.
+        where: in which layers, if they are counted per layer; otherwise empty.
     """
 
     kind: str
@@ -133,7 +133,7 @@ class Left:
 
     @classmethod
     def of(cls, kind: str, rows: Sequence[StructureRow], layers: int) -> "Left":
-        """Add up the rows of structures that are called so, of a model with so many layers."""
+        """Add up the rows of all structures of one kind, in a model with this many layers."""
         places = len({row.layer for row in rows})
         among = f"{places} layers" if places == layers else f"{places} of {layers} layers"
         if len({(row.groups, row.kept) for row in rows}) == 1:
@@ -168,14 +168,14 @@ class Report:
 
     @property
     def mean_error(self) -> float | None:
-        """Mean relative output error of the matrices where it was measured."""
+        """Mean relative output error of the matrices for which it was measured."""
         measured = [row.error for row in self.structures] + [row.error for row in self.rows]
         errors = [error for error in measured if error is not None]
         return sum(errors) / len(errors) if errors else None
 
     @property
     def left(self) -> list[Left]:
-        """What is left of everything of which something was removed; empty where only weights were pruned."""
+        """What is left of each kind of structure that lost some; empty if only weights were pruned."""
         extent = self.header.get("extent")
         if not extent:
             return []
@@ -218,9 +218,9 @@ class Report:
             rows.append(("perplexity", f"{self.pruned_perplexity:.4f}, dense {self.dense_perplexity:.4f}"))
         rows += [(left.kind, f"{left.amount} {left.where}".strip()) for left in self.left]
         if self.rows:
-            rows.append(("zeros", f"{self.sparsity:.2%} of the weights of the pruned matrices"))
+            rows.append(("sparsity", f"{self.sparsity:.2%} of the weights in the pruned matrices"))
         if self.mean_error is not None:
-            rows.append(("mean error", f"{self.mean_error:.4f} of the output's energy"))
+            rows.append(("mean relative output error", f"{self.mean_error:.4f}"))
         cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
         return f"<table>{cells}</table>"
 
@@ -248,7 +248,7 @@ def load_report(folder: Path) -> Report:
         raise CheckpointError(
             f"{folder} has no {REPORT_NAME}" if folder.exists() else f"there is no folder {folder}",
             expected="the output folder of a finished run",
-            fix="check the path; a run that was interrupted is finished by --resume",
+            fix="check the path; finish an interrupted run with --resume",
         )
     try:
         content = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
@@ -259,6 +259,6 @@ def load_report(folder: Path) -> Report:
         raise CheckpointError(
             f"{folder / REPORT_NAME} cannot be read: {error}",
             expected="the report of a finished run",
-            fix="remove it and run again with --resume, which writes it anew",
+            fix="delete it and run again with --resume, which rewrites it",
         ) from error
     return Report(rows, content, structures)

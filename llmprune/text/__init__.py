@@ -1,1 +1,1 @@
-"""From documents to calibration tokens, and text that a model generates itself."""
+"""From documents, or a model's self-generated text, to calibration tokens."""

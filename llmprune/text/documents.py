@@ -1,4 +1,4 @@
-"""Documents, one at a time: of a local file, of a folder of data files, or of a dataset on the Hugging Face hub."""
+"""Documents, one at a time: from a local file, a folder of data files, or a dataset on the Hugging Face hub."""
 
 import json
 import logging
@@ -8,9 +8,9 @@ from pathlib import Path
 
 from llmprune.errors import CalibrationError
 
-_LAST_FIX = "check the name, config and split; datasets.load_dataset tells more, or name a local file"
+_LAST_FIX = "check the name, config and split (datasets.load_dataset may say more), or use a local file"
 
-# A dataset id may contain dots (airoboros-2.2.1), so only these endings say that a file was meant.
+# A dataset id may contain dots (airoboros-2.2.1), so only these suffixes identify a file.
 _FILE_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip")
 
 
@@ -34,7 +34,7 @@ def read_documents(source: str, config: str | None, split: str, column: str) -> 
 
 
 def require_source(source: str) -> None:
-    """Refuse a local path that is not there or of an unknown kind; whether a hub has a dataset is told by reading it.
+    """Refuse a local path that does not exist or has an unknown suffix; a hub dataset is only checked by reading it.
 
     Raises:
         CalibrationError: says what can be read.
@@ -42,9 +42,9 @@ def require_source(source: str) -> None:
     path = Path(source).expanduser()
     if path.is_file() and path.suffix.lower() not in _FILE_READERS:
         raise CalibrationError(
-            f"{path}: text of an unknown kind",
+            f"{path}: unknown text format",
             expected=f"a file that ends in {', '.join(_FILE_READERS)}",
-            fix="convert it, or name the folder that holds it, which is read by the datasets library",
+            fix="convert it, or give its folder, which the datasets library reads",
         )
     is_path = path.suffix.lower() in _FILE_SUFFIXES or source.startswith((".", "/", "~")) or len(path.parts) > 2
     if is_path and not path.exists():
@@ -56,7 +56,7 @@ def require_source(source: str) -> None:
 
 
 def is_single_file(source: str) -> bool:
-    """Whether a source is meant as one file that is read here, and not by the datasets library."""
+    """Whether a source is a single file that is read here and not by the datasets library."""
     path = Path(source).expanduser()
     return path.suffix.lower() in _FILE_READERS and not path.is_dir()
 
@@ -72,8 +72,8 @@ def _file_documents(path: Path, column: str) -> Iterator[str]:
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a damaged parquet file
         raise CalibrationError(
             f"{path} cannot be read: {error}",
-            expected="a readable file; text is in UTF-8",
-            fix="mend its permissions, or write it again (iconv -f LATIN1 -t UTF-8 converts, for example)",
+            expected="a readable file, with text in UTF-8",
+            fix="fix its permissions or its encoding (for example: iconv -f LATIN1 -t UTF-8)",
         ) from error
 
 
@@ -93,7 +93,7 @@ def _read_json_lines(path: Path, column: str) -> Iterator[str]:
                 raise CalibrationError(
                     f"{where} is not JSON: {error}",
                     expected="a JSON object on each line, in UTF-8",
-                    fix="mend or remove the line",
+                    fix="fix or remove the line",
                 ) from error
             if not isinstance(row, dict):
                 raise CalibrationError(
@@ -106,7 +106,7 @@ def _read_json_lines(path: Path, column: str) -> Iterator[str]:
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[str]:
-    import pyarrow.parquet  # type: ignore[import-untyped] # slow to import, and needed by few runs
+    import pyarrow.parquet  # type: ignore[import-untyped] # slow to import, and few runs need it
 
     with pyarrow.parquet.ParquetFile(path) as file:
         _check_column(column, file.schema_arrow.names, str(path))
@@ -122,7 +122,7 @@ _FILE_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
 
 
 def _dataset_documents(name: str, config: str | None, split: str, column: str) -> Iterator[str]:
-    import datasets  # slow to import, and needed by few runs
+    import datasets  # slow to import, and few runs need it
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined] # of httpx, whichever version the hub uses
 
     try:
@@ -131,7 +131,7 @@ def _dataset_documents(name: str, config: str | None, split: str, column: str) -
     except (datasets.exceptions.DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
         fixes = {
             FileNotFoundError: "check the name or path; a gated or private dataset needs accepted terms and a login",
-            ConnectionError: "connect to the hub, or name a local file or folder",
+            ConnectionError: "connect to the hub, or use a local file or folder",
             ValueError: "check config and split",
         }
         raise CalibrationError(
@@ -145,7 +145,7 @@ def _dataset_documents(name: str, config: str | None, split: str, column: str) -
 
 @contextmanager
 def _quiet_retries() -> Iterator[None]:
-    """Leave out the hub client's line for each try to connect: what came of them is said once."""
+    """Silence the hub client's message for each connection attempt: the outcome is reported once."""
     logger = logging.getLogger("huggingface_hub.utils._http")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -22,14 +22,14 @@ from llmprune.text.tokens import TextSpec, Tokenizer, Tokens, load_tokens
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 
-# What configs call the number of positions that a model was made for.
+# The names under which configs give the number of positions.
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def load_texts(
     specs: Mapping[str, TextSpec], source: Source, tokenizer: Tokenizer, device: torch.device
 ) -> dict[str, Tokens]:
-    """Load every text of a run; the dense model is loaded whole, once, only if a text is sampled from it.
+    """Load every text of a run; the dense model is loaded completely, once, only if a text is sampled from it.
 
     Args:
         specs: name -> text.
@@ -38,8 +38,8 @@ def load_texts(
         device: where text is sampled.
 
     Raises:
-        CalibrationError: a text cannot be read, is too short, has samples that the model has not enough positions for,
-            or tokens that it does not know.
+        CalibrationError: a text cannot be read, is too short, has sequences longer than the model's positions, or
+            tokens outside the model's vocabulary.
     """
     check_texts(specs, source)
     folder = source.folder
@@ -60,22 +60,22 @@ def load_texts(
 
 
 def model_positions(config: PretrainedConfig) -> int | None:
-    """How many tokens a model was made to read at once; None where its config sets no end."""
+    """The model's maximum sequence length; None if its config sets no limit."""
     text = config.get_text_config()
     return next((size for name in _POSITIONS if (size := getattr(text, name, None))), None)
 
 
 def check_texts(specs: Mapping[str, TextSpec], source: Source) -> None:
-    """Refuse what can be refused before any text is read.
+    """Check what can be checked before any text is read.
 
     Raises:
-        CalibrationError: a local text is not there, or its samples are longer than the model's positions.
+        CalibrationError: a local text does not exist, or its sequences are longer than the model's positions.
     """
     positions = model_positions(source.model.config)
     for name, spec in specs.items():
         if positions is not None and spec.tokens > positions:
             raise CalibrationError(
-                f"{name}: samples of {spec.tokens} tokens for a model with {positions} positions",
+                f"{name}: sequences of {spec.tokens} tokens for a model with {positions} positions",
                 expected=f"a length of at most {positions}",
                 fix=f"set length to {positions} or less",
             )
@@ -87,7 +87,7 @@ def _check_vocabulary(tokens: Tokens, model: PreTrainedModel, text: str) -> None
     known, largest = model.get_input_embeddings().weight.shape[0], int(tokens.ids.max())
     if largest >= known:
         raise CalibrationError(
-            f"{text}: the tokenizer gives token {largest}, and the model has embeddings for {known}",
+            f"{text}: the tokenizer produces token {largest}, but the model has only {known} embeddings",
             expected=f"token ids below {known}",
             fix="use the tokenizer that the model was trained with, or resize_token_embeddings and save the model",
         )
@@ -104,21 +104,21 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"no tokenizer in {folder}: {' '.join(str(error).split())[:300]}",
-            expected="the tokenizer's files beside the weights",
+            expected="the tokenizer's files next to the weights",
             fix="save the model's tokenizer into the folder, or pass one from Python",
         ) from error
 
 
 def tokenizer_for(specs: Iterable[TextSpec], folder: Path | str, config: PretrainedConfig) -> Tokenizer:
-    """Read a model's tokenizer; where there is none, and the model writes all texts itself, none is needed.
+    """Read a model's tokenizer; a model without one needs none if all its texts are self-generated.
 
     Args:
         specs: the texts of a run.
         folder: of the model.
-        config: of the model; says which token opens a document if no tokenizer does.
+        config: of the model; gives the BOS token if there is no tokenizer.
 
     Raises:
-        ModelError: there is none, and a text has to be tokenised; or there is one, and it cannot be read.
+        ModelError: there is none although a text has to be tokenised, or it cannot be read.
     """
     try:
         return load_tokenizer(folder)
@@ -129,7 +129,7 @@ def tokenizer_for(specs: Iterable[TextSpec], folder: Path | str, config: Pretrai
 
 
 def _lacks_tokenizer(folder: Path | str) -> bool:
-    """Whether there surely is none: a model that came from nowhere, or a folder without any file of a tokenizer."""
+    """Whether there certainly is none: a model that was not loaded from files, or a folder without tokenizer files."""
     if not str(folder):
         return True
     return Path(folder).is_dir() and not any(file for name in _TOKENIZER_FILES for file in Path(folder).glob(name))
@@ -137,7 +137,7 @@ def _lacks_tokenizer(folder: Path | str) -> bool:
 
 @dataclass
 class _NoTokenizer:
-    """Stands for the tokenizer of a model that has none."""
+    """Stands in for the tokenizer of a model that has none."""
 
     bos_token_id: int | None
 
@@ -146,7 +146,7 @@ class _NoTokenizer:
 
 
 def _load_dense(folder: Path, device: torch.device) -> PreTrainedModel:
-    """The whole model; what does not fit the device is left to accelerate, which offloads to CPU and disk."""
+    """The whole model; if it does not fit on the device, accelerate offloads part of it to CPU and disk."""
     dtype = computed_in(read_config(folder).dtype or torch.float32, device)
     nbytes = sum(math.prod(stored.shape) for stored in read_index(folder).values()) * dtype.itemsize
     fits = nbytes < 0.8 * free_bytes(device)

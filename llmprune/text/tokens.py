@@ -1,15 +1,16 @@
 """Text in, token ids out: what calibration and evaluation read, seeded and hashed.
 
-A `TextSpec` names the text and the way it is cut into samples of equal length:
+A `TextSpec` names the text and how it is cut into sequences of equal length:
 
-    pack       documents one after another, the beginning-of-sequence token in front of each, cut into samples
-    truncate   the first tokens of each document that is long enough, one sample a document
+    pack       documents are concatenated, each after a BOS token, and cut into sequences
+    truncate   the first tokens of each document that is long enough, one sequence per document
 
-Every text comes out as `Tokens`, whose digest names the exact ids, so that two runs can tell whether they saw the same.
+Every text becomes `Tokens`, whose digest identifies the exact ids, so that two runs can be checked to have read the
+same.
 
 Which tokens these are depends on the text, the tokenizer and the seed, never on how much is encoded at a time or on how
-many samples a forward takes. Batches follow from the memory of a machine: a run elsewhere, or one that is resumed, must
-be calibrated and measured on the same ids, or their figures could not be compared.
+many sequences a forward pass takes. Batches follow from the memory of a machine: a run elsewhere, or one that is
+resumed, must be calibrated and measured on the same ids, or their figures could not be compared.
 """
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
@@ -32,11 +33,12 @@ Order = Literal["text", "shuffled"]
 
 DEFAULT_LENGTH = 2048
 
-# Options that have no effect: on text that the model writes, and on text that is read.
+# Options without effect: on self-generated text, and on text that is read.
 _UNUSED_BY_SELF = ("config", "split", "column", "layout", "order")
 _UNUSED_BY_TEXT = ("temperature",)
 
-# One call of the tokenizer encodes about this much text: enough to use its threads, little enough to hold twice.
+# One call of the tokenizer encodes about this much text: enough to occupy its threads, little enough to be in memory
+# both as text and as ids.
 _BATCH_BYTES = 2**22
 
 
@@ -47,30 +49,30 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
 
     def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]:
-        """Encode a batch of documents; `input_ids` holds a list of ids for each."""
+        """Encode a batch of documents; `input_ids` has a list of ids for each."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextSpec:
-    """Which text, and how it becomes samples.
+    """Which text, and how it is cut into sequences.
 
     Attributes:
         source: "self" (sampled from the dense model), a local .txt (one document), .jsonl or .parquet file, a folder of
             data files, or a dataset id of the Hugging Face hub.
-        config: configuration name of the dataset, where it has several.
-        split: split of the dataset, slices such as "train[:10%]" included.
+        config: configuration name of the dataset, if it has several.
+        split: split of the dataset; may be a slice such as "train[:10%]".
         column: the field or column that holds the text.
-        samples: number of samples, at least 1.
-        length: tokens in a sample, the beginning-of-sequence tokens included, at least 2. None: 2,048, or the model's
-            positions if these are fewer.
+        samples: number of sequences, at least 1.
+        length: sequence length in tokens, including BOS tokens, at least 2. None: 2,048, or the model's positions if
+            there are fewer.
         layout: "pack" or "truncate", see the module.
-        order: "text" takes the first samples and reads no document beyond them; "shuffled" draws samples without
-            replacement, among all windows of the packed text or among all documents.
+        order: "text" takes the first sequences and reads no document beyond them; "shuffled" draws sequences without
+            replacement, from all windows of the packed text or from all documents.
         seed: seed of the draw or of the sampling, in [0, 2^63).
         temperature: of the sampling, above 0; only for "self".
 
     Raises:
-        CalibrationError: a value is out of its range, or an option means nothing to this kind of source.
+        CalibrationError: a value is out of range, or an option has no effect on this kind of source.
     """
 
     source: str = "self"
@@ -103,22 +105,22 @@ class TextSpec:
                 raise CalibrationError(
                     f"{field.name} {getattr(self, field.name)!r} for {kind} ({self.source})",
                     expected=f"no {field.name}: it has no effect there",
-                    fix=f"remove {field.name}, or name another source",
+                    fix=f"remove {field.name}, or set another source",
                 )
 
     @property
     def tokens(self) -> int:
-        """Tokens in a sample, of whatever model where none is said."""
+        """The sequence length, with the default for models of unknown positions."""
         return DEFAULT_LENGTH if self.length is None else self.length
 
     def fitted(self, positions: int | None) -> "TextSpec":
-        """The same with its length, for a model with so many positions; None: they have no end."""
+        """The spec with its length filled in, for a model with this many positions; None: no limit."""
         return replace(self, length=min(self.tokens, positions or self.tokens)) if self.length is None else self
 
     def _ignored(self) -> tuple[str, tuple[str, ...]]:
-        """What kind of source this is, and the options that mean nothing to it."""
+        """What kind of source this is, and the options that have no effect on it."""
         if self.source == "self":
-            return "text that the model writes itself", _UNUSED_BY_SELF
+            return "self-generated text", _UNUSED_BY_SELF
         if not is_single_file(self.source):
             return "text that is read", _UNUSED_BY_TEXT
         return "a single file", (*_UNUSED_BY_TEXT, "config", "split", *([] if has_columns(self.source) else ["column"]))
@@ -126,7 +128,7 @@ class TextSpec:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Samples of equal length, and where they came from.
+    """Sequences of equal length, and their origin.
 
     Attributes:
         ids: [samples, length], int64, on the CPU.
@@ -142,16 +144,16 @@ class Tokens:
 def load_tokens(spec: TextSpec, tokenizer: Tokenizer, generate: Callable[[TextSpec], Tensor] | None = None) -> Tokens:
     """Read or generate the text that a spec names, as tokens.
 
-    The tokenizer adds no special tokens; its beginning-of-sequence token, where it has one, stands once in front of
-    each document. Blank documents are skipped and counted.
+    The tokenizer adds no special tokens itself; its BOS token, if it has one, is put once in front of each document.
+    Blank documents are skipped and counted.
 
     Args:
         spec: which text.
         tokenizer: the model's tokenizer.
-        generate: makes [samples, length] token ids from the dense model; needed for the source "self".
+        generate: samples [samples, length] token ids from the dense model; needed for the source "self".
 
     Raises:
-        CalibrationError: the text cannot be found or read, or holds too few tokens.
+        CalibrationError: the text cannot be found or read, or has too few tokens.
 
     Example:
         >>> load_tokens(TextSpec("notes.txt", samples=4, length=256), tokenizer).ids.shape
@@ -171,7 +173,7 @@ def _generated(spec: TextSpec, generate: Callable[[TextSpec], Tensor] | None) ->
     if generate is None:
         raise CalibrationError(
             'source "self" without a model to sample from',
-            fix="name a text file or a dataset, or hand a generator to load_tokens",
+            fix="name a text file or a dataset, or pass a generator to load_tokens",
         )
     ids = generate(spec).to("cpu", torch.int64).contiguous()
     assert ids.shape == (spec.samples, spec.tokens), f"generated {tuple(ids.shape)}"
@@ -196,14 +198,18 @@ class _Reader:
         }
 
     def encode(self, *, tokens: int = sys.maxsize, documents: int = sys.maxsize) -> list[list[int]]:
-        """Encode the next documents, no more than are surely needed; empty when the text has ended.
+        """Encode the next documents, but none beyond those that are certainly needed; empty at the end of the text.
+
+        What is read must not depend on how documents fall into batches: the counts go into the report, and `order:
+        text` promises to read no document beyond the last one used. So a batch never takes more documents than those
+        that are needed whatever their ids turn out to be, and the caller asks again with what is still missing.
 
         Args:
             tokens: number of tokens still wanted.
             documents: number of documents still wanted.
         """
         while texts := self._take(tokens, documents):
-            # verbose=False: documents longer than the model's context are expected here, and cut later.
+            # verbose=False: documents longer than the model's context are expected here; they are cut later.
             encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
             batch = [self._opened(ids) for ids in encoded["input_ids"] if ids]
             self.empty += len(texts) - len(batch)
@@ -213,7 +219,10 @@ class _Reader:
         return []
 
     def _take(self, tokens: int, documents: int) -> list[str]:
-        """Documents that are not blank; one has a BOS and at most a token a byte, which bounds how many are needed."""
+        """The next documents that are not blank; none is taken if those before it might already be enough.
+
+        A document yields at most a BOS token and one token per byte: this bounds how many documents may be needed.
+        """
         texts: list[str] = []
         room = min(tokens, _BATCH_BYTES)
         while room > 0 and len(texts) < documents and (text := next(self._texts, None)) is not None:
@@ -226,14 +235,14 @@ class _Reader:
             except UnicodeEncodeError as error:
                 raise CalibrationError(
                     f"document {self.documents} of {self._source} is not text: {error}",
-                    expected="text that UTF-8 can write",
-                    fix="mend or remove the document",
+                    expected="text that UTF-8 can encode",
+                    fix="fix or remove the document",
                 ) from None
             texts.append(text)
         return texts
 
     def _opened(self, ids: list[int]) -> list[int]:
-        """A document behind its one BOS; text that was rendered by a chat template brings it along."""
+        """A document after exactly one BOS token, which text rendered by a chat template already has."""
         start = self._tokenizer.bos_token_id
         return ids if start is None or ids[0] == start else [start, *ids]
 
@@ -243,7 +252,7 @@ def _pack(reader: _Reader, spec: TextSpec) -> Int64[Tensor, "samples length"]:
     wanted = needed if spec.order == "text" else sys.maxsize
     parts: list[Tensor] = []
     while reader.tokens < wanted and (batch := reader.encode(tokens=wanted - reader.tokens)):
-        # int32 holds every vocabulary, and a shuffled text is in memory as a whole.
+        # int32 is enough for every vocabulary and halves the memory: a shuffled text is held completely.
         parts.append(torch.tensor([token for ids in batch for token in ids], dtype=torch.int32))
     if reader.tokens < needed:
         raise _too_little(reader, spec, reader.tokens // spec.tokens, f"at least {needed} tokens")
@@ -272,7 +281,7 @@ def _too_little(reader: _Reader, spec: TextSpec, possible: int, expected: str) -
     ways += ["set a shorter length", *["the layout pack"] * (spec.layout == "truncate")]
     return CalibrationError(
         f"{spec.source}: {reader.tokens} tokens in {reader.documents} documents ({reader.empty} of them empty) give "
-        f"{possible} of {spec.samples} samples of {spec.tokens} tokens",
+        f"{possible} of {spec.samples} sequences of {spec.tokens} tokens",
         expected=f"{expected} for the layout {spec.layout}",
         fix=", or ".join(["add text", *ways]),
     )

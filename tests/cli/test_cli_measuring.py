@@ -97,7 +97,7 @@ def test_perplexity_on_its_own_text_is_the_reports(model: Path, pruned: Path) ->
         (["--text", "missing.txt", "--length", "8"], "no such file or folder: missing.txt"),
         (["--text", "TEXT", "--length", "8"], "4 tokens in 1 documents"),
         (["--text", "TEXT", "--length", "8", "--split", "test"], "split 'test' for a single file"),
-        (["--text", "self", "--length", "8", "--column", "content"], "column 'content' for text that the model writes"),
+        (["--text", "self", "--length", "8", "--column", "content"], "column 'content' for self-generated text"),
         (["--text", "TEXT", "--length", "2", "--samples", "1", "--device", "cuda:99"], "cuda:99"),
     ],
 )

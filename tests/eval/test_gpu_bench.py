@@ -162,7 +162,7 @@ def test_the_checks_find_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, damage:
     monkeypatch.setattr(forms.Portable, "multiply", lambda self, *given: right(*given) * factor())
     row = gpu_checks._check(form, layout, stored, rehearsal())
     assert row["passed"] is False
-    assert ("relative error" if damage == "wrong" else "other bits") in row["wrong"][0]
+    assert ("relative error" if damage == "wrong" else "different bits") in row["wrong"][0]
     assert gpu_checks.failed([row, {"passed": True}]) == [json.dumps(row)]
 
 

@@ -69,7 +69,7 @@ def only(found: Explanation) -> tuple[set[str], set[str]]:
     [
         ("nm", "2:4", "a CPU has no sparse kernel that is faster than the dense matmul"),
         ("nm", "1:4", "only 2:4 has a kernel"),
-        ("bitmask", "0.7", "no kernel gains from zeros that lie anywhere: it is smaller on disk only"),
+        ("bitmask", "0.7", "no kernel gains from unstructured zeros: it only saves disk space"),
         ("block", "0.5@16x16", "a CPU is faster with the dense matrix below 85% block sparsity"),
     ],
 )
@@ -129,7 +129,7 @@ def test_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_matrices_that_stay_dense_have_a_reason(tmp_path: Path) -> None:
     packed = {row.name: row.reason for row in explain(save_packed(tmp_path) / "packed", CPU).dense}
     assert packed == {
-        "lm_head.weight": "the head is never pruned unless a recipe says so",
+        "lm_head.weight": "the LM head is only pruned if a recipe says so",
         "model.embed_tokens.weight": "embeddings are looked up, not multiplied",
     }
     found = explain(tiny_models.save(tiny_models.build("mixtral"), tmp_path / "mixtral"), CPU)

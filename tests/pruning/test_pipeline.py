@@ -191,7 +191,7 @@ def test_calibration_text_comes_from_files(dense: Path, words: Path, tmp_path: P
 
 def test_too_little_text_leaves_nothing_behind(dense: Path, words: Path, tmp_path: Path) -> None:
     calibration = {"source": str(words), "samples": 19, "length": LENGTH}
-    with pytest.raises(CalibrationError, match="20 of 21 samples of 16 tokens"):
+    with pytest.raises(CalibrationError, match="20 of 21 sequences of 16 tokens"):
         prune(dense, on_text(words, calibration=calibration), tmp_path / "pruned")
     assert not (tmp_path / "pruned").exists()
 

@@ -47,8 +47,8 @@ from llmprune.recipe.recipe import load_recipe
         ("evaluation: {length: 1}", "3: length 1 (in evaluation.length)", "at least 2"),
         ("evaluation: {layout: packed}", '3: evaluation.layout is "packed"', "'pack' or 'truncate'"),
         ("evaluation: {temperature: .nan}", "3: temperature nan (in evaluation.temperature)", "above 0"),
-        ("evaluation: {seed: 0}", "3: evaluation.seed and calibration.seed are both 0", "two seeds"),
-        ("calibration: {column: x}", "3: column 'x' for text that the model writes itself", "no column"),
+        ("evaluation: {seed: 0}", "3: evaluation.seed and calibration.seed are both 0", "two different seeds"),
+        ("calibration: {column: x}", "3: column 'x' for self-generated text", "no column"),
         ("calibration: {source: a.txt, split: x}", "3: split 'x' for a single file (a.txt)", "no split"),
         ("evaluation: {source: org/name, temperature: 2}", "3: temperature 2.0 for text that is read", "no temperat"),
         ("batch_size: 0", "3: batch_size is 0", "greater than or equal to 1"),
@@ -61,8 +61,8 @@ from llmprune.recipe.recipe import load_recipe
         ("activation_budget: -1", "3: activation_budget is -1", "512MiB or 4GB"),
         ("held_back: 1.0", "3: held_back is 1.0", "a valid integer"),
         ("batch_size: null", "3: batch_size is null", "a valid integer"),
-        ("held_back: 0\nheld_back: 1", "4: key 'held_back' stands in line 3 already", "each key once"),
-        ("evaluation:\n  seed: 1\n  seed: 2", "5: key 'evaluation.seed' stands in line 4 already", "each key once"),
+        ("held_back: 0\nheld_back: 1", "4: key 'held_back' is already set on line 3", "each key once"),
+        ("evaluation:\n  seed: 1\n  seed: 2", "5: key 'evaluation.seed' is already set on line 4", "each key once"),
         ("include: [*.mlp.*]", "3: expected alphabetic or numeric character, but found '.'", "valid YAML"),
         ("include: &a [x]\nexclude: *a", "4: an alias (*) or a tag (!)", "without aliases"),
         ("? [a]\n: 3", "3: a list or mapping as a key", "valid YAML"),
@@ -181,7 +181,7 @@ def test_a_rule_behind_a_wider_one_is_refused(first: str, second: str, reached: 
         assert [rule.match for rule in load_recipe(recipe).rules] == ["x", first, second]
     else:
         error = refusal(recipe)
-        assert f"the rule for {second!r} is never reached: {first!r}" in error.what
+        assert f"the rule for {second!r} is never reached: the earlier {first!r}" in error.what
         assert "(in rules.2)" in error.what
 
 

@@ -136,7 +136,7 @@ def test_a_single_file_comes_before_the_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "two.safetensors").unlink(), "names 1 of 2 files that are not there: two.safe"),
+        (lambda folder: (folder / "two.safetensors").unlink(), r"names files that do not exist \(1 of 2\): two.safe"),
         (lambda folder: os.truncate(folder / "two.safetensors", 40), "two.safetensors is truncated"),
         (lambda folder: (folder / "two.safetensors").write_bytes(b"x" * 99), "two.safetensors is truncated"),
         (lambda folder: save_file({"c": torch.ones(1)}, folder / "two.safetensors"), "two.safetensors lacks 'b'"),
@@ -148,7 +148,10 @@ def test_a_single_file_comes_before_the_index(tmp_path: Path) -> None:
         ),
         (lambda folder: (folder / INDEX_NAME).write_text("{}"), f"{INDEX_NAME} has no weight_map"),
         (lambda folder: (folder / INDEX_NAME).unlink(), "neither model.safetensors nor .*, only one.safetensors, two"),
-        (lambda folder: (folder / "one.safetensors").rename(folder / "a.bin"), "names 1 of 2 files"),
+        (
+            lambda folder: (folder / "one.safetensors").rename(folder / "a.bin"),
+            r"names files that do not exist \(1 of 2\)",
+        ),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: object, message: str) -> None:

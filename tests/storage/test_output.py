@@ -148,7 +148,7 @@ def test_a_folder_with_a_stranger_s_files_is_refused(source: Path, tmp_path: Pat
     with pytest.raises(ResumeError, match="is not empty") as caught:
         prune(source, recipe(), tmp_path)
     assert caught.value.fix == "choose another folder"
-    with pytest.raises(ResumeError, match="no run of llmprune to resume"):
+    with pytest.raises(ResumeError, match="no llmprune run to resume"):
         prune(source, recipe(), tmp_path, resume=True)
     with pytest.raises(ResumeError, match="holds files but no checkpoint"):
         prune(source, recipe(), tmp_path, overwrite=True)
@@ -201,7 +201,7 @@ def test_home_is_expanded(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_home_that_is_not_known_is_a_typed_error(source: Path) -> None:
-    with pytest.raises(ResumeError, match="~no-such-user/x begins with a home folder that is not known"):
+    with pytest.raises(ResumeError, match="~no-such-user/x starts with an unknown home folder"):
         prune(source, recipe(), "~no-such-user/x")
 
 

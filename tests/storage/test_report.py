@@ -136,5 +136,6 @@ def test_notebooks_show_a_table() -> None:
     shown = Report((row(),), {"model": "<b>&", "evaluation": evaluation})._repr_html_()
     assert "<th>model</th><td>&lt;b&gt;&amp;</td>" in shown
     assert "<th>perplexity</th><td>25.0000, dense 20.0000</td>" in shown
-    assert "of the weights of the pruned matrices" in shown
+    assert "<th>sparsity</th><td>" in shown
+    assert "of the weights in the pruned matrices" in shown
     assert Report((), {})._repr_html_() == "<table><tr><th>model</th><td></td></tr></table>"

@@ -161,5 +161,5 @@ def test_a_token_without_probability_is_never_drawn(monkeypatch):
 def test_logits_that_are_not_finite():
     model = tiny_model()
     model.lm_head.weight.data[3] = torch.nan
-    with pytest.raises(NumericsError, match=r"lm_head\.weight holds NaN or infinity: .* 2 of 2 samples"):
+    with pytest.raises(NumericsError, match=r"lm_head\.weight contains NaN or infinity: .* 2 of 2 sequences"):
         generate_text(model, TextSpec(samples=2, length=8), 1)

@@ -41,7 +41,7 @@ Use = Callable[[Path, dict[str, object], Path], None]
 def test_samples_longer_than_the_positions(family: str, use: Use, text: str, tmp_path: Path) -> None:
     folder = save(build(family), tmp_path / "model")
     use(folder, {"source": text, "samples": 2, "length": 64}, tmp_path / "fits")
-    with pytest.raises(CalibrationError, match="samples of 65 tokens for a model with 64 positions"):
+    with pytest.raises(CalibrationError, match="sequences of 65 tokens for a model with 64 positions"):
         use(folder, {"source": text, "samples": 2, "length": 65}, tmp_path / "output")
 
 
@@ -80,7 +80,7 @@ def test_a_missing_evaluation_text_is_noticed_before_the_calibration_text_is_wri
 def test_tokens_that_the_model_does_not_know(use: Use, text: str, tmp_path: Path) -> None:
     folder = save(build("llama", vocab_size=64), tmp_path / "model")
     tokenizer().save_pretrained(folder)
-    with pytest.raises(CalibrationError, match=r"gives token \d+, and the model has embeddings for 64"):
+    with pytest.raises(CalibrationError, match=r"produces token \d+, but the model has only 64 embeddings"):
         use(folder, {"source": text, "samples": 2, "length": 32}, tmp_path / "output")
     assert VOCABULARY > 64
 

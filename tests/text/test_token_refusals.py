@@ -53,7 +53,7 @@ def test_words_that_are_not_on_the_list(name, expected):
 
 @pytest.mark.parametrize(
     ("layout", "message"),
-    [("pack", "22 tokens in 3 documents .1 of them empty. give 1 of 2 samples of 20"), ("truncate", "give 0 of 2")],
+    [("pack", "22 tokens in 3 documents .1 of them empty. give 1 of 2 sequences of 20"), ("truncate", "give 0 of 2")],
 )
 def test_too_little_text(tmp_path, tokenizer, layout, message):
     texts = [DOCUMENTS[2], "", DOCUMENTS[1]]
@@ -70,7 +70,7 @@ def test_too_little_text(tmp_path, tokenizer, layout, message):
 def test_files_without_text(tmp_path, tokenizer, name):
     path = tmp_path / name
     write_parquet(path, pyarrow.array([], pyarrow.string())) if name.endswith("parquet") else path.touch()
-    with pytest.raises(CalibrationError, match=r"0 tokens .* give 0 of 128 samples"):
+    with pytest.raises(CalibrationError, match=r"0 tokens .* give 0 of 128 sequences"):
         load_tokens(TextSpec(str(path)), tokenizer)
 
 
@@ -83,7 +83,7 @@ def test_no_such_path(tmp_path, tokenizer, source, monkeypatch):
 
 def test_unknown_kind_of_file(tmp_path, tokenizer):
     (tmp_path / "text.csv").write_text("text\nhello\n")
-    with pytest.raises(CalibrationError, match=r"unknown kind[\s\S]*\.txt, \.jsonl, \.parquet"):
+    with pytest.raises(CalibrationError, match=r"unknown text format[\s\S]*\.txt, \.jsonl, \.parquet"):
         load_tokens(TextSpec(str(tmp_path / "text.csv")), tokenizer)
 
 

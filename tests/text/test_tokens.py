@@ -86,7 +86,7 @@ def test_truncate_takes_a_document_of_exactly_the_length(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "one.jsonl", [DOCUMENTS[4]])
     spec = TextSpec(str(path), samples=1, length=length, layout="truncate")
     assert load_tokens(spec, tokenizer).ids.tolist() == one_by_one(tokenizer, [DOCUMENTS[4]])
-    with pytest.raises(CalibrationError, match="0 of 1 samples"):
+    with pytest.raises(CalibrationError, match="0 of 1 sequences"):
         load_tokens(TextSpec(str(path), samples=1, length=length + 1, layout="truncate"), tokenizer)
 
 

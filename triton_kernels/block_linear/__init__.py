@@ -4,7 +4,7 @@ import contextlib
 from functools import lru_cache
 
 import torch
-import torch.utils._triton  # not there by itself
+import torch.utils._triton  # `import torch` does not load it
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,15 +29,15 @@ __all__ = [
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# More tokens than these run with the choice that was measured for as many.
+# More tokens than this run with the choice that was measured for this many.
 MEASURED_TOKENS = 8192
 
-# From so many tokens on, a CPU multiplies the dense matrix faster, the time to write it included, if a larger part of
-# the blocks is stored than this, by block size (eval/bench/LOG.md).
+# From this number of tokens, a CPU is faster with the dense matrix, including the time to write it, if the fraction of
+# stored blocks exceeds this density, by block size (eval/bench/LOG.md).
 _CPU_TOKENS = 512
 _CPU_DENSITY = {16: 0.014, 32: 0.022, 64: 0.05, 128: 0.11}
 
-# A limit of tokens for "the kernel is always the faster one", which holds until something else is measured.
+# A limit of tokens that means "the kernel is always faster", the default until something else is measured.
 NEVER = 1 << 31
 
 
@@ -50,7 +50,7 @@ def block_linear(
     out_features: int,
     per_row: int | None,
 ) -> Tensor:
-    """Compute x @ W.T + bias, summed in float32, where W [out, in] is zero but for its stored blocks.
+    """Compute x @ W.T + bias, summed in float32, where W [out, in] is zero except for its stored blocks.
 
     The stored blocks are those of `torch.sparse_bsr_tensor`. Inside autocast, x is cast to the weights' dtype.
     Gradients flow to x and the bias, not to the weights.
@@ -58,19 +58,19 @@ def block_linear(
     Args:
         x: [..., in], of the weights' dtype; `in` is a multiple of the block size B.
         values: [blocks, B, B], bfloat16, float16 or float32, contiguous; B is 16, 32, 64 or 128.
-        crow: int32 [out / B + 1], where each row of blocks begins in `values`; it ends with `blocks`.
-        col: int32 [blocks], each block's column of blocks, in [0, in / B). Neither crow's nor col's content is checked
-            here, since that would wait for the GPU; wrong ones read memory that is not theirs.
+        crow: int32 [out / B + 1], where each block row begins in `values`; it ends with `blocks`.
+        col: int32 [blocks], each block's block column, in [0, in / B). The content of crow and col is not checked here,
+            since that would synchronise with the GPU; wrong indices read out of bounds.
         bias: [out] or None.
         out_features: the number of rows of W.
-        per_row: the number of blocks in every row of blocks, where it is the same (faster); else None.
+        per_row: the number of blocks in every block row, if it is the same (faster); otherwise None.
 
     Returns:
         [..., out], of x's dtype.
 
     Raises:
-        TypeError: a dtype is none of these, or x and the weights differ.
-        ValueError: a shape, a device or the layout in memory is not as above.
+        TypeError: a dtype is not one of these, or x and the weights differ.
+        ValueError: a shape, a device or the memory layout is not as above.
     """
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -84,7 +84,7 @@ def block_linear(
 def choose_configuration(
     tokens: int, in_features: int, out_features: int, values: Tensor, per_row: int | None
 ) -> Configuration:
-    """Look up the measured choice for a shape on the GPU of `values`, or choose by rule.
+    """Look up the measured choice for a shape on the GPU of `values`, or calculate a default.
 
     Raises:
         ValueError: the measured choice does not fit the block size.
@@ -104,7 +104,7 @@ def choose_configuration(
 def measured_shape(
     tokens: int, in_features: int, out_features: int, values: Tensor, per_row: int | None
 ) -> dict[str, int]:
-    """Name the sizes under which a choice is measured and found; tokens count up to the next power of two."""
+    """The named sizes under which a choice is recorded and found; tokens are rounded up to a power of two."""
     return {
         "tokens": min(1 << (tokens - 1).bit_length(), MEASURED_TOKENS),
         "in_features": in_features,
@@ -117,13 +117,13 @@ def measured_shape(
 
 
 def dispatch_shape(in_features: int, out_features: int, values: Tensor) -> dict[str, int]:
-    """Name the sizes under which it is recorded from how many tokens on the dense matrix is written out."""
+    """The named sizes under which the number of tokens is recorded from which the dense matrix is expanded."""
     blocks, block, _ = values.shape
     return {"in_features": in_features, "out_features": out_features, "block": block, "blocks": blocks}
 
 
 def reserve(in_features: int, out_features: int, values: Tensor) -> None:
-    """Allocate the scratch that the dense path needs, where a limit was measured; call it when a layer is built."""
+    """Allocate the scratch that the dense path needs if a limit was measured; call it when a layer is built."""
     if values.is_cuda and _dense_from(in_features, out_features, values) < NEVER:
         workspace.reserve(values.device, in_features * out_features * values.element_size(), 0)
 
@@ -176,14 +176,14 @@ def _multiply(
 
 
 def _blocks(rows: Tensor, out_features: int, values: Tensor) -> int:
-    """How many blocks there would be if all were stored."""
+    """The number of blocks if all were stored."""
     return rows.shape[1] * out_features // values.shape[-1] ** 2
 
 
 def _expanded_product(
     rows: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
-    """Multiply by the dense matrix, written to the scratch of the device."""
+    """Expand the dense matrix into the device's scratch, and multiply by it."""
     weight = workspace.scratch(rows.device, (out_features, rows.shape[1]), values.dtype)
     expand_into(weight, values, crow, col)
     return F.linear(rows, weight, bias)
@@ -205,7 +205,7 @@ def _(
 def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, values, crow, col, _, out_features, _ = inputs
     if values.requires_grad:
-        raise ValueError("block_linear: the weights ask for a gradient; expected values.requires_grad_(False)")
+        raise ValueError("block_linear: the weights require a gradient; expected values.requires_grad_(False)")
     ctx.save_for_backward(values, crow, col)
     ctx.shape = (out_features, x.shape[-1])
 
@@ -229,7 +229,7 @@ def _check(
     if values.dtype not in DTYPES:
         raise TypeError(f"block_linear: values are {values.dtype}; expected bfloat16, float16 or float32")
     if x.dtype != values.dtype:
-        raise TypeError(f"block_linear: x is {x.dtype}; expected {values.dtype}, as the weights are")
+        raise TypeError(f"block_linear: x is {x.dtype}; expected {values.dtype}, the weights' dtype")
     if crow.dtype != torch.int32 or col.dtype != torch.int32:
         raise TypeError(f"block_linear: crow is {crow.dtype} and col {col.dtype}; expected int32")
     blocks, block = len(values), values.shape[-1]
@@ -253,7 +253,7 @@ def _check(
     if any(operand.device != x.device for operand in operands):
         raise ValueError(f"block_linear: operands on {sorted({str(o.device) for o in operands})}; expected {x.device}")
     if not all(operand.is_contiguous() for operand in operands):
-        raise ValueError("block_linear: values, crow, col or bias has gaps in memory; expected contiguous tensors")
+        raise ValueError("block_linear: values, crow, col or bias is not contiguous; expected contiguous tensors")
 
 
 @lru_cache
@@ -264,7 +264,7 @@ def _kernel_runs(device: torch.device) -> bool:
 
 @lru_cache
 def _shared_bytes(device: torch.device) -> int:
-    """The shared memory that one program may use; what every GPU has, where PyTorch does not tell."""
+    """The shared memory that one program may use; if PyTorch does not report it, what every GPU has."""
     if device.type != "cuda":
         return 48 << 10
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 << 10)

@@ -1,13 +1,13 @@
-"""The product with stored blocks as one Triton kernel for every number of tokens.
+"""The block-sparse matmul as one Triton kernel for any number of tokens.
 
-A program owns a tile of y^T, [ROWS, TOKENS], inside one row of blocks, and walks along the stored blocks of that row,
-STEP inputs at a time: a part of a block, a block, or several small ones, so that the tensor cores get enough to reduce
-over. The weights stand on the left of `tl.dot` because a row of blocks gives few outputs and a batch may give many
+A program owns a tile of y^T, [ROWS, TOKENS], inside one block row, and iterates over the stored blocks of that row,
+STEP inputs at a time: part of a block, a block, or several small ones, so that the tensor cores get enough to reduce
+over. The weights are the left operand of `tl.dot` because a block row has few outputs while a batch may have many
 tokens.
 
-Few tokens are bound by the bytes of the weights and need many programs: the blocks of a row are shared out over several
-of them, each writes its sum to a workspace, and a second launch adds these in their order. No atomics: the same bits
-every time.
+With few tokens the time is bound by the bytes of the weights, which many programs have to read: the blocks of a row are
+divided among several of them, each writes its sum to a workspace, and a second launch adds the sums in a fixed order.
+Without atomics the result is bit-identical every time.
 """
 
 import torch
@@ -26,11 +26,11 @@ def _product_kernel(
     BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
     BALANCED: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    # Given in blocks, so that the compiler knows by what the strides divide and loads 128 bits at a time.
+    # Given in blocks, so that the compiler knows divisors of the strides and loads 128 bits at a time.
     out_features, in_features = block_rows * BLOCK, block_columns * BLOCK
     row_tile, token_tile = _tile(tl.program_id(0), out_features // ROWS, tl.cdiv(tokens, TOKENS), GROUP)
     block_row = row_tile * ROWS // BLOCK
-    # Positions count the inputs of the stored blocks as if they stood side by side, over all rows of blocks.
+    # Positions count the inputs of the stored blocks as if these were side by side, over all block rows.
     if BALANCED:
         position = block_row * per_row * BLOCK
         end = position + per_row * BLOCK
@@ -51,7 +51,7 @@ def _product_kernel(
     weights += (row % BLOCK)[:, None] * BLOCK + (k // BLOCK * (BLOCK * BLOCK) + k % BLOCK)[None, :]
     inputs = x + (token_tile * TOKENS).to(tl.int64) * in_features + token[None, :] * in_features
     total = tl.zeros((ROWS, TOKENS), tl.float32)
-    # Columns are read a step ahead: a load whose address waits for another load would halve the depth of the pipeline.
+    # Columns are read one step ahead: a load whose address depends on another load would halve the pipeline's depth.
     following = _columns(col, position, end, k, BLOCK, STEP)
     for here in range(position, end, STEP):
         column = following + k % BLOCK
@@ -75,7 +75,7 @@ def _product_kernel(
 
 @triton.jit
 def _tile(program, row_tiles, token_tiles, GROUP: tl.constexpr):
-    """Take GROUP row tiles through all token tiles before the next ones: what runs together shares x and W in L2."""
+    """Take GROUP row tiles through all token tiles before the next ones: programs at work then share x and W in L2."""
     group = program // (GROUP * token_tiles)
     inside = program % (GROUP * token_tiles)
     breadth = tl.minimum(row_tiles - group * GROUP, GROUP)
@@ -84,9 +84,9 @@ def _tile(program, row_tiles, token_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def _columns(col, position, end, k, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Add k % BLOCK to find the inputs position + k of the stored blocks in x, [STEP]; 0 past the end."""
+    """First inputs, [STEP], in x of the blocks that hold position + k; add k % BLOCK. 0 past the end."""
     column = tl.zeros_like(k) + position % BLOCK
-    # One scalar load for each block: a vector of columns would change its register layout in every step.
+    # One scalar load per block: a vector of columns would change its register layout in every step.
     for i in tl.static_range(tl.cdiv(STEP, BLOCK)):
         block = tl.load(col + position // BLOCK + i, mask=position + i * BLOCK < end, other=0)
         column += tl.where(k // BLOCK == i, block * BLOCK, 0)
@@ -111,7 +111,7 @@ def block_linear_triton(
         indices: crow int32 [out / B + 1] and col int32 [blocks].
         bias: [out] or None.
         y: [tokens, out], contiguous; overwritten.
-        per_row: the number of blocks in every row of blocks, or None where it differs.
+        per_row: the number of blocks in every block row, or None if it differs.
         configuration: fits B, as `Configuration.check` says.
         workspace: [splits, tokens, out] float32, overwritten; needed if the configuration has more than one split.
     """
@@ -138,7 +138,7 @@ def block_linear_allocating(
     per_row: int | None,
     configuration: Configuration,
 ) -> Tensor:
-    """Return x @ W.T + bias, [tokens, out], in fresh memory of PyTorch's allocator, which CUDA graphs capture."""
+    """Return x @ W.T + bias, [tokens, out], in new memory of PyTorch's allocator, as CUDA graphs need it."""
     y = x.new_empty(x.shape[0], out_features)
     workspace = None
     if configuration.splits > 1:

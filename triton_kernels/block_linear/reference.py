@@ -1,9 +1,9 @@
-"""The definition of the block-sparse product, in plain torch, and its implementation on CPUs."""
+"""The definition of the block-sparse matmul, in plain torch, and its implementation on CPUs."""
 
 import torch
 from torch import Tensor
 
-# Elements of the products and weights that are at work at once: they stay in the cache of a CPU.
+# Elements of products and weights to work on at a time: few enough to stay in a CPU's cache.
 _AT_ONCE = 1 << 20
 
 
@@ -12,8 +12,8 @@ def block_linear_reference(
 ) -> Tensor:
     """y[:, block row r] = sum over its stored blocks b of x[:, block column col_b] @ values_b.T, plus bias.
 
-    Sums are float32. The product of one block is rounded to bfloat16 on the way if the weights are: CPUs multiply these
-    fast. float16, whose range is too narrow for that, is multiplied in float32.
+    Sums are float32. With bfloat16 weights the product of one block is rounded to bfloat16 first, because CPUs multiply
+    that dtype fast. float16, whose range is too narrow for that, is multiplied in float32.
     """
     block, tokens = values.shape[-1], len(x)
     dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
@@ -37,14 +37,14 @@ def expand(values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, int]) ->
 
 
 def expand_into(dense: Tensor, values: Tensor, crow: Tensor, col: Tensor) -> None:
-    """Write the blocks, and zeros, into a dense matrix [out, in], contiguous, of the values' dtype."""
+    """Write the blocks, and zeros elsewhere, into a dense matrix [out, in], contiguous, of the values' dtype."""
     block = values.shape[-1]
     tiles = dense.zero_().view(dense.shape[0] // block, block, dense.shape[1] // block, block)
     tiles[_block_rows(crow, col), :, col] = values
 
 
 def _block_rows(crow: Tensor, col: Tensor) -> Tensor:
-    """The row of blocks that each stored block is in, int64 [blocks]."""
+    """The block row of each stored block, int64 [blocks]."""
     numbers = torch.arange(len(crow) - 1, device=crow.device)
-    # The size is given so that a GPU need not be asked for it.
+    # With the size given, repeat_interleave does not synchronise with the GPU.
     return numbers.repeat_interleave(crow.diff(), output_size=len(col))

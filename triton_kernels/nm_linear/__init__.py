@@ -5,12 +5,12 @@ Two operations, each opaque to `torch.compile`, capturable in a CUDA graph and d
 * `linear_24` over fragments, the order of sparse tensor cores (see fragments.py), for GPUs where `supported` is None;
 * `linear_24_portable` over the layout on disk (see reference.py), for every device.
 
-Both choose by the number of tokens. A few are bound by the bytes of the weights and take a decode kernel, which reads
-0.5625 of the dense bytes. More are bound by arithmetic: the dense matrix is written to the device's scratch (see
-workspace.py: one stream at a time) and multiplied by the library. Without Triton, as on a CPU, plain torch writes the
-dense matrix out at every call, and the result equals the dense layer's bit for bit.
+Both choose by the number of tokens. Few tokens are bound by the bytes of the weights and take a decode kernel, which
+reads 0.5625 of the dense bytes. Many are bound by arithmetic: the dense matrix is expanded into the device's scratch
+(see workspace.py: one stream at a time) and multiplied by the library. Without Triton, as on a CPU, plain torch expands
+the dense matrix in every call, and the result equals the dense layer's bit for bit.
 
-The weights are constants. The gradient reaches x and the bias, by way of the dense matrix.
+The weights are constants. Gradients flow to x and the bias, through the dense matrix.
 """
 
 import functools
@@ -27,7 +27,7 @@ from .. import configurations, workspace
 from .fragments import check_fragments, from_fragments
 from .reference import dense_24_reference
 
-if TYPE_CHECKING:  # they need Triton, which is not everywhere
+if TYPE_CHECKING:  # these modules need Triton, which is not installed everywhere
     from .decode import DecodeConfiguration
     from .portable import PortableConfiguration
 
@@ -36,7 +36,7 @@ HIGHEST_DECODE_TOKENS = 64
 
 @functools.cache
 def supported(device: torch.device) -> str | None:
-    """Tell why a device cannot run `linear_24` on sparse tensor cores; None if it can."""
+    """The reason why a device cannot run `linear_24` on sparse tensor cores; None if it can."""
     if device.type != "cuda" or torch.version.hip:
         return f"{configurations.device_key(device)} is not an NVIDIA GPU"
     if not _has_triton():
@@ -52,7 +52,7 @@ def reserve(device: torch.device, out_features: int, in_features: int, *, portab
     """Allocate what a layer needs in forward, in memory that all layers of the device share; call it when it is built.
 
     Args:
-        device: where the layer is; where no kernels run, nothing is needed.
+        device: where the layer is; nothing is needed on a device without kernels.
         out_features: rows of the matrix.
         in_features: columns of the matrix.
         portable: whether the layer runs `linear_24_portable`.
@@ -70,7 +70,7 @@ def reserve(device: torch.device, out_features: int, in_features: int, *, portab
 
 
 def shape_key(out_features: int, in_features: int, tokens: int) -> dict[str, int]:
-    """Name the sizes that a configuration is recorded under; tokens as kernels are compiled for: 8, 16, 32 or 64."""
+    """The named sizes under which a configuration is recorded; tokens as kernels are compiled for: 8, 16, 32 or 64."""
     tokens = max(8, 1 << (tokens - 1).bit_length())
     return {"out_features": out_features, "in_features": in_features, "tokens": tokens}
 
@@ -78,7 +78,7 @@ def shape_key(out_features: int, in_features: int, tokens: int) -> dict[str, int
 def decode_configuration(
     device: torch.device, out_features: int, in_features: int, tokens: int
 ) -> "DecodeConfiguration":
-    """Return what `linear_24` runs with: measured under its name and `shape_key`, else calculated."""
+    """The configuration of `linear_24`: measured under its name and `shape_key`, or else calculated."""
     from .decode import CHOICES, HIGHEST_SPLITS, DecodeConfiguration, choose_default, token_groups
 
     def make(**choice: Any) -> DecodeConfiguration:
@@ -96,7 +96,7 @@ def decode_configuration(
 def portable_configuration(
     device: torch.device, out_features: int, in_features: int, tokens: int
 ) -> "PortableConfiguration":
-    """Return what `linear_24_portable` runs with: measured under its name and `shape_key`, else calculated."""
+    """The configuration of `linear_24_portable`: measured under its name and `shape_key`, or else calculated."""
     from .portable import PortableConfiguration, choose_default
 
     key = shape_key(out_features, in_features, tokens)
@@ -113,18 +113,18 @@ def linear_24(
     Args:
         x: [..., in_features], of `dtype`; under autocast any floating dtype but float64.
         a: int32, the pairs of weights as `to_fragments` orders them.
-        e: int32, their places.
+        e: int32, their indices.
         bias: [out_features], of `dtype` (under autocast as x), or None.
-        out_features: rows of the matrix; a and e hold it padded to 16.
-        in_features: columns of the matrix, a multiple of 8; a and e hold it padded to 256.
-        dtype: bfloat16 or float16, the type of the weights, which their bits do not tell.
+        out_features: rows of the matrix; in a and e they are padded to a multiple of 16.
+        in_features: columns of the matrix, a multiple of 8; in a and e they are padded to a multiple of 256.
+        dtype: bfloat16 or float16, the dtype of the weights, which their bits do not reveal.
 
     Returns:
         [..., out_features] of `dtype`.
 
     Raises:
         TypeError: a dtype is not as above.
-        ValueError: a shape is not as above, or the tensors lie on different devices.
+        ValueError: a shape is not as above, or the tensors are on different devices.
     """
     _check(x, (a, e), bias, (out_features, in_features), dtype)
     tokens = _tokens(x)
@@ -142,7 +142,7 @@ def linear_24_portable(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | N
 
     Args:
         x: [..., in_features], of the values' dtype; under autocast any floating dtype but float64.
-        values: [out_features, in_features / 2], bfloat16, float16, or float32 (which takes plain torch everywhere).
+        values: [out_features, in_features / 2], bfloat16, float16, or float32 (which runs in plain torch everywhere).
         meta: [out_features, in_features / 8], uint8, two nibbles i0 | i1 << 2 per byte.
         bias: [out_features], of the values' dtype (under autocast as x), or None.
 
@@ -151,7 +151,7 @@ def linear_24_portable(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | N
 
     Raises:
         TypeError: a dtype is not as above.
-        ValueError: a shape is not as above, or the tensors lie on different devices.
+        ValueError: a shape is not as above, or the tensors are on different devices.
     """
     _check_disk_layout(values, meta)
     _check(x, (values, meta), bias, (len(meta), 8 * meta.shape[1]), values.dtype)
@@ -166,14 +166,14 @@ def linear_24_portable(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | N
 
 @torch.library.custom_op("llmprune::dense_24", mutates_args=())
 def dense_24(a: Tensor, e: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
-    """Write a matrix in fragment order out: [out_features, in_features] of `dtype`, memory of its own."""
+    """Expand a matrix in fragment order: [out_features, in_features] of `dtype`, in new memory."""
     with _current(a.device):
         return _dense(a, e, out_features, in_features, dtype, _new)
 
 
 @torch.library.custom_op("llmprune::dense_24_portable", mutates_args=())
 def dense_24_portable(values: Tensor, meta: Tensor) -> Tensor:
-    """Write a matrix in the layout on disk out: [out_features, in_features], the values' dtype, memory of its own."""
+    """Expand a matrix in the layout on disk: [out_features, in_features], the values' dtype, in new memory."""
     _check_disk_layout(values, meta)
     with _current(values.device):
         return _dense_portable(values, meta, _new)
@@ -220,7 +220,7 @@ def _gradients_portable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     given = ctx.needs_input_grad
     if given[1]:
         raise RuntimeError(
-            "a gradient is asked for packed 2:4 weights\n"
+            "a gradient is required for packed 2:4 weights\n"
             "expected: packed weights are constants\n"
             "fix: call requires_grad_(False) on them; to train the weights, unpack the checkpoint"
         )
@@ -235,7 +235,7 @@ def _towards_bias(grad: Tensor) -> Tensor:
 linear_24.register_autograd(_gradients, setup_context=_remember)
 linear_24_portable.register_autograd(_gradients_portable, setup_context=_remember_portable)
 
-# `register_autocast` casts to one dtype, fixed when the op is defined; here each call has that of its weights.
+# `register_autocast` casts to one dtype, fixed when the op is defined; here each call casts to its weights' dtype.
 _autocast = torch.library.Library("llmprune", "FRAGMENT")
 
 
@@ -271,12 +271,12 @@ def _runs_kernels(device: torch.device) -> bool:
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current one: Triton launches there, wherever its arguments are."""
+    """Make a GPU the current one: Triton launches on it, wherever its arguments are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _decodes(op: str, tokens: Tensor, out_features: int) -> bool:
-    """Whether so many tokens take the decode kernel."""
+    """Whether this many tokens take the decode kernel."""
     if not _runs_kernels(tokens.device):
         return False
     shape = {"out_features": out_features, "in_features": tokens.shape[1]}
@@ -346,7 +346,7 @@ def _dense_portable(values: Tensor, meta: Tensor, allocate: _Allocate) -> Tensor
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """Flatten x to [tokens, in_features]; a copy where the kernels could not read it 16 bytes at a time."""
+    """Flatten x to [tokens, in_features]; copied if the kernels could not read it 16 bytes at a time."""
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     return tokens if tokens.data_ptr() % 16 == 0 else tokens.clone()
 

@@ -1,12 +1,12 @@
-"""The 2:4 linear for few tokens (decode) on sparse tensor cores: bound by the bytes of the weights, so read once, wide.
+"""The 2:4 linear for few tokens (decode) on sparse tensor cores: memory-bound, so weights are read once, in wide loads.
 
-A program takes `row_tiles` tiles of 16 rows; its warps, and those of the other splits, take the steps of 256 inputs in
-turn. Each lane streams its part of `a` and `e` from memory straight into registers (see `fragments` for the order): as
-soon as a register is used up, the load of what it holds next is issued, so that 4 KiB per warp are always under way and
-no second buffer is needed. Shared memory is used once, to add up the warps.
+A program takes `row_tiles` tiles of 16 rows; the steps of 256 inputs are distributed cyclically over its warps and
+those of the other splits. Each lane streams its part of `a` and `e` from memory directly into registers (see
+`fragments` for the order): as soon as a register has been used, the load of its next content is issued, so that 4 KiB
+per warp are always in flight and no second buffer is needed. Shared memory is used once, to add up the warps.
 
-The last round is the only one that can hold less than 256 inputs for each warp: there, weights are read again from the
-last step and activations are zero. The others need no masks. The order of every sum is fixed.
+Only in the last round can a warp have fewer than 256 inputs: there, weights are read again from the last step and
+activations are zero. The other rounds need no masks. The order of every sum is fixed.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from .mma_sp import exchange, mma_sp
 HIGHEST_TOKENS = 64
 HIGHEST_SPLITS = 8
 
-# Groups of 8 tokens -> (warps, row_tiles) in use. Each is compiled and its instructions are counted in the tests, so
-# the list is short. Left out since they spill on compute capability 8.0: 16 warps, and 4 groups with (8, 2) or (4, 4).
+# Groups of 8 tokens -> (warps, row_tiles) to choose from. The tests compile each and count its instructions, so the
+# list is short. 16 warps, and 4 groups with (8, 2) or (4, 4), are left out: they spill on compute capability 8.0.
 CHOICES = {
     1: ((4, 1), (8, 1), (4, 2), (8, 2)),
     2: ((8, 1), (4, 2), (8, 2)),
@@ -32,8 +32,8 @@ CHOICES = {
     8: ((8, 1), (4, 2)),
 }
 
-# Up to so many groups, lanes bring activations into fragment order on the way: 16 instructions for each load of them,
-# but no launch, which takes as long as reading some megabytes of weights. With more groups the work outweighs it.
+# Up to this many groups, lanes bring activations into fragment order as they load them: 16 instructions per load, but
+# no separate launch, which takes as long as reading some megabytes of weights. With more groups a launch is cheaper.
 EXCHANGED_GROUPS = tl.constexpr(2)
 
 _HALF = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -41,10 +41,10 @@ _HALF = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfiguration:
-    """How the work is cut; any of them gives the same result up to rounding.
+    """How the work is divided; all configurations give the same result up to rounding.
 
     Attributes:
-        warps: warps of a program; they take the steps of 256 inputs in turn.
+        warps: warps of a program, over which the steps of 256 inputs are distributed cyclically.
         row_tiles: tiles of 16 rows of a program; activations are read once for all of them.
         splits: programs that share the steps of the same rows, in [1, 8]; more than one costs a second, small launch.
     """
@@ -63,7 +63,7 @@ def choose_default(out_features: int, in_features: int, tokens: int, sm_count: i
     """A configuration by rule of thumb, for shapes that were not measured.
 
     The most row tiles, up to the groups of tokens (fewer read activations too often), and then the fewest warps that
-    still give each multiprocessor 12 warps, 48 KiB on the way; splits only where that leaves multiprocessors idle.
+    still give each multiprocessor 12 warps, with 48 KiB in flight; splits only if multiprocessors would be idle.
     """
     steps, groups = triton.cdiv(in_features, INPUTS), token_groups(tokens)
 
@@ -77,7 +77,7 @@ def choose_default(out_features: int, in_features: int, tokens: int, sm_count: i
 
 
 def workspace_bytes(tokens: int, out_features: int, in_features: int, configuration: DecodeConfiguration) -> int:
-    """How much memory a call needs besides its output: activations in fragment order, partial sums of splits."""
+    """The memory that a call needs in addition to its output: activations in fragment order, partial sums of splits."""
     return 4 * sum(_workspace_words(tokens, out_features, in_features, configuration))
 
 
@@ -92,23 +92,23 @@ def linear_24_decode(
 ) -> Tensor:
     """Multiply up to 64 tokens by the transpose of a 2:4 matrix in fragment order, and add the bias.
 
-    Launches one kernel, one more before it above 16 tokens, one more after it with splits. Bit-identical every time.
+    Launches one kernel, another before it above 16 tokens, and another after it with splits. Bit-identical every time.
 
     Args:
-        x: [tokens, in], bfloat16 or float16 as the weights were, contiguous; tokens in [1, 64], in a multiple of 8.
+        x: [tokens, in], bfloat16 or float16 like the weights, contiguous; tokens in [1, 64], in a multiple of 8.
         a: weights as `to_fragments` returns them.
         e: metadata as `to_fragments` returns them.
         bias: [out], floating point, contiguous, or None.
-        out_features: rows without padding; of fused matrices their sum.
+        out_features: rows without padding; for fused matrices their sum.
         configuration: one of `CHOICES` for these tokens.
         workspace: float32, contiguous, of at least `workspace_bytes`, on the device of x; its contents do not matter
-            and are overwritten. None allocates where some is needed.
+            and are overwritten. None allocates it if needed.
 
     Returns:
         [tokens, out], the dtype of x.
 
     Raises:
-        ValueError: a shape, dtype, alignment or configuration that the kernel was not made for. Memory that is not
+        ValueError: a shape, dtype, alignment or configuration that the kernel does not support. Memory that is not
             16-byte aligned would not fail but give wrong sums, so it is refused.
     """
     tokens, in_features = x.shape
@@ -147,7 +147,7 @@ def _decode_kernel(
     x, a, e, bias, y, tokens, rows, eighths, HALF: tl.constexpr,
     GROUPS: tl.constexpr, ROW_TILES: tl.constexpr, WARPS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    # Products whose weights are on the way, so that all row tiles together have 4 KiB under way per warp.
+    # The number of products whose weights are in flight, so that all row tiles together have 4 KiB per warp in flight.
     AHEAD: tl.constexpr = 8 // ROW_TILES
     first_tile = tl.program_id(0) * ROW_TILES
     steps = tl.cdiv(eighths, 32)
@@ -194,7 +194,7 @@ def _decode_kernel(
 
 @triton.jit
 def _tiles(fragments, first_tile, rows, size, offset, ROW_TILES: tl.constexpr):
-    """Pointers into the row tiles; those beyond the last tile point into the last and are not stored."""
+    """Pointers into the row tiles; tiles beyond the last one read the last one again, and are not stored."""
     pointers = ()
     for tile in tl.static_range(ROW_TILES):
         index = tl.minimum(first_tile + tile, tl.cdiv(rows, 16) - 1)
@@ -212,11 +212,11 @@ def _load(pointers, offset):
 
 @triton.jit
 def _inputs(x, step, thread, place, tokens, eighths, GROUPS: tl.constexpr):
-    """Pointers to the activations of a step's first product, a group each: into x itself, or into its fragments."""
+    """Pointers to the activations of a step's first product, one per group: into x itself, or into its fragments."""
     pointers = ()
     for group in tl.static_range(GROUPS):
         if GROUPS <= EXCHANGED_GROUPS:
-            # A lane reads 8 inputs of its token, and exchanges them later; padding tokens repeat the last one.
+            # A lane reads 8 inputs of its token and exchanges them later; padding tokens repeat the last one.
             token = tl.minimum(group * 8 + thread % 32 // 4, tokens - 1)
             pointers += (x + (token * eighths + step * 32) * 4 + place % 16,)
         else:
@@ -226,7 +226,7 @@ def _inputs(x, step, thread, place, tokens, eighths, GROUPS: tl.constexpr):
 
 @triton.jit
 def _activations(inputs, left, PRODUCT: tl.constexpr):
-    """The activations of a product; `left` counts the eighths of a step that are there, None if all are."""
+    """The activations of a product; `left` counts how many groups of 8 inputs remain, None if all of them do."""
     loaded = ()
     for group in tl.static_range(len(inputs)):
         pointer = inputs[group] + PRODUCT * (16 if len(inputs) <= EXCHANGED_GROUPS else 128)
@@ -309,7 +309,7 @@ def _check(
     if x.dtype not in _HALF or not x.is_contiguous():
         raise ValueError(f"x of {x.dtype} with strides {x.stride()}; expected bfloat16 or float16, contiguous")
     if not 1 <= tokens <= HIGHEST_TOKENS:
-        raise ValueError(f"{tokens} tokens; the decode kernel takes 1 to {HIGHEST_TOKENS}")
+        raise ValueError(f"{tokens} tokens; the decode kernel accepts 1 to {HIGHEST_TOKENS}")
     check_fragments(a, e, out_features, in_features)
     if bias is not None and (bias.shape != (out_features,) or not bias.is_contiguous()):
         raise ValueError(f"bias {list(bias.shape)}; expected [{out_features}], contiguous")

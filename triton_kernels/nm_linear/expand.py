@@ -1,6 +1,6 @@
-"""Write the dense matrix of 2:4 weights into memory of the caller's, for the matrix multiplication of a library.
+"""Expand 2:4 weights to the dense matrix, in the caller's memory, for a library's matmul.
 
-All of it is moving bits: 16-bit weights of any type are exact. Bound by bandwidth: 0.5625 of the dense bytes are read,
+It only moves bits, so 16-bit weights of any dtype are exact. Bound by bandwidth: 0.5625 of the dense bytes are read,
 all of them written. A group of four weights, two of them stored, is one 64-bit word: (v0 << 16 i0) | (v1 << 16 i1).
 """
 
@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Bytes of metadata per program, each of them two groups: 16 dense bytes.
+# Bytes of metadata per program; each describes two groups, or 16 dense bytes.
 _BLOCK = 512
 _WARPS = 4
 
 
 @triton.jit
 def spread(pair, nibble):
-    """Put the two values of each group at their places.
+    """Put the two values of each group at their indices.
 
     Args:
         pair: int64, v0 | v1 << 16.
@@ -47,8 +47,8 @@ def _expand_kernel(values, meta, out, count, BLOCK: tl.constexpr):
 def _expand_fragments_kernel(a, e, out, rows, groups, slices):
     """One program: 16 rows × 256 columns.
 
-    A word of `a` is the pair of one group. In memory they lie as [k32, row % 8, group % 4, group // 4 % 2, row // 8];
-    the dense matrix wants [row // 8, row % 8, k32, group // 4 % 2, group % 4].
+    A word of `a` is the pair of one group. They are stored as [k32, row % 8, group % 4, group // 4 % 2, row // 8]; the
+    dense matrix needs [row // 8, row % 8, k32, group // 4 % 2, group % 4].
     """
     part, tile = tl.program_id(0), tl.program_id(1)
     block = (tile * slices + part).to(tl.int64)
@@ -84,8 +84,8 @@ def expand_fragments(a: Tensor, e: Tensor, out: Tensor) -> None:
 
     Args:
         a: [tiles, slices, 8, 32, 4], int32, contiguous: pairs of values; a tile has 16 rows, a slice 256 columns.
-        e: [tiles, slices, 32, 4], int32, contiguous: their places.
-        out: [out_features, in_features], a 16-bit type, contiguous; overwritten. Padding rows and columns are left out.
+        e: [tiles, slices, 32, 4], int32, contiguous: their indices.
+        out: [out_features, in_features], a 16-bit type, contiguous; overwritten. Padding rows and columns are omitted.
     """
     rows, columns = out.shape
     tiles, slices = a.shape[:2]

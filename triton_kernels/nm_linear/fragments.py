@@ -1,21 +1,22 @@
 """Fragment order: a 2:4 matrix and its activations in the order in which mma.sp.m16n8k32 holds them in registers.
 
-A warp multiplies a tile of 16 rows by 32 inputs, of which 16 are stored, with 8 tokens. Of its lanes 4 g + t
+A warp multiplies a tile of 16 rows and 32 inputs, of which 16 are stored, by 8 tokens. Lane 4 g + t holds, as words of
+two 16-bit values:
 
-    weights      lane holds rows g and g + 8, kept columns 2t, 2t + 1 and 2t + 8, 2t + 9: four words of two values
-    activations  lane holds token g, inputs 8i + 2t, 8i + 2t + 1 for i = 0..3: four words of two values
-    metadata     a word holds 16 bits (four groups) of row g and 16 bits of row g + 8; t chooses the 16 columns, and
-                 lanes with t // 2 = s give the metadata of a product whose selector is s
+    weights      rows g and g + 8, kept columns 2t, 2t + 1 and 2t + 8, 2t + 9: four words
+    activations  token g, inputs 8i + 2t, 8i + 2t + 1 for i = 0..3: four words
+    metadata     a word has 16 bits (four groups) of row g and 16 bits of row g + 8; t selects the 16 columns, and lanes
+                 with t // 2 = s provide the metadata of a product whose selector is s
 
-Eight such products make a step of 256 inputs, so that each lane reads 128 bits at a time:
+Eight such products form a step of 256 inputs, in which each lane reads 128 bits at a time:
 
     a        int32 [rows / 16, inputs / 256, 8, 32, 4]   product, lane, word
     e        int32 [rows / 16, inputs / 256, 32, 4]      lane, word; word q // 2 with selector q % 2 is product q's
     x        int32 [tokens / 8, inputs / 256, 8, 32, 4]  product, lane, word
 
-Rows, inputs and tokens are padded with zeros; a padding group keeps its places 0 and 1, since mma.sp needs two distinct
-places in ascending order. The order is that of the PTX ISA, "Matrix fragments for sparse mma.m16n8k32".
-Everything here is a permutation of 16-bit words: no arithmetic, exact for every payload, on any device.
+Rows, inputs and tokens are padded with zeros; a padding group has the indices 0 and 1, since mma.sp needs two distinct
+indices in ascending order. The order is that of the PTX ISA, "Matrix fragments for sparse mma.m16n8k32".
+Everything here permutes 16-bit words: without arithmetic, it is exact for any values on any device.
 """
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 ROWS, INPUTS, TOKENS = 16, 256, 8
 
-# Two nibbles 0 | 1 << 2: the first two places of each group.
+# Two nibbles 0 | 1 << 2: the first two indices of each group.
 _PADDING_META = 0x44
 
 
@@ -36,7 +37,7 @@ def to_fragments(values: Tensor, meta: Tensor) -> tuple[Tensor, Tensor]:
         meta: [out, in / 8], uint8, nibbles i0 | i1 << 2 with i0 < i1 (unchecked here: `llmprune.storage.formats` does).
 
     Returns:
-        (a, e) as above, padded; together 0.5625 of the dense bytes where rows and inputs need no padding.
+        (a, e) as above, padded; together 0.5625 of the dense bytes if rows and inputs need no padding.
 
     Raises:
         ValueError: a shape or dtype is not as above.
@@ -70,13 +71,13 @@ def from_fragments(
         e: [tiles, steps, 32, 4], int32.
         out_features: rows without padding.
         in_features: inputs without padding, a multiple of 8.
-        dtype: bfloat16 or float16, as it was.
+        dtype: bfloat16 or float16, the original dtype.
 
     Returns:
         (values, meta) as `to_fragments` takes them, contiguous.
 
     Raises:
-        ValueError: the fragments do not hold a matrix of this shape.
+        ValueError: the fragments do not match a matrix of this shape.
     """
     tiles, steps = -(-out_features // ROWS), -(-in_features // INPUTS)
     check_fragments(a, e, out_features, in_features)
@@ -103,7 +104,7 @@ def check_fragments(a: Tensor, e: Tensor, out_features: int, in_features: int) -
 def activation_fragments_reference(x: Tensor, groups: int) -> Tensor:
     """Bring activations [tokens, in] of a 16-bit dtype into fragment order: [groups, steps, 8, 32, 4]; the definition.
 
-    `groups` is the number of groups of 8 tokens, at least tokens / 8; what is not there is zero.
+    `groups` is the number of groups of 8 tokens, at least tokens / 8; missing tokens and inputs are zero.
     """
     tokens, inputs = x.shape
     steps = -(-inputs // INPUTS)

@@ -1,9 +1,9 @@
-"""Sparse tensor cores from Triton: the two instructions that Triton has no word for, as inline assembly.
+"""Sparse tensor cores from Triton: two operations that Triton does not provide, as inline assembly.
 
-`tl.inline_asm_elementwise(pack=4)` hands each thread four elements of every operand. On operands [32 * warps, 4] whose
-layout gives a thread one row, these are the four registers of a fragment, and a row's place in its warp is the lane.
-Triton picks that layout by itself where every load is 16 bytes wide and known to be aligned; nothing here can check it.
-`tests/kernels/test_nm_sass.py` does, on what the compiler made.
+`tl.inline_asm_elementwise(pack=4)` passes each thread four elements of every operand. For operands [32 * warps, 4] in a
+layout that gives each thread one row, these are the four registers of a fragment, and the row within the warp is the
+lane. Triton chooses that layout by itself if every load is 16 bytes wide and known to be aligned, which cannot be
+checked here; `tests/kernels/test_nm_sass.py` checks it in the compiled code.
 """
 
 import triton
@@ -37,7 +37,7 @@ def mma_sp(a, e, x, sums, PRODUCT: tl.constexpr, HALF: tl.constexpr):
 
 @triton.constexpr_function
 def _exchange_assembly():
-    """Two butterflies: swap the halves of the quad's 4 x 4 words, then the words inside each quarter."""
+    """Two butterfly exchanges: swap the halves of the quad's 4 x 4 words, then the words inside each quarter."""
     lines = ["mov.u32 t, %laneid;", "and.b32 u, t, 2;", "setp.ne.u32 p2, u, 0;"]
     lines += ["and.b32 u, t, 1;", "setp.ne.u32 p1, u, 0;"]
     lines += [f"mov.b32 w{i}, ${4 + i};" for i in range(4)]

@@ -1,8 +1,8 @@
-"""y = x @ W.T + bias for a few tokens, from the disk layout of 2:4 weights, with nothing but `tl.dot`.
+"""y = x @ W.T + bias for a few tokens, from the disk layout of 2:4 weights, using only `tl.dot`.
 
-For GPUs that have no `mma.sp` (other vendors, compute capability below 8.0). Weights are read at 0.5625 of the dense
-bytes and spread to dense tiles in registers. Long inner dimensions are split over the grid; each split writes its
-float32 sums, and a second kernel adds them in a fixed order: the same bits every time.
+For GPUs without `mma.sp` (other vendors, compute capability below 8.0). Weights are read as 0.5625 of the dense bytes
+and expanded to dense tiles in registers. Long inner dimensions are split over the grid; each split writes its float32
+sums, and a second kernel adds them in a fixed order, so that the result is bit-identical every time.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from .expand import spread
 
 HIGHEST_SPLITS = 64
 
-# Programs per multiprocessor that the default splits aim at: enough loads in flight while some wait.
+# Programs per multiprocessor that the default splits aim for: enough to keep loads in flight while some wait.
 _PROGRAMS_PER_SM = 4
 _ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class PortableConfiguration:
-    """How the kernel is laid out; all but `splits` are powers of two.
+    """How the kernel divides the work; all but `splits` are powers of two.
 
     Attributes:
         rows: output features per program, at least 16.
@@ -48,8 +48,8 @@ class PortableConfiguration:
 
 
 def choose_default(out_features: int, in_features: int, tokens: int, sm_count: int) -> PortableConfiguration:
-    """Split the input features until the GPU is full, but leave each split at least four steps."""
-    # Three stages of 128 columns of 64 tokens need 70 KiB of shared memory; AMD's GPUs have 64.
+    """Split the input features until the GPU is full, but leave at least four steps to each split."""
+    # Three stages of 128 columns and 64 tokens need 70 KiB of shared memory; AMD's GPUs have 64 KiB.
     columns = 128 if tokens <= 32 else 64
     wanted = triton.cdiv(_PROGRAMS_PER_SM * sm_count, triton.cdiv(out_features, _ROWS))
     splits = max(1, min(wanted, in_features // (4 * columns), 16))
@@ -91,14 +91,14 @@ def _portable_kernel(
 
 @triton.jit
 def _dense_tile(pairs, nibbles, ROWS: tl.constexpr, BYTES: tl.constexpr):
-    """Dense int16 [ROWS, 8 BYTES] of two groups in each pair of pairs and of nibbles."""
+    """Expand to dense int16 [ROWS, 8 BYTES]; each word of `pairs` and byte of `nibbles` holds two groups."""
     words = tl.join(spread(pairs, nibbles), spread(pairs >> 32, nibbles >> 4))
     halves = tl.join(words.to(tl.int32), (words >> 32).to(tl.int32))
     return tl.join(halves.to(tl.int16), (halves >> 16).to(tl.int16)).reshape(ROWS, 8 * BYTES)
 
 
 def workspace_bytes(tokens: int, out_features: int, configuration: PortableConfiguration) -> int:
-    """Count the bytes that the partial sums of splits take."""
+    """The bytes of the splits' partial sums."""
     return 4 * configuration.splits * tokens * out_features if configuration.splits > 1 else 0
 
 
@@ -117,7 +117,7 @@ def linear_24_decode_portable(
         values: [out_features, in_features / 2], the dtype of x, contiguous.
         meta: [out_features, in_features / 8], uint8, contiguous.
         bias: [out_features], or None.
-        configuration: any; it changes the speed, and by its splits the order of the float32 sums.
+        configuration: any; it affects the speed and, through its splits, the order of the float32 sums.
         workspace: float32, contiguous, of at least `workspace_bytes`, overwritten; needed with more than one split.
 
     Returns:

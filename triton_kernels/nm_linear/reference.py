@@ -1,7 +1,7 @@
 """The definition of the 2:4 linear, in plain torch, over the layout on disk.
 
 `values` [out, in / 2] holds the two kept weights of every four along the input dimension. `meta` uint8 [out, in / 8]
-holds a nibble i0 | i1 << 2 per group of four, the lower nibble first: the places of the two in their group, i0 < i1.
+holds a nibble i0 | i1 << 2 per group of four, the lower nibble first: their indices in the group, i0 < i1.
 """
 
 import torch
@@ -19,7 +19,7 @@ def linear_24_reference(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | 
         bias: [out], floating point.
 
     Returns:
-        [..., out] in the dtype of x; sums run in float32, or in float64 where x is float64.
+        [..., out] in the dtype of x; sums are in float32, or in float64 if x is float64.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = dense_24_reference(values, meta).to(wide)
@@ -27,7 +27,7 @@ def linear_24_reference(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | 
 
 
 def dense_24_reference(values: Tensor, meta: Tensor) -> Tensor:
-    """Write the zeros out: [out, in] in the dtype of the values."""
+    """Expand to the dense matrix: [out, in] in the dtype of the values."""
     rows, half = values.shape
     nibbles = torch.stack((meta & 15, meta >> 4), -1).reshape(rows, half // 2)
     places = torch.stack((nibbles & 3, nibbles >> 2), -1).long()

@@ -1,11 +1,11 @@
-"""Sweep one block of columns of an optimal-brain-surgeon solver (SparseGPT), one kernel launch for the whole block.
+"""Process one block of columns of an optimal-brain-surgeon solver (SparseGPT) with one kernel launch.
 
-The column loop of the textbook launches a few small kernels for every column and is bound by their launches on a GPU.
-Rows are independent given the mask, so a program can take some rows through all columns of the block on its own.
+The textbook's column loop launches a few small kernels per column, and is bound by these launches on a GPU. Rows are
+independent given the mask, so one program can take some rows through all columns of the block.
 """
 
 import torch
-import torch.utils._triton  # not there by itself
+import torch.utils._triton  # `import torch` does not load it
 from torch import Tensor
 
 from .reference import run_columns, sweep_block_reference
@@ -24,14 +24,14 @@ def sweep_block(
     All operands are transposed: a column of the weight matrix is a row here. Column k is decided after every j < k.
 
     Args:
-        sums: [columns, rows], float32, contiguous: what the columns done before the block ask of each column; then what
-            each column loses, original minus pruned.
+        sums: [columns, rows], float32, contiguous: on entry what the columns before the block contribute to each
+            column; on return each column's error, original minus pruned.
         original: [columns, rows], float32: the weights before pruning.
         upper: [columns, columns], float32: the block's part of the factor R, upper triangular.
         importance: [columns], float32: the weight of a column's squared value in its score.
-        keep: [columns, rows], bool, contiguous: the mask, True where a weight stays; filled if `group` is given.
-        group: (N, M) to choose the mask inside: the N best of M columns stay, judged by their values when the group's
-            turn comes; None for a mask that is fixed already.
+        keep: [columns, rows], bool, contiguous: the mask, True where a weight is kept; filled if `group` is given.
+        group: (N, M) to choose the mask here: the N best of M columns are kept, judged by their values when the group
+            is reached; None if the mask is already fixed.
     """
     if sums.is_cuda and _has_triton() and (group is None or group[1] <= MAX_GROUP):
         from .kernel import sweep_block_triton

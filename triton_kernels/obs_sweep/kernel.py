@@ -1,8 +1,8 @@
-"""The sweep as one Triton kernel: each program takes a tile of rows through all columns of the block.
+"""The column loop as one Triton kernel: each program takes a tile of rows through all columns of the block.
 
-The pending sums [columns, rows] of the tile stay in registers. Column k is read out by a masked reduction (a register
-file has no dynamic index), its error is formed, and its share is added to all columns after k: R[k, k+1:] outer e_k.
-Arithmetic per block and row: 4 columns^2 FLOP, far below what the launches cost that it replaces.
+The pending sums [columns, rows] of the tile stay in registers. Column k is extracted by a masked reduction (registers
+cannot be indexed dynamically), its error is computed, and its contribution R[k, k+1:] outer e_k is added to all columns
+after k. This takes 4 columns^2 FLOP per block and row, far less than the cost of the launches that it replaces.
 """
 
 import torch
@@ -28,7 +28,7 @@ def _sweep_kernel(
     pending = tl.load(sums + tile, mask=present, other=0.0)
     group = tl.zeros([ROWS], tl.int32)
     for k in range(columns):
-        if M > 0:  # noqa: SIM102 - M is a constant of the compilation, k is not
+        if M > 0:  # noqa: SIM102 - M is a compile-time constant, k is not
             if k % M == 0:
                 group = _choose(pending, original, upper, importance, row, inside, column, k, columns, stride, N, M)
         here = tl.sum(tl.where((column == k)[:, None], pending, 0.0), axis=0)
@@ -48,7 +48,7 @@ def _sweep_kernel(
 def _choose(
     pending, original, upper, importance, row, inside, column, first, columns, stride, N: tl.constexpr, M: tl.constexpr
 ):  # fmt: skip
-    """Which of the columns first, first + 1, ... first + M - 1 stay: bit i for column first + i."""
+    """Which of the columns first, first + 1, ... first + M - 1 are kept: bit i for column first + i."""
     relaxed = pending
     for i in tl.static_range(M):
         k = first + i
@@ -66,7 +66,7 @@ def _choose(
         beaten_by = tl.zeros_like(row)
         for j in tl.static_range(M):
             if j != i:
-                # Ties go against the lower column index.
+                # Among ties the lower column index is pruned first.
                 wins = (scores[j] >= scores[i]) if j > i else (scores[j] > scores[i])
                 beaten_by += wins.to(tl.int32)
         stays += (beaten_by < N).to(tl.int32) << i

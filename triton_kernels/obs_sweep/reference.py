@@ -1,35 +1,42 @@
-"""The definition of the sweep, in plain torch, and its implementation on CPUs."""
+"""The definition of the column loop, in plain torch, and its implementation on CPUs."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-# Columns updated one by one; the errors of farther ones enter by matrix products.
+# Columns updated one by one; the errors of more distant ones are added by matmuls.
 _STRIP = 16
 
 
 def sweep_block_reference(
     sums: Tensor, original: Tensor, upper: Tensor, importance: Tensor, keep: Tensor, group: tuple[int, int] | None
 ) -> None:
-    """Column k loses original_k where it is pruned, else -(sums_k + sum_{j<k} R_jk e_j) / R_kk; see `sweep_block`."""
+    """The error e_k of column k is original_k where pruned, else -(sums_k + sum_{j<k} R_jk e_j) / R_kk.
+
+    See `sweep_block`.
+    """
     sweep = _Sweep(sums, original, upper, importance, keep, group)
     run_columns(sums, upper, sweep.strip, sweep.decide)
 
 
 def run_columns(sums: Tensor, upper: Tensor, step: int, decide: Callable[[int, int], None]) -> None:
-    """Decide columns from left to right, `step` at a time; what is done asks of what is to come by large products.
+    """Decide columns from left to right, `step` at a time.
+
+    The columns are halved recursively, so that the errors of the left half are added to the right half's sums by one
+    large matmul instead of many small ones.
 
     Args:
-        sums: [columns, rows]: what is asked of each column, which its decision replaces by what it loses.
-        upper: [columns, columns], upper triangular: by how much a column's loss counts for each later one.
+        sums: [columns, rows]: what earlier columns contribute to each column; its decision replaces them by its errors.
+        upper: [columns, columns], upper triangular: the factor of a column's error in the sums of each later one.
         step: columns that are decided together.
-        decide: told the first column and the one behind the last.
+        decide: called with the first column to decide and the end, exclusive.
     """
     _run(sums, upper, step, decide, 0, len(sums))
 
 
-# Not a function inside the other: it would refer to itself, and keep the operands until the next garbage collection.
+# Not nested in `run_columns`: a recursive closure refers to itself, and would keep the operands alive until the next
+# garbage collection.
 def _run(sums: Tensor, upper: Tensor, step: int, decide: Callable[[int, int], None], low: int, high: int) -> None:
     if high - low <= step:
         decide(low, high)
@@ -41,7 +48,7 @@ def _run(sums: Tensor, upper: Tensor, step: int, decide: Callable[[int, int], No
 
 
 class _Sweep:
-    """The operands of one block, and what is done to a strip of its columns."""
+    """The operands of one block, and the decisions on a strip of its columns."""
 
     def __init__(
         self,
@@ -66,7 +73,7 @@ class _Sweep:
             self._inverses = torch.linalg.solve_triangular(squares, identity, upper=True).mT
 
     def decide(self, low: int, high: int) -> None:
-        """Decide the columns low:high, whose sums hold what all columns before them ask."""
+        """Decide the columns low:high, whose sums include the contributions of all columns before them."""
         if not self._chooses:
             self._lose(low, high)
             return
@@ -75,16 +82,16 @@ class _Sweep:
             self._lose(start, start + self._unit)
 
     def _choose(self, low: int, start: int) -> None:
-        """Decide which columns of a group stay; what low:start lose is added to its sums first."""
+        """Decide which columns of a group are kept, after adding the errors of low:start to its sums."""
         stop = start + self._unit
         pending = self._sums[start:stop].addmm_(self._upper[low:start, start:stop].T, self._sums[low:start])
-        # Where they would be if all of them stayed.
+        # Their values if all of them were kept.
         present = torch.addmm(self._original[start:stop], self._inverses[start // self._unit], pending)
         scores = present.square_().mul_(self._importance[start:stop, None])
         self._keep[start:stop] = _best(scores, self._count)
 
     def _lose(self, low: int, high: int) -> None:
-        """Replace the sums low:high, column by column, by what is lost."""
+        """Replace the sums low:high, column by column, with the columns' errors."""
         stays = self._keep[low:high].to(self._sums.dtype)
         pruned = self._original[low:high] * (1 - stays)
         coefficients = self._upper[low:high, low:high].T.contiguous()
@@ -95,10 +102,10 @@ class _Sweep:
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """True for the `count` highest of each column of scores; ties go against the earlier row."""
+    """True for the `count` highest of each column of scores; among ties the earlier row is pruned first."""
     size = len(scores)
     counted = torch.uint8 if size < 256 else torch.int32
-    # Each is taken to be beaten by all before it, until it turns out to beat some of them.
+    # Each is assumed to be beaten by all before it; then those that it beats are subtracted. Half of the comparisons.
     beaten_by = torch.arange(size, dtype=counted, device=scores.device)[:, None].repeat(1, scores.shape[1])
     for low in range(size - 1):
         later_wins = (scores[low + 1 :] >= scores[low]).view(torch.uint8)

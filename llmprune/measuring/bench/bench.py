@@ -1,4 +1,4 @@
-"""Measure a checkpoint on this machine: each of its products, then the whole model, beside the dense one."""
+"""Benchmark a checkpoint on this machine against dense weights: each of its matmuls, then the whole model."""
 
 import contextlib
 import time
@@ -34,10 +34,10 @@ from llmprune.timing import Effort
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Large batches of tokens take a CPU minutes and say nothing new.
+# Larger batches of tokens take minutes on a CPU without telling more.
 _TOKENS = {"cuda": (1, 4, 16, 64, 512, 2048), "cpu": (1, 4, 16, 64, 256)}
 
-# The share of the free memory that the dense model may take beside the other one.
+# The fraction of the free memory that the dense model may take in addition to the other one.
 _ROOM = 0.6
 
 Load = Callable[..., "PreTrainedModel"]
@@ -49,13 +49,13 @@ class BenchSettings:
 
     Attributes:
         device: auto, cpu, cuda or cuda:N.
-        tokens: numbers of tokens in a product; None: those of decode and a prefill or two.
-        batches: sequences at once in the whole model.
-        prompt_tokens: of each sequence.
+        tokens: numbers of tokens in a matmul; None: those of decode and of one or two prefills.
+        batches: batch sizes for the whole model, in sequences.
+        prompt_tokens: length of each sequence's prompt.
         dtype: of the weights, as for `llmprune.load`.
         tune: search kernel configurations first.
-        effort: spent on each time of a product.
-        decode_seconds: spent on each batch of the whole model.
+        effort: spent on each timing of a matmul.
+        decode_seconds: spent on each batch size of the whole model.
 
     Raises:
         RecipeError: a number of tokens or sequences is not positive.
@@ -74,25 +74,25 @@ class BenchSettings:
         numbered = ("tokens", self.tokens), ("batches", self.batches), ("prompt_tokens", (self.prompt_tokens,))
         for name, numbers in numbered:
             if numbers is not None and (not numbers or min(numbers) < 1):
-                raise RecipeError(f"{name} {list(numbers)}", expected="one or more numbers from 1 on")
+                raise RecipeError(f"{name} {list(numbers)}", expected="one or more numbers of at least 1")
 
 
 def bench(
     folder: Path, settings: BenchSettings, against: str | Path | None = None, watch: Watcher = ignore
 ) -> dict[str, Any]:
-    """Measure a checkpoint.
+    """Benchmark a checkpoint.
 
     Args:
-        folder: a packed checkpoint; of any other the whole model is measured.
+        folder: a packed checkpoint; for any other only the whole model is measured.
         settings: what is measured, and where.
         against: the dense model to compare the whole model with; None: the same checkpoint with its weights unpacked.
-        watch: told about each step.
+        watch: called for each step.
 
     Returns:
         Plain data, ready for JSON, as `llmprune bench --json` prints it.
 
     Raises:
-        LlmpruneError: a checkpoint cannot be loaded, or the device is not there.
+        LlmpruneError: a checkpoint cannot be loaded, or the device does not exist.
     """
     device = resolve_device(settings.device)
     load: Load = partial(_load, device, settings.dtype)
@@ -126,7 +126,7 @@ def bench(
 def measure_products(
     products: Sequence[Product], device: torch.device, dtype: torch.dtype, settings: BenchSettings, watch: Watcher
 ) -> dict[str, Any]:
-    """Compare every product with its dense one: the keys "rates" and "products" of a result."""
+    """Compare every matmul with its dense counterpart: the keys "rates" and "products" of a result."""
     if not products:
         return {"rates": None, "products": []}
     watch(Progress("rates"))
@@ -140,7 +140,7 @@ def measure_products(
 
 
 def require_right(result: dict[str, Any]) -> None:
-    """Raise `NumericsError` if a sparse product of a result was wrong, naming the layers."""
+    """Raise `NumericsError` if a sparse matmul of a result was wrong, naming the layers."""
     wrong = [
         f"{product['names'][0][0]} with {row['tokens']} tokens (relative error {float(row['error']):.3g})"
         for product in result["products"]
@@ -149,14 +149,14 @@ def require_right(result: dict[str, Any]) -> None:
     ]
     if wrong:
         raise NumericsError(
-            f"{len(wrong)} sparse products are wrong and were not timed: {listed(wrong)}",
-            expected="an error of at most twice the dense product's",
+            f"{len(wrong)} sparse matmuls are wrong and were not timed: {listed(wrong)}",
+            expected="an error of at most twice the dense matmul's",
             fix='serve the model with served="dense", and report the versions of torch, triton and the driver',
         )
 
 
 def _load(device: torch.device, dtype: str, model: str | Path, **served: Any) -> "PreTrainedModel":
-    """Load with CUDA graphs, or without where there are none or the model's cache cannot be recorded."""
+    """Load with CUDA graphs if there are any and the model's cache can be captured, otherwise without."""
     from llmprune.serving import loader
 
     if device.type == "cuda":
@@ -187,7 +187,7 @@ def _measure_product(product: Product, tokens: Sequence[int], rates: Rates, effo
 def measure_models(
     models: Sequence["PreTrainedModel"], settings: BenchSettings, watch: Watcher = ignore
 ) -> list[dict[str, Any]]:
-    """Time whole models in turn; the peak is what each holds for good, and the most that a run held beside it."""
+    """Time whole models alternately; a model's peak memory is its resident memory plus the most that a run added."""
     batches: list[list[Decoding]] = []
     for batch in settings.batches:
         watch(Progress(f"whole model, batch of {batch}"))
@@ -210,7 +210,7 @@ def _measure_both(
     models: list["PreTrainedModel"], load: Load, nbytes: int, device: torch.device, settings: BenchSettings,
     watch: Watcher,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Time the model in the list and the dense one: in turn if there is room for both, else one after the other."""
+    """Time the model in the list and the dense one: alternately if both fit into memory, else one after the other."""
     in_turn = nbytes < _ROOM * free_bytes(device)
     measured = []
     if not in_turn:

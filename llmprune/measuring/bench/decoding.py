@@ -1,6 +1,6 @@
-"""Whole models' speed: the time to the first token, tokens a second for several batches, and memory.
+"""The speed of whole models: time to first token (TTFT), tokens/s for several batch sizes, and memory.
 
-Models that are compared run in turn, so that whatever else the machine does meets all of them.
+Models that are compared run alternately, so that other load on the machine affects all of them.
 """
 
 import gc
@@ -19,7 +19,7 @@ from llmprune.kernels import workspace
 from llmprune.text.loading import model_positions
 from llmprune.timing import Timing
 
-# New tokens of a measured run, and how many runs.
+# Least and most new tokens of a timed run, and least and most runs.
 _NEW_TOKENS = (8, 128)
 _RUNS = (3, 15)
 
@@ -29,12 +29,12 @@ class Decoding:
     """How fast a model generates.
 
     Attributes:
-        batch: sequences at once.
-        prompt_tokens: of each sequence.
-        new_tokens: generated for each, in a run.
-        first_token: seconds from the call of `generate` to its first token.
-        later_token: seconds for each token after the first, the mean of a run.
-        working_bytes: what a run held at most beyond what was there before; on a CPU as far as the system shows it.
+        batch: number of sequences.
+        prompt_tokens: length of each sequence's prompt.
+        new_tokens: generated per sequence in a run.
+        first_token: time to first token: seconds from the call of `generate` to its first token.
+        later_token: seconds per token after the first, the mean of a run.
+        working_bytes: peak memory that a run adds to what was allocated before; on a CPU as far as the system shows it.
     """
 
     batch: int
@@ -46,7 +46,7 @@ class Decoding:
 
     @property
     def tokens_per_second(self) -> float:
-        """After the first token, all sequences together."""
+        """Tokens/s of all sequences together, after the first token."""
         return self.batch / self.later_token.median
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,19 +58,19 @@ class Decoding:
 def measure_decoding(
     models: Sequence[PreTrainedModel], batch: int, seconds: float, prompt_tokens: int = 128
 ) -> list[Decoding]:
-    """Time greedy generation after random prompts, through `model.generate`, of one or more models in turn.
+    """Time greedy generation from random prompts by `model.generate`, alternating between one or more models.
 
     Args:
-        models: in evaluation mode, on one device; a static cache and CUDA graphs are their own affair.
-        batch: number of sequences at once.
-        seconds: for the runs of one model; slow models generate fewer tokens, but never fewer than 8.
-        prompt_tokens: of each sequence; fewer where a model's positions end.
+        models: in evaluation mode, on one device; each uses a static cache and CUDA graphs as it is set up to.
+        batch: number of sequences.
+        seconds: for all runs of one model; slow models generate fewer tokens, but at least 8.
+        prompt_tokens: length of each sequence's prompt; shortened to fit the models' positions.
     """
     fewest, most = _NEW_TOKENS
     positions = min(model_positions(model.config) or prompt_tokens + most for model in models)
     prompt_tokens = max(1, min(prompt_tokens, positions // 2))
     runs = [_Run(model, batch, prompt_tokens) for model in models]
-    # Kernels are compiled by the first run, and graphs captured for a length.
+    # The first run compiles kernels, and captures graphs for a length.
     for run in runs:
         run(fewest)
     token = max(sum(run(fewest)) for run in runs) / fewest
@@ -79,7 +79,7 @@ def measure_decoding(
     rounds = max(_RUNS[0], min(_RUNS[1], int(seconds / (token * count))))
     times: list[list[tuple[float, float]]] = [[] for _ in runs]
     for number in range(rounds):
-        # Back and forth, so that none is always the first.
+        # Every other round in reverse order, so that no model always comes first.
         for own, run in list(zip(times, runs, strict=True))[:: -1 if number % 2 else 1]:
             own.append(run(count))
     return [
@@ -96,7 +96,7 @@ def measure_decoding(
 
 
 class _Run:
-    """Generates after random prompts; a call gives the seconds to the first token and those for all others."""
+    """Generates from random prompts; a call returns the seconds to the first token and those for all others."""
 
     def __init__(self, model: PreTrainedModel, batch: int, prompt_tokens: int) -> None:
         self.model = model
@@ -109,7 +109,7 @@ class _Run:
         clock = _Clock()
         _wait(self.model.device)
         started = time.perf_counter()
-        # No end of sequence, so that every run is as long as asked for.
+        # No EOS token, so that every run generates as many tokens as requested.
         self.model.generate(
             self._ids, attention_mask=self._mask, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None,
             pad_token_id=0, streamer=clock,
@@ -119,7 +119,7 @@ class _Run:
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc] # transformers leaves it untyped
-    """Notes when tokens are there: first those of the prompt, then each step's, when the host has them."""
+    """Records when tokens arrive on the host: first those of the prompt, then those of each step."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -139,14 +139,14 @@ def _working_bytes(run: _Run, new_tokens: int) -> int:
 
 
 def resident_bytes(model: PreTrainedModel) -> int:
-    """What a model holds for good: its parameters and buffers, what they share counted once, and shared scratch."""
+    """A model's permanent memory: parameters and buffers, with shared storage counted once, and shared scratch."""
     tensors = [*model.parameters(), *model.buffers()]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values()) + workspace.reserved(model.device)
 
 
 def collect(device: torch.device) -> None:
-    """Give a model's memory back that nobody refers to any more."""
+    """Free the memory of a model that is no longer referenced."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

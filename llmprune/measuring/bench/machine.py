@@ -1,4 +1,4 @@
-"""What was measured, and on what: the device by name, the versions, and the two rates that bound every product."""
+"""The machine of a measurement: the device's name, the versions, and the two rates that bound every matmul."""
 
 import platform
 import subprocess
@@ -21,18 +21,18 @@ _MULTIPLIED = {"cuda": 8192, "cpu": 1024}
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What a device can do at best, as measured.
+    """The peak rates of a device, as measured.
 
     Attributes:
-        copy: bytes a second, read and written, of a large copy.
-        matmul: floating-point operations a second of a large dense product.
+        copy: bytes/s, read and written, of a large copy.
+        matmul: FLOP/s of a large dense matmul.
     """
 
     copy: float
     matmul: float
 
     def floor(self, nbytes: float, operations: float) -> tuple[float, str]:
-        """The least seconds for moving so many bytes and doing so many operations, and which of them decides."""
+        """The minimum seconds to move this many bytes and do this many operations, and which of the two bounds it."""
         moving, computing = nbytes / self.copy, operations / self.matmul
         return (moving, "bytes") if moving >= computing else (computing, "arithmetic")
 
@@ -46,7 +46,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, effort: Effort) -> R
 
     Args:
         device: where.
-        dtype: of the dense product.
+        dtype: of the dense matmul.
         effort: seconds for each of them.
     """
     size = _MULTIPLIED.get(device.type, 1024)
@@ -59,14 +59,14 @@ def measure_rates(device: torch.device, dtype: torch.dtype, effort: Effort) -> R
 
 
 def device_name(device: torch.device) -> str:
-    """Name a device so that a result can be told from those of others: a GPU, or a CPU with its threads."""
+    """Name a device so that results can be distinguished by it: a GPU, or a CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_processor()}, {cpu_threads()}"
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides how fast a product is, as far as it is installed."""
+    """The versions of the installed packages that affect the speed of a matmul."""
     found = {"llmprune": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -79,7 +79,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of this code, with "+changes" behind it where files differ; None outside a checkout of it."""
+    """The commit of this code, with "+changes" appended if files differ; None outside a git checkout of it."""
     here = Path(__file__).resolve()
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return None

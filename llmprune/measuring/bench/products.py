@@ -1,7 +1,7 @@
-"""The products of a packed model, each beside the dense product of the same matrix; correctness comes first.
+"""The matmuls of a packed model, each compared with the dense matmul of the same matrix, once it is proved correct.
 
-A product is what one launch computes: a packed layer, or layers that are fused because they read the same input. The
-dense product is always one product too, although an ordinary model makes three of q, k and v: the harder comparison.
+A product is what one launch computes: a packed layer, or layers that are fused because they read the same input. It is
+always compared with a single dense matmul, although an ordinary model needs three for q, k and v: this favours dense.
 """
 
 import copy
@@ -19,18 +19,18 @@ from llmprune.serving.sparse_linear import SparseLinear
 from llmprune.storage.formats import BitmaskLayout, BlockLayout, Layout
 from llmprune.timing import Effort, Timing, time_calls
 
-# Beside twice the dense product's own error: what rounding a sum once more costs.
+# Allowed in addition to twice the dense matmul's own error: the cost of rounding a sum once more, in eps.
 _ROUNDINGS = 1.0
 
 
 @dataclass(frozen=True)
 class Product:
-    """Equal products of a model.
+    """The products of a model that are equal for a benchmark.
 
     Attributes:
-        names: the layers of each of them; those of a fusion stand together.
-        layers: those of the first.
-        layouts: of all of them, by name.
+        names: the layers of each product; several if they are fused.
+        layers: those of the first product.
+        layouts: of all layers, by name.
     """
 
     names: tuple[tuple[str, ...], ...]
@@ -39,12 +39,12 @@ class Product:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in), of fused layers together."""
+        """(out, in); of fused layers together."""
         return sum(layer.out_features for layer in self.layers), self.layers[0].in_features
 
     @property
     def form(self) -> str:
-        """The form that serves it."""
+        """The form in which it is served."""
         assert self.layers[0].choice is not None
         return self.layers[0].choice.form.name
 
@@ -56,17 +56,17 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One product with so many tokens.
+    """A sparse and a dense matmul with the same number of tokens.
 
     Attributes:
         tokens: rows of x.
-        error: of the sparse product, ||y - exact|| / ||exact||, where exact is the dense product in float32.
-        dense_error: of the dense product in the weights' dtype.
-        dense: its time; None where the sparse product is wrong.
-        sparse: its time; None where it is wrong.
-        floor: the least seconds of the sparse product for its bytes and operations at the measured rates.
-        bound: which of them decides, "bytes" or "arithmetic".
-        dense_floor: the same of the dense product.
+        error: of the sparse matmul, ||y - exact|| / ||exact||, where exact is the dense matmul in float32.
+        dense_error: of the dense matmul in the weights' dtype.
+        dense: time of the dense matmul; None if the sparse one is wrong.
+        sparse: time of the sparse matmul; None if it is wrong.
+        floor: the minimum seconds of the sparse matmul for its bytes and operations at the measured rates.
+        bound: which of the two limits it, "bytes" or "arithmetic".
+        dense_floor: the minimum seconds of the dense matmul.
     """
 
     tokens: int
@@ -80,13 +80,13 @@ class Comparison:
 
     @property
     def ratio(self) -> float | None:
-        """How many times as fast as the dense product; None where the sparse one is wrong."""
+        """The speed-up over the dense matmul; None if the sparse one is wrong."""
         return self.dense.median / self.sparse.median if self.dense and self.sparse else None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON."""
         row: dict[str, Any] = {"tokens": self.tokens, "correct": self.ratio is not None, "bound": self.bound}
-        # NaN and infinity are no JSON.
+        # JSON has no NaN and no infinity.
         errors = {"error": self.error, "dense_error": self.dense_error}
         row |= {name: value if abs(value) < float("inf") else str(value) for name, value in errors.items()}
         if self.dense and self.sparse:
@@ -100,7 +100,7 @@ class Comparison:
 
 
 def packed_products(model: nn.Module) -> list[Product]:
-    """The distinct products of a loaded model, in its order."""
+    """The distinct products of a loaded model, in the model's order."""
     kinds: dict[object, Product] = {}
     for names, layers in _units(model):
         key = tuple((kind(layer.layout), layer.dtype, layer.bias is not None, layer.form) for layer in layers)
@@ -111,7 +111,7 @@ def packed_products(model: nn.Module) -> list[Product]:
 
 
 def kind(layout: Layout) -> tuple[object, ...]:
-    """What makes matrices equal for a bench: layout and shape, and the share of stored weights to one percent."""
+    """What makes matrices equal for a benchmark: layout, shape, and the fraction of stored weights to one percent."""
     row = layout.to_dict()
     stored = None
     if isinstance(layout, BlockLayout):
@@ -123,11 +123,11 @@ def kind(layout: Layout) -> tuple[object, ...]:
 
 
 def sparse_candidate(product: Product) -> tuple[SparseLinear, ...] | None:
-    """The layers as something sparse would serve them.
+    """The layers in a sparse form, even if the dense form serves them.
 
     Returns:
-        The layers themselves, or copies in the first sparse form there is where the dense one serves them; None if no
-        kernel multiplies the layout here.
+        The layers themselves, or copies in the first available sparse form if they are served dense; None if no kernel
+        multiplies the layout on this device.
     """
     if product.form != "dense":
         return product.layers
@@ -139,17 +139,17 @@ def sparse_candidate(product: Product) -> tuple[SparseLinear, ...] | None:
 def compare_product(
     layers: Sequence[SparseLinear], tokens: Sequence[int], rates: Rates, effort: Effort
 ) -> Iterator[Comparison]:
-    """Compare layers that multiply the same x with the dense product of their matrices.
+    """Compare layers that multiply the same x with the dense matmul of their matrices.
 
     Args:
         layers: settled in a sparse form; fused if there are several.
         tokens: numbers of rows of x.
-        rates: of the device, for the shares.
-        effort: for each of the times.
+        rates: of the device, for the floors.
+        effort: for each timing.
 
     Yields:
-        One comparison for each number of tokens. It has no times if the sparse product is wrong: further from the exact
-        one than twice the dense product's error and a rounding.
+        One comparison for each number of tokens. It has no times if the sparse matmul is wrong: its error exceeds twice
+        the dense matmul's error plus one rounding.
     """
     weight, bias = dense_operands(layers)
     device, dtype = weight.device, weight.dtype
@@ -175,7 +175,7 @@ def compare_product(
 
 
 def dense_operands(layers: Sequence[SparseLinear]) -> tuple[Tensor, Tensor | None]:
-    """The dense matrix of several layers one above the other, [out, in], and their bias [out]."""
+    """The dense matrices of several layers, stacked to [out, in], and their bias [out]."""
     weight = torch.cat([layer.unpack() for layer in layers])
     if all(layer.bias is None for layer in layers):
         return weight, None
@@ -185,12 +185,12 @@ def dense_operands(layers: Sequence[SparseLinear]) -> tuple[Tensor, Tensor | Non
 
 
 def served_bytes(layers: Sequence[SparseLinear]) -> int:
-    """What the layers hold of their matrices in memory."""
+    """The bytes of the layers' matrices in memory."""
     return sum(tensor.nbytes for layer in layers for tensor in layer.held.values())
 
 
 def random_inputs(tokens: int, weight: Tensor) -> Tensor:
-    """X [tokens, in] of the weights' dtype and device, the same at every call."""
+    """X [tokens, in] in the weights' dtype and on their device, the same in every call."""
     generator = torch.Generator(weight.device).manual_seed(tokens)
     return torch.randn(tokens, weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
 
@@ -202,12 +202,12 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
 
 
 def is_right(error: float, dense_error: float, dtype: torch.dtype) -> bool:
-    """Whether a result is as near to the exact one as its dtype allows; NaN is wrong."""
+    """Whether a result is as close to the exact one as its dtype allows; NaN is wrong."""
     return error <= 2 * dense_error + _ROUNDINGS * torch.finfo(dtype).eps
 
 
 def _units(model: nn.Module) -> Iterator[tuple[tuple[str, ...], tuple[SparseLinear, ...]]]:
-    """The layers that one launch computes, by name."""
+    """The layers that one launch computes, with their names."""
     together: dict[int, list[tuple[str, SparseLinear]]] = {}
     for name, layer in sparse_layers(model):
         together.setdefault(id(layer.fusion or layer), []).append((name, layer))
@@ -235,7 +235,7 @@ def _sparse_call(layers: Sequence[SparseLinear], x: Tensor) -> Callable[[], obje
 
 
 def _stored_share(layers: Sequence[SparseLinear]) -> float:
-    """The share of the dense operations that must be done: blocks that are not stored are left out."""
+    """The fraction of the dense operations that is required: blocks that are not stored are skipped."""
     layouts = [layer.layout for layer in layers]
     dense = sum(layout.shape[0] * layout.shape[1] for layout in layouts)
     stored = sum(

@@ -1,6 +1,6 @@
-"""bench.json: what was measured for a checkpoint, beside its weights.
+"""bench.json: the measurements of a checkpoint, stored next to its weights.
 
-It holds {"format": 2, "devices": {...}}: the latest result of each device under its name, as `bench` returns it.
+Its content is {"format": 2, "devices": {...}}: the latest result of each device by its name, as `bench` returns it.
 """
 
 import re
@@ -21,10 +21,10 @@ _FORMAT = 2
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Read what was measured: device -> result; empty if there is no such file.
+    """Read the measurements: device -> result; empty if there is no such file.
 
     Raises:
-        CheckpointError: the file is damaged, or of another version.
+        CheckpointError: the file is damaged, or has a different version.
     """
     if not path.exists():
         return {}
@@ -36,7 +36,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
         or not all(isinstance(result, dict) for result in devices.values())
     ):
         raise CheckpointError(
-            f"{path} is no result of `llmprune bench` that this version reads",
+            f"{path} is not a result of `llmprune bench` that this version can read",
             expected=f"format {_FORMAT} with the results of each device",
             fix="delete the file and run `llmprune bench` again",
         )
@@ -44,7 +44,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Add one device's result to the file, atomically; an older one of the same device is replaced.
+    """Add one device's result to the file, atomically, replacing an older one of the same device.
 
     Args:
         path: of the file.
@@ -57,12 +57,12 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def gains(result: dict[str, Any], name: str, layout: dict[str, Any]) -> tuple[tuple[int, float], ...]:
-    """What was measured for one layer: (tokens, times as fast as dense) in ascending order; empty if nothing was.
+    """The measured speed-ups of one layer: (tokens, speed-up over dense), by ascending tokens; empty without any.
 
     Args:
         result: of one device.
         name: of the layer.
-        layout: as config.json describes it; a measurement of another one does not count.
+        layout: as config.json describes it; measurements of other layouts do not count.
     """
     for product in result.get("products", ()):
         if product["layouts"].get(name) == layout:
@@ -72,7 +72,7 @@ def gains(result: dict[str, Any], name: str, layout: dict[str, Any]) -> tuple[tu
 
 
 def grouped(names: Sequence[str]) -> str:
-    """Names with their layers joined: "model.layers.0-31: mlp.gate_proj, mlp.up_proj"."""
+    """Names grouped by layers: "model.layers.0-31: mlp.gate_proj, mlp.up_proj"."""
     places: dict[tuple[str, str], list[int]] = {}
     for name in names:
         before, number, after = split_layer(name)
@@ -86,18 +86,18 @@ def grouped(names: Sequence[str]) -> str:
 
 
 def split_layer(name: str) -> tuple[str, int | None, str]:
-    """What stands before the number of the layer, the number, and what stands behind, experts left open."""
+    """The part of a name before the layer's number, the number, and the part after it, with "*" for an expert's."""
     match = _NUMBERED.match(name)
     return (match[1], int(match[2]), _NUMBER.sub("*", match[3])) if match else ("", None, name)
 
 
 def layer_span(before: str, numbers: Sequence[int]) -> str:
-    """Name a layer, or several: "model.layers.0-31"."""
+    """Name one layer, or several: "model.layers.0-31"."""
     return f"{before}.{spans(sorted(set(numbers)))}" if numbers else before
 
 
 def tokens_a_second(row: Mapping[str, Any]) -> str:
-    """The rate of a batch, with half of the width between the slowest and the fastest tenth of its runs."""
+    """The tokens/s of a batch, plus or minus half the range between the 10th and the 90th percentile of its runs."""
     step = row["later_token"]
     spread = row["tokens_per_second"] * (step["high_us"] - step["low_us"]) / (2 * step["median_us"])
     return f"{row['tokens_per_second']:,.1f} ±{spread:,.1f}"

@@ -1,8 +1,9 @@
 """Measure kernel configurations and record the best, where `llmprune.kernels.configurations` finds them.
 
-A search starts from what runs now, calculated or recorded earlier, and follows the fields of the configuration one by
-one, keeping what is faster; trying all combinations would spend its time in the compiler. What gives a wrong product is
-never kept. For 2:4 the number of tokens from which the expanded dense matrix wins is recorded as well.
+A search starts from the present configuration, calculated or recorded earlier, and varies one field after another,
+keeping what is faster (coordinate descent): compiling all combinations would take most of the time. A configuration
+that computes a wrong result is never kept. The number of tokens from which expanding the dense matrix is faster is
+recorded as well.
 """
 
 import math
@@ -30,13 +31,13 @@ from llmprune.serving.sparse_linear import SparseLinear
 from llmprune.storage.files import listed
 from llmprune.timing import Effort, time_calls
 
-# What is compiled for the configuration of a number of tokens is run with fewer, too.
+# Kernels are compiled, and choices recorded, for these numbers of tokens; fewer tokens run with the next higher choice.
 DECODE_TOKENS = (8, 16, 32, 64)
 BLOCK_TOKENS = (1, 8, 16, 32, 64, 256, 2048)
 
 Values = Mapping[str, Sequence[int]]
 
-# A candidate is only better if it is so by more than the noise.
+# A candidate only counts as faster if it is so by more than the noise, or a search would wander with it.
 _MARGIN = 0.99
 
 
@@ -46,11 +47,11 @@ class Tuned:
 
     Attributes:
         op: its name in `configurations`.
-        shape: the sizes that it is recorded under.
-        choice: what was recorded.
-        seconds: its time.
-        before_seconds: that of what ran before; infinite where it does not run here, or is wrong.
-        tried: number of candidates measured, with what ran before.
+        shape: the sizes under which it is recorded.
+        choice: the recorded choice.
+        seconds: time of the choice.
+        before_seconds: time of the previous configuration; infinite if it does not run here, or is wrong.
+        tried: number of candidates measured, including the previous configuration.
         refused: those that could not run or were wrong, and why.
     """
 
@@ -69,33 +70,33 @@ class Tuned:
 
 
 class Kernel(Protocol):
-    """One operation, as the search sees it; `values` are what each field of its configuration may become."""
+    """One operation, as the search sees it; `values` are the values to try for each field of its configuration."""
 
     op: ClassVar[str]
     tokens: ClassVar[tuple[int, ...]]
     values: ClassVar[Values]
 
     def shape(self, tokens: int) -> dict[str, int]:
-        """The sizes that a choice is recorded under."""
+        """The sizes under which a choice is recorded."""
 
     def present(self, tokens: int) -> Any:
-        """The configuration that runs now."""
+        """The configuration in use now."""
 
     def fits(self, configuration: Any, tokens: int) -> bool:
         """Whether the kernel is made for this configuration."""
 
     def run(self, layer: SparseLinear, x: Tensor, configuration: Any) -> Tensor:
-        """The product with one copy."""
+        """Multiply x by one copy of the layer."""
 
     def expanded(self, layer: SparseLinear, x: Tensor, scratch: Tensor) -> Tensor:
-        """The other path of the operation: write the dense matrix, and let the library multiply."""
+        """The other path of the operation: expand the dense matrix, and multiply with the library."""
 
     def dispatch(self) -> tuple[dict[str, int], int]:
-        """The sizes that the limit between both paths is recorded under, and the limit that is never reached."""
+        """The sizes under which the limit between both paths is recorded, and a limit that is never reached."""
 
 
 class FragmentsKernel:
-    """2:4 on sparse tensor cores; all layers of a fusion at once."""
+    """2:4 on sparse tensor cores; all layers of a fusion in one launch."""
 
     op: ClassVar[str] = "linear_24"
     tokens: ClassVar[tuple[int, ...]] = DECODE_TOKENS
@@ -133,7 +134,7 @@ class FragmentsKernel:
 
 
 class PortableKernel:
-    """2:4 as on disk."""
+    """2:4 in the layout on disk."""
 
     op: ClassVar[str] = "linear_24_portable"
     tokens: ClassVar[tuple[int, ...]] = DECODE_TOKENS
@@ -200,7 +201,7 @@ class BlockKernel:
             configuration.check(self._values.shape[-1])
         except ValueError:
             return False
-        # Many tokens keep every multiprocessor at work without splits; their partial sums would fill the memory.
+        # Many tokens keep every multiprocessor busy without splits, whose partial sums would fill the memory.
         return tokens <= block_linear.DECODE_TOKENS or configuration.splits == 1
 
     def run(self, layer: SparseLinear, x: Tensor, configuration: Any) -> Tensor:
@@ -228,14 +229,14 @@ KERNELS: dict[str, Callable[[SparseLinear], Kernel]] = {
 
 @torch.inference_mode()
 def tune_product(product: Product, effort: Effort) -> Iterator[Tuned]:
-    """Search and record the configurations of one product of a model; on a CPU there are none.
+    """Search and record the configurations of one product of a model; a CPU has none.
 
     Args:
         product: of a loaded model.
-        effort: for each of the times.
+        effort: for each timing.
 
     Yields:
-        One outcome for each number of tokens, and one for the limit from which the dense matrix is written out.
+        One outcome for each number of tokens, and one for the limit from which the dense matrix is expanded.
 
     Raises:
         NumericsError: no configuration works.
@@ -286,7 +287,7 @@ def _search(
     if times[chosen] == math.inf:
         raise NumericsError(
             f"{kernel.op} with {tokens} tokens: none of {len(times)} configurations works here: {listed(refused)}",
-            expected="a kernel that runs, and agrees with the dense product",
+            expected="a kernel that runs and agrees with the dense matmul",
             fix='serve the model with served="dense", and report the versions of torch, triton and the driver',
         )
     return Tuned(
@@ -311,7 +312,11 @@ def _problem(
 def _dispatch(
     kernel: Kernel, copies: Sequence[SparseLinear], weight: Tensor, best: dict[int, float], effort: Effort
 ) -> Tuned:
-    """Record from how many tokens on the expanded matrix is faster."""
+    """Record the number of tokens from which expanding the matrix is faster.
+
+    Numbers are tried from high to low, and the first at which the kernel is not slower ends the search: the
+    cost of expanding does not fall with the number of tokens as the kernel's does, so it cannot win again below.
+    """
     scratch = torch.empty_like(weight)
     shape, limit = kernel.dispatch()
     seconds = dense = 0.0
@@ -333,7 +338,7 @@ def _has_configurations(device: torch.device) -> bool:
 
 
 def _rotated(layers: tuple[SparseLinear, ...], effort: Effort) -> list[SparseLinear]:
-    """Copies of the first layer, and with it of the fusion that it belongs to."""
+    """Copies of the first layer, including the fusion that it belongs to."""
     count = effort.copies(served_bytes(layers), layers[0].device)
     return [layers[0], *(deepcopy(layers[0]) for _ in range(count - 1))]
 

@@ -1,10 +1,10 @@
-"""EleutherAI's evaluation harness, lm-eval, on any checkpoint, and beside the dense model.
+"""EleutherAI's evaluation harness, lm-eval, on any checkpoint, optionally compared with its dense model.
 
 from llmprune.measuring.tasks import run_tasks
 
 run_tasks("out/packed", ["hellaswag", "arc_easy"], against="org/model")
 
-`python -m llmprune.measuring.tasks` is lm-eval's own command line with our model class in it, as `--model llmprune`.
+`python -m llmprune.measuring.tasks` is lm-eval's own command line with our model class, as `--model llmprune`.
 """
 
 from llmprune.measuring.tasks.errors import EvaluationError

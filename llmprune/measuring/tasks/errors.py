@@ -1,4 +1,4 @@
-"""What can go wrong in an evaluation by lm-eval, importable where lm-eval is not installed."""
+"""Errors of an evaluation by lm-eval, importable without lm-eval."""
 
 from llmprune.errors import LlmpruneError
 
@@ -20,6 +20,6 @@ def require_harness() -> None:
             raise
         raise EvaluationError(
             "lm-eval is not installed",
-            expected="EleutherAI's evaluation harness beside llmprune",
+            expected="EleutherAI's evaluation harness in the environment of llmprune",
             fix="pip install lm-eval, or llmprune with its extra eval",
         ) from error

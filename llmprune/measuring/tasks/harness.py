@@ -1,4 +1,4 @@
-"""Run lm-eval on a checkpoint, and on the dense model beside it."""
+"""Run lm-eval on a checkpoint and, for comparison, on its dense model."""
 
 import contextlib
 import gc
@@ -25,7 +25,7 @@ from llmprune.storage.hub import checkpoint_digest, resolve_model
 # Our own, from the folder eval/tasks: they need no network.
 OFFLINE_TASKS = ("llmprune_words", "llmprune_choice", "llmprune_continue")
 
-# What decides an answer beside config.json and the weights.
+# The files that affect an answer in addition to config.json and the weights.
 _ANSWERING = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
               "*.tiktoken", "generation_config.json")  # fmt: skip
 
@@ -38,21 +38,21 @@ def run_tasks(
     output: Path | None = None,
     watch: Watcher = ignore,
 ) -> EvaluationResult:
-    """Evaluate a checkpoint with lm-eval, and the dense model on the same questions.
+    """Run lm-eval on a checkpoint and, with `against`, on its dense model.
 
-    One model is in memory at a time.
+    Only one model is in memory at a time.
 
     Args:
         model: a hub id, a local checkpoint folder (packed, with layers of different sizes, or dense), or "testbed".
         tasks: names of tasks, groups or tags of lm-eval, with shell wildcards, or YAML files of tasks.
         against: the dense model to compare with.
-        settings: how; default: all documents, the checkpoint's dtype, the first GPU or the CPU.
-        output: JSON file for the comparison; lm-eval writes its own files to a folder of the same name beside it.
-        watch: told about each model.
+        settings: how lm-eval is run; default: all documents, the checkpoint's dtype, the first GPU or the CPU.
+        output: JSON file for the comparison; lm-eval writes its own files to a folder of the same name next to it.
+        watch: called for each model.
 
     Raises:
-        EvaluationError: lm-eval is not installed, a task is unknown, or its data cannot be had.
-        LlmpruneError: a model cannot be read, or there is no such device; or a score exceeds float64.
+        EvaluationError: lm-eval is not installed, a task is unknown, or its data is unavailable.
+        LlmpruneError: a model cannot be read, there is no such device, or a score exceeds float64.
 
     Example:
         >>> run_tasks("testbed", ["llmprune_choice"]).rows[0].metric  # doctest: +SKIP
@@ -63,7 +63,7 @@ def run_tasks(
 
     settings = settings or HarnessSettings()
     names = [str(name) for name in (model, against) if name is not None]
-    # Everything that can be wrong is found before the first weights are loaded.
+    # Everything that can be checked is checked before the first weights are loaded.
     folders = [resolve_model(name) for name in names]
     resolve_device(settings.device)
     with _kept_apart(settings.quiet):
@@ -85,7 +85,7 @@ def _result(names: list[str], settings: HarnessSettings, runs: list["_Run"]) -> 
     rows = compare_results(runs[0].results, dense.results if dense else None)
     files = tuple(run.file for run in runs if run.file)
     for run in runs:
-        del run.results["samples"]  # with their documents, the larger part by far
+        del run.results["samples"]  # with their documents, by far the largest part
     dense_results = dense.results if dense else None
     return EvaluationResult(
         names[0], names[1] if dense else None, rows, settings, runs[0].results, dense_results, files
@@ -93,7 +93,7 @@ def _result(names: list[str], settings: HarnessSettings, runs: list["_Run"]) -> 
 
 
 class _Run(NamedTuple):
-    """What lm-eval has returned for a model, samples included, and the file that it has written."""
+    """What lm-eval returned for a model, including samples, and the file that it wrote."""
 
     results: dict[str, Any]
     file: Path | None
@@ -125,7 +125,7 @@ def _run(name: str, source: Path, tasks: Any, settings: HarnessSettings, folder:
     except OverflowError as error:
         raise NumericsError(
             f"a score of {name} exceeds float64: {error}",
-            expected="a model that still says something",
+            expected="a score that float64 can represent; the model is too damaged for this task",
             fix="prune less",
         ) from error
     if results is None:
@@ -145,8 +145,8 @@ def _save(tracker: Any, results: dict[str, Any], folder: Path | None) -> Path | 
         return None
     kept = {key: value for key, value in results.items() if key != "samples"}
     tracker.save_results_aggregated(results=kept, samples=results["samples"])
-    results |= kept  # what the tracker has added
-    # lm-eval only logs what keeps it from writing.
+    results |= kept  # with what the tracker has added
+    # lm-eval only logs its errors of writing.
     file = folder / results["model_name_sanitized"] / f"results_{getattr(tracker, 'date_id', None)}.json"
     if not file.is_file():
         raise CheckpointError(
@@ -156,7 +156,7 @@ def _save(tracker: Any, results: dict[str, Any], folder: Path | None) -> Path | 
 
 
 def _answers(source: Path, settings: HarnessSettings) -> str | None:
-    """The path of lm-eval's cache; it knows questions only, so that each model needs a file of its own."""
+    """The path of lm-eval's cache; its keys are the questions alone, so each model needs its own file."""
     if settings.cache is None:
         return None
     digest = hashlib.sha256(checkpoint_digest(source).encode())
@@ -168,13 +168,13 @@ def _answers(source: Path, settings: HarnessSettings) -> str | None:
 
 @contextlib.contextmanager
 def _kept_apart(quiet: bool) -> Iterator[None]:
-    """Keep what lm-eval prints off stdout, and its bars off stderr if wanted; its warnings come through."""
+    """Keep lm-eval's output off stdout and, if `quiet`, its progress bars off stderr; warnings are still shown."""
     logger, handler = logging.getLogger("lm_eval"), logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.WARNING)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         if not any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents)):
-            # lm-eval asks git for the commit of the folder that it runs in, and git complains aloud.
+            # lm-eval asks git for the commit of the current folder, and git prints an error outside a repository.
             stack.enter_context(mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None, create=True))
         if quiet:
             logger.addHandler(handler)

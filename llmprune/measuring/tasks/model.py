@@ -1,6 +1,6 @@
 """The model class `llmprune` of lm-eval: its `hf`, with checkpoints loaded as `llmprune.serving.loader` loads them.
 
-lm-eval finds it by the entry point group `lm_eval.models`; versions that do not look there yet (0.4.13) need
+lm-eval finds it through the entry point group `lm_eval.models`; versions that do not look there (0.4.13) need
 `register`.
 """
 
@@ -21,12 +21,12 @@ from llmprune.storage.hub import resolve_model
 
 MODEL_NAME = "llmprune"
 
-# What `hf` does with a model that it loads itself, and a checkpoint of ours cannot take.
+# Options of `hf` for models that it loads itself, which do not apply to our checkpoints.
 _REFUSED = ("parallelize", "tp_plan", "peft", "delta", "autogptq", "gptqmodel", "gguf_file", "subfolder")
 
 
 class LlmpruneLM(HFLM):  # type: ignore[misc] # lm-eval is not typed
-    """A causal LM: packed, with layers of different sizes, or dense. Scores of dense ones are those of `hf`.
+    """A causal LM: packed, with layers of different sizes, or dense. Scores of dense ones equal those of `hf`.
 
     Args:
         pretrained: "testbed", a local folder, or a hub id.
@@ -36,7 +36,7 @@ class LlmpruneLM(HFLM):  # type: ignore[misc] # lm-eval is not typed
         **options: as for `hf`: dtype, batch_size, max_length, add_bos_token, ...
 
     Raises:
-        ModelError: there is no such model, or an option is for models that only `hf` loads.
+        ModelError: there is no such model, or an option is only for models that `hf` itself loads.
         CheckpointError: its files are incomplete, or quantised by another library.
         DeviceError: this machine has no such device.
     """
@@ -53,7 +53,7 @@ class LlmpruneLM(HFLM):  # type: ignore[misc] # lm-eval is not typed
             raise ModelError(
                 f"model_args {', '.join(refused)} with --model {MODEL_NAME}",
                 expected="one checkpoint on one device",
-                fix="leave them out, or evaluate a dense checkpoint with --model hf",
+                fix="remove them, or evaluate a dense checkpoint with --model hf",
             )
         self._served = served
         target = str(resolve_device(device))
@@ -61,20 +61,20 @@ class LlmpruneLM(HFLM):  # type: ignore[misc] # lm-eval is not typed
         super().__init__(str(folder), backend="causal", device=target, **options)
 
     def _create_model(self, pretrained: str, dtype: Any = "auto", **options: Any) -> None:
-        """Load the weights; called by `hf` when device and tokenizer are known."""
+        """Load the weights; called by `hf` once device and tokenizer are known."""
         unknown = sorted(set(options) - _KNOWN)
         if unknown:
             raise ModelError(
                 f"model_args {', '.join(unknown)} with --model {MODEL_NAME}",
-                expected="those of --model hf that do not go to from_pretrained, and served",
-                fix="check the spelling, or leave them out",
+                expected="options of --model hf that are not passed to from_pretrained, and served",
+                fix="check the spelling, or remove them",
             )
-        # Where `load` would choose a wider one, `hf` does not, and scores are to be the same.
+        # `load` may choose a wider dtype where `hf` does not; with the same dtype the scores are equal.
         dtype = read_config(Path(pretrained)).dtype or torch.float32 if dtype == "auto" else get_dtype(dtype)
         self._model = load(pretrained, device=str(self.device), dtype=dtype, served=self._served)
 
 
-# What `hf` always hands to `_create_model`; anything else was meant for `from_pretrained`.
+# What `hf` always passes to `_create_model`; anything else was meant for `from_pretrained`.
 _KNOWN = {
     "revision", "trust_remote_code", "parallelize", "tp_plan", "gpus", "max_memory_per_gpu", "max_cpu_memory",
     "offload_folder", "peft", "delta", "autogptq", "gptqmodel", "gguf_file", "quantization_config", "subfolder",
@@ -82,7 +82,7 @@ _KNOWN = {
 
 
 def register() -> None:
-    """Tell lm-eval about the class, where it has not found it by itself; a second call changes nothing."""
-    # Not by the decorator: lm-eval refuses to replace an entry point by what it loads.
+    """Register the class with lm-eval, unless it has found it itself; a second call changes nothing."""
+    # Not by the decorator: with it, lm-eval refuses to replace an entry point by the class that it loads.
     if MODEL_NAME not in model_registry:
         model_registry.register(MODEL_NAME, target=f"{__name__}:{LlmpruneLM.__name__}")

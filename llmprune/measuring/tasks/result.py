@@ -1,4 +1,4 @@
-"""How an evaluation is run, and what comes of it."""
+"""The settings of an evaluation, and its result."""
 
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -11,16 +11,16 @@ from llmprune.measuring.tasks.significance import STANDARD_ERRORS, ScoreRow
 
 @dataclass(frozen=True, slots=True)
 class HarnessSettings:
-    """How lm-eval is run; its own defaults for everything else.
+    """How lm-eval is run; everything else is left at its defaults.
 
     Attributes:
-        limit: documents of each task: a number of them, or a fraction below 1; None: all.
-        batch_size: requests in a forward, or "auto" for the most that fit.
-        num_fewshot: examples before a question; None: as the task says.
+        limit: documents per task: a number of them, or a fraction below 1; None: all.
+        batch_size: requests per forward pass, or "auto" for as many as fit.
+        num_fewshot: examples before a question; None: the task's default.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: of the weights: "auto" for the checkpoint's, "float32", "bfloat16" or "float16".
-        cache: folder in which answers are kept as they come, one file for each checkpoint, dtype and device; what is
-            there is not computed again, whatever the batch size.
+        cache: folder in which answers are stored as they are computed, in one file per checkpoint, dtype and device;
+            stored answers are not computed again, whatever the batch size.
         quiet: no progress on stderr.
     """
 
@@ -39,16 +39,16 @@ class HarnessSettings:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """A model's scores, beside the dense model's where there is one.
+    """A model's scores, compared with the dense model's if one was given.
 
     Attributes:
-        model: as it was named.
-        against: the dense model, as it was named; None without one.
-        rows: a score each.
-        settings: how it was run.
+        model: as given.
+        against: the dense model, as given; None without one.
+        rows: one per score.
+        settings: how lm-eval was run.
         results: what lm-eval returned, without samples, in its own schema.
-        dense_results: the same of the dense model.
-        files: where lm-eval has written both.
+        dense_results: the same for the dense model.
+        files: the files that lm-eval wrote for both.
     """
 
     model: str

@@ -1,14 +1,14 @@
-"""Two models' scores side by side, and whether a difference is larger than its error.
+"""Two models' scores side by side, and whether their difference is significant.
 
-Both models answer the same questions, so their errors are correlated, and the error of the difference is that of the
-paired samples: the jackknife over documents (Efron and Stein, 1981), which for a mean is the standard error of the
-mean of the differences, and for a word perplexity needs no assumption about its exponential. Where a score is no
-function of a ratio of sums over documents (F1, a group's mean), the two standard errors of lm-eval are combined as if
-they were independent, which overstates the error of models that mostly agree.
+Both models answer the same questions, so their errors are correlated, and the standard error of the difference is that
+of paired samples: the jackknife over documents (Efron and Stein, 1981), which for a mean is the standard error of the
+mean difference, and for a word perplexity needs no assumption about its exponential. If a score is not a function of a
+ratio of sums over documents (F1, a group's mean), the two standard errors of lm-eval are combined as if they were
+independent, which overstates the error for models that mostly agree.
 
-A difference counts as larger than its error if |delta| > 2 standard errors; with a handful of documents that says
-little. Of paired perplexities it is their logarithms that are held against it: the error of the difference itself is
-mostly that of the level, which both models share.
+A difference is significant if |delta| > 2 standard errors; with only a few documents that says little. For paired
+perplexities the test is on log-perplexity: the error of the difference itself is mostly that of the level, which both
+models share.
 """
 
 import math
@@ -20,14 +20,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# Standard errors that a difference has to exceed.
+# The number of standard errors that a significant difference exceeds.
 STANDARD_ERRORS = 2.0
 
 Results = Mapping[str, Any]
 Link = Callable[[Any], Any]
 
-# How lm-eval makes a score of r = sum(values) / sum(weights) over documents: a mean or lambada's perplexity, where all
-# weigh the same; word and byte perplexity, and bits a byte, where a document's value comes with its length.
+# How lm-eval turns r = sum(values) / sum(weights) over documents into a score: a mean or lambada's perplexity, with
+# equal weights; word and byte perplexity and bits per byte, where a document's weight is its length.
 _UNWEIGHTED: tuple[Link, ...] = (lambda r: r, lambda r: np.exp(-r))
 _WEIGHTED: tuple[Link, ...] = (lambda r: np.exp(-r), lambda r: -r / math.log(2))
 
@@ -39,18 +39,17 @@ class ScoreRow:
     Attributes:
         task: or group of tasks.
         metric: as lm-eval calls it.
-        filter: what lm-eval made of the answers first; "none" for nothing.
-        documents: scored.
-        higher_is_better: None where lm-eval does not say.
-        value: the model's score; None where it is not finite.
-        stderr: its standard error, by lm-eval; None where it has none.
-        dense_value: the other model's score; None without one.
+        filter: lm-eval's filter of the answers; "none" for no filter.
+        documents: number scored.
+        higher_is_better: None if lm-eval does not say.
+        value: the model's score; None if it is not finite.
+        stderr: its standard error, by lm-eval; None if there is none.
+        dense_value: the dense model's score; None without one.
         dense_stderr: its standard error.
         delta: value - dense_value.
-        delta_stderr: the standard error of delta; None where nothing is known about it.
-        test: where delta_stderr comes from: the same documents, or two errors as if independent.
-        significant: whether |delta| > 2 delta_stderr, of paired perplexities by their logarithms; None where it is not
-            known.
+        delta_stderr: the standard error of delta; None if unknown.
+        test: how delta_stderr was computed: from paired documents, or from two errors as if independent.
+        significant: whether |delta| > 2 delta_stderr (for paired perplexities: of log-perplexity); None if unknown.
     """
 
     task: str
@@ -69,7 +68,7 @@ class ScoreRow:
 
     @property
     def verdict(self) -> str:
-        """In a word: better, worse, within error, or empty where nothing can be said."""
+        """In a word: better, worse, differs, within error, or empty if unknown."""
         if self.significant is None or self.delta is None:
             return ""
         if not self.significant:
@@ -84,7 +83,7 @@ class ScoreRow:
 
 
 def compare_results(pruned: Results, dense: Results | None = None) -> tuple[ScoreRow, ...]:
-    """Put two results of lm-eval side by side, score by score.
+    """Compare two results of lm-eval, score by score.
 
     Args:
         pruned: as lm-eval returns them, with samples.
@@ -100,7 +99,7 @@ def compare_results(pruned: Results, dense: Results | None = None) -> tuple[Scor
 
 
 class PairedTest(NamedTuple):
-    """The standard error of a difference, and whether the difference is larger than it."""
+    """The standard error of a difference, and whether the difference is significant."""
 
     error: float
     significant: bool
@@ -111,7 +110,7 @@ def paired_test(scores: tuple[float, float], values: tuple[Sequence[Any], Sequen
 
     Args:
         scores: of both models.
-        values: of both, for each document in the same order: a number, or a log-likelihood with its length.
+        values: of both, one per document in the same order: a number, or a log-likelihood with its length.
 
     Returns:
         None if there are fewer than two documents, or no known function of their values gives both scores.
@@ -119,11 +118,11 @@ def paired_test(scores: tuple[float, float], values: tuple[Sequence[Any], Sequen
     sides = [_columns(side) for side in values]
     if len(values[0]) < 2 or not sides[0] or not sides[1]:
         return None
-    with np.errstate(all="ignore"):  # what divides by zero or overflows gives back no score, or no error
+    with np.errstate(all="ignore"):  # a division by zero or an overflow reproduces no score, or yields no finite error
         ratios = [x.sum() / w.sum() for x, w in (sides[0], sides[1])]
         without = [(x.sum() - x) / (w.sum() - w) for x, w in (sides[0], sides[1])]
         for link in _WEIGHTED if isinstance(values[0][0], tuple | list) else _UNWEIGHTED:
-            # The function is known by giving back what lm-eval has reported.
+            # The right function is the one that reproduces the scores that lm-eval has reported.
             if all(_is_close(link(ratio), score) for ratio, score in zip(ratios, scores, strict=True)):
                 error = _jackknife(link(without[0]) - link(without[1]))
                 larger = abs(ratios[0] - ratios[1]) > STANDARD_ERRORS * _jackknife(without[0] - without[1])
@@ -132,7 +131,7 @@ def paired_test(scores: tuple[float, float], values: tuple[Sequence[Any], Sequen
 
 
 def _jackknife(without: NDArray[np.float64]) -> float:
-    """The standard error of an estimate, from its values without each document in turn."""
+    """The standard error of an estimate, from its values with one document left out at a time."""
     return math.sqrt((len(without) - 1) * float(without.var()))
 
 
@@ -162,7 +161,7 @@ def _row(task: str, metric: str, filtered: str, pruned: Results, dense: Results 
 
 
 def _samples(results: Results, task: str, metric: str, filtered: str) -> dict[tuple[int, str], Any]:
-    """A value for each document; empty if some have none, and for groups."""
+    """The value of each document; empty if some have none, and for groups."""
     samples = [sample for sample in results.get("samples", {}).get(task, ()) if sample["filter"] == filtered]
     if not all(metric in sample for sample in samples):
         return {}
@@ -195,5 +194,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _finite(value: Any) -> float | None:
-    """lm-eval writes "N/A" where it has no error."""
+    """The value if it is a finite number; lm-eval writes "N/A" where it has no error."""
     return float(value) if _is_number(value) and math.isfinite(value) else None

@@ -1,10 +1,10 @@
-"""Layouts of one pruned matrix on disk: frozen values that pack a weight into tensors and unpack it bit for bit.
+"""On-disk layouts of one pruned matrix: frozen values that pack a weight into tensors and unpack it bit for bit.
 
 | layout | stores | fits |
 |---|---|---|
 | `nm` | N of every M weights and their indices | N:M |
-| `block` | the blocks that are not zero | blocks of 16, 32, 64 or 128 |
-| `bitmask` | the weights that are not zero and one bit for each weight | any zeros |
+| `block` | the non-zero blocks | blocks of 16, 32, 64 or 128 |
+| `bitmask` | the non-zero weights and one bit per weight | any zeros |
 | `dense` | everything | anything |
 """
 
@@ -34,16 +34,16 @@ LAYOUTS: dict[str, type[Layout]] = {
 
 
 def fit_layout(name: str, weight: Shaped[Tensor, "out in"], pattern: Pattern) -> Layout:
-    """Choose the numbers of a layout for a weight.
+    """Fit a layout's parameters to a weight.
 
     Args:
         name: a key of `LAYOUTS`.
         weight: [out, in]; only its shape and its zeros are read.
-        pattern: what was pruned; it names the groups or the blocks.
+        pattern: what the weight was pruned to; it gives the size of the groups or blocks.
 
     Raises:
         PatternError: there is no such layout, it does not store this pattern, or the pattern does not divide the
-            matrix. Whether the weight obeys an N:M pattern is found by `pack`.
+            matrix. Whether the weight obeys an N:M pattern is checked by `pack`.
 
     Example:
         >>> fit_layout("nm", torch.zeros(2, 8), NM(2, 4))
@@ -71,10 +71,10 @@ def layout_from_dict(row: Mapping[str, Any]) -> Layout:
     if set(row) != {"layout", *types}:
         raise FormatError(f"layout {name} with the fields {sorted(row)}", expected=f"layout, {', '.join(types)}")
     shape = row["shape"]
-    # Not isinstance: a bool is an int to it.
+    # Not isinstance, which accepts a bool as an int.
     sized = isinstance(shape, list | tuple) and [type(size) for size in shape] == [int, int] and min(shape) >= 0
     if not sized or any(type(row[key]) is not types[key] for key in types if key != "shape"):
-        raise FormatError(f"layout {dict(row)}", expected="whole numbers, and two that are not negative as the shape")
+        raise FormatError(f"layout {dict(row)}", expected="integers, and a shape of two that are not negative")
     try:
         return LAYOUTS[name](**{**{key: row[key] for key in types}, "shape": tuple(shape)})
     except PatternError as error:

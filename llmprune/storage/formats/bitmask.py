@@ -1,17 +1,17 @@
-"""`bitmask`: the weights that are not zero, and one bit for every weight that says whether it is stored.
+"""`bitmask`: the non-zero weights, and one bit per weight that says whether it is stored.
 
-Byte specification, for a weight [out, in] with `nonzeros` weights that are not zero.
+Byte specification, for a weight [out, in] with `nonzeros` non-zero weights.
 
     values   [nonzeros]                     the weights' dtype
     mask     uint8 [out, ceil(in / 8)]
 
-* Bit j % 8 (counted from the lowest) of mask[r, j // 8] is set where W[r, j] is stored. The bits behind the last column
-  are zero; each row starts a new byte.
+* Bit j % 8 (counted from the lowest) of mask[r, j // 8] is set if W[r, j] is stored. The bits after the last column are
+  zero; each row starts a new byte.
 * `values` holds the stored weights row by row, each row from left to right.
 * 0.0 and -0.0 are not stored; both are read as 0.0.
 
-Refused when read: another shape or dtype, another number of set bits than `nonzeros`, bits set behind the last column.
-A stored value may be zero.
+Refused when read: a wrong shape or dtype, a number of set bits other than `nonzeros`, bits set after the last column. A
+stored value may be zero.
 """
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
@@ -43,7 +43,7 @@ from llmprune.storage.formats.layout import (
 
 @dataclass(frozen=True, slots=True)
 class BitmaskLayout:
-    """Zeros lie anywhere.
+    """Zeros may be anywhere.
 
     Attributes:
         shape: (out, in) of the dense matrix.
@@ -89,10 +89,10 @@ class BitmaskLayout:
         for rows in slabs(*self.shape):
             stored = from_bytes(tensors["mask"][rows], self.shape[1])
             if stored is None:
-                raise corrupt(self, "'mask' has bits set behind the last column", "zeros there")
+                raise corrupt(self, "'mask' has bits set after the last column", "zeros there")
             count = int(stored.sum())
             if first + count > self.nonzeros:
-                break  # said below: there are more
+                break  # too many bits: refused below
             dense[rows].masked_scatter_(stored, values[first : first + count])
             first += count
         else:

@@ -1,22 +1,22 @@
-"""`block`: the square blocks that are not all zero, as torch's BSR tensors.
+"""`block`: the square blocks that are not all zero, in the form of torch's BSR tensors.
 
-Byte specification, for a weight [out, in], blocks of B x B (field `block`: 16, 32, 64 or 128; B divides both
-dimensions), and `blocks` of them stored.
+Byte specification, for a weight [out, in] with `blocks` stored blocks of B x B (field `block`: 16, 32, 64 or 128; B
+divides both dimensions).
 
     values   [blocks, B, B]           the weights' dtype
-    crow     int32 [out / B + 1]      stored blocks before each block row; the last entry is `blocks`
+    crow     int32 [out / B + 1]      number of stored blocks before each block row; the last entry is `blocks`
     col      int32 [blocks]           block column of each stored block, 0 to in / B - 1
 
 * Blocks are stored block row by block row, from left to right; each as B rows of B weights. A weight W[r, c] of a
-  stored block k, which lies in block row i (crow[i] <= k < crow[i + 1]), is values[k, r - i * B, c - col[k] * B].
+  stored block k in block row i (crow[i] <= k < crow[i + 1]) is values[k, r - i * B, c - col[k] * B].
 * -0.0 becomes 0.0.
-* `balanced` says that every block row stores the same number of blocks, blocks / (out / B). To get there, rows with
-  fewer are filled up with zero blocks at their lowest unused block columns; crow[i] is then i times that number.
-  A matrix is stored so when that adds at most 2 % to the blocks.
+* `balanced` says that every block row stores the same number of blocks, blocks / (out / B). Rows with fewer blocks are
+  padded with zero blocks at their lowest unused block columns; crow[i] is then i times that number. A matrix is stored
+  this way if it adds at most 2 % to the number of blocks.
 
-Refused when read: another shape or dtype, crow that does not start at 0, descends, does not end at `blocks` or is
-uneven in a balanced matrix, a column out of range, columns of a block row that do not ascend (so none occurs twice).
-Zero blocks may be stored, and the sign of a zero is read as it is.
+Refused when read: a wrong shape or dtype; crow that does not start at 0, descends, does not end at `blocks` or is
+uneven in a balanced matrix; a column out of range; columns of a block row that are not strictly ascending. Zero blocks
+may be stored, and the sign of a zero is preserved.
 """
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
@@ -96,7 +96,7 @@ class BlockLayout:
 
     @property
     def per_row(self) -> int | None:
-        """Blocks stored of every block row; None where they differ."""
+        """Blocks stored in each block row; None if the rows differ."""
         return self.blocks // max(1, self.grid[0]) if self.balanced else None
 
     def tensors(self) -> dict[str, Spec]:
@@ -111,10 +111,10 @@ class BlockLayout:
         stored = self._occupied(bits)
         if self.per_row is not None:
             if bool((stored.sum(1) > self.per_row).any()):
-                raise disobedient(self, "too many blocks in a block row", f"at most {self.per_row} that are not zero")
+                raise disobedient(self, "too many blocks in a block row", f"at most {self.per_row} non-zero blocks")
             stored = padded(stored, self.per_row)
         if int(stored.sum()) != self.blocks:
-            raise disobedient(self, f"{int(stored.sum())} blocks that are not zero", f"{self.blocks}")
+            raise disobedient(self, f"{int(stored.sum())} non-zero blocks", f"{self.blocks}")
         crow = torch.zeros(self.grid[0] + 1, dtype=torch.int32, device=bits.device)
         crow[1:] = stored.sum(1).cumsum(0)
         row, col = stored.nonzero(as_tuple=True)
@@ -149,16 +149,17 @@ class BlockLayout:
     def _places(
         self, crow: Int64[Tensor, " ends"], col: Int64[Tensor, " blocks"]
     ) -> tuple[Int64[Tensor, " blocks"], Int64[Tensor, " blocks"]]:
-        """Block row and block column of each stored block, once they are known to be right."""
+        """Block row and block column of each stored block, after checking that they are valid."""
         rows, columns = self.grid
         counts = crow.diff()
         if int(crow[0]) != 0 or int(crow[-1]) != self.blocks or bool((counts < 0).any()):
-            raise corrupt(self, "'crow' is no running count of blocks", f"ascending from 0 to {self.blocks}")
+            raise corrupt(self, "'crow' is not a running count of blocks", f"ascending from 0 to {self.blocks}")
         if self.per_row is not None and bool((counts != self.per_row).any()):
-            raise corrupt(self, "'crow' gives block rows of unequal length", f"{self.per_row} blocks in each")
+            raise corrupt(self, "'crow' has block rows of unequal length", f"{self.per_row} blocks in each")
         if bool(((col < 0) | (col >= columns)).any()):
             raise corrupt(self, "'col' has a block column out of range", f"0 to {columns - 1}")
         row = torch.arange(rows, device=crow.device).repeat_interleave(counts)
+        # One comparison checks every row: the flat position ascends by itself from one block row to the next.
         if bool(((row * columns + col).diff() <= 0).any()):
             raise corrupt(self, "'col' does not ascend in a block row", "each block column once, in ascending order")
         return row, col

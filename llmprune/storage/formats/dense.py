@@ -1,12 +1,12 @@
-"""`dense`: the weight as it is, zeros and all.
+"""`dense`: the weight unchanged, including its zeros.
 
 Byte specification, for a weight [out, in].
 
     weight   [out, in]   the weights' dtype
 
-The tensor is the weight itself, under its usual name: nothing is changed, the sign of a zero included.
+The tensor is the weight itself, under its usual name: nothing is changed, not even the sign of a zero.
 
-Refused when read: another shape or a dtype that is not floating.
+Refused when read: a wrong shape, or a dtype that is not floating-point.
 """
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.

@@ -1,10 +1,10 @@
-"""What every layout of one pruned matrix on disk offers, and the bit handling that they share.
+"""The interface of all on-disk layouts of one pruned matrix, and the bit handling that they share.
 
-A layout describes a matrix W [out, in], a torch `Linear` weight, so fully that its packed tensors can be allocated
+A layout describes a matrix W [out, in], a torch `Linear` weight, so completely that its packed tensors can be allocated
 from config.json alone. Each tensor is stored as `<module>.<suffix>` in place of `<module>.weight`; elements are
-little-endian as in any safetensors file. Weights move as integers of their size, so that every bit of a NaN survives;
-only -0.0 changes, to +0.0. Packing and unpacking run on the tensors' device; beside input and output they need a few
-dozen bytes for each of four million weights, and the blocks that are stored once more.
+little-endian as in any safetensors file. Weights are moved as integers of their size, so that every bit of a NaN
+survives; only -0.0 changes, to +0.0. Packing and unpacking run on the tensors' device; in addition to input and output
+they need a few dozen bytes for each of four million weights, and a second copy of the stored blocks.
 """
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
@@ -23,7 +23,8 @@ from llmprune.patterns import Pattern
 # The integers that a weight's bits are read as, by its size in bytes; their highest value is all bits but the sign.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Those whose only zeros are all zero bits, and all but the sign. (The sign alone is NaN in torch's fnuz types.)
+# Dtypes in which a weight is zero exactly if all its bits but the sign are. (In torch's fnuz types the sign bit alone
+# is NaN.)
 _WEIGHTS = (
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2,
 )  # fmt: skip
@@ -33,11 +34,11 @@ _SLAB = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One packed tensor without its values.
+    """Shape and dtype of one packed tensor.
 
     Attributes:
         shape: its dimensions.
-        dtype: its element type; None for that of the weights, which the checkpoint decides.
+        dtype: its element type; None for that of the weights, which the checkpoint determines.
     """
 
     shape: tuple[int, ...]
@@ -60,7 +61,7 @@ class Layout(Protocol):
 
         Args:
             weight: only its shape and its zeros are read.
-            pattern: what was pruned; it names the groups or the blocks.
+            pattern: what the weight was pruned to; it gives the size of the groups or blocks.
 
         Raises:
             PatternError: the layout does not store this pattern, or the pattern does not divide the matrix.
@@ -74,14 +75,14 @@ class Layout(Protocol):
 
         Raises:
             PatternError: it has non-zeros that the layout has no room for.
-            FormatError: it has another shape, or is not floating.
+            FormatError: it has the wrong shape, or is not floating-point.
         """
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Shaped[Tensor, "out in"]:
         """The dense weight [out, in]; the inverse of `pack`.
 
         Raises:
-            FormatError: the tensors do not hold what the layout says.
+            FormatError: the tensors do not match the layout.
         """
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def weight_bits(layout: Layout, weight: Shaped[Tensor, "out in"]) -> Integer[Ten
     """Read a weight's bits as integers of its size; contiguous.
 
     Raises:
-        FormatError: it has another shape than the layout, or is not floating.
+        FormatError: its shape differs from the layout's, or it is not floating-point.
     """
     if tuple(weight.shape) != layout.shape:
         raise FormatError(
@@ -125,7 +126,7 @@ def packed_bits(layout: Layout, tensors: Mapping[str, Tensor]) -> tuple[Integer[
         The values' bits as integers of their size, contiguous, and the dtype of the weights.
 
     Raises:
-        FormatError: a tensor is missing, too many, or not what the layout says.
+        FormatError: a tensor is missing or unexpected, or does not match the layout.
     """
     specs = layout.tensors()
     if set(tensors) != set(specs):
@@ -152,12 +153,12 @@ def corrupt(layout: Layout, what: str, expected: str) -> FormatError:
 
 
 def disobedient(layout: Layout, what: str, expected: str) -> PatternError:
-    """The error for a weight that a layout has no room for."""
+    """The error for a weight that does not fit its layout."""
     rows, columns = layout.shape
     return PatternError(
         f"a weight of {rows} x {columns} (out x in) in the layout {layout.name}: {what}",
         expected=expected,
-        fix="prune it with that pattern, or store it as bitmask or dense",
+        fix="prune it to that pattern, or store it as bitmask or dense",
     )
 
 
@@ -172,24 +173,24 @@ def nonzero(bits: Integer[Tensor, "..."]) -> Bool[Tensor, "..."]:
 
 
 def clear_negative_zeros(bits: Integer[Tensor, "..."]) -> Integer[Tensor, "..."]:
-    """Replace -0.0 by 0.0 in place; returns the tensor."""
+    """Replace -0.0 with 0.0 in place; returns the tensor."""
     return bits.masked_fill_(~nonzero(bits), 0)
 
 
 def padded(mask: Bool[Tensor, "... n"], count: int) -> Bool[Tensor, "... n"]:
-    """Add to every group the lowest unused positions, up to `count`; no group may have more than that."""
+    """Pad every group of a mask to `count` positions with its lowest unused ones; no group may have more."""
     missing = count - mask.sum(-1, keepdim=True, dtype=torch.int32)
     return mask | ((~mask).cumsum(-1, dtype=torch.int32) <= missing)
 
 
 def slabs(rows: int, columns: int) -> Iterator[slice]:
-    """Cut rows into pieces of about four million elements, which bound the temporary memory."""
+    """Cut rows into slabs of about four million elements, which bounds the temporary memory."""
     step = max(1, _SLAB // max(1, columns))
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
 def to_bytes(bits: Bool[Tensor, "rows n"]) -> UInt8[Tensor, "rows bytes"]:
-    """Pack each row's bits, element j into bit j % 8 of byte j // 8; the bits behind the last are zero."""
+    """Pack each row's bits, element j into bit j % 8 of byte j // 8; the bits after the last are zero."""
     rows, length = bits.shape
     bytes_ = torch.zeros(rows, -(-length // 8), dtype=torch.uint8, device=bits.device)
     for place in range(min(8, length)):
@@ -199,7 +200,7 @@ def to_bytes(bits: Bool[Tensor, "rows n"]) -> UInt8[Tensor, "rows bytes"]:
 
 
 def from_bytes(bytes_: UInt8[Tensor, "rows bytes"], length: int) -> Bool[Tensor, "rows n"] | None:
-    """The first `length` bits of each row, the inverse of `to_bytes`; None if a bit behind them is set."""
+    """The first `length` bits of each row, the inverse of `to_bytes`; None if a bit after them is set."""
     places = torch.arange(8, dtype=torch.uint8, device=bytes_.device)
     bits = ((bytes_.unsqueeze(-1) >> places) & 1).bool().view(bytes_.shape[0], 8 * bytes_.shape[1])
     return None if bool(bits[:, length:].any()) else bits[:, :length]

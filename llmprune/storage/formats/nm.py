@@ -1,22 +1,22 @@
-"""`nm`: of every M consecutive weights of a row, N are stored.
+"""`nm`: N of every M consecutive weights of a row are stored.
 
 Byte specification, for a weight [out, in] and N:M (fields `keep` and `of`); M divides `in`, and M <= 256.
 
     values   [out, in * N / M]                    the weights' dtype
-    meta     uint8 [out, ceil(in * N / M * b / 8)]    b = max(1, ceil(log2 M)) bits for each stored weight
+    meta     uint8 [out, ceil(in * N / M * b / 8)]    b = max(1, ceil(log2 M)) bits per stored weight
 
 * `values` holds each row's stored weights from left to right.
-* `meta` holds for each of them its index inside its group, 0 to M - 1, as an unsigned number of b bits. The numbers of
-  a row follow one another without gaps: number j takes bits j * b to j * b + b - 1, lowest bit first, and bit k of the
-  row is bit k % 8 (counted from the lowest) of its byte k // 8. The bits behind the last number are zero; each row
-  starts a new byte.
-* Inside a group the indices ascend, so none occurs twice. A group with fewer than N non-zeros is filled up with zeros
-  at its lowest unused indices. -0.0 becomes 0.0.
-* 2:4 takes two bits a weight, four in a byte: (i0 | i1 << 2) of a group in the low half, that of the next in the high
-  half: 9/16 of the dense bytes in 16-bit dtypes.
+* `meta` holds the index of each stored weight within its group, 0 to M - 1, as an unsigned number of b bits. The
+  numbers of a row follow one another without gaps: number j takes bits j * b to j * b + b - 1, lowest bit first, and
+  bit k of the row is bit k % 8 (counted from the lowest) of its byte k // 8. The bits after the last number are zero;
+  each row starts a new byte.
+* Within a group the indices are strictly ascending. A group with fewer than N non-zeros is padded with zeros at its
+  lowest unused indices. -0.0 becomes 0.0.
+* 2:4 takes two bits per weight, four indices per byte: (i0 | i1 << 2) of one group in the low half, that of the next
+  group in the high half. That is 9/16 of the dense bytes in 16-bit dtypes.
 
-Refused when read: another shape or dtype, an index that is M or more, indices that do not ascend, bits set behind the
-last number. Zeros may be stored at any index, and their sign is read as it is.
+Refused when read: a wrong shape or dtype, an index of M or more, indices that do not ascend, bits set after the last
+number. Zeros may be stored at any index, and their sign is preserved.
 """
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
@@ -55,7 +55,7 @@ class NMLayout:
 
     Attributes:
         shape: (out, in) of the dense matrix; `of` divides `in`.
-        keep: weights stored of each group, 0 to `of`.
+        keep: number of weights stored per group, 0 to `of`.
         of: length of a group, 1 to 256.
     """
 
@@ -80,12 +80,12 @@ class NMLayout:
 
     @property
     def index_bits(self) -> int:
-        """Bits that an index inside a group takes."""
+        """Bits per index within a group."""
         return max(1, (self.of - 1).bit_length())
 
     @property
     def row_values(self) -> int:
-        """Weights stored of each row."""
+        """Number of weights stored per row."""
         return self.shape[1] // self.of * self.keep
 
     def tensors(self) -> dict[str, Spec]:
@@ -126,7 +126,7 @@ class NMLayout:
             row, group = divmod(int(crowded.nonzero()[0]), self.shape[1] // self.of)
             where = f"row {first + row}, columns from {group * self.of}"
             raise disobedient(self, f"too many non-zeros in {where}", f"at most {self.keep} of every {self.of}")
-        # Now every group has as many, so that the places are a rectangle.
+        # Padded to the same count, the positions of all groups form a rectangle.
         indices = padded(mask, self.keep).nonzero()[:, 1].view(len(groups), self.keep)
         values = clear_negative_zeros(groups.gather(1, indices))
         places = torch.arange(self.index_bits, dtype=torch.uint8, device=bits.device)
@@ -136,7 +136,7 @@ class NMLayout:
     def _indices(self, meta: UInt8[Tensor, "rows bytes"]) -> Int64[Tensor, "groups keep"]:
         bits = from_bytes(meta, self.row_values * self.index_bits)
         if bits is None:
-            raise corrupt(self, "'meta' has bits set behind the last index", "zeros there")
+            raise corrupt(self, "'meta' has bits set after the last index", "zeros there")
         indices = torch.zeros(bits.shape[0], self.row_values, dtype=torch.uint8, device=meta.device)
         for place in range(self.index_bits):
             indices |= bits[:, place :: self.index_bits].to(torch.uint8) << place

@@ -41,7 +41,7 @@ def test_an_unknown_task(llama: Path) -> None:
     result = run("eval", llama, "--tasks", "llmprune_word", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["error"]["kind"] == "EvaluationError"
-    assert "near: llmprune_words" in result.stderr
+    assert "similar: llmprune_words" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_mistakes_are_found_before_any_weights(
     llama: Path, tasks: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llmprune.measuring.tasks.model.load", fail_to_load)
-    with pytest.raises(EvaluationError, match=r"no task 'llmprune_choise'; near: llmprune_choice"):
+    with pytest.raises(EvaluationError, match=r"no task 'llmprune_choise'; similar: llmprune_choice"):
         run_tasks(llama, ["llmprune_choise"])
     with pytest.raises(ModelError, match="no folder"):
         run_tasks(llama, tasks, tmp_path / "missing")

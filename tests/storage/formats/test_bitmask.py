@@ -74,7 +74,7 @@ def test_a_flipped_bit_of_the_mask_is_refused(row: int) -> None:
 def test_bits_behind_the_last_column_are_refused(bit: int) -> None:
     layout, _, packed = example()
     packed["mask"][2, 1] |= 1 << bit
-    with pytest.raises(FormatError, match="behind the last column"):
+    with pytest.raises(FormatError, match="after the last column"):
         layout.unpack(packed)
 
 

@@ -126,7 +126,7 @@ def test_every_size_of_blocks(size: int) -> None:
 def test_a_weight_with_other_blocks_is_refused() -> None:
     weight = weight_of([[1, 0, 1], [1, 1, 0]])
     for count in (3, 5):
-        with pytest.raises(PatternError, match="4 blocks") as caught:
+        with pytest.raises(PatternError, match="4 non-zero blocks") as caught:
             BlockLayout((32, 48), 16, count, balanced=False).pack(weight)
         assert caught.value.expected == str(count)
     with pytest.raises(PatternError, match="too many blocks in a block row"):
@@ -136,11 +136,11 @@ def test_a_weight_with_other_blocks_is_refused() -> None:
 @pytest.mark.parametrize(
     ("tensor", "value", "message"),
     [
-        ("crow", [1, 2, 3, 5], "'crow' is no running count"),
-        ("crow", [0, 3, 2, 5], "'crow' is no running count"),
-        ("crow", [0, -1, 3, 5], "'crow' is no running count"),
-        ("crow", [0, 2, 3, 4], "'crow' is no running count"),
-        ("crow", [0, 2, 6, 5], "'crow' is no running count"),
+        ("crow", [1, 2, 3, 5], "'crow' is not a running count"),
+        ("crow", [0, 3, 2, 5], "'crow' is not a running count"),
+        ("crow", [0, -1, 3, 5], "'crow' is not a running count"),
+        ("crow", [0, 2, 3, 4], "'crow' is not a running count"),
+        ("crow", [0, 2, 6, 5], "'crow' is not a running count"),
         ("col", [0, 2, 1, 0, 3], "out of range"),
         ("col", [0, 2, 1, -1, 2], "out of range"),
         ("col", [0, 2, 1, 2, 0], "does not ascend"),

@@ -143,7 +143,7 @@ def test_indices_may_descend_from_one_group_to_the_next() -> None:
 def test_bits_behind_the_last_index_are_refused(bit: int) -> None:
     fitted, packed = example(1, 8)
     packed["meta"][0, 0] |= 1 << bit
-    with pytest.raises(FormatError, match="behind the last index"):
+    with pytest.raises(FormatError, match="after the last index"):
         fitted.unpack(packed)
 
 
