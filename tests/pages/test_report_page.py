@@ -41,7 +41,8 @@ def test_a_run_is_summed_up(tmp_path: Path) -> None:
     for said in (
         "model, pruned", "sparsegpt 0.5 · half of it", "perplexity 25.00 dense 20.00", "KL divergence 0.1250",
         "top-1 agreement 81.2%", "ECE (expected calibration error) 0.0125 dense 0.0125",
-        "sparsity 50.0% in 21 matrices", "relative output error 0.02", "time 10.0 s", "8,160 tokens of self-generated text, in sequences of 256",
+        "sparsity 50.0% in 21 matrices", "relative output error 0.02", "time 10.0 s",
+        "8,160 tokens of self-generated text, in sequences of 256",
         "d" * 64, "damping: 0.01",
     ):  # fmt: skip
         assert said in page.text
