@@ -1,13 +1,13 @@
-"""What every bundled recipe gives on the bundled model.
+"""The results of every bundled recipe on the bundled model.
 
     OMP_NUM_THREADS=1 python -m llmprune.eval.bench.recipes --json eval/bench/results/recipes-testbed-cpu.json --write
 
-Protocol: the recipe as it is, but with samples of 256 tokens, which the bundled model can hold; the dense model writes
-them, with one seed for the statistics and another one for the perplexities. Seconds are those of the processor, all
-threads together, while the layers are pruned: reading, forwards, statistics, solving and writing, not the text and the
-perplexities. Other programs on the machine add up to half to them; what a run costs without is in eval/bench/prune.py.
+Protocol: the recipe as it is, but with sequences of 256 tokens, as many as the bundled model has positions for. The text
+is self-generated, with different seeds for the statistics and the perplexities. CPU time is summed over all threads while
+the layers are pruned: reading, forward passes, statistics, solving and writing, but not text and perplexities. Other
+programs on the machine increase it by up to a half; eval/bench/prune.py measures it without them.
 
---write puts the figures into the recipes, as the comment lines that begin with "# Testbed:" and "# Made by".
+--write puts the figures into the recipes, as the comment lines that start with "# Testbed:" and "# Made by".
 """
 
 import argparse
@@ -27,16 +27,17 @@ from llmprune.progress import Progress
 from llmprune.pruning.pipeline import prune
 from llmprune.recipe.recipe import bundled_recipes
 from llmprune.storage.files import write_json
+from llmprune.units import format_change
 
 PROTOCOL = ("calibration.length=256", "evaluation.length=256")
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 class ProcessorTime:
-    """Watches a run, and adds up the processor's time while layers are pruned.
+    """Watches a run, and sums up the CPU time while layers are pruned.
 
     Attributes:
-        seconds: so far, of all threads.
+        seconds: CPU time so far, of all threads.
     """
 
     def __init__(self) -> None:
@@ -52,7 +53,7 @@ class ProcessorTime:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Run one recipe; what the model cannot carry is said in place of the figures."""
+    """Run one recipe; if it does not apply to the model, the result is the reason."""
     clock = ProcessorTime()
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -80,25 +81,25 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def comment(row: dict[str, Any]) -> str:
-    """The lines of a recipe that say what it gave.
+    """The comment lines of a recipe with its results.
 
     Args:
         row: what `measure` returned.
     """
     made = f"# Made by python -m llmprune.eval.bench.recipes, which states the protocol, on {row['device']}."
     if "refused" in row:
-        return f"# Testbed: cannot carry it ({row['refused']}).\n{made}"
+        return f"# Testbed: not applicable ({row['refused']}).\n{made}"
     left = [f"{row['parameters']:.1%} of the parameters"] if "parameters" in row else []
-    left += [f"{row['sparsity']:.1%} zeros"] if row["sparsity"] else []
+    left += [f"{row['sparsity']:.1%} sparsity"] if row["sparsity"] else []
     return (
-        f"# Testbed: perplexity {row['dense_perplexity']:.2f} dense, {row['perplexity']:.2f} pruned; KL divergence "
-        f"{row['kl_divergence']:.4f}; {', '.join(left)}; {row['processor_seconds']:.1f} processor seconds."
+        f"# Testbed: perplexity {format_change(row['dense_perplexity'], row['perplexity'])}; KL divergence "
+        f"{row['kl_divergence']:.4f} nats/token; {', '.join(left)}; {row['processor_seconds']:.1f} s of CPU time."
         f"\n{made}"
     )
 
 
 def write_comment(name: str, row: dict[str, Any]) -> None:
-    """Put a recipe's figures into its file: in place of the old ones, or below the other comments at its top."""
+    """Write a recipe's figures into its file, replacing old ones, or else below the other comments at its top."""
     file = RECIPES / f"{name}.yaml"
     text = re.sub(r"^# (Testbed:|Made by) .*\n", "", file.read_text("utf-8"), flags=re.MULTILINE)
     head = re.match(r"(description:.*\n)?(#.*\n)*", text)
@@ -107,8 +108,8 @@ def write_comment(name: str, row: dict[str, Any]) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The figures, one recipe a row."""
-    shown = Table("recipe", "dense", "pruned", "KL", "same token", "zeros", "parameters", "error", "seconds")
+    """The figures, one recipe per row."""
+    shown = Table("recipe", "dense", "pruned", "KL", "top-1", "sparsity", "parameters", "error", "CPU s")
     for row in rows:
         if "refused" in row:
             shown.add_row(row["recipe"], row["refused"])
@@ -125,7 +126,7 @@ def main() -> None:
     """Run the recipes, print the table, write the JSON and the comments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=[name for name, _ in bundled_recipes()])
-    parser.add_argument("--json", type=Path, help="where to write the figures; those of other recipes stay")
+    parser.add_argument("--json", type=Path, help="result file; figures of other recipes in it are kept")
     parser.add_argument("--write", action="store_true", help="also write them into the recipes")
     args = parser.parse_args()
     known = json.loads(args.json.read_text("utf-8")) if args.json and args.json.exists() else []

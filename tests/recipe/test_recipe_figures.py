@@ -81,5 +81,5 @@ def test_the_clock_runs_while_layers_are_pruned(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_refusal_is_said() -> None:
     row = {"recipe": "x", "refused": "pattern 3:7 on a matrix of 256 x 256", "device": "an abacus"}
-    assert recipes.comment(row).startswith("# Testbed: cannot carry it (pattern 3:7 on a matrix of 256 x 256).")
+    assert recipes.comment(row).startswith("# Testbed: not applicable (pattern 3:7 on a matrix of 256 x 256).")
     assert recipes.table([row]).row_count == 1
