@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python -m llmprune.eval.bench.recipes --json eval/bench/results/recipes-testbed-cpu.json --write
 
-Protocol: the recipe as it is, but with sequences of 256 tokens, as many as the bundled model has positions for. The text
-is self-generated, with different seeds for the statistics and the perplexities. CPU time is summed over all threads while
-the layers are pruned: reading, forward passes, statistics, solving and writing, but not text and perplexities. Other
-programs on the machine increase it by up to a half; eval/bench/prune.py measures it without them.
+Protocol: the recipe as it is, but with sequences of 256 tokens, since the bundled model has fewer positions than the
+default length. The text is self-generated, with different seeds for the statistics and the perplexities. CPU time is
+summed over all threads while the layers are pruned: reading, forward passes, statistics, solving and writing, but not
+text and perplexities. Other programs on the machine increase it by up to a half; eval/bench/prune.py measures it
+without them.
 
 --write puts the figures into the recipes, as the comment lines that start with "# Testbed:" and "# Made by".
 """
