@@ -1,11 +1,11 @@
-"""Fill the generated parts of the documentation in: what mkdocs calls for every page.
+"""Fill in the generated parts of the documentation; mkdocs calls this for every page.
 
-A page asks for a part by a comment on a line of its own, with words that the part understands:
+A page requests a part with a comment on a line of its own, followed by the part's arguments:
 
     <!-- generated: fields llmprune.storage.report.MatrixRow -->
 
-So tables of keys, options and figures are read from the code, the recipes and the result files, and cannot grow old. A
-part that does not exist, or finds nothing, stops the build.
+Tables of keys, options and figures therefore come from the code, the recipes and the result files, and cannot become
+outdated. A part that does not exist, or finds nothing, stops the build.
 """
 
 import re
@@ -21,7 +21,7 @@ _MARK = re.compile(r"^<!-- generated: (\S+)((?: \S+)*) -->$", re.MULTILINE)
 
 
 def expand(markdown: str) -> str:
-    """Replace every mark by the part that it asks for.
+    """Replace every mark with the part that it requests.
 
     Raises:
         KeyError: there is no such part.

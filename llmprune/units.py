@@ -1,4 +1,4 @@
-"""Sizes and durations in words."""
+"""Sizes, durations and other figures in words."""
 
 import math
 from collections.abc import Sequence
@@ -18,6 +18,12 @@ def spans(numbers: Sequence[int]) -> str:
 def format_seconds(value: float) -> str:
     """Seconds to about three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def format_change(dense: float, pruned: float) -> str:
+    """A perplexity before and after: "47.84 -> 92.39 (x1.93)", without a factor where one of them is not finite."""
+    factor = f" (x{pruned / dense:.2f})" if math.isfinite(dense) and math.isfinite(pruned) else ""
+    return f"{dense:,.2f} -> {pruned:,.2f}{factor}"
 
 
 def format_size(nbytes: float) -> str:

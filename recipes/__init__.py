@@ -1,1 +1,1 @@
-"""Bundled recipes: one YAML file for each run that somebody may want to repeat."""
+"""Bundled recipes: one YAML file each."""

@@ -127,7 +127,7 @@ def test_the_navigation_has_every_page() -> None:
         ("## All keys", set(Recipe.model_fields)),
         ("## Rules", set(Rule.model_fields)),
         ("## Calibration and evaluation", {field.name for field in fields(TextSpec)}),
-        ("## Experts of a mixture", set(Experts.model_fields)),
+        ("## Experts of MoE models", set(Experts.model_fields)),
         *((f"### `structures.{name}`", set(model.model_fields)) for name, model in SECTIONS.items()),
     ],
 )
@@ -143,7 +143,7 @@ def test_every_section_of_structures_is_documented(texts: dict[str, str]) -> Non
 def test_the_defaults_are_those_of_the_code(texts: dict[str, str]) -> None:
     keys = section(texts["recipes.md"], "## All keys")
     assert f"| `batch_size` | whole number, ≥ 1 | `{Recipe.model_fields['batch_size'].default}` |" in keys
-    assert "| `activation_budget` | bytes, also as text: `4GiB` | `4.0GiB` |" in keys
+    assert "| `activation_budget` | bytes, or text such as `4GiB` | `4.0GiB` |" in keys
     assert load_recipe({"pattern": 0.5, "method": "wanda", "activation_budget": "4.0GiB"}).activation_budget == 4 << 30
     text = section(texts["recipes.md"], "## Calibration and evaluation")
     assert "| `samples` | whole number | `128` | `32` |" in text
@@ -190,7 +190,7 @@ def test_figures_are_those_of_the_result_files(hook: ModuleType, tmp_path: Path,
 
 
 def test_what_is_said_of_gpus_is_true(texts: dict[str, str]) -> None:
-    """When a GPU has been measured, these pages have to say so."""
+    """Once a GPU has been measured, these pages have to say so."""
     measured = [path.name for path in (ROOT / "eval" / "bench" / "results").glob("*.json") if "gpu" in path.name]
     denied = [name for name in PAGES if "GPU kernels has run on a GPU yet" in texts[name]]
     assert bool(measured) != bool(denied), (measured, denied)

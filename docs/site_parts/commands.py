@@ -1,4 +1,4 @@
-"""Parts about the command line, from the help that the commands give themselves."""
+"""Parts about the command line, generated from the commands' own help."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from site_parts.markdown import code, literal, table
 
 
 def commands() -> dict[str, Any]:
-    """Every command by its name, in the order of `llmprune --help`."""
+    """Every command by name, in the order of `llmprune --help`."""
     group: Any = typer.main.get_command(app)
     return dict(group.commands)
 
 
 def command_table() -> str:
-    """One line for each command."""
+    """One line per command."""
     rows = ((f"[`llmprune {name}`](#{_anchor(name)})", _help(command)[0]) for name, command in commands().items())
     return table(("command", "what it does"), rows)
 
@@ -26,7 +26,7 @@ def command_reference() -> str:
 
 
 def exit_codes() -> str:
-    """What the exit code of every command says."""
+    """The meaning of the exit codes, which all commands share."""
     from llmprune.cli.options import EXIT_CODES
 
     return EXIT_CODES.removeprefix("Exit codes: ")
@@ -47,12 +47,12 @@ def _command(name: str, command: Any) -> str:
 
 
 def _help(command: Any) -> list[str]:
-    """The paragraphs of a command's help."""
+    """The paragraphs of a command's help text."""
     return [" ".join(paragraph.split()) for paragraph in command.help.split("\n\n")]
 
 
 def _examples(command: Any) -> list[str]:
-    """The commands that the end of the help shows."""
+    """The example commands at the end of the help."""
     lines = [line.strip() for line in (command.epilog or "").splitlines()]
     return [line for line in lines if line and not line.startswith(("Example", "Exit codes"))]
 

@@ -1,4 +1,4 @@
-"""Parts that are docstrings: of a module, of the fields of a class, of the entries of a table."""
+"""Parts made of docstrings: of a module, of the fields of a class, of the entries of a table."""
 
 import ast
 import inspect
@@ -11,12 +11,12 @@ from typing import Any
 
 from site_parts.markdown import literal, table
 
-# The heads of sections in a docstring of Google's style.
+# Section headings in Google-style docstrings.
 _HEADS = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example):$")
 
 
 def find(dotted: str) -> Any:
-    """What a dotted name of something in a module stands for."""
+    """The object that a dotted name refers to."""
     owner, _, name = dotted.rpartition(".")
     return getattr(import_module(owner), name)
 
@@ -27,7 +27,7 @@ def summary(thing: object) -> str:
 
 
 def attributes(kind: type) -> dict[str, str]:
-    """What the section `Attributes` of a class and its bases says: name -> one line. Nearer classes come first."""
+    """The `Attributes` sections of a class and its bases: name -> one line. Derived classes take precedence."""
     found: dict[str, str] = {}
     for one in kind.__mro__:
         for name, text in _attributes(inspect.cleandoc(one.__dict__.get("__doc__") or "")):
@@ -36,7 +36,7 @@ def attributes(kind: type) -> dict[str, str]:
 
 
 def module(dotted: str) -> str:
-    """The docstring of a module, which is read and not run: kernels import Triton."""
+    """The docstring of a module, read without importing it, because kernels import Triton."""
     spec = find_spec(dotted)
     assert spec is not None, dotted
     assert spec.origin is not None, dotted
@@ -46,45 +46,45 @@ def module(dotted: str) -> str:
 
 
 def field_table(dotted: str) -> str:
-    """The fields of a class that describes its attributes: name and meaning."""
+    """The documented fields of a class: name and meaning."""
     return table(("field", "meaning"), ((literal(name), text) for name, text in attributes(find(dotted)).items()))
 
 
 def function_table(dotted: str) -> str:
-    """A dictionary of functions or classes: key and first line of the docstring."""
-    return table(("name", "what it is"), ((literal(name), summary(thing)) for name, thing in find(dotted).items()))
+    """A dictionary of functions or classes: key and first docstring line."""
+    return table(("name", "meaning"), ((literal(name), summary(thing)) for name, thing in find(dotted).items()))
 
 
 def error_table() -> str:
-    """Every kind of error, and what it is about."""
+    """Every error class and its meaning."""
     errors = import_module("llmprune.errors")
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and kind.__module__ == errors.__name__]
-    return table(("error", "what it is about"), ((literal(kind.__name__), summary(kind)) for kind in kinds))
+    return table(("error", "meaning"), ((literal(kind.__name__), summary(kind)) for kind in kinds))
 
 
 def method_table() -> str:
-    """The pruning methods: what they need, where they compare, what they do."""
-    needs = {None: "nothing", "ColumnNorm": "column norms", "Gram": "Gram matrix"}
+    """The pruning methods: the statistics that they need, the scope of comparison, what they do."""
+    needs = {None: "nothing", "ColumnNorm": "column norms", "Gram": "Hessian (Gram matrix)"}
     rows = []
     for name, kind in find("llmprune.methods.METHODS").items():
         need = needs[kind.needs and kind.needs.__name__]
         rows.append((literal(name), need, f"the {kind.scope}", summary(kind)))
-    return table(("method", "reads, beside the weights", "compares over", "what it does"), rows)
+    return table(("method", "statistics", "compares over", "what it does"), rows)
 
 
 def knob_table() -> str:
-    """The knobs of all methods that have any."""
+    """The parameters of all methods."""
     rows = []
     for name, kind in find("llmprune.methods.METHODS").items():
         meanings = attributes(kind)
         for field in fields(kind):
             default = "required" if field.default is MISSING else literal(field.default)
             rows.append((literal(f"{name}.{field.name}"), default, meanings[field.name]))
-    return table(("knob", "default", "meaning"), rows)
+    return table(("parameter", "default", "meaning"), rows)
 
 
 def api() -> str:
-    """Every public name, with the place that mkdocstrings reads its documentation from."""
+    """Every public name, with the place where mkdocstrings finds its documentation."""
     package = import_module("llmprune")
     homes = package._HOMES
     names = sorted((name for name in package.__all__ if name in homes), key=str.lower)

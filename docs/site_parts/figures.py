@@ -1,4 +1,4 @@
-"""Parts with measured figures, from the result files of the benches: nothing here is written by hand."""
+"""Parts with measured figures, generated from the result files of the benchmarks."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ def read(name: str) -> Any:
 
 
 def quality() -> str:
-    """Perplexity, divergence and output error of every method and pattern on the bundled model."""
+    """Perplexity, KL divergence and relative output error of every method and pattern on the bundled model."""
     rows = read("quality-testbed-cpu")
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))
     cells = {
@@ -32,13 +32,13 @@ def quality() -> str:
 
 
 def pruning_time() -> str:
-    """Seconds by stage and peak memory of SparseGPT on two models, and on two machines."""
+    """Time by stage and peak memory of SparseGPT on two models and two machines."""
     stages = ("total", "forward", "gram", "solve", "write", "load")
     runs = [read(f"prune-{model}-cpu") for model in ("testbed", "llama-1.2b", "llama-1.2b-avx2")]
     rows = []
     for run in runs:
         seconds = (f"{run['seconds'][stage]:.2f}" for stage in stages)
-        # Before the dtype was noted, it was the checkpoint's.
+        # Older results lack the dtype, which was the checkpoint's.
         dtype = run.get("compute_dtype", "bfloat16")
         row = (run["model"], run["device"], dtype, f"{run['tokens']:,}", *seconds, f"{run['floor_seconds']:.2f}")
         rows.append((*row, f"{run['peak_bytes'] / 1e6:,.0f}"))
@@ -48,14 +48,14 @@ def pruning_time() -> str:
         "computed in",
         "tokens",
         *(f"{stage}, s" for stage in stages),
-        "arithmetic floor, s",
+        "lower bound of the arithmetic, s",
         "peak memory, MB",
     )
     return f"{table(columns, rows)}\n\n{_where(runs[0])}"
 
 
 def blocks() -> str:
-    """How many times as fast as the dense product stored blocks are on a CPU."""
+    """Speed-up of stored blocks over the dense matmul on a CPU."""
     result = read("block-linear-4096-cpu")
     rows = [row for row in result["rows"] if row["correct"]]
     kinds = sorted({(row["block"], row["sparsity"]) for row in rows})
@@ -65,12 +65,12 @@ def blocks() -> str:
         (f"{size} x {size}", f"{sparsity:.0%}", *(f"{ratios[size, sparsity, count]:.2f}" for count in tokens))
         for size, sparsity in kinds
     ]
-    columns = ("block", "zeros", *(f"{count} token{'s' * (count > 1)}" for count in tokens))
+    columns = ("block", "sparsity", *(f"{count} token{'s' * (count > 1)}" for count in tokens))
     return f"{table(columns, body)}\n\n{_where(result)}"
 
 
 def structured(part: str) -> str:
-    """Rows of the bench of structured pruning: what was removed, how it was chosen, what it cost."""
+    """Results of structured pruning: what was removed, how it was chosen, what it cost."""
     columns = {
         "removed": "{removed}",
         "chosen by": "{label}",
@@ -82,46 +82,46 @@ def structured(part: str) -> str:
 
 
 def structured_speed() -> str:
-    """How much faster a random Llama is without half of its channels and heads, on a CPU."""
+    """Speed-up of a random Llama without half of its channels and heads, on a CPU."""
     columns = {
         "dtype": "{dtype}",
         "what": "{what}",
         "dense, ms": "{dense_ms:.1f}",
         "pruned, ms": "{pruned_ms:.1f}",
-        "times as fast": "{speedup:.2f}",
+        "speed-up": "{speedup:.2f}",
         "times fewer FLOPs": "{flop_ratio:.2f}",
-        "load of the machine": "{load:.1f}",
+        "machine load": "{load:.1f}",
     }
     return _bench("structured-speed-cpu", "structured speed", columns)
 
 
 def structured_solver() -> str:
-    """How long exact group removal takes, on a CPU."""
+    """Time of exact group removal on a CPU."""
     columns = {
         "matrix (in x out)": "{inputs} x {outputs}",
         "columns removed": "{removed}",
         "exchanges made": "{swaps} of at most {most_swaps}",
         "threads": "{threads}",
         "seconds": "{seconds:.1f}",
-        "load of the machine": "{load:.1f}",
+        "machine load": "{load:.1f}",
     }
     return _bench("structured-solver-cpu", "structured solver", columns)
 
 
 def harness() -> str:
-    """What our evaluation adds to the time of lm-eval itself."""
+    """The overhead of our evaluation over lm-eval itself."""
     columns = {
         "model": "{model}",
         "tasks": "{tasks}",
         "lm-eval's `hf`, s": "{medians[hf]:.2f}",
         "ours, s": "{medians[llmprune]:.2f}",
-        "added": "{added:+.1%}",
+        "overhead": "{added:+.1%}",
     }
     return _bench("harness-testbed-cpu", "harness", columns)
 
 
 def families() -> str:
-    """The architectures that the tests prune, by their rows in tests/tiny_models.py."""
+    """The architectures that the tests prune, from tests/tiny_models.py."""
     tree = ast.parse((ROOT / "tests" / "tiny_models.py").read_text("utf-8"))
     (rows,) = (
         statement.value
@@ -134,10 +134,10 @@ def families() -> str:
 
 
 def _bench(name: str, arguments: str, columns: Mapping[str, str]) -> str:
-    """The rows of a result file, by a format string a column; or that there is none, and what makes it."""
+    """The rows of a result file, with a format string per column; without the file, the command that makes it."""
     command = literal(f"python -m llmprune.eval.bench.{arguments} --json {name}.json")
     if not (RESULTS / f"{name}.json").is_file():
-        return f"*Not measured yet; {command} does.*"
+        return f"*Not measured yet; run {command}.*"
     result = read(name)
     rows = result if isinstance(result, list) else [{**result, "tasks": len(result["tasks"])}]
     shown = table(list(columns), ([form.format(**row) for form in columns.values()] for row in rows))

@@ -1,14 +1,14 @@
-"""Tables and code, written so that every reader of Markdown shows them alike."""
+"""Tables and code in Markdown that every renderer shows in the same way."""
 
 import re
 from collections.abc import Iterable, Sequence
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; cells are Markdown, and lines in them become spaces.
+    """A table; cells are Markdown, and their line breaks become spaces.
 
     Raises:
-        ValueError: there are no rows, or one has another number of cells.
+        ValueError: there are no rows, or a row has the wrong number of cells.
     """
     lines = [columns, ["---"] * len(columns), *rows]
     if len(lines) == 2 or any(len(line) != len(columns) for line in lines):
@@ -28,7 +28,7 @@ def literal(value: object) -> str:
 
 def _cell(text: str) -> str:
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
-    # Inside code they are what they are already.
+    # Code spans need no escaping.
     return "".join(part if part.startswith("`") else _escaped(part) for part in parts)
 
 

@@ -1,4 +1,4 @@
-"""Parts about recipes: every key with its type, default and meaning; every bundled recipe with its figures."""
+"""Parts about recipes: every key with type, default and meaning; every bundled recipe with its figures."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -20,13 +20,13 @@ from llmprune.text.tokens import TextSpec
 from site_parts.docstrings import attributes, summary
 from site_parts.markdown import code, literal, table
 
-# What a reader writes for a value of each type.
+# How to write a value of each type in a recipe.
 _WORDS: dict[Any, str] = {
     str: "text",
     int: "whole number",
     float: "number",
     bool: "`true` or `false`",
-    ByteSize: "bytes, also as text: `4GiB`",
+    ByteSize: "bytes, or text such as `4GiB`",
     Pattern: "pattern",
     Method: "method",
     NoneType: "`null`",
@@ -35,14 +35,14 @@ _BOUNDS = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Lt: ("lt", "<")}
 
 
 def kind(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
-    """A type in the words of a recipe.
+    """How to write a value of a type in a recipe.
 
     Raises:
-        KeyError: nothing here says how to write such a value.
+        KeyError: the type is unknown here.
     """
     bounds = "".join(f", {sign} {getattr(limit, name):g}" for limit, name, sign in _limits(metadata))
     if annotation == Amount:
-        return "fraction below 1, or whole number from 1 on"
+        return "fraction below 1, or whole number of at least 1"
     if get_origin(annotation) is Annotated:
         inner, *rest = get_args(annotation)
         return kind(inner, (*metadata, *rest)) if inner not in (Pattern, Method) else _WORDS[inner]
@@ -58,7 +58,7 @@ def kind(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
 
 
 def recipe_keys() -> str:
-    """The keys at the top of a recipe."""
+    """The top-level keys of a recipe."""
     shown = load_recipe({"pattern": 0.5, "method": "magnitude"}).to_dict()
     defaults = {name: _default(shown[name]) for name in Recipe.model_fields}
     defaults |= dict.fromkeys(("pattern", "method"), "none")
@@ -90,14 +90,14 @@ def text_keys() -> str:
 
 
 def structure_keys() -> str:
-    """The keys of the section `structures`, and those of each of its sections."""
+    """The keys of the section `structures` and of each section in it."""
     parts = [_keys(Structures)]
     parts += [f"### `structures.{name}`\n\n{summary(model)}\n\n{_keys(model)}" for name, model in SECTIONS.items()]
     return "\n\n".join(parts)
 
 
 def bundled_table() -> str:
-    """One line for each bundled recipe, with what it gave on the bundled model."""
+    """One line per bundled recipe, with its result on the bundled model."""
     rows = [
         (f"[{name}](#{name})", str(yaml.safe_load(text)["description"]), _figures(text)["Testbed"])
         for name, text in sources().items()
@@ -106,7 +106,7 @@ def bundled_table() -> str:
 
 
 def bundled_recipes() -> str:
-    """Each bundled recipe: what it is for, and its text."""
+    """Each bundled recipe: its purpose, its figures and its text."""
     parts = []
     for name, text in sources().items():
         body = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
@@ -115,13 +115,13 @@ def bundled_recipes() -> str:
 
 
 def made_by() -> str:
-    """The command that has made the figures in the recipes, and on what."""
+    """The command that made the figures in the recipes, and the hardware."""
     (line,) = {_figures(text)["Made by"] for text in sources().values()}
     return "Made by " + re.sub(r"^python -m [\w.]+", lambda command: literal(command[0]), line)
 
 
 def sources() -> dict[str, str]:
-    """The bundled recipes as they are written: name -> text."""
+    """The source of the bundled recipes: name -> text."""
     entries = [entry for entry in files("llmprune.recipes").iterdir() if entry.name.endswith(".yaml")]
     return dict(sorted((entry.name.removesuffix(".yaml"), entry.read_text("utf-8")) for entry in entries))
 
@@ -143,7 +143,7 @@ def _field_default(field: FieldInfo) -> str:
 
 
 def _in_yaml(text: str) -> str:
-    """Python's None in the words of a recipe."""
+    """Replace Python's None by YAML's null."""
     return re.sub(r"\bNone\b", "`null`", text)
 
 
@@ -167,7 +167,7 @@ def _comments(text: str) -> list[str]:
 
 
 def _figures(text: str) -> dict[str, str]:
-    """The comments that hold figures: `Testbed` and `Made by` -> what they say."""
+    """The comments with figures: `Testbed` and `Made by` -> their text."""
     found = {}
     for line in _comments(text):
         if match := re.match(r"(Testbed|Made by):? (.+)$", line):

@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python -m llmprune.eval.bench.recipes --json eval/bench/results/recipes-testbed-cpu.json --write
 
-Protocol: the recipe unchanged, except for a sequence length of 256 tokens, which the bundled model can process;
-self-generated text of the dense model, with one seed for the statistics and another for the perplexities. Seconds are
-CPU time, summed over all threads, while the layers are pruned: reading, forward passes, statistics, solving and
-writing, without the text and the perplexities. Other programs on the machine add up to half to it; eval/bench/prune.py
-measures a run by itself.
+Protocol: the recipe as it is, but with sequences of 256 tokens, since the bundled model has fewer positions than the
+default length. The text is self-generated, with different seeds for the statistics and the perplexities. CPU time is
+summed over all threads while the layers are pruned: reading, forward passes, statistics, solving and writing, but not
+text and perplexities. Other programs on the machine increase it by up to a half; eval/bench/prune.py measures it
+without them.
 
 --write puts the figures into the recipes, as the comment lines that start with "# Testbed:" and "# Made by".
 """
@@ -28,16 +28,17 @@ from llmprune.progress import Progress
 from llmprune.pruning.pipeline import prune
 from llmprune.recipe.recipe import bundled_recipes
 from llmprune.storage.files import write_json
+from llmprune.units import format_change
 
 PROTOCOL = ("calibration.length=256", "evaluation.length=256")
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 class ProcessorTime:
-    """Watches a run, and adds up the CPU time while layers are pruned.
+    """Watches a run, and sums up the CPU time while layers are pruned.
 
     Attributes:
-        seconds: so far, of all threads.
+        seconds: CPU time so far, of all threads.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,7 @@ class ProcessorTime:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Run one recipe; if it does not apply to the model, the reason replaces the figures."""
+    """Run one recipe; if it does not apply to the model, the result is the reason."""
     clock = ProcessorTime()
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -81,7 +82,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def comment(row: dict[str, Any]) -> str:
-    """The comment lines with a recipe's results.
+    """The comment lines of a recipe with its results.
 
     Args:
         row: what `measure` returned.
@@ -90,17 +91,16 @@ def comment(row: dict[str, Any]) -> str:
     if "refused" in row:
         return f"# Testbed: not applicable ({row['refused']}).\n{made}"
     left = [f"{row['parameters']:.1%} of the parameters"] if "parameters" in row else []
-    left += [f"sparsity {row['sparsity']:.1%}"] if row["sparsity"] else []
-    ratio = row["perplexity"] / row["dense_perplexity"]
+    left += [f"{row['sparsity']:.1%} sparsity"] if row["sparsity"] else []
     return (
-        f"# Testbed: perplexity {row['dense_perplexity']:.2f} -> {row['perplexity']:.2f} (x{ratio:.2f}); KL divergence "
+        f"# Testbed: perplexity {format_change(row['dense_perplexity'], row['perplexity'])}; KL divergence "
         f"{row['kl_divergence']:.4f} nats/token; {', '.join(left)}; {row['processor_seconds']:.1f} s of CPU time."
         f"\n{made}"
     )
 
 
 def write_comment(name: str, row: dict[str, Any]) -> None:
-    """Put a recipe's figures into its file: replacing the old ones, or after the other comments at its top."""
+    """Write a recipe's figures into its file, replacing old ones, or else below the other comments at its top."""
     file = RECIPES / f"{name}.yaml"
     text = re.sub(r"^# (Testbed:|Made by) .*\n", "", file.read_text("utf-8"), flags=re.MULTILINE)
     head = re.match(r"(description:.*\n)?(#.*\n)*", text)
@@ -109,8 +109,8 @@ def write_comment(name: str, row: dict[str, Any]) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The figures, one row per recipe."""
-    shown = Table("recipe", "dense", "pruned", "KL", "top-1", "sparsity", "parameters", "output error", "CPU time (s)")
+    """The figures, one recipe per row."""
+    shown = Table("recipe", "dense", "pruned", "KL", "top-1", "sparsity", "parameters", "error", "CPU s")
     for row in rows:
         if "refused" in row:
             shown.add_row(row["recipe"], row["refused"])
@@ -127,7 +127,7 @@ def main() -> None:
     """Run the recipes, print the table, write the JSON and the comments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=[name for name, _ in bundled_recipes()])
-    parser.add_argument("--json", type=Path, help="where to write the figures; those of other recipes are kept")
+    parser.add_argument("--json", type=Path, help="result file; figures of other recipes in it are kept")
     parser.add_argument("--write", action="store_true", help="also write them into the recipes")
     args = parser.parse_args()
     known = json.loads(args.json.read_text("utf-8")) if args.json and args.json.exists() else []

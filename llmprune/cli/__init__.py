@@ -17,7 +17,7 @@ app = typer.Typer(
     epilog=EXIT_CODES,
     add_completion=False,
     no_args_is_help=True,
-    # A traceback is for us: it stays as Python prints it.
+    # A traceback means a bug of ours: leave it as Python prints it.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -25,7 +25,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
-    # Bars of the data set library would be drawn across our display.
+    # The progress bars of `datasets` would be drawn across our display.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     app(prog_name="llmprune")
 

@@ -42,19 +42,20 @@ def add_commands(app: typer.Typer) -> None:
 
 def inspect(
     model: Model,
-    every: Annotated[bool, typer.Option("--all", help="List every matrix, however many there are.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="List every matrix, even if there are many.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Count the zeros of a checkpoint and name their patterns.
+    """Report the sparsity of each matrix and its pattern.
 
-    Read from the files, whoever pruned them. A long list is shown layer by layer unless --all is given.
+    Works on any safetensors checkpoint, whichever tool pruned it. A long list is summarised per layer unless --all is
+    given.
     """
     with explained(as_json):
         from llmprune.cli.tables.checkpoints import inspection_tables
         from llmprune.measuring.inspection import inspect_checkpoint
         from llmprune.storage.hub import resolve_model
 
-        # Any folder with safetensors will do, even one that cannot be pruned.
+        # Any folder with safetensors files will do, even one that cannot be pruned.
         folder = Path(model).expanduser()
         inspection = inspect_checkpoint(folder if folder.is_dir() else resolve_model(model))
         if as_json:
@@ -66,21 +67,21 @@ def inspect(
 def pack(
     folder: Folder,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Another folder; default: DIR-packed.")
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Output folder; default: DIR-packed.")
     ] = None,
     stored_as: Annotated[
         PackFormat,
-        typer.Option("--format", help="nm for N:M, block for blocks, bitmask for any zeros; auto for what suits each."),
+        typer.Option("--format", help="nm for N:M, block for blocks, bitmask for any zeros; auto: what suits each."),
     ] = PackFormat.auto,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a pruned checkpoint again with its matrices packed: 2:4 in bfloat16 takes 0.5625 of the bytes.
+    """Convert a pruned checkpoint to a packed (compressed) one; 2:4 in bfloat16 takes 0.5625 of the bytes.
 
-    A packed checkpoint loads with from_pretrained after `import llmprune`; `llmprune unpack` is the way back.
+    A packed checkpoint loads with from_pretrained after `import llmprune`; `llmprune unpack` converts it back.
     """
-    with explained(as_json, lambda: "interrupted; nothing that loads was written"):
+    with explained(as_json, lambda: "interrupted; no checkpoint was written"):
         from llmprune.pruning import packing
 
         with console.Display(quiet=quiet) as display:
@@ -90,13 +91,13 @@ def pack(
 
 def unpack(
     folder: Folder,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Another folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Output folder.")],
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a packed checkpoint again as a dense one, which loads everywhere."""
-    with explained(as_json, lambda: "interrupted; nothing that loads was written"):
+    """Convert a packed checkpoint back to a dense one, which loads everywhere."""
+    with explained(as_json, lambda: "interrupted; no checkpoint was written"):
         from llmprune.pruning import packing
 
         with console.Display(quiet=quiet) as display:

@@ -1,4 +1,4 @@
-"""What the command line shows: the progress of a run on stderr, and its results as tables that fit 80 columns."""
+"""What the command line prints: progress on stderr, and results as tables that fit 80 columns on stdout."""
 
 import json
 import os
@@ -18,12 +18,12 @@ from rich.text import Text
 from llmprune.errors import LlmpruneError
 from llmprune.progress import Progress
 
-# Columns of results that go to a file or another program, which wraps no line.
+# Width of results that go to a file or another program, where nothing wraps long lines.
 _PLAIN_WIDTH = 160
 
 
 class Pace:
-    """How long a stage still takes, from the mean time of its finished layers."""
+    """Estimates the time left in a stage from the mean time of its finished layers."""
 
     def __init__(self) -> None:
         self._stage = ""
@@ -33,7 +33,7 @@ class Pace:
         self.replaying = False
 
     def update(self, progress: Progress, now: float) -> float | None:
-        """Note a step at the time `now`; returns the seconds that a layer took if this step ended it."""
+        """Note a step at time `now`; returns the seconds that a layer took if this step finished it."""
         seconds = None
         if progress.stage != self._stage:
             self._seconds, self.replaying = [], False
@@ -42,7 +42,7 @@ class Pace:
             return None
         else:
             seconds = now - self._since
-            # A layer that an earlier run has finished takes a fraction of the time, and says nothing about the others.
+            # Replaying a layer that an earlier run has finished is much faster, and would spoil the estimate.
             if not self.replaying:
                 self._seconds.append(seconds)
         self._stage, self._layer, self._layers, self._since = progress.stage, progress.layer, progress.layers, now
@@ -50,7 +50,7 @@ class Pace:
         return seconds
 
     def left(self, now: float) -> float | None:
-        """Seconds to the end of the stage; None before its first layer is finished, and after its last."""
+        """Seconds to the end of the stage; None until its first layer is finished, and after its last."""
         layers = self._layers - self._layer
         if not self._seconds or not layers:
             return None
@@ -59,7 +59,7 @@ class Pace:
 
 
 class Display:
-    """The one display of a run: live on a terminal, one line a layer elsewhere, nothing when quiet.
+    """The display of a run: live on a terminal, otherwise one line per layer, and nothing when quiet.
 
     Attributes:
         progress: the last step seen; None before the first.
@@ -95,21 +95,21 @@ class Display:
         seconds = self._pace.update(progress, now)
         self.progress = progress
         if self._live:
-            # Not before the first step: the bars of a download come first.
+            # Only from the first step on, because the progress bars of downloads come before it.
             self._live.start()
         elif self._silent:
             return
         elif progress.layers == 0:
             self._console.print(progress.stage, soft_wrap=True)
         elif seconds is not None and (progress.unit == "layer" or progress.layer == progress.layers):
-            # Smaller units than layers pass too quickly for a line each.
+            # Units smaller than layers pass too quickly for a line each.
             finished = f"{progress.stage}: {progress.unit} {progress.layer} of {progress.layers}"
             finished += " kept from the earlier run" if replayed else f" in {seconds:.1f} s"
             parts = (finished, _mean_error(progress), _eta(self._pace.left(now)))
             self._console.print(", ".join(filter(None, parts)), soft_wrap=True)
 
     def where(self) -> str:
-        """The stage and layer at hand, in words; empty before the first."""
+        """The current stage and layer, in words; empty before the first step."""
         return "" if self.progress is None else ", ".join(filter(None, (self.progress.stage, _layer(self.progress))))
 
     def _render(self) -> RenderableType:
@@ -126,7 +126,7 @@ class Display:
 
 
 def show(*renderables: RenderableType) -> None:
-    """Print results on stdout."""
+    """Print results to stdout."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PLAIN_WIDTH
@@ -135,18 +135,18 @@ def show(*renderables: RenderableType) -> None:
 
 
 def show_json(content: Any) -> None:
-    """Print plain data on stdout as JSON, and nothing else."""
+    """Print plain data to stdout as JSON."""
     sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
     sys.stdout.flush()
 
 
 def tell(message: str) -> None:
-    """Print one line on stderr."""
+    """Print one line to stderr."""
     Console(stderr=True, highlight=False, markup=False).print(message, soft_wrap=True)
 
 
 def show_error(error: LlmpruneError) -> None:
-    """Say on stderr what happened, what was expected and how to fix it."""
+    """Print what happened, what was expected and how to fix it to stderr."""
     console = Console(stderr=True, highlight=False, markup=False)
     console.print(Text(f"Error: {error.what}", "bold red"), soft_wrap=True)
     for label, text in (("expected", error.expected), ("fix", error.fix)):
@@ -155,7 +155,7 @@ def show_error(error: LlmpruneError) -> None:
 
 
 def facts(*facts: tuple[str, str]) -> Table:
-    """Names and what there is to say of them."""
+    """A grid of names and values."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
@@ -165,7 +165,7 @@ def facts(*facts: tuple[str, str]) -> Table:
 
 
 def new_table(*columns: str, left: tuple[int, ...]) -> Table:
-    """An empty table; the columns numbered in `left` hold text, the others numbers."""
+    """An empty table; the columns numbered in `left` hold text, the others hold numbers."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index in left else "right", overflow="fold", no_wrap=index == 1)
@@ -173,13 +173,13 @@ def new_table(*columns: str, left: tuple[int, ...]) -> Table:
 
 
 def _layer(progress: Progress) -> str:
-    """The layer at hand, counted from 1; empty for a step without layers."""
+    """The current layer, counted from 1; empty for a step without layers."""
     here = f"{min(progress.layer + 1, progress.layers)} of {progress.layers}"
     return f"{progress.unit} {here}" if progress.layers else ""
 
 
 def _mean_error(progress: Progress) -> str:
-    return "" if progress.mean_error is None else f"mean error {progress.mean_error:.4f}"
+    return "" if progress.mean_error is None else f"mean relative output error {progress.mean_error:.4f}"
 
 
 def _eta(seconds: float | None) -> str:

@@ -29,38 +29,41 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME,NAME,...",
-            help="Tasks, groups or tags of lm-eval, or YAML files. Default: our own, which need no network and say "
-            "something about the bundled test model only.",
+            help="Tasks, groups or tags of lm-eval, or YAML files. Default: three bundled tasks, which need no network "
+            "and are meaningful only for the bundled test model.",
         ),
     ] = None,
-    against: Annotated[str | None, typer.Option(metavar="MODEL", help="The dense model to compare with.")] = None,
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="The dense base model to compare with.")] = None,
     limit: Annotated[
-        float | None, typer.Option(metavar="N", help="Documents of each task, or a fraction below 1. Default: all.")
+        float | None, typer.Option(metavar="N", help="Documents per task, or a fraction below 1. Default: all.")
     ] = None,
-    batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Requests in a forward.")] = "8",
+    batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Requests per forward pass.")] = "8",
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Examples before a question. Default: as the task says.")
+        int | None, typer.Option(min=0, metavar="N", help="Examples before each question. Default: the task's.")
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="JSON of the comparison; lm-eval's own in a folder of that name."
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="JSON file for the comparison; lm-eval's own JSON goes into a folder of the same name.",
         ),
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Keep answers here as they come; a second run goes on from them."),
+        typer.Option(metavar="DIR", help="Cache the model's answers here, so that an interrupted run can continue."),
     ] = None,
     device: Device = None,
     dtype: Annotated[
-        ComputeDtype, typer.Option(help="Dtype of the weights; auto is the checkpoint's, as for lm-eval's hf.")
+        ComputeDtype, typer.Option(help="Dtype of the weights; auto: the checkpoint's, as for lm-eval's hf.")
     ] = ComputeDtype.auto,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Evaluate a checkpoint with lm-eval, and the dense model on the same questions.
+    """Run lm-eval on a checkpoint and, with --against, on its dense base.
 
-    Needs the extra eval: see the README. A difference counts if it exceeds two standard errors.
+    Needs the extra `eval` (see the README). A difference is called significant above 2 standard errors.
     """
     batch = _batch_size(batch_size)
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
@@ -81,7 +84,7 @@ def evaluate(
 
 
 def _tell(progress: Progress, quiet: bool) -> None:
-    # lm-eval draws bars of its own, so there is no live display around them.
+    # lm-eval draws progress bars of its own, so there is no live display around them.
     if not quiet:
         console.tell(progress.stage)
 
@@ -91,4 +94,4 @@ def _batch_size(text: str) -> int | str:
         return text
     if text.isdecimal() and int(text) > 0:
         return int(text)
-    raise typer.BadParameter(f'{text!r}: give a number from 1 on, or "auto"', param_hint="--batch-size")
+    raise typer.BadParameter(f'{text!r}: give a number of at least 1, or "auto"', param_hint="--batch-size")

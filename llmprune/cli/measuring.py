@@ -40,7 +40,7 @@ llmprune bench out/packed --against org/model --tokens 1,8,2048 --batches 1
 llmprune bench out/packed --tune
 """
 
-# The evaluation seed of recipes, so that `--text self` measures what a report calls the dense perplexity.
+# The seed of `evaluation` in recipes, so that `--text self` reproduces a report's dense perplexity.
 _SEED = 12345
 
 
@@ -58,31 +58,33 @@ def perplexity(
         typer.Option(
             "--text",
             metavar="TEXT",
-            help='A .txt, .jsonl or .parquet file, a dataset of the hub, or "self": sampled from the dense model, or '
-            "without --against from MODEL itself, which says nothing about another model.",
+            help='A .txt, .jsonl or .parquet file, a dataset on the hub, or "self": text sampled from the dense model, '
+            "or without --against from MODEL itself, so that results of different models are not comparable.",
         ),
     ],
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a chunk, which is also the stride.")],
+    length: Annotated[int, typer.Option(min=2, help="Sequence length in tokens, which is also the stride.")],
     against: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The dense model: measures KL divergence and agreement with it as well."),
+        typer.Option(metavar="MODEL", help="The dense base: also measures KL divergence and top-1 agreement."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Chunks, from the beginning of the text.")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Number of sequences, from the beginning of the text.")] = 128,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
-    column: Annotated[str, typer.Option(help="Column, or key, that holds the text.")] = "text",
-    config: Annotated[str | None, typer.Option(help="Configuration of the dataset, where it has several.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Chunks in a forward.")] = 8,
+    column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
+    config: Annotated[str | None, typer.Option(help="Configuration of the dataset, if it has several.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
     device: Device = None,
     compute_dtype: Annotated[
         ComputeDtype,
-        typer.Option(help="Dtype of the forward; auto is the checkpoint's, or float32 on a CPU without it."),
+        typer.Option(
+            help="Dtype of the forward pass; auto: the checkpoint's, or float32 on a CPU without native support for it."
+        ),
     ] = ComputeDtype.auto,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a model's perplexity, one decoder layer at a time, alone or beside the dense model.
+    """Measure a model's perplexity one decoder layer at a time, optionally against its dense base.
 
-    Documents are packed behind their beginning-of-sequence tokens and cut into chunks; no token is scored twice.
+    Documents, each preceded by a BOS token, are concatenated and cut into sequences; no token is scored twice.
     """
     started = time.perf_counter()
     display = console.Display(quiet=quiet)
@@ -119,9 +121,9 @@ def perplexity(
 
 
 def explain(folder: Folder, device: Device = None, as_json: AsJson = False) -> None:
-    """Say what will serve each matrix of a checkpoint here, why nothing faster does, and what that can gain.
+    """Show which kernel runs each weight matrix on this machine, and the best possible speed-up.
 
-    Read from config.json and the headers of the weights; gains are shown where `llmprune bench` has measured them.
+    Reads only config.json and the headers of the weights. Measured speed-ups are shown once `llmprune bench` has run.
     """
     with explained(as_json):
         from llmprune.cli.tables.measuring import explain_tables
@@ -139,27 +141,27 @@ def bench(
     folder: Folder,
     against: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The dense model to compare with; default: DIR itself, unpacked."),
+        typer.Option(metavar="MODEL", help="The dense model to compare with; default: DIR, unpacked."),
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Tokens in a product; default: decode and some prefill.")
+        str | None, typer.Option(metavar="N,N,...", help="Tokens per matmul; default: decode and some prefill sizes.")
     ] = None,
-    batches: Annotated[str, typer.Option(metavar="N,N,...", help="Sequences at once in the whole model.")] = "1,4,16",
-    length: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of a prompt, in the whole model.")] = 128,
+    batches: Annotated[str, typer.Option(metavar="N,N,...", help="Batch sizes for the whole model.")] = "1,4,16",
+    length: Annotated[int, typer.Option(min=1, metavar="N", help="Prompt length for the whole model.")] = 128,
     tune: Annotated[bool, typer.Option("--tune", help="First search and record kernel configurations (GPU).")] = False,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Spent on each time of a product.")] = 0.25,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time spent on each measurement of a matmul.")] = 0.25,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write; default: DIR/bench.json.")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Result file; default: DIR/bench.json.")
     ] = None,
     device: Device = None,
     dtype: Dtype = ComputeDtype.auto,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a checkpoint here, beside dense weights: each product, the first token, tokens a second, memory.
+    """Benchmark a checkpoint against dense weights: matmuls, time to first token, tokens/s, memory.
 
-    Every product is compared with the exact one first; nothing wrong is timed. Results are kept in bench.json, one for
-    each device.
+    Each matmul is first checked against an exact reference; a wrong one is not timed. bench.json keeps the latest
+    result for each device.
     """
     sizes = (_numbers(tokens, "--tokens") if tokens else None, _numbers(batches, "--batches"))
     display = console.Display(quiet=quiet)
@@ -171,7 +173,7 @@ def bench(
 
         checkpoint = _existing(folder)
         target = output.expanduser() if output else checkpoint / BENCH_NAME
-        # A file that cannot be added to is found now, not after minutes.
+        # Fail now, not after minutes of measuring, if the file cannot be added to.
         read_results(target)
         settings = benching.BenchSettings(
             device or "auto", *sizes, length, dtype=dtype.value, tune=tune, effort=Effort(seconds)
@@ -196,7 +198,7 @@ def _existing(folder: Path) -> Path:
         raise ModelError(
             f"{folder} has no config.json" if folder.is_dir() else f"no folder {folder}",
             expected="a local checkpoint folder",
-            fix="for a model of the hub, run `hf download` and give the folder that it prints",
+            fix="for a model on the hub, run `hf download` and give the folder that it prints",
         )
     return folder
 
@@ -212,4 +214,4 @@ def _say_if_nothing_to_tune(device: str) -> None:
     from llmprune.devices import resolve_device
 
     if resolve_device(device).type != "cuda":
-        console.tell("nothing to tune: kernels for GPUs have configurations, products on a CPU have none")
+        console.tell("nothing to tune: only GPU kernels have configurations")

@@ -1,4 +1,4 @@
-"""What the commands have in common: options, exit codes, and errors in words."""
+"""What the commands share: options, exit codes and error messages."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,20 +12,19 @@ from llmprune.cli import console
 from llmprune.errors import DeviceError, LlmpruneError
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 something that you can mend, and the message says how (or the reader of the output left); "
-    "2 wrong usage; 130 interrupted by Ctrl-C."
+    "Exit codes: 0 success; 1 an error (the message says how to fix it) or a closed pipe; 2 usage error; 130 Ctrl-C."
 )
 
 _INTERRUPTED = 130
 
-Model = Annotated[str, typer.Argument(help='A hub id, a local checkpoint folder, or "testbed", a small bundled model.')]
+Model = Annotated[str, typer.Argument(help='A hub id, a local checkpoint folder, or "testbed" (the bundled model).')]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A local checkpoint folder.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress on stderr.")]
 
 
 class ComputeDtype(str, Enum):
-    """What a model is computed in."""
+    """The dtype of the computation."""
 
     auto = "auto"
     float32 = "float32"
@@ -36,7 +35,7 @@ class ComputeDtype(str, Enum):
 Dtype = Annotated[
     ComputeDtype,
     typer.Option(
-        help="Dtype of the weights; auto is the checkpoint's, or float32 on a CPU without instructions for it."
+        help="Dtype of the weights; auto: the checkpoint's, or float32 on a CPU without native support for it."
     ),
 ]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
@@ -46,19 +45,19 @@ Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, c
 def explained(
     as_json: bool, interrupted: Callable[[], str] = lambda: "interrupted", out_of_memory: Callable[[], str] = str
 ) -> Iterator[None]:
-    """Turn errors that a user can mend, and Ctrl-C, into words and an exit code; all others keep their traceback.
+    """Turn user errors and Ctrl-C into a message and an exit code; any other exception keeps its traceback.
 
     Args:
-        as_json: also print an error as JSON on stdout.
-        interrupted: what to say after Ctrl-C.
-        out_of_memory: what to say after an error of the device; nothing if it is empty.
+        as_json: also print the error as JSON on stdout.
+        interrupted: returns the message for Ctrl-C.
+        out_of_memory: returns an extra line for a device error; none if it is empty.
     """
     try:
         yield
     except LlmpruneError as error:
         console.show_error(error)
-        if isinstance(error, DeviceError) and (way_on := out_of_memory()):
-            console.tell(way_on)
+        if isinstance(error, DeviceError) and (advice := out_of_memory()):
+            console.tell(advice)
         if as_json:
             kind = type(error).__name__
             console.show_json(
@@ -71,7 +70,7 @@ def explained(
 
 
 def quieten(quiet: bool) -> None:
-    """Leave out the bars of a download, too."""
+    """Hide the progress bars of downloads as well."""
     if quiet:
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined] # public, but not in __all__
 

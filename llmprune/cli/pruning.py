@@ -49,14 +49,14 @@ def prune(
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be given several times."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated."),
     ] = None,
     stored_as: Annotated[
         StoredFormat | None,
         typer.Option(
             "--format",
-            help="How pruned matrices are stored: dense, with their zeros; packed: nm, block, bitmask; auto for what "
-            "suits each pattern. Default: the recipe's.",
+            help="How to store pruned matrices: dense (zeros included), or packed as nm, block or bitmask; auto picks "
+            "what suits each pattern. Default: the recipe's.",
         ),
     ] = None,
     device: Device = None,
@@ -65,7 +65,7 @@ def prune(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Only say what would be done, how long it takes and what it needs; DIR is optional."
+            "--dry-run", help="Only show the plan, and the time, memory and disk space that it needs; DIR is optional."
         ),
     ] = False,
     as_json: AsJson = False,
@@ -73,12 +73,12 @@ def prune(
 ) -> None:
     """Prune a causal LM and report what it cost.
 
-    The model is read one decoder layer at a time and never changed. A layer that is finished survives any crash.
+    The source is read one decoder layer at a time and never modified. Finished layers survive a crash.
     """
     if output is None and not dry_run:
-        raise typer.BadParameter("missing; only --dry-run goes without it", param_hint="--output")
+        raise typer.BadParameter("missing; only --dry-run works without it", param_hint="--output")
     if resume and overwrite:
-        raise typer.BadParameter("--resume continues what is in DIR, --overwrite replaces it: give one of them")
+        raise typer.BadParameter("--resume continues the run in DIR, --overwrite replaces it: give only one of them")
     chosen = {"device": device, "format": stored_as.value if stored_as else None}
     settings = [*(overrides or ()), *(f"{key}={value}" for key, value in chosen.items() if value)]
     if output is None or dry_run:
@@ -89,11 +89,11 @@ def prune(
     options += [*["--json"] * as_json, *["--quiet"] * quiet]
     command = ["llmprune", "prune", model, "--recipe", recipe, "--output", output, *options]
     display = console.Display(quiet=quiet)
-    ways_on = (
-        lambda: _way_on(display, command, resume=resume, overwrite=overwrite),
-        lambda: _way_on_with_more(display, command),
+    advice = (
+        lambda: _advice(display, command, resume=resume, overwrite=overwrite),
+        lambda: _advice_on_memory(display, command),
     )
-    with explained(as_json, *ways_on):
+    with explained(as_json, *advice):
         from llmprune.cli.tables.pruning import report_table
         from llmprune.pruning import pipeline
         from llmprune.storage.folders import expanded
@@ -111,11 +111,11 @@ def prune(
 
 def recipes(
     recipe: Annotated[
-        str | None, typer.Argument(help="A bundled recipe or a YAML file: print all of its keys.")
+        str | None, typer.Argument(help="A bundled recipe or a YAML file to print with all of its keys.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the bundled recipes, or print one with every default filled in."""
+    """List the bundled recipes, or print a recipe with every default filled in."""
     with explained(as_json):
         from llmprune.cli.tables.pruning import recipes_table
         from llmprune.recipe.recipe import bundled_recipes, load_recipe
@@ -153,9 +153,9 @@ def _dry_run(
             console.show(*dry_run_tables(plan))
 
 
-def _way_on(display: console.Display, command: list[str], *, resume: bool, overwrite: bool) -> str:
-    """One line for an interrupted run: where it was, and the command that goes on."""
-    # The output folder is opened when the text is there; before, an old checkpoint in it is still to be replaced.
+def _advice(display: console.Display, command: list[str], *, resume: bool, overwrite: bool) -> str:
+    """One line for an interrupted run: where it stopped, and the command that continues it."""
+    # The output folder is opened once the text is ready; until then an old checkpoint in it has yet to be replaced.
     begun = display.progress is not None and display.progress.layers > 0
     option = ["--resume"] if begun or resume else ["--overwrite"] * overwrite
     where = f" ({display.where()})" if display.where() else ""
@@ -163,7 +163,7 @@ def _way_on(display: console.Display, command: list[str], *, resume: bool, overw
     return f"interrupted{where}; {verb} with: {shlex.join([*command, *option])}"
 
 
-def _way_on_with_more(display: console.Display, command: list[str]) -> str:
-    """One line for a run that needed more memory than there was; empty if it had not begun."""
+def _advice_on_memory(display: console.Display, command: list[str]) -> str:
+    """One line for a run that ran out of memory; empty if it had not begun."""
     begun = display.progress is not None and display.progress.layers > 0
     return f"with more memory, continue with: {shlex.join([*command, '--resume'])}" if begun else ""

@@ -27,13 +27,13 @@ def add_commands(app: typer.Typer) -> None:
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The output folder of a finished run.")],
     open_it: Annotated[
-        bool | None, typer.Option("--open/--no-open", help="Show it in a browser; default: on a terminal.")
+        bool | None, typer.Option("--open/--no-open", help="Open it in a browser; default: only on a terminal.")
     ] = None,
 ) -> None:
-    """Build report.html in an output folder: one page that needs no network.
+    """Build report.html in an output folder: one self-contained page that works offline.
 
-    From report.json and, where they are beside it, the results of lm-eval (evaluation*.json) and of `llmprune bench`
-    (bench*.json).
+    It shows report.json and any results of lm-eval (evaluation*.json) and `llmprune bench` (bench*.json) in the same
+    folder.
     """
     with explained(as_json=False):
         from llmprune.pages import write_report
@@ -44,22 +44,22 @@ def report(
         import webbrowser
 
         if not webbrowser.open(page.resolve().as_uri()):
-            console.tell("no browser found: open the file yourself")
+            console.tell("no browser found; open the file yourself")
 
 
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of finished runs.")],
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The dense model, as a reference: a hub id or a folder.")
+        str | None, typer.Option(metavar="MODEL", help="The dense base, shown for reference: a hub id or a folder.")
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also draw quality against size and speed, as one page.")
+        Path | None, typer.Option(metavar="FILE", help="Also write a page that plots quality against size and speed.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put runs side by side: quality, size and speed.
+    """Compare runs: quality, size and speed.
 
-    Runs that were evaluated on different texts stand in different tables.
+    Runs that were evaluated on different texts are shown in separate tables.
     """
     with explained(as_json):
         from llmprune.cli.tables.comparing import comparison_tables

@@ -43,13 +43,13 @@ class ServedAs(str, Enum):
 Served = Annotated[
     ServedAs,
     typer.Option(
-        help="Packed matrices in memory: auto for what is fastest here, packed for the least memory, dense for "
-        "ordinary weights, cusparselt for a second copy that serves long prompts."
+        help="How to hold packed matrices in memory: auto (fastest on this machine), packed (least memory), dense "
+        "(ordinary weights) or cusparselt (a second copy for long prompts)."
     ),
 ]
-Graphs = Annotated[bool, typer.Option("--graphs", help="Replay each step of a token as a CUDA graph (GPU).")]
+Graphs = Annotated[bool, typer.Option("--graphs", help="Decode with CUDA graphs (GPU).")]
 Template = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="A chat template (Jinja) instead of the model's own.")
+    Path | None, typer.Option(metavar="FILE", help="A Jinja chat template that replaces the model's own.")
 ]
 
 
@@ -61,15 +61,15 @@ def add_commands(app: typer.Typer) -> None:
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help='Text to go on from; "-": from stdin.')],
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to write at most.")] = 128,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help='Text to continue; "-": from stdin.')],
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to generate.")] = 128,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0.0, help="0 takes the likeliest token each time. Default: the model's configuration."),
+        typer.Option(min=0.0, help="0 for greedy decoding. Default: the model's generation config."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the draws. Default: another one each time.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for sampling. Default: a new one each time.")] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="TEXT is a user's message to a chat model. Implied by --chat-template.")
+        bool, typer.Option("--chat", help="Treat TEXT as a user message to a chat model. Implied by --chat-template.")
     ] = False,
     chat_template: Template = None,
     device: Device = None,
@@ -79,7 +79,7 @@ def generate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write on from a prompt; the text is on stdout as it comes, the speed on stderr."""
+    """Generate from a prompt, streaming to stdout; speed goes to stderr."""
     with explained(as_json):
         from llmprune.models.skeleton import quiet_transformers
         from llmprune.serving.loader import Sampling, encode, load, load_tokenizer, write
@@ -104,9 +104,9 @@ def generate(
 
 def serve(
     model: Model,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "localhost",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "localhost",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="What clients call the model. Default: MODEL as given.")] = None,
+    name: Annotated[str | None, typer.Option(help="Model name for clients. Default: MODEL as given.")] = None,
     chat_template: Template = None,
     device: Device = None,
     dtype: Dtype = ComputeDtype.auto,
@@ -117,7 +117,7 @@ def serve(
 
     Endpoints: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health. Needs the extra `serve`.
     """
-    with explained(False, lambda: "the server has shut down"):
+    with explained(False, lambda: "server stopped"):
         from llmprune.serving import server
         from llmprune.serving.loader import load, load_tokenizer
 
@@ -142,5 +142,5 @@ def _ignore(_: str) -> None:
 def _speed(written: "Written") -> str:
     tokens = f"{written.tokens} token{'s' * (written.tokens != 1)} in {written.seconds:.2f} s"
     rate = written.tokens_per_second
-    later = "" if rate is None else f", then {rate:.1f} tokens a second"
-    return f"{tokens}: the first after {written.first_token_seconds:.2f} s{later}"
+    later = "" if rate is None else f", then {rate:.1f} tokens/s"
+    return f"{tokens}: time to first token {written.first_token_seconds:.2f} s{later}"

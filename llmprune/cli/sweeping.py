@@ -33,37 +33,35 @@ def sweep(
         typer.Option(
             "--set",
             metavar="KEY=VALUE,VALUE,...",
-            help="Values of a key of the recipe; may be given for several keys, and every combination is run. Each "
-            "value is YAML. They are split at every comma that is not inside [], {} or quotes: "
-            "exclude=['*.q_proj','*.k_proj'],[] has two values. A single value holds for all runs.",
+            help="Values to try for a recipe key; repeat for more keys, and every combination is run. Each value is "
+            "YAML. Values are split at commas outside [], {} and quotes: exclude=['*.q_proj','*.k_proj'],[] has two "
+            "values. A single value applies to all runs.",
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="Folder for the runs, each in a folder of its own. Required."
-        ),
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for the runs, one subfolder each. Required."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the sweep in DIR; runs that the grid gained are added.")
+        bool, typer.Option("--resume", help="Continue the sweep in DIR, including runs that the grid has gained.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the sweep in DIR.")] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only list the runs, how long they take and what they need; DIR is optional."),
+        typer.Option("--dry-run", help="Only list the runs and the time, memory and disk they need; DIR is optional."),
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prune a model by every combination of some settings, and compare the results.
+    """Grid search: prune with every combination of settings, and compare the results.
 
-    What the runs have in common is done once: the text, and the dense model's perplexity. A run that fails does not
-    stop the others; the exit code is 1 then.
+    Shared work is done once: reading the text and measuring the dense model. A failed run does not stop the others,
+    but makes the exit code 1.
     """
     if output is None and not dry_run:
-        raise typer.BadParameter("missing; only --dry-run goes without it", param_hint="--output")
+        raise typer.BadParameter("missing; only --dry-run works without it", param_hint="--output")
     if resume and overwrite:
-        raise typer.BadParameter("--resume continues what is in DIR, --overwrite replaces it: give one of them")
+        raise typer.BadParameter("--resume continues the sweep in DIR, --overwrite replaces it: give only one of them")
     if output is None or dry_run:
         _dry_run(model, recipe, settings or [], output, resume=resume, overwrite=overwrite, as_json=as_json)
         return
@@ -71,7 +69,7 @@ def sweep(
     command += [part for setting in settings or () for part in ("--set", setting)]
     command += [*["--json"] * as_json, *["--quiet"] * quiet]
     display = console.Display(quiet=quiet)
-    with explained(as_json, lambda: _way_on(display, command, resume=resume, overwrite=overwrite)):
+    with explained(as_json, lambda: _advice(display, command, resume=resume, overwrite=overwrite)):
         from llmprune.cli.tables.sweeping import sweep_tables
         from llmprune.pruning.sweep import sweep as sweeping
         from llmprune.recipe.grid import read_grid
@@ -86,7 +84,7 @@ def sweep(
             console.show(*sweep_tables(result))
         if result.failed:
             again = shlex.join([*command, "--resume"])
-            console.tell(f"{len(result.failed)} of {len(result.rows)} runs failed; try them again with: {again}")
+            console.tell(f"{len(result.failed)} of {len(result.rows)} runs failed; retry them with: {again}")
             raise typer.Exit(1)
 
 
@@ -105,9 +103,9 @@ def _dry_run(
             console.show(forecast_table(plan))
 
 
-def _way_on(display: console.Display, command: list[str], *, resume: bool, overwrite: bool) -> str:
-    """One line for an interrupted sweep: where it was, and the command that goes on."""
-    # The first step is told when the sweep is on record; before, an old one is still to be replaced.
+def _advice(display: console.Display, command: list[str], *, resume: bool, overwrite: bool) -> str:
+    """One line for an interrupted sweep: where it stopped, and the command that continues it."""
+    # The first step is reported once the sweep is on record; until then an old one has yet to be replaced.
     begun = display.progress is not None
     option = ["--resume"] if begun or resume else ["--overwrite"] * overwrite
     where = f" ({display.where()})" if display.where() else ""

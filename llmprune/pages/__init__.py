@@ -1,4 +1,4 @@
-"""Pages and tables that people look at: one run's report, and any number of runs side by side."""
+"""HTML pages and tables for people: the report of one run, and comparisons of several."""
 
 from llmprune.pages.comparison import Comparison, RunRow, compare
 from llmprune.pages.comparison_page import write_comparison

@@ -1,4 +1,4 @@
-"""What lies beside a run's report: the checkpoint's size, lm-eval scores and `llmprune bench` times where measured."""
+"""What a run's folder holds besides its report: the checkpoint's size, lm-eval scores and `llmprune bench` results."""
 
 import json
 import math
@@ -12,10 +12,10 @@ from llmprune.measuring.bench.record import read_results
 from llmprune.storage.files import INDEX_NAME, SINGLE_NAME, read_index, read_json
 from llmprune.storage.packed_config import as_dense, packed_layouts
 
-# What a task is summed up by, the first that it has.
+# The headline metric of a task: the first of these that it has.
 _PRIMARY = ("acc_norm,none", "acc,none", "exact_match,none", "exact_match,strict-match", "exact_match,flexible-extract")
 
-# Of a row of `llmprune.measuring.tasks`'s comparisons.
+# Taken from each row of a comparison by `llmprune.measuring.tasks`.
 _COMPARED = (
     "task", "metric", "filter", "value", "stderr", "dense_value", "dense_stderr", "delta", "delta_stderr", "verdict",
 )  # fmt: skip
@@ -26,9 +26,9 @@ class Score:
     """One metric of one task.
 
     Attributes:
-        value: as lm-eval gives it.
-        deviation: its standard error; None where lm-eval gives none.
-        higher_is_better: as the task says; None where it does not.
+        value: as reported by lm-eval.
+        deviation: its standard error; None if lm-eval reports none.
+        higher_is_better: as the task says; None if it does not say.
     """
 
     value: float
@@ -38,15 +38,15 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What lm-eval says of one model.
+    """lm-eval's results for one model.
 
     Attributes:
-        file: its name.
-        model: as lm-eval was told.
-        dense: whether it is of the dense model; for a file in lm-eval's own schema its name says so, as in
+        file: the file's name.
+        model: the model's name in lm-eval.
+        dense: whether this is the dense model; for a file in lm-eval's own schema, its name must say so, as in
             evaluation-dense.json.
-        tasks: task, with shots and documents where they are known -> metric (with its filter) -> score.
-        primary: task -> the metric that sums it up; only tasks with an accuracy, and none that is part of another.
+        tasks: task (with shots and documents if known) -> metric (with its filter) -> score.
+        primary: task -> its headline metric; only tasks with an accuracy, and none that is part of another.
     """
 
     file: str
@@ -56,18 +56,18 @@ class Evaluation:
     primary: Mapping[str, str]
 
     def headline(self, task: str) -> float:
-        """The value that sums up a task."""
+        """The headline value of a task."""
         return self.tasks[task][self.primary[task]].value
 
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """What was found beside a report.
+    """What was found in the folder of a report.
 
     Attributes:
         evaluations: of the pruned model, in the order of the files' names.
-        dense: of the dense one.
-        compared: rows of comparisons with the dense model that were written as such.
+        dense: of the dense model.
+        compared: rows of comparisons with the dense model, as written by `llmprune eval`.
         benches: device -> result of `llmprune bench`.
         notes: files that could not be read, and why.
     """
@@ -80,7 +80,7 @@ class Beside:
 
 
 def read_beside(folder: Path) -> Beside:
-    """Read evaluation*.json and bench*.json of a folder; what cannot be read becomes a note."""
+    """Read a folder's evaluation*.json and bench*.json; files that cannot be read become notes."""
     evaluations: list[Evaluation] = []
     compared: list[dict[str, Any]] = []
     benches: dict[str, dict[str, Any]] = {}
@@ -94,18 +94,18 @@ def read_beside(folder: Path) -> Beside:
                 evaluations += _read_comparison(path, content)
                 compared += [{key: row[key] for key in _COMPARED} for row in content["rows"]]
         except (CheckpointError, KeyError, TypeError, AttributeError, ValueError) as error:
-            notes.append(f"{path.name} is left out: {_first_line(error)}")
+            notes.append(f"{path.name} is ignored: {_first_line(error)}")
     for path in sorted(folder.glob("bench*.json")):
         try:
             benches |= read_results(path)
         except CheckpointError as error:
-            notes.append(f"{path.name} is left out: {_first_line(error)}")
+            notes.append(f"{path.name} is ignored: {_first_line(error)}")
     ours = tuple(one for one in evaluations if not one.dense)
     return Beside(ours, tuple(one for one in evaluations if one.dense), tuple(compared), benches, tuple(notes))
 
 
 def _read_comparison(path: Path, content: Mapping[str, Any]) -> list[Evaluation]:
-    """What `llmprune eval` writes: the model's scores, and the dense one's where there is one."""
+    """What `llmprune eval` writes: the model's scores, and the dense model's if there is one."""
     models = [(content["model"], False, "value", "stderr")]
     if content["against"] is not None:
         models.append((content["against"], True, "dense_value", "dense_stderr"))
@@ -134,7 +134,7 @@ def _side(
 def _add(
     tasks: dict[str, dict[str, Score]], primary: dict[str, str], name: str, scores: Mapping[str, Score], *, counts: bool
 ) -> None:
-    """Note the scores of a task, by lm-eval's keys, and which of them sums it up."""
+    """Add the scores of a task, which have lm-eval's keys, and its headline metric."""
     tasks[name] = {_readable(metric): score for metric, score in scores.items()}
     chosen = next((metric for metric in _PRIMARY if metric in scores), None)
     if chosen and counts:
@@ -142,7 +142,7 @@ def _add(
 
 
 def _parts(content: Mapping[str, Any], names: Collection[str]) -> set[str]:
-    """Tasks that belong to a group which is among the names as well: counted with it they would count twice."""
+    """Tasks whose group is among the names too; counting both would count them twice."""
     groups = content.get("group_subtasks") or {}
     return {part for group, own in groups.items() if group in names for part in own}
 
@@ -162,7 +162,7 @@ def _read_evaluation(path: Path, content: Mapping[str, Any]) -> Evaluation:
 
 
 def _scores(values: Mapping[str, Any], better: Mapping[str, Any]) -> dict[str, Score]:
-    """lm-eval's "metric,filter" keys; their standard errors have keys of their own."""
+    """Scores by lm-eval's "metric,filter" keys; standard errors have separate keys there."""
     found = {}
     for key, value in values.items():
         metric, comma, source = key.partition(",")
@@ -175,7 +175,7 @@ def _scores(values: Mapping[str, Any], better: Mapping[str, Any]) -> dict[str, S
 
 
 def _protocol(shots: object, documents: object) -> str:
-    """Shots and number of documents, where they are known: scores by different protocols are different things."""
+    """Shots and number of documents, if known: scores by different protocols must not be mixed."""
     words = [f"{shots}-shot"] if isinstance(shots, int) and shots else []
     words += [f"{documents:,} documents"] if isinstance(documents, int) else []
     return f" ({', '.join(words)})" if words else ""
@@ -194,16 +194,16 @@ def _readable(metric: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return error.what if isinstance(error, CheckpointError) else f"it is not in lm-eval's schema ({error!r})"
+    return error.what if isinstance(error, CheckpointError) else f"not in lm-eval's schema ({error!r})"
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint, whole or not."""
+    """Whether a folder holds a checkpoint, complete or not."""
     return any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
 
 
 def stored_bytes(folder: Path) -> int:
-    """Bytes of the tensors as they are stored, which is what reports count: the files without their headers.
+    """Bytes of the tensors as stored, which is what reports count: the files without their headers.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -212,7 +212,7 @@ def stored_bytes(folder: Path) -> int:
 
 
 def count_parameters(folder: Path) -> int:
-    """Elements of all tensors, those of packed matrices as the dense ones that they stand for.
+    """Number of elements of all tensors, counting packed matrices as the dense ones that they represent.
 
     Raises:
         CheckpointError: a file is missing or damaged.

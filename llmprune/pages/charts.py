@@ -1,6 +1,6 @@
-"""Figures in plotly's JSON schema, as plain data: nothing is imported to make them, and tests can read them.
+"""Figures in plotly's JSON schema, as plain data: plotly itself is not needed to build or to test them.
 
-Colours of text, axes and grid are left to the page, which knows whether it is dark.
+The colours of text, axes and grid are left to the page, which knows whether it is in dark mode.
 """
 
 import math
@@ -11,31 +11,31 @@ from typing import Any
 
 from llmprune.pages.labels import place_names
 
-# Of about equal weight on white and on black; the symbols tell lines apart where colours do not.
+# Equally visible on white and on black; the symbols distinguish lines where colours do not.
 PALETTE = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#2f9e9a", "#d4a72c", "#9c755f", "#e377a2", "#8a929b")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down", "pentagon", "hexagon")
 
-# What a legend takes from a chart is given back, from so many lines on.
+# Charts with more lines than _LEGEND grow by the height of the extra legend entries.
 _HEIGHT, _LEGEND, _LEGEND_HEIGHT = 380, 6, 12
 _FEW = 12
-# Factor between the largest and the smallest number from which on small ones would lie on the axis.
+# Ratio of the largest to the smallest number above which the small ones would be invisible on a linear axis.
 _WIDE = 20.0
-# The smallest ranges of a chart of points, as parts of its values: speeds differ by a tenth from run to run.
+# The smallest axis ranges of a scatter chart, relative to its values: speeds vary by a tenth from run to run.
 _LEAST_X, _LEAST_Y = 0.4, 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Numbers that belong together.
+    """One line, or one set of bars or points.
 
     Attributes:
-        name: for the legend.
+        name: in the legend.
         x: numbers or names.
-        y: None and what is not finite leave a gap.
-        hover: what is said of each point.
-        colour: place in the palette.
-        dashed: a line without markers, for what is compared with.
-        deviation: standard errors of y, drawn as bars; empty for none.
+        y: None and non-finite values leave a gap.
+        hover: the hover text of each point.
+        colour: index into the palette.
+        dashed: draw a dashed line without markers, for a reference.
+        deviation: standard errors of y, drawn as error bars; empty for none.
     """
 
     name: str
@@ -49,15 +49,15 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """What stands at an axis.
+    """How to draw an axis.
 
     Attributes:
-        title: with the unit.
-        percent: numbers are fractions.
-        log: logarithmic if the numbers are positive and far apart; "always" where ratios are what matters.
-        zero: begins at zero.
-        names: holds names, which plotly would otherwise read as numbers or dates where it can.
-        whole: counts things, so that few of them have no ticks between.
+        title: including the unit.
+        percent: the numbers are fractions, shown in percent.
+        log: logarithmic if the numbers are positive and far apart; "always" if ratios are what matters.
+        zero: starts at zero.
+        names: categorical; plotly would otherwise parse some names as numbers or dates.
+        whole: whole numbers, with no ticks between them where there are few.
     """
 
     title: str
@@ -69,17 +69,17 @@ class Axis:
 
 
 def lines(series: Sequence[Series], x: Axis, y: Axis) -> dict[str, Any]:
-    """A line with markers for each series; a dashed one for what is compared with."""
+    """A line with markers for each series, or a dashed line for a reference."""
     return _figure([_line(one) for one in series], series, x, y)
 
 
 def bars(series: Sequence[Series], x: Axis, y: Axis) -> dict[str, Any]:
-    """Bars, those of several series beside each other."""
+    """Vertical bars, grouped if there are several series."""
     return _figure([_bar(one) for one in series], series, x, y)
 
 
 def shares(series: Series, x: Axis) -> dict[str, Any]:
-    """Horizontal bars for named amounts, the first on top."""
+    """Horizontal bars for named amounts, the first at the top."""
     trace = {**_bar(series), "orientation": "h", "x": _finite(series.y), "y": _labels(series.x)}
     figure = _figure([trace], [series], x, Axis("", names=True))
     figure["layout"]["yaxis"] |= {"autorange": "reversed", "automargin": True}
@@ -88,9 +88,9 @@ def shares(series: Series, x: Axis) -> dict[str, Any]:
 
 
 def points(series: Sequence[Series], frontier: Series, x: Axis, y: Axis, *, labelled: bool) -> dict[str, Any]:
-    """A marker for each run, and a line through those that no other run beats, where they are several.
+    """A marker for each run, and a line through the Pareto front if it has several points.
 
-    Names are the first lines of what is said of the points; `labelled` ones have theirs beside them where it has room.
+    With `labelled`, each point is labelled with the first line of its hover text, if there is room.
     """
     figure = _figure([_points(one) for one in series], series, x, y)
     layout = figure["layout"]
@@ -123,7 +123,7 @@ def _points(series: Series) -> dict[str, Any]:
 
 
 def _label(traces: Sequence[dict[str, Any]], series: Sequence[Series], layout: Mapping[str, Any]) -> None:
-    """Write names beside points, those of all series out of each other's way."""
+    """Label the points of all series without overlaps."""
     names = [text.split("\n")[0] for one in series for text in one.hover]
     found = [pair for one in series for pair in zip(one.x, one.y, strict=True)]
     places = iter(place_names([(_part(layout["xaxis"], x), _part(layout["yaxis"], y)) for x, y in found], names))
@@ -140,7 +140,7 @@ def _label(traces: Sequence[dict[str, Any]], series: Sequence[Series], layout: M
 
 
 def _scaled(axis: Mapping[str, Any], value: Any) -> float:
-    """A value as the ranges of an axis have it."""
+    """A value in the units of the axis's range."""
     return math.log10(value) if axis.get("type") == "log" else float(value)
 
 
@@ -190,7 +190,7 @@ def _figure(traces: list[dict[str, Any]], series: Sequence[Series], x: Axis, y: 
         "font": {"family": "system-ui, sans-serif", "size": 13},
         "hovermode": "closest",
         "hoverlabel": {"align": "left"},
-        # One line still says what it is; bars have their names at the axis.
+        # A single line still needs its legend; single bars are named on the axis.
         "showlegend": len(traces) > 1 or traces[0]["type"] == "scatter",
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         "xaxis": _axis(x, [value for one in series for value in one.x]),
@@ -211,21 +211,21 @@ def _axis(axis: Axis, values: Sequence[float | str | None]) -> dict[str, Any]:
     if axis.names:
         result["type"] = "category"
     elif axis.log and low > 0 and (axis.log == "always" or high > _WIDE * low):
-        # Labels at 1, 2 and 5 while there is room for them.
+        # Ticks at 1, 2 and 5 if there is room.
         result |= {"type": "log", "dtick": "D2" if high < 1000 * low else 1, "tickformat": ".3~g"}
     elif axis.zero and low >= 0:
-        # Nothing but zeros still has an axis.
+        # All zeros still need an axis.
         result["range"] = [0, 1.08 * high or 1]
     return result
 
 
 def _with_room(values: Sequence[float], *, from_zero: bool, least: float) -> list[float]:
-    """A range in which names beside the outermost points do not run into the axis.
+    """A range in which the labels of the outermost points stay clear of the axis.
 
     Args:
-        values: shown, in the axis's own scale.
-        from_zero: begins there.
-        least: the smallest range, as a part of the largest value: noise shall not look like a difference.
+        values: in the axis's own scale.
+        from_zero: whether the range starts at zero.
+        least: the smallest range, relative to the largest value, so that noise does not look like a difference.
     """
     low, high = (0.0 if from_zero else min(values)), max(values)
     missing = max(least * max(abs(low), abs(high)) - (high - low), 0.0)
@@ -234,10 +234,10 @@ def _with_room(values: Sequence[float], *, from_zero: bool, least: float) -> lis
 
 
 def _finite(values: Sequence[float | None]) -> list[float | None]:
-    """Numbers to six digits, which no eye tells from more; a gap for what is none."""
+    """Numbers rounded to six digits, more than the eye can see; None (a gap) for non-finite values."""
     return [None if value is None or not math.isfinite(value) else float(f"{value:.6g}") for value in values]
 
 
 def _labels(values: Sequence[Any]) -> list[Any]:
-    """Plotly reads a little HTML in texts: names are escaped, and lines end with its own break."""
+    """Escape texts, in which plotly interprets some HTML, and turn line breaks into its own."""
     return [escape(v, quote=False).replace("\n", "<br>") if isinstance(v, str) else v for v in values]

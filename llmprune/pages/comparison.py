@@ -1,6 +1,6 @@
-"""Any number of runs side by side, in figures that mean the same for all of them.
+"""Compare any number of runs in figures that mean the same for all of them.
 
-Perplexities and divergences are comparable where they were measured on the same tokens; runs are grouped by these.
+Perplexities and KL divergences are comparable only if measured on the same tokens, so runs are grouped by these.
 """
 
 import dataclasses
@@ -20,36 +20,36 @@ from llmprune.storage.hub import checkpoint_digest, resolve_model
 from llmprune.storage.report import Report, load_report
 from llmprune.units import format_size
 
-# What a table of runs shows, in the order of `cells`.
+# The columns of a table of runs, in the order of `cells`.
 COLUMNS = (
-    "run", "recipe", "zeros", "parameters", "nonzero", "weights", "perplexity", "KL", "same token", "prompt", "decode",
-    "tasks",
+    "run", "recipe", "sparsity", "parameters", "nonzero", "checkpoint size", "perplexity", "KL", "top-1 agreement",
+    "prefill speed-up", "decode speed-up", "tasks",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class RunRow:
-    """One run, or the dense model that runs are compared with. None: not measured, or not known.
+    """One run, or the dense reference. None: not measured or unknown.
 
     Attributes:
-        name: short, unique in a comparison.
-        folder: of the checkpoint.
-        model: what was pruned.
+        name: short and unique within the comparison.
+        folder: the checkpoint's folder.
+        model: the model that was pruned.
         recipe: in a few words; "dense" for the reference.
         sparsity: fraction of zeros in the pruned matrices, in [0, 1].
-        parameters: of the checkpoint, zeros included.
-        nonzeros: parameters without the zeros that pruning made.
-        stored_bytes: of the tensors as stored.
-        text: sha256 of the tokens behind the next three.
+        parameters: of the checkpoint, including zeros.
+        nonzeros: parameters without the zeros made by pruning.
+        stored_bytes: size of the tensors as stored.
+        text: sha256 of the tokens that the next three figures were measured on.
         perplexity: may be infinite.
-        kl_divergence: from the run's own dense model, in nats a token; may be infinite.
-        agreement: fraction of tokens for which both models find the same next one the most likely.
-        prefill_speedup: times as fast as the dense model in a prompt.
-        decode_speedup: times as fast as the dense model, token by token.
-        tokens_per_second: of the whole model, for the smallest batch that was measured.
+        kl_divergence: from the run's own dense model, in nats/token; may be infinite.
+        agreement: top-1 agreement, the fraction of tokens for which both models predict the same next token.
+        prefill_speedup: speed-up over the dense model in prefill.
+        decode_speedup: speed-up over the dense model in decode.
+        tokens_per_second: of the whole model, at the smallest batch size that was measured.
         speed_of: what was timed, and on which device.
-        scores: task of lm-eval -> the score that sums it up, a fraction.
-        score: their mean over the tasks that all evaluated rows share.
+        scores: lm-eval task -> its headline score, a fraction.
+        score: mean of the scores over the tasks that all evaluated rows share.
     """
 
     name: str
@@ -72,18 +72,18 @@ class RunRow:
     score: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, ready for JSON, which has no infinity: such a figure is null although `text` is not."""
+        """As plain data, ready for JSON. JSON has no infinity: an infinite figure is null although `text` is not."""
         numbers = {name: finite(value) for name in ("perplexity", "kl_divergence") if (value := getattr(self, name))}
         return {**dataclasses.asdict(self), "scores": dict(self.scores), **numbers}
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Runs side by side.
+    """A comparison of runs.
 
     Attributes:
-        rows: in the order of their groups, the dense reference first in each.
-        texts: sha256 of evaluation tokens -> what they are, in words.
+        rows: ordered by group, with the dense reference first in each.
+        texts: sha256 of evaluation tokens -> description of the text.
         notes: what cannot be compared, and why.
     """
 
@@ -93,14 +93,14 @@ class Comparison:
 
     @property
     def groups(self) -> dict[str | None, tuple[RunRow, ...]]:
-        """Rows by the text that they were evaluated on; None: not evaluated."""
+        """Rows by the text that they were evaluated on; None for those without an evaluation."""
         found: dict[str | None, list[RunRow]] = {}
         for row in self.rows:
             found.setdefault(row.text, []).append(row)
         return {text: tuple(rows) for text, rows in found.items()}
 
     def title(self, text: str | None) -> str:
-        """What a group was evaluated on, in words."""
+        """Description of the text that a group was evaluated on."""
         return "without an evaluation" if text is None else f"{self.texts[text]} (sha256 {text[:12]})"
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Comparison:
         return {"rows": rows, "texts": dict(self.texts), "notes": list(self.notes)}
 
     def to_frame(self) -> Any:
-        """As a data frame of pandas, a column for each task of lm-eval.
+        """As a pandas data frame, with a column for each lm-eval task.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -123,7 +123,7 @@ class Comparison:
         return "\n".join(tables)
 
     def table(self, text: str | None) -> Table:
-        """One group, ready to be read; columns in which nothing is known are left out."""
+        """One group as a table, without columns that would be empty."""
         found = [cells(row) for row in self.groups[text]]
         places = [place for place in range(len(COLUMNS)) if any(row[place] for row in found)]
         rows = tuple(tuple(row[place] for place in places) for row in found)
@@ -131,7 +131,7 @@ class Comparison:
 
 
 def cells(row: RunRow) -> tuple[str, ...]:
-    """A row ready to be read: empty where nothing is known."""
+    """The formatted cells of a row, empty where a figure is unknown."""
     return (
         row.name,
         row.recipe,
@@ -149,12 +149,12 @@ def cells(row: RunRow) -> tuple[str, ...]:
 
 
 def compare(folders: Iterable[str | Path], against: str | Path | None = None) -> Comparison:
-    """Put runs side by side.
+    """Compare runs.
 
     Args:
-        folders: of finished runs, with their report.json; packed ones too. Files among them are left out.
-        against: the dense model, as a hub id, a folder or "testbed": a row with its size, and with its perplexity
-            where a run of it has measured that.
+        folders: output folders of finished runs, packed ones too. Plain files among them are ignored.
+        against: the dense base, as a hub id, a folder or "testbed": adds a row with its size, and with its perplexity
+            if one of the runs has measured that.
 
     Raises:
         CheckpointError: there are no folders, a report is missing, or a checkpoint is damaged.
@@ -163,7 +163,7 @@ def compare(folders: Iterable[str | Path], against: str | Path | None = None) ->
     Example:
         >>> compare(["out/a", "out/b"], against="testbed").to_frame()  # doctest: +SKIP
     """
-    # A shell's DIR/* names the files beside the runs as well, such as a sweep's own record.
+    # A shell's DIR/* also matches files, such as the record of a sweep.
     paths = [path for path in (Path(folder).expanduser() for folder in folders) if not path.is_file()]
     if not paths:
         raise CheckpointError("no folders to compare", expected="the output folder of at least one run")
@@ -211,7 +211,7 @@ def _row(name: str, folder: Path, report: Report, beside: Beside) -> RunRow:
 
 
 def _size(folder: Path, report: Report) -> dict[str, Any]:
-    """From the checkpoint; from the report where its weights have gone."""
+    """From the checkpoint, or from the report if the weights are gone."""
     parameters: int | None
     stored: int | None
     if has_weights(folder):
@@ -226,7 +226,7 @@ def _size(folder: Path, report: Report) -> dict[str, Any]:
 
 
 def _speed(header: Mapping[str, Any], beside: Beside) -> dict[str, Any]:
-    """Of the whole model by the latest bench beside a dense one, else of the decoder layers by the run itself."""
+    """Of the whole model, from the latest bench against a dense one; else of the decoder layers, from the run."""
     benches = sorted(beside.benches.values(), key=lambda result: str(result["finished"]), reverse=True)
     for result in benches:
         model = result["whole_model"]
@@ -252,7 +252,7 @@ def _speed(header: Mapping[str, Any], beside: Beside) -> dict[str, Any]:
 def _references(
     against: str | Path, runs: Sequence[tuple[Path, Report, Beside]], rows: Sequence[RunRow]
 ) -> tuple[list[RunRow], list[str]]:
-    """A row of the dense model for each text, and what is not known of it."""
+    """A row of the dense model for each text, and notes on what is unknown."""
     folder = resolve_model(against)
     digest = checkpoint_digest(folder)
     parameters = count_parameters(folder)
@@ -281,7 +281,7 @@ def _references(
         else dataclasses.replace(dense, text=text)
         for text in dict.fromkeys(row.text for row in rows)
     ]
-    notes = [] if own else [f"no run was made from {against}: its perplexity is not known"]
+    notes = [] if own else [f"none of the runs pruned {against}, so its perplexity is unknown"]
     return found, notes
 
 
@@ -290,15 +290,15 @@ def _scores(evaluations: Iterable[Evaluation]) -> dict[str, float]:
 
 
 def _with_mean_scores(rows: Sequence[RunRow]) -> tuple[list[RunRow], list[str]]:
-    """The mean over the tasks that all evaluated rows share, so that it means the same for all."""
+    """Add the mean over the tasks that all evaluated rows share, so that it is comparable."""
     evaluated = [row for row in rows if row.scores]
     if not evaluated:
         return list(rows), []
     every = list(dict.fromkeys(task for row in evaluated for task in row.scores))
     shared = [task for task in every if all(task in row.scores for row in evaluated)]
-    notes = [f"tasks: the mean of {', '.join(shared)}"] if shared else ["the runs have no task of lm-eval in common"]
+    notes = [f"tasks: mean of {', '.join(shared)}"] if shared else ["the runs have no lm-eval task in common"]
     if others := [task for task in every if task not in shared]:
-        notes.append(f"not in the mean, because some lack them: {', '.join(others)}")
+        notes.append(f"not in the mean, because some runs lack them: {', '.join(others)}")
     if not shared:
         return list(rows), notes
     return [
@@ -317,12 +317,12 @@ def _speed_notes(rows: Iterable[RunRow]) -> list[str]:
     ways = list(dict.fromkeys(row.speed_of for row in rows if row.speed_of))
     if not ways:
         return []
-    warning = ["speeds were measured in different ways and are hardly comparable"] if len(ways) > 1 else []
-    return [*warning, *(f"speed of {way}" for way in ways)]
+    warning = ["speed-ups were measured in different ways and are hardly comparable"] if len(ways) > 1 else []
+    return [*warning, *(f"speed-up of {way}" for way in ways)]
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """As much of each path as tells it from the others."""
+    """The shortest ends of the paths that tell them apart."""
     parts = [path.resolve().parts for path in paths]
     length = 1
     while len({part[-length:] for part in parts}) < len(set(parts)):
@@ -331,7 +331,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _count(value: int | None) -> str:
-    """A number of parameters; all its digits are in the JSON."""
+    """A number of parameters, abbreviated; the JSON has all digits."""
     if value is None:
         return ""
     return f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.2f} M"

@@ -1,4 +1,4 @@
-"""Runs side by side as a page: tables, and quality against size and speed."""
+"""A comparison of runs as a page: tables, and charts of quality against size and speed."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from llmprune.pages.comparison import COLUMNS, Comparison, RunRow, cells
 from llmprune.pages.page import Chart, Note, Part, Section, Table, render
 from llmprune.storage.files import write_text
 
-# Names stand beside their points while there is room for them.
+# Up to this many points are labelled.
 _LABELLED = 12
 _MEGA = 1e6
 
@@ -21,8 +21,8 @@ def write_comparison(comparison: Comparison, file: Path) -> Path:
     """Write a comparison as one HTML file.
 
     Args:
-        comparison: of any runs.
-        file: an older one is replaced, atomically; its folder is made if need be.
+        comparison: what to write.
+        file: replaced atomically if it exists; its folder is created if needed.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -34,7 +34,7 @@ def write_comparison(comparison: Comparison, file: Path) -> Path:
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """The page, as HTML."""
+    """The page as HTML."""
     sections = [
         Section(
             f"group-{place}",
@@ -45,12 +45,12 @@ def comparison_page(comparison: Comparison) -> str:
     ]
     notes = [Note(note) for note in comparison.notes]
     count = sum(row.recipe != "dense" for row in comparison.rows)
-    subtitle = "Quality, size and speed, grouped by the text that the quality was measured on"
-    return render(f"{count} runs side by side", subtitle, [*sections, Section("notes", "Notes", notes)])
+    subtitle = "Quality, size and speed, grouped by evaluation text"
+    return render(f"Comparison of {count} runs", subtitle, [*sections, Section("notes", "Notes", notes)])
 
 
 def pareto(rows: Sequence[RunRow], x: Value, y: Value, *, larger_x: bool, larger_y: bool) -> list[RunRow]:
-    """The rows that no other one beats: at least as good in both, and better in one; in the order of x.
+    """The Pareto front: rows for which no other is at least as good in both values and better in one; ordered by x.
 
     Rows without one of the values are left out.
     """
@@ -71,15 +71,15 @@ def pareto(rows: Sequence[RunRow], x: Value, y: Value, *, larger_x: bool, larger
 
 
 def _charts(rows: Sequence[RunRow], place: int) -> list[Part]:
-    """Each measure of quality against size and speed, where at least two runs have both."""
+    """Each measure of quality against size and speed, if at least two runs have both."""
     qualities: tuple[tuple[str, Axis, Value, bool], ...] = (
         ("perplexity", Axis("perplexity (lower is better)", log=True), lambda row: row.perplexity, False),
-        ("tasks", Axis("mean score of tasks (higher is better)", percent=True), lambda row: row.score, True),
+        ("tasks", Axis("mean task score (higher is better)", percent=True), lambda row: row.score, True),
     )
     prices: tuple[tuple[str, Axis, Value, bool], ...] = (
-        ("size", Axis("weights in MB (lower is better)", zero=True), _megabytes, False),
+        ("size", Axis("checkpoint size in MB (lower is better)", zero=True), _megabytes, False),
         ("nonzero parameters", Axis("million nonzero parameters (lower is better)", zero=True), _nonzeros, False),
-        ("speed", Axis("times as fast, token by token (higher is better)"), lambda row: row.decode_speedup, True),
+        ("speed", Axis("decode speed-up (higher is better)"), lambda row: row.decode_speedup, True),
     )
     charts: list[Part] = []
     for quality, y_axis, y, larger_y in qualities:
@@ -107,22 +107,24 @@ def _chart(
         for kind, own, colour in kinds
         if own
     ]
-    line = Series("not beaten", [x(row) or 0.0 for row in best], [y(row) for row in best], colour=2, dashed=True)
+    line = Series("Pareto front", [x(row) or 0.0 for row in best], [y(row) for row in best], colour=2, dashed=True)
     figure = points(series, line, x_axis, y_axis, labelled=len(rows) <= _LABELLED)
-    numbers = tuple((row.name, f"{x(row):,.4g}", f"{y(row):,.4g}", "not beaten" if row in best else "") for row in rows)
+    numbers = tuple(
+        (row.name, f"{x(row):,.4g}", f"{y(row):,.4g}", "Pareto front" if row in best else "") for row in rows
+    )
     table = Table(("run", x_axis.title, y_axis.title, ""), numbers, text=(0, 3))
-    note = "The dashed line joins the runs that no other run beats in both."
+    note = "The dashed line is the Pareto front: no other run is better in both."
     if len({(x(row), y(row)) for row in best}) == 1:
         note = f"No other run is better than {best[0].name} in either."
     if any("" in trace.get("text", ()) for trace in figure["data"]):
-        note += " Names without room stand beside the pointer."
+        note += " Hover over points without a label to see their names."
     return Chart(name, title, figure, table, note)
 
 
 def _hover(row: RunRow) -> str:
     name, recipe, *values = cells(row)
     said = [f"{column} {value}" for column, value in zip(COLUMNS[2:], values, strict=True) if value]
-    said += [f"speed of {row.speed_of}"] if row.speed_of else []
+    said += [f"speed-up of {row.speed_of}"] if row.speed_of else []
     return "\n".join([name, recipe, *said])
 
 

@@ -1,18 +1,18 @@
-"""Short texts on pages: a recipe in a few words, figures, and names beside the points of a chart where they fit."""
+"""Short texts on pages: a recipe in a few words, figures, and labels for the points of a chart."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# A chart on a phone, in pixels: what has room there has it everywhere.
+# The size of a chart on a phone, in pixels: labels that fit there fit everywhere.
 _WIDTH, _HEIGHT = 250, 370
-# A marker with what is free around it, half of it; a letter; a line of text.
+# Half of a marker with the space around it; the width of a letter; the height of a line.
 _MARKER, _LETTER, _LINE = 8, 7, 16
-# How far a name may leave the chart: the margin.
+# How far a label may reach beyond the chart, into the margin.
 _MARGIN = 16
 
-# Plotly's names for where a text stands, the best first, and where its middle is: in halves of its width and height.
+# Plotly's text positions, best first, and where each puts the middle of a text, in halves of its width and height.
 _POSITIONS = {
     "top center": (0, 1), "bottom center": (0, -1), "middle right": (1, 0), "middle left": (-1, 0),
     "top right": (1, 1), "top left": (-1, 1), "bottom right": (1, -1), "bottom left": (-1, -1),
@@ -39,20 +39,20 @@ class _Box:
 
 
 def place_names(points: Sequence[tuple[float, float]], names: Sequence[str]) -> list[str | None]:
-    """Find a place for each name that no other name and no point covers.
+    """Find a position for each label where it overlaps neither another label nor a point.
 
     Args:
-        points: in the unit square, from the lower left.
-        names: one each.
+        points: in the unit square, with the origin at the lower left.
+        names: one label per point.
 
     Returns:
-        Plotly's textposition for each; None where there is no room.
+        Plotly's textposition for each label; None if there is no room.
     """
     markers = [_Box(x * _WIDTH, y * _HEIGHT, _MARKER, _MARKER) for x, y in points]
     taken = list(markers)
     found: list[str | None] = []
     for marker, name in zip(markers, names, strict=True):
-        boxes = {position: _beside(marker, name, position) for position in _POSITIONS}
+        boxes = {position: _box(marker, name, position) for position in _POSITIONS}
         free = (p for p, box in boxes.items() if box.inside and not any(box.overlaps(other) for other in taken))
         found.append(next(free, None))
         if found[-1] is not None:
@@ -60,19 +60,19 @@ def place_names(points: Sequence[tuple[float, float]], names: Sequence[str]) -> 
     return found
 
 
-def _beside(marker: _Box, name: str, position: str) -> _Box:
+def _box(marker: _Box, name: str, position: str) -> _Box:
     right, up = _POSITIONS[position]
     half_width, half_height = _LETTER * len(name) / 2, _LINE / 2
-    # Boxes that touch do not overlap.
+    # Boxes that only touch do not overlap.
     x = marker.x + right * (half_width + (0 if up else _MARKER))
     return _Box(x, marker.y + up * (_MARKER + half_height), half_width, half_height)
 
 
 def short_recipe(recipe: Mapping[str, Any]) -> str:
-    """What a recipe does, without its knobs.
+    """What a recipe does, without its settings.
 
     Args:
-        recipe: as a report holds it.
+        recipe: as stored in a report.
 
     Example:
         >>> short_recipe({"structures": {"ffn": {"remove": 0.25}}, "pattern": "2:4", "method": {"sparsegpt": {}}})
@@ -90,20 +90,20 @@ def short_recipe(recipe: Mapping[str, Any]) -> str:
 
 
 def perplexity(value: float | None) -> str:
-    """A perplexity, or why there is none."""
+    """A perplexity, or why there is none, as text."""
     return "not measured" if value is None else "infinite" if math.isinf(value) else f"{value:.2f}"
 
 
 def divergence(value: float | None) -> str:
-    """A divergence in nats; null in a report means that it is not finite."""
+    """A KL divergence in nats; null in a report means that it is not finite."""
     return "not finite" if value is None else f"{value:.4f}"
 
 
 def text_line(evaluated: Mapping[str, Any]) -> str:
-    """On what a perplexity of a report was measured."""
+    """What text a report's perplexity was measured on."""
     source = evaluated["text"]["source"]
-    text = "text that the dense model wrote" if source == "self" else source
-    return f"{evaluated['predicted_tokens']:,} tokens of {text}, in chunks of {evaluated['length']:,}"
+    text = "self-generated text" if source == "self" else source
+    return f"{evaluated['predicted_tokens']:,} tokens of {text}, in sequences of {evaluated['length']:,}"
 
 
 def _amount(remove: float) -> str:

@@ -1,6 +1,6 @@
 """The rows of a report by decoder layer and kind of matrix, and charts of them.
 
-A mixture of experts has thousands of matrices. All experts of a layer are one point, which says how far they differ.
+An MoE model has thousands of matrices, so all experts of a layer share one point, whose hover text gives their range.
 """
 
 import re
@@ -18,8 +18,7 @@ _Value = TypeVar("_Value")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 LAYER = Axis("decoder layer", whole=True)
-# Of the relative output error.
-ENERGY = "part of the output's energy"
+ERROR = "relative output error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +26,9 @@ class Cell:
     """The matrices of one kind in one layer.
 
     Attributes:
-        layer: its number.
-        kind: the name inside the layer, experts left open.
-        rows: of the report.
+        layer: the layer's number.
+        kind: the name inside the layer, with a wildcard for the expert.
+        rows: the report's rows.
     """
 
     layer: int
@@ -38,44 +37,44 @@ class Cell:
 
     @property
     def errors(self) -> list[float]:
-        """Of those that were measured."""
+        """The errors that were measured."""
         return [row.error for row in self.rows if row.error is not None]
 
     @property
     def error(self) -> float | None:
-        """Their mean."""
+        """The mean of the measured errors."""
         return sum(self.errors) / len(self.errors) if self.errors else None
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros, counted."""
+        """The fraction of zeros, as counted."""
         elements = sum(row.shape[0] * row.shape[1] for row in self.rows)
         return sum(row.zeros for row in self.rows) / max(elements, 1)
 
     @property
     def hover(self) -> str:
-        """Everything that there is to say."""
+        """The hover text."""
         first = self.rows[0]
         count = f"{len(self.rows)} x " if len(self.rows) > 1 else ""
         said = [
             f"layer {self.layer}: {self.kind}",
             f"{count}{first.shape[0]} x {first.shape[1]}",
             f"{_distinct(row.pattern for row in self.rows)} by {_distinct(row.method for row in self.rows)}",
-            f"zeros {self.sparsity:.2%}",
+            f"sparsity {self.sparsity:.2%}",
         ]
         if self.error is not None:
             spread = f", {min(self.errors):.4g} to {max(self.errors):.4g}" if len(self.errors) > 1 else ""
             said.append(f"error {self.error:.4g}{spread}")
         climbed = sum(len(row.damping_tried) > 1 for row in self.rows)
         priors = sum(row.prior_tokens > 0 for row in self.rows)
-        said += [f"damping raised in {climbed}"] if climbed else []
-        said += [f"priors for {priors} with few tokens"] if priors else []
+        said += [f"damping increased for {climbed}"] if climbed else []
+        said += [f"{priors} with too few tokens"] if priors else []
         said.append(f"solved in {format_seconds(sum(row.seconds for row in self.rows))} s")
         return "\n".join(said)
 
 
 def cells(rows: Iterable[MatrixRow]) -> list[Cell]:
-    """Gather rows by layer and kind, in their order."""
+    """Group rows by layer and kind, in their original order."""
     found: dict[tuple[int, str], list[MatrixRow]] = {}
     for row in rows:
         found.setdefault((number(row.layer), kind_of(row.layer, row.name)), []).append(row)
@@ -83,13 +82,13 @@ def cells(rows: Iterable[MatrixRow]) -> list[Cell]:
 
 
 def number(layer: str) -> int:
-    """The number at the end of a layer's dotted name; 0 if there is none."""
+    """The number at the end of a layer's dotted name; 0 if it has none."""
     last = layer.rpartition(".")[2]
     return int(last) if last.isdecimal() else 0
 
 
 def kind_of(layer: str, name: str) -> str:
-    """A matrix's name inside its layer, experts left open.
+    """A matrix's name inside its layer, with a wildcard for the expert.
 
     Example:
         >>> kind_of("model.layers.3", "model.layers.3.mlp.experts.17.up_proj")
@@ -99,7 +98,7 @@ def kind_of(layer: str, name: str) -> str:
 
 
 def pivot(found: Mapping[tuple[int, str], _Value], shown: Callable[[_Value], str]) -> Table:
-    """A row for each layer and a column for each kind; empty where a layer has none."""
+    """A row for each layer and a column for each kind; cells are empty where a layer has none."""
     layers = list(dict.fromkeys(layer for layer, _ in found))
     kinds = list(dict.fromkeys(kind for _, kind in found))
     rows = tuple(
@@ -110,36 +109,36 @@ def pivot(found: Mapping[tuple[int, str], _Value], shown: Callable[[_Value], str
 
 
 def layer_parts(report: Report) -> list[Part]:
-    """Error and sparsity of every matrix."""
+    """Charts of the error and the sparsity of every matrix."""
     if not report.rows:
         return []
     found = cells(report.rows)
     overall = level("all matrices", sorted({cell.layer for cell in found}), report.sparsity)
-    error = lines(_by_kind(found, lambda cell: cell.error), LAYER, Axis(ENERGY, log=True, zero=True))
+    error = lines(_by_kind(found, lambda cell: cell.error), LAYER, Axis(ERROR, log=True, zero=True))
     sparsity = lines(
-        [*_by_kind(found, lambda cell: cell.sparsity), overall], LAYER, Axis("zeros", percent=True, zero=True)
+        [*_by_kind(found, lambda cell: cell.sparsity), overall], LAYER, Axis("sparsity", percent=True, zero=True)
     )
     return [
         Chart(
             "chart-error",
-            "Output error of each matrix",
+            "Relative output error of each matrix",
             error,
             _table(found, lambda cell: "" if cell.error is None else f"{cell.error:.4g}"),
-            "||(W - V) X||² / ||W X||² on calibration rows that were held back, for W before and V after. "
+            "||(W - V) X||² / ||W X||² on held-back (validation) rows, with W before and V after pruning. "
             "Experts are averaged.",
         ),
         Chart(
             "chart-sparsity",
-            "Zeros in each matrix",
+            "Sparsity of each matrix",
             sparsity,
             _table(found, lambda cell: f"{cell.sparsity:.2%}"),
-            "Counted in what was stored. The dashed line is what all matrices have together.",
+            "Counted in the stored weights. The dashed line is the sparsity of all matrices together.",
         ),
     ]
 
 
 def structure_parts(report: Report) -> list[Part]:
-    """What stays of each structure, and the error of what reads it."""
+    """Charts of how much of each structure is kept, and of the error of the matrix that reads it."""
     rows = report.structures
     if not rows:
         return []
@@ -148,20 +147,20 @@ def structure_parts(report: Report) -> list[Part]:
     charts: list[Part] = [
         Chart(
             "chart-kept",
-            "What stays of each structure",
+            "What is kept of each structure",
             lines(kept, LAYER, Axis("groups kept", percent=True, zero=True)),
             pivot(found, lambda row: f"{row.kept:,} of {row.groups:,}"),
-            f"Layers are numbered as in the smaller model; a gap: nothing was removed there. {_chosen(rows)}",
+            f"Layers are numbered as in the smaller model; a gap means that nothing was removed there. {_chosen(rows)}",
         )
     ]
     if any(row.error is not None for row in rows):
         charts.append(
             Chart(
                 "chart-structure-error",
-                "Output error of what reads a structure",
-                lines(_structure_series(rows, lambda row: row.error), LAYER, Axis(ENERGY, log=True, zero=True)),
+                "Relative output error after removing structures",
+                lines(_structure_series(rows, lambda row: row.error), LAYER, Axis(ERROR, log=True, zero=True)),
                 pivot(found, lambda row: "" if row.error is None else f"{row.error:.4g}"),
-                "Of the matrix that reads the groups, on held-back rows, after its refit where there is one.",
+                "Of the matrix that reads the groups, on held-back (validation) rows, after the refit if there is one.",
             )
         )
     return charts
@@ -198,7 +197,7 @@ def _structure_series(rows: Sequence[StructureRow], value: Callable[[StructureRo
     series = []
     for place, (kind, same) in enumerate(kinds.items()):
         found = {number(row.layer): row for row in same}
-        # No line across layers that lost nothing.
+        # Leave gaps at layers that lost nothing.
         layers = range(min(found), max(found) + 1)
         values = [value(found[layer]) if layer in found else None for layer in layers]
         hover = [_structure_hover(found[layer]) if layer in found else "" for layer in layers]
@@ -209,7 +208,7 @@ def _structure_series(rows: Sequence[StructureRow], value: Callable[[StructureRo
 def _structure_hover(row: StructureRow) -> str:
     error = "" if row.error is None else f"\nerror {row.error:.4g}"
     return (
-        f"layer {number(row.layer)}: {_structure_kind(row)}\n{row.kept:,} of {row.groups:,} stay\n"
+        f"layer {number(row.layer)}: {_structure_kind(row)}\n{row.kept:,} of {row.groups:,} kept\n"
         f"{_way(row)}, {row.swaps} exchanges{error}\n{format_seconds(row.seconds)} s"
     )
 

@@ -1,4 +1,4 @@
-"""What was measured of the whole model: scores beside the dense model's, and its speed."""
+"""Measurements of the whole model: scores against the dense model's, and speed."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,12 +10,12 @@ from llmprune.pages.beside import Beside, Evaluation, Score
 from llmprune.pages.charts import PALETTE, Axis, Series, bars, level, lines
 from llmprune.pages.page import Chart, Note, Part, Table
 
-# Standard errors that a difference has to exceed to count.
+# A difference is significant above this many standard errors.
 _STANDARD_ERRORS = 2.0
 
 _RESIDENT = (
-    "Resident: the model's tensors alone. Peak: these and the most that a run held beside them, so without Python and "
-    "its libraries."
+    "Weights in memory: the model's tensors alone. Peak memory: these and the most that a run allocated on top, "
+    "without Python and its libraries."
 )
 
 # A value and its standard error.
@@ -24,7 +24,7 @@ _Measured = tuple[float | None, float | None]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One metric of one task, dense and pruned; None where it is not known."""
+    """One metric of one task, dense and pruned; None where unknown."""
 
     task: str
     metric: str
@@ -38,16 +38,16 @@ class Line:
 
 
 def evaluation_parts(beside: Beside) -> list[Part]:
-    """Scores of lm-eval: a table, and a chart of those that are fractions."""
+    """Scores of lm-eval: a table of all, and a chart of those that are fractions."""
     found = list(_score_lines(beside))
     if not found:
         return [Note(note) for note in beside.notes if note.startswith("evaluation")]
     fractions = [one for one in found if one.pruned is not None and 0 <= one.pruned <= 1 and (one.dense or 0) <= 1]
     parts: list[Part] = [
         Note(
-            f"By lm-eval. A difference counts where it is larger than {_STANDARD_ERRORS:.0f} standard errors; both "
-            "models answer the same questions, and errors of comparisons by llmprune eval are paired. Of paired "
-            "perplexities the logarithms are compared, so the error beside a difference does not decide alone."
+            "lm-eval results; standard errors are paired by document where llmprune eval compared both models. A "
+            f"difference is called significant above {_STANDARD_ERRORS:.0f} standard errors; for perplexities, of the "
+            "log-perplexity."
         ),
         _score_table(found),
     ]
@@ -60,12 +60,14 @@ def evaluation_parts(beside: Beside) -> list[Part]:
             Axis("", names=True),
             Axis("score", percent=True, zero=True),
         )
-        parts.append(Chart("chart-tasks", "Tasks", figure, _score_table(fractions), "With one standard error."))
+        parts.append(
+            Chart("chart-tasks", "Tasks", figure, _score_table(fractions), "Error bars show one standard error.")
+        )
     return [*parts, *(Note(note) for note in beside.notes if note.startswith("evaluation"))]
 
 
 def speed_parts(header: Mapping[str, Any], beside: Beside) -> list[Part]:
-    """Times of the decoder layers from the run, and what `llmprune bench` measured on each device."""
+    """The speed of the decoder layers from the run, and the results of `llmprune bench` on each device."""
     parts: list[Part] = []
     if speed := header.get("speed"):
         parts.append(_layers_table(speed, header.get("device", "")))
@@ -75,7 +77,7 @@ def speed_parts(header: Mapping[str, Any], beside: Beside) -> list[Part]:
 
 
 def _score_lines(beside: Beside) -> Iterable[Line]:
-    """Comparisons as they were written, then what stands in lm-eval's own files only."""
+    """Comparisons as written by `llmprune eval`, then scores that only lm-eval's own files have."""
     seen = set()
     for row in beside.compared:
         metric = row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"
@@ -105,7 +107,7 @@ def _flat(evaluation: Evaluation) -> dict[tuple[str, str], Score]:
 
 
 def _joined(task: str, metric: str, score: Score, dense: Score | None) -> Line:
-    """A score beside the dense model's, with their errors as if they were independent."""
+    """A score against the dense model's, treating their errors as independent."""
     if dense is None:
         return Line(task, metric, None, None, score.value, score.deviation, None, None, "")
     delta = score.value - dense.value
@@ -146,7 +148,7 @@ def _score_bars(name: str, found: Sequence[Line], side: Callable[[Line], _Measur
 def _with_error(value: float | None, error: float | None, *, signed: bool = False) -> str:
     if value is None:
         return ""
-    # As many places as two digits of the error need, or four of the value.
+    # Enough decimals for two digits of the error, or four digits of the value.
     digits, scale = (2, error) if error and math.isfinite(error) else (4, abs(value))
     places = digits - 1 - math.floor(math.log10(scale)) if scale and math.isfinite(scale) else 0
     form = f",.{min(max(places, 0), 6)}f"
@@ -156,15 +158,15 @@ def _with_error(value: float | None, error: float | None, *, signed: bool = Fals
 def _layers_table(speed: Mapping[str, Mapping[str, Any]], device: str) -> Table:
     dense, pruned = speed["dense"], speed["pruned"]
     names = {
-        "prefill_seconds": f"a prompt of {dense['prefill_tokens']:,} tokens",
-        "token_seconds": "a single token",
+        "prefill_seconds": f"prefill, {dense['prefill_tokens']:,} tokens",
+        "token_seconds": "decode, one token",
     }
     rows = tuple(
         (name, f"{1e3 * dense[key]:,.2f}", f"{1e3 * pruned[key]:,.2f}", f"{dense[key] / max(pruned[key], 1e-12):.2f}")
         for key, name in names.items()
     )
-    caption = f"All decoder layers, without embeddings and head, on {device}"
-    return Table(("", "dense ms", "pruned ms", "times as fast"), rows, caption=caption)
+    caption = f"All decoder layers, without embeddings and LM head, on {device}"
+    return Table(("", "dense ms", "pruned ms", "speed-up"), rows, caption=caption)
 
 
 def _bench_parts(device: str, result: Mapping[str, Any], place: int) -> list[Part]:
@@ -175,19 +177,19 @@ def _bench_parts(device: str, result: Mapping[str, Any], place: int) -> list[Par
         parts.append(
             Chart(
                 f"chart-bench-{place}",
-                f"Sparse products against dense ones, {device}",
+                f"Sparse matmuls against dense ones, {device}",
                 _products_figure(measured),
                 table,
-                "How many times as fast as the dense product of the same shape; below 1 it is slower. "
-                f"Measured {result['finished']}. Shares are of the rates of one large copy and one large product; what "
-                "fits in a cache can be above 100%.",
+                "Speed-up over the dense matmul of the same shape; below 1 is slower. "
+                f"Measured {result['finished']}. Shares are of the roofline set by one large copy and one large "
+                "matmul; what fits in a cache can exceed 100%.",
             )
         )
     unmeasured: dict[str, list[str]] = {}
     for product in result["products"]:
         if not product["comparisons"]:
             unmeasured.setdefault(product["reason"], []).append(_product(product))
-    parts += [Note(f"Nothing sparse to measure, {why}: {'; '.join(names)}") for why, names in unmeasured.items()]
+    parts += [Note(f"No sparse kernel to measure ({why}): {'; '.join(names)}") for why, names in unmeasured.items()]
     return parts
 
 
@@ -198,7 +200,7 @@ def _whole_model(device: str, model: Mapping[str, Any]) -> Table:
         rows.append(_model_row("pruned", row, model, dense["batches"][place] if dense else None))
         if dense:
             rows.append(_model_row("dense", dense["batches"][place], dense, None))
-    columns = ("", "batch", "first token ms", "tokens/s", "times as fast", "resident MB", "peak MB")
+    columns = ("", "batch", "TTFT ms", "tokens/s", "decode speed-up", "weights in memory MB", "peak memory MB")
     return Table(columns, tuple(rows), caption=f"The whole model on {device}")
 
 
@@ -225,15 +227,15 @@ def _products_figure(products: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 [row["tokens"] for row in rows],
                 [row["ratio"] for row in rows],
                 [
-                    f"{_product(product)}\n{row['tokens']:,} tokens: {row['ratio']:.2f} times as fast\n"
-                    f"{row['share']} of what the measured rates allow"
+                    f"{_product(product)}\n{row['tokens']:,} tokens: {row['ratio']:.2f}x speed-up\n"
+                    f"{row['share']} of the roofline"
                     for row in ({**row, "share": f"{row['sparse']['share']:.0%}"} for row in rows)
                 ],
                 place % len(PALETTE),
             )
         )
     tokens = sorted({row["tokens"] for product in products for row in product["comparisons"]})
-    return lines([*series, level("dense", tokens, 1.0)], Axis("tokens", log="always"), Axis("times as fast", zero=True))
+    return lines([*series, level("dense", tokens, 1.0)], Axis("tokens", log="always"), Axis("speed-up", zero=True))
 
 
 def _products_table(products: Sequence[Mapping[str, Any]]) -> Table:
@@ -248,7 +250,7 @@ def _products_table(products: Sequence[Mapping[str, Any]]) -> Table:
             times = (f"{row[name]['median_us']:,.1f}" for name in ("dense", "sparse"))
             verdict = "slower" if row["ratio"] < 1 else ""
             rows.append((*start, *times, f"{row['ratio']:.2f}", error, verdict))
-    columns = ("product", "served as", "tokens", "dense µs", "sparse µs", "times as fast", "error", "")
+    columns = ("matmul", "kernel", "tokens", "dense µs", "sparse µs", "speed-up", "error", "")
     return Table(columns, tuple(rows), text=(0, 1, 7))
 
 

@@ -8,7 +8,7 @@
 
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
 
-  // Read from elements, so that the style sheet alone knows the colours.
+  // Read from elements, so that colours are defined in the style sheet alone.
   const colours = () => {
     const ink = getComputedStyle(document.body).color;
     const line = getComputedStyle(document.querySelector("figure")).borderTopColor;
@@ -18,7 +18,7 @@
     return result;
   };
 
-  // Breaks at spaces and before brackets; plotly does not break lines by itself.
+  // Break at spaces and before brackets, because plotly does not wrap text.
   const wrapped = (text, most) => {
     if (text.length <= most) return text;
     const lines = [""];
@@ -30,7 +30,7 @@
     return lines.join("<br>");
   };
 
-  // Names and titles in as many lines as they need, the legend above the chart and as wide as the page.
+  // On narrow screens, wrap names and titles, and put the legend above the chart at full width.
   const narrow = ({ data, layout }) => {
     layout.xaxis.title.text = wrapped(layout.xaxis.title.text, 34);
     layout.yaxis.title.text = wrapped(layout.yaxis.title.text, 34);
@@ -52,7 +52,7 @@
     const buttons = ["select2d", "lasso2d", "autoScale2d"];
     const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: buttons };
     if (matchMedia("(pointer: coarse)").matches) {
-      // A finger that moves over a chart scrolls the page, and buttons would lie on the legend.
+      // Let a finger on a chart scroll the page; the buttons would cover the legend.
       figure.layout.dragmode = false;
       options.displayModeBar = false;
     }
@@ -76,7 +76,7 @@
     try {
       localStorage.setItem("llmprune-theme", theme);
     } catch {
-      // Pages from a disk may have no storage; the choice then lasts as long as the page.
+      // Pages opened from disk may have no storage; the choice then lasts as long as the page.
     }
   };
 
@@ -94,7 +94,7 @@
     for (let place = 0; place < packed.length; place++) bytes[place] = packed.charCodeAt(place);
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     const script = document.createElement("script");
-    // Most of the library is needed at once; browsers that know the hint do not read its functions twice.
+    // Most of the library is needed at once; with this hint, browsers do not parse its functions twice.
     script.textContent = `//# allFunctionsCalledOnLoad\n${await new Response(stream).text()}`;
     document.head.append(script);
   };
@@ -106,7 +106,7 @@
     for (const [name, figure] of Object.entries(figures)) {
       const plot = document.getElementById(name);
       await draw(plot, figure);
-      // The first screen is there; the others follow one by one, and the page answers between them.
+      // The first screen is drawn; the rest follows chart by chart, and the page stays responsive in between.
       if (plot.getBoundingClientRect().bottom > innerHeight) root.dataset.charts = "ready";
       await breathe();
     }

@@ -1,8 +1,8 @@
-"""One HTML file with tables and interactive charts: nothing is fetched, so it opens offline and stays readable.
+"""One self-contained HTML file with tables and interactive charts, which opens offline.
 
-Every chart has its numbers in a table below it, for readers that cannot use the chart. The plotting library is embedded
-compressed, less than half of its size; browsers from 2023 on decompress it, and others show the tables. It is
-plotly's basic bundle: to read the full one takes a browser longer than everything else on the page.
+Every chart has a table of its numbers below it, for readers who cannot use the chart. The plotting library is embedded
+compressed, at less than half of its size; browsers since 2023 decompress it, and older ones show the tables. It is
+plotly's basic bundle, because parsing the full one takes a browser longer than everything else on the page.
 """
 
 import base64
@@ -16,26 +16,26 @@ from typing import Any, Protocol
 
 _FAILURE = "The charts need JavaScript and a browser from 2023 or later. Their numbers are in the tables."
 
-# Letters from which on a text in a table may take several lines.
+# Table cells with more characters than this may wrap.
 _LONG = 24
 
 
 class Part(Protocol):
-    """Something that stands in a section."""
+    """A part of a section."""
 
     def html(self) -> str:
-        """Write it as HTML, with everything escaped that comes from outside."""
+        """Render as HTML, escaping all text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table that scrolls where it is too wide.
+    """A table that scrolls if it is too wide.
 
     Attributes:
-        columns: their heads.
-        rows: cells, ready to be read.
-        text: which columns hold text; the others hold numbers.
-        caption: what it shows; empty where a heading says it.
+        columns: the column headers.
+        rows: formatted cells.
+        text: indices of the columns that hold text; the others hold numbers.
+        caption: what the table shows; empty if a heading says so.
     """
 
     columns: tuple[str, ...]
@@ -65,7 +65,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Names and what there is to say of them."""
+    """A list of names and values."""
 
     pairs: tuple[tuple[str, str], ...]
 
@@ -76,7 +76,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """The few figures to see first: (name, value, remark)."""
+    """The key figures: (name, value, remark)."""
 
     tiles: tuple[tuple[str, str, str], ...]
 
@@ -91,7 +91,7 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A text to unfold, with its line breaks."""
+    """Preformatted text in a collapsible block."""
 
     title: str
     text: str
@@ -102,7 +102,7 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A sentence."""
+    """A short paragraph."""
 
     text: str
 
@@ -112,11 +112,11 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """An interactive chart, and its numbers in a table to unfold.
+    """An interactive chart, with its numbers in a collapsible table.
 
     Attributes:
-        name: unique in its page; letters and hyphens.
-        title: what it shows.
+        name: unique on the page; letters and hyphens.
+        title: what the chart shows.
         figure: data and layout, in plotly's JSON schema.
         table: the same numbers.
         note: how to read it; may be empty.
@@ -141,12 +141,12 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading and what stands below it.
+    """A heading and the parts below it.
 
     Attributes:
-        name: unique in its page; letters and hyphens.
+        name: unique on the page; letters and hyphens.
         title: the heading.
-        parts: in order; without any the section is left out.
+        parts: in order; a section without parts is left out.
     """
 
     name: str
@@ -159,12 +159,12 @@ class Section:
 
 
 def render(title: str, subtitle: str, sections: Iterable[Section]) -> str:
-    """Write a page.
+    """Render a page.
 
     Args:
-        title: of the page.
-        subtitle: a line below it.
-        sections: those without parts are left out.
+        title: the page's title.
+        subtitle: the line below the title.
+        sections: in order; those without parts are left out.
     """
     shown = [section for section in sections if section.parts]
     figures = {part.name: part.figure for section in shown for part in section.parts if isinstance(part, Chart)}
@@ -201,7 +201,7 @@ def render(title: str, subtitle: str, sections: Iterable[Section]) -> str:
 
 
 def _embedded(content: Any) -> str:
-    """JSON that ends no script element early, whatever names are in it."""
+    """JSON that cannot end its script element early, whatever names it contains."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

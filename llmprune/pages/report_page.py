@@ -1,4 +1,4 @@
-"""report.html: one run, for people."""
+"""report.html: the report of one run as a page."""
 
 import math
 from collections.abc import Mapping
@@ -19,25 +19,25 @@ from llmprune.storage.report import PAGE_NAME, Report, load_report
 from llmprune.units import format_seconds, format_size
 
 _MEGA = 1e6
-# What belongs to no stage: looking at the model, planning, small steps between.
+# Time that belongs to no stage: inspecting the model, planning, small steps in between.
 _OTHER = "other"
-# What the memory of a run leaves out, and what not.
-_BEFORE = (
-    ": on a CPU the whole process with Python, torch and transformers, on a GPU what torch had allocated. What these "
-    "libraries load later counts as measured, not as predicted: some tens of megabytes on a CPU."
+# What the baseline of the measured memory is.
+_BASELINE = (
+    "(on a CPU the process with Python, torch and transformers, on a GPU what torch had allocated). On a CPU, "
+    "libraries add some tens of MB that the formula does not predict."
 )
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html into an output folder, from its report.json and what was measured since.
+    """Write report.html into an output folder, from its report.json and later measurements.
 
-    Files evaluation*.json (lm-eval) and bench*.json (`llmprune bench`) beside it are shown as well.
+    The folder's evaluation*.json (lm-eval) and bench*.json (`llmprune bench`) are shown as well.
 
     Args:
-        folder: of a finished run.
+        folder: the output folder of a finished run.
 
     Returns:
-        The path of the page; an older one is replaced, atomically.
+        The path of the page; an older one is replaced atomically.
 
     Raises:
         CheckpointError: report.json is missing or damaged.
@@ -50,12 +50,12 @@ def write_report(folder: Path) -> Path:
 
 
 def report_page(report: Report, beside: Beside, stored_bytes: int | None = None) -> str:
-    """The page of one run, as HTML.
+    """The page of one run as HTML.
 
     Args:
-        report: of the run.
-        beside: what was measured since.
-        stored_bytes: size of the weight files; None: as the report says.
+        report: the run's report.
+        beside: later measurements.
+        stored_bytes: size of the weights; None to take it from the report.
     """
     header = report.header
     name = Path(str(header.get("model", "model"))).name
@@ -64,11 +64,11 @@ def report_page(report: Report, beside: Beside, stored_bytes: int | None = None)
         Section("summary", "Summary", _summary(report, stored_bytes)),
         Section("layers", "Layers", layer_parts(report)),
         Section("structures", "Structures", [*_extent(header), *structure_parts(report)]),
-        Section("decisions", "Why these", evidence_parts(evidence)),
+        Section("decisions", "Why these were removed", evidence_parts(evidence)),
         Section("evaluation", "Evaluation", evaluation_parts(beside)),
         Section("speed", "Speed", speed_parts(header, beside)),
         Section("resources", "Time and memory", [*_time(header), *_memory(report)]),
-        Section("protocol", "Protocol", _protocol(header)),
+        Section("protocol", "Reproducibility", _protocol(header)),
     )
     recipe = header.get("recipe") or {}
     subtitle = " · ".join(filter(None, (short_recipe(recipe), str(recipe.get("description") or ""))))
@@ -84,9 +84,9 @@ def _summary(report: Report, stored_bytes: int | None) -> list[Part]:
     if evaluation := header.get("evaluation"):
         facts.append(("perplexity on", text_line(evaluation["dense"])))
     if climbed:
-        facts.append(("raised damping", f"{climbed:,} matrices whose factorisation failed at first"))
+        facts.append(("damping increased", f"for {climbed:,} matrices whose factorisation failed at first"))
     if priors:
-        facts.append(("expert priors", f"{priors:,} matrices of experts that saw few tokens"))
+        facts.append(("too few tokens", f"for {priors:,} matrices of experts"))
     return [Tiles(tuple(_tiles(report, stored_bytes))), Facts(tuple(facts))]
 
 
@@ -94,18 +94,18 @@ def _tiles(report: Report, stored_bytes: int | None) -> list[tuple[str, str, str
     header = report.header
     tiles = _quality(report)
     if report.rows:
-        tiles.append(("zeros", f"{report.sparsity:.1%}", f"of {len(report.rows):,} matrices"))
+        tiles.append(("sparsity", f"{report.sparsity:.1%}", f"in {len(report.rows):,} matrices"))
     if extent := header.get("extent"):
         part = extent["pruned"]["parameters"] / extent["dense"]["parameters"]
         tiles.append(("parameters", f"{part:.1%}", f"{extent['pruned']['parameters']:,}"))
     tiles += [(left.kind, left.amount, left.where) for left in report.left]
     if report.mean_error is not None:
-        tiles.append(("mean error", f"{report.mean_error:.4g}", "of the output's energy"))
+        tiles.append(("relative output error", f"{report.mean_error:.4g}", "mean of all matrices"))
     size = header.get("size")
     stored = stored_bytes if stored_bytes is not None else size and size["stored_bytes"]
     if stored:
         dense = extent["dense"]["nbytes"] if extent else size and size["dense_bytes"]
-        tiles.append(("weights", format_size(stored), f"dense {format_size(dense)}" if dense else ""))
+        tiles.append(("checkpoint size", format_size(stored), f"dense {format_size(dense)}" if dense else ""))
     if seconds := header.get("seconds"):
         tiles.append(("time", f"{format_seconds(seconds['total'])} s", ""))
     return tiles
@@ -118,12 +118,12 @@ def _quality(report: Report) -> list[tuple[str, str, str]]:
     dense, pruned = report.dense_perplexity, report.pruned_perplexity
     tiles = [
         ("perplexity", perplexity(pruned), f"dense {perplexity(dense)}"),
-        ("KL divergence", divergence(evaluation["kl_divergence"]), "nats a token"),
-        ("same top token", f"{evaluation['agreement']:.1%}", "as the dense model"),
+        ("KL divergence", divergence(evaluation["kl_divergence"]), "nats/token"),
+        ("top-1 agreement", f"{evaluation['agreement']:.1%}", "with the dense model"),
     ]
-    calibration = [evaluation[which].get("calibration_error") for which in ("pruned", "dense")]
-    if None not in calibration:
-        tiles.append(("calibration error", f"{calibration[0]:.4f}", f"dense {calibration[1]:.4f}"))
+    errors = [evaluation[which].get("calibration_error") for which in ("pruned", "dense")]
+    if None not in errors:
+        tiles.append(("ECE (expected calibration error)", f"{errors[0]:.4f}", f"dense {errors[1]:.4f}"))
     return tiles
 
 
@@ -134,15 +134,15 @@ def _extent(header: Mapping[str, Any]) -> list[Part]:
         "layers": "decoder layers",
         "hidden_size": "hidden channels",
         "parameters": "parameters",
-        "flops_per_token": "FLOPs a token",
+        "flops_per_token": "FLOPs/token",
     }
     dense, pruned = extent["dense"], extent["pruned"]
     rows = [
         (name, f"{dense[key]:,}", f"{pruned[key]:,}", _part(pruned[key], dense[key])) for key, name in names.items()
     ]
     sizes = format_size(dense["nbytes"]), format_size(pruned["nbytes"])
-    rows.append(("tensors on disk", *sizes, _part(pruned["nbytes"], dense["nbytes"])))
-    return [Table(("", "dense", "pruned", "part"), tuple(rows), caption="The model")]
+    rows.append(("checkpoint size", *sizes, _part(pruned["nbytes"], dense["nbytes"])))
+    return [Table(("", "dense", "pruned", "kept"), tuple(rows), caption="The model")]
 
 
 def _part(part: float, whole: float) -> str:
@@ -159,7 +159,7 @@ def _time(header: Mapping[str, Any]) -> list[Part]:
     hover = [f"{name}: {format_seconds(value)} s" for name, value in stages.items()]
     figure = shares(Series("seconds", list(stages), list(stages.values()), hover), Axis("seconds"))
     table = Table(("stage", "seconds"), tuple((name, f"{value:,.2f}") for name, value in stages.items()))
-    note = f"{format_seconds(math.fsum(stages.values()))} s in all; a stage inside another is counted once."
+    note = f"{format_seconds(math.fsum(stages.values()))} s in total; nested stages are counted once."
     return [Chart("chart-time", "Time by stage", figure, table, note)]
 
 
@@ -171,7 +171,7 @@ def _memory(report: Report) -> list[Part]:
     hover = [f"{name}: {format_size(value)}" for name, value in sizes.items()]
     bars = shares(Series("peak", list(sizes), [value / _MEGA for value in sizes.values()], hover, 1), Axis("MB"))
     table = Table(("peak", "MB"), tuple((name, f"{value / _MEGA:,.1f}") for name, value in sizes.items()))
-    note = f"Beyond the {format_size(memory['baseline_bytes'])} that were there before the first layer{_BEFORE}"
+    note = f"Above a baseline of {format_size(memory['baseline_bytes'])} {_BASELINE}"
     parts: list[Part] = [Chart("chart-memory", "Peak memory, predicted and measured", bars, table, note)]
     seen = [(row.layer, row.peak_bytes) for row in report.structures if row.peak_bytes]
     seen += [(row.layer, row.peak_bytes) for row in report.rows]
@@ -181,7 +181,7 @@ def _memory(report: Report) -> list[Part]:
         figure = lines(
             [
                 Series("measured so far", list(peaks), list(peaks.values()), said, 1),
-                level("predicted for the whole run", list(peaks), sizes["predicted"] / _MEGA),
+                level("predicted peak", list(peaks), sizes["predicted"] / _MEGA),
             ],
             LAYER,
             Axis("MB", zero=True),

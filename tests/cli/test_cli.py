@@ -43,12 +43,12 @@ def test_prune_shows_what_it_cost(model: Path, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     shown = " ".join(result.stdout.split())
     evaluation = report["evaluation"]
-    assert f"{evaluation['dense']['perplexity']:.4f} dense, {evaluation['pruned']['perplexity']:.4f} pruned" in shown
-    assert f"KL divergence {evaluation['kl_divergence']:.4f} nats a token" in shown
-    assert "sparsity 50.00% of the weights in 14 matrices" in shown
-    assert f"mean error {report['summary']['mean_error']:.4f}" in shown
-    assert "raised damping 0 matrices" in shown
-    assert "expert priors 0 matrices" in shown
+    assert f"{evaluation['dense']['perplexity']:.2f} -> {evaluation['pruned']['perplexity']:.2f} (x" in shown
+    assert f"KL divergence {evaluation['kl_divergence']:.4f} nats/token" in shown
+    assert "sparsity 50.00% in 14 matrices" in shown
+    assert f"relative output error {report['summary']['mean_error']:.4f} (mean)" in shown
+    assert "damping increased for 0 matrices" in shown
+    assert "too few tokens for 0 matrices of experts" in shown
     assert "predicted" in shown
     assert "measured" in shown
     assert str(tmp_path / "out" / "report.json") in "".join(result.stdout.split())
@@ -65,8 +65,8 @@ def test_prune_counts_raised_dampings_and_expert_priors(tmp_path: Path) -> None:
     climbed = sum(len(row["damping_tried"]) > 1 for row in rows)
     assert climbed > 0
     shown = " ".join(run(*arguments, "--resume").stdout.split())
-    assert f"raised damping {climbed} matrices" in shown
-    assert f"expert priors {2 * 4 * 2} matrices" in shown
+    assert f"damping increased for {climbed} matrices" in shown
+    assert f"too few tokens for {2 * 4 * 2} matrices of experts" in shown
     assert "perplexity not measured" in shown
 
 
@@ -97,7 +97,7 @@ def test_progress_is_one_line_a_layer_on_stderr(model: Path, tmp_path: Path) -> 
     assert stages == ["dense perplexity"] * 2 + ["pruning"] * 2 + ["pruned perplexity"] * 2
     lines = [line for line in result.stderr.splitlines() if line.startswith("pruning")]
     assert lines[0].startswith("pruning: layer 1 of 2 in ")
-    assert ", mean error 0." in lines[0]
+    assert ", mean relative output error 0." in lines[0]
     assert ", ETA 0:0" in lines[0]
     assert "ETA" not in lines[1]
     assert "calibration text" in result.stderr
@@ -305,7 +305,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(
         "self_attn.q_proj",
         "sparsegpt",
         "predicted peak",
-        "two forwards",
+        "two forward passes",
         "does not read",
     ):
         assert words in result.stdout
@@ -346,8 +346,8 @@ COMMANDS = (
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
 def test_help_names_the_exit_codes(command: list[str]) -> None:
     shown = " ".join(run(*command, "--help").stdout.split())
-    assert "Exit codes: 0 done; 1 " in shown
-    assert "2 wrong usage; 130 interrupted" in shown
+    assert "Exit codes: 0 success; 1 an error " in shown
+    assert "2 usage error; 130 Ctrl-C" in shown
 
 
 def test_every_option_has_help() -> None:

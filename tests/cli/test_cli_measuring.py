@@ -71,7 +71,7 @@ def test_perplexity_against_the_dense_model_is_the_reports(model: Path, pruned: 
     assert content["kl_divergence"] > 0
     assert content["against"] == str(model)
     table = run(*arguments).stdout
-    assert f"{reported['dense']['perplexity']:.4f} dense, {reported['pruned']['perplexity']:.4f} here" in table
+    assert f"{reported['dense']['perplexity']:.2f} -> {reported['pruned']['perplexity']:.2f} (x" in table
     assert "KL divergence" in table
 
 
@@ -114,7 +114,7 @@ def test_inspect_short_checkpoints_matrix_by_matrix(pruned: Path) -> None:
     assert "model.layers.1" in result.stdout
     row = next(line for line in result.stdout.splitlines() if "mlp.down_proj.weight" in line)
     assert row.split() == ["mlp.down_proj.weight", "32", "x", "48", "float32", "50.00%", "0.5", "6.1", "kB"]
-    assert "50.00% of the matrices in the layers" in result.stdout
+    assert "50.00% in the matrices of the layers" in result.stdout
 
 
 def test_inspect_long_checkpoints_layer_by_layer_unless_all_is_given() -> None:

@@ -62,7 +62,7 @@ def test_a_failed_run_is_shown_with_its_reason(arguments: list[Any]) -> None:
     assert "pattern-3of7 failed error model.layers.0.self_attn.q_proj: pattern 3:7" in shown
     assert "1 of 2 runs finished" in shown
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("1 of 2 runs failed; try them again with: llmprune sweep ")
+    assert last.startswith("1 of 2 runs failed; retry them with: llmprune sweep ")
     assert shlex.split(last.partition("with: ")[2])[1:] == [*map(str, arguments), *options, "--resume"]
     as_json = json.loads(run(*arguments, *options, "--json", "--resume").stdout)
     assert as_json["rows"][1]["error"]["kind"] == "PatternError"
@@ -109,7 +109,7 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(arguments: list[Any], tmp_p
     options = ["--set", "pattern=0.5,2:4", "--dry-run"]
     result = run(*arguments, *options)
     assert result.exit_code == 0
-    for words in ("pattern-0.5", "pattern-2of4", "2 runs", "seconds at least", "peak memory", "disk"):
+    for words in ("pattern-0.5", "pattern-2of4", "2 runs", "seconds (lower bound)", "peak memory", "disk"):
         assert words in result.stdout
     assert all(len(line) <= 80 for line in result.stdout.splitlines())
     content = json.loads(run(*arguments[:4], *options, "--json").stdout)
@@ -127,5 +127,5 @@ def test_wrong_usage_exits_with_2(options: list[str]) -> None:
 
 def test_help_states_how_values_are_split() -> None:
     shown = " ".join(run("sweep", "--help").stdout.replace("│", " ").split())
-    assert "split at every comma that is not inside [], {} or quotes" in shown
-    assert "Exit codes: 0 done; 1 " in shown
+    assert "split at commas outside [], {} and quotes" in shown
+    assert "Exit codes: 0 success; 1 " in shown

@@ -15,7 +15,7 @@ from command_line import SMALL, make_plain, run, spawn
 from llmprune.cli.console import Display, Pace
 from llmprune.errors import LlmpruneError
 from llmprune.progress import Progress
-from llmprune.units import spans
+from llmprune.units import format_change, spans
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def test_display_shows_step_error_and_eta_on_a_terminal(monkeypatch: pytest.Monk
     assert "layer 2 of 3" in shown.getvalue()
     assert "ETA 2:00" in shown.getvalue()
     assert "solving mlp.up_proj" in shown.getvalue()
-    assert "mean error 0.1250" in shown.getvalue()
+    assert "mean relative output error 0.1250" in shown.getvalue()
 
 
 def test_spans() -> None:
@@ -115,3 +115,15 @@ def test_markup_in_a_message_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("llmprune.pruning.pipeline.prune", refuse)
     result = run("prune", "m", "--recipe", "demo", "--output", tmp_path / "out")
     assert result.stderr == f"Error: [red]x[/red] [/] in [1, 2]\nfix: {'a ' * 100}\n"
+
+
+@pytest.mark.parametrize(
+    ("dense", "pruned", "shown"),
+    [
+        (47.8368, 92.3854, "47.84 -> 92.39 (x1.93)"),
+        (20.0, float("inf"), "20.00 -> inf"),
+        (float("inf"), float("inf"), "inf -> inf"),
+    ],
+)
+def test_a_change_has_a_factor_where_it_is_finite(dense: float, pruned: float, shown: str) -> None:
+    assert format_change(dense, pruned) == shown

@@ -99,7 +99,7 @@ def test_rates_and_versions_are_measured_here(monkeypatch: pytest.MonkeyPatch) -
 def test_rates_are_said_in_units_that_show_digits(matmul: float, said: str) -> None:
     note = ratio_note({"copy_per_second": 12.3e9, "matmul_per_second": matmul})
     assert f"12.3 GB/s copied or {said} multiplied" in note
-    assert "above 100%" in note
+    assert "exceed 100%" in note
 
 
 # Products.
@@ -254,14 +254,14 @@ def test_the_command_measures_shows_and_keeps(folder: Path, tmp_path: Path) -> N
     assert extent["nonzeros"] == dense["nonzeros"] < extent["parameters"] == dense["parameters"]
     assert extent["nbytes"] < dense["nbytes"]
     text = " ".join(shown.stdout.split())
-    assert "model.layers.0-1: mlp.gate_proj, mlp.up_proj 320 x 64, served as blocks" in text
+    assert "model.layers.0-1: mlp.gate_proj, mlp.up_proj 320 x 64, kernel: blocks" in text
     # A custom operator alone takes longer than these small products: slower, and said so.
     assert "SLOWER" in text
     assert str(output) in "".join(shown.stdout.split())
     assert len(result["products"]) > 1
     unmeasured = [{**product, "measured": None, "reason": "of a reason"} for product in result["products"]]
     tables = bench_tables({**result, "products": unmeasured})
-    assert sum("nothing sparse to measure: of a reason" in str(part) for part in tables) == 1
+    assert sum("no sparse kernel to measure: of a reason" in str(part) for part in tables) == 1
     options[3] = "1"
     again = run("bench", folder / "packed", *options, "--output", output, "--against", folder / "dense", "--json")
     assert json.loads(again.stdout)["whole_model"]["dense"]["model"] == str(folder / "dense")

@@ -1,4 +1,4 @@
-"""Runs side by side: what is comparable, what is not, and which runs no other one beats."""
+"""Comparing runs: what is comparable, what is not, and the Pareto front."""
 
 import json
 import math
@@ -88,9 +88,7 @@ def test_runs_on_different_texts_are_kept_apart(tmp_path: Path) -> None:
         None: ["d"],
     }
     assert "different tokens and are not comparable" in " ".join(found.notes)
-    assert found.title(OTHER).startswith(
-        "8,160 tokens of text that the dense model wrote, in chunks of 256 (sha256 bbb"
-    )
+    assert found.title(OTHER).startswith("8,160 tokens of self-generated text, in sequences of 256 (sha256 bbb")
     assert compare(folders[:1] + folders[2:]).notes == ()
 
 
@@ -112,7 +110,7 @@ def test_the_dense_model_is_a_row_of_every_group(tmp_path: Path, dense: Path) ->
 def test_a_model_that_no_run_was_made_from_is_said(tmp_path: Path, dense: Path) -> None:
     found = compare([write_run(tmp_path / "a")], against=str(dense))
     assert found.rows[0].perplexity is None
-    assert found.notes == (f"no run was made from {dense}: its perplexity is not known",)
+    assert found.notes == (f"none of the runs pruned {dense}, so its perplexity is unknown",)
 
 
 def test_the_whole_model_s_speed_goes_before_that_of_its_layers(tmp_path: Path) -> None:
@@ -124,7 +122,7 @@ def test_the_whole_model_s_speed_goes_before_that_of_its_layers(tmp_path: Path) 
     assert (found.rows[0].decode_speedup, found.rows[0].prefill_speedup) == (1.2, 2.0)
     assert found.rows[0].tokens_per_second == 120.0
     assert found.rows[0].speed_of == "whole model, batch 1, a GPU"
-    assert found.notes[0] == "speeds were measured in different ways and are hardly comparable"
+    assert found.notes[0] == "speed-ups were measured in different ways and are hardly comparable"
     alone = bench()
     del alone["whole_model"]["dense"]
     write_bench(folder, alone)
@@ -142,7 +140,7 @@ def test_tasks_count_where_all_have_them(tmp_path: Path, dense: Path) -> None:
     scores = {r.name: r.score for r in found.rows}
     assert scores == {"dense": 0.7, "a": 0.5, "b": 0.5, "c": None}
     assert dict(found.rows[1].scores) == {"arc (100 documents)": 0.5, "boolq (100 documents)": 0.7}
-    assert found.notes[0] == "tasks: the mean of arc (100 documents)"
+    assert found.notes[0] == "tasks: mean of arc (100 documents)"
     assert "boolq (100 documents), winogrande (100 documents)" in found.notes[1]
 
 
@@ -152,7 +150,7 @@ def test_other_numbers_of_documents_are_other_tasks(tmp_path: Path) -> None:
     write_evaluation(folders[1], score("arc", "acc", 0.3, None, documents=7), against=None)
     found = compare(folders)
     assert [r.score for r in found.rows] == [None, None]
-    assert found.notes[0] == "the runs have no task of lm-eval in common"
+    assert found.notes[0] == "the runs have no lm-eval task in common"
 
 
 def test_parts_of_a_group_do_not_count_twice(tmp_path: Path) -> None:
@@ -245,4 +243,4 @@ def test_quality_against_size_and_speed(tmp_path: Path, dense: Path) -> None:
     assert (points["x"], points["y"]) == ([1.5], [25.0])
     assert front["x"] == [1.0, 1.5]
     assert "not comparable" in page.text
-    assert "3 runs side by side" in page.text
+    assert "Comparison of 3 runs" in page.text

@@ -40,17 +40,18 @@ def test_a_run_is_summed_up(tmp_path: Path) -> None:
     page = written(tmp_path)
     for said in (
         "model, pruned", "sparsegpt 0.5 · half of it", "perplexity 25.00 dense 20.00", "KL divergence 0.1250",
-        "same top token 81.2%", "calibration error 0.0125 dense 0.0125", "zeros 50.0% of 21 matrices",
-        "mean error 0.02", "time 10.0 s", "8,160 tokens of text that the dense model wrote, in chunks of 256",
+        "top-1 agreement 81.2%", "ECE (expected calibration error) 0.0125 dense 0.0125",
+        "sparsity 50.0% in 21 matrices", "relative output error 0.02", "time 10.0 s",
+        "8,160 tokens of self-generated text, in sequences of 256",
         "d" * 64, "damping: 0.01",
     ):  # fmt: skip
         assert said in page.text
     # The weights as they are now, not as the report says: 140 float32 numbers.
-    assert "weights 560 B dense 6.0 MB" in page.text
+    assert "checkpoint size 560 B dense 6.0 MB" in page.text
 
 
 def test_sizes_come_from_the_report_where_the_weights_have_gone(tmp_path: Path) -> None:
-    assert "weights 4.0 MB dense 6.0 MB" in written(tmp_path, weights=False).text
+    assert "checkpoint size 4.0 MB dense 6.0 MB" in written(tmp_path, weights=False).text
 
 
 def test_what_was_not_measured_is_left_out_or_said(tmp_path: Path) -> None:
@@ -84,9 +85,16 @@ def test_experts_are_one_point_that_says_how_far_they_differ(tmp_path: Path) -> 
     (trace,) = page.figures["chart-error"]["data"]
     assert (trace["name"], trace["x"], trace["y"]) == ("mlp.experts.*.up_proj", [0], [0.2])
     (hover,) = trace["text"]
-    for said in ("3 x 4 x 10", "error 0.2, 0.1 to 0.3", "zeros 50.00%", "raised in 1", "priors for 1", "in 1.5 s"):
+    for said in (
+        "3 x 4 x 10",
+        "error 0.2, 0.1 to 0.3",
+        "sparsity 50.00%",
+        "increased for 1",
+        "1 with too few tokens",
+        "in 1.5 s",
+    ):
         assert said in hover
-    assert "raised damping 1 matrices" in page.text
+    assert "damping increased for 1 matrices" in page.text
 
 
 def test_an_error_that_was_not_measured_is_a_gap(tmp_path: Path) -> None:
@@ -100,21 +108,21 @@ def test_structures_and_their_evidence(tmp_path: Path) -> None:
     (kept,) = page.figures["chart-kept"]["data"]
     # The layer between lost nothing: no line leads across it.
     assert (kept["name"], kept["x"], kept["y"]) == ("ffn of mlp.down_proj", [0, 1, 2], [0.75, None, 0.5])
-    assert "48 of 64 stay" in kept["text"][0]
+    assert "48 of 64 kept" in kept["text"][0]
     assert page.figures["chart-structure-error"]["data"][0]["y"] == [0.02, None, None]
     budget = page.figures["chart-budget"]["data"]
     assert [trace["y"] for trace in budget] == [[0.0, 0.125, 0.25, 0.375], [0.25] * 4]
     assert [trace["line"].get("dash") for trace in budget] == [None, "dash"]
     assert page.figures["chart-sensitivity"]["data"][0]["y"] == [0.01, 0.005, 0.00333333, 0.0025]
-    stays, goes = page.figures["chart-depth"]["data"]
-    assert (stays["y"], goes["y"]) == ([0.5, None, None], [None, None, 0.1])
+    kept, removed = page.figures["chart-depth"]["data"]
+    assert (kept["y"], removed["y"]) == ([0.5, None, None], [None, None, 0.1])
     assert page.figures["chart-width"]["data"][0]["y"] == [0.9, 0.95]
     for said in (
-        "predicted divergence 0.11 nats", "with equal widths 0.15 nats", "parameters 75.0% 6,000,000",
-        "no choice is predicted below 0.1 nats", "loses 25% of its groups", "0.005 (-16)",
+        "predicted KL divergence 0.11 nats", "with equal widths 0.15 nats", "parameters 75.0% 6,000,000",
+        "lower bound for any choice 0.1 nats", "loses 25% of its groups", "0.005 (-16)",
         "there. ffn: chosen by obs, refitted.",
         "FFN channels 80 of 128 in 2 of 3 layers, 2 different widths", "budget -25%, depth -1",
-        "without a chart oracle", "a single token 6.00 4.00 1.50", "decoder layers 4 3 75.0%",
+        "without a chart oracle", "decode, one token 6.00 4.00 1.50", "decoder layers 4 3 75.0%",
         "hidden channels 256 192 75.0%",
     ):  # fmt: skip
         assert said in page.text
@@ -125,8 +133,8 @@ def test_time_and_memory(tmp_path: Path) -> None:
     page = written(tmp_path)
     (time,) = page.figures["chart-time"]["data"]
     assert (time["y"], time["x"]) == (["load", "solve", "write", "other"], [1.0, 6.5, 0.5, 2.0])
-    assert "10.0 s in all" in page.text
-    assert "1.0 MB that were there before the first layer: on a CPU the whole process" in page.text
+    assert "10.0 s in total" in page.text
+    assert "Above a baseline of 1.0 MB (on a CPU the process" in page.text
     (memory,) = page.figures["chart-memory"]["data"]
     assert (memory["y"], memory["x"]) == (["predicted", "measured"], [9.0, 8.0])
     peaks, predicted = page.figures["chart-peaks"]["data"]
@@ -147,7 +155,7 @@ def test_comparisons_of_llmprune_eval_are_shown_as_they_were_written(tmp_path: P
     page = Page(write_report(tmp_path).read_text())
     assert "arc_easy acc 0.625 ± 0.030 0.500 ± 0.020 -0.125 ± 0.010 worse" in page.text
     assert "wikitext word_perplexity 25.000 ± 0.030 31.000 ± 0.020 +6.000 " in page.text
-    assert "perplexities the logarithms are compared" in page.text
+    assert "for perplexities, of the log-perplexity" in page.text
     dense, pruned = page.figures["chart-tasks"]["data"]
     assert (dense["x"], dense["y"], pruned["y"]) == (["arc_easy: acc"], [0.625], [0.5])
     assert pruned["error_y"]["array"] == [0.02]
@@ -185,7 +193,7 @@ def test_products_that_are_slower_or_wrong_are_named(tmp_path: Path) -> None:
     assert (dense["x"], dense["y"]) == ([1, 512], [1.0, 1.0])
     for said in (
         "nm 64 80.0 100.0 0.80 1.0e-03 slower", "nm 512 inf wrong, not timed", "pruned 1 0.5 120.0 ±0.0 1.20 10.0 20.0",
-        "Nothing sparse to measure, it is slower: model.layers.0: mlp.down_proj 64 x 32", "The whole model on a GPU",
+        "No sparse kernel to measure (it is slower): model.layers.0: mlp.down_proj 64 x 32", "The whole model on a GPU",
     ):  # fmt: skip
         assert said in page.text
 
@@ -196,8 +204,8 @@ def test_damaged_files_beside_a_report_are_named_not_fatal(tmp_path: Path, text:
     for name in ("evaluation.json", "bench.json"):
         (tmp_path / name).write_text(text)
     page = Page(write_report(tmp_path).read_text())
-    assert "evaluation.json is left out" in page.text
-    assert "bench.json is left out" in page.text
+    assert "evaluation.json is ignored" in page.text
+    assert "bench.json is ignored" in page.text
 
 
 def test_names_from_outside_are_text(tmp_path: Path) -> None:

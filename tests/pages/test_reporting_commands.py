@@ -69,7 +69,7 @@ def test_a_comparison_as_json_and_as_a_page(tmp_path: Path) -> None:
     result = run("compare", *folders, "--json", "--html", page)
     assert [row["name"] for row in json.loads(result.stdout)["rows"]] == ["a", "b"]
     assert str(page) in "".join(result.stderr.split("\n"))
-    assert "2 runs side by side" in page.read_text()
+    assert "Comparison of 2 runs" in page.read_text()
 
 
 def test_mistakes_are_explained(tmp_path: Path) -> None:

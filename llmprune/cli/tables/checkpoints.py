@@ -1,4 +1,4 @@
-"""The tables of what a checkpoint holds."""
+"""Tables of what a checkpoint holds."""
 
 import re
 from collections import Counter
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from llmprune.measuring.inspection import Inspection, TensorRow
     from llmprune.pruning.packing import PackReport
 
-# Longer lists of matrices are shown layer by layer.
+# Longer lists of matrices are summarised per layer.
 _LONG = 32
 
 _NUMBERED = re.compile(r"^(.*?\.\d+)\.(.+)$")
 
 
 def inspection_tables(inspection: "Inspection", *, every: bool) -> list[RenderableType]:
-    """The matrices of a checkpoint, layer by layer where they are many and `every` is false, and the totals."""
+    """The matrices of a checkpoint, summarised per layer if there are many and `every` is false, and the totals."""
     rows = [row for row in inspection.rows if row.pattern is not None]
     others = [row for row in inspection.rows if row.pattern is None]
     layers: dict[str, list[TensorRow]] = {}
@@ -42,11 +42,14 @@ def inspection_tables(inspection: "Inspection", *, every: bool) -> list[Renderab
     negative = sum(row.negative_zeros for row in inspection.rows)
     totals = facts(
         ("checkpoint", f"{inspection.folder}, {format_size(inspection.bytes_on_disk)}"),
-        ("parameters", f"{inspection.parameters:,}, of them {inspection.nonzeros:,} not zero"),
-        ("zeros", f"{inspection.sparsity:.2%} of all, {inspection.matrix_sparsity:.2%} of the matrices in the layers"),
-        ("not listed", f"{len(others)} vectors and other tensors: {kinds}" if others else "nothing"),
+        ("parameters", f"{inspection.parameters:,}, {inspection.nonzeros:,} of them nonzero"),
+        (
+            "sparsity",
+            f"{inspection.sparsity:.2%} overall, {inspection.matrix_sparsity:.2%} in the matrices of the layers",
+        ),
+        ("not listed", f"{len(others)} vectors and other tensors: {kinds}" if others else "none"),
         *([("zeros stored as -0.0", f"{negative:,}")] if negative else []),
-        *([("does not fit", f"config.json: {inspection.contradiction}")] if inspection.contradiction else []),
+        *([("mismatch", f"config.json: {inspection.contradiction}")] if inspection.contradiction else []),
     )
     return [table, totals]
 
@@ -81,8 +84,8 @@ def _as_layouts(rows: Sequence["TensorRow"]) -> str:
 
 
 def packing_tables(report: "PackReport") -> list[RenderableType]:
-    """How many matrices each layout holds, what stays dense and why, and the sizes before and after."""
-    rows = new_table("stored as", "matrices", "dense", "now", "", left=(0, 4))
+    """How many matrices each layout holds, what stays dense and why, and the sizes before and after packing."""
+    rows = new_table("layout", "matrices", "dense", "packed", "", left=(0, 4))
     for layout, reason in dict.fromkeys((row.layout, row.reason) for row in report.rows):
         same = [row for row in report.rows if (row.layout, row.reason) == (layout, reason)]
         before, after = sum(row.dense_bytes for row in same), sum(row.packed_bytes for row in same)
@@ -93,6 +96,6 @@ def packing_tables(report: "PackReport") -> list[RenderableType]:
     totals = facts(
         ("checkpoint", str(report.folder)),
         ("dense", format_size(before)),
-        ("packed", f"{format_size(after)}, {after / max(before, 1):.4f} of it"),
+        ("packed", f"{format_size(after)} (x{after / max(before, 1):.4f})"),
     )
     return [rows, totals]

@@ -10,17 +10,17 @@ from llmprune.cli.console import new_table
 if TYPE_CHECKING:
     from llmprune.pages.comparison import Comparison
 
-# Of the columns of a comparison, those that fit 80 columns; the page and the JSON have all.
-_SHOWN = ("run", "zeros", "nonzero", "weights", "perplexity", "KL", "decode", "tasks")
+# The columns of a comparison that fit a width of 80; the page and the JSON have all.
+_SHOWN = ("run", "sparsity", "nonzero", "checkpoint size", "perplexity", "KL", "decode speed-up", "tasks")
 
 
 def comparison_tables(comparison: "Comparison") -> list[RenderableType]:
-    """Runs in groups that can be compared, and what cannot be."""
+    """One table for each group of comparable runs, then notes on what cannot be compared."""
     parts: list[RenderableType] = []
     for text in comparison.groups:
         found = comparison.table(text)
         places = [found.columns.index(name) for name in _SHOWN if name in found.columns]
-        shown = new_table(*(found.columns[place] for place in places), left=(0,))
+        shown = new_table(*(found.columns[place].replace(" ", "\n") for place in places), left=(0,))
         for row in found.rows:
             shown.add_row(*(row[place] for place in places))
         parts += [Text(f"On {found.caption}" if text else "Without an evaluation", "bold"), shown]

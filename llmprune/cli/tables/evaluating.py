@@ -1,4 +1,4 @@
-"""What `llmprune eval` shows: a line for each score, and what may be said about each difference."""
+"""What `llmprune eval` shows: a line for each score, and whether its difference is significant."""
 
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -12,32 +12,32 @@ if TYPE_CHECKING:
     from llmprune.measuring.tasks import EvaluationResult, ScoreRow
 
 _TEST = (
-    "error: standard error of delta, paired by document, as both models answer the same questions; a difference counts "
-    "if it exceeds two of them, of perplexities by their logarithms"
+    "stderr: standard error of delta, paired by document; significant if |delta| > 2 stderr (for perplexities: of "
+    "log-perplexity)"
 )
-_UNPAIRED = "*: of two errors as if independent, as lm-eval gives this score no value for each document"
-_UNKNOWN = "-: lm-eval gives no error of this score"
+_UNPAIRED = "*: unpaired, because lm-eval reports no value per document for this score"
+_UNKNOWN = "-: lm-eval reports no standard error for this score"
 
 
 def evaluation_tables(result: "EvaluationResult") -> list[RenderableType]:
-    """The scores; beside the dense model's, the differences with their standard errors."""
+    """The scores; against a dense model also the differences and their standard errors."""
     parts: list[RenderableType] = [facts(*_run(result))]
-    beside = result.against is not None
-    columns = ("dense", "score", "delta", "error", "") if beside else ("score", "error")
+    paired = result.against is not None
+    columns = ("dense", "pruned", "delta", "stderr", "") if paired else ("score", "stderr")
     table = new_table("task", "n", *columns, left=(0, 6))
     for task, rows in groupby(result.rows, lambda row: row.task):
         table.add_row(Text(task, "bold"))
         for row in rows:
-            numbers = _beside(row) if beside else (_number(row.value), _number(row.stderr))
+            numbers = _differences(row) if paired else (_number(row.value), _number(row.stderr))
             table.add_row(f"  {_metric(row)}", f"{row.documents:,}", *numbers)
-    if not beside:
+    if not paired:
         return [*parts, table]
     tests = {row.test for row in result.rows}
     notes = [_TEST] + [_UNPAIRED] * ("unpaired" in tests) + [_UNKNOWN] * (None in tests)
     return [*parts, table, *(Text(note) for note in notes)]
 
 
-def _beside(row: "ScoreRow") -> tuple[str, ...]:
+def _differences(row: "ScoreRow") -> tuple[str, ...]:
     error = _number(row.delta_stderr) + "*" * (row.test == "unpaired")
     return _number(row.dense_value), _number(row.value), _number(row.delta, sign="+"), error, row.verdict
 
@@ -49,7 +49,7 @@ def _run(result: "EvaluationResult") -> list[tuple[str, str]]:
         ("model", result.model),
         ("dense", result.against or ""),
         ("harness", f"lm-eval {result.results['lm_eval_version']}{limit}"),
-        ("computed", f"in {str(config['model_dtype']).removeprefix('torch.')}, {settings.batch_size} in a batch"),
+        ("computed", f"in {str(config['model_dtype']).removeprefix('torch.')}, batch size {settings.batch_size}"),
     ]
     return [row for row in rows if row[1]]
 

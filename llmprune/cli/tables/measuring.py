@@ -1,6 +1,7 @@
-"""What `llmprune explain` and `llmprune bench` show: tables that fit 80 columns and hide nothing that is slower."""
+"""What `llmprune explain` and `llmprune bench` show: tables that fit 80 columns and show slower cases too."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import RenderableType
@@ -8,36 +9,36 @@ from rich.text import Text
 
 from llmprune.cli.console import facts, new_table
 from llmprune.measuring.bench.record import grouped, layer_span, split_layer, tokens_a_second
-from llmprune.units import format_seconds, format_size, spans
+from llmprune.units import format_change, format_seconds, format_size, spans
 
 if TYPE_CHECKING:
     from llmprune.measuring.explain import DenseRow, Explanation, PackedRow
     from llmprune.measuring.perplexity import Comparison, Perplexity
 
-_UNMEASURED = "not measured: run `llmprune bench` on the folder"
+_UNMEASURED = "not yet: run `llmprune bench` on the folder"
 
 Row = TypeVar("Row", "PackedRow", "DenseRow")
 
 
 def perplexity_table(result: "Perplexity", run: dict[str, Any]) -> RenderableType:
-    """One measurement with its protocol."""
+    """A perplexity and how it was measured."""
     return facts(
         ("model", run["model"]),
         ("perplexity", f"{result.perplexity:.4f}"),
-        ("nats a token", f"{result.nats:.5f}"),
+        ("loss", f"{result.nats:.5f} nats/token"),
         *_protocol(result, run),
     )
 
 
 def comparison_table(result: "Comparison", run: dict[str, Any]) -> RenderableType:
-    """A model beside the dense one, with the protocol of both."""
+    """A model against its dense base, and how both were measured."""
     dense, pruned = result.dense, result.pruned
     return facts(
         ("model", run["model"]),
         ("against", run["against"]),
-        ("perplexity", f"{dense.perplexity:.4f} dense, {pruned.perplexity:.4f} here"),
-        ("KL divergence", f"{result.kl_divergence:.5f} nats a token"),
-        ("same top token", f"{result.agreement:.2%}"),
+        ("perplexity", format_change(dense.perplexity, pruned.perplexity)),
+        ("KL divergence", f"{result.kl_divergence:.5f} nats/token"),
+        ("top-1 agreement", f"{result.agreement:.2%}"),
         *_protocol(pruned, run),
     )
 
@@ -45,27 +46,31 @@ def comparison_table(result: "Comparison", run: dict[str, Any]) -> RenderableTyp
 def _protocol(result: "Perplexity", run: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("text", str(result.text["source"])),
-        ("protocol", f"{result.samples} chunks of {result.length}, {result.predicted_tokens:,} predicted tokens"),
+        ("protocol", f"{result.samples} sequences of {result.length} tokens, {result.predicted_tokens:,} predicted"),
         ("tokens", f"sha256 {result.tokens_digest}"),
-        ("computed", f"in {result.compute_dtype} on {run['device']} in {format_seconds(run['seconds'])} s"),
+        ("computed", f"in {result.compute_dtype} on {run['device']}, {format_seconds(run['seconds'])} s"),
     ]
 
 
 def explain_tables(explanation: "Explanation") -> list[RenderableType]:
-    """What will serve each matrix, why nothing faster does, and the limit of the whole model."""
+    """The kernel of each matrix, why none is faster, and the best possible speed-up of the whole model."""
     parts: list[RenderableType] = []
     notes: list[str] = []
     if explanation.packed:
         parts.append(_packed_table(explanation.packed, notes))
     if explanation.dense:
         parts.append(_dense_table(explanation.dense, notes))
+    if explanation.packed:
+        parts.append(
+            Text("max: best possible speed-up in decode, by bytes read; measured: speed-up at this many tokens")
+        )
     parts += [Text(f"[{number}] {note}") for number, note in enumerate(notes, 1)]
     dense, served = explanation.token_bytes
     parts.append(
         facts(
             ("device", explanation.device),
-            ("a token reads", f"{format_size(served)} of weights, {format_size(dense)} if all were dense"),
-            ("limit", f"decode at most {explanation.limit:.2f} times as fast, the matrices that stay dense included"),
+            ("weights read", f"{format_size(served)} per token, {format_size(dense)} if all were dense"),
+            ("max speed-up", f"{explanation.limit:.2f}x in decode, including the matrices that stay dense"),
             ("measured", explanation.measured or _UNMEASURED),
         )
     )
@@ -73,7 +78,7 @@ def explain_tables(explanation: "Explanation") -> list[RenderableType]:
 
 
 def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
-    """The products, the whole model, and what was slower."""
+    """The matmuls and the whole model, including what was slower."""
     parts: list[RenderableType] = []
     unmeasured: dict[str, list[RenderableType]] = {}
     for product in result["products"]:
@@ -82,15 +87,17 @@ def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
         else:
             parts += [_product_title(product), _product_table(product)]
     for reason, titles in unmeasured.items():
-        parts += [*titles, Text(f"  nothing sparse to measure: {reason}")]
+        parts += [*titles, Text(f"  no sparse kernel to measure: {reason}")]
     if any(product["comparisons"] for product in result["products"]):
         parts.append(Text(ratio_note(result["rates"])))
-    parts.append(_whole_model_table(result["whole_model"]))
+    name = Path(result["model"]).name
+    parts.append(_whole_model_table(name, result["whole_model"]))
     if not result["whole_model"].get("in_turn", True):
-        parts.append(Text("There was no room for both models: they were timed one after the other, not in turn."))
+        parts.append(Text("Both models did not fit at once, so they were timed one after the other, not alternately."))
     if lengths := {row["prompt_tokens"] for row in result["whole_model"]["batches"]}:
-        parts.append(Text(f"whole model, prompts of {spans(sorted(lengths))} tokens; ratio: times as fast as dense\n"))
-    parts.append(_extent_table(result["whole_model"]))
+        prompts = f"prompts of {spans(sorted(lengths))} tokens"
+        parts.append(Text(f"TTFT: time to first token, for {prompts}; in brackets: speed-up over dense\n"))
+    parts.append(_extent_table(name, result["whole_model"]))
     if result["tuned"]:
         parts.append(_tuned_table(result["tuned"]))
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -99,29 +106,29 @@ def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
 
 
 def ratio_note(rates: Mapping[str, float]) -> str:
-    """What ratios and shares of products are, with the rates that were measured, in bytes and operations a second."""
+    """What the columns of matmuls mean, with the measured rates in bytes and operations per second."""
     copy, matmul = (rates[f"{name}_per_second"] for name in ("copy", "matmul"))
     multiplied = f"{matmul / 1e12:,.2f} TFLOP/s" if matmul >= 1e12 else f"{matmul / 1e9:.3g} GFLOP/s"
     copied = f"{copy / 1e12:,.2f} TB/s" if copy >= 1e12 else f"{copy / 1e9:.3g} GB/s"
     return (
-        "ratio: times as fast as dense; share: of what the measured rates allow, "
-        f"{copied} copied or {multiplied} multiplied, whichever takes longer. These are of one large "
-        "copy and one large product: what fits in a cache can be faster, and its share be above 100%"
+        "speed-up: over the dense matmul; share: of the roofline, which is what the measured rates allow "
+        f"({copied} copied or {multiplied} multiplied, whichever takes longer). The rates come from one large copy and "
+        "one large matmul, so what fits in a cache can exceed 100%"
     )
 
 
 def _packed_table(rows: Sequence["PackedRow"], notes: list[str]) -> RenderableType:
-    shown = new_table("packed", "shape", "layout", "served as", "bytes", "limit", "gain", left=(0, 2, 3))
+    shown = new_table("packed", "shape", "layout", "kernel", "bytes", "max", "measured", left=(0, 2, 3))
     for layer, inside in _by_layer(
         rows, lambda row: (row.layout["shape"], _layout(row), row.form, row.reason, row.gains)
     ):
         shown.add_row(Text(layer, "bold"))
         for name, row, _ in inside:
-            # Decode and prefill; the numbers between are in the JSON.
+            # Decode and the longest prefill; those in between are in the JSON.
             ends = dict.fromkeys((*row.gains[:1], *row.gains[-1:]))
             gain = "\n".join(f"{ratio:.2f} at {tokens}" for tokens, ratio in ends)
             if row.form == "dense":
-                # What was measured is not used for it.
+                # Measured, but not used here.
                 gain = f"({gain})" if gain else "none"
             form = row.form + (f" [{_note(notes, row.reason)}]" if row.reason else "")
             shape = "x".join(map(str, row.layout["shape"]))
@@ -142,7 +149,7 @@ def _dense_table(rows: Sequence["DenseRow"], notes: list[str]) -> RenderableType
 
 
 def _by_layer(rows: Sequence[Row], key: Callable[[Row], object]) -> list[tuple[str, list[tuple[str, Row, int]]]]:
-    """Rows that say the same once: (layers, [(name inside, first row, how many)])."""
+    """Merge rows that say the same: (layers, [(name inside, first row, how many)])."""
     merged: dict[object, tuple[Row, list[int]]] = {}
     for row in rows:
         before, number, after = split_layer(row.name)
@@ -166,7 +173,7 @@ def _layout(row: "PackedRow") -> str:
 
 
 def _note(notes: list[str], text: str) -> int:
-    """The number of a footnote, which is added where it is new."""
+    """The number of a footnote, which is added if it is new."""
     if text not in notes:
         notes.append(text)
     return notes.index(text) + 1
@@ -175,11 +182,11 @@ def _note(notes: list[str], text: str) -> int:
 def _product_title(product: dict[str, Any]) -> Text:
     names = grouped([name for names in product["names"] for name in names])
     rows, columns = product["shape"]
-    return Text(f"{names}  {rows} x {columns}, served as {product['served']}", "bold")
+    return Text(f"{names}  {rows} x {columns}, kernel: {product['served']}", "bold")
 
 
 def _product_table(product: dict[str, Any]) -> RenderableType:
-    shown = new_table("tokens", "dense us", "sparse us", "ratio", "share", "error", "", left=(6,))
+    shown = new_table("tokens", "dense us", "sparse us", "speed-up", "share", "error", "", left=(6,))
     for row in product["comparisons"]:
         error = f"{float(row['error']):.1e}"
         if not row["correct"]:
@@ -201,37 +208,37 @@ def _verdict(row: dict[str, Any], product: dict[str, Any]) -> Text:
 
 
 def _spread(timing: dict[str, Any]) -> str:
-    """A median with half of the width between the tenth and the ninetieth percentile."""
+    """The median, ± half the distance between the 10th and the 90th percentile."""
     return f"{timing['median_us']:,.1f} ±{(timing['high_us'] - timing['low_us']) / 2:,.1f}"
 
 
-def _whole_model_table(model: dict[str, Any]) -> RenderableType:
-    shown = new_table("model", "batch", "first token", "tokens/s", "resident", "peak", left=(0,))
+def _whole_model_table(name: str, model: dict[str, Any]) -> RenderableType:
+    shown = new_table("model", "batch", "TTFT", "tokens/s", "weights in\nmemory", "peak\nmemory", left=(0,))
     dense: dict[str, Any] | None = model.get("dense")
     for index, row in enumerate(model["batches"]):
         if dense is None:
-            shown.add_row(*_model_row("this", row, model))
+            shown.add_row(*_model_row(name, row, model))
             continue
         other = dense["batches"][index]
-        shown.add_row(*_model_row("this", row, model, other))
+        shown.add_row(*_model_row(name, row, model, other))
         shown.add_row(*_model_row("dense", other, dense))
     return shown
 
 
-def _extent_table(model: dict[str, Any]) -> RenderableType:
-    shown = new_table("whole model", "parameters", "not zero", "FLOPs a token", "on disk", left=(0,))
-    for name, one in (("this", model), ("dense", model.get("dense"))):
+def _extent_table(name: str, model: dict[str, Any]) -> RenderableType:
+    shown = new_table("model", "parameters", "nonzero", "FLOPs/token", "checkpoint size", left=(0,))
+    for label, one in ((name, model), ("dense", model.get("dense"))):
         if one is not None:
             extent = one["extent"]
             counts = (f"{extent[key]:,}" for key in ("parameters", "nonzeros", "flops_per_token"))
-            shown.add_row(name, *counts, format_size(extent["nbytes"]))
+            shown.add_row(label, *counts, format_size(extent["nbytes"]))
     return shown
 
 
 def _model_row(
     name: str, row: dict[str, Any], model: dict[str, Any], dense: dict[str, Any] | None = None
 ) -> tuple[str, ...]:
-    """A batch, and how many times as fast as the dense model's it is."""
+    """The figures of one batch size, with speed-ups over the dense model."""
     first = f"{row['first_token']['median_us'] / 1e3:,.1f} ms"
     speed = tokens_a_second(row)
     if dense is not None:
@@ -241,7 +248,7 @@ def _model_row(
 
 
 def _tuned_table(tuned: Sequence[dict[str, Any]]) -> RenderableType:
-    shown = new_table("tuned", "shape", "before us", "now us", "choice", left=(0, 4))
+    shown = new_table("tuned", "shape", "before us", "after us", "configuration", left=(0, 4))
     for row in tuned:
         shape = " ".join(f"{name}={value}" for name, value in row["shape"].items())
         choice = " ".join(f"{name}={value}" for name, value in row["choice"].items())

@@ -1,4 +1,4 @@
-"""The tables of a run, planned and done, and of the recipes."""
+"""Tables of a run, planned and finished, and of the recipes."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmprune.cli.console import facts, new_table
-from llmprune.units import format_seconds, format_size, spans
+from llmprune.units import format_change, format_seconds, format_size, spans
 
 if TYPE_CHECKING:
     from llmprune.pruning.forecast.plan import DryRun, LayerPlan
@@ -17,25 +17,21 @@ if TYPE_CHECKING:
 
 
 def report_table(report: "Report", folder: Path) -> RenderableType:
-    """The end of a run: what it cost, in quality and in time, and where the details are."""
+    """The summary of a run: its cost in quality, time and memory, and where to find the details."""
     header = report.header
     climbed = sum(len(row.damping_tried) > 1 for row in report.rows)
     priors = sum(row.prior_tokens > 0 for row in report.rows)
     stages = [f"{stage} {format_seconds(value)}" for stage, value in header["seconds"].items() if stage != "total"]
     memory = header["memory"]
-    error = "not measured" if report.mean_error is None else f"{report.mean_error:.4f} of the output's energy"
+    error = "not measured" if report.mean_error is None else f"{report.mean_error:.4f} (mean)"
     return facts(
         ("model", header["model"]),
         *_evaluation_facts(report),
         *_removal_facts(report),
-        *(
-            [("sparsity", f"{report.sparsity:.2%} of the weights in {_matrices(len(report.rows))}")]
-            if report.rows
-            else []
-        ),
-        ("mean error", error),
-        ("raised damping", _matrices(climbed)),
-        ("expert priors", _matrices(priors)),
+        *([("sparsity", f"{report.sparsity:.2%} in {_matrices(len(report.rows))}")] if report.rows else []),
+        ("relative output error", error),
+        ("damping increased", f"for {_matrices(climbed)}"),
+        ("too few tokens", f"for {_matrices(priors)} of experts"),
         ("seconds", f"{format_seconds(header['seconds']['total'])}: {', '.join(stages)}"),
         (
             "peak memory",
@@ -48,7 +44,7 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
 
 
 def _removal_facts(report: "Report") -> list[tuple[str, str]]:
-    """What became of a model that lost structures; nothing of another one."""
+    """What is left of a model that lost structures; empty for any other."""
     extent, speed = report.header.get("extent"), report.header.get("speed")
     if not extent or not speed:
         return []
@@ -57,15 +53,15 @@ def _removal_facts(report: "Report") -> list[tuple[str, str]]:
         speed["dense"][key] / max(speed["pruned"][key], 1e-12) for key in ("prefill_seconds", "token_seconds")
     )
     return [
-        *(("stays" if not place else "", line) for place, line in enumerate(map(str, report.left))),
+        *(("kept" if not place else "", line) for place, line in enumerate(map(str, report.left))),
         ("parameters", _of(pruned["parameters"], dense["parameters"])),
-        ("FLOPs a token", _of(pruned["flops_per_token"], dense["flops_per_token"])),
+        ("FLOPs/token", _of(pruned["flops_per_token"], dense["flops_per_token"])),
         ("bytes", _of(pruned["nbytes"], dense["nbytes"])),
         (
-            "speed",
-            f"{prefill:.2f}x for a prompt of {speed['dense']['prefill_tokens']} tokens, {token:.2f}x for one token",
+            "speed-up",
+            f"{prefill:.2f}x in prefill ({speed['dense']['prefill_tokens']} tokens), {token:.2f}x in decode",
         ),
-        ("", "measured here, all decoder layers, dense and pruned in turns"),
+        ("", "of all decoder layers, dense and pruned timed alternately"),
     ]
 
 
@@ -74,12 +70,12 @@ def _of(part: int, whole: int) -> str:
 
 
 def _size_facts(size: dict[str, int] | None) -> list[tuple[str, str]]:
-    """What the checkpoint takes; nothing of a model in memory."""
+    """The size of the checkpoint; empty for a model in memory."""
     if size is None:
         return []
     stored, dense = size["stored_bytes"], size["dense_bytes"]
-    packed = "" if stored == dense else f", {stored / dense:.4f} of the dense {format_size(dense)}"
-    return [("size", format_size(stored) + packed)]
+    packed = "" if stored == dense else f" (x{stored / dense:.4f} of {format_size(dense)} unpacked)"
+    return [("checkpoint size", format_size(stored) + packed)]
 
 
 def recipes_table(recipes: Iterable[tuple[str, str]]) -> RenderableType:
@@ -88,12 +84,12 @@ def recipes_table(recipes: Iterable[tuple[str, str]]) -> RenderableType:
 
 
 def dry_run_tables(plan: "DryRun") -> list[RenderableType]:
-    """What would be done, how long it takes, and what it needs."""
+    """The plan of a run, and the time, memory and disk space that it needs."""
     head = facts(
         ("model", plan.model),
         ("device", f"{plan.device}, computing in {plan.compute_dtype}"),
-        ("tokens", f"{plan.tokens:,} for calibration, the held-back ones included"),
-        *([("sparsity", f"{plan.sparsity:.2%} of the matrices that are pruned")] if plan.sparsity else []),
+        ("tokens", f"{plan.tokens:,} for calibration, including held-back (validation) sequences"),
+        *([("sparsity", f"{plan.sparsity:.2%} in the pruned matrices")] if plan.sparsity else []),
         ("disk", _disk(plan)),
     )
     notes = [Text(note) for note in plan.notes]
@@ -105,21 +101,23 @@ def _evaluation_facts(report: "Report") -> list[tuple[str, str]]:
     evaluation = report.header["evaluation"]
     if evaluation is None:
         return [("perplexity", "not measured (evaluation: null)")]
+    assert report.dense_perplexity is not None
+    assert report.pruned_perplexity is not None
     dense, divergence = evaluation["dense"], evaluation["kl_divergence"]
-    text = "text that the model wrote" if dense["text"]["source"] == "self" else dense["text"]["source"]
+    text = "self-generated text" if dense["text"]["source"] == "self" else dense["text"]["source"]
     return [
-        ("perplexity", f"{report.dense_perplexity:.4f} dense, {report.pruned_perplexity:.4f} pruned"),
-        ("", f"on {dense['predicted_tokens']:,} tokens of {text}, in chunks of {dense['length']}"),
-        ("KL divergence", "not finite" if divergence is None else f"{divergence:.4f} nats a token"),
-        ("same top token", f"{evaluation['agreement']:.1%}"),
+        ("perplexity", format_change(report.dense_perplexity, report.pruned_perplexity)),
+        ("", f"on {dense['predicted_tokens']:,} tokens of {text}, in sequences of {dense['length']}"),
+        ("KL divergence", "not finite" if divergence is None else f"{divergence:.4f} nats/token"),
+        ("top-1 agreement", f"{evaluation['agreement']:.1%}"),
     ]
 
 
 def _removal_table(plan: "DryRun") -> Table:
-    table = new_table("removed", "where", "groups", "stay", "method", left=(0, 4))
+    table = new_table("removed", "places", "groups", "kept", "method", left=(0, 4))
     for row in plan.structures:
-        stay = "by budget" if row.kept is None else f"{row.kept:,} ({row.kept / row.groups:.1%})"
-        table.add_row(row.kind, f"{row.where} x", f"{row.groups:,}", stay, row.method)
+        kept = "set by budget" if row.kept is None else f"{row.kept:,} ({row.kept / row.groups:.1%})"
+        table.add_row(row.kind, f"{row.where} x", f"{row.groups:,}", kept, row.method)
     return table
 
 
@@ -133,7 +131,7 @@ def _plan_table(plan: "DryRun") -> Table:
 
 
 def _merged(layer: "LayerPlan") -> list[tuple[str, tuple[tuple[int, int], str, str | None], int]]:
-    """The matrices of a layer, with equal ones of its experts in one row."""
+    """The matrices of a layer, with identical ones of its experts merged."""
     from llmprune.models.decoder import EXPERT_NUMBER
 
     rows: dict[Any, list[Any]] = {}
@@ -148,15 +146,17 @@ def _merged(layer: "LayerPlan") -> list[tuple[str, tuple[tuple[int, int], str, s
 
 
 def _work_table(plan: "DryRun") -> Table:
-    table = new_table("matrix products", "GFLOP", "GFLOP/s here", "seconds", left=(0,))
+    table = new_table("matmuls", "GFLOP", "GFLOP/s here", "seconds", left=(0,))
     work, rates, seconds = plan.work, plan.rates, plan.seconds
     for name, done, rate, duration in (
-        ("two forwards", work.forward, rates.forward, seconds.forward),
-        ("Gram matrices", work.gram, rates.gram, seconds.gram),
-        ("solving", work.solve, rates.solve, seconds.solve),
+        ("two forward passes", work.forward, rates.forward, seconds.forward),
+        ("Hessians (Gram matrices)", work.gram, rates.gram, seconds.gram),
+        ("solver", work.solve, rates.solve, seconds.solve),
     ):
         table.add_row(name, f"{done / 1e9:,.1f}", f"{rate / 1e9:,.0f}", format_seconds(duration))
-    table.add_row(Text("at least", "bold"), f"{work.total / 1e9:,.1f}", "", Text(format_seconds(seconds.total), "bold"))
+    table.add_row(
+        Text("lower bound", "bold"), f"{work.total / 1e9:,.1f}", "", Text(format_seconds(seconds.total), "bold")
+    )
     return table
 
 
@@ -164,14 +164,14 @@ def _memory_table(plan: "DryRun") -> Table:
     memory, layer = plan.memory, plan.memory.layer
     table = new_table("memory", "size", left=(0,))
     for name, nbytes in (
-        ("ends (embeddings, norm, head)", memory.ends),
+        ("embeddings, final norm, LM head", memory.ends),
         ("hidden states", memory.hidden_states),
         ("masks and rotary embeddings", memory.calls),
         ("weights of one layer", layer.weights),
         ("statistics", layer.statistics),
-        ("held-back rows", layer.held_back),
-        ("forward", layer.forward),
-        ("solving", layer.solving),
+        ("held-back (validation) rows", layer.held_back),
+        ("forward pass", layer.forward),
+        ("solver", layer.solving),
     ):
         table.add_row(name, format_size(nbytes))
     table.add_row(Text("predicted peak", "bold"), Text(format_size(memory.peak), "bold"))
@@ -180,7 +180,7 @@ def _memory_table(plan: "DryRun") -> Table:
 
 def _disk(plan: "DryRun") -> str:
     spilled = (
-        f", and {format_size(plan.spilled_bytes)} of hidden states in the temporary folder"
+        f", and {format_size(plan.spilled_bytes)} for hidden states in the temporary folder"
         if plan.spilled_bytes
         else ""
     )

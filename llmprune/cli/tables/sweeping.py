@@ -1,4 +1,4 @@
-"""What `llmprune sweep` shows: the runs side by side and why some failed, or what they would take."""
+"""What `llmprune sweep` shows: a comparison of the runs and why some failed, or a forecast."""
 
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def sweep_tables(sweep: "Sweep") -> list[RenderableType]:
-    """All finished runs, then the others with their reasons, and where they are."""
+    """A comparison of the finished runs, the failed ones with their errors, and where all of them are."""
     parts = [] if sweep.comparison is None else comparison_tables(sweep.comparison)
     for row in sweep.failed:
         error = row.error or {}
@@ -25,8 +25,8 @@ def sweep_tables(sweep: "Sweep") -> list[RenderableType]:
 
 
 def forecast_table(forecast: "SweepForecast") -> RenderableType:
-    """One line a run, and what all of them take together."""
-    table = new_table("run", "seconds at least", "peak memory", "disk", left=(0,))
+    """One line per run, and the totals."""
+    table = new_table("run", "seconds (lower bound)", "peak memory", "disk", left=(0,))
     for row in forecast.rows:
         if row.finished:
             table.add_row(row.name, "finished", "", "")
