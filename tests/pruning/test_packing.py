@@ -18,7 +18,7 @@ from llmprune.patterns import parse
 from llmprune.progress import Progress
 from llmprune.pruning import packing
 from llmprune.pruning.packing import PackReport, PackRow, pack, unpack
-from llmprune.storage import files, output
+from llmprune.storage import files, folders
 from llmprune.storage.detection import detect_pattern
 from llmprune.storage.files import Stored, read_json
 from llmprune.storage.packed_config import NOTICE, NOTICE_KEY, QUANT_METHOD
@@ -346,7 +346,7 @@ def test_what_cannot_be_packed_or_unpacked(dense: Path, tmp_path: Path) -> None:
 
 def test_a_folder_in_use_is_refused_at_once(dense: Path, tmp_path: Path) -> None:
     told: list[Progress] = []
-    with output.locked(tmp_path / "packed"), pytest.raises(ResumeError, match="another run"):
+    with folders.locked(tmp_path / "packed"), pytest.raises(ResumeError, match="another run"):
         pack(dense, tmp_path / "packed", watch=told.append)
     assert not told
 
@@ -366,8 +366,8 @@ def test_too_little_space_is_refused_before_anything_is_written(
     report = pack(dense, tmp_path / "packed")
     usage = shutil.disk_usage(tmp_path)
     free = [0]
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage._replace(free=free[0]))
-    monkeypatch.setattr(output, "_BESIDE_BYTES", 0)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: usage._replace(free=free[0]))
+    monkeypatch.setattr(folders, "_BESIDE_BYTES", 0)
     for run, needed in (
         (lambda folder: pack(dense, folder), report.packed_checkpoint_bytes),
         (lambda folder: unpack(tmp_path / "packed", folder), report.dense_checkpoint_bytes),
