@@ -80,7 +80,7 @@ def test_models_of_other_vocabularies_are_not_compared(model: Path, tmp_path: Pa
     result = run("perplexity", other, "--against", model, "--text", "self", "--length", 24, "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["error"]["kind"] == "ModelError"
-    assert "has 200 tokens" in result.stderr
+    assert "has a vocabulary of 200 tokens" in result.stderr
 
 
 def test_perplexity_on_its_own_text_is_the_reports(model: Path, pruned: Path) -> None:
