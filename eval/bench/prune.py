@@ -127,13 +127,11 @@ def measure(folder: Path, output: Path, recipe, samples: int, length: int) -> di
         vocabulary = source.config.get_text_config().vocab_size
         ids = torch.randint(0, vocabulary, (samples + recipe.held_back, length), generator=generator)
         target = OutputFolder.open(output, {}, resume=False, overwrite=True)
-        layers = LayerDriver(run, source, jobs, Tokens(ids, "", {}), target)
-        layers.drive()
+        sizes = LayerDriver(run, source, jobs, Tokens(ids, "", {}), target).drive().sizes
         with run.stages("write"):
             Writer(source, None, target, run.recipe.format).finish()
         total = time.perf_counter() - start
     tokens = samples * length
-    sizes = layers._memories
     forward_flops = 2.0 * 2 * tokens * sum(rows * columns for layer in sizes for rows, columns in layer.shapes)
     gram_flops = 2.0 * tokens * sum(width**2 for layer in sizes for width in layer.gram_widths)
     rates = measure_rates(source.model.dtype, run.device, 2048 if run.device.type == "cpu" else 8192)

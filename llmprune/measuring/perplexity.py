@@ -74,7 +74,7 @@ class Perplexity:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class PerplexityComparison:
     """A pruned model compared with the dense one, on the same tokens.
 
     Attributes:
@@ -147,7 +147,7 @@ def perplexity_against(
     settings: StreamSettings | None = None,
     compute_dtype: str = "auto",
     watch: Watcher = ignore,
-) -> Comparison:
+) -> PerplexityComparison:
     """Compare a checkpoint with the dense model on a text: both perplexities, KL divergence and top-1 agreement.
 
     Args:
@@ -213,7 +213,7 @@ def measure_perplexity(source: Source, tokens: Tokens, settings: StreamSettings,
     return _summary(nats, tokens, calibration.error, source)
 
 
-def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens) -> Comparison:
+def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens) -> PerplexityComparison:
     """Score a pruned model and the dense one on the same tokens.
 
     Args:
@@ -237,7 +237,7 @@ def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens) -> Compari
         _summary(value, tokens, calibration.error, stream.source)
         for value, calibration, stream in zip(nats, calibrations, (dense, pruned), strict=True)
     )
-    return Comparison(first, second, divergence / first.predicted_tokens, same / first.predicted_tokens)
+    return PerplexityComparison(first, second, divergence / first.predicted_tokens, same / first.predicted_tokens)
 
 
 def run_stream(source: Source, ids: Tensor, settings: StreamSettings, watch: Watcher, stage: str) -> Stream:

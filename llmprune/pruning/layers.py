@@ -29,11 +29,13 @@ class PrunedLayers:
         rows: one per pruned matrix, in the order of the layers.
         structures: one per structure from which groups were removed.
         memory: predicted, measured and baseline bytes, as in the report.
+        sizes: of the layers that were pruned in this run, what the prediction is based on.
     """
 
     rows: tuple[MatrixRow, ...]
     structures: tuple[StructureRow, ...]
     memory: dict[str, int]
+    sizes: tuple[LayerMemory, ...]
 
 
 class LayerDriver:
@@ -86,7 +88,7 @@ class LayerDriver:
                 self._reduction.free()
         layers = len(self._source.layers)
         self._run.watch(Progress("pruning", layers, layers, "", self._mean_error()))
-        return PrunedLayers(tuple(self._rows), tuple(self._structures), self._measured(memory))
+        return PrunedLayers(tuple(self._rows), tuple(self._structures), self._measured(memory), tuple(self._memories))
 
     def _replay(self, layer: ResidentLayer, target: OutputFolder, name: str) -> None:
         """Reuse what an interrupted run has committed."""

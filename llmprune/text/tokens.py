@@ -28,7 +28,7 @@ from torch import Tensor
 from llmprune.errors import CalibrationError
 from llmprune.text.documents import has_columns, is_single_file, read_documents
 
-Layout = Literal["pack", "truncate"]
+SampleLayout = Literal["pack", "truncate"]
 Order = Literal["text", "shuffled"]
 
 DEFAULT_LENGTH = 2048
@@ -81,7 +81,7 @@ class TextSpec:
     column: str = "text"
     samples: int = 128
     length: int | None = None
-    layout: Layout = "pack"
+    layout: SampleLayout = "pack"
     order: Order = "shuffled"
     seed: int = 0
     temperature: float = 1.0
@@ -91,7 +91,7 @@ class TextSpec:
             ("source", bool(self.source), '"self", a file, a folder or a dataset id'),
             ("samples", self.samples >= 1, "at least 1"),
             ("length", self.length is None or self.length >= 2, "at least 2 tokens: one to read and one to predict"),
-            ("layout", self.layout in get_args(Layout), " or ".join(get_args(Layout))),
+            ("layout", self.layout in get_args(SampleLayout), " or ".join(get_args(SampleLayout))),
             ("order", self.order in get_args(Order), " or ".join(get_args(Order))),
             ("seed", 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1"),
             ("temperature", 0 < self.temperature < math.inf, "a finite number above 0"),

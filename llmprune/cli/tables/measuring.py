@@ -13,7 +13,7 @@ from llmprune.units import format_change, format_seconds, format_size, spans
 
 if TYPE_CHECKING:
     from llmprune.measuring.explain import DenseRow, Explanation, PackedRow
-    from llmprune.measuring.perplexity import Comparison, Perplexity
+    from llmprune.measuring.perplexity import Perplexity, PerplexityComparison
 
 _UNMEASURED = "not yet: run `llmprune bench` on the folder"
 
@@ -30,7 +30,7 @@ def perplexity_table(result: "Perplexity", run: dict[str, Any]) -> RenderableTyp
     )
 
 
-def comparison_table(result: "Comparison", run: dict[str, Any]) -> RenderableType:
+def comparison_table(result: "PerplexityComparison", run: dict[str, Any]) -> RenderableType:
     """A model against its dense base, and how both were measured."""
     dense, pruned = result.dense, result.pruned
     return facts(

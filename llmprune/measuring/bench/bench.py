@@ -15,8 +15,8 @@ from llmprune.errors import ModelError, NumericsError, RecipeError
 from llmprune.measuring.bench.decoding import Decoding, collect, measure_decoding, resident_bytes
 from llmprune.measuring.bench.machine import Rates, commit, device_name, measure_rates, versions
 from llmprune.measuring.bench.products import (
-    Comparison,
     Product,
+    TimedProduct,
     compare_product,
     packed_products,
     served_bytes,
@@ -167,7 +167,7 @@ def _load(device: torch.device, dtype: str, model: str | Path, **served: Any) ->
 
 def _measure_product(product: Product, tokens: Sequence[int], rates: Rates, effort: Effort) -> dict[str, Any]:
     layers = sparse_candidate(product)
-    comparisons: list[Comparison] = [] if layers is None else list(compare_product(layers, tokens, rates, effort))
+    comparisons: list[TimedProduct] = [] if layers is None else list(compare_product(layers, tokens, rates, effort))
     choice = product.layers[0].choice
     assert choice is not None
     measured = None if layers is None or layers[0].form is None else layers[0].form.name

@@ -55,7 +55,7 @@ class Product:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class TimedProduct:
     """A sparse and a dense matmul with the same number of tokens.
 
     Attributes:
@@ -138,7 +138,7 @@ def sparse_candidate(product: Product) -> tuple[SparseLinear, ...] | None:
 @torch.inference_mode()
 def compare_product(
     layers: Sequence[SparseLinear], tokens: Sequence[int], rates: Rates, effort: Effort
-) -> Iterator[Comparison]:
+) -> Iterator[TimedProduct]:
     """Compare layers that multiply the same x with the dense matmul of their matrices.
 
     Args:
@@ -171,7 +171,7 @@ def compare_product(
         moved = (x.nbytes + count * weight.shape[0] * dtype.itemsize, 2.0 * count * weight.numel())
         floor, bound = rates.floor(moved[0] + served, moved[1] * _stored_share(layers))
         dense_floor, _ = rates.floor(moved[0] + weight.nbytes, moved[1])
-        yield Comparison(count, error, dense_error, *times, floor, bound, dense_floor)
+        yield TimedProduct(count, error, dense_error, *times, floor, bound, dense_floor)
 
 
 def dense_operands(layers: Sequence[SparseLinear]) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,6 @@
 """Seconds of SparseGPT for one matrix: the factorisation of its Gram matrix, and the column updates.
 
-    python -m llmprune.eval.bench.sweep --json sweep.json
+    python -m llmprune.eval.bench.column_updates --json column-updates.json
 
 Weights and inputs are random. For comparison, the time of the long-range matmuls alone is given: rows x width^2
 operations at the measured rate of float32 matmuls. If the output error differs from that of the same run in float64 by
