@@ -198,7 +198,7 @@ def test_generate_prints_the_text_and_its_speed(folder: Path) -> None:
     assert result.exit_code == 0
     assert result.stdout == tokenizer().decode(ids[0, 2:], skip_special_tokens=True) + "\n"
     assert "5 tokens in " in result.stderr
-    assert " tokens a second" in result.stderr
+    assert " tokens/s" in result.stderr
     assert "Loading weights" not in result.stderr
 
 
@@ -256,7 +256,7 @@ def test_ctrl_c_prints_what_there_is_and_exits_130(folder: Path) -> None:
     assert process.returncode == 130
     assert (first + rest).startswith("w")
     assert rest.endswith("\n")
-    assert "tokens a second" in errors
+    assert "tokens/s" in errors
     assert errors.splitlines()[-1] == "interrupted"
 
 
