@@ -1,8 +1,9 @@
 """Perplexity and KL divergence by one fixed protocol, streamed layer by layer.
 
-Text is tokenised with a BOS token in front of each document, packed, and cut into sequences of `length` tokens; the
-stride is the length, so no token is scored twice. Each token but the first is predicted from its own sequence. Negative
-log-likelihoods are summed in float64, from log-softmax in float32.
+Text is tokenised, packed and cut into sequences of `length` tokens, each of which begins with what the tokenizer itself
+puts in front of a text (BOS, or nothing: see `text.openings`); the stride is the length, so no token is scored twice.
+Each token but the first is predicted from its own sequence, and tokens that only open a text, such as BOS, are never
+scored. Negative log-likelihoods are summed in float64, from log-softmax in float32.
 
 The expected calibration error (ECE) measures how far a model's confidence is from its accuracy (Guo et al. 2017, On
 Calibration of Modern Neural Networks, section 2): predictions fall into 15 bins of equal width by the probability of
@@ -206,7 +207,7 @@ def measure_perplexity(source: Source, tokens: Tokens, settings: StreamSettings,
     stream = run_stream(source, tokens.ids, settings, watch, "perplexity")
     nats, calibration = 0.0, _Calibration()
     for ids, (logits,) in zip(stream.batches, stream.logits(stream.hidden), strict=True):
-        for part, targets in _positions(ids, logits):
+        for part, targets in _positions(tokens, ids, logits):
             log_probabilities = part[0].log_softmax(-1)
             nats += _negative_log_likelihood(log_probabilities, targets)
             calibration.add(log_probabilities, targets)
@@ -225,7 +226,7 @@ def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens) -> Perplex
     nats, divergence, same = [0.0, 0.0], 0.0, 0
     calibrations = (_Calibration(), _Calibration())
     for ids, pair in zip(dense.batches, _logits(dense, pruned), strict=True):
-        for parts, targets in _positions(ids, *pair):
+        for parts, targets in _positions(tokens, ids, *pair):
             before, after = (part.log_softmax(-1) for part in parts)
             nats[0] += _negative_log_likelihood(before, targets)
             nats[1] += _negative_log_likelihood(after, targets)
@@ -264,13 +265,14 @@ def _logits(dense: Stream, pruned: Stream) -> Iterator[tuple[Tensor, ...]]:
             yield one[0], other[0]
 
 
-def _positions(ids: Tensor, *logits: Tensor) -> Any:
+def _positions(tokens: Tokens, ids: Tensor, *logits: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Split [samples, length, vocabulary] logits into float32 pieces, with the tokens that they predict."""
-    targets = ids[:, 1:].reshape(-1).to(logits[0].device)
+    device = logits[0].device
+    targets = ids[:, 1:].reshape(-1).to(device)
+    places = tokens.scored(ids).reshape(-1).nonzero().view(-1).to(device)
     flat = [part[:, :-1].reshape(-1, part.shape[-1]) for part in logits]
-    for start in range(0, len(targets), _POSITIONS):
-        stop = start + _POSITIONS
-        yield [part[start:stop].float() for part in flat], targets[start:stop]
+    for chosen in places.split(_POSITIONS):
+        yield [part[chosen].float() for part in flat], targets[chosen]
 
 
 def _negative_log_likelihood(log_probabilities: Tensor, targets: Tensor) -> float:
@@ -306,7 +308,7 @@ class _Calibration:
 
 def _summary(nats: float, tokens: Tokens, calibration_error: float, source: Source) -> Perplexity:
     samples, length = tokens.ids.shape
-    count = samples * (length - 1)
+    count = tokens.predicted
     mean = nats / count
     if not math.isfinite(mean):
         raise NumericsError(

@@ -19,7 +19,8 @@ from llmprune.pruning.jobs import Job
 from llmprune.recipe.recipe import Recipe
 from llmprune.stream.guard import MemoryGuard, sampling_needs
 from llmprune.stream.stream import StreamSettings
-from llmprune.text.tokens import Tokenizer, Tokens
+from llmprune.text.openings import Tokenizer
+from llmprune.text.tokens import Tokens
 from llmprune.timing import Stages
 
 

@@ -12,7 +12,8 @@ from llmprune.progress import Progress, Watcher
 from llmprune.stream.activations import HiddenStates, LayerCalls
 from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.text.loading import load_texts
-from llmprune.text.tokens import TextSpec, Tokenizer, Tokens
+from llmprune.text.openings import Tokenizer
+from llmprune.text.tokens import TextSpec, Tokens
 from llmprune.timing import Stages
 
 _STAGE = "dense perplexity"

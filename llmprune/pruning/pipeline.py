@@ -42,7 +42,8 @@ from llmprune.structures.reduction import Reduction
 from llmprune.structures.removable import Removable
 from llmprune.structures.survey import check_budget
 from llmprune.text.loading import model_positions, tokenizer_for
-from llmprune.text.tokens import Tokenizer, Tokens
+from llmprune.text.openings import Tokenizer
+from llmprune.text.tokens import Tokens
 
 
 def prune(

@@ -21,7 +21,7 @@ from llmprune.serving.quantizer import keep_record
 from llmprune.storage.files import write_text
 from llmprune.storage.folders import RECIPE_NAME, locked, remove_checkpoint, require_empty, writing_to
 from llmprune.storage.report import Report
-from llmprune.text.tokens import Tokenizer
+from llmprune.text.openings import Tokenizer
 
 
 def save_pruned(

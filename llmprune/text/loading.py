@@ -18,7 +18,8 @@ from llmprune.precision import computed_in
 from llmprune.storage.files import read_index
 from llmprune.text.documents import require_source
 from llmprune.text.generated import generate_text
-from llmprune.text.tokens import TextSpec, Tokenizer, Tokens, load_tokens
+from llmprune.text.openings import Tokenizer
+from llmprune.text.tokens import TextSpec, Tokens, load_tokens
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 

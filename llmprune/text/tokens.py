@@ -2,8 +2,11 @@
 
 A `TextSpec` names the text and how it is cut into sequences of equal length:
 
-    pack       documents are concatenated, each after a BOS token, and cut into sequences
+    pack       documents are concatenated and cut into sequences; each document and each sequence begins with what the
+               tokenizer itself puts in front of a text (see `openings`), which replaces the sequence's first tokens
     truncate   the first tokens of each document that is long enough, one sequence per document
+    pack-bare  as versions before 0.1 packed: a BOS token in front of each document, whether the tokenizer would put
+               one there or not, and nothing in front of sequences that begin within a document
 
 Every text becomes `Tokens`, whose digest identifies the exact ids, so that two runs can be checked to have read the
 same.
@@ -17,18 +20,19 @@ resumed, must be calibrated and measured on the same ids, or their figures could
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, get_args
 
 import torch
-from jaxtyping import Int, Int64
+from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from llmprune.errors import CalibrationError
 from llmprune.text.documents import has_columns, is_single_file, read_documents
+from llmprune.text.openings import Tokenizer, named, opening_of
 
-SampleLayout = Literal["pack", "truncate"]
+SampleLayout = Literal["pack", "truncate", "pack-bare"]
 Order = Literal["text", "shuffled"]
 
 DEFAULT_LENGTH = 2048
@@ -40,16 +44,6 @@ _UNUSED_BY_TEXT = ("temperature",)
 # One call of the tokenizer encodes about this much text: enough to occupy its threads, little enough to be in memory
 # both as text and as ids.
 _BATCH_BYTES = 2**22
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is used here."""
-
-    bos_token_id: int | None
-
-    def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]:
-        """Encode a batch of documents; `input_ids` has a list of ids for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +59,7 @@ class TextSpec:
         samples: number of sequences, at least 1.
         length: sequence length in tokens, including BOS tokens, at least 2. None: 2,048, or the model's positions if
             there are fewer.
-        layout: "pack" or "truncate", see the module.
+        layout: "pack", "truncate" or "pack-bare", see the module.
         order: "text" takes the first sequences and reads no document beyond them; "shuffled" draws sequences without
             replacement, from all windows of the packed text or from all documents.
         seed: seed of the draw or of the sampling, in [0, 2^63).
@@ -134,18 +128,29 @@ class Tokens:
         ids: [samples, length], int64, on the CPU.
         digest: sha256 in hex over the shape and the ids, row by row, all as little-endian int64.
         description: the source, how it was read and what was skipped; JSON-ready.
+        opening: tokens that only open a sequence or a document, such as BOS: they are read, never scored.
     """
 
     ids: Int64[Tensor, "samples length"]
     digest: str
     description: dict[str, object]
+    opening: tuple[int, ...] = ()
+
+    @property
+    def predicted(self) -> int:
+        """How many tokens are scored: those that follow another one in their sequence and open nothing."""
+        return int(self.scored(self.ids).sum())
+
+    def scored(self, ids: Int64[Tensor, "batch length"]) -> Bool[Tensor, "batch positions"]:
+        """For each position but the last of some of the sequences: whether the token that follows it is scored."""
+        opening = torch.tensor(self.opening, dtype=ids.dtype, device=ids.device)
+        return ~torch.isin(ids[:, 1:], opening)
 
 
 def load_tokens(spec: TextSpec, tokenizer: Tokenizer, generate: Callable[[TextSpec], Tensor] | None = None) -> Tokens:
     """Read or generate the text that a spec names, as tokens.
 
-    The tokenizer adds no special tokens itself; its BOS token, if it has one, is put once in front of each document.
-    Blank documents are skipped and counted.
+    Each document begins with what the tokenizer puts in front of a text, once. Blank documents are skipped and counted.
 
     Args:
         spec: which text.
@@ -164,9 +169,10 @@ def load_tokens(spec: TextSpec, tokenizer: Tokenizer, generate: Callable[[TextSp
     texts = read_documents(spec.source, spec.config, spec.split, spec.column)
     if spec.layout == "truncate" and spec.order == "shuffled":
         texts = _shuffled(texts, spec.seed)
-    reader = _Reader(texts, tokenizer, spec.source)
-    ids = (_pack if spec.layout == "pack" else _truncate)(reader, spec)
-    return Tokens(ids, _digest(ids), _describe(spec, *_UNUSED_BY_TEXT) | reader.counts)
+    reader = _Reader(texts, tokenizer, spec)
+    ids = (_truncate if spec.layout == "truncate" else _pack)(reader, spec)
+    description = _describe(spec, *_UNUSED_BY_TEXT) | {"opening": named(tokenizer, reader.opening)} | reader.counts
+    return Tokens(ids, _digest(ids), description, () if spec.layout == "pack-bare" else reader.opening)
 
 
 def _generated(spec: TextSpec, generate: Callable[[TextSpec], Tensor] | None) -> Tokens:
@@ -183,14 +189,16 @@ def _generated(spec: TextSpec, generate: Callable[[TextSpec], Tensor] | None) ->
 class _Reader:
     """Encodes documents a batch at a time and counts what it read."""
 
-    def __init__(self, texts: Iterator[str], tokenizer: Tokenizer, source: str) -> None:
-        self._texts, self._tokenizer, self._source = texts, tokenizer, source
+    def __init__(self, texts: Iterator[str], tokenizer: Tokenizer, spec: TextSpec) -> None:
+        self._texts, self._tokenizer, self._source = texts, tokenizer, spec.source
+        bos = tokenizer.bos_token_id
+        bare = () if bos is None else (bos,)
+        self.opening = bare if spec.layout == "pack-bare" else opening_of(tokenizer)
         self.documents = self.empty = self.short = self.tokens = 0
 
     @property
     def counts(self) -> dict[str, object]:
         return {
-            "bos_token_id": self._tokenizer.bos_token_id,
             "documents_read": self.documents,
             "documents_empty": self.empty,
             "documents_short": self.short,
@@ -221,7 +229,7 @@ class _Reader:
     def _take(self, tokens: int, documents: int) -> list[str]:
         """The next documents that are not blank; none is taken if those before it might already be enough.
 
-        A document yields at most a BOS token and one token per byte: this bounds how many documents may be needed.
+        A document yields at most its opening and one token per byte: this bounds how many documents may be needed.
         """
         texts: list[str] = []
         room = min(tokens, _BATCH_BYTES)
@@ -231,7 +239,7 @@ class _Reader:
                 self.empty += 1
                 continue
             try:
-                room -= 1 + len(text.encode())
+                room -= len(self.opening) + len(text.encode())
             except UnicodeEncodeError as error:
                 raise CalibrationError(
                     f"document {self.documents} of {self._source} is not text: {error}",
@@ -242,9 +250,9 @@ class _Reader:
         return texts
 
     def _opened(self, ids: list[int]) -> list[int]:
-        """A document after exactly one BOS token, which text rendered by a chat template already has."""
-        start = self._tokenizer.bos_token_id
-        return ids if start is None or ids[0] == start else [start, *ids]
+        """A document after its opening, which text rendered by a chat template already has."""
+        opening = list(self.opening)
+        return ids if ids[: len(opening)] == opening else [*opening, *ids]
 
 
 def _pack(reader: _Reader, spec: TextSpec) -> Int64[Tensor, "samples length"]:
@@ -260,8 +268,12 @@ def _pack(reader: _Reader, spec: TextSpec) -> Int64[Tensor, "samples length"]:
     # a time.
     windows = reader.tokens // spec.tokens
     chosen = torch.arange(windows) if spec.order == "text" else _permutation(windows, spec.seed)
-    packed = torch.cat(parts)[: windows * spec.tokens].view(windows, spec.tokens)
-    return packed[chosen[: spec.samples]].long()
+    packed = torch.cat(parts)[: windows * spec.tokens].view(windows, spec.tokens)[chosen[: spec.samples]].long()
+    if spec.layout == "pack":
+        # In place of tokens, not in addition: windows stay where they are, and one that begins with a document is not
+        # opened twice.
+        packed[:, : len(reader.opening)] = torch.tensor(reader.opening, dtype=packed.dtype)
+    return packed
 
 
 def _truncate(reader: _Reader, spec: TextSpec) -> Int64[Tensor, "samples length"]:
