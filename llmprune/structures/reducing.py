@@ -27,7 +27,7 @@ from llmprune.structures.choose.scores import NEEDS, SCORES, lowest_groups
 from llmprune.structures.find.discovery import Structure
 from llmprune.structures.remove.cuts import Cut, mask, routed_without
 from llmprune.structures.remove.fused import experts_of, last_groups, permute_channels, removed_last
-from llmprune.structures.remove.problem import Removal, RemovalSettings
+from llmprune.structures.remove.problem import GroupRemoval, RemovalSettings
 from llmprune.structures.remove.solver import refit_groups, remove_groups
 
 _ORDER = ("heads", "experts", "ffn")
@@ -163,7 +163,7 @@ def _remove(
     return cut, row
 
 
-def _solve(layer: ResidentLayer, target: Target, matrix: Matrix, group: Group) -> tuple[Removal, float | None]:
+def _solve(layer: ResidentLayer, target: Target, matrix: Matrix, group: Group) -> tuple[GroupRemoval, float | None]:
     """Remove the groups from one matrix; returns the result, which is in place, and its relative output error."""
     original = layer.weight(matrix.name)
     try:
@@ -182,7 +182,7 @@ def _solve(layer: ResidentLayer, target: Target, matrix: Matrix, group: Group) -
     return removal, lost
 
 
-def _removal(layer: ResidentLayer, target: Target, matrix: Matrix, group: Group, weight: Tensor) -> Removal:
+def _removal(layer: ResidentLayer, target: Target, matrix: Matrix, group: Group, weight: Tensor) -> GroupRemoval:
     size = target.structure.columns
     gram = group.statistics.products if isinstance(group.statistics, Gram) else None
     if target.method == "obs" and target.removed is None and gram is not None:
@@ -192,7 +192,7 @@ def _removal(layer: ResidentLayer, target: Target, matrix: Matrix, group: Group,
         return refit_groups(weight, gram, size, removed, target.settings)
     kept = weight.clone()
     kept.unflatten(1, (-1, size))[:, removed] = 0
-    return Removal(removed, kept, 0.0, kept.new_empty(0, dtype=torch.float64), 0.0, (), 0, 0.0)
+    return GroupRemoval(removed, kept, 0.0, kept.new_empty(0, dtype=torch.float64), 0.0, (), 0, 0.0)
 
 
 def _common_choice(

@@ -17,7 +17,7 @@ from llmprune.storage.report import StructureRow
 from llmprune.stream.stream import ResidentLayer
 from llmprune.structures.decisions import Decisions, label
 from llmprune.structures.find.discovery import Structure
-from llmprune.structures.find.subblocks import Block, without
+from llmprune.structures.find.subblocks import SubBlock, without
 from llmprune.structures.narrowed_source import WidthSource
 from llmprune.structures.reducing import Target, reduce_layer
 from llmprune.structures.removable import Removable
@@ -68,7 +68,7 @@ class Reduction:
         number = self._resident = self.numbers[layer.index]
         small = self.result.layers[number]
         name = self.result.layer_name(number)
-        gone = [Block("attention", modules)] if (modules := self.decisions.blocks.get(layer.index)) else []
+        gone = [SubBlock("attention", modules)] if (modules := self.decisions.blocks.get(layer.index)) else []
         with without(layer.module, layer.index, gone):
             layer.become(layer.module, name)
             cuts, rows = reduce_layer(layer, self._targets(layer), min_tokens, step)

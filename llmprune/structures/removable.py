@@ -19,7 +19,7 @@ from llmprune.structures.decisions import Decisions, aligned, label, some_cut
 from llmprune.structures.describe.configuration import smaller_config, uneven_config
 from llmprune.structures.describe.depth import drop_layers, without_blocks
 from llmprune.structures.find.discovery import Structure, find_query_heads, find_structures
-from llmprune.structures.find.subblocks import Block, Blocks, Part, find_blocks
+from llmprune.structures.find.subblocks import Part, SubBlock, SubBlocks, find_subblocks
 from llmprune.structures.remove.cuts import Cut
 from llmprune.structures.remove.width import Width, plan_width
 
@@ -42,7 +42,7 @@ class Removable:
     dense: CheckpointSource
     spec: Structures
     structures: tuple[Asked, ...]
-    blocks: Sequence[Blocks]
+    blocks: Sequence[SubBlocks]
     width: Width | None
 
     @classmethod
@@ -54,7 +54,7 @@ class Removable:
             ModelError: a structure or a block cannot be removed exactly, or no config has the hidden width.
         """
         found = find_structures(dense.decoder)
-        blocks = find_blocks(dense.decoder, found) if spec.blocks else []
+        blocks = find_subblocks(dense.decoder, found) if spec.blocks else []
         if spec.heads and spec.heads.unit == "query-head":
             found = _query_heads(dense, found)
         sections = [[(structure, _section(dense, spec, structure)) for structure in own] for own in found]
@@ -183,7 +183,7 @@ def _require_structures(dense: CheckpointSource, spec: Structures, structures: S
             )
 
 
-def _require_layers_and_blocks(dense: CheckpointSource, spec: Structures, found: Sequence[Blocks]) -> None:
+def _require_layers_and_blocks(dense: CheckpointSource, spec: Structures, found: Sequence[SubBlocks]) -> None:
     """As many layers and blocks can go as the recipe wants, whichever they are."""
     layers, gone = len(dense.layers), 0
     if spec.depth is not None:
@@ -193,7 +193,7 @@ def _require_layers_and_blocks(dense: CheckpointSource, spec: Structures, found:
         _require_blocks(dense, part, [blocks[part] for blocks in found], section.count(layers - gone))
 
 
-def _require_blocks(dense: CheckpointSource, part: Part, found: Sequence[Block], count: int) -> None:
+def _require_blocks(dense: CheckpointSource, part: Part, found: Sequence[SubBlock], count: int) -> None:
     removable = {index: block for index, block in enumerate(found) if block.refusal is None}
     name = "attention" if part == "attention" else "MLP"
     if not removable:

@@ -14,14 +14,13 @@ from llmprune.models.sizes import COUNTS, Cost, layer_size
 from llmprune.progress import Progress, Watcher
 from llmprune.recipe.structures import BUDGETED, Budget, Groups
 from llmprune.stream.stream import Stream, StreamSettings
-from llmprune.structures.choose.budget import Candidate as Level
-from llmprune.structures.choose.budget import allowed_size, candidate
+from llmprune.structures.choose.budget import Offer, allowed_size, offer
 from llmprune.structures.choose.budget_survey import BudgetSurvey
 from llmprune.structures.choose.depth_scores import (
     BlockInfluence,
-    Candidate,
+    DepthRemoval,
+    DepthUnit,
     LayerDistance,
-    Removal,
     block_candidates,
     layer_candidates,
     remove_lowest,
@@ -188,7 +187,7 @@ class _Look:
                 )
         return replace(decisions, removed=removed)
 
-    def _greedy(self, candidates: Sequence[Candidate], count: int) -> Removal:
+    def _greedy(self, candidates: Sequence[DepthUnit], count: int) -> DepthRemoval:
         def watch(passed: int, total: int) -> None:
             self._watch(Progress("survey", passed, total, "measuring removals"))
 
@@ -222,12 +221,12 @@ def check_budget(removable: Removable) -> None:
         allowed_size([level for own in levels for level in own], remove)
 
 
-def budget_problem(removable: Removable, budget: Budget, cost: Cost) -> tuple[list[list[Level]], float]:
+def budget_problem(removable: Removable, budget: Budget, cost: Cost) -> tuple[list[list[Offer]], float]:
     """The sizes that each structure may have, layer by layer, and what must go of them, in the unit of the cost."""
     layers = removable.dense.layers
-    levels: list[list[Level]] = [
+    levels: list[list[Offer]] = [
         [
-            candidate(
+            offer(
                 layers[layer],
                 structure,
                 cost,

@@ -29,7 +29,7 @@ _LEAST_DIVERGENCE = 1e-7
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Candidate:
+class Offer:
     """A structure whose width the budget decides.
 
     Attributes:
@@ -45,7 +45,7 @@ class Candidate:
     reference: int
 
 
-def candidate(
+def offer(
     layer: nn.Module,
     structure: Structure,
     cost: Cost,
@@ -54,7 +54,7 @@ def candidate(
     most: float = 0.9,
     reference: float = 0.25,
     active: float = 1.0,
-) -> Candidate:
+) -> Offer:
     """Offer the levels of one structure to the budget.
 
     Args:
@@ -83,16 +83,16 @@ def candidate(
     sizes = tuple(level_sizes(layer, structure, levels, cost, active))
     wanted = reference * structure.groups
     nearest = min(range(1, len(levels)), key=lambda place: abs(levels[place] - wanted), default=0)
-    return Candidate(structure, levels, sizes, nearest)
+    return Offer(structure, levels, sizes, nearest)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """What a survey found out about a candidate.
+    """What a survey found out about an offer.
 
     Attributes:
         layer: index of its decoder layer.
-        candidate: it, with more than one level.
+        offer: it, with more than one level.
         curve: relative error of the consumer's output at each level, from 0.
         reference: index of the level at which the divergence was measured; at a level that loses nothing it would say
             nothing about later ones.
@@ -100,7 +100,7 @@ class Measured:
     """
 
     layer: int
-    candidate: Candidate
+    offer: Offer
     curve: tuple[float, ...]
     reference: int
     divergence: float
@@ -144,7 +144,7 @@ class BudgetPlan:
     """The widths that one budget gives all layers; errors are predicted sums of divergences, in nats.
 
     Attributes:
-        shares: one for each candidate, in the order of the layers.
+        shares: one for each offer, in the order of the layers.
         budget: what the structures may cost together, in the budget's unit.
         size: what they will.
         error: predicted.
@@ -178,18 +178,18 @@ class BudgetPlan:
         return asdict(self)
 
 
-def allowed_size(candidates: Sequence[Candidate], remove: float) -> float:
-    """What the candidates may cost together once so much of them has gone.
+def allowed_size(offers: Sequence[Offer], remove: float) -> float:
+    """What the offers may cost together once so much of them has gone.
 
     Args:
-        candidates: the structures that share the budget.
+        offers: the structures that share the budget.
         remove: what must go, in the unit of their sizes, > 0.
 
     Raises:
         PatternError: as much cannot go.
     """
-    full = math.fsum(candidate.sizes[0] for candidate in candidates)
-    most = full - math.fsum(min(candidate.sizes) for candidate in candidates)
+    full = math.fsum(offer.sizes[0] for offer in offers)
+    most = full - math.fsum(min(offer.sizes) for offer in offers)
     if not 0 < remove <= most * (1 + 1e-12):
         raise PatternError(
             f"the budget takes {remove / full:.1%} of the heads and channels, and {most / full:.1%} can go at most",
@@ -232,7 +232,7 @@ def choose_widths(measured: Sequence[Measured], budget: float) -> BudgetPlan:
 
 def _ladder(measured: Measured) -> Ladder:
     """The levels as the allocation sees them, errors in nats."""
-    name = f"layer {measured.layer}, {measured.candidate.structure.consumer}"
+    name = f"layer {measured.layer}, {measured.offer.structure.consumer}"
     if not math.isfinite(measured.divergence):
         raise NumericsError(
             f"{name}: the divergence measured is {measured.divergence}",
@@ -242,18 +242,18 @@ def _ladder(measured: Measured) -> Ladder:
     error = measured.curve[measured.reference]
     # A survey goes on to a level that loses something, so here nothing is lost at any of them.
     weight = max(measured.divergence, _LEAST_DIVERGENCE) / error if error > 0 else 0.0
-    return Ladder(name, measured.curve, measured.candidate.sizes, weight)
+    return Ladder(name, measured.curve, measured.offer.sizes, weight)
 
 
 def _best_uniform(measured: Sequence[Measured], ladders: Sequence[Ladder], budget: float) -> list[int] | None:
     """The levels with the least error that take the same fraction of all structures of a kind."""
     by_kind: dict[str, list[int]] = {}
     for place, one in enumerate(measured):
-        by_kind.setdefault(one.candidate.structure.kind, []).append(place)
+        by_kind.setdefault(one.offer.structure.kind, []).append(place)
     offers = []
     for places in by_kind.values():
         own = [ladders[place] for place in places]
-        chosen = [[_level_at(measured[p].candidate, part) for p in places] for part in _parts(measured, places)]
+        chosen = [[_level_at(measured[p].offer, part) for p in places] for part in _parts(measured, places)]
         offers.append([(_error(own, levels), _size(own, levels), levels) for levels in chosen])
     fitting = [
         (math.fsum(error for error, _, _ in combined), [levels for _, _, levels in combined])
@@ -269,15 +269,13 @@ def _best_uniform(measured: Sequence[Measured], ladders: Sequence[Ladder], budge
 
 def _parts(measured: Sequence[Measured], places: Sequence[int]) -> list[float]:
     """Every fraction of its groups that one of the structures can lose, ascending."""
-    offered = [measured[place].candidate for place in places]
-    return sorted({level / candidate.structure.groups for candidate in offered for level in candidate.levels})
+    offered = [measured[place].offer for place in places]
+    return sorted({level / offer.structure.groups for offer in offered for level in offer.levels})
 
 
-def _level_at(candidate: Candidate, part: float) -> int:
+def _level_at(offer: Offer, part: float) -> int:
     """The last level that takes no more than this fraction."""
-    return max(
-        place for place, level in enumerate(candidate.levels) if level / candidate.structure.groups <= part + 1e-9
-    )
+    return max(place for place, level in enumerate(offer.levels) if level / offer.structure.groups <= part + 1e-9)
 
 
 def _error(ladders: Sequence[Ladder], levels: Sequence[int]) -> float:
@@ -289,18 +287,18 @@ def _size(ladders: Sequence[Ladder], levels: Sequence[int]) -> float:
 
 
 def _share(measured: Measured, ladder: Ladder, level: int, uniform: int) -> Share:
-    candidate, structure = measured.candidate, measured.candidate.structure
+    offer, structure = measured.offer, measured.offer.structure
     return Share(
         layer=measured.layer,
         consumer=structure.consumer,
         kind=structure.kind,
         groups=structure.groups,
-        removed=candidate.levels[level],
-        uniform=candidate.levels[uniform],
-        levels=candidate.levels,
-        sizes=candidate.sizes,
+        removed=offer.levels[level],
+        uniform=offer.levels[uniform],
+        levels=offer.levels,
+        sizes=offer.sizes,
         curve=measured.curve,
-        reference=candidate.levels[measured.reference],
+        reference=offer.levels[measured.reference],
         divergence=measured.divergence,
         error=ladder.errors[level] * ladder.weight,
     )

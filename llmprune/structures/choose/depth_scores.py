@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_leaves
 from llmprune.errors import ModelError, NumericsError, RecipeError
 from llmprune.stream.activations import HiddenStates
 from llmprune.stream.stream import ResidentLayer, Stream
-from llmprune.structures.find.subblocks import Blocks, Part, without
+from llmprune.structures.find.subblocks import Part, SubBlocks, without
 
 Method = Literal["block-influence", "angular-distance", "greedy-kl"]
 
 
-class Candidate(NamedTuple):
+class DepthUnit(NamedTuple):
     """Something that could go: a whole decoder layer, or one block of it. In JSON, [3, "attention"]."""
 
     layer: int
@@ -37,7 +37,7 @@ class Candidate(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Removal:
+class DepthRemoval:
     """What goes, and why.
 
     Attributes:
@@ -49,9 +49,9 @@ class Removal:
     """
 
     method: Method
-    removed: tuple[Candidate, ...]
-    scores: Mapping[Candidate, float]
-    steps: tuple[tuple[Candidate, Mapping[Candidate, float]], ...] = ()
+    removed: tuple[DepthUnit, ...]
+    scores: Mapping[DepthUnit, float]
+    steps: tuple[tuple[DepthUnit, Mapping[DepthUnit, float]], ...] = ()
 
     @property
     def layers(self) -> list[int]:
@@ -77,22 +77,22 @@ class Removal:
         }
 
 
-def layer_candidates(layers: int, protect: int = 0) -> list[Candidate]:
+def layer_candidates(layers: int, protect: int = 0) -> list[DepthUnit]:
     """All decoder layers but the last `protect`."""
-    return [Candidate(layer, "layer") for layer in range(layers - protect)]
+    return [DepthUnit(layer, "layer") for layer in range(layers - protect)]
 
 
-def block_candidates(blocks: Sequence[Blocks], parts: Iterable[Part], protect: int = 0) -> list[Candidate]:
+def block_candidates(blocks: Sequence[SubBlocks], parts: Iterable[Part], protect: int = 0) -> list[DepthUnit]:
     """The blocks of these kinds that can go, in all decoder layers but the last `protect`."""
     return [
-        Candidate(layer, part)
+        DepthUnit(layer, part)
         for layer in range(len(blocks) - protect)
         for part in parts
         if blocks[layer][part].refusal is None
     ]
 
 
-def remove_lowest(scores: Mapping[Candidate, float], candidates: Sequence[Candidate], count: int) -> Removal:
+def remove_lowest(scores: Mapping[DepthUnit, float], candidates: Sequence[DepthUnit], count: int) -> DepthRemoval:
     """Choose the candidates of the lowest influence; ties go against the earlier layer.
 
     Args:
@@ -107,10 +107,10 @@ def remove_lowest(scores: Mapping[Candidate, float], candidates: Sequence[Candid
     check_count(count, len(candidates), len(scores))
     _check_finite(scores)
     ranked = sorted(candidates, key=lambda candidate: (scores[candidate], candidate))
-    return Removal("block-influence", tuple(sorted(ranked[:count])), dict(scores))
+    return DepthRemoval("block-influence", tuple(sorted(ranked[:count])), dict(scores))
 
 
-def remove_run(angles: Sequence[float], count: int, protect: int = 0) -> Removal:
+def remove_run(angles: Sequence[float], count: int, protect: int = 0) -> DepthRemoval:
     """Choose the run of consecutive layers that turns the hidden states least; ties go against the earlier one.
 
     Args:
@@ -124,11 +124,11 @@ def remove_run(angles: Sequence[float], count: int, protect: int = 0) -> Removal
     """
     layers = len(angles) + count - 1
     check_count(count, layers - protect, layers)
-    scores = {Candidate(layer, "layer"): angle for layer, angle in enumerate(angles)}
+    scores = {DepthUnit(layer, "layer"): angle for layer, angle in enumerate(angles)}
     _check_finite(scores)
     start = min(range(len(angles) - protect), key=lambda layer: (angles[layer], layer))
-    removed = tuple(Candidate(layer, "layer") for layer in range(start, start + count))
-    return Removal("angular-distance", removed, scores)
+    removed = tuple(DepthUnit(layer, "layer") for layer in range(start, start + count))
+    return DepthRemoval("angular-distance", removed, scores)
 
 
 class LayerDistance:
@@ -148,7 +148,7 @@ class LayerDistance:
     def __init__(self, span: int = 1, rows: int = 1024) -> None:
         self._sample = _Sample(rows)
         self._recent: deque[Tensor] = deque(maxlen=span + 1)
-        self.influence: dict[Candidate, float] = {}
+        self.influence: dict[DepthUnit, float] = {}
         self.angles: list[float] = []
 
     def see(self, layer: ResidentLayer) -> None:
@@ -164,7 +164,7 @@ class LayerDistance:
         self._recent.append(self._sample.take(stream, stream.hidden))
         if len(self._recent) == self._recent.maxlen:
             cosines = _cosines(self._recent[0], self._recent[-1])
-            self.influence[Candidate(len(self.angles), "layer")] = float((1 - cosines).mean())
+            self.influence[DepthUnit(len(self.angles), "layer")] = float((1 - cosines).mean())
             self.angles.append(float(cosines.arccos().mean()) / math.pi)
 
 
@@ -181,12 +181,12 @@ class BlockInfluence:
     """
 
     def __init__(
-        self, blocks: Sequence[Blocks], rows: int = 1024, parts: Sequence[Part] = ("attention", "mlp")
+        self, blocks: Sequence[SubBlocks], rows: int = 1024, parts: Sequence[Part] = ("attention", "mlp")
     ) -> None:
         self._sample = _Sample(rows)
         self._blocks, self._parts = blocks, parts
-        self._waiting: dict[Candidate, Tensor] = {}
-        self._scores: dict[Candidate, float] = {}
+        self._waiting: dict[DepthUnit, Tensor] = {}
+        self._scores: dict[DepthUnit, float] = {}
 
     def see(self, layer: ResidentLayer) -> None:
         """Run the next layer without each of its blocks."""
@@ -195,15 +195,15 @@ class BlockInfluence:
             block = self._blocks[layer.index][part]
             if block.refusal is None:
                 with without(layer.module, layer.index, [block]):
-                    self._waiting[Candidate(layer.index, part)] = self._sample.run(layer)
+                    self._waiting[DepthUnit(layer.index, part)] = self._sample.run(layer)
 
     def finish(self, stream: Stream) -> None:
         """Look at the outputs of the last layer, which a stream with `outputs` has at its end."""
         assert stream.settings.outputs, "the last layer's outputs are needed"
         self._compare(stream)
 
-    def result(self) -> dict[Candidate, float]:
-        """Candidate -> mean over tokens of 1 - cos between the layer's outputs without and with it."""
+    def result(self) -> dict[DepthUnit, float]:
+        """DepthUnit -> mean over tokens of 1 - cos between the layer's outputs without and with it."""
         return dict(self._scores)
 
     def _compare(self, stream: Stream) -> None:
@@ -272,10 +272,10 @@ def check_count(count: int, candidates: int, everything: int, what: str = "layer
         )
 
 
-def _check_finite(scores: Mapping[Candidate, float]) -> None:
+def _check_finite(scores: Mapping[DepthUnit, float]) -> None:
     if bad := [candidate for candidate, score in scores.items() if not math.isfinite(score)]:
         raise NumericsError(f"the score of {bad[0].part} {bad[0].layer} is {scores[bad[0]]}", expected="finite numbers")
 
 
-def _rows(scores: Mapping[Candidate, float]) -> list[list[Any]]:
+def _rows(scores: Mapping[DepthUnit, float]) -> list[list[Any]]:
     return [[*candidate, score if math.isfinite(score) else None] for candidate, score in scores.items()]

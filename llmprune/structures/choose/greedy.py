@@ -13,8 +13,8 @@ from llmprune.models.source import Source
 from llmprune.stream.activations import HiddenStates
 from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
 from llmprune.stream.variants import Variants
-from llmprune.structures.choose.depth_scores import Candidate, Removal, check_count
-from llmprune.structures.find.subblocks import Blocks, without
+from llmprune.structures.choose.depth_scores import DepthRemoval, DepthUnit, check_count
+from llmprune.structures.find.subblocks import SubBlocks, without
 
 _FIX = "choose by block influence or angular distance"
 
@@ -23,11 +23,11 @@ def remove_greedily(
     source: Source,
     ids: Tensor,
     settings: StreamSettings,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[DepthUnit],
     count: int,
-    blocks: Sequence[Blocks] = (),
+    blocks: Sequence[SubBlocks] = (),
     watch: Callable[[int, int], None] = lambda done, total: None,
-) -> Removal:
+) -> DepthRemoval:
     """Remove one candidate after the other, each time the one without which the predictions diverge least.
 
     Each step is one pass over the layers with a variant of the hidden states for each candidate: about half as many
@@ -64,18 +64,20 @@ def remove_greedily(
 class _Greedy:
     """Greedy removal, step by step."""
 
-    def __init__(self, start: Callable[[], Stream], candidates: Sequence[Candidate], blocks: Sequence[Blocks]) -> None:
+    def __init__(
+        self, start: Callable[[], Stream], candidates: Sequence[DepthUnit], blocks: Sequence[SubBlocks]
+    ) -> None:
         self._start, self._blocks = start, blocks
         self._open = list(candidates)
-        self._gone: list[Candidate] = []
-        self._steps: list[tuple[Candidate, Mapping[Candidate, float]]] = []
+        self._gone: list[DepthUnit] = []
+        self._steps: list[tuple[DepthUnit, Mapping[DepthUnit, float]]] = []
         self._dense: HiddenStates | None = None
         self._passed = 0
 
     def step(self, watch: Callable[[int], None]) -> None:
         """Measure what each candidate costs on top of what has gone; the cheapest goes."""
         stream = self._start()
-        variants = Variants[Candidate](stream, _FIX)
+        variants = Variants[DepthUnit](stream, _FIX)
         for layer in stream:
             self._visit(layer, variants)
             self._passed += 1
@@ -91,13 +93,13 @@ class _Greedy:
         # A layer that goes takes its blocks along.
         self._open = [c for c in self._open if c != best and (c.layer != best.layer or best.part != "layer")]
 
-    def result(self) -> Removal:
+    def result(self) -> DepthRemoval:
         whole = {candidate.layer for candidate in self._gone if candidate.part == "layer"}
         removed = sorted(c for c in self._gone if c.part == "layer" or c.layer not in whole)
         scores = {candidate: value for _, values in self._steps for candidate, value in values.items()}
-        return Removal("greedy-kl", tuple(removed), dict(sorted(scores.items())), tuple(self._steps))
+        return DepthRemoval("greedy-kl", tuple(removed), dict(sorted(scores.items())), tuple(self._steps))
 
-    def _visit(self, layer: ResidentLayer, variants: Variants[Candidate]) -> None:
+    def _visit(self, layer: ResidentLayer, variants: Variants[DepthUnit]) -> None:
         """Take all variants past a layer, and begin those of its own candidates."""
         layer.skipped = True  # its outputs are computed here
         gone = {part for number, part in self._gone if number == layer.index}
@@ -117,7 +119,7 @@ class _Greedy:
         return without(layer.module, layer.index, [self._blocks[layer.index][part] for part in sorted(gone)])
 
 
-def _require_numbers(divergences: Mapping[Candidate, float]) -> None:
+def _require_numbers(divergences: Mapping[DepthUnit, float]) -> None:
     for candidate, value in divergences.items():
         if math.isnan(value):
             raise NumericsError(f"without {candidate.part} {candidate.layer}, the predictions diverge by {value}")

@@ -10,7 +10,7 @@ from llmprune.models.decoder import Decoder
 from llmprune.models.source import StoredSource
 from llmprune.models.uneven import UNBUILDABLE, build_decoder, one_line
 from llmprune.structures.describe.candidates import integers
-from llmprune.structures.find.tracing import Run, eagerly
+from llmprune.structures.find.tracing import TracedForward, eagerly
 
 
 def audit_checkpoint(source: StoredSource) -> None:
@@ -98,6 +98,6 @@ def stumbles(decoder: Decoder) -> Iterator[str]:
     """What stops the model's own code with these shapes: head sizes, rotary and cache dimensions."""
     try:
         with torch.enable_grad(), eagerly(decoder.model):
-            Run(decoder, frozen=False).each(lambda index, trace: None)
+            TracedForward(decoder, frozen=False).each(lambda index, trace: None)
     except UNBUILDABLE as error:
         yield f"the model does not run: {one_line(error)}"

@@ -21,7 +21,7 @@ from llmprune.models.uneven import (
     changed,
     nested,
     one_line,
-    with_overrides,
+    with_per_layer,
 )
 from llmprune.structures.describe.audit import contradictory_counts, stumbles
 from llmprune.structures.describe.candidates import Request, candidates
@@ -67,7 +67,7 @@ def uneven_config(
     Raises:
         ModelError: no change of the config gives a layer its shapes; says what was tried.
     """
-    with_overrides(config, {"0": {}})  # refuses an architecture that has its own
+    with_per_layer(config, {"0": {}})  # refuses an architecture that has its own
     return _described(_uneven, _Search(config, cuts, path))
 
 
@@ -111,7 +111,7 @@ def _smaller(search: "_Search") -> PretrainedConfig:
 
 
 def _uneven(search: "_Search") -> PretrainedConfig:
-    overrides: dict[str, Any] = {}
+    per_layer: dict[str, Any] = {}
     found: dict[tuple[object, ...], Changes] = {}
     for layer in sorted(search.cuts):
         # Layers that lose the same numbers from the same shapes need the same attributes: a search for one serves all.
@@ -123,8 +123,8 @@ def _uneven(search: "_Search") -> PretrainedConfig:
             if differences := search.other_differences(found[key], [layer]):
                 raise ModelError(f"no config describes layer {layer}: with {_shown(found[key])}, {differences[0]}")
         if found[key]:
-            overrides[str(layer)] = nested(found[key])
-    return with_overrides(search.config, overrides)
+            per_layer[str(layer)] = nested(found[key])
+    return with_per_layer(search.config, per_layer)
 
 
 class _Search:

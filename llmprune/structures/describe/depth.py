@@ -12,10 +12,10 @@ from llmprune.models.uneven import (
     REMOVED,
     UNBUILDABLE,
     build_decoder,
-    layer_overrides,
     one_line,
+    read_per_layer,
     text_part,
-    with_overrides,
+    with_per_layer,
 )
 from llmprune.structures.describe.audit import stumbles
 from llmprune.structures.find.tracing import OWN_NUMBER
@@ -118,7 +118,7 @@ def without_blocks(
 
     Args:
         config: of the model, with or without widths that differ between layers.
-        removed: layer -> the modules of the blocks that go there, as `Block.modules` gives them.
+        removed: layer -> the modules of the blocks that go there, as `SubBlock.modules` gives them.
         path: dotted name of the decoder layers; None: they are searched for.
 
     Raises:
@@ -128,12 +128,12 @@ def without_blocks(
     Example:
         >>> without_blocks(config, {3: {"self_attn": 2}})  # doctest: +SKIP
     """
-    overrides = {str(layer): values for layer, values in layer_overrides(config).items()}
+    per_layer = {str(layer): values for layer, values in read_per_layer(config).items()}
     for layer, modules in removed.items():
         if modules:
-            values = overrides.setdefault(str(layer), {})
+            values = per_layer.setdefault(str(layer), {})
             values[REMOVED] = {**values.get(REMOVED, {}), **modules}
-    smaller = with_overrides(config, overrides)
+    smaller = with_per_layer(config, per_layer)
     for problem in stumbles(build_decoder(smaller, path=path)):
         shown = ", ".join(f"{name} of layer {layer}" for layer, modules in removed.items() for name in modules)
         raise ModelError(

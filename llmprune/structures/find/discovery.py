@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmprune.models.decoder import Decoder
 from llmprune.structures.find.influence import PARTLY, STAYS, group_size, owners_of, pull
-from llmprune.structures.find.tracing import OUT, Axis, Run, Trace, eagerly
+from llmprune.structures.find.tracing import OUT, Axis, Trace, TracedForward, eagerly
 
 Kind = Literal["heads", "ffn", "experts", "mixer"]
 
@@ -100,9 +100,9 @@ def _found(decoder: Decoder, draft: Callable[[Trace], list["_Draft"]]) -> list[l
     """The structures that are drafted with the statistics of norms held constant, and confirmed without."""
     with torch.enable_grad(), eagerly(decoder.model):
         # Norms held constant: what shares a norm with a group does not count as fed by it.
-        first = Run(decoder, frozen=True)
+        first = TracedForward(decoder, frozen=True)
         drafts = first.each(_once(lambda index, trace: draft(trace)))
-        second = Run(decoder, frozen=False)
+        second = TracedForward(decoder, frozen=False)
         # Which layers hand more than hidden states to later ones is known at the end of a run only.
         second.handed_on = first.handed_on
         found: list[list[Structure]] = second.each(

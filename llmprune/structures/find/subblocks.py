@@ -25,7 +25,7 @@ from llmprune.models.uneven import (
 )
 from llmprune.stream.observation import PRODUCTS
 from llmprune.structures.find.discovery import Structure, find_structures
-from llmprune.structures.find.tracing import Run, Trace, eagerly
+from llmprune.structures.find.tracing import Trace, TracedForward, eagerly
 
 Part = Literal["attention", "mlp"]
 
@@ -33,7 +33,7 @@ PARTS: tuple[Part, ...] = ("attention", "mlp")
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class SubBlock:
     """The attention or the MLP of one decoder layer.
 
     Attributes:
@@ -51,10 +51,10 @@ class Block:
 
 
 # The blocks of one decoder layer.
-Blocks = dict[Part, Block]
+SubBlocks = dict[Part, SubBlock]
 
 
-def find_blocks(decoder: Decoder, found: Sequence[Sequence[Structure]] | None = None) -> list[Blocks]:
+def find_subblocks(decoder: Decoder, found: Sequence[Sequence[Structure]] | None = None) -> list[SubBlocks]:
     """Find the attention and the MLP of every decoder layer, without reading a weight.
 
     Args:
@@ -82,7 +82,7 @@ def find_blocks(decoder: Decoder, found: Sequence[Sequence[Structure]] | None = 
 
 
 @contextmanager
-def without(layer: nn.Module, number: int, blocks: Iterable[Block]) -> Iterator[None]:
+def without(layer: nn.Module, number: int, blocks: Iterable[SubBlock]) -> Iterator[None]:
     """Run a decoder layer in memory without some of its blocks.
 
     Args:
@@ -143,10 +143,10 @@ def _block(
     around: list[list[str]],
     returned: Mapping[str, int | str],
     read_later: set[str],
-) -> Block:
+) -> SubBlock:
     """Choose the outermost module around each consumer that can go."""
     if not around:
-        return Block(part, {}, refusal=f"the layer has no {part} that can be told from the rest")
+        return SubBlock(part, {}, refusal=f"the layer has no {part} that can be told from the rest")
     modules: dict[str, int] = {}
     for names in around:
         if "," in names[0]:
@@ -155,13 +155,13 @@ def _block(
         results = [(name, returned.get(name, "is not called by itself")) for name in names]
         fitting = [(name, values) for name, values in results if isinstance(values, int)]
         if not fitting:
-            return Block(part, {}, refusal=f"{results[0][0]} {results[0][1]}")
+            return SubBlock(part, {}, refusal=f"{results[0][0]} {results[0][1]}")
         modules |= dict(fitting[:1])
     # Keys of a layer that later ones attend to must be computed, whatever becomes of its own attention.
     if handed := [name for name in modules if name in read_later]:
-        return Block(part, {}, refusal=f"later layers read what {handed[0]} computes")
+        return SubBlock(part, {}, refusal=f"later layers read what {handed[0]} computes")
     tensors = [name for name in layer.state_dict() if name.startswith(tuple(f"{module}." for module in modules))]
-    return Block(part, modules, tuple(tensors))
+    return SubBlock(part, modules, tuple(tensors))
 
 
 def _tried(decoder: Decoder, wanted: Sequence[Mapping[str, Part]]) -> tuple[list[dict[str, int | str]], list[set[str]]]:
@@ -176,7 +176,7 @@ def _tried(decoder: Decoder, wanted: Sequence[Mapping[str, Part]]) -> tuple[list
     with torch.enable_grad(), eagerly(decoder.model):
         # The first run tells which modules are blocks; the second, which outputs beside the hidden states need them.
         # Which of these outputs are read at all is known at the end of the first.
-        silent, usual = (Run(decoder, frozen=False) for _ in range(2))
+        silent, usual = (TracedForward(decoder, frozen=False) for _ in range(2))
         with ExitStack() as stack:
             for layer, names, forms in zip(decoder.layers, wanted, results, strict=True):
                 for name, part in names.items():
@@ -282,19 +282,19 @@ class _Silence(TorchFunctionMode):
         return torch.zeros_like(result) if func is F.linear or func in PRODUCTS else result
 
 
-def _confirmed(decoder: Decoder, found: list[Blocks]) -> list[Blocks]:
+def _confirmed(decoder: Decoder, found: list[SubBlocks]) -> list[SubBlocks]:
     """Refuse the blocks of a kind without which the model does not run."""
-    result: list[Blocks] = [dict(blocks) for blocks in found]
+    result: list[SubBlocks] = [dict(blocks) for blocks in found]
     for part in PARTS:
         try:
             with ExitStack() as stack, torch.enable_grad(), eagerly(decoder.model):
                 for index, (layer, blocks) in enumerate(zip(decoder.layers, found, strict=True)):
                     # All at once: which of them go is decided later, and each must be able to.
                     stack.enter_context(without(layer, index, [blocks[part]]))
-                Run(decoder, frozen=False).each(lambda index, trace: None)
+                TracedForward(decoder, frozen=False).each(lambda index, trace: None)
         # The model's own code may look into a block that has gone (for its cache, its window), anywhere in the forward.
         except (*UNBUILDABLE, ModelError) as error:
             for blocks in result:
                 if blocks[part].refusal is None:
-                    blocks[part] = Block(part, {}, refusal=f"the model does not run without it: {one_line(error)}")
+                    blocks[part] = SubBlock(part, {}, refusal=f"the model does not run without it: {one_line(error)}")
     return result

@@ -124,7 +124,7 @@ class _LastLayerDone(Exception):
     """Ends the forward."""
 
 
-class Run(TorchFunctionMode):
+class TracedForward(TorchFunctionMode):
     """One forward of the model with stand-ins for its weights; hands each layer's trace to a visitor.
 
     Args:

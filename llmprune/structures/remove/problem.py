@@ -44,7 +44,7 @@ class RemovalSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Removal:
+class GroupRemoval:
     """What is left of a matrix.
 
     Attributes:
@@ -98,7 +98,7 @@ class Problem:
         """Indices of the columns of the groups in a mask."""
         return groups.repeat_interleave(self.size).nonzero().view(-1)
 
-    def solve(self, search: Callable[[float], tuple[Tensor, list[float], int]]) -> Removal:
+    def solve(self, search: Callable[[float], tuple[Tensor, list[float], int]]) -> GroupRemoval:
         """Choose by `search` and refit, at the lowest damping of the ladder that goes through."""
         tried: list[float] = []
         for fraction in damping_ladder(self.settings.damping):
@@ -117,13 +117,13 @@ class Problem:
             fix="check the calibration text and the model's activations, or prune by a score instead",
         )
 
-    def _result(self, removed: Tensor, costs: list[float], swaps: int, tried: tuple[float, ...]) -> Removal:
+    def _result(self, removed: Tensor, costs: list[float], swaps: int, tried: tuple[float, ...]) -> GroupRemoval:
         kept = self.columns(~removed)
         fitted = torch.zeros_like(self.weight)
         fitted[:, kept] = self._refitted(removed, tried[-1]) if self.settings.refit else self.weight[:, kept]
         scale = 1 / self.energy if self.energy > 0 else 0.0
         steps = torch.tensor([0.0, *costs] if costs or not removed.any() else [], dtype=torch.float64)
-        return Removal(
+        return GroupRemoval(
             removed=removed.nonzero().view(-1),
             weight=fitted.to(self.dtype),
             error=max(loss(self.weight - fitted, self.gram) * scale, 0.0),

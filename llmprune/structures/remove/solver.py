@@ -34,7 +34,7 @@ from llmprune.structures.remove.block_matrices import (
     traces,
 )
 from llmprune.structures.remove.exchange import exchange
-from llmprune.structures.remove.problem import Problem, Removal, RemovalSettings
+from llmprune.structures.remove.problem import GroupRemoval, Problem, RemovalSettings
 
 # Removed columns whose updates are applied to the whole matrices at once.
 _PANEL = 128
@@ -46,7 +46,7 @@ def remove_groups(
     group_size: int,
     remove: int,
     settings: RemovalSettings | None = None,
-) -> Removal:
+) -> GroupRemoval:
     """Remove the groups of input columns whose loss the others make up for best.
 
     Everything large is computed in the dtype of the Gram, the groups' own blocks in float64.
@@ -87,7 +87,7 @@ def refit_groups(
     group_size: int,
     removed: Int[Tensor, " removed"],
     settings: RemovalSettings | None = None,
-) -> Removal:
+) -> GroupRemoval:
     """Remove given groups, chosen by some score, and refit the others as `remove_groups` does.
 
     Args:

@@ -20,7 +20,7 @@ from transformers import (
 
 from llmprune.errors import ModelError
 from llmprune.models.decoder import Decoder
-from llmprune.models.uneven import build_decoder, layer_overrides
+from llmprune.models.uneven import build_decoder, read_per_layer
 from llmprune.storage.hub import resolve_model
 from llmprune.structures.describe import equals
 from llmprune.structures.describe.audit import audit
@@ -168,7 +168,7 @@ def test_layers_that_differ() -> None:
     cuts = {1: cuts_of(model)[1]}
     config = uneven_config(model.config, cuts)
     assert config.model_type == "mistral"
-    assert layer_overrides(config) == {1: {"num_attention_heads": 6, "num_key_value_heads": 3}}
+    assert read_per_layer(config) == {1: {"num_attention_heads": 6, "num_key_value_heads": 3}}
     small = build_decoder(config).model
     small.load_state_dict(shrunk_state(model, cuts), assign=True)
     assert torch.allclose(logits(small, IDS), masked_logits(model, cuts, IDS), rtol=0, atol=2e-6)
