@@ -9,7 +9,7 @@ import torch
 
 from llmprune.eval.bench.gpu_plan import Plan
 from llmprune.eval.bench.gpu_prune import Row, wait
-from llmprune.structures.remove.problem import Removal, RemovalSettings
+from llmprune.structures.remove.problem import GroupRemoval, RemovalSettings
 from llmprune.structures.remove.solver import remove_groups
 
 # The factor by which a search in float32 may exceed float64's loss: a near tie may be decided differently.
@@ -53,7 +53,7 @@ def _time(plan: Plan, width: int, rows: int) -> Row:
         for _ in range(2):
             wait(plan.device)
             start = time.perf_counter()
-            found: Removal = remove_groups(weight, gram, 1, width // 4, RemovalSettings(swaps=swaps))
+            found: GroupRemoval = remove_groups(weight, gram, 1, width // 4, RemovalSettings(swaps=swaps))
             wait(plan.device)
             result[f"{name}_seconds"] = time.perf_counter() - start
         result[f"{name}_error"] = found.error

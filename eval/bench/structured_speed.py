@@ -22,7 +22,7 @@ from llmprune.precision import computed_in, dtype_name
 from llmprune.pruning.pipeline import prune
 from llmprune.storage.hub import resolve_model
 from llmprune.storage.report import Report
-from llmprune.structures.remove.problem import Removal, RemovalSettings
+from llmprune.structures.remove.problem import GroupRemoval, RemovalSettings
 from llmprune.structures.remove.solver import remove_groups
 from llmprune.text.loading import load_tokenizer
 from llmprune.timing import Timing
@@ -141,7 +141,7 @@ def documented_flops(width: int, outputs: int, removed: int, exchanged: bool) ->
     return greedy * (2 if exchanged else 1)
 
 
-def _solver_row(solved: tuple[int, int, int], removal: Removal, most: int) -> dict[str, Any]:
+def _solver_row(solved: tuple[int, int, int], removal: GroupRemoval, most: int) -> dict[str, Any]:
     flops = documented_flops(*solved, most > 0)
     return {
         "inputs": solved[0],
@@ -168,7 +168,7 @@ def _problem(width: int, outputs: int) -> tuple[Tensor, Tensor]:
     return torch.randn(outputs, width, generator=generator) / width**0.5, inputs.T @ inputs
 
 
-def _require_optimal(weight: Tensor, gram: Tensor, removal: Removal) -> None:
+def _require_optimal(weight: Tensor, gram: Tensor, removal: GroupRemoval) -> None:
     """Require that the kept weights have their least-squares values, computed in float64."""
     damped = gram.double()
     damped.diagonal().add_(removal.damping * damped.diagonal().mean())

@@ -1,15 +1,16 @@
 """Configs whose decoder layers differ in size, and how to build them.
 
-Widths that differ between layers are written as overrides, the same form that newer transformers reads:
+Layer-specific sizes are written to config.json as `per_layer_config`, the form that recent versions of transformers
+read:
 
     "per_layer_config": {"3": {"intermediate_size": 1024}, "7": {"num_attention_heads": 8, "num_key_value_heads": 2}}
 
-Keys are layer numbers in decimal, values are attributes of the (text) config for that layer; nested mappings are
-merged. Layers that are not named are built from the config itself. The few architectures that use this key themselves
-(Gemma 4) keep their own, and cannot have widths that differ.
+Keys are decimal layer numbers; values are attributes of the (text) config for that layer; nested mappings are merged.
+Layers that are not listed are built from the config itself. The few architectures that define this key themselves
+(Gemma 4) keep their own meaning of it, and cannot have layer-specific sizes.
 
-A layer may also lack its attention or its MLP, which no config can say. One more entry names the modules that have
-gone, and how many values each of them returned, 1 for a bare tensor:
+A layer may also lack its attention or its MLP, which no config attribute expresses. An additional entry names the
+removed modules and how many values each of them returned, 1 for a bare tensor:
 
     "per_layer_config": {"3": {"removed_blocks": {"self_attn": 2}}}
 """
@@ -28,123 +29,123 @@ from llmprune.errors import ModelError
 from llmprune.models.decoder import Decoder
 from llmprune.models.skeleton import build_skeleton
 
-# What building a model from an impossible config raises.
+# Exceptions raised when a model is built from an impossible config.
 UNBUILDABLE = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError,
     ValueError,
 )  # fmt: skip
-# Where a value lies in the text config -> the value.
+# Path of a value in the text config -> the value.
 Changes = dict[tuple[str, ...], int]
 
-# The entry of a layer that names the modules that it lacks.
+# The entry of a layer that names its removed modules.
 REMOVED = "removed_blocks"
 
-# transformers warns of reading an attribute that some layers override; here each layer is built from its own values.
+# transformers warns about reading an attribute that some layers override; here each layer is built from its own values.
 logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
     lambda record: "Reading global config value" not in record.getMessage()
 )
 
 _KEY = "per_layer_config"
-# Lets a class of newer transformers read its own attributes although some layers have other values.
+# Lets recent versions of transformers read an attribute globally although some layers have other values.
 _ALLOWED = "allow_global_per_layer_attribute_access"
 
 
-def layer_overrides(config: PretrainedConfig) -> dict[int, dict[str, Any]]:
-    """What `per_layer_config` says: layer -> attributes that differ there; nothing where the architecture owns it."""
+def read_per_layer(config: PretrainedConfig) -> dict[int, dict[str, Any]]:
+    """Read `per_layer_config`: layer -> attributes that differ there; empty if the architecture owns the key."""
     written = text_part(config.to_dict(), config).get(_KEY)
-    if not written or _owns_overrides(config):
+    if not written or _owns_per_layer(config):
         return {}
     return {int(layer): dict(values) for layer, values in written.items()}
 
 
-def with_overrides(config: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:
-    """A copy of the config with this `per_layer_config`; without any if empty.
+def with_per_layer(config: PretrainedConfig, per_layer: Mapping[str, Any]) -> PretrainedConfig:
+    """A copy of the config with this `per_layer_config`, or without the key if it is empty.
 
     Raises:
-        ModelError: the architecture uses the key itself.
+        ModelError: the architecture defines the key itself.
     """
     data = config.to_dict()
     text = text_part(data, config)
-    if _owns_overrides(config):
-        if overrides:
+    if _owns_per_layer(config):
+        if per_layer:
             raise ModelError(
-                f"{type(config).__name__} has a per_layer_config of its own",
-                expected="an architecture that leaves it free",
-                fix="remove as many groups from each layer, and no blocks",
+                f"{type(config).__name__} already defines per_layer_config",
+                expected="an architecture that does not use this key",
+                fix="remove the same number of groups from every layer, and no blocks",
             )
         return type(config).from_dict(data)
     for key in (_KEY, _ALLOWED, REMOVED):
         text.pop(key, None)
-    if overrides:
-        text |= {_KEY: dict(overrides), _ALLOWED: True}
-        for name, value in ((name, value) for values in overrides.values() for name, value in values.items()):
-            # A head size that followed from the number of heads is now explicit; no module is missing everywhere.
+    if per_layer:
+        text |= {_KEY: dict(per_layer), _ALLOWED: True}
+        for name, value in ((name, value) for values in per_layer.values() for name, value in values.items()):
+            # A head size that was derived from the number of heads is now explicit; by default no module is removed.
             text.setdefault(name, {} if name == REMOVED else value)
     try:
         return type(config).from_dict(data)
     except UNBUILDABLE as error:
-        raise ModelError(f"{type(config).__name__} does not take these values: {one_line(error)}") from error
+        raise ModelError(f"{type(config).__name__} does not accept these values: {one_line(error)}") from error
 
 
-def take_overrides(config: PretrainedConfig) -> dict[int, dict[str, Any]]:
-    """Remove `per_layer_config` from a config, in place, and return it; nothing where the architecture owns it."""
-    overrides = layer_overrides(config)
-    if overrides:
+def take_per_layer(config: PretrainedConfig) -> dict[int, dict[str, Any]]:
+    """Remove `per_layer_config` from a config, in place, and return it; empty if the architecture defines it itself."""
+    per_layer = read_per_layer(config)
+    if per_layer:
         config.get_text_config(decoder=True).per_layer_config = None
-    return overrides
+    return per_layer
 
 
-def put_overrides(config: PretrainedConfig, overrides: Mapping[int, Mapping[str, Any]]) -> None:
-    """The inverse of `take_overrides`, in place."""
-    if not overrides:
+def put_per_layer(config: PretrainedConfig, per_layer: Mapping[int, Mapping[str, Any]]) -> None:
+    """The inverse of `take_per_layer`, in place."""
+    if not per_layer:
         return
     text = config.get_text_config(decoder=True)
-    for name, value in ((name, value) for values in overrides.values() for name, value in values.items()):
-        # transformers wants a value for all layers beside those of some, as in `with_overrides`.
+    for name, value in ((name, value) for values in per_layer.values() for name, value in values.items()):
+        # transformers requires a global value in addition to the layer-specific ones, as in `with_per_layer`.
         if not hasattr(text, name):
             setattr(text, name, {} if name == REMOVED else value)
     setattr(text, _ALLOWED, True)
-    text.per_layer_config = {str(key): dict(value) for key, value in overrides.items()}
+    text.per_layer_config = {str(key): dict(value) for key, value in per_layer.items()}
 
 
-def _owns_overrides(config: PretrainedConfig) -> bool:
+def _owns_per_layer(config: PretrainedConfig) -> bool:
     return _KEY in type(config.get_text_config(decoder=True))().to_dict()
 
 
 def build_decoder(config: PretrainedConfig, dtype: torch.dtype | None = None, path: str | None = None) -> Decoder:
-    """Build the model without weights, each decoder layer from its own config.
+    """Build the model without weights, each decoder layer with its own sizes.
 
     Args:
         config: may have `per_layer_config`.
-        dtype: of the parameters; None: as the config says.
-        path: dotted name of the decoder layers, where it is known; None: they are searched for.
+        dtype: of the parameters; None: the config's own.
+        path: dotted name of the decoder layers; None: they are searched for.
 
     Raises:
-        ModelError: the decoder layers cannot be told, or a layer or block that `per_layer_config` names does not exist.
+        ModelError: the decoder layers cannot be identified, or `per_layer_config` names a missing layer or block.
     """
-    uneven = bool(layer_overrides(config))
-    decoder = Decoder.find(build_skeleton(with_overrides(config, {}) if uneven else config, dtype), path)
+    uneven = bool(read_per_layer(config))
+    decoder = Decoder.find(build_skeleton(with_per_layer(config, {}) if uneven else config, dtype), path)
     if uneven:
-        apply_overrides(decoder, config)
+        apply_per_layer(decoder, config)
     return decoder
 
 
-def apply_overrides(decoder: Decoder, config: PretrainedConfig) -> None:
-    """Replace the decoder layers that `per_layer_config` names by layers of their own size, on the meta device.
+def apply_per_layer(decoder: Decoder, config: PretrainedConfig) -> None:
+    """Replace the decoder layers listed in `per_layer_config` by layers of their own size, on the meta device.
 
-    Blocks that have gone are replaced by modules without parameters.
+    Removed blocks are replaced by modules without parameters.
 
     Args:
-        decoder: built from the config without its overrides, before weights are loaded.
-        config: with overrides.
+        decoder: built from the config without `per_layer_config`, before weights are loaded.
+        config: with `per_layer_config`.
 
     Raises:
-        ModelError: a layer, or a block of it, does not exist.
+        ModelError: a layer, or one of its blocks, does not exist.
     """
-    plain = with_overrides(config, {})
+    plain = with_per_layer(config, {})
     layers = decoder.layers
     built: dict[str, nn.ModuleList] = {}
-    for layer, values in layer_overrides(config).items():
+    for layer, values in read_per_layer(config).items():
         if not 0 <= layer < len(layers):
             raise ModelError(f"per_layer_config names layer {layer}", expected=f"layers below {len(layers)}")
         removed = values.pop(REMOVED, {})
@@ -159,7 +160,7 @@ def apply_overrides(decoder: Decoder, config: PretrainedConfig) -> None:
 
 
 def _share_choices(layer: nn.Module, replaced: nn.Module) -> None:
-    """Have a layer of its own size attend as the model's config says, which the replaced layer has."""
+    """Let a resized layer follow the model's config, held by the replaced layer, in how attention is computed."""
     before = dict(replaced.named_modules())
     for name, module in layer.named_modules():
         for key, own in list(vars(module).items()):
@@ -169,9 +170,9 @@ def _share_choices(layer: nn.Module, replaced: nn.Module) -> None:
 
 
 class _LayerConfig:
-    """The config of a layer of its own size; how attention and experts are computed, the model's config says.
+    """The config of a resized layer; the implementations of attention and experts are read from the model's config.
 
-    It may change at any time (`set_attn_implementation`), and masks are made for what the model's config says.
+    They may change at any time (`set_attn_implementation`), and masks are built for those in the model's config.
     """
 
     _SHARED = ("_attn_implementation", "_experts_implementation")
@@ -180,7 +181,7 @@ class _LayerConfig:
         self._own, self._shared = own, shared
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_own", "_shared"):  # while it is copied or unpickled
+        if name.startswith("__") or name in ("_own", "_shared"):  # while being copied or unpickled
             raise AttributeError(name)
         return getattr(self._shared if name in self._SHARED else self._own, name)
 
@@ -190,8 +191,8 @@ def remove_blocks(layer: nn.Module, number: int, removed: Mapping[str, int]) -> 
 
     Args:
         layer: the decoder layer.
-        number: its place in the model.
-        removed: dotted name of a module inside the layer -> how many values it returns.
+        number: its index in the model.
+        removed: dotted name of a module inside the layer -> number of values that it returns.
 
     Raises:
         ModelError: the layer has no such module.
@@ -201,17 +202,17 @@ def remove_blocks(layer: nn.Module, number: int, removed: Mapping[str, int]) -> 
             layer.set_submodule(name, RemovedBlock(returns, number), strict=True)
         except (AttributeError, ValueError) as error:
             raise ModelError(
-                f"{REMOVED} names {name!r} in layer {number}, a {type(layer).__name__} that has no such module",
-                expected=f"among {', '.join(child for child, _ in layer.named_children())}",
+                f"{REMOVED} names {name!r} in layer {number}, a {type(layer).__name__} without such a module",
+                expected=f"one of {', '.join(child for child, _ in layer.named_children())}",
             ) from error
 
 
 class RemovedBlock(nn.Module):
-    """Stands where attention or an MLP was: returns zeros, has no parameters, and counts the tokens in the cache.
+    """Replaces removed attention or a removed MLP: returns zeros, has no parameters, and keeps the cache length right.
 
     Args:
-        returns: how many values the block returned; all but the first become None.
-        layer: the number of its decoder layer.
+        returns: number of values that the block returned; all but the first become None.
+        layer: number of its decoder layer.
     """
 
     def __init__(self, returns: int, layer: int) -> None:
@@ -219,7 +220,7 @@ class RemovedBlock(nn.Module):
         self.returns, self.layer_idx = returns, layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Zeros of the shape of the first tensor among the arguments, [samples, length, hidden]."""
+        """Return zeros of the shape of the first tensor argument, [samples, length, hidden]."""
         arguments = *args, *kwargs.values()
         hidden = next(value for value in arguments if isinstance(value, Tensor))
         for value in arguments:
@@ -229,13 +230,13 @@ class RemovedBlock(nn.Module):
         return zeros if self.returns == 1 else (zeros, *[None] * (self.returns - 1))
 
     def _count(self, cache: Cache, hidden: Tensor) -> None:
-        """Keep the cache's length right, which is the number of keys in its first layer: add keys of one zero."""
+        """Add zero keys of size one: the cache's length is the number of keys in its first layer."""
         heads, sizes = 1, (1, 1)
         for layer in cache.layers[self.layer_idx : self.layer_idx + 1]:
             if not isinstance(layer, CacheLayerMixin):
-                return  # none of its own: it shared the keys of another layer
+                return  # no cache layer: it shared the keys of another layer
             if layer.is_initialized and isinstance(layer.keys, Tensor) and layer.keys.dim() == 4:
-                # A static cache may have been given memory for the heads that were there.
+                # A static cache may have been allocated for the original heads.
                 heads, sizes = layer.keys.shape[1], (layer.keys.shape[3], layer.values.shape[3])
         samples, length = hidden.shape[:2]
         keys, values = (hidden.new_zeros(samples, heads, length, size) for size in sizes)
@@ -243,7 +244,7 @@ class RemovedBlock(nn.Module):
 
 
 def changed(config: PretrainedConfig, changes: Changes) -> PretrainedConfig:
-    """A copy of the config with other values at these paths of the text config."""
+    """A copy of the config with new values at these paths of the text config."""
     return _merged(config, nested(changes))
 
 
@@ -258,12 +259,12 @@ def _merge(data: dict[str, Any], values: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping):
             _merge(data[key], value)
         else:
-            # Some configs have one number a layer.
+            # Some configs list one number per layer.
             data[key] = [value] * len(data[key]) if isinstance(data.get(key), list) else value
 
 
 def nested(changes: Changes) -> dict[str, Any]:
-    """The changes as mappings in mappings."""
+    """The changes as nested mappings."""
     result: dict[str, Any] = {}
     for path, value in changes.items():
         place = result
@@ -284,5 +285,5 @@ def text_part(data: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line of bearable length; its class if it says nothing."""
+    """The message of an error as one line of at most 300 characters; its class name if empty."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from llmprune.errors import PatternError
 from llmprune.models.checkpoint_source import CheckpointSource, positive_zeros
 from llmprune.models.skeleton import quiet_transformers
-from llmprune.models.uneven import layer_overrides, put_overrides
+from llmprune.models.uneven import put_per_layer, read_per_layer
 from llmprune.pages import write_report
 from llmprune.pruning.card import write_card
 from llmprune.pruning.packing import pack
@@ -109,7 +109,7 @@ def take_over(model: PreTrainedModel, folder: Path) -> None:
     model.config = small.config
     model.set_attn_implementation(attention)
     model.set_experts_implementation(experts)
-    if overrides := layer_overrides(source.config):
+    if per_layer := read_per_layer(source.config):
         # As after loading: the layers differ in size, and a saved config has to record that.
-        put_overrides(model.config, overrides)
+        put_per_layer(model.config, per_layer)
         keep_record(model)

@@ -66,14 +66,14 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
     requires_calibration = False
     quantization_config: PackedConfig
 
-    _overrides: dict[int, dict[str, Any]] | None = None
+    _per_layer: dict[int, dict[str, Any]] | None = None
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         """Remove from the config what transformers does not understand; called before it looks for weight files."""
         # Not at the top of the file: that module may be the first to import transformers, and thereby this one.
-        from llmprune.models.uneven import take_overrides
+        from llmprune.models.uneven import take_per_layer
 
-        self._overrides = self._overrides or take_overrides(config)
+        self._per_layer = self._per_layer or take_per_layer(config)
         return without_notice(config)
 
     def update_tp_plan(self, config: PretrainedConfig) -> PretrainedConfig:
@@ -82,11 +82,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         from llmprune.models.decoder import Decoder
-        from llmprune.models.uneven import apply_overrides, put_overrides
+        from llmprune.models.uneven import apply_per_layer, put_per_layer
 
-        if self._overrides:
-            put_overrides(model.config, self._overrides)
-            apply_overrides(Decoder.find(model), model.config)
+        if self._per_layer:
+            put_per_layer(model.config, self._per_layer)
+            apply_per_layer(Decoder.find(model), model.config)
         for name, row in self.quantization_config.modules.items():
             replace_linear(model, name, row)
 
@@ -106,7 +106,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
             if layer.bias is not None:
                 linear.bias = layer.bias
             _set_module(model, name, linear)
-        if not self._overrides:
+        if not self._per_layer:
             model.__dict__.pop("save_pretrained", None)
         return model
 

@@ -20,7 +20,7 @@ import llmprune
 from llmprune.errors import ModelError
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.decoder import Decoder
-from llmprune.models.uneven import REMOVED, layer_overrides, with_overrides
+from llmprune.models.uneven import REMOVED, read_per_layer, with_per_layer
 from llmprune.patterns import parse
 from llmprune.pruning.packing import pack, unpack
 from llmprune.serving.quantizer import sparse_layers
@@ -157,7 +157,7 @@ def test_a_layer_without_attention(tmp_path: Path) -> None:
         torch.nn.init.zeros_(child.weight)
     removed = {"0": {REMOVED: {"self_attn": 2}}, "1": {REMOVED: {"mlp": 1}}}
     save(model, tmp_path)
-    describe(tmp_path, with_overrides(model.config, removed))
+    describe(tmp_path, with_per_layer(model.config, removed))
     loaded = load(tmp_path)
     assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in model.parameters())
     assert close(logits(loaded), logits(model))
@@ -224,7 +224,7 @@ def test_is_read_layer_by_layer(tmp_path: Path) -> None:
     source = CheckpointSource(tmp_path)
     assert not hasattr(source.config, "quantization_config")
     assert not hasattr(source.config, NOTICE_KEY)
-    assert layer_overrides(source.config).keys() == {0, 1}
+    assert read_per_layer(source.config).keys() == {0, 1}
     for index in range(2):
         source.load_layer(index, torch.device("cpu"))
     source.load_ends(torch.device("cpu"))

@@ -155,7 +155,7 @@ def test_ctrl_c_shuts_down(servers: dict[str, Server]) -> None:
     for running in servers.values():
         output, _ = running.process.communicate(timeout=30)
         assert running.process.returncode == 130, output
-        assert output.splitlines()[-1] == "the server has shut down"
+        assert output.splitlines()[-1] == "server stopped"
         assert "Traceback" not in output
 
 

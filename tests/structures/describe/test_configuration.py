@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from llmprune.errors import ModelError
 from llmprune.models.decoder import Decoder
 from llmprune.models.skeleton import build_skeleton
-from llmprune.models.uneven import apply_overrides, build_decoder, layer_overrides
+from llmprune.models.uneven import apply_per_layer, build_decoder, read_per_layer
 from llmprune.structures.describe.audit import audit
 from llmprune.structures.describe.configuration import _Search, smaller_config, uneven_config
 from llmprune.structures.find.discovery import find_structures
@@ -101,13 +101,13 @@ def test_what_changes_beside_the_shapes_is_noticed() -> None:
 def test_layers_that_differ_need_overrides() -> None:
     model = build("llama")
     cuts = cuts_of(model, "ffn")
-    with pytest.raises(ModelError, match="allow widths that differ"):
+    with pytest.raises(ModelError, match="or use a budget"):
         smaller_config(model.config, {1: cuts[1]})
 
 
 def test_fewer_experts_than_a_token_chooses() -> None:
     model = build("mixtral")
-    with pytest.raises(ModelError, match="2 of 1 experts are to be chosen"):
+    with pytest.raises(ModelError, match="2 of 1 experts are to be selected"):
         smaller_config(model.config, cuts_of(model, "experts", (0, 1, 2)))
 
 
@@ -130,12 +130,12 @@ def test_layers_of_different_widths(family: str) -> None:
     model, cuts = uneven(family)
     config = uneven_config(model.config, cuts)
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    found = layer_overrides(config)
+    found = read_per_layer(config)
     assert found[0] == {"intermediate_size": 46}
     assert found[2].items() >= {"intermediate_size": 35, **heads}.items()
     assert set(found) == {0, 2}
     reread = AutoConfig.for_model(**config.to_dict())
-    assert layer_overrides(reread) == found
+    assert read_per_layer(reread) == found
     small = build_decoder(reread).model
     small.load_state_dict(shrunk_state(model, cuts), assign=True)
     ids = random_ids(2, 20)
@@ -147,7 +147,7 @@ def test_overrides_are_applied_before_weights_are_loaded() -> None:
     model, cuts = uneven("llama")
     config = uneven_config(model.config, cuts)
     plain = build_skeleton(model.config)
-    apply_overrides(Decoder.find(plain), config)
+    apply_per_layer(Decoder.find(plain), config)
     assert shapes(plain) == {name: list(tensor.shape) for name, tensor in shrunk_state(model, cuts).items()}
     assert {p.device.type for p in plain.parameters()} == {"meta"}
 
@@ -163,9 +163,9 @@ def test_a_pruned_model_is_pruned_again() -> None:
 def test_an_architecture_that_owns_the_overrides() -> None:
     model = build("gemma4")
     cuts = {0: [Cut(by_kind(find_structures(Decoder.find(model)), 0, "ffn")[0], (0,))]}
-    with pytest.raises(ModelError, match="per_layer_config of its own"):
+    with pytest.raises(ModelError, match="already defines per_layer_config"):
         uneven_config(model.config, cuts)
-    assert layer_overrides(model.config) == {}
+    assert read_per_layer(model.config) == {}
 
 
 def test_overrides_of_a_layer_that_does_not_exist() -> None:
@@ -176,7 +176,7 @@ def test_overrides_of_a_layer_that_does_not_exist() -> None:
     config = AutoConfig.for_model(**data)
     fewer = build_skeleton(AutoConfig.for_model(**{**model.config.to_dict(), "num_hidden_layers": 1}))
     with pytest.raises(ModelError, match="names layer 1"):
-        apply_overrides(Decoder.find(fewer), config)
+        apply_per_layer(Decoder.find(fewer), config)
 
 
 def test_a_sound_checkpoint_has_nothing_to_complain_about() -> None:
@@ -210,8 +210,8 @@ def test_the_audit_names_what_is_wrong() -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "problem"),
     [
-        ("mixtral", {"num_experts_per_tok": 5}, "5 of 4 experts are to be chosen"),
-        ("deepseek_v3", {"n_group": 3}, "8 experts do not split into 3 groups"),
+        ("mixtral", {"num_experts_per_tok": 5}, "5 of 4 experts are to be selected"),
+        ("deepseek_v3", {"n_group": 3}, "8 experts cannot be split into 3 groups"),
         ("gemma2", {"layer_types": ["full_attention"] * 3}, "layer_types has 3 entries for 2 layers"),
         ("qwen3", {"num_key_value_heads": 3}, "the model does not run"),
     ],

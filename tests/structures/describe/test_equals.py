@@ -20,7 +20,7 @@ from transformers import (
 
 from llmprune.errors import ModelError
 from llmprune.models.decoder import Decoder
-from llmprune.models.uneven import build_decoder, layer_overrides
+from llmprune.models.uneven import build_decoder, read_per_layer
 from llmprune.storage.hub import resolve_model
 from llmprune.structures.describe import equals
 from llmprune.structures.describe.audit import audit
@@ -118,7 +118,7 @@ def test_a_difference_is_noticed(monkeypatch: pytest.MonkeyPatch, changed: dict[
     """Should the two classes part one day, the config is refused."""
     row = equals._EQUALS["LlamaForCausalLM"]
     monkeypatch.setitem(equals._EQUALS, "LlamaForCausalLM", replace(row, sets={**row.sets, **changed}))
-    with pytest.raises(ModelError, match=f"not the same: .*{noticed}"):
+    with pytest.raises(ModelError, match=f"not equivalent: .*{noticed}"):
         equal_config(build("llama-tied").config)
 
 
@@ -168,7 +168,7 @@ def test_layers_that_differ() -> None:
     cuts = {1: cuts_of(model)[1]}
     config = uneven_config(model.config, cuts)
     assert config.model_type == "mistral"
-    assert layer_overrides(config) == {1: {"num_attention_heads": 6, "num_key_value_heads": 3}}
+    assert read_per_layer(config) == {1: {"num_attention_heads": 6, "num_key_value_heads": 3}}
     small = build_decoder(config).model
     small.load_state_dict(shrunk_state(model, cuts), assign=True)
     assert torch.allclose(logits(small, IDS), masked_logits(model, cuts, IDS), rtol=0, atol=2e-6)
@@ -178,14 +178,14 @@ def test_the_error_says_what_stands_in_the_way() -> None:
     model = build("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=8)
     with pytest.raises(ModelError, match="multiple of the number of attention heads") as error:
         smaller_config(model.config, cuts_of(model))
-    assert "MistralForCausalLM, which accepts such sizes and is the same otherwise, has no attention_bias" in (
+    assert "MistralForCausalLM accepts such sizes and is otherwise equivalent, but has no attention_bias" in (
         error.value.fix
     )
 
 
 def test_other_errors_do_not_speak_of_it() -> None:
     model = build("llama")
-    with pytest.raises(ModelError, match="allow widths that differ") as error:
+    with pytest.raises(ModelError, match="or use a budget") as error:
         smaller_config(model.config, {1: cuts_of(model)[1]})
     assert "Mistral" not in str(error.value)
 

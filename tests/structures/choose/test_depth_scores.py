@@ -21,16 +21,16 @@ from llmprune.stream import variants
 from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.structures.choose.depth_scores import (
     BlockInfluence,
-    Candidate,
+    DepthRemoval,
+    DepthUnit,
     LayerDistance,
-    Removal,
     block_candidates,
     layer_candidates,
     remove_lowest,
     remove_run,
 )
 from llmprune.structures.choose.greedy import remove_greedily
-from llmprune.structures.find.subblocks import find_blocks
+from llmprune.structures.find.subblocks import find_subblocks
 
 IDS = random_ids(5, 12)
 
@@ -102,7 +102,7 @@ def test_the_same_tokens_of_every_layer() -> None:
 
 def test_the_influence_of_blocks() -> None:
     model = build("llama", num_hidden_layers=3)
-    blocks = find_blocks(Decoder.find(model))
+    blocks = find_subblocks(Decoder.find(model))
     collector = BlockInfluence(blocks)
     source = CountingSource(model)
     survey(Stream(source, IDS, StreamSettings(batch_size=2, outputs=True)), collector, LayerDistance())
@@ -123,7 +123,7 @@ def test_the_influence_of_blocks() -> None:
 
 def test_blocks_that_are_refused_have_no_score() -> None:
     model = build("granitemoehybrid")
-    blocks = find_blocks(Decoder.find(model))
+    blocks = find_subblocks(Decoder.find(model))
     collector = BlockInfluence(blocks, parts=["attention"])
     survey(stream(model, outputs=True), collector)
     assert list(collector.result()) == [(1, "attention")]
@@ -131,8 +131,8 @@ def test_blocks_that_are_refused_have_no_score() -> None:
     assert block_candidates(blocks, ["attention", "mlp"], protect=1) == [(0, "mlp")]
 
 
-def scores(*values: float) -> dict[Candidate, float]:
-    return {Candidate(layer, "layer"): value for layer, value in enumerate(values)}
+def scores(*values: float) -> dict[DepthUnit, float]:
+    return {DepthUnit(layer, "layer"): value for layer, value in enumerate(values)}
 
 
 def test_the_lowest_go_and_ties_go_against_the_earlier() -> None:
@@ -166,8 +166,8 @@ def test_the_run_that_turns_least() -> None:
         lambda: greedy_on(build("llama"), layer_candidates(2), 2),
     ],
 )
-def test_too_many_to_remove(choose: Callable[[], Removal]) -> None:
-    with pytest.raises(RecipeError, match="are to go"):
+def test_too_many_to_remove(choose: Callable[[], DepthRemoval]) -> None:
+    with pytest.raises(RecipeError, match="are to be removed"):
         choose()
 
 
@@ -179,8 +179,8 @@ def test_scores_that_are_no_numbers() -> None:
 
 
 def greedy_on(
-    model: PreTrainedModel, candidates: list[Candidate], count: int, blocks: Any = (), **options: Any
-) -> Removal:
+    model: PreTrainedModel, candidates: list[DepthUnit], count: int, blocks: Any = (), **options: Any
+) -> DepthRemoval:
     settings = StreamSettings(**{"batch_size": 2, "held_back": 1, **options})
     return remove_greedily(ModelSource(model), IDS, settings, candidates, count, blocks)
 
@@ -204,7 +204,7 @@ def meek_first(family: str) -> PreTrainedModel:
     return model
 
 
-def divergence(family: str, gone: Iterable[Candidate]) -> float:
+def divergence(family: str, gone: Iterable[DepthUnit]) -> float:
     """KL(dense || the model without some layers and blocks), each token but the last of a sample."""
     model = meek_first(family)
     layers = model.model.layers
@@ -219,9 +219,9 @@ def divergence(family: str, gone: Iterable[Candidate]) -> float:
     return float(F.kl_div(after, before, reduction="sum", log_target=True)) / (IDS[:, 1:].numel())
 
 
-def plainly(family: str, candidates: list[Candidate], count: int) -> list[tuple[Candidate, dict[Candidate, float]]]:
-    steps: list[tuple[Candidate, dict[Candidate, float]]] = []
-    gone: list[Candidate] = []
+def plainly(family: str, candidates: list[DepthUnit], count: int) -> list[tuple[DepthUnit, dict[DepthUnit, float]]]:
+    steps: list[tuple[DepthUnit, dict[DepthUnit, float]]] = []
+    gone: list[DepthUnit] = []
     for _ in range(count):
         within = {candidate.layer for candidate in gone if candidate.part == "layer"}
         values = {
@@ -234,14 +234,14 @@ def plainly(family: str, candidates: list[Candidate], count: int) -> list[tuple[
     return steps
 
 
-EVERYTHING = [Candidate(layer, part) for layer in range(4) for part in ("attention", "layer", "mlp")]
+EVERYTHING = [DepthUnit(layer, part) for layer in range(4) for part in ("attention", "layer", "mlp")]
 
 
 @pytest.mark.parametrize(("family", "candidates"), [("llama", EVERYTHING[1::3]), ("olmo2", EVERYTHING)])
 @pytest.mark.parametrize("budget", [1 << 30, 0])
-def test_greedy_removal(family: str, candidates: list[Candidate], budget: int) -> None:
+def test_greedy_removal(family: str, candidates: list[DepthUnit], budget: int) -> None:
     model = meek_first(family)
-    removal = greedy_on(model, candidates, 3, find_blocks(Decoder.find(model)), activation_budget=budget)
+    removal = greedy_on(model, candidates, 3, find_subblocks(Decoder.find(model)), activation_budget=budget)
     expected = plainly(family, candidates, 3)
     assert expected[0][0].layer == 0
     assert [best for best, _ in removal.steps] == [best for best, _ in expected]
@@ -261,12 +261,12 @@ def test_a_layer_that_goes_takes_its_blocks_along() -> None:
     for linear, scale in ((layer.self_attn.o_proj, 0.1), (layer.mlp.down_proj, 0.01)):
         for parameter in linear.parameters():
             parameter.detach().mul_(scale)
-    candidates = [Candidate(2, "attention"), Candidate(2, "mlp"), *layer_candidates(4)]
-    removal = greedy_on(model, candidates, 3, find_blocks(Decoder.find(model)))
+    candidates = [DepthUnit(2, "attention"), DepthUnit(2, "mlp"), *layer_candidates(4)]
+    removal = greedy_on(model, candidates, 3, find_subblocks(Decoder.find(model)))
     assert [best for best, _ in removal.steps] == [(2, "mlp"), (2, "attention"), (2, "layer")]
     assert removal.steps[1][1][2, "attention"] == removal.steps[2][1][2, "layer"]
     assert removal.removed == ((2, "layer"),)
-    early = greedy_on(model, candidates[2:], 1, find_blocks(Decoder.find(model)))
+    early = greedy_on(model, candidates[2:], 1, find_subblocks(Decoder.find(model)))
     assert early.layers == [2]
 
 
@@ -299,13 +299,13 @@ def test_layers_that_hand_one_another_more_than_hidden_states(family: str) -> No
 
 def test_tokens_that_are_not_in_front() -> None:
     model = build("gemma3n")
-    with pytest.raises(ModelError, match="samples and length in front"):
+    with pytest.raises(ModelError, match="samples and length as the first two dimensions"):
         survey(stream(model, outputs=True), LayerDistance())
 
 
 def test_a_removal_is_ready_for_json() -> None:
-    steps = ((Candidate(1, "mlp"), {Candidate(0, "layer"): math.inf, Candidate(1, "mlp"): 0.5}),)
-    removal = Removal("greedy-kl", (Candidate(0, "layer"), Candidate(1, "mlp")), steps[0][1], steps)
+    steps = ((DepthUnit(1, "mlp"), {DepthUnit(0, "layer"): math.inf, DepthUnit(1, "mlp"): 0.5}),)
+    removal = DepthRemoval("greedy-kl", (DepthUnit(0, "layer"), DepthUnit(1, "mlp")), steps[0][1], steps)
     assert json.loads(json.dumps(removal.to_dict(), allow_nan=False)) == {
         "method": "greedy-kl",
         "removed": [[0, "layer"], [1, "mlp"]],

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmprune.errors import ModelError, NumericsError, PatternError
 from llmprune.models.sizes import parameters
 from llmprune.models.source import ModelSource
-from llmprune.structures.choose.budget import Candidate, Measured, allowed_size, candidate, choose_widths
+from llmprune.structures.choose.budget import Measured, Offer, allowed_size, choose_widths, offer
 from llmprune.structures.find.discovery import Structure, find_structures
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -26,7 +26,7 @@ def measured(layer: int, kind: str, curve: list[float], divergence: float, size:
     """A structure of which all groups but one can go, each of the same size; measured without one."""
     groups = len(curve)
     sizes = tuple(float(size * (groups - level)) for level in range(groups))
-    own = Candidate(structure(kind, groups, f"{kind}.weight"), tuple(range(groups)), sizes, 1)
+    own = Offer(structure(kind, groups, f"{kind}.weight"), tuple(range(groups)), sizes, 1)
     return Measured(layer, own, tuple(curve), 1, divergence)
 
 
@@ -43,7 +43,7 @@ def test_the_choice_is_the_best_of_all() -> None:
     best = min(
         sum(own[level] for own, level in zip(errors, levels, strict=True))
         for levels in itertools.product(*(range(len(own)) for own in errors))
-        if sum(one.candidate.sizes[level] for one, level in zip(known, levels, strict=True)) <= budget
+        if sum(one.offer.sizes[level] for one, level in zip(known, levels, strict=True)) <= budget
     )
     plan = choose_widths(known, budget)
     assert plan.error == pytest.approx(best)
@@ -73,7 +73,7 @@ def test_uniform_takes_a_fraction_of_each_kind() -> None:
         measured(0, "ffn", narrow, 0.1), measured(1, "ffn", wide, 0.05),
         measured(0, "heads", [0.0, 1.0], 1.0), measured(1, "heads", [0.0, 1.0], 1.0),
     ]  # fmt: skip
-    plan = choose_widths(known, sum(one.candidate.sizes[0] for one in known) - 60)
+    plan = choose_widths(known, sum(one.offer.sizes[0] for one in known) - 60)
     assert [share.uniform for share in plan.shares] == [2, 4, 0, 0]
     assert plan.is_uniform
     assert [share.removed for share in plan.shares] == [2, 4, 0, 0]
@@ -81,8 +81,8 @@ def test_uniform_takes_a_fraction_of_each_kind() -> None:
 
 def test_no_uniform_choice_keeps_the_budget() -> None:
     """Sizes that were measured need not fall: only a mixture fits here."""
-    first = Candidate(structure("ffn", 3, "a"), (0, 1), (5.0, 1.0), 1)
-    second = Candidate(structure("ffn", 3, "b"), (0, 1), (1.0, 5.0), 1)
+    first = Offer(structure("ffn", 3, "a"), (0, 1), (5.0, 1.0), 1)
+    second = Offer(structure("ffn", 3, "b"), (0, 1), (1.0, 5.0), 1)
     plan = choose_widths([Measured(0, one, (0.0, 0.1), 1, 0.1) for one in (first, second)], 2.0)
     assert plan.groups == {0: {"a": 1}}
     assert (plan.uniform_error, plan.uniform_size) == (None, None)
@@ -109,30 +109,30 @@ def test_a_divergence_that_is_not_finite() -> None:
 def test_levels_of_a_structure() -> None:
     source = ModelSource(build("llama"))
     heads, channels = find_structures(source.decoder)[0]
-    offered = candidate(source.layers[0], channels, parameters, multiple=16, most=0.7)
+    offered = offer(source.layers[0], channels, parameters, multiple=16, most=0.7)
     assert offered.levels == (0, 16, 32)
     # Two matrices and their biases lose rows, one loses columns.
     assert [offered.sizes[0] - size for size in offered.sizes] == [0, 16 * (3 * 32 + 2), 32 * (3 * 32 + 2)]
     assert offered.reference == 1
-    assert candidate(source.layers[0], channels, parameters, reference=0.5).reference == 24
-    assert candidate(source.layers[0], heads, parameters, most=1.0).levels == (0, 1)
-    assert candidate(source.layers[0], channels, parameters, multiple=48).levels == (0,)
+    assert offer(source.layers[0], channels, parameters, reference=0.5).reference == 24
+    assert offer(source.layers[0], heads, parameters, most=1.0).levels == (0, 1)
+    assert offer(source.layers[0], channels, parameters, multiple=48).levels == (0,)
 
 
 def test_what_is_no_candidate() -> None:
     layer = ModelSource(build("llama")).layers[0]
     refused = Structure("heads", "o_proj.weight", 4, 8, (), "its keys are shared")
     with pytest.raises(ModelError, match="its keys are shared"):
-        candidate(layer, refused, parameters)
+        offer(layer, refused, parameters)
     with pytest.raises(ModelError, match="of kind experts"):
-        candidate(layer, structure("experts", 4), parameters)
+        offer(layer, structure("experts", 4), parameters)
     with pytest.raises(PatternError, match=r"most is 1\.5"):
-        candidate(layer, structure("ffn", 4), parameters, most=1.5)
+        offer(layer, structure("ffn", 4), parameters, most=1.5)
 
 
 @pytest.mark.parametrize("remove", [0.0, -1.0, 41.0, math.nan])
 def test_more_than_can_go(remove: float) -> None:
-    known = measured(0, "ffn", [0.0] * 5, 0.1).candidate
+    known = measured(0, "ffn", [0.0] * 5, 0.1).offer
     assert allowed_size([known], 40.0) == 10
-    with pytest.raises(PatternError, match=r"and 80\.0% can go at most"):
+    with pytest.raises(PatternError, match=r"but at most 80\.0% can be removed"):
         allowed_size([known], remove)

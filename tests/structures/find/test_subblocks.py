@@ -14,22 +14,22 @@ from transformers import AutoConfig, PreTrainedModel, StaticCache
 from llmprune.errors import ModelError
 from llmprune.models.decoder import Decoder
 from llmprune.models.skeleton import build_skeleton
-from llmprune.models.uneven import RemovedBlock, build_decoder, layer_overrides, remove_blocks
+from llmprune.models.uneven import RemovedBlock, build_decoder, read_per_layer, remove_blocks
 from llmprune.structures.describe.audit import audit
 from llmprune.structures.describe.configuration import smaller_config, uneven_config
 from llmprune.structures.describe.depth import drop_layers, without_blocks
 from llmprune.structures.find.discovery import Structure, find_structures
-from llmprune.structures.find.subblocks import PARTS, Block, Blocks, Part, find_blocks, without
+from llmprune.structures.find.subblocks import PARTS, Part, SubBlock, SubBlocks, find_subblocks, without
 from llmprune.structures.remove.cuts import Cut, shrink
 
-NO_ATTENTION = "no attention that can be told"
-NO_MLP = "no mlp that can be told"
+NO_ATTENTION = "has no separate attention"
+NO_MLP = "has no separate mlp"
 # family -> part -> why no layer, or its first one, can do without.
 REFUSED: dict[str, dict[Part, str]] = {
     "bloom": {"attention": "adds the residual itself", "mlp": "adds the residual itself"},
     "mpt": {"mlp": "adds the residual itself"},
     "openai-gpt": {"attention": "attn returns a list"},
-    "rwkv": {"attention": NO_ATTENTION, "mlp": "hands a state from token to token"},
+    "rwkv": {"attention": NO_ATTENTION, "mlp": "passes a state from token to token"},
     "mamba": {"attention": NO_ATTENTION, "mlp": NO_MLP},
     "mamba2": {"attention": NO_ATTENTION, "mlp": NO_MLP},
     "falcon_mamba": {"attention": NO_ATTENTION, "mlp": NO_MLP},
@@ -58,7 +58,7 @@ def smaller(model: PreTrainedModel, removed: Removed, config: Any = None) -> Pre
     return small
 
 
-def silence(layer: nn.Module, structures: list[Structure], block: Block) -> None:
+def silence(layer: nn.Module, structures: list[Structure], block: SubBlock) -> None:
     """Zero the matrices that give a block's output, and all its biases, some of which are added to that."""
     state = dict(layer.named_parameters())
     inside = tuple(f"{name}." for name in block.modules)
@@ -69,7 +69,7 @@ def silence(layer: nn.Module, structures: list[Structure], block: Block) -> None
                 state[name].zero_()
 
 
-def first_or_all(blocks: list[Blocks], part: Part) -> list[int]:
+def first_or_all(blocks: list[SubBlocks], part: Part) -> list[int]:
     """The layers to do without: the first attention only, so that the cache has something to hold, but all MLPs."""
     able = [layer for layer, own in enumerate(blocks) if own[part].refusal is None]
     return able[:1] if part == "attention" else able
@@ -80,7 +80,7 @@ def test_every_family_without_attention_or_mlp(family: str) -> None:
     if not known(family):
         pytest.skip(f"transformers has no {family}")
     model, found = build(family), structures_of(family)
-    blocks = find_blocks(Decoder.find(model), found=found)
+    blocks = find_subblocks(Decoder.find(model), found=found)
     refusals = {part: own.refusal for part, own in blocks[0].items() if own.refusal}
     expected = REFUSED.get(family, {})
     assert set(refusals) == set(expected)
@@ -92,12 +92,12 @@ def test_every_family_without_attention_or_mlp(family: str) -> None:
 
 
 def check_exactness(
-    family: str, found: list[list[Structure]], blocks: list[Blocks], part: Part, layers: list[int]
+    family: str, found: list[list[Structure]], blocks: list[SubBlocks], part: Part, layers: list[int]
 ) -> None:
     model = build(family)
     removed: Removed = {layer: blocks[layer][part].modules for layer in layers}
     if family == "gemma4":
-        with pytest.raises(ModelError, match="per_layer_config of its own"):
+        with pytest.raises(ModelError, match="already defines per_layer_config"):
             without_blocks(model.config, removed)
         return
     if family == "glm_moe_dsa" and part == "attention":
@@ -133,7 +133,7 @@ def generated(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
 
 def without_first_attention(family: str = "llama") -> PreTrainedModel:
     model = build(family)
-    return smaller(model, {0: find_blocks(Decoder.find(model))[0]["attention"].modules})
+    return smaller(model, {0: find_subblocks(Decoder.find(model))[0]["attention"].modules})
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon-7b"])
@@ -181,14 +181,14 @@ def test_a_static_cache_with_memory_for_the_heads_that_were_there() -> None:
     ],
 )
 def test_which_modules_they_are(family: str, attention: dict[str, int], mlp: dict[str, int]) -> None:
-    blocks = find_blocks(Decoder.find(build_skeleton(build(family).config)))[1]
+    blocks = find_subblocks(Decoder.find(build_skeleton(build(family).config)))[1]
     assert blocks["attention"].modules == attention
     assert blocks["mlp"].modules == mlp
 
 
 def test_a_later_layer_can_do_without_what_the_first_cannot() -> None:
     """Only the first two layers of this Gemma 3n give others their keys; the router of Zaya's last layer feeds none."""
-    gemma, zaya = (find_blocks(Decoder.find(build(family))) for family in ("gemma3n", "zaya"))
+    gemma, zaya = (find_subblocks(Decoder.find(build(family))) for family in ("gemma3n", "zaya"))
     assert [own["attention"].refusal is None for own in gemma] == [False, False, True, True]
     assert [own["mlp"].refusal is None for own in zaya] == [False, True]
 
@@ -197,7 +197,7 @@ def test_the_search_leaves_the_model_as_it_was() -> None:
     model = build("mixtral")
     ids = random_ids(2, 8)
     before, modules = logits(model, ids), list(model.modules())
-    find_blocks(Decoder.find(model))
+    find_subblocks(Decoder.find(model))
     assert list(model.modules()) == modules
     assert not any("forward" in vars(module) for module in modules)
     assert torch.equal(logits(model, ids), before)
@@ -205,7 +205,7 @@ def test_the_search_leaves_the_model_as_it_was() -> None:
 
 def test_a_block_is_missing_for_a_while() -> None:
     model = build("llama")
-    layer, block = model.model.layers[1], find_blocks(Decoder.find(model))[1]["mlp"]
+    layer, block = model.model.layers[1], find_subblocks(Decoder.find(model))[1]["mlp"]
     ids = random_ids(2, 8)
     before, module = logits(model, ids), layer.mlp
     with without(layer, 1, [block]):
@@ -219,11 +219,11 @@ def test_a_block_is_missing_for_a_while() -> None:
 def test_the_config_reads_back_and_grows() -> None:
     config = build("llama", num_hidden_layers=12).config
     once = without_blocks(config, {1: {"self_attn": 2}, 10: {"mlp": 1}})
-    assert layer_overrides(once) == {1: {"removed_blocks": {"self_attn": 2}}, 10: {"removed_blocks": {"mlp": 1}}}
+    assert read_per_layer(once) == {1: {"removed_blocks": {"self_attn": 2}}, 10: {"removed_blocks": {"mlp": 1}}}
     twice = without_blocks(AutoConfig.for_model(**json.loads(once.to_json_string())), {1: {"mlp": 1}, 3: {}})
-    assert layer_overrides(twice)[1] == {"removed_blocks": {"self_attn": 2, "mlp": 1}}
-    assert set(layer_overrides(twice)) == {1, 10}
-    assert layer_overrides(config) == {}
+    assert read_per_layer(twice)[1] == {"removed_blocks": {"self_attn": 2, "mlp": 1}}
+    assert set(read_per_layer(twice)) == {1, 10}
+    assert read_per_layer(config) == {}
     layers = build_decoder(twice).model.model.layers
     removed = [
         (n, name) for n, layer in enumerate(layers) for name, m in layer.named_modules() if type(m) is RemovedBlock
@@ -245,12 +245,12 @@ def test_together_with_smaller_widths_and_fewer_layers() -> None:
     decoder = Decoder.find(model)
     found, path, layers = find_structures(decoder), decoder.path, decoder.layers
     cuts = {1: [Cut(found[1][1], (3, 5))], 2: [Cut(found[2][0], (0,))]}
-    blocks = find_blocks(Decoder.find(model), found=found)
+    blocks = find_subblocks(Decoder.find(model), found=found)
     config = uneven_config(model.config, cuts)
     config = without_blocks(config, {1: blocks[1]["attention"].modules, 3: blocks[3]["mlp"].modules})
     config, numbers = drop_layers(config, [1, 2, 3])
-    assert layer_overrides(config)[0] == {"intermediate_size": 46, "removed_blocks": {"self_attn": 2}}
-    assert layer_overrides(config)[2] == {"removed_blocks": {"mlp": 1}}
+    assert read_per_layer(config)[0] == {"intermediate_size": 46, "removed_blocks": {"self_attn": 2}}
+    assert read_per_layer(config)[2] == {"removed_blocks": {"mlp": 1}}
     small = build_decoder(config).model
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(path)}
     for old, new in numbers.items():
@@ -284,7 +284,7 @@ def test_together_with_equal_widths() -> None:
 def test_a_model_without_blocks_is_searched_again() -> None:
     model = build("llama")
     config = without_blocks(model.config, {0: {"self_attn": 2}})
-    blocks = find_blocks(build_decoder(config))
+    blocks = find_subblocks(build_decoder(config))
     assert NO_ATTENTION in str(blocks[0]["attention"].refusal)
     assert blocks[0]["mlp"].modules == {"mlp": 1}
     assert blocks[1]["attention"].modules == {"self_attn": 2}

@@ -143,7 +143,7 @@ def test_a_survey_that_did_not_end() -> None:
     own = WidthSurvey(plan_width(model.config, KEPT))
     for layer in stream(model):
         own.see(layer)
-    with pytest.raises(ModelError, match=r"the norm model\.norm took no part"):
+    with pytest.raises(ModelError, match=r"the norm model\.norm was not used"):
         own.result()
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.errors import ModelError
 from llmprune.models.decoder import Decoder
-from llmprune.models.uneven import layer_overrides, with_overrides
+from llmprune.models.uneven import read_per_layer, with_per_layer
 from llmprune.structures.describe.depth import drop_layers
 
 
@@ -58,7 +58,7 @@ def test_the_model_without_two_layers(family: str, changes: dict[str, Any], attr
     decoder = Decoder.find(model)
     path, layers = decoder.path, decoder.layers
     if attributes is None:
-        with pytest.raises(ModelError, match="would not be the same at its new place"):
+        with pytest.raises(ModelError, match="would not be the same at its new position"):
             drop_layers(model.config, [1, 2])
         return
     config, numbers = drop_layers(model.config, [1, 2])
@@ -77,7 +77,7 @@ def test_a_period_that_cannot_be_kept() -> None:
     model = build("jamba", num_hidden_layers=4)
     with pytest.raises(ModelError) as error:
         drop_layers(model.config, [0, 2])
-    assert "model.layers.2 would not be the same at its new place" in error.value.what
+    assert "model.layers.2 would not be the same at its new position" in error.value.what
     config, _ = drop_layers(model.config, [0, 1])
     assert config.num_hidden_layers == 2
 
@@ -101,6 +101,6 @@ def test_layers_that_cannot_be_kept(kept: list[int]) -> None:
 
 def test_widths_move_with_their_layers() -> None:
     config = build("llama", num_hidden_layers=12).config
-    uneven = with_overrides(config, {"1": {"intermediate_size": 40}, "10": {"intermediate_size": 32}})
+    uneven = with_per_layer(config, {"1": {"intermediate_size": 40}, "10": {"intermediate_size": 32}})
     smaller, _ = drop_layers(uneven, [0, 2, 10])
-    assert layer_overrides(smaller) == {2: {"intermediate_size": 32}}
+    assert read_per_layer(smaller) == {2: {"intermediate_size": 32}}

@@ -16,7 +16,7 @@ from llmprune.models.sizes import parameters
 from llmprune.models.source import ModelSource, Source
 from llmprune.statistics import Gram
 from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
-from llmprune.structures.choose.budget import BudgetPlan, Candidate, Share, candidate
+from llmprune.structures.choose.budget import BudgetPlan, Offer, Share, offer
 from llmprune.structures.choose.budget_survey import BudgetSurvey
 from llmprune.structures.find.discovery import Structure, find_structures
 from llmprune.structures.remove.problem import RemovalSettings
@@ -28,9 +28,9 @@ IDS, VALIDATION = random_ids(6, 16), random_ids(3, 12, seed=1)
 SETTINGS = StreamSettings(batch_size=2)
 
 
-def offers(source: Source) -> list[list[Candidate]]:
+def offers_of(source: Source) -> list[list[Offer]]:
     return [
-        [candidate(layer, one, parameters, multiple=4 if one.kind == "ffn" else 1) for one in own if usable(one)]
+        [offer(layer, one, parameters, multiple=4 if one.kind == "ffn" else 1) for one in own if usable(one)]
         for layer, own in zip(source.layers, find_structures(source.decoder), strict=True)
     ]
 
@@ -40,9 +40,9 @@ def usable(structure: Structure) -> bool:
 
 
 def survey(source: Source, settings: StreamSettings = SETTINGS, part: float = 0.3) -> BudgetPlan:
-    candidates = offers(source)
-    remove = part * sum(own.sizes[0] for one in candidates for own in one)
-    collector = BudgetSurvey(source, candidates, remove, VALIDATION, settings)
+    offers = offers_of(source)
+    remove = part * sum(own.sizes[0] for one in offers for own in one)
+    collector = BudgetSurvey(source, offers, remove, VALIDATION, settings)
     for layer in Stream(source, IDS, settings):
         collector.see(layer)
     return collector.result()
@@ -102,8 +102,8 @@ def test_the_dense_model_stays_and_its_stream_goes_on() -> None:
     model = build("llama", dtype=torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     source = ModelSource(model)
-    candidates = offers(source)
-    collector = BudgetSurvey(source, candidates, 1000.0, VALIDATION, SETTINGS)
+    offers = offers_of(source)
+    collector = BudgetSurvey(source, offers, 1000.0, VALIDATION, SETTINGS)
     run = Stream(source, IDS, StreamSettings(batch_size=2, outputs=True))
     for layer in run:
         collector.see(layer)
@@ -151,10 +151,10 @@ def test_a_layer_whose_numbers_overflow() -> None:
 
 def test_candidates_that_do_not_fit() -> None:
     source = ModelSource(build("llama"))
-    candidates = offers(source)
-    with pytest.raises(PatternError, match="can go at most"):
-        BudgetSurvey(source, candidates, 1e9, VALIDATION)
+    offers = offers_of(source)
+    with pytest.raises(PatternError, match="can be removed"):
+        BudgetSurvey(source, offers, 1e9, VALIDATION)
     with pytest.raises(PatternError, match="in 1 of 2 layers"):
-        BudgetSurvey(source, candidates[:1], 100.0, VALIDATION)
+        BudgetSurvey(source, offers[:1], 100.0, VALIDATION)
     with pytest.raises(PatternError, match="0 structures"):
         BudgetSurvey(source, [[], []], 100.0, VALIDATION)

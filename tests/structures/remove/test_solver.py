@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmprune.errors import NumericsError, PatternError, RecipeError
 from llmprune.structures.remove import exchange, solver
-from llmprune.structures.remove.problem import Removal, RemovalSettings
+from llmprune.structures.remove.problem import GroupRemoval, RemovalSettings
 from llmprune.structures.remove.solver import refit_groups, remove_groups
 
 DAMPING = 0.01
@@ -71,7 +71,7 @@ def slow_swaps(weight: Tensor, gram: Tensor, size: int, kept: set[int], partitio
         kept, swaps = (kept | {back}) - {out}, swaps + 1
 
 
-def kept_of(removal: Removal, groups: int) -> set[int]:
+def kept_of(removal: GroupRemoval, groups: int) -> set[int]:
     return set(range(groups)) - set(removal.removed.tolist())
 
 
@@ -301,7 +301,7 @@ def test_no_damping_saves_an_indefinite_gram() -> None:
 def test_values_that_are_not_finite(place: str) -> None:
     weight, _, gram = sample(5, 24)
     (weight if place == "weight" else gram)[2, 3] = math.nan
-    with pytest.raises(NumericsError, match=place.replace("gram", "Gram")):
+    with pytest.raises(NumericsError, match=place.replace("gram", "Hessian")):
         remove_groups(weight, gram, 1, 3)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.models.llama import modeling_llama
 
 from llmprune.errors import ModelError, NumericsError, PatternError
-from llmprune.models.uneven import layer_overrides
+from llmprune.models.uneven import read_per_layer
 from llmprune.structures.remove.width import plan_width, shrink_width
 
 # Older transformers script a function of GPT-BigCode, which torch deprecates.
@@ -201,7 +201,7 @@ def test_widths_that_differ_between_layers_stay() -> None:
     data = build("llama").config.to_dict()
     config = AutoConfig.for_model(**{**data, "per_layer_config": {"1": {"intermediate_size": 40}}})
     width = plan_width(config, 24)
-    assert layer_overrides(width.config) == {1: {"intermediate_size": 40}}
+    assert read_per_layer(width.config) == {1: {"intermediate_size": 40}}
     assert "model.layers.1.mlp.down_proj.weight" in width.places
 
 

@@ -1,0 +1,48 @@
+"""The tokens that a tokenizer itself puts in front of a text, which models may depend on.
+
+Many models were trained with a BOS token in front of every text, and some break without it: they use it as an attention
+sink (Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453). Others have a BOS
+token that they never saw there. The tokenizer knows, so it is asked, and not its `bos_token`: what stands in front of
+a text when it adds its special tokens. lm-eval (`add_special_tokens`) and llama.cpp (`add_bos`) go by the same.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+# Any text will do whose tokens are found again when special tokens are added around them.
+_PROBE = "a"
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    bos_token_id: int | None
+
+    def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]:
+        """Encode a batch of documents; `input_ids` has a list of ids for each."""
+
+
+def opening_of(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that a tokenizer puts in front of a text, such as BOS; empty if it puts nothing there.
+
+    Args:
+        tokenizer: any callable like a transformers tokenizer.
+    """
+    plain, whole = (_encoded(tokenizer, _PROBE, special=special) for special in (False, True))
+    if not plain:
+        # The vocabulary does not know the probe: whatever is added to nothing stands in front of it.
+        return tuple(_encoded(tokenizer, "", special=True))
+    places = (start for start in range(len(whole) - len(plain) + 1) if whole[start : start + len(plain)] == plain)
+    return tuple(whole[: next(places, 0)])
+
+
+def named(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The tokens of these ids as the vocabulary spells them, or the ids if the tokenizer cannot say."""
+    spell = getattr(tokenizer, "convert_ids_to_tokens", None)
+    return [str(token) for token in (spell(list(ids)) if spell else ids)]
+
+
+def _encoded(tokenizer: Tokenizer, text: str, *, special: bool) -> list[int]:
+    options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
+    return list(tokenizer([text], **options)["input_ids"][0])
