@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+from tokenizers import processors
 
 TESTBED = Path(__file__).parents[1] / "eval" / "testbed"
 
@@ -29,3 +30,10 @@ def write_parquet(path, texts, column="text"):
 def one_by_one(tokenizer, texts):
     """Encode without batches: the BOS and the bare ids of each document that is not blank."""
     return [[BOS, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts if text.strip()]
+
+
+def without_opening(tokenizer):
+    """The tokenizer as it is, except that it puts nothing in front of a text."""
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    assert tokenizer("")["input_ids"] == []
+    return tokenizer

@@ -3,7 +3,8 @@
     python -m llmprune.eval.bench.quality --calibration calibration.jsonl --heldout heldout.jsonl --json quality.json
 
 Protocol: weights and activations in float32; calibration on the first 128 packed sequences of 256 tokens, with a BOS
-token in front of each document; perplexity on the first 400 packed sequences of 256 held-out tokens, each token
+token in front of each document but not of each sequence (the layout `pack-bare`, so that the figures compare with
+published tables of this model); perplexity on the first 400 packed sequences of 256 held-out tokens, each token
 predicted from its own sequence. The error is the mean relative output error, ||(W - V) X||^2 / ||W X||^2, of all
 matrices on 8 further calibration sequences. All matrices of the decoder layers are pruned; the LM head stays dense.
 """
@@ -28,7 +29,7 @@ def measure(model: str, method: str, pattern: str, calibration: Path, heldout: P
     """Prune the model in memory, in float32, and measure it."""
     folder = resolve_model(model)
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    text = {"length": 256, "order": "text"}
+    text = {"length": 256, "order": "text", "layout": "pack-bare"}
     recipe = {
         "pattern": pattern,
         "method": method,

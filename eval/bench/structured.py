@@ -140,7 +140,9 @@ class Bench:
         }
 
     def _spec(self, name: str, samples: int) -> TextSpec:
-        return TextSpec(str(self._text / f"{name}.jsonl"), samples=samples, length=self._protocol.length, order="text")
+        # As the figures of this bench have always been measured: BOS in front of documents, not of sequences.
+        source, length = str(self._text / f"{name}.jsonl"), self._protocol.length
+        return TextSpec(source, samples=samples, length=length, order="text", layout="pack-bare")
 
 
 def perplexity_rows(

@@ -18,25 +18,28 @@ from rich.text import Text
 from llmprune.errors import LlmpruneError
 from llmprune.progress import Progress
 
+# The longest time without a line, where lines are all that there is to see.
+_SILENT_SECONDS = 10.0
+
 # Width of results that go to a file or another program, where nothing wraps long lines.
 _PLAIN_WIDTH = 160
 
 
 class Pace:
-    """Estimates the time left in a stage from the mean time of its finished layers."""
+    """Estimates the time left in a stage from the mean time of its finished layers, or of smaller units."""
 
     def __init__(self) -> None:
         self._stage = ""
         self._layer = self._layers = 0
         self._since = 0.0
-        self._seconds: list[float] = []
+        self._seconds, self._units = 0.0, 0
         self.replaying = False
 
     def update(self, progress: Progress, now: float) -> float | None:
         """Note a step at time `now`; returns the seconds that a layer took if this step finished it."""
         seconds = None
         if progress.stage != self._stage:
-            self._seconds, self.replaying = [], False
+            self._seconds, self._units, self.replaying = 0.0, 0, False
         elif progress.layer == self._layer:
             self.replaying = self.replaying or progress.step == "replaying"
             return None
@@ -44,7 +47,7 @@ class Pace:
             seconds = now - self._since
             # Replaying a layer that an earlier run has finished is much faster, and would spoil the estimate.
             if not self.replaying:
-                self._seconds.append(seconds)
+                self._seconds, self._units = self._seconds + seconds, self._units + progress.layer - self._layer
         self._stage, self._layer, self._layers, self._since = progress.stage, progress.layer, progress.layers, now
         self.replaying = progress.step == "replaying"
         return seconds
@@ -52,10 +55,9 @@ class Pace:
     def left(self, now: float) -> float | None:
         """Seconds to the end of the stage; None until its first layer is finished, and after its last."""
         layers = self._layers - self._layer
-        if not self._seconds or not layers:
+        if self._units <= 0 or not layers:
             return None
-        mean = sum(self._seconds) / len(self._seconds)
-        return max(mean * layers - (now - self._since), 0.0)
+        return max(self._seconds / self._units * layers - (now - self._since), 0.0)
 
 
 class Display:
@@ -69,6 +71,7 @@ class Display:
         self._console = Console(stderr=True, highlight=False, markup=False)
         self._clock, self._pace = clock, Pace()
         self._silent = quiet
+        self._printed: float | None = None
         self.progress: Progress | None = None
         self._live = None
         if self._console.is_terminal and not quiet:
@@ -101,12 +104,19 @@ class Display:
             return
         elif progress.layers == 0:
             self._console.print(progress.stage, soft_wrap=True)
-        elif seconds is not None and (progress.unit == "layer" or progress.layer == progress.layers):
-            # Units smaller than layers pass too quickly for a line each.
-            finished = f"{progress.stage}: {progress.unit} {progress.layer} of {progress.layers}"
-            finished += " kept from the earlier run" if replayed else f" in {seconds:.1f} s"
+        elif seconds is not None and self._is_due(progress, now):
+            finished = f"{progress.stage}: {progress.unit} {progress.layer:,} of {progress.layers:,}"
+            if progress.unit == "layer":
+                finished += " kept from the earlier run" if replayed else f" in {seconds:.1f} s"
             parts = (finished, _mean_error(progress), _eta(self._pace.left(now)))
             self._console.print(", ".join(filter(None, parts)), soft_wrap=True)
+            self._printed = now
+
+    def _is_due(self, progress: Progress, now: float) -> bool:
+        """Whether a step deserves a line: units smaller than layers pass too quickly for a line each."""
+        every = progress.unit == "layer" or progress.layer == progress.layers
+        self._printed = now if self._printed is None else self._printed
+        return every or now - self._printed >= _SILENT_SECONDS
 
     def where(self) -> str:
         """The current stage and layer, in words; empty before the first step."""

@@ -136,7 +136,7 @@ def perplexity(
             guard.expected = lambda: sampling_needs(source)
         tokenizer = tokenizer_for([text], folder, source.config)
         text = text.fitted(model_positions(source.config))
-        tokens = load_texts({"text": text}, source, tokenizer, settings.device)["text"]
+        tokens = load_texts({"text": text}, source, tokenizer, settings.device, guard)["text"]
         guard.expected = lambda: scoring_needs(source, tokens, settings)
         return measure_perplexity(source, tokens, settings, guard)
 
@@ -183,7 +183,7 @@ def perplexity_against(
             guard.expected = lambda: sampling_needs(sources[0])
         tokenizer = tokenizer_for([text], folders[0], sources[0].config)
         text = text.fitted(model_positions(sources[0].config))
-        tokens = load_texts({"text": text}, sources[0], tokenizer, settings.device)["text"]
+        tokens = load_texts({"text": text}, sources[0], tokenizer, settings.device, guard)["text"]
         guard.expected = lambda: scoring_needs(sources[0], tokens, settings, models=2)
         first, second = (
             run_stream(source, tokens.ids, settings, guard, stage)

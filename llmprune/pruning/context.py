@@ -88,7 +88,7 @@ class Run:
         if any(spec.source == "self" for spec in self.recipe.texts.values()):
             self.watch.expected = lambda: sampling_needs(source)
         with self.stages("text"):
-            texts = self.dense.texts(self.recipe.texts, source, tokenizer, self.device)
+            texts = self.dense.texts(self.recipe.texts, source, tokenizer, self.device, self.watch)
         self.watch.expected = _needs(source, jobs, texts, self.settings)
         return texts
 

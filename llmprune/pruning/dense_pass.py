@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmprune.measuring.perplexity import run_stream
 from llmprune.models.source import Source
-from llmprune.progress import Progress, Watcher
+from llmprune.progress import Progress, Watcher, ignore
 from llmprune.stream.activations import HiddenStates, LayerCalls
 from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.text.loading import load_texts
@@ -33,7 +33,12 @@ class DensePass:
         self._kept: tuple[HiddenStates, LayerCalls] | None = None
 
     def texts(
-        self, specs: Mapping[str, TextSpec], source: Source, tokenizer: Tokenizer, device: torch.device
+        self,
+        specs: Mapping[str, TextSpec],
+        source: Source,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        watch: Watcher = ignore,
     ) -> dict[str, Tokens]:
         """Load the texts of a run that no earlier run has loaded; see `load_texts`.
 
@@ -42,16 +47,17 @@ class DensePass:
             source: the dense model; texts are kept for checkpoint folders only.
             tokenizer: the model's.
             device: where text is sampled.
+            watch: called while text is sampled.
 
         Raises:
             CalibrationError: a text cannot be read or is too short.
         """
         if source.folder is None:
-            return load_texts(specs, source, tokenizer, device)
+            return load_texts(specs, source, tokenizer, device, watch)
         # Only self-generated text depends on the device.
         keys = {name: (source.folder, spec, device if spec.source == "self" else None) for name, spec in specs.items()}
         missing = {name: specs[name] for name, key in keys.items() if key not in self._tokens}
-        for name, tokens in load_texts(missing, source, tokenizer, device).items():
+        for name, tokens in load_texts(missing, source, tokenizer, device, watch).items():
             self._tokens[keys[name]] = tokens
         return {name: self._tokens[key] for name, key in keys.items()}
 

@@ -1,47 +1,58 @@
-"""Self-generated text: calibration without a dataset, from the very distribution that pruning must preserve."""
+"""Self-generated text: calibration that needs no data set, from the distribution that pruning must preserve."""
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from transformers import TopPLogitsWarper
 
 from llmprune.errors import NumericsError
+from llmprune.text.scripts import UNSCRIPTED, Script
 from llmprune.text.tokens import TextSpec
 
 
 @torch.no_grad()
 def generate_text(
-    model: nn.Module, spec: TextSpec, bos_token_id: int | None, *, batch: int = 64
+    model: nn.Module,
+    spec: TextSpec,
+    scripts: Sequence[Script] = (UNSCRIPTED,),
+    *,
+    batch: int = 64,
+    watch: Callable[[int], None] = lambda tokens: None,
 ) -> Int64[Tensor, "samples length"]:
     """Sample text from a causal LM, token by token from its own distribution.
 
-    A sequence starts with the BOS token, or with a random token of the vocabulary if there is none. It does not stop at
-    an EOS token (of the model's generation config): the next document follows, after its own BOS token. All draws come
-    from one seeded CPU generator, so they do not depend on the batch size, the device or the global random state, and
-    leave that state unchanged. The model samples in evaluation mode.
+    A sequence does not stop at an end-of-sequence token (of the model's generation config): its script goes on. The
+    draws come from a separate seeded CPU generator, one for each position of each sequence, so they depend on neither
+    the batch, the device nor the global random state, and leave that state unchanged. The model samples in evaluation
+    mode.
 
     Args:
         model: a transformers causal LM, in memory.
-        spec: samples, length (at most the model's positions), seed and temperature are used.
-        bos_token_id: the tokenizer's BOS token.
-        batch: sequences that are generated at a time; bounds the memory of the key-value cache.
+        spec: samples, length (at most the model's positions), seed, temperature and top_p are used.
+        scripts: how sequences begin and go on, dealt out to them in turn; see `scripts.scripts_of`.
+        batch: sequences that are generated together; bounds the memory of the key-value cache.
+        watch: called with the number of tokens so far, after every position of a batch.
 
     Returns:
         [samples, length] on the CPU.
 
     Raises:
-        NumericsError: the logits are not finite; if a weight is not finite, names it.
+        NumericsError: the logits are not finite; names the weight that is not, if there is one.
     """
-    # All draws are made before anything is batched: which number decides which token then depends on the seed alone, so
-    # that a GPU with less memory, and a smaller batch, samples the same text (up to rounding of the logits).
     generator = torch.Generator().manual_seed(spec.seed)
     draws = torch.rand(spec.samples, spec.tokens, generator=generator, dtype=torch.float64)
     training = model.training
     model.eval()
+    parts: list[Tensor] = []
     try:
-        parts = [_sample(model, part, bos_token_id, spec.temperature) for part in draws.split(batch)]
+        for part in draws.split(batch):
+            first = sum(map(len, parts))
+            own = [scripts[(first + row) % len(scripts)] for row in range(len(part))]
+            parts.append(_sample(model, part, own, spec, _after(watch, first * spec.tokens)))
     except NumericsError as error:
         raise _located(error, model) from error
     finally:
@@ -49,8 +60,12 @@ def generate_text(
     return torch.cat(parts)
 
 
+def _after(watch: Callable[[int], None], before: int) -> Callable[[int], None]:
+    return lambda tokens: watch(before + tokens)
+
+
 def _located(error: NumericsError, model: nn.Module) -> NumericsError:
-    """The error, with the first weight that is not finite, if there is one."""
+    """The error, with the first weight that is not finite if there is one."""
     damaged = next((name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()), None)
     if damaged is None:
         return error
@@ -62,44 +77,82 @@ def _located(error: NumericsError, model: nn.Module) -> NumericsError:
 
 
 def _sample(
-    model: nn.Module, draws: Float[Tensor, "samples length"], bos_token_id: int | None, temperature: float
+    model: nn.Module,
+    draws: Float[Tensor, "samples length"],
+    scripts: Sequence[Script],
+    spec: TextSpec,
+    watch: Callable[[int], None],
 ) -> Int64[Tensor, "samples length"]:
-    """Turn uniform draws in [0, 1) into tokens, one draw per token."""
+    """Turn uniform draws in [0, 1) into tokens, one draw per position, whether it is sampled or scripted."""
     config: Any = model.config
     device: Any = model.device
     draws = draws.to(device)
-    ends = _document_ends(model, bos_token_id).to(device)
-    ids = torch.empty(draws.shape, dtype=torch.int64, device=device)
-    vocabulary = config.get_text_config().vocab_size
-    ids[:, 0] = (draws[:, 0] * vocabulary).long() if bos_token_id is None else bos_token_id
+    vocabulary, ends = config.get_text_config().vocab_size, end_tokens(model)
+    players = [_Player(script, ends) for script in scripts]
+    ids = torch.empty(draws.shape, dtype=torch.int64)
     cache: dict[str, Any] = {}
-    for position in range(1, draws.shape[1]):
-        # A model that returns no cache rereads its whole prefix: slow, but the same distribution.
-        unread = ids[:, position - 1 : position] if cache else ids[:, :position]
-        output = model(input_ids=unread, use_cache=True, **cache)
-        state = getattr(output, "past_key_values", None)
-        cache = {} if state is None else {"past_key_values": state}
-        token = _draw(output.logits[:, -1], draws[:, position], temperature)
-        if bos_token_id is not None:
-            token = token.masked_fill(torch.isin(ids[:, position - 1], ends), bos_token_id)
-        ids[:, position] = token
-    return ids.cpu()
+    for position in range(draws.shape[1]):
+        # Before the first forward pass there is no distribution yet.
+        drawn = (draws[:, 0] * vocabulary).long() if position == 0 else _next(model, ids, position, cache, draws, spec)
+        played = [player.play(token) for player, token in zip(players, drawn.tolist(), strict=True)]
+        ids[:, position] = torch.tensor(played)
+        watch((position + 1) * len(players))
+    return ids
 
 
-def _document_ends(model: nn.Module, bos_token_id: int | None) -> Int64[Tensor, " ends"]:
-    """The EOS tokens, after which a BOS token must follow."""
+def _next(
+    model: nn.Module,
+    ids: Int64[Tensor, "samples length"],
+    position: int,
+    cache: dict[str, Any],
+    draws: Float[Tensor, "samples length"],
+    spec: TextSpec,
+) -> Int64[Tensor, " samples"]:
+    """Draw the tokens at a position, given those before it; `cache` is brought up to date."""
+    device: Any = model.device
+    # A model that returns no cache reads its whole prefix again: slow, but the same distribution.
+    unread = ids[:, position - 1 : position] if cache else ids[:, :position]
+    output = model(input_ids=unread.to(device), use_cache=True, **cache)
+    state = getattr(output, "past_key_values", None)
+    cache.clear()
+    cache.update({} if state is None else {"past_key_values": state})
+    return _draw(output.logits[:, -1], draws[:, position], spec.temperature, spec.top_p)
+
+
+class _Player:
+    """Follows one sequence's script."""
+
+    def __init__(self, script: Script, ends: set[int]) -> None:
+        self._segments, self._ends = script.segments, ends
+        self._turn = 0
+        self._waiting = list(script.segments[0])
+
+    def play(self, drawn: int) -> int:
+        """The token that the script puts here, or the one that was drawn."""
+        if self._waiting:
+            return self._waiting.pop(0)
+        if drawn in self._ends:
+            self._turn = (self._turn + 1) % len(self._segments)
+            waiting = list(self._segments[self._turn])
+            self._waiting = waiting[1:] if waiting[:1] == [drawn] else waiting
+        return drawn
+
+
+def end_tokens(model: nn.Module) -> set[int]:
+    """The end-of-sequence tokens of a model's generation config."""
     settings: Any = model.generation_config
     ends = settings.eos_token_id if settings.eos_token_id is not None else []
-    ends = [ends] if isinstance(ends, int) else ends
-    # If one token is both (GPT-2), it has already opened the next document; forcing a BOS would repeat it forever.
-    return torch.tensor([end for end in ends if end != bos_token_id], dtype=torch.int64)
+    return {ends} if isinstance(ends, int) else set(ends)
 
 
 def _draw(
-    logits: Float[Tensor, "samples vocabulary"], draws: Float[Tensor, " samples"], temperature: float
+    logits: Float[Tensor, "samples vocabulary"], draws: Float[Tensor, " samples"], temperature: float, top_p: float
 ) -> Int64[Tensor, " samples"]:
-    """Invert the cumulative distribution; float64, so that the tail of a large vocabulary keeps its share."""
-    cumulative = torch.softmax(logits.double() / temperature, dim=-1).cumsum(-1)
+    """Invert the cumulative distribution; float64, so that the tail of a large vocabulary keeps its probability."""
+    scores = logits.double() / temperature
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)  # it does not look at the ids
+    cumulative = torch.softmax(scores, dim=-1).cumsum(-1)
     total = cumulative[:, -1:]
     if not bool(torch.isfinite(total).all()):
         raise NumericsError(

@@ -1,7 +1,7 @@
 """The tokens of a run: calibration and evaluation text, read or sampled from the dense model."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from llmprune.errors import CalibrationError, ModelError
 from llmprune.models.skeleton import quiet_transformers, read_config
 from llmprune.models.source import Source, widened
 from llmprune.precision import computed_in
+from llmprune.progress import Progress, Watcher, ignore
 from llmprune.storage.files import read_index
 from llmprune.text.documents import require_source
 from llmprune.text.generated import generate_text
 from llmprune.text.openings import Tokenizer
+from llmprune.text.scripts import scripts_of
 from llmprune.text.tokens import TextSpec, Tokens, load_tokens
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
@@ -28,7 +30,11 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def load_texts(
-    specs: Mapping[str, TextSpec], source: Source, tokenizer: Tokenizer, device: torch.device
+    specs: Mapping[str, TextSpec],
+    source: Source,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    watch: Watcher = ignore,
 ) -> dict[str, Tokens]:
     """Load every text of a run; the dense model is loaded completely, once, only if a text is sampled from it.
 
@@ -37,6 +43,7 @@ def load_texts(
         source: the dense model.
         tokenizer: the model's.
         device: where text is sampled.
+        watch: called while text is sampled.
 
     Raises:
         CalibrationError: a text cannot be read, is too short, has sequences longer than the model's positions, or
@@ -52,7 +59,7 @@ def load_texts(
             assert folder is not None
             dense = _load_dense(folder, device)
         with widened(dense, computed_in(dense.dtype, dense.device)):
-            return generate_text(dense, spec, tokenizer.bos_token_id)
+            return generate_text(dense, spec, scripts_of(tokenizer), watch=_teller(spec, watch))
 
     texts = {name: load_tokens(spec, tokenizer, generate) for name, spec in specs.items()}
     for name, tokens in texts.items():
@@ -142,8 +149,14 @@ class _NoTokenizer:
 
     bos_token_id: int | None
 
-    def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]:
-        raise AssertionError("there is no tokenizer")
+    def __call__(self, text: list[str], *, add_special_tokens: bool = True, **options: Any) -> Mapping[str, Any]:
+        """Encode nothing but what would be put in front of a text."""
+        opening = [] if self.bos_token_id is None or not add_special_tokens else [self.bos_token_id]
+        return {"input_ids": [opening for _ in text]}
+
+
+def _teller(spec: TextSpec, watch: Watcher) -> Callable[[int], None]:
+    return lambda tokens: watch(Progress("sampling text", tokens, spec.samples * spec.tokens, unit="token"))
 
 
 def _load_dense(folder: Path, device: torch.device) -> PreTrainedModel:

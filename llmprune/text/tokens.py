@@ -39,7 +39,7 @@ DEFAULT_LENGTH = 2048
 
 # Options without effect: on self-generated text, and on text that is read.
 _UNUSED_BY_SELF = ("config", "split", "column", "layout", "order")
-_UNUSED_BY_TEXT = ("temperature",)
+_UNUSED_BY_TEXT = ("temperature", "top_p")
 
 # One call of the tokenizer encodes about this much text: enough to occupy its threads, little enough to be in memory
 # both as text and as ids.
@@ -64,6 +64,8 @@ class TextSpec:
             replacement, from all windows of the packed text or from all documents.
         seed: seed of the draw or of the sampling, in [0, 2^63).
         temperature: of the sampling, above 0; only for "self".
+        top_p: sample from the most likely tokens only, as many as have this probability together, in (0, 1]; only for
+            "self".
 
     Raises:
         CalibrationError: a value is out of range, or an option has no effect on this kind of source.
@@ -79,6 +81,7 @@ class TextSpec:
     order: Order = "shuffled"
     seed: int = 0
     temperature: float = 1.0
+    top_p: float = 0.95
 
     def __post_init__(self) -> None:
         checks = (
@@ -89,6 +92,7 @@ class TextSpec:
             ("order", self.order in get_args(Order), " or ".join(get_args(Order))),
             ("seed", 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1"),
             ("temperature", 0 < self.temperature < math.inf, "a finite number above 0"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1"),
         )
         for name, valid, expected in checks:
             if not valid:
@@ -165,7 +169,7 @@ def load_tokens(spec: TextSpec, tokenizer: Tokenizer, generate: Callable[[TextSp
         torch.Size([4, 256])
     """
     if spec.source == "self":
-        return _generated(spec, generate)
+        return _generated(spec, tokenizer, generate)
     texts = read_documents(spec.source, spec.config, spec.split, spec.column)
     if spec.layout == "truncate" and spec.order == "shuffled":
         texts = _shuffled(texts, spec.seed)
@@ -175,7 +179,7 @@ def load_tokens(spec: TextSpec, tokenizer: Tokenizer, generate: Callable[[TextSp
     return Tokens(ids, _digest(ids), description, () if spec.layout == "pack-bare" else reader.opening)
 
 
-def _generated(spec: TextSpec, generate: Callable[[TextSpec], Tensor] | None) -> Tokens:
+def _generated(spec: TextSpec, tokenizer: Tokenizer, generate: Callable[[TextSpec], Tensor] | None) -> Tokens:
     if generate is None:
         raise CalibrationError(
             'source "self" without a model to sample from',
@@ -183,7 +187,9 @@ def _generated(spec: TextSpec, generate: Callable[[TextSpec], Tensor] | None) ->
         )
     ids = generate(spec).to("cpu", torch.int64).contiguous()
     assert ids.shape == (spec.samples, spec.tokens), f"generated {tuple(ids.shape)}"
-    return Tokens(ids, _digest(ids), _describe(spec, *_UNUSED_BY_SELF))
+    opening = opening_of(tokenizer)
+    description = _describe(spec, *_UNUSED_BY_SELF) | {"opening": named(tokenizer, opening)}
+    return Tokens(ids, _digest(ids), description, opening)
 
 
 class _Reader:

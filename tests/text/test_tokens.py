@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from documents import BOS, DOCUMENTS, TESTBED, one_by_one, write_jsonl, write_parquet
+from documents import BOS, DOCUMENTS, TESTBED, one_by_one, without_opening, write_jsonl, write_parquet
 from transformers import (
     AutoTokenizer,
 )
@@ -35,9 +35,10 @@ def dataset_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def windows_of(tokenizer, texts, length):
+def windows_of(tokenizer, texts, length, *, opened=True):
     flat = [token for document in one_by_one(tokenizer, texts) for token in document]
-    return [flat[start : start + length] for start in range(0, len(flat) - length + 1, length)]
+    windows = [flat[start : start + length] for start in range(0, len(flat) - length + 1, length)]
+    return [[BOS, *window[1:]] if opened else window for window in windows]
 
 
 class Recorder:
@@ -59,6 +60,26 @@ def test_pack_in_text_order_equals_the_slow_reference(jsonl, tokenizer, length):
     tokens = load_tokens(TextSpec(str(jsonl), samples=9, length=length, order="text"), tokenizer)
     assert tokens.ids.dtype == torch.int64
     assert tokens.ids.tolist() == windows_of(tokenizer, DOCUMENTS, length)[:9]
+
+
+@pytest.mark.parametrize("length", [2, 7, 64])
+def test_pack_bare_begins_wherever_windows_begin(jsonl, tokenizer, length):
+    spec = TextSpec(str(jsonl), samples=9, length=length, order="text", layout="pack-bare")
+    tokens = load_tokens(spec, tokenizer)
+    assert tokens.ids.tolist() == windows_of(tokenizer, DOCUMENTS, length, opened=False)[:9]
+    # It is scored as it was: everything but the first token of each sequence.
+    assert tokens.opening == ()
+    assert tokens.predicted == 9 * (length - 1)
+
+
+def test_what_opens_a_text_is_read_and_never_scored(jsonl, tokenizer):
+    tokens = load_tokens(TextSpec(str(jsonl), samples=9, length=16, order="text"), tokenizer)
+    assert tokens.description["opening"] == ["<s>"]
+    assert (tokens.ids[:, 0] == BOS).all()
+    inside = int((tokens.ids[:, 1:] == BOS).sum())
+    assert inside > 0
+    assert tokens.predicted == 9 * 15 - inside
+    assert torch.equal(tokens.scored(tokens.ids), tokens.ids[:, 1:] != BOS)
 
 
 def test_pack_shuffled_draws_windows_without_replacement(jsonl, tokenizer):
@@ -116,7 +137,8 @@ def test_text_order_reads_no_document_too_many(jsonl, tokenizer, layout):
 def test_documents_are_encoded_in_batches(jsonl, tokenizer):
     recorder = Recorder(tokenizer)
     load_tokens(TextSpec(str(jsonl), samples=4, length=16), recorder)
-    assert recorder.sizes == [len(DOCUMENTS)]
+    # Two short texts ask what the tokenizer puts in front.
+    assert recorder.sizes == [1, 1, len(DOCUMENTS)]
 
 
 def test_documents_beyond_one_batch_are_not_lost(jsonl, tokenizer, monkeypatch):
@@ -138,17 +160,19 @@ def test_bos_opens_each_document_once(tmp_path, tokenizer):
     expected = [token for ids in bare for token in (BOS, *ids)]
     tokens = load_tokens(TextSpec(str(path), samples=1, length=len(expected), order="text"), tokenizer)
     assert tokens.ids.tolist() == [expected]
-    assert tokens.description["bos_token_id"] == BOS
+    assert tokens.description["opening"] == ["<s>"]
 
 
-def test_no_bos_where_the_tokenizer_has_none(jsonl):
-    tokenizer = AutoTokenizer.from_pretrained(TESTBED, bos_token=None)
-    assert tokenizer.bos_token_id is None
+def test_nothing_opens_a_text_where_the_tokenizer_puts_nothing(jsonl):
+    """Such as SmolLM2's, which has a BOS token all the same."""
+    tokenizer = without_opening(AutoTokenizer.from_pretrained(TESTBED))
+    assert tokenizer.bos_token_id == BOS
     tokens = load_tokens(TextSpec(str(jsonl), samples=4, length=16, order="text"), tokenizer)
     assert BOS not in tokens.ids
     bare = [token for text in DOCUMENTS[:9] for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert tokens.ids.flatten().tolist() == bare[:64]
-    assert tokens.description["bos_token_id"] is None
+    assert tokens.description["opening"] == []
+    assert tokens.predicted == 4 * 15
 
 
 def test_blank_and_null_documents_are_skipped_and_counted(tmp_path, tokenizer):
@@ -164,7 +188,8 @@ def test_documents_without_a_token_are_skipped_and_counted(jsonl, tokenizer):
     class Deaf(Recorder):
         def __call__(self, text, **options):
             heard = super().__call__(text, **options)["input_ids"]
-            return {"input_ids": [[] if len(ids) < 30 else ids for ids in heard]}
+            asked = len(text) == 1 and len(text[0]) < 2  # what stands in front of a text
+            return {"input_ids": [[] if len(ids) < 30 and not asked else ids for ids in heard]}
 
     documents = [ids for ids in one_by_one(tokenizer, DOCUMENTS) if len(ids) > 30]
     tokens = load_tokens(TextSpec(str(jsonl), samples=4, length=16), Deaf(tokenizer))
@@ -264,9 +289,9 @@ def test_seed_decides_the_draw(jsonl, tokenizer, layout):
 def test_digest_of_small_cases(tokenizer, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(" ".join(map(str, range(100))))
-    text = load_tokens(TextSpec(str(path), samples=2, length=4, order="text"), tokenizer)
+    text = load_tokens(TextSpec(str(path), samples=2, length=4, order="text", layout="pack-bare"), tokenizer)
     assert text.digest == "36f7b3a7fd82a23c3cec55808f5a717735cb3693c9ee760477f0ad52440a5c88"
-    shuffled = load_tokens(TextSpec(str(path), samples=2, length=4, seed=7), tokenizer)
+    shuffled = load_tokens(TextSpec(str(path), samples=2, length=4, seed=7, layout="pack-bare"), tokenizer)
     assert shuffled.digest == "e7da243d57cafa5711285e1f7dae5f749a0736a6232add36473f0d6f430df42a"
 
 
@@ -293,12 +318,13 @@ def test_description_is_json(jsonl, tokenizer, layout):
 
 
 def test_self_asks_the_generator(tokenizer):
-    spec = TextSpec(samples=2, length=3, seed=9, temperature=0.7)
+    spec = TextSpec(samples=2, length=3, seed=9, temperature=0.7, top_p=0.9)
     asked = []
     tokens = load_tokens(spec, tokenizer, lambda s: asked.append(s) or torch.ones(2, 3, dtype=torch.int32))
     assert asked == [spec]
     assert tokens.ids.dtype == torch.int64
-    assert tokens.description == {"source": "self", "samples": 2, "length": 3, "seed": 9, "temperature": 0.7}
+    said = {"source": "self", "samples": 2, "length": 3, "seed": 9, "temperature": 0.7, "top_p": 0.9}
+    assert tokens.description == {**said, "opening": ["<s>"]}
 
 
 def test_self_without_a_generator(tokenizer):
