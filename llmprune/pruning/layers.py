@@ -114,7 +114,8 @@ class LayerDriver:
             cuts, removed = self._reduction.reduce(layer, recipe.experts.min_tokens, tell)
             removed = [replace(row, peak_bytes=memory.read()) for row in removed]
         tell("statistics")
-        groups = layer.observe({name: job.method.needs for name, job in jobs.items()}) if jobs else []
+        needs = {name: job.method.needs for name, job in jobs.items()}
+        groups = layer.observe(needs, recipe.statistics.token_weight) if jobs else []
         self._memories.append(layer_memory(layer, groups, jobs, batch_tokens, held_back))
         rows = solve_layer(layer, groups, jobs, recipe.experts.min_tokens, self._run.stages, memory.read, tell)
         if self._writer is not None:

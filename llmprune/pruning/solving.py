@@ -95,6 +95,7 @@ def _solve_matrix(
         damping_tried=tried,
         tokens=statistics.tokens - prior_tokens if statistics else 0,
         prior_tokens=prior_tokens,
+        top_tokens=group.top_tokens,
         dead_inputs=int((statistics.squares == 0).sum()) if statistics else None,
         seconds=time.perf_counter() - start,
         peak_bytes=peak_bytes(),

@@ -50,6 +50,7 @@ from llmprune.recipe.fields import STRICT, GlobField, MethodField, PatternField,
 from llmprune.recipe.globs import covers, matches_any
 from llmprune.recipe.messages import explain
 from llmprune.recipe.structures import SECTIONS, Structures
+from llmprune.statistics import TokenWeight
 from llmprune.storage.packed_config import Format, layout_name
 from llmprune.text.tokens import TextSpec
 
@@ -98,6 +99,19 @@ class Experts(BaseModel):
     min_tokens: Annotated[int, Field(ge=0)] = 64
 
 
+class StatisticsOptions(BaseModel):
+    """How the inputs of matrices enter the statistics.
+
+    Attributes:
+        token_weight: none; clip (tokens above twice the usual root mean square are scaled down to it); normalise (every
+            token is scaled to the same root mean square).
+    """
+
+    model_config = STRICT
+
+    token_weight: TokenWeight = "none"
+
+
 class Recipe(BaseModel):
     """Everything a run needs. Built by `load_recipe`, which turns mistakes into `RecipeError`.
 
@@ -115,6 +129,7 @@ class Recipe(BaseModel):
         held_back: validation sequences: further calibration sequences, at least 0, that only measure the relative
             output error in the report; with 0 it is measured on the rows of the statistics.
         decoder_layers: module path of the list of decoder layers, for models in which it cannot be identified.
+        statistics: how inputs enter the statistics.
         experts: settings for the experts of MoE layers.
         device: auto, cpu, cuda or cuda:N.
         format: how pruned matrices are stored: dense, with their zeros; nm, block or bitmask if the pattern is of that
@@ -138,6 +153,7 @@ class Recipe(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] = 8
     held_back: Annotated[int, Field(ge=0)] = 4
     decoder_layers: Annotated[str, Field(min_length=1)] | None = None
+    statistics: StatisticsOptions = StatisticsOptions()
     experts: Experts = Experts()
     device: Annotated[str, AfterValidator(check_device)] = "auto"
     format: Format = "dense"
@@ -340,6 +356,8 @@ def _known_keys(section: KeyPath) -> list[str]:
             return [knob.name for knob in fields(TextSpec)]
         case ("experts",):
             return list(Experts.model_fields)
+        case ("statistics",):
+            return list(StatisticsOptions.model_fields)
         case ("structures",):
             return list(Structures.model_fields)
         case ("structures", str(part)) if part in SECTIONS:

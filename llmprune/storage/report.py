@@ -36,6 +36,8 @@ class MatrixRow:
         dead_inputs: inputs that were always zero; None without statistics.
         seconds: spent on solving this matrix.
         peak_bytes: peak memory of the process (CPU) or of the device (CUDA) so far.
+        top_tokens: the share of the squared inputs that the largest 1 % of the tokens have, before they were weighed;
+            None without statistics, and in reports from before it was recorded.
     """
 
     layer: str
@@ -52,6 +54,7 @@ class MatrixRow:
     dead_inputs: int | None
     seconds: float
     peak_bytes: int
+    top_tokens: float | None = None
 
     @property
     def sparsity(self) -> float:

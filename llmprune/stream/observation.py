@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from llmprune.errors import ModelError
 from llmprune.models.decoder import Matrix
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.patterns import keep_highest
+from llmprune.statistics import ColumnNorm, Gram, TokenWeight, TokenWeighting
 from llmprune.timing import Stages
 
 # Functions that multiply two of their arguments -> index of the first of the two.
@@ -42,11 +43,25 @@ class Group:
         names: matrices, in the order in which the layer uses them; the statistics come from the first one's calls.
         statistics: sums over the input rows; None if no method needs any.
         held_back: input rows [rows, in] that are excluded from the statistics.
+        energies: mean square of each row that entered the statistics, before it was weighed.
+        weighting: how rows are weighed.
     """
 
     names: list[str]
     statistics: ColumnNorm | Gram | None
     held_back: list[Tensor] = field(default_factory=list)
+    energies: list[Tensor] = field(default_factory=list)
+    weighting: TokenWeighting = field(default_factory=TokenWeighting)
+
+    @property
+    def top_tokens(self) -> float | None:
+        """The share of all squared activations that the largest 1 % of the tokens have, in [0, 1]; None without any."""
+        if not self.energies:
+            return None
+        energies = torch.cat(self.energies).double()[None]
+        largest = keep_highest(energies, energies.shape[1] - max(energies.shape[1] // 100, 1))
+        total = float(energies.sum())
+        return float(energies[largest].sum()) / total if total > 0 else 0.0
 
 
 class Observer(TorchFunctionMode):
@@ -57,6 +72,7 @@ class Observer(TorchFunctionMode):
         matrices: the matrices to observe.
         needs: matrix name -> the statistics to collect.
         stages: stopwatch, to which the time for the sums is added.
+        token_weight: how tokens are weighed in the statistics.
     """
 
     def __init__(
@@ -65,8 +81,10 @@ class Observer(TorchFunctionMode):
         matrices: Sequence[Matrix],
         needs: Mapping[str, type[ColumnNorm] | type[Gram] | None],
         stages: Stages,
+        token_weight: TokenWeight = "none",
     ) -> None:
         super().__init__()
+        self._token_weight: TokenWeight = token_weight
         # A weight is recognised by its memory address, however the layer's code accesses it: through a module, a
         # transpose or a slice. Module hooks would miss every matmul outside a module.
         views = [(matrix, matrix.view(parameters[matrix.parameter])) for matrix in matrices]
@@ -158,7 +176,10 @@ class Observer(TorchFunctionMode):
                 if self.keep_rows:
                     self._keep(group, rows)
                 elif group.statistics is not None:
-                    group.statistics.update(rows)
+                    energies = rows.float().square().mean(-1)
+                    group.energies.append(energies)
+                    first = x.shape[-2] if x.dim() > 2 else len(rows)
+                    group.statistics.update(group.weighting(rows, energies, first))
 
     def _join(self, matrix: Matrix, x: Tensor) -> Group:
         # The input is kept alive until the batch ends, so that its address is not reused by another tensor.
@@ -179,7 +200,8 @@ class Observer(TorchFunctionMode):
 
     def _new_group(self, matrix: Matrix) -> Group:
         need = self._needs[matrix.name]
-        group = Group([matrix.name], None if need is None else need.empty(matrix.shape[1], self._device))
+        statistics = None if need is None else need.empty(matrix.shape[1], self._device)
+        group = Group([matrix.name], statistics, weighting=TokenWeighting(self._token_weight))
         self._group_of[matrix.name] = group
         self.groups.append(group)
         return group

@@ -24,7 +24,7 @@ from llmprune.errors import ModelError, NumericsError
 from llmprune.models.decoder import Matrix, prunable_matrices
 from llmprune.models.source import Source, eager_experts
 from llmprune.precision import float32_products
-from llmprune.statistics import ColumnNorm, Gram, check_finite
+from llmprune.statistics import ColumnNorm, Gram, TokenWeight, check_finite
 from llmprune.stream.activations import HiddenStates, LayerCalls
 from llmprune.stream.observation import EveryMatrixSeenError, Group, Observer
 from llmprune.timing import Stages
@@ -209,11 +209,12 @@ class ResidentLayer:
         self.matrices: dict[str, Matrix] = {m.name: m for m in prunable_matrices(module, name)}
         self._parameters = dict(module.named_parameters())
 
-    def observe(self, needs: Needs) -> list[Group]:
+    def observe(self, needs: Needs, token_weight: TokenWeight = "none") -> list[Group]:
         """Run the layer over all batches and collect statistics.
 
         Args:
             needs: matrix name -> the statistics it needs; matrices left out are not watched.
+            token_weight: how tokens are weighed in the statistics, see `statistics.TokenWeighting`.
 
         Returns:
             The groups of matrices that share an input, in the order in which the layer uses them.
@@ -223,7 +224,7 @@ class ResidentLayer:
             ModelError: a matrix was not used in any matmul.
         """
         watched = [self.matrices[name] for name in needs]
-        observer = Observer(self._parameters, watched, needs, self.stream.stages)
+        observer = Observer(self._parameters, watched, needs, self.stream.stages, token_weight)
         with torch.no_grad(), self.stream.stages("forward"):
             for batch in range(len(self.stream.batches)):
                 observer.keep_rows = batch >= self.stream.statistics_batches
