@@ -1,1 +1,1 @@
-"""A checkpoint or a model in memory as decoder layers that come one at a time: skeletons, sources, sizes."""
+"""A checkpoint or an in-memory model, served one decoder layer at a time: skeletons, sources, sizes."""

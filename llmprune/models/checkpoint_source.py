@@ -1,4 +1,4 @@
-"""A checkpoint on disk as a source of decoder layers: parameters exist only while they are needed."""
+"""A checkpoint on disk as a source of decoder layers: parameters are in memory only while they are needed."""
 
 import copy
 import inspect
@@ -31,19 +31,20 @@ from llmprune.storage.packed_config import PackedWeight, as_dense, packed_layout
 
 
 class CheckpointSource:
-    """A `StoredSource`: a checkpoint folder, read lazily: at most one decoder layer, or the ends, is in memory.
+    """A `StoredSource` that reads a checkpoint folder lazily: at most one decoder layer, or the ends, is in memory.
 
-    Key renaming and fused experts follow transformers' own conversion tables, in both directions.
+    The ends are everything outside the decoder layers: embeddings, final norm and LM head. Key renaming and fused
+    experts follow transformers' own conversion tables, in both directions.
 
     Args:
         folder: a local folder with config.json and safetensors.
-        compute_dtype: dtype of the parameters in memory; None: as config.json says.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
-        config: of a checkpoint that is still to be written, in the place of config.json; its tensors come by `overlay`.
+        compute_dtype: dtype of the parameters in memory; None: the one in config.json.
+        decoder_layers: dotted name of the decoder layers; None: they are searched for.
+        config: of a checkpoint that is yet to be written, used instead of config.json; `overlay` adds its tensors.
 
     Raises:
-        ModelError: no causal LM, or its decoder layers cannot be told.
-        CheckpointError: the files are damaged or lack a tensor.
+        ModelError: it is not a causal LM, or its decoder layers cannot be identified.
+        CheckpointError: the files are damaged or a tensor is missing.
     """
 
     def __init__(
@@ -68,21 +69,23 @@ class CheckpointSource:
             check_headers(folder, self.model, self.stored, self.targets)
 
     def overlay(self, shard: Path, layouts: Mapping[str, Layout] | None = None) -> None:
-        """Read the tensors of this shard from now on instead of the source's; `layouts` are those of packed layers."""
+        """From now on, read the tensors in this shard from it; `layouts` are those of its packed layers."""
         self._add(as_dense({stored.key: stored for stored in read_header(shard)}, layouts or {}))
 
     def rewritten(self, config: PretrainedConfig) -> "CheckpointSource":
-        """What will be written in the place of this checkpoint; its tensors come by `overlay`.
+        """The source of the smaller checkpoint written from this one; `overlay` adds its tensors.
 
         Args:
-            config: describes a model with other layers, or other sizes of them.
+            config: describes a model with fewer or smaller layers.
 
         Raises:
-            ModelError: its decoder layers are found elsewhere, if at all.
+            ModelError: its decoder layers are found under another name, or not at all.
         """
         result = CheckpointSource(self.folder, self.model.dtype, self._named, config)
         if result.layers_path != self.layers_path:
-            raise ModelError(f"the smaller model has its layers in {result.layers_path}")
+            raise ModelError(
+                f"the decoder layers of the smaller model are in {result.layers_path}, not in {self.layers_path}"
+            )
         return result
 
     def load_layer(self, index: int, device: torch.device) -> None:
@@ -98,12 +101,12 @@ class CheckpointSource:
         drop_parameters(self.layers[index].modules())
 
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
-        """The dtype of the parameter (or of the first tensor that it is fused from) in the source checkpoint."""
+        """The dtype of the parameter (or of the first tensor fused into it) in the source checkpoint."""
         target = f"{self.layer_name(index)}.{parameter}"
         return next(self.stored[key].dtype for key, names in self.targets.items() if target in names)
 
     def load_ends(self, device: torch.device) -> None:
-        """Read everything outside the decoder layers onto the device, and tie what is tied."""
+        """Read everything outside the decoder layers onto the device, and tie the weights that are tied."""
         self._load({key: self.stored[key] for key in self.end_keys()}, device)
         missing = {name for name, tensor in self.model.named_parameters(remove_duplicate=False) if tensor.is_meta}
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
@@ -112,7 +115,7 @@ class CheckpointSource:
             move(module, device)
 
     def free_ends(self) -> None:
-        """Drop them."""
+        """Drop the parameters outside the decoder layers."""
         drop_parameters(modules_outside(self.model, self.layers))
         self.model.tie_weights()
 
@@ -121,13 +124,13 @@ class CheckpointSource:
         return self.decoder.layer_name(index)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of all tensors, as they are stored and as the dense checkpoint that they stand for."""
+        """Total bytes of the tensors: as stored, and as the equivalent dense checkpoint."""
         tensors = self.stored.values()
         packed = sum(t.packed_bytes if isinstance(t, PackedWeight) else t.nbytes for t in tensors)
         return {"stored_bytes": packed, "dense_bytes": sum(t.nbytes for t in tensors)}
 
     def linear_key(self, matrix: str) -> str | None:
-        """The checkpoint's key of a linear layer's weight; None if it is no `Linear`, or fused from several tensors."""
+        """The checkpoint's key of a linear layer's weight; None if not a `Linear`, or fused from several tensors."""
         weight = f"{matrix}.weight"
         if weight not in self._state_names or not isinstance(self.model.get_submodule(matrix), nn.Linear):
             return None
@@ -140,11 +143,11 @@ class CheckpointSource:
         return [key for key, targets in self.targets.items() if targets[0].startswith(prefix)]
 
     def end_tensors(self) -> dict[str, Tensor]:
-        """What lies outside the decoder layers, as it is stored."""
+        """The tensors outside the decoder layers, as stored."""
         return {key: self.stored[key][...] for key in self.end_keys()}
 
     def end_keys(self) -> list[str]:
-        """The checkpoint's keys outside the decoder layers, those that the model does not know included."""
+        """The checkpoint's keys outside the decoder layers, including those unknown to the model."""
         layers = tuple(f"{self.layer_name(index)}." for index in range(len(self.layers)))
         return [key for key, targets in self.targets.items() if not targets[0].startswith(layers)]
 
@@ -154,12 +157,13 @@ class CheckpointSource:
         """The resident layer under the checkpoint's own keys and dtypes.
 
         Args:
-            index: place of the layer.
-            changed: its parameters that hold new values; from a narrower compute dtype, the others are not taken.
-            smaller: what is stored in its place; keys of what it has no more (experts, blocks) are left out.
+            index: number of the layer.
+            changed: its parameters with new values; where the compute dtype is narrower, the others are copied from the
+                source.
+            smaller: the layer to store instead; keys of removed parts (experts, blocks) are left out.
 
         Raises:
-            CheckpointError: the conversion does not give the source's keys back.
+            CheckpointError: the conversion does not reproduce the source's keys.
         """
         prefix = self.layer_name(index)
         layer, model = (self.layers[index], self.model) if smaller is None else (smaller.layer, smaller.model)
@@ -173,13 +177,13 @@ class CheckpointSource:
         wanted = self.layer_keys(index)
         renamed = {_as_in(wanted, key, self.model.base_model_prefix): tensor for key, tensor in reverted.items()}
         extra = set(renamed) - set(wanted)
-        # Keys that the model ignores (old rotary buffers, say) are carried over; others must all be there.
+        # Keys that the model ignores (such as old rotary buffers) are carried over; all others must be present.
         absent = [key for key in wanted if key not in renamed]
         lost = [key for key in absent if self._feeds(key, self._state_names)]
         if extra or (lost and smaller is None):
             raise CheckpointError(
                 f"the tensors of {prefix} do not convert back to the checkpoint's keys: {sorted(extra)[:3]}",
-                fix="report it with the model's id",
+                fix="report this as a bug, with the model's id",
             )
         new = {f"{prefix}.{name}" for name in changed}
         result = {key: self._as_stored(key, tensor, self._feeds(key, new), smaller) for key, tensor in renamed.items()}
@@ -187,26 +191,26 @@ class CheckpointSource:
         return {key: positive_zeros(tensor) for key, tensor in {**result, **carried}.items()}
 
     def _as_stored(self, key: str, tensor: Tensor, changed: bool, smaller: Smaller | None) -> Tensor:
-        """A resident tensor in its stored dtype; a narrower compute dtype costs only the weights that have changed."""
+        """A resident tensor in its stored dtype; a narrower compute dtype affects only the changed weights."""
         dtype = self.stored[key].dtype
         if torch.promote_types(tensor.dtype, dtype) == tensor.dtype:
             return tensor.to(dtype)
         original = self.stored[key][...]
         if smaller is not None:
             original = smaller.part(self._inside(key), original)
-            if original.shape != tensor.shape:  # one of several tensors that a parameter is fused from
+            if original.shape != tensor.shape:  # one of several tensors fused into one parameter
                 return tensor.to(dtype)
         if not changed:
             return original
         tensor = tensor.to("cpu")
-        # A zero was pruned, even where the original rounds to zero as well.
+        # A zero was pruned, even where the original also rounds to zero.
         return original.where((original.to(tensor.dtype) == tensor) & (tensor != 0), tensor.to(dtype))
 
     def _feeds(self, key: str, names: Collection[str]) -> bool:
         return any(target in names for target in self.targets[key])
 
     def _inside(self, key: str) -> str:
-        """The parameter that a key of the checkpoint becomes, as its layer calls it."""
+        """The name, inside its layer, of the parameter that a checkpoint key becomes."""
         return self.decoder.place(self.targets[key][0])[1]
 
     def _add(self, tensors: Mapping[str, Stored | PackedWeight]) -> None:
@@ -215,7 +219,7 @@ class CheckpointSource:
         self.stored |= tensors
 
     def _plan_targets(self, keys: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Say for each key of the checkpoint which parameters its tensor becomes, or is a part of."""
+        """Map each checkpoint key to the parameters that its tensor becomes, or is part of."""
         if not keys:
             return {}
         renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
@@ -241,7 +245,7 @@ class CheckpointSource:
             dtype_plan=self.model._get_dtype_plan(dtype),
             weight_mapping=copy.deepcopy(self._conversions),
         )
-        # transformers 5.15 and 5.16 take the tensor-parallel plan as one more argument.
+        # transformers 5.15 and 5.16 take the tensor-parallel plan as an extra argument.
         signature = inspect.signature(convert_and_load_state_dict_in_model).parameters
         plan = {"tp_plan": None} if "tp_plan" in signature else {}
         with quiet_transformers():
@@ -266,7 +270,7 @@ class CheckpointSource:
 
 @dataclass(frozen=True, slots=True)
 class _Widened:
-    """A stored tensor that is read as float32, as transformers reads its lazy tensors."""
+    """A stored tensor that is read as float32, with the interface of the lazy tensors that transformers reads."""
 
     stored: Stored
 
@@ -278,7 +282,7 @@ class _Widened:
 
 
 def _widened(tensor: Stored | PackedWeight, dtype: torch.dtype) -> Stored | PackedWeight | _Widened:
-    """The tensor itself, unless it is to be computed in float32 from 16 bits: a copy in 16 bits would lie beside it."""
+    """Read 16-bit tensors directly as float32 where that is the compute dtype: a 16-bit copy would take memory."""
     if isinstance(tensor, Stored) and tensor.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
         return _Widened(tensor)
     return tensor
@@ -287,17 +291,17 @@ def _widened(tensor: Stored | PackedWeight, dtype: torch.dtype) -> Stored | Pack
 def open_checkpoint(
     folder: Path, device: torch.device, compute_dtype: str = "auto", decoder_layers: str | None = None
 ) -> CheckpointSource:
-    """Open a checkpoint in the dtype in which it is to be computed.
+    """Open a checkpoint in the dtype used for computing.
 
     Args:
         folder: a local folder with config.json and safetensors.
         device: where it will be computed.
-        compute_dtype: as torch names it, or "auto": see `precision.computed_in`.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
+        compute_dtype: a torch dtype's name, or "auto" (see `precision.computed_in`).
+        decoder_layers: dotted name of the decoder layers; None: they are searched for.
 
     Raises:
-        ModelError: no causal LM, or its decoder layers cannot be told.
-        CheckpointError: the files are damaged or lack a tensor.
+        ModelError: it is not a causal LM, or its decoder layers cannot be identified.
+        CheckpointError: the files are damaged or a tensor is missing.
     """
     if compute_dtype == "auto":
         dtype = computed_in(read_config(folder).dtype or torch.float32, device)
@@ -307,7 +311,7 @@ def open_checkpoint(
 
 
 def positive_zeros(tensor: Tensor) -> Tensor:
-    """Replace -0.0 by 0.0 in place, so that a zero is all zero bits; returns the tensor."""
+    """Replace -0.0 by 0.0 in place, so that every zero is all zero bits; returns the tensor."""
     return tensor.add_(0.0) if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else tensor
 
 
@@ -323,11 +327,11 @@ def find_contradiction(folder: Path) -> str | None:
     """Say how config.json and the headers of the files contradict each other.
 
     Args:
-        folder: of a checkpoint; one without config.json or the files that transformers reads, or of no causal LM,
-            contradicts nothing.
+        folder: of a checkpoint; without config.json or the files that transformers reads, or if it is not a causal LM,
+            there is nothing to contradict.
 
     Returns:
-        What is wrong, or None; whether the values make sense is not looked at.
+        What is wrong, or None; the values themselves are not checked.
     """
     weights = any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
     if not weights or not (folder / "config.json").is_file():

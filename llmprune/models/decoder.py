@@ -1,6 +1,6 @@
 """Find the decoder layers of a causal LM and the matrices in them that can be pruned, from structure alone.
 
-No code here knows a model by name. What structure cannot tell stands in the tables at the top.
+No code here is specific to one model. What the structure does not reveal is listed in the tables at the top.
 """
 
 import re
@@ -13,21 +13,21 @@ from transformers.pytorch_utils import Conv1D
 
 from llmprune.errors import ModelError
 
-# Modules that choose a path rather than compute: small and decisive, so nothing in them is ever pruned.
+# Modules that route tokens rather than compute: small but decisive, so nothing in them is ever pruned.
 ROUTER_NAMES = {"gate", "router", "shared_expert_gate"}
 
-# Classes whose 3-D weights are [experts, in, out] although they do not say so by `is_transposed`.
+# Classes whose 3-D weights are [experts, in, out] although they do not set `is_transposed`.
 TRANSPOSED_EXPERTS = {"Llama4TextExperts", "RecurrentGemmaRglru"}
 
 # Matrices stacked along the first dimension of a 2-D parameter.
-# class: (attribute that counts them, parameters stored [out, in], parameters stored [in, out])
+# class: (attribute with their number, parameters stored [out, in], parameters stored [in, out])
 STACKED = {
     "DbrxExpertGLU": ("moe_num_experts", ("w1", "v1"), ("w2",)),
     "DeepseekV4GroupedLinear": ("n_groups", ("weight",), ()),
 }
 
 
-# The number of a routed expert in the name of a module or matrix of its own ("mlp.experts.7.up_proj").
+# The number of a routed expert in the name of its own module or matrix ("mlp.experts.7.up_proj").
 EXPERT_NUMBER = re.compile(r"(?<=\bexperts\.)\d+(?=\.)")
 
 
@@ -36,15 +36,15 @@ class Matrix:
     """One prunable matrix.
 
     Attributes:
-        name: dotted name in the model; a fused expert's number stands before the parameter's name
+        name: dotted name in the model; a fused expert's number comes before the parameter's name
             ("model.layers.3.mlp.experts.7.down_proj").
         parameter: dotted name of the parameter that holds it, inside its decoder layer.
-        expert: which of the matrices of a fused parameter it is; None for an ordinary matrix.
+        expert: index among the matrices of a fused parameter; None for an ordinary matrix.
         transposed: stored [in, out] (GPT-2's Conv1D) instead of [out, in].
         shape: (out, in).
         experts: how many matrices the parameter holds.
-        routed: whether a router decides which tokens it multiplies: the one test of "is an expert's". The blocks of a
-            block-diagonal matrix lie in one parameter too, but meet every token.
+        routed: whether a router decides which tokens it multiplies, i.e. whether it belongs to an expert. The blocks
+            of a block-diagonal matrix share a parameter too, but see every token.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Matrix:
 
     @property
     def kind(self) -> str | None:
-        """The name with the expert's number left open, alike for the same matrix of all experts; None for no expert."""
+        """The name with the expert's number replaced by *, the same for all experts; None if it is not an expert's."""
         if self.expert is not None:
             head, _, leaf = self.name.rpartition(f".{self.expert}.")
             return f"{head}.*.{leaf}"
@@ -74,12 +74,12 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoder:
-    """A causal LM and its decoder layers: found once, when the model is built or opened, and handed on from there.
+    """A causal LM and its decoder layers: found once, when the model is built or opened, and passed on from there.
 
     Attributes:
         model: the whole model; meta tensors suffice.
         path: dotted name of the list of decoder layers.
-        layers: that list. A layer in it may be replaced.
+        layers: that list. Its layers may be replaced.
     """
 
     model: PreTrainedModel
@@ -88,14 +88,14 @@ class Decoder:
 
     @classmethod
     def find(cls, model: PreTrainedModel, path: str | None = None) -> "Decoder":
-        """Locate the list of layers: the text decoder's outermost ModuleList that holds most of its parameters.
+        """Locate the list of layers: the outermost ModuleList of the text decoder that holds most of its parameters.
 
         Args:
             model: any causal LM.
-            path: dotted name of the list, where it is known, or the search fails (recipe key `decoder_layers`).
+            path: dotted name of the list, if known, or where the search fails (recipe key `decoder_layers`).
 
         Raises:
-            ModelError: nothing is there, two lists are too close to call, or the layers have parameters in common.
+            ModelError: no list is found, two lists are too close in size to choose, or layers share parameters.
         """
         if path is None:
             path = _largest_list(model)
@@ -108,7 +108,7 @@ class Decoder:
         return f"{self.path}.{index}"
 
     def place(self, name: str) -> tuple[int | None, str]:
-        """The layer in which a dotted name of the model lies (None: in none), and the rest of the name."""
+        """Split a dotted name of the model into its layer number (None if outside the layers) and the rest."""
         if not name.startswith(f"{self.path}."):
             return None, name
         number, _, inner = name.removeprefix(f"{self.path}.").partition(".")
@@ -117,7 +117,7 @@ class Decoder:
 
 def _largest_list(model: PreTrainedModel) -> str:
     lists = dict(_outermost_lists(model))
-    # A model of several modalities has other towers beside its text decoder.
+    # A multimodal model has other towers in addition to its text decoder.
     decoder = set(model.get_decoder().modules())
     lists = {name: layers for name, layers in lists.items() if layers in decoder} or lists
     sizes = {name: _parameters(layers) for name, layers in lists.items() if _holds_matrices(layers)}
@@ -125,7 +125,7 @@ def _largest_list(model: PreTrainedModel) -> str:
     looked = ", ".join(f"{name} ({len(lists[name])} modules)" for name in ranked) or "no ModuleList with matrices"
     if not ranked or (len(ranked) > 1 and sizes[ranked[1]] > 0.5 * sizes[ranked[0]]):
         raise ModelError(
-            f"the decoder layers of {type(model).__name__} cannot be told: found {looked}",
+            f"the decoder layers of {type(model).__name__} cannot be identified: found {looked}",
             expected="one outermost torch.nn.ModuleList that holds most of the parameters",
             fix="name it in the recipe, for example decoder_layers: model.layers",
         )
@@ -135,7 +135,7 @@ def _largest_list(model: PreTrainedModel) -> str:
 def prunable_matrices(layer: nn.Module, prefix: str) -> Iterator[Matrix]:
     """Yield the matrices of a decoder layer, in the order of its modules.
 
-    These are the weights of Linear and Conv1D modules and the fused weights of experts; routers are left alone.
+    These are the weights of Linear and Conv1D modules and the fused weights of experts; routers are skipped.
     """
     for module_name, module in layer.named_modules():
         if not ROUTER_NAMES.isdisjoint(module_name.split(".")):
@@ -175,7 +175,7 @@ def _split(
     experts, rows, columns = size
     shape = (columns, rows) if transposed else (rows, columns)
     parameter = _join(module_name, name)
-    # Only names tell experts from blocks: the module's own, or the one that it has in the layer.
+    # Only names distinguish experts from blocks: that of the module's class, or its name in the layer.
     routed = "expert" in f"{parameter} {type(module).__name__}".lower()
     for expert in range(experts):
         yield Matrix(f"{full}.{expert}.{name}", parameter, expert, transposed, shape, experts, routed)
@@ -189,7 +189,7 @@ def _named_list(model: PreTrainedModel, path: str) -> nn.ModuleList:
     if not isinstance(module, nn.ModuleList) or not len(module):
         lists = ", ".join(name for name, _ in _outermost_lists(model)) or "none"
         raise ModelError(
-            f"decoder_layers: {path!r} is no list of modules in {type(model).__name__}",
+            f"decoder_layers: {path!r} is not a list of modules in {type(model).__name__}",
             expected=f"one of its ModuleLists: {lists}",
         )
     return module
@@ -214,8 +214,8 @@ def _require_separate(layers: nn.ModuleList, path: str) -> None:
             owner = owners.setdefault(id(parameter), f"{path}.{index}")
             if owner != f"{path}.{index}":
                 raise ModelError(
-                    f"{owner} and {path}.{index} have the parameter {name} in common",
-                    expected="decoder layers that are pruned one at a time, each with its own parameters",
+                    f"{owner} and {path}.{index} share the parameter {name}",
+                    expected="decoder layers that can be pruned one at a time, each with its own parameters",
                     fix="this architecture cannot be streamed layer by layer",
                 )
 

@@ -1,8 +1,8 @@
-"""How two models that were built without weights differ: the one comparison of skeletons.
+"""How two models built without weights differ.
 
-Whoever compares them has changed something on purpose: sizes, places or classes. `Expected` says what should become of
-each tensor and number then, and what is reported is the rest: no shape, no buffer (rotary frequencies), no number in a
-module (a scale, an epsilon) may change by the way.
+The caller has changed something on purpose: sizes, positions or classes. `Expected` says what each tensor and number
+should then be, and everything else is reported: no other shape, buffer (rotary frequencies) or number in a module (a
+scale, an epsilon) may change as a side effect.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,15 +20,15 @@ _PLAIN = (bool, int, float, str, tuple, type(None))
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What should become of one skeleton in another; by default all of it stays.
+    """What should have changed between two skeletons; by default nothing.
 
     Attributes:
-        parameter: (name, shape before, shape after, empty where it is missing) -> the shape that it should have.
-        buffer: (name, shape before) -> the shape that it should have; where that stays, its values must stay, too.
-        value: (name of an attribute of a module, value before, value after) -> whether that is as it should be; None
-            stands for an attribute that is not there.
-        kind: what modules have in common that stand for one another.
-        inside: whether a dotted name is looked at.
+        parameter: (name, shape before, shape after or () if missing) -> the shape that it should have.
+        buffer: (name, shape before) -> the shape that it should have; if unchanged, its values must be unchanged too.
+        value: (name of a module's attribute, value before, value after) -> whether the new value is right; None means
+            that the attribute is missing.
+        kind: what must be equal for two modules to correspond.
+        inside: whether a dotted name is compared.
     """
 
     parameter: Callable[[str, Shape, Shape], Shape] = lambda name, before, after: before
@@ -39,18 +39,18 @@ class Expected:
 
 
 def differences(before: nn.Module, after: nn.Module, expected: Expected) -> Iterator[str]:
-    """What is not as expected, a phrase each: in the modules and their buffers first, then in the parameters."""
+    """Describe each difference in a phrase: modules and their buffers first, then parameters."""
     yield from module_differences(before, after, expected)
     yield from shape_differences(before, after, expected)
 
 
 def shape_differences(before: nn.Module, after: nn.Module, expected: Expected) -> Iterator[str]:
-    """Parameters that are missing, new, or of another shape than expected; no value is read.
+    """Parameters that are missing, new, or of an unexpected shape; no values are read.
 
     Args:
-        before: parameters may be on the meta device; of those that are tied, one name is compared.
-        after: the same.
-        expected: what should have become of them.
+        before: parameters may be on the meta device; tied parameters are compared under one name.
+        after: likewise.
+        expected: what should have changed.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in after.named_parameters()}
     for name, parameter in before.named_parameters():
@@ -63,12 +63,12 @@ def shape_differences(before: nn.Module, after: nn.Module, expected: Expected) -
 
 
 def module_differences(before: nn.Module, after: nn.Module, expected: Expected) -> Iterator[str]:
-    """Modules of another kind, numbers in them, and buffers that are not as expected.
+    """Modules of another kind, and numbers and buffers in them that are not as expected.
 
     Args:
         before: its buffers must be in memory.
-        after: the same.
-        expected: what should have become of them.
+        after: likewise.
+        expected: what should have changed.
     """
     others = dict(after.named_modules())
     for name, module in before.named_modules():
@@ -88,14 +88,14 @@ def module_differences(before: nn.Module, after: nn.Module, expected: Expected) 
 
 
 def _buffer_differences(name: str, before: nn.Module, after: nn.Module, expected: Expected) -> Iterator[str]:
-    """A module's own buffers, and not those of its children."""
+    """Compare a module's own buffers, not those of its children."""
     others = dict(after.named_buffers(name, recurse=False))
     for full, buffer in before.named_buffers(name, recurse=False):
         other = others.pop(full, None)
         shape = tuple(buffer.shape)
         wanted = expected.buffer(full, shape)
         fits = other is not None and tuple(other.shape) == wanted
-        # What has shrunk has other values; they come from the checkpoint.
+        # A buffer that shrank has different values, which are read from the checkpoint.
         if not fits or (other is not None and wanted == shape and not torch.equal(buffer, other)):
             yield f"the buffer {full} would change"
     yield from (f"the buffer {full} would be new" for full in others)

@@ -1,4 +1,4 @@
-"""Check a checkpoint before any of it is read: headers say what its tensors are, config.json what they must be."""
+"""Check a checkpoint before reading any weights: its headers against what config.json requires."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,16 +22,16 @@ def check_headers(
     stored: Mapping[str, Stored | PackedWeight],
     targets: Mapping[str, tuple[str, ...]],
 ) -> None:
-    """Check that a checkpoint has a tensor of the right kind for every parameter; no weight is read.
+    """Check that a checkpoint has a tensor of the right kind for every parameter; no weights are read.
 
     Args:
         folder: of the checkpoint.
-        model: as config.json describes it, its parameters on the meta device and tied where they are tied.
+        model: built from config.json, with parameters on the meta device and weights tied.
         stored: the tensors by key.
-        targets: key -> the parameters that its tensor becomes, or is a part of.
+        targets: key -> the parameters that its tensor becomes, or is part of.
 
     Raises:
-        CheckpointError: a weight is stored in integers or in 8 bits, has another shape than config.json says, or is
+        CheckpointError: a weight is stored as integers or in 8 bits, has a shape other than config.json requires, or is
             missing.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -41,7 +41,7 @@ def check_headers(
         raise CheckpointError(
             f"{folder}: {listed([repr(key) for key in coded], most=1)} {stored_as}",
             expected="weights in float32, bfloat16 or float16",
-            fix="prune the model that was not quantised, or one that was dequantised and saved again",
+            fix="prune the unquantised model, or a copy that was dequantised and saved again",
         )
     if problems := [str(part) for part in _parts(weights, targets, parameters) if not part.fits]:
         raise CheckpointError(
@@ -50,7 +50,7 @@ def check_headers(
             fix="check that config.json and the weights belong together, or download the checkpoint again",
         )
     present = {id(parameters[name]) for key in weights for name in targets[key] if name in parameters}
-    # Of parameters that are tied, one name is enough.
+    # For tied parameters, one name is enough.
     require_none(folder, [name for name, tensor in model.named_parameters() if id(tensor) not in present])
 
 
@@ -58,7 +58,7 @@ def require_none(folder: Path, missing: Sequence[str]) -> None:
     """Refuse a checkpoint that lacks these parameters.
 
     Raises:
-        CheckpointError: there are some.
+        CheckpointError: any are missing.
     """
     if missing:
         raise CheckpointError(
@@ -70,14 +70,14 @@ def require_none(folder: Path, missing: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Tensors of a checkpoint, and the parameters that transformers makes of them."""
+    """Tensors of a checkpoint, and the parameters that transformers builds from them."""
 
     tensors: Mapping[str, Stored | PackedWeight]
     parameters: Mapping[str, Tensor]
 
     @property
     def fits(self) -> bool:
-        # What is joined, cut or turned on the way keeps its number of values; reading it compares the rest.
+        # Joining, splitting and transposing keep the number of values; loading checks the rest.
         return self._elements(self.tensors) == self._elements(self.parameters)
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ class _Part:
         if len(self.tensors) > 1:
             there = f"{len(self.tensors)} tensors with {self._elements(self.tensors):,} values"
             wanted += f" ({self._elements(self.parameters):,})"
-        return f"{keys} holds {there}, and config.json wants {wanted} for {names}"
+        return f"{keys} holds {there}, and config.json requires {wanted} for {names}"
 
     @staticmethod
     def _shapes(tensors: Mapping[str, Stored | PackedWeight] | Mapping[str, Tensor]) -> list[str]:
@@ -102,7 +102,7 @@ def _parts(
     targets: Mapping[str, tuple[str, ...]],
     parameters: Mapping[str, Tensor],
 ) -> Iterator[_Part]:
-    """Group the tensors by what becomes of them."""
+    """Group the tensors by the parameters that they become."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for key in weights:
         groups.setdefault(targets[key], []).append(key)

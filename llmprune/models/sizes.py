@@ -1,10 +1,10 @@
-"""How large a model is and how much arithmetic a token takes, from shapes alone.
+"""Model size and compute per token, from shapes alone.
 
 Two units, each a function of a layer's weights:
 
 * `parameters`: elements of all parameters;
-* `flops`: of one token's products with matrices, two for each element; of routed experts only the share that a token
-  reaches. Products of activations with each other, as in attention, depend on the context and are left out.
+* `flops`: of one token's matmuls with weights, two per element; for routed experts only the share that a token
+  reaches. Products of activations with each other, as in attention, depend on the context length and are left out.
 """
 
 import math
@@ -24,12 +24,12 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One parameter of a decoder layer, as far as its cost depends on it.
+    """What the cost of one parameter of a decoder layer depends on.
 
     Attributes:
         shape: of the parameter.
-        matrices: how many matrices lie in it, one for each routed expert; 1 for ordinary ones.
-        share: the fraction of all tokens that each of them multiplies, in (0, 1].
+        matrices: number of matrices in it: one per routed expert, 1 for ordinary parameters.
+        share: the fraction of all tokens that each matrix multiplies, in (0, 1].
     """
 
     shape: tuple[int, ...]
@@ -38,12 +38,12 @@ class Weight:
 
     @property
     def elements(self) -> int:
-        """Numbers in the parameter."""
+        """Number of elements in the parameter."""
         return math.prod(self.shape)
 
     @property
     def product(self) -> tuple[int, int] | None:
-        """The sizes of one of its matrices; None for biases, gains and convolutions."""
+        """The shape of one of its matrices; None for biases, gains and convolutions."""
         if len(self.shape) == 2:
             return self.shape[0] // self.matrices, self.shape[1]
         return (self.shape[1], self.shape[2]) if len(self.shape) == 3 and self.matrices > 1 else None
@@ -53,12 +53,12 @@ Cost = Callable[[Iterable[Weight]], float]
 
 
 def parameters(weights: Iterable[Weight]) -> float:
-    """Count the elements of the parameters."""
+    """Count the elements of all parameters."""
     return float(sum(weight.elements for weight in weights))
 
 
 def flops(weights: Iterable[Weight]) -> float:
-    """Count the floating-point operations of one token's products with the matrices."""
+    """Count the floating-point operations of one token's matmuls with the matrices."""
     return sum(2.0 * weight.share * weight.elements for weight in weights if len(weight.shape) > 1)
 
 
@@ -66,7 +66,7 @@ COUNTS: dict[str, Cost] = {"parameters": parameters, "flops": flops}
 
 
 def layer_size(layer: nn.Module, cost: Cost, active: float = 1.0) -> float:
-    """What a whole decoder layer costs.
+    """The cost of a whole decoder layer.
 
     Args:
         layer: the layer; meta tensors suffice.
@@ -88,7 +88,7 @@ def layer_weights(layer: nn.Module, active: float) -> dict[str, Weight]:
 
 
 def active_experts(config: PretrainedConfig) -> float:
-    """The fraction of the routed experts that a token reaches, by the config; 1 without experts."""
+    """The fraction of the routed experts that a token reaches, according to the config; 1 without experts."""
     text = config.get_text_config(decoder=True).to_dict()
     chosen = next((text[key] for key in ("num_experts_per_tok", "moe_top_k", "top_k_experts") if text.get(key)), None)
     experts = [v for k, v in text.items() if k in _EXPERT_COUNTS and isinstance(v, int) and v]

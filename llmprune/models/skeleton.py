@@ -16,10 +16,10 @@ from llmprune.storage.packed_config import without_record
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """Read config.json and make sure that it describes a causal LM.
+    """Read config.json and check that it describes a causal LM.
 
     Raises:
-        ModelError: it is unreadable, of an unknown type, or of no causal LM.
+        ModelError: it is unreadable, of an unknown type, or not of a causal LM.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -29,7 +29,7 @@ def read_config(folder: Path) -> PretrainedConfig:
             expected="the configuration of a model that the installed transformers knows",
             fix="upgrade transformers if the model is new",
         ) from error
-    without_record(config)  # a packed checkpoint is read as the dense one that it stands for
+    without_record(config)  # a packed checkpoint is read as the equivalent dense one
     refuse_quantised(config, str(folder))
     architectures = config.architectures or []
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -39,18 +39,18 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise ModelError(
             f"{folder} holds {', '.join(architectures) or config.model_type}, which is not a causal LM",
             expected="an architecture that AutoModelForCausalLM loads",
-            fix="give a decoder-only language model; encoders, embeddings and classifiers are not pruned",
+            fix="use a decoder-only language model; encoders, embedding models and classifiers are not supported",
         )
     return config
 
 
 def refuse_quantised(config: PretrainedConfig, name: str) -> None:
-    """Raise `ModelError` for a model, here called `name`, whose weights are quantised already."""
+    """Raise `ModelError` if the model's weights are already quantised; `name` is used in the message."""
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"{name} is quantised",
             expected="weights in float32, bfloat16 or float16",
-            fix="load it with transformers' dequantisation, save it, and prune that copy",
+            fix="load it dequantised with transformers, save it, and prune that copy",
         )
 
 
@@ -59,12 +59,12 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -
 
     Args:
         config: describes a causal LM.
-        dtype: of the parameters; None: as the config says.
+        dtype: of the parameters; None: the config's own.
     """
     dtype = dtype or config.dtype or torch.float32
     with init_empty_weights(include_buffers=False), quiet_transformers():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, experts_implementation="eager")
-    model.tie_weights()  # moving to the meta device has undone it
+    model.tie_weights()  # moving to the meta device untied them
     model.eval()
     model.requires_grad_(False)
     return model
@@ -72,7 +72,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars: one a layer would drown ours."""
+    """Silence transformers' progress bars: one per layer would drown out ours."""
     was_active = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Where decoder layers come from: the protocol, and a model in memory."""
+"""Sources of decoder layers: the protocols, and an in-memory model."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,13 +17,13 @@ from llmprune.models.skeleton import refuse_quantised
 
 @runtime_checkable  # so that annotations that name it can be executed in the tests
 class Source(Protocol):
-    """Where decoder layers come from.
+    """A source of decoder layers.
 
     Attributes:
         model: the whole model; its parameters may be on the meta device.
         layers_path: dotted name of the list of decoder layers.
         layers: that list.
-        dtype: in which layers and ends are computed.
+        dtype: in which layers and ends (embeddings, final norm and LM head) are computed.
     """
 
     model: PreTrainedModel
@@ -33,32 +33,32 @@ class Source(Protocol):
 
     @property
     def folder(self) -> Path | None:
-        """The checkpoint that the layers are read from; None for a model in memory."""
+        """The checkpoint from which the layers are read; None for an in-memory model."""
 
     def load_layer(self, index: int, device: torch.device) -> None:
         """Put the parameters of one decoder layer on the device."""
 
     def free_layer(self, index: int) -> None:
-        """Let go of them."""
+        """Release the parameters of one decoder layer."""
 
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
-        """The dtype in which a layer's parameter will be stored, whatever it is computed in."""
+        """The dtype in which a layer's parameter will be stored, regardless of the compute dtype."""
 
     def load_ends(self, device: torch.device) -> None:
-        """Put everything outside the decoder layers on the device: embeddings, norms, head."""
+        """Put everything outside the decoder layers on the device: embeddings, final norm and LM head."""
 
     def free_ends(self) -> None:
-        """Let go of it."""
+        """Release everything outside the decoder layers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Smaller:
-    """A decoder layer with fewer heads, channels or experts, to be stored in the place of the one in the checkpoint.
+    """A decoder layer with fewer heads, channels or experts, to be stored instead of the one in the checkpoint.
 
     Attributes:
         model: the whole smaller model.
         layer: the layer, its parameters resident.
-        kept: (name inside the layer, dimension) -> indices, int64, that stay of the original.
+        kept: (name inside the layer, dimension) -> indices of the original that are kept, int64.
     """
 
     model: PreTrainedModel
@@ -66,7 +66,7 @@ class Smaller:
     kept: Mapping[tuple[str, int], Tensor]
 
     def part(self, name: str, original: Tensor) -> Tensor:
-        """What is left of a tensor."""
+        """The part of a tensor that is kept."""
         for (own, dim), index in self.kept.items():
             if own == name:
                 original = original.index_select(dim, index.to(original.device))
@@ -75,7 +75,7 @@ class Smaller:
 
 @runtime_checkable
 class StoredSource(Source, Protocol):
-    """A source that is read from a checkpoint folder: what it takes to write it anew, and to audit it.
+    """A source backed by a checkpoint folder, with what is needed to rewrite and to audit it.
 
     Attributes:
         decoder: the model and its layers.
@@ -87,7 +87,7 @@ class StoredSource(Source, Protocol):
 
     @property
     def folder(self) -> Path:
-        """The checkpoint; of a source that shows only a part of it, the whole one."""
+        """The checkpoint folder; for a source that exposes only a part of it, that of the whole."""
 
     def layer_name(self, index: int) -> str:
         """Dotted name of a decoder layer."""
@@ -98,28 +98,28 @@ class StoredSource(Source, Protocol):
         """The resident layer under the checkpoint's own keys and dtypes.
 
         Args:
-            index: place of the layer.
-            changed: its parameters that hold new values.
-            smaller: what is stored in its place.
+            index: number of the layer.
+            changed: its parameters with new values.
+            smaller: the layer to store instead.
 
         Raises:
-            CheckpointError: the conversion does not give the checkpoint's keys back.
+            CheckpointError: the conversion does not reproduce the checkpoint's keys.
         """
 
     def end_tensors(self) -> dict[str, Tensor]:
-        """What lies outside the decoder layers, under the checkpoint's own keys and in its dtypes."""
+        """The tensors outside the decoder layers, under the checkpoint's own keys and in its dtypes."""
 
 
 class ModelSource:
-    """A model in memory, pruned in place; layers visit the device and return to where they were.
+    """An in-memory model, pruned in place; each layer is moved to the device and back to its original place.
 
     Args:
         model: a causal LM, all of it in memory and not quantised.
-        decoder_layers: dotted name of the decoder layers, where they are not found.
-        compute_dtype: in which they visit the device, at least as wide as the model's own; None: that one.
+        decoder_layers: dotted name of the decoder layers; None: they are searched for.
+        compute_dtype: dtype on the device, at least as wide as the model's own; None: the model's own.
 
     Raises:
-        ModelError: parts of the model are elsewhere or quantised, or its decoder layers cannot be told.
+        ModelError: parts of the model are offloaded or quantised, or its decoder layers cannot be identified.
     """
 
     folder: Path | None = None
@@ -132,27 +132,27 @@ class ModelSource:
             raise ModelError(
                 f"{absent[0]} and {len(absent) - 1} other parameters are not in memory",
                 expected="a model without offloaded parameters",
-                fix="pass the checkpoint's folder instead: it is read layer by layer",
+                fix="pass the checkpoint's folder instead; it is read layer by layer",
             )
         self.model = model
         self.decoder = Decoder.find(model, decoder_layers)
         self.layers_path, self.layers = self.decoder.path, self.decoder.layers
         self.dtype: torch.dtype = compute_dtype or model.dtype
-        self._homes: dict[nn.Module, _Home] = {}
+        self._origins: dict[nn.Module, _Origin] = {}
 
     def load_layer(self, index: int, device: torch.device) -> None:
         """Move one layer to the device."""
         self._visit(self.layers[index].modules(), device)
 
     def free_layer(self, index: int) -> None:
-        """Move it back."""
+        """Move the layer back."""
         self._return(self.layers[index].modules())
 
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
-        """The dtype that the parameter has when it is at home."""
+        """The dtype of the parameter in its original place."""
         path, _, name = parameter.rpartition(".")
         owner = self.layers[index].get_submodule(path)
-        known = self._homes[owner].dtypes if owner in self._homes else {}
+        known = self._origins[owner].dtypes if owner in self._origins else {}
         return known.get(name, owner.get_parameter(name).dtype)
 
     def load_ends(self, device: torch.device) -> None:
@@ -164,15 +164,15 @@ class ModelSource:
         self._return(modules_outside(self.model, self.layers))
 
     def _visit(self, modules: Iterable[nn.Module], device: torch.device) -> None:
-        # All homes are noted before anything moves: tied weights belong to two modules.
+        # All original places are recorded before anything moves: tied weights belong to two modules.
         own = self.model.dtype
-        homes = {
-            module: _Home(device, {name: tensor.dtype for name, tensor in module.named_parameters(recurse=False)})
+        origins = {
+            module: _Origin(device, {name: tensor.dtype for name, tensor in module.named_parameters(recurse=False)})
             for module in modules
             for device in [tensor.device for tensor in _own_tensors(module)][:1]
         }
-        self._homes.update(homes)
-        for module in homes:
+        self._origins.update(origins)
+        for module in origins:
             move(module, device)
             for parameter in module.parameters(recurse=False):
                 if parameter.dtype == own:
@@ -180,16 +180,16 @@ class ModelSource:
 
     def _return(self, modules: Iterable[nn.Module]) -> None:
         for module in modules:
-            if module in self._homes:
-                home = self._homes.pop(module)
+            if module in self._origins:
+                origin = self._origins.pop(module)
                 for name, parameter in module.named_parameters(recurse=False):
-                    parameter.data = parameter.data.to(home.dtypes[name])
-                move(module, home.device)
+                    parameter.data = parameter.data.to(origin.dtypes[name])
+                move(module, origin.device)
 
 
 @dataclass(frozen=True, slots=True)
-class _Home:
-    """Where a module's own tensors are when no stream has them, and the dtypes of its parameters."""
+class _Origin:
+    """The original device of a module's own tensors, and the dtypes of its parameters."""
 
     device: torch.device
     dtypes: dict[str, torch.dtype]
@@ -197,7 +197,7 @@ class _Home:
 
 @contextmanager
 def widened(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
-    """Have a model in memory compute in a dtype at least as wide as its own."""
+    """Let an in-memory model compute in a dtype at least as wide as its own."""
     own = model.dtype
     parameters = [parameter for parameter in model.parameters() if parameter.dtype == own]
     for parameter in parameters:
@@ -211,7 +211,7 @@ def widened(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def eager_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Have the experts of a mixture computed by ordinary matrix products, which can be watched."""
+    """Compute the experts of an MoE layer by ordinary matmuls, which can be observed."""
     before = model.get_experts_implementation()
     if set(before.values()) == {"eager"}:
         yield
@@ -224,7 +224,7 @@ def eager_experts(model: PreTrainedModel) -> Iterator[None]:
 
 
 def modules_outside(model: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
-    """Every module that is neither a layer nor in one."""
+    """Every module that is neither a decoder layer nor inside one."""
     inside = set(layers.modules())
     return (module for module in model.modules() if module not in inside)
 
@@ -234,12 +234,12 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def move(module: nn.Module, device: torch.device) -> None:
-    """Move a module's own parameters and buffers, and not those of its children."""
+    """Move a module's own parameters and buffers, not those of its children."""
     module._apply(lambda tensor: tensor.to(device), recurse=False)
 
 
 def drop_parameters(modules: Iterable[nn.Module]) -> None:
-    """Drop the parameters of these modules; their buffers wait on the CPU."""
+    """Drop the parameters of these modules; their buffers move to the CPU."""
     for owner in modules:
         for name, parameter in owner.named_parameters(recurse=False):
             empty: Any = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

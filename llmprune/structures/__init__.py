@@ -1,1 +1,1 @@
-"""Remove heads, channels, experts, layers and hidden width physically: found, chosen, solved, cut and described."""
+"""Physically remove heads, channels, experts, layers and hidden width: find, choose, solve, cut and describe."""

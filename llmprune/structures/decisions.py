@@ -1,4 +1,4 @@
-"""What a run removes from each structure: how much, and once that is known, what."""
+"""What a run removes from each structure: how many groups and, once that is known, which."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -10,18 +10,18 @@ from llmprune.recipe.fields import read_method, write_method
 from llmprune.structures.find.discovery import Structure
 from llmprune.structures.remove.cuts import Cut
 
-# What may stay of a width, the best first; taken if it is this close to what was asked for, as a part of the width.
+# Preferred multiples for a width, best first; used if within this fraction of the width from what was requested.
 _MULTIPLES, _CLOSE = (128, 64, 32, 16, 8), 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixChoice:
-    """What was decided for one matrix, in place of what the recipe says.
+    """What was decided for one matrix, instead of what the recipe says.
 
     Attributes:
-        sparsity: fraction set to zero, in [0, 1], under the recipe's pattern; None leaves it.
-        pattern: another pattern; None leaves it.
-        method: another method; None leaves it.
+        sparsity: fraction set to zero, in [0, 1], in the recipe's pattern; None: as in the recipe.
+        pattern: another pattern; None: as in the recipe.
+        method: another method; None: as in the recipe.
     """
 
     sparsity: float | None = None
@@ -29,7 +29,7 @@ class MatrixChoice:
     method: Method | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, ready for JSON; what is left to the recipe is left out."""
+        """As plain data, ready for JSON; what is left to the recipe is omitted."""
         values = {
             "sparsity": self.sparsity,
             "pattern": self.pattern and str(self.pattern),
@@ -39,24 +39,24 @@ class MatrixChoice:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "MatrixChoice":
-        """Read it back from JSON."""
+        """Read one back from JSON."""
         pattern, method = data.get("pattern"), data.get("method")
         return cls(data.get("sparsity"), pattern and parse(pattern), method and read_method(method))
 
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """What is decided before the first layer is pruned: what is removed, and how single matrices are pruned.
+    """What is decided before the first layer is pruned: what is removed, and how individual matrices are pruned.
 
     Attributes:
-        layers: decoder layers that stay, ascending.
-        groups: decoder layer -> structure, as `label` names it -> groups that go there.
-        removed: the same, but which groups (one list, or one an expert), where gradients have decided it.
-        blocks: decoder layer -> the modules that go although the layer stays, and how many values each returns.
-        channels: hidden channels that stay, ascending; None: all of them.
-        factors: norm -> what its gain is multiplied by, where channels go.
-        evidence: what the decisions rest on: scores, curves, divergences; for the report.
-        matrices: full name of a matrix, in the model that is left -> what was decided for it.
+        layers: decoder layers that are kept, ascending.
+        groups: decoder layer -> structure, named by `label` -> number of groups removed there.
+        removed: likewise, but which groups (one list, or one per expert), if gradients have already decided.
+        blocks: decoder layer -> the modules removed from a layer that is kept, and how many values each returns.
+        channels: hidden channels that are kept, ascending; None: all of them.
+        factors: norm -> the factor applied to its gain when hidden channels are removed.
+        evidence: the basis of the decisions (scores, curves, KL divergences), for the report.
+        matrices: full name of a matrix in the smaller model -> what was decided for it.
     """
 
     layers: tuple[int, ...]
@@ -69,7 +69,7 @@ class Decisions:
     matrices: Mapping[str, MatrixChoice] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, ready for JSON; without `matrices` where the recipe decides for all of them."""
+        """As plain data, ready for JSON; without `matrices` if the recipe decides for all of them."""
         plain = asdict(replace(self, matrices={}))
         del plain["matrices"]
         chosen = {name: choice.to_dict() for name, choice in self.matrices.items()}
@@ -77,7 +77,7 @@ class Decisions:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Decisions":
-        """Read them back from JSON, which knows neither tuples nor whole numbers as keys."""
+        """Read them back from JSON, which has neither tuples nor integer keys."""
         removed = {
             int(layer): {name: tuple(map(tuple, lists)) for name, lists in own.items()}
             for layer, own in data["removed"].items()
@@ -90,12 +90,12 @@ class Decisions:
 
 
 def aligned(among: int, kept: int, multiple: int | str) -> int:
-    """How many channels stay: a multiple that hardware likes, near what was asked for.
+    """Number of channels to keep: a hardware-friendly multiple close to what was requested.
 
     Args:
-        among: channels that there are.
-        kept: how many would stay without alignment.
-        multiple: of what; "auto": the largest of 128, 64, 32, 16, 8 with a multiple within 5 % of `among`.
+        among: channels in total.
+        kept: how many would be kept without alignment.
+        multiple: the multiple; "auto": the largest of 128, 64, 32, 16, 8 with a multiple within 5 % of `among`.
 
     Example:
         >>> aligned(14336, 10752, "auto"), aligned(704, 528, "auto"), aligned(48, 36, "auto"), aligned(704, 528, 1)
@@ -109,7 +109,7 @@ def aligned(among: int, kept: int, multiple: int | str) -> int:
 
 
 def best_multiple(groups: int, multiple: int | str) -> int:
-    """The alignment of widths that a budget chooses: for "auto" the largest of 128, ..., 8 with 32 steps in the width.
+    """The multiple for widths chosen by a budget; "auto": the largest of 128, ..., 8 that leaves 32 steps in the width.
 
     Example:
         >>> best_multiple(14336, "auto"), best_multiple(704, "auto"), best_multiple(48, "auto"), best_multiple(704, 64)
@@ -121,12 +121,12 @@ def best_multiple(groups: int, multiple: int | str) -> int:
 
 
 def label(structure: Structure) -> str:
-    """Name a structure inside its layer: an expert's channels and the experts themselves have one consumer."""
+    """Name a structure inside its layer; the kind is needed because experts and their channels share a consumer."""
     return f"{structure.kind} of {structure.consumer}"
 
 
 def some_cut(structure: Structure, remove: int) -> Cut:
-    """Any cut of so many groups: for what depends on their number alone."""
+    """A cut of some `remove` groups, for whatever depends on their number alone."""
     length = structure.groups // structure.partitions
     each = remove // structure.partitions
     return Cut(structure, tuple(start + place for start in range(0, structure.groups, length) for place in range(each)))

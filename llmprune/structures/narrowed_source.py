@@ -1,4 +1,4 @@
-"""A checkpoint seen through fewer hidden channels: a source of layers that are cut as they are read."""
+"""A checkpoint with fewer hidden channels: a source whose layers are narrowed as they are read."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,13 +15,13 @@ from llmprune.structures.remove.width import Width, shrink_width
 
 
 class WidthSource:
-    """A `StoredSource` of the model with fewer hidden channels; beside its layer, at most the full one is in memory.
+    """A `StoredSource` of the model with fewer hidden channels; holds a layer and at most its full-size original.
 
     Args:
         inner: the full checkpoint.
-        width: what is hidden width in it.
-        channels: hidden channels that stay, ascending.
-        factors: norm -> what its gain is multiplied by.
+        width: which of its dimensions are hidden width.
+        channels: hidden channels that are kept, ascending.
+        factors: norm -> the factor applied to its gain.
 
     Attributes:
         model: the smaller model, its parameters on the meta device until they are loaded.
@@ -39,7 +39,7 @@ class WidthSource:
         self, inner: CheckpointSource, width: Width, channels: Sequence[int], factors: Mapping[str, float]
     ) -> None:
         self._inner, self._width, self._channels, self._factors = inner, width, list(channels), dict(factors)
-        self._shrink({})  # refuses what does not fit before anything is read
+        self._shrink({})  # rejects arguments that do not fit before anything is read
         self.config: PretrainedConfig = width.config
         self.folder: Path = inner.folder
         self.dtype = inner.dtype
@@ -47,7 +47,7 @@ class WidthSource:
         self.model, self.layers_path, self.layers = self.decoder.model, self.decoder.path, self.decoder.layers
 
     def load_layer(self, index: int, device: torch.device) -> None:
-        """Read a full layer onto the device, take what stays of it, and drop the rest."""
+        """Read a full layer onto the device, keep its part of the smaller model, and drop the rest."""
         try:
             self._inner.load_layer(index, device)
             layer, prefix = self._inner.layers[index], self.layer_name(index)
@@ -64,7 +64,7 @@ class WidthSource:
         return self._inner.stored_dtype(index, parameter)
 
     def load_ends(self, device: torch.device) -> None:
-        """Read everything outside the decoder layers onto the device, and take what stays; tied weights stay tied."""
+        """Read everything outside the decoder layers onto the device and narrow it; tied weights remain tied."""
         try:
             self._inner.load_ends(device)
             outside = set(modules_outside(self._inner.model, self._inner.layers))
@@ -74,7 +74,7 @@ class WidthSource:
             self._inner.free_ends()
 
     def free_ends(self) -> None:
-        """Drop them."""
+        """Drop the parameters outside the decoder layers."""
         drop_parameters(modules_outside(self.model, self.layers))
         self.model.tie_weights()
 
@@ -88,12 +88,12 @@ class WidthSource:
         """The resident smaller layer under the checkpoint's own keys and dtypes.
 
         Args:
-            index: place of the layer.
-            changed: its parameters that hold new values beside the gains of norms.
-            smaller: what is stored in its place, as narrow as this one.
+            index: number of the layer.
+            changed: its parameters with new values, in addition to the gains of norms.
+            smaller: the layer to store instead, with the same hidden width.
 
         Raises:
-            CheckpointError: the conversion does not give the checkpoint's keys back.
+            CheckpointError: the conversion does not reproduce the checkpoint's keys.
         """
         prefix = f"{self.layer_name(index)}."
         channels = torch.tensor(self._channels)
@@ -107,12 +107,12 @@ class WidthSource:
         return self._inner.checkpoint_tensors(index, {*changed, *gains}, narrower)
 
     def end_tensors(self) -> dict[str, Tensor]:
-        """What lies outside the decoder layers, under the checkpoint's own keys and in its dtypes.
+        """The tensors outside the decoder layers, under the checkpoint's own keys and in its dtypes.
 
-        Tensors that the model does not know are handed on as they are, at full width.
+        Tensors unknown to the model are passed through unchanged, at full width.
 
         Raises:
-            CheckpointError: a tensor with hidden channels is not stored as the model has it.
+            CheckpointError: a tensor with hidden channels is not stored in the model's layout.
         """
         return {key: self._end_tensor(key) for key in self._inner.end_keys()}
 
@@ -122,15 +122,15 @@ class WidthSource:
             return tensor
         if others or tensor.shape != self._inner.model.get_parameter(target).shape:
             raise CheckpointError(
-                f"{self.folder}: {key!r} {list(tensor.shape)} is stored in another form than {target}",
-                expected="embeddings, norms and head as the model has them",
+                f"{self.folder}: {key!r} {list(tensor.shape)} is stored in a different layout from {target}",
+                expected="embeddings, norms and LM head in the model's own layout",
                 fix="load the model with transformers, save it with save_pretrained, and prune that copy",
             )
         return self._shrink({target: tensor})[target]
 
     def _take(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
-        """Give the smaller model what stays of the full modules' parameters, and their buffers."""
-        taken: dict[int, nn.Parameter] = {}  # a tied parameter has several modules
+        """Give the smaller model the kept part of the full modules' parameters, and their buffers."""
+        taken: dict[int, nn.Parameter] = {}  # a tied parameter belongs to several modules
         for name, full in modules:
             small = self.model.get_submodule(name)
             for key, parameter in full.named_parameters(recurse=False):
@@ -142,7 +142,7 @@ class WidthSource:
                 setattr(small, key, buffer.clone())
 
     def _rounded(self, name: str, parameter: Tensor) -> Tensor:
-        """What stays of a parameter; a gain, which gets new values, as it will be stored."""
+        """The kept part of a parameter; a gain, whose values change, is rounded as it will be stored."""
         values = self._shrink({name: parameter})[name]
         if not any(name == norm.gain for norm in self._width.norms.values()):
             return values.clone() if values is parameter else values

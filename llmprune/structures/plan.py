@@ -1,4 +1,4 @@
-"""What a recipe will remove physically, and what that costs, before it does anything."""
+"""What a recipe will physically remove, and what that costs, before anything runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from llmprune.structures.removable import Removable
 
 @dataclass(frozen=True, slots=True)
 class StructurePlan:
-    """Structures of one kind and size.
+    """Structures of the same kind and size.
 
     Attributes:
         kind: layers, attention, mlp, width, heads, ffn or experts.
-        where: how many layers have such a structure; 1 for what belongs to the whole model.
-        groups: groups of each.
-        kept: groups that stay of each; None where the budget decides.
-        method: how they are chosen.
+        where: how many layers have such a structure; 1 for those of the whole model.
+        groups: groups in each.
+        kept: groups kept in each; None if the budget decides.
+        method: how the groups are chosen.
     """
 
     kind: str
@@ -30,7 +30,7 @@ class StructurePlan:
 
 
 def plan_structures(removable: Removable | None) -> tuple[StructurePlan, ...]:
-    """List what goes, alike structures together."""
+    """List what is removed, with identical structures merged."""
     if removable is None:
         return ()
     spec, layers = removable.spec, len(removable.dense.layers)
@@ -52,21 +52,21 @@ def plan_structures(removable: Removable | None) -> tuple[StructurePlan, ...]:
 
 
 def consumer_shapes(removable: Removable, layer: int) -> list[tuple[int, int]]:
-    """(out, in) of the matrices of a layer whose inputs are observed to remove heads or channels from it."""
+    """(out, in) of a layer's matrices whose inputs are observed in order to remove heads or channels."""
     wanted = {structure.consumer for structure, _ in removable.structures[layer] if structure.kind != "experts"}
     return [m.shape for m in prunable_matrices(removable.dense.layers[layer], "") if m.parameter in wanted]
 
 
 def observations(removable: Removable, layer: int) -> int:
-    """How often a layer runs at full size so that its structures can be chosen."""
+    """How many times a layer runs at full size in order to choose what is removed from it."""
     return len({structure.kind for structure, _ in removable.structures[layer]})
 
 
 def removal_work(removable: Removable, layer: int, tokens: int) -> tuple[float, float]:
-    """Operations of the Gram matrices of a layer's consumers, and of removing groups from them.
+    """FLOPs of the Hessians (Gram matrices) of a layer's consumers, and of removing groups from them.
 
-    The solver's cost is that of `structures.solver`: in^3 for the inverse, 2 in^2 out for the energies, and 6 in^2 for
-    each column that goes.
+    The solver's cost is that of `structures.remove.solver`: in^3 for the inverse, 2 in^2 out for the energies, and
+    6 in^2 for each removed column.
     """
     by_name = {m.parameter: m for m in prunable_matrices(removable.dense.layers[layer], "")}
     gram = solve = 0.0
@@ -82,18 +82,18 @@ def removal_work(removable: Removable, layer: int, tokens: int) -> tuple[float, 
 
 
 def _columns(structure: Structure, counts: Mapping[str, int]) -> int:
-    """Columns of the consumer that go; half of them where a budget decides."""
+    """Number of the consumer's columns that are removed; half of them if a budget decides."""
     gone = counts.get(label(structure), structure.groups // 2)
     return gone * structure.columns
 
 
 def structure_notes(plans: Sequence[StructurePlan], spec: Structures) -> Iterator[str]:
-    """What a dry run cannot know about structures."""
+    """What a dry run cannot predict about structures."""
     if any(plan.kind in ("layers", "attention", "mlp") for plan in plans):
-        yield "Which layers or blocks go is decided on the text; the table shows all of them."
+        yield "Which layers or blocks are removed depends on the calibration text; the table shows all of them."
     if spec.budget is not None:
-        yield "The budget decides the widths on the text; sizes and seconds are those of the layers before that."
+        yield "The budget sets the widths from the calibration text; sizes and seconds are those of the full layers."
     if any(plan.method == "kl" for plan in plans):
-        yield "Removal by measured divergence takes one more pass over the layers for each thing that goes."
+        yield "Removal by measured KL divergence takes an extra pass over the layers for each layer or block removed."
     if any(plan.method in ("taylor", "fisher") for plan in plans):
-        yield "Gradients take one more pass forwards and one backwards, sample by sample."
+        yield "Gradients take an extra forward and backward pass, sample by sample."

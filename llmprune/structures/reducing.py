@@ -1,7 +1,7 @@
-"""Take groups out of a resident decoder layer: choose, refit, and leave zeros in the place of what has gone.
+"""Remove groups from a resident decoder layer: choose, refit what is kept, and set what is removed to zero.
 
-Attention comes before the MLP and experts before their channels: each choice sees what the ones before have left. The
-layer keeps its full size here; `llmprune.structures.reduction` then swaps it for a physically smaller one.
+Attention is pruned before the MLP, and experts before their channels: each choice takes the earlier ones into account.
+The layer keeps its full size here; `llmprune.structures.reduction` then swaps it for a physically smaller one.
 """
 
 import math
@@ -39,12 +39,12 @@ class Target:
 
     Attributes:
         structure: one that is not refused.
-        remove: groups, in [0, structure.groups).
-        method: obs, a name of `SCORES`, or reap or frequency for experts.
-        refit: give what stays its least-squares values.
-        settings: damping, exchanges and partitions.
-        compensate: put the mean of what goes into the consumer's bias; None: where it has one.
-        removed: the groups that go, where that is known already (from gradients): one list, or one an expert.
+        remove: number of groups, in [0, structure.groups).
+        method: obs, a name in `SCORES`, or reap or frequency for experts.
+        refit: set the kept weights to their least-squares values.
+        settings: damping, swaps and partitions.
+        compensate: add the mean output of what is removed to the consumer's bias; None: if it has one.
+        removed: the groups to remove, if already known (from gradients): one list, or one per expert.
     """
 
     structure: Structure
@@ -62,20 +62,20 @@ def reduce_layer(
     min_tokens: int,
     step: Callable[[str], None] = lambda step: None,
 ) -> tuple[list[Cut], list[StructureRow]]:
-    """Choose what goes of each structure of a resident layer, refit what stays, and set what goes to zero.
+    """Choose what to remove from each structure of a resident layer, refit what is kept, and zero the rest.
 
     Args:
         layer: the layer at full size.
         targets: what is to be removed.
         min_tokens: as for `solving.solve_layer`.
-        step: told what happens.
+        step: called with a description of each step.
 
     Returns:
-        The cuts, for `removal.shrink`, and a row for each target, both in the order of the work.
+        The cuts, for `cuts.shrink`, and a row for each target, both in processing order.
 
     Raises:
         NumericsError: a value is not finite or a factorisation fails at every damping; names the matrix.
-        ModelError: the experts' gates cannot be observed, or a bias that is asked for is not there.
+        ModelError: the experts' routing cannot be observed, or the bias needed for compensation is missing.
     """
     cuts: list[Cut] = []
     rows: list[StructureRow] = []
@@ -122,7 +122,7 @@ def _channels(
     add_priors(layer, groups, min_tokens)
     by_name = {name: group for group in groups for name in group.names}
     with torch.no_grad(), layer.stream.stages("solve"):
-        # All of a kind are solved on what they saw before any of them is cut.
+        # All structures of a kind are solved on inputs observed before any of them is cut.
         found = []
         for target in targets:
             step(f"removing from {target.structure.consumer.removesuffix('.weight')}")
@@ -131,7 +131,7 @@ def _channels(
 
 
 def _consumers(layer: ResidentLayer, target: Target) -> list[Matrix]:
-    """The matrices that read a structure: one, or one an expert."""
+    """The matrices that read a structure: one, or one per expert."""
     return [matrix for matrix in layer.matrices.values() if matrix.parameter == target.structure.consumer]
 
 
@@ -164,7 +164,7 @@ def _remove(
 
 
 def _solve(layer: ResidentLayer, target: Target, matrix: Matrix, group: Group) -> tuple[GroupRemoval, float | None]:
-    """Remove the groups from one matrix; returns the result, which is in place, and its relative output error."""
+    """Remove the groups from one matrix, in place; returns the result and its relative output error."""
     original = layer.weight(matrix.name)
     try:
         removal = _removal(layer, target, matrix, group, original)
@@ -177,7 +177,7 @@ def _solve(layer: ResidentLayer, target: Target, matrix: Matrix, group: Group) -
         raise NumericsError(
             f"{matrix.name}: the relative output error is {lost}",
             expected="inputs and outputs whose squares add up to a finite float32",
-            fix="check the source checkpoint; for overflowing activations set compute_dtype: float32",
+            fix="check the source checkpoint; if activations overflow, set compute_dtype: float32",
         )
     return removal, lost
 
@@ -198,9 +198,9 @@ def _removal(layer: ResidentLayer, target: Target, matrix: Matrix, group: Group,
 def _common_choice(
     layer: ResidentLayer, target: Target, matrices: Sequence[Matrix], groups: Mapping[str, Group]
 ) -> tuple[int, ...]:
-    """Groups that several matrices lose together: by the sum of their scores, each relative to its mean.
+    """Groups to remove from several matrices together: by the sum of their scores, each relative to its mean.
 
-    Exact group removal knows one matrix; its choice is then made by the weights times the activations (Wanda).
+    Exact group removal (obs) handles a single matrix; Wanda scores are used in its place here.
     """
     method = "wanda" if target.method == "obs" else target.method
     total = torch.zeros(target.structure.groups, dtype=torch.float64)
@@ -211,7 +211,7 @@ def _common_choice(
 
 
 def _choose(layer: ResidentLayer, target: Target, matrix: Matrix, group: Group) -> Tensor:
-    """The groups that go by a score."""
+    """The groups to remove according to a score."""
     if target.removed is not None:
         return torch.tensor(target.removed[matrix.expert or 0 if len(target.removed) > 1 else 0])
     scores = _scores(layer, target.structure, target.method, group, matrix.expert)
@@ -224,7 +224,7 @@ def _scores(layer: ResidentLayer, structure: Structure, method: str, group: Grou
 
 
 def _compensate(layer: ResidentLayer, target: Target, group: Group, weight: Tensor, removed: Tensor) -> None:
-    """Add to the consumer's bias what the removed columns gave on average (FLAP, arXiv 2312.11983, section 3.4)."""
+    """Add the mean output of the removed columns to the consumer's bias (FLAP, arXiv 2312.11983, section 3.4)."""
     if target.compensate is False:
         return
     bias = _bias(layer, target)
@@ -232,9 +232,9 @@ def _compensate(layer: ResidentLayer, target: Target, group: Group, weight: Tens
     if bias is None or not isinstance(moments, Moments) or not moments.tokens:
         if target.compensate:
             raise ModelError(
-                f"{layer.name}.{target.structure.consumer} has no bias that could make up for the removed channels",
+                f"{layer.name}.{target.structure.consumer} has no bias to compensate for the removed channels",
                 expected="an architecture with a bias there, for flap with compensate: true",
-                fix="set compensate to null, or refit: true, which makes up for them without a bias",
+                fix="set compensate: null, or refit: true, which compensates without a bias",
             )
         return
     size = target.structure.columns
@@ -245,7 +245,7 @@ def _compensate(layer: ResidentLayer, target: Target, group: Group, weight: Tens
 
 
 def _bias(layer: ResidentLayer, target: Target) -> Tensor | None:
-    """The bias that is added to what the consumer gives."""
+    """The bias that is added to the consumer's output."""
     return dict(layer.module.named_parameters()).get(f"{target.structure.consumer.removesuffix('.weight')}.bias")
 
 

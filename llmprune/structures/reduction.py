@@ -1,8 +1,8 @@
 """Make a model physically smaller while it streams.
 
-Two models take part: the dense one, whose layers stream at full size, and the result, which is known by its config
-alone until its layers are written. A layer arrives at full size, loses its groups (`structures.reducing`), and hands
-what is left to the result's layer, which stands for it from then on: it is pruned further, run, and stored.
+Two models are involved: the dense one, whose layers stream at full size, and the result, which only has a config until
+its layers are written. A layer arrives at full size, its groups are removed (`structures.reducing`), and what is left
+is moved into the result's layer, which replaces it from then on: it is pruned further, run, and stored.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,19 +26,19 @@ from llmprune.structures.remove.problem import RemovalSettings
 
 
 class Reduction:
-    """The way of one checkpoint to a smaller one, once it is settled what goes.
+    """The reduction of one checkpoint to a smaller one, once it is decided what is removed.
 
-    Nothing of that changes any more; only which of the result's layers is resident does.
+    Apart from which of the result's layers is resident, it does not change.
 
     Args:
         found: what can be removed.
-        decisions: what is; before any text is read, those of `found.preview()`, which say how much and not which.
+        decisions: what is removed; before any text is read, `found.preview()`, which says how much but not which.
 
     Attributes:
-        dense: what is pruned.
-        source: what streams: the dense checkpoint, or what stays of its hidden channels.
-        numbers: old number of each layer that stays -> new number.
-        result: the smaller checkpoint. Layers that are committed can be loaded from it.
+        dense: the checkpoint being pruned.
+        source: what streams: the dense checkpoint, or its narrowed version if hidden channels are removed.
+        numbers: old number of each kept layer -> new number.
+        result: the smaller checkpoint. Layers already committed can be loaded from it.
 
     Raises:
         ModelError: no config describes the result.
@@ -57,12 +57,12 @@ class Reduction:
     def reduce(
         self, layer: ResidentLayer, min_tokens: int, step: Callable[[str], None]
     ) -> tuple[list[Cut], list[StructureRow]]:
-        """Take out of a resident layer what goes, and let the result's layer stand for it.
+        """Remove groups from a resident layer, and replace it by the result's layer.
 
         Args:
-            layer: at full size, one that stays.
+            layer: at full size, one that is kept.
             min_tokens: as for `solving.solve_layer`.
-            step: told what happens.
+            step: called with a description of each step.
         """
         self.free()
         number = self._resident = self.numbers[layer.index]
@@ -75,24 +75,24 @@ class Reduction:
             state = {**dict(layer.module.named_parameters()), **dict(layer.module.named_buffers())}
         _adopt(small, shrink({key: tensor.detach() for key, tensor in state.items()}, cuts), name)
         layer.become(small, name)
-        self.source.free_layer(layer.index)  # what stays is shared
+        self.source.free_layer(layer.index)  # the kept tensors are shared
         return cuts, rows
 
     def replay(self, layer: ResidentLayer) -> None:
-        """Let a layer that is committed stand for a resident one."""
+        """Replace a resident layer by its committed result."""
         self.free()
         number = self._resident = self.numbers[layer.index]
         self.result.load_layer(number, layer.stream.settings.device)
         layer.become(self.result.layers[number], self.result.layer_name(number))
 
     def free(self) -> None:
-        """Let go of the result's layer that stood for the last one."""
+        """Release the result's layer that replaced the previous one."""
         if self._resident is not None:
             self.result.free_layer(self._resident)
         self._resident = None
 
     def tensors(self, layer: ResidentLayer, cuts: Sequence[Cut]) -> dict[str, Tensor]:
-        """What the checkpoint stores of a reduced layer, under the keys that it has there."""
+        """The tensors that the checkpoint stores for a reduced layer, under the checkpoint's own keys."""
         old, new = layer.index, self.numbers[layer.index]
         kept = {place: _kept(self._size(old, place), gone) for place, gone in removed_indices(cuts).items()}
         tensors = self.source.checkpoint_tensors(old, layer.replaced, Smaller(self.result.model, layer.module, kept))
@@ -110,7 +110,7 @@ class Reduction:
         return [
             _target(s, section, counts[label(s)], removed.get(label(s)))
             for s, section in self.found.structures[layer.index]
-            if counts.get(label(s)) and s.consumer in there  # not in a block that goes
+            if counts.get(label(s)) and s.consumer in there  # not in a removed block
         ]
 
 
@@ -125,10 +125,10 @@ def _target(
 
 
 def _adopt(layer: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
-    """Put tensors into a layer without weights, each under its name.
+    """Assign tensors to a layer without weights by name.
 
     Raises:
-        ModelError: one has another shape than the config says, or is missing.
+        ModelError: a tensor is missing, or its shape is not the one in the config.
     """
     device = next(iter(tensors.values())).device
     for module_name, module in layer.named_modules():
@@ -136,7 +136,7 @@ def _adopt(layer: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
             full = f"{module_name}.{own}" if module_name else own
             if full not in tensors or tensors[full].shape != parameter.shape:
                 shape = list(tensors[full].shape) if full in tensors else "missing"
-                raise ModelError(f"{name}.{full} is {shape}, the smaller model wants {list(parameter.shape)}")
+                raise ModelError(f"{name}.{full} is {shape}, but the smaller model needs {list(parameter.shape)}")
             setattr(module, own, nn.Parameter(tensors[full], requires_grad=False))
         for own, buffer in list(module.named_buffers(recurse=False)):
             full = f"{module_name}.{own}" if module_name else own
@@ -152,10 +152,10 @@ def _kept(size: int, gone: Iterable[int]) -> Tensor:
 
 
 def _renumbered(tensors: Mapping[str, Tensor], old: int, new: int) -> dict[str, Tensor]:
-    """Tensors of a decoder layer under another number.
+    """The tensors of a decoder layer under a new layer number.
 
     Raises:
-        CheckpointError: the keys do not show where the number stands.
+        CheckpointError: the layer number is not found in the keys.
     """
     if old == new:
         return dict(tensors)
@@ -166,7 +166,7 @@ def _renumbered(tensors: Mapping[str, Tensor], old: int, new: int) -> dict[str, 
     places = [place for place in range(shared) if split[0][place] == str(old)]
     if not places:
         raise CheckpointError(
-            f"the keys of decoder layer {old} do not show its number: {next(iter(tensors))}",
+            f"the keys of decoder layer {old} do not contain its number: {next(iter(tensors))}",
             fix="leave depth out of the recipe's structures",
         )
     return {

@@ -1,7 +1,7 @@
-"""What can be removed from a model by a recipe: found once, before any text is read, and checked.
+"""What a recipe can remove from a model: found once and checked, before any text is read.
 
-Nothing is decided here. Whatever will be, there must be as many structures, layers and blocks as the recipe wants to
-remove, and a config that says what is left; what cannot be met is refused now, in a dry run as in a run.
+Nothing is decided here. Whatever the decisions will be, there must be as many structures, layers and blocks as the
+recipe removes, and a config that describes what is left; anything else is refused now, in a dry run as in a real run.
 """
 
 from collections.abc import Sequence
@@ -23,20 +23,20 @@ from llmprune.structures.find.subblocks import Part, SubBlock, SubBlocks, find_s
 from llmprune.structures.remove.cuts import Cut
 from llmprune.structures.remove.width import Width, plan_width
 
-# A layer's structures that lose groups, each with the section of the recipe that says so, as it holds for its consumer.
+# A layer's structures that lose groups, each with its section of the recipe, as it applies to its consumer.
 Asked = tuple[tuple[Structure, GroupSection], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Removable:
-    """What a recipe's `structures` speak of in one checkpoint.
+    """What a recipe's `structures` refer to in one checkpoint.
 
     Attributes:
-        dense: what is pruned.
+        dense: the checkpoint being pruned.
         spec: what is to be removed.
-        structures: of each layer those that lose groups; none of them is refused.
-        blocks: of each layer its attention and MLP; empty where no block is to go.
-        width: how the hidden width is narrowed; None where it stays.
+        structures: for each layer, the structures that lose groups; none of them is refused.
+        blocks: for each layer, its attention and MLP; empty if no blocks are to be removed.
+        width: how the hidden width is narrowed; None if it is not.
     """
 
     dense: CheckpointSource
@@ -47,11 +47,11 @@ class Removable:
 
     @classmethod
     def find(cls, dense: CheckpointSource, spec: Structures) -> "Removable":
-        """Look for all that the recipe speaks of; no weight is read.
+        """Find everything that the recipe refers to; no weights are read.
 
         Raises:
-            RecipeError: there is nothing of the kind to remove, or not as many.
-            ModelError: a structure or a block cannot be removed exactly, or no config has the hidden width.
+            RecipeError: there is nothing of the kind to remove, or not enough of it.
+            ModelError: a structure or a block cannot be removed exactly, or no config allows the hidden width.
         """
         found = find_structures(dense.decoder)
         blocks = find_subblocks(dense.decoder, found) if spec.blocks else []
@@ -64,10 +64,10 @@ class Removable:
         return cls(dense, spec, structures, blocks, _plan_width(dense, spec.width))
 
     def preview(self) -> Decisions:
-        """What is known before any text was read: how much goes, and not which.
+        """What is known before any text is read: how much is removed, but not which.
 
         Raises:
-            RecipeError: a structure has not as many groups as are to go.
+            RecipeError: a structure has too few groups.
         """
         width = self.width
         return Decisions(
@@ -83,17 +83,17 @@ class Removable:
         return active_experts(self.dense.config)
 
     def uniform_groups(self) -> dict[int, dict[str, int]]:
-        """What goes if every layer loses as much."""
+        """The number of groups to remove from each structure if all layers lose the same fraction."""
         return {
             layer: {label(s): _count(s, section) for s, section in own if section.remove is not None}
             for layer, own in enumerate(self.structures)
         }
 
     def described(self, decisions: Decisions) -> tuple[PretrainedConfig, dict[int, int]]:
-        """The config of what is left, and for each layer that stays its new number.
+        """The config of the smaller model, and the new number of each kept layer.
 
         Args:
-            decisions: how much goes of what; which groups and channels it is does not matter here.
+            decisions: how much of what is removed; which groups and channels does not matter here.
 
         Raises:
             ModelError: no config describes it.
@@ -113,11 +113,11 @@ class Removable:
 
 
 def _query_heads(dense: CheckpointSource, found: Sequence[Sequence[Structure]]) -> list[list[Structure]]:
-    """The structures, with single query heads in the place of whole KV groups."""
+    """The structures, with individual query heads instead of whole KV groups."""
     heads = find_query_heads(dense.decoder)
     result = []
     for own, single in zip(found, heads, strict=True):
-        # Where each query head has its key and value to itself, they are the groups already.
+        # If each query head has its own KV head, the KV groups are already single query heads.
         exact = [structure for structure in single if structure.refusal is None]
         replaced = {structure.consumer for structure in exact}
         result.append([*exact, *(s for s in own if s.kind != "heads" or s.consumer not in replaced)])
@@ -131,7 +131,7 @@ def _plan_width(dense: CheckpointSource, section: WidthSection | None) -> Width 
     remove = section.count(size)
     if not 0 < remove < size:
         raise RecipeError(
-            f"width.remove: {section.remove} takes {remove} of {size} hidden channels",
+            f"width.remove: {section.remove} removes {remove} of {size} hidden channels",
             expected=f"between 1 and {size - 1} of them",
             fix=f"set structures.width.remove to a fraction such as 0.25, or to {size // 4}",
         )
@@ -140,7 +140,7 @@ def _plan_width(dense: CheckpointSource, section: WidthSection | None) -> Width 
 
 
 def _count(structure: Structure, section: GroupSection) -> int:
-    """How many groups of a structure go."""
+    """How many groups of a structure are removed."""
     among, partitions = structure.groups, structure.partitions
     remove = section.count(among // partitions) * partitions
     if isinstance(section, Channels) and 0 < remove < among:
@@ -149,7 +149,7 @@ def _count(structure: Structure, section: GroupSection) -> int:
         each = among // partitions
         where = f" of each of {partitions} partitions" if partitions > 1 else ""
         raise RecipeError(
-            f"{structure.kind}.remove: {section.remove} takes {remove} of {among} groups of {structure.consumer}",
+            f"{structure.kind}.remove: {section.remove} removes {remove} of {among} groups of {structure.consumer}",
             expected=f"between 1 and {each - 1}{where}",
             fix=f"set structures.{structure.kind}.remove to a number such as {max(each // 4, 1)}",
         )
@@ -157,7 +157,7 @@ def _count(structure: Structure, section: GroupSection) -> int:
 
 
 def _section(dense: CheckpointSource, spec: Structures, structure: Structure) -> GroupSection | None:
-    """The section of the recipe that speaks of a structure, as it holds for its consumer."""
+    """The section of the recipe for a structure, as it applies to its consumer."""
     section = spec.groups.get(structure.kind)
     if not isinstance(section, Groups):
         return section
@@ -166,7 +166,7 @@ def _section(dense: CheckpointSource, spec: Structures, structure: Structure) ->
 
 
 def _require_structures(dense: CheckpointSource, spec: Structures, structures: Sequence[Asked]) -> None:
-    """Every section finds something that can be removed."""
+    """Check that every section finds something that can be removed."""
     for kind in spec.groups:
         own = [structure for layer in structures for structure, _ in layer if structure.kind == kind]
         refused = [structure for structure in own if structure.refusal]
@@ -184,7 +184,7 @@ def _require_structures(dense: CheckpointSource, spec: Structures, structures: S
 
 
 def _require_layers_and_blocks(dense: CheckpointSource, spec: Structures, found: Sequence[SubBlocks]) -> None:
-    """As many layers and blocks can go as the recipe wants, whichever they are."""
+    """Check that as many layers and blocks can be removed as the recipe asks for, whichever they are."""
     layers, gone = len(dense.layers), 0
     if spec.depth is not None:
         gone = spec.depth.count(layers)
@@ -199,22 +199,22 @@ def _require_blocks(dense: CheckpointSource, part: Part, found: Sequence[SubBloc
     if not removable:
         raise ModelError(
             f"no {name} block of {type(dense.model).__name__} can be removed: {found[0].refusal}",
-            expected="blocks that are added to the hidden states, and that nothing else reads",
-            fix=f"leave {part} out of the recipe's structures, or remove whole layers by depth",
+            expected="blocks whose output is added to the residual stream and read by nothing else",
+            fix=f"leave {part} out of the recipe's structures, or use depth to remove whole layers",
         )
-    kept = [f" (layer {i} keeps its own: {block.refusal})" for i, block in enumerate(found) if block.refusal]
+    kept = [f" (not that of layer {i}: {block.refusal})" for i, block in enumerate(found) if block.refusal]
     check_count(count, len(removable), len(dense.layers), f"{name} blocks{kept[0] if kept else ''}")
-    # Some architectures have no config that could say it.
+    # Some architectures have no config that could describe the result.
     index, block = next(iter(removable.items()))
     without_blocks(dense.config, {index: block.modules}, dense.layers_path)
 
 
 def _multiple(kind: str, section: Channels | WidthSection, among: int) -> int | str:
-    """What the channels that stay are a multiple of."""
+    """The multiple for the number of kept channels."""
     multiple: int | str = section.multiple
     if multiple != "auto" and int(multiple) > among:
         raise RecipeError(
-            f"{kind}.multiple is {multiple}, but there are {among} channels",
+            f"{kind}.multiple is {multiple}, but there are only {among} channels",
             expected=f"a multiple of at most {among}",
             fix=f"set structures.{kind}.multiple to auto, or to 1",
         )

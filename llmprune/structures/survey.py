@@ -1,7 +1,7 @@
-"""Decide what goes where the recipe alone does not say, by looking at the dense model.
+"""Decide what to remove where the recipe alone does not, by measuring the dense model.
 
-One pass over the calibration tokens serves hidden width, block influence, angular distance and the budget together.
-Removal by measured divergence takes a pass for every layer that goes, and gradients one forwards and one backwards.
+One pass over the calibration tokens covers hidden width, block influence, angular distance and the budget together.
+Removal by measured KL divergence takes a pass per removed layer; gradients take one forward and one backward pass.
 """
 
 from collections.abc import Sequence
@@ -35,38 +35,38 @@ from llmprune.structures.describe.latency import Latency
 from llmprune.structures.removable import Removable
 from llmprune.timing import Stages
 
-# Samples for what costs many forwards each: divergences of single removals, and gradients.
+# Samples for measurements that cost many forwards each: KL divergences of single removals, and gradients.
 _FEW, _GRADIENT_SAMPLES = 8, 32
 _GRADIENTS: tuple[GradientMethod, ...] = ("fisher", "taylor")
 
 
 def decide(removable: Removable, ids: Tensor, settings: StreamSettings, stages: Stages, watch: Watcher) -> Decisions:
-    """Look at the dense model as far as the recipe asks for it, and decide.
+    """Measure the dense model as far as the recipe requires, and decide.
 
     Args:
         removable: the recipe and the model.
-        ids: calibration tokens [samples, length], the held-back ones last.
+        ids: calibration tokens [samples, length], validation sequences last.
         settings: of the streams.
         stages: stopwatch.
-        watch: told about every step.
+        watch: called with every step.
 
     Returns:
-        The decisions, with what they rest on as their evidence.
+        The decisions, with the measurements behind them as evidence.
 
     Raises:
-        LlmpruneError: what the recipe asks for cannot be done with this model.
+        LlmpruneError: this model does not support what the recipe asks for.
     """
-    look = _Look(removable, ids, settings, stages, watch)
-    look.stream()
-    decisions = look.depth(removable.preview())
-    decisions = look.blocks(decisions)
-    decisions = look.width(decisions)
-    decisions = look.budget(decisions)
-    return look.gradients(decisions)
+    surveys = _Surveys(removable, ids, settings, stages, watch)
+    surveys.stream()
+    decisions = surveys.depth(removable.preview())
+    decisions = surveys.blocks(decisions)
+    decisions = surveys.width(decisions)
+    decisions = surveys.budget(decisions)
+    return surveys.gradients(decisions)
 
 
-class _Look:
-    """The surveys of one recipe."""
+class _Surveys:
+    """The surveys that one recipe needs, and the decisions that follow from them."""
 
     def __init__(
         self, removable: Removable, ids: Tensor, settings: StreamSettings, stages: Stages, watch: Watcher
@@ -80,7 +80,7 @@ class _Look:
         self._budget: BudgetSurvey | None = None
 
     def stream(self) -> None:
-        """Let all collectors see the dense model in one pass."""
+        """Run all surveys over the dense model in one pass."""
         spec, removable = self._spec, self._removable
         if spec.depth and spec.depth.method != "kl":
             span = spec.depth.count(self._layers) if spec.depth.method == "angular" else 1
@@ -99,14 +99,14 @@ class _Look:
             return
         stream = Stream(self._source, ids, replace(self._settings, outputs=True), self._stages)
         for layer in stream:
-            self._watch(Progress("survey", layer.index, self._layers, "looking at the dense model"))
+            self._watch(Progress("survey", layer.index, self._layers, "measuring the dense model"))
             for survey in (*finished, *([self._budget] if self._budget else ())):
                 survey.see(layer)
         for survey in finished:
             survey.finish(stream)
 
     def depth(self, decisions: Decisions) -> Decisions:
-        """Which layers stay."""
+        """Decide which layers to keep."""
         section = self._spec.depth
         if section is None:
             return decisions
@@ -122,7 +122,7 @@ class _Look:
         return replace(decisions, layers=kept, evidence={**decisions.evidence, "depth": removal.to_dict()})
 
     def blocks(self, decisions: Decisions) -> Decisions:
-        """Which attention and MLP blocks of the layers that stay go."""
+        """Decide which attention and MLP blocks to remove from the kept layers."""
         gone: dict[int, dict[str, int]] = {}
         evidence = dict(decisions.evidence)
         found = self._removable.blocks
@@ -140,7 +140,7 @@ class _Look:
         return replace(decisions, blocks=gone, evidence=evidence)
 
     def width(self, decisions: Decisions) -> Decisions:
-        """Which hidden channels stay."""
+        """Decide which hidden channels to keep."""
         if self._width is None:
             return decisions
         choice = self._width.result()
@@ -148,7 +148,7 @@ class _Look:
         return replace(decisions, channels=tuple(choice.channels), factors=choice.factors, evidence=evidence)
 
     def budget(self, decisions: Decisions) -> Decisions:
-        """How many groups of each structure go within the budget."""
+        """Decide how many groups of each structure the budget removes."""
         if self._budget is None:
             return decisions
         plan = self._budget.result()
@@ -163,7 +163,7 @@ class _Look:
         return replace(decisions, groups=shared, evidence={**decisions.evidence, "budget": plan.to_dict()})
 
     def gradients(self, decisions: Decisions) -> Decisions:
-        """Which groups go by scores that need gradients of the dense model's loss."""
+        """Decide which groups to remove where scores need gradients of the dense model's loss."""
         asked = {
             layer: [(s, section) for s, section in own if section.method in _GRADIENTS]
             for layer, own in enumerate(self._removable.structures)
@@ -195,36 +195,36 @@ class _Look:
         return remove_greedily(self._source, self._ids[:_FEW], self._settings, candidates, count, blocks, watch)
 
     def _split(self) -> tuple[Tensor, Tensor]:
-        """Calibration tokens for the statistics, and those for divergences."""
+        """Calibration tokens for the statistics, and those for KL divergences."""
         aside = max(self._settings.held_back, min(16, len(self._ids) // 8), 1)
         return self._ids[: len(self._ids) - aside + self._settings.held_back], self._ids[-aside:]
 
     def _budget_survey(self, budget: Budget, validation: Tensor) -> BudgetSurvey:
         cost = _cost(budget, self._settings.device, self._source.model.dtype)
-        levels, remove = budget_problem(self._removable, budget, cost)
+        offers, remove = budget_problem(self._removable, budget, cost)
         sections = (section for own in self._removable.structures for _, section in own)
         damping = next(section.damping for section in sections if isinstance(section, Groups))
         return BudgetSurvey(
-            self._source, levels, remove, validation, self._settings, damping=damping, stages=self._stages
+            self._source, offers, remove, validation, self._settings, damping=damping, stages=self._stages
         )
 
 
 def check_budget(removable: Removable) -> None:
-    """Refuse a budget that the structures cannot meet; one of latency is told by measuring, and passes here.
+    """Refuse a budget that the structures cannot meet; latency can only be measured, so its budgets pass here.
 
     Raises:
-        PatternError: says what can go at most.
+        PatternError: the budget is too large; says how much can be removed at most.
     """
     budget = removable.spec.budget
     if budget is not None and budget.of in COUNTS:
-        levels, remove = budget_problem(removable, budget, COUNTS[budget.of])
-        allowed_size([level for own in levels for level in own], remove)
+        offers, remove = budget_problem(removable, budget, COUNTS[budget.of])
+        allowed_size([offer for own in offers for offer in own], remove)
 
 
 def budget_problem(removable: Removable, budget: Budget, cost: Cost) -> tuple[list[list[Offer]], float]:
-    """The sizes that each structure may have, layer by layer, and what must go of them, in the unit of the cost."""
+    """The levels that each structure offers, layer by layer, and how much must be removed, in the unit of the cost."""
     layers = removable.dense.layers
-    levels: list[list[Offer]] = [
+    offers: list[list[Offer]] = [
         [
             offer(
                 layers[layer],
@@ -239,7 +239,7 @@ def budget_problem(removable: Removable, budget: Budget, cost: Cost) -> tuple[li
         ]
         for layer, own in enumerate(removable.structures)
     ]
-    return levels, budget.remove * sum(layer_size(layer, cost, removable.active) for layer in layers)
+    return offers, budget.remove * sum(layer_size(layer, cost, removable.active) for layer in layers)
 
 
 def _cost(budget: Budget, device: torch.device, dtype: torch.dtype) -> Cost:

@@ -323,7 +323,7 @@ def test_a_config_that_contradicts_the_tensors_is_shown(tmp_path: Path) -> None:
     assert inspect_checkpoint(folder).contradiction is None
     config = json.loads((folder / "config.json").read_text())
     for changes, said in (
-        ({"num_key_value_heads": 1}, "k_proj.bias' holds 16, and config.json wants 8"),
+        ({"num_key_value_heads": 1}, "k_proj.bias' holds 16, and config.json requires 8"),
         ({"num_hidden_layers": 3}, "has no values for 'model.layers.2."),
         ({"hidden_size": 30, "head_dim": None}, "no model can be built from config.json"),
     ):

@@ -70,14 +70,14 @@ def test_a_model_without_lists_is_refused() -> None:
 
 @pytest.mark.parametrize("path", ["layers.0", "nowhere", "model", ""])
 def test_a_wrong_path_names_the_right_ones(path: str) -> None:
-    with pytest.raises(ModelError, match="no list of modules") as caught:
+    with pytest.raises(ModelError, match="not a list of modules") as caught:
         Decoder.find(build("llama"), path)
     assert "model.layers" in caught.value.expected
 
 
 def test_layers_in_common_are_refused() -> None:
     block = nn.Linear(8, 8)
-    with pytest.raises(ModelError, match=r"layers\.0 and layers\.1 have the parameter weight in common"):
+    with pytest.raises(ModelError, match=r"layers\.0 and layers\.1 share the parameter weight"):
         Decoder.find(Hand(layers=[block, block]))
 
 
@@ -85,7 +85,7 @@ def test_the_recipe_names_the_layers(tmp_path: Path) -> None:
     folder = save(build("llama"), tmp_path / "source")
     by_name = prune(folder, recipe(decoder_layers="model.layers"), tmp_path / "output")
     assert {row.layer for row in by_name.rows} == {"model.layers.0", "model.layers.1"}
-    with pytest.raises(ModelError, match=r"'model\.blocks' is no list of modules"):
+    with pytest.raises(ModelError, match=r"'model\.blocks' is not a list of modules"):
         prune(folder, recipe(decoder_layers="model.blocks"), tmp_path / "other")
 
 

@@ -80,14 +80,14 @@ def test_a_missing_expert_is_noticed(tmp_path: Path) -> None:
     folder = save(build("mixtral"), tmp_path)
     gone = next(key for key in tensors(folder) if ".experts.3." in key)
     rewrite(folder, lambda stored: {name: tensor for name, tensor in stored.items() if name != gone})
-    with pytest.raises(CheckpointError, match=r"7 tensors with 10,752 values.* wants 4 x 96 x 32 \(12,288\)"):
+    with pytest.raises(CheckpointError, match=r"7 tensors with 10,752 values.* requires 4 x 96 x 32 \(12,288\)"):
         CheckpointSource(folder)
 
 
 def test_a_shape_that_differs_is_named(llama: Path) -> None:
     key = "model.layers.1.mlp.up_proj.weight"
     rewrite(llama, lambda stored: {**stored, key: stored[key][:-1].clone()})
-    with pytest.raises(CheckpointError, match=f"'{key}' holds 47 x 32, and config.json wants 48 x 32"):
+    with pytest.raises(CheckpointError, match=f"'{key}' holds 47 x 32, and config.json requires 48 x 32"):
         CheckpointSource(llama)
 
 
@@ -234,7 +234,7 @@ def test_layers_that_share_a_block_are_refused(tmp_path: Path) -> None:
         layers_block_type=["hybrid", "linear_attention", "hybrid", "linear_attention"],
     )  # fmt: skip
     save(AutoModelForCausalLM.from_config(config), tmp_path)
-    with pytest.raises(ModelError, match=r"layers\.0 and model\.layers\.2 have the parameter shared_transf"):
+    with pytest.raises(ModelError, match=r"layers\.0 and model\.layers\.2 share the parameter shared_transf"):
         CheckpointSource(tmp_path)
 
 

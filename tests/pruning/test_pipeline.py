@@ -317,7 +317,7 @@ def test_a_watcher_is_told_every_layer_of_every_stage(dense: Path, tmp_path: Pat
         ({"pattern": "3:5"}, PatternError, "model.layers.0.self_attn.q_proj: pattern 3:5 on a matrix of 64 x 64"),
         ({"exclude": ["*.experts.*"]}, RecipeError, "exclude: .* matches none of the model's 21 matrices"),
         ({"include": ["*.k_proj"], "exclude": ["*self*"]}, RecipeError, "leaves all 21 matrices dense"),
-        ({"decoder_layers": "model.norm"}, ModelError, "'model.norm' is no list of modules"),
+        ({"decoder_layers": "model.norm"}, ModelError, "'model.norm' is not a list of modules"),
         ({"calibration": {"length": 65}}, CalibrationError, "64 positions"),
         pytest.param(
             {"device": "cuda:99"}, DeviceError, "CUDA devices are visible",

@@ -1,4 +1,4 @@
-"""A checkpoint through fewer hidden channels: streamed, written and loaded like a model that was made so."""
+"""A checkpoint with fewer hidden channels: streamed, written and loaded like a model narrowed in memory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -153,7 +153,7 @@ def test_ends_in_dtypes_of_their_own_beside_strangers(tmp_path: Path) -> None:
 def test_ends_in_another_form_are_refused(tmp_path: Path) -> None:
     folder = save(build("llama"), tmp_path)
     rewrite(folder, lambda stored: {**stored, "lm_head.weight": stored["lm_head.weight"].T.contiguous()})
-    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' \[32, 128\] is stored in another form"):
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' \[32, 128\] is stored in a different layout"):
         narrow(folder).end_tensors()
 
 

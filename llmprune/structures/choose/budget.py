@@ -1,13 +1,13 @@
-"""Choose how wide each layer stays, from one budget for the whole model.
+"""Choose the width of each layer from one budget for the whole model.
 
-What a structure loses at each level is known as an error curve of its own consumer's output, and curves of different
-layers do not compare. So the divergence that one level costs the model is measured (`structures.budget_survey`), and
-gives the curve its unit:
+Each structure has a curve: the relative output error of its own consumer at each level of removal. Curves of different
+layers are not comparable, so the KL divergence that one level causes in the whole model is measured
+(`structures.choose.budget_survey`) and scales the curve:
 
     error(level) = curve(level) * KL(dense || pruned to the reference level) / curve(reference level)
 
-`structures.allocation` then picks the levels whose errors add up to least. That the errors add up is a prediction: it
-leaves out what structures do to each other.
+`structures.choose.knapsack` then picks the levels with the smallest sum of errors. That errors add up is an
+approximation: it ignores interactions between structures.
 """
 
 import math
@@ -24,19 +24,19 @@ from llmprune.structures.choose.knapsack import Ladder, aligned_levels, allocate
 from llmprune.structures.describe.latency import level_sizes
 from llmprune.structures.find.discovery import Structure
 
-# Divergences below this, in nats, are rounding.
+# KL divergences below this, in nats, are rounding errors.
 _LEAST_DIVERGENCE = 1e-7
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Offer:
-    """A structure whose width the budget decides.
+    """The levels that one structure offers to the budget.
 
     Attributes:
         structure: of kind heads or ffn.
-        levels: numbers of groups that may go, ascending from 0.
-        sizes: what the structure costs at each level, in the budget's unit.
-        reference: index of the level at which its divergence is measured.
+        levels: numbers of groups that may be removed, ascending from 0.
+        sizes: cost of the structure at each level, in the budget's unit.
+        reference: index of the level at which the KL divergence is measured.
     """
 
     structure: Structure
@@ -55,24 +55,24 @@ def offer(
     reference: float = 0.25,
     active: float = 1.0,
 ) -> Offer:
-    """Offer the levels of one structure to the budget.
+    """List the levels of one structure and their costs.
 
     Args:
         layer: its layer at full size; meta tensors suffice.
         structure: of kind heads or ffn, not refused.
-        cost: the budget's unit (`structures.costs`).
-        multiple: of what the number of groups that stay is a multiple, >= 1.
-        most: the largest fraction of the groups that may go, in [0, 1]; one group stays in any case.
-        reference: the fraction of the groups without which the divergence is measured; the nearest level is taken.
+        cost: the budget's unit: one of `sizes.COUNTS`, or a `Latency`.
+        multiple: the number of kept groups is a multiple of this, >= 1.
+        most: the largest fraction of the groups that may be removed, in [0, 1]; one group is always kept.
+        reference: fraction of the groups removed when the KL divergence is measured; the nearest level is used.
         active: the fraction of the routed experts that a token reaches, in (0, 1].
 
     Raises:
-        ModelError: the structure is refused, or is none of heads or channels.
+        ModelError: the structure is refused, or is neither heads nor channels.
         PatternError: a number is out of range.
     """
     if structure.kind not in ("heads", "ffn") or structure.refusal is not None:
         raise ModelError(
-            f"a budget cannot decide how much of {structure.consumer} goes: "
+            f"a budget cannot decide how much of {structure.consumer} to remove: "
             f"{structure.refusal or f'it is of kind {structure.kind}'}",
             expected="heads or FFN channels that can be removed",
         )
@@ -88,15 +88,15 @@ def offer(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """What a survey found out about an offer.
+    """What a survey measured for one structure.
 
     Attributes:
         layer: index of its decoder layer.
-        offer: it, with more than one level.
-        curve: relative error of the consumer's output at each level, from 0.
-        reference: index of the level at which the divergence was measured; at a level that loses nothing it would say
-            nothing about later ones.
-        divergence: the mean KL(dense || pruned there) of a position, in nats.
+        offer: the structure's levels, more than one.
+        curve: relative output error of the consumer at each level, starting from 0.
+        reference: index of the level at which the KL divergence was measured, one with a positive error: otherwise it
+            would say nothing about later levels.
+        divergence: mean KL(dense || pruned to that level) per position, in nats.
     """
 
     layer: int
@@ -108,21 +108,22 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What the budget leaves of one structure, and why.
+    """How much of one structure the budget removes, and why.
 
     Attributes:
         layer: index of the decoder layer.
         consumer: parameter inside it.
         kind: heads or ffn.
-        groups: that there are.
-        removed: that go.
-        uniform: that would go if all of a kind lost as much; `removed` where no such choice keeps the budget.
-        levels: numbers of groups that could go.
-        sizes: what each level costs, in the budget's unit.
-        curve: relative error of the consumer's output at each level.
-        reference: the level whose divergence was measured.
-        divergence: the mean KL(dense || pruned there) of a position, in nats.
-        error: the predicted divergence at `removed`, in nats.
+        groups: number of groups.
+        removed: number of groups removed.
+        uniform: number removed if all structures of a kind lost the same fraction; `removed` if that cannot meet the
+            budget.
+        levels: numbers of groups that could be removed.
+        sizes: cost at each level, in the budget's unit.
+        curve: relative output error of the consumer at each level.
+        reference: the level at which the KL divergence was measured.
+        divergence: mean KL(dense || pruned to that level) per position, in nats.
+        error: predicted KL divergence at `removed`, in nats.
     """
 
     layer: int
@@ -141,18 +142,18 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class BudgetPlan:
-    """The widths that one budget gives all layers; errors are predicted sums of divergences, in nats.
+    """The widths of all layers under one budget; errors are predicted sums of KL divergences, in nats.
 
     Attributes:
-        shares: one for each offer, in the order of the layers.
-        budget: what the structures may cost together, in the budget's unit.
-        size: what they will.
-        error: predicted.
-        bound: no choice of levels within the budget has a lower predicted error.
-        uniform_error: predicted for the best choice that takes the same fraction of all structures of a kind; None
-            where there is none within the budget.
-        uniform_size: what the structures would cost then.
-        is_uniform: whether that choice was taken, because its prediction is as good.
+        shares: one for each structure, in layer order.
+        budget: allowed total cost of the structures, in the budget's unit.
+        size: their actual total cost.
+        error: the predicted error.
+        bound: lower bound on the predicted error of any choice within the budget.
+        uniform_error: predicted error of the best choice that removes the same fraction from all structures of a kind;
+            None if none is within the budget.
+        uniform_size: total cost of the structures for that choice.
+        is_uniform: whether that choice was used because its predicted error is no worse.
     """
 
     shares: tuple[Share, ...]
@@ -166,7 +167,7 @@ class BudgetPlan:
 
     @property
     def groups(self) -> dict[int, dict[str, int]]:
-        """Layer -> consumer -> groups that go; only those of which some do."""
+        """Layer -> consumer -> number of groups removed; structures that lose none are omitted."""
         found: dict[int, dict[str, int]] = {}
         for share in self.shares:
             if share.removed:
@@ -179,36 +180,37 @@ class BudgetPlan:
 
 
 def allowed_size(offers: Sequence[Offer], remove: float) -> float:
-    """What the offers may cost together once so much of them has gone.
+    """The total cost allowed for the structures once the given amount is removed.
 
     Args:
         offers: the structures that share the budget.
-        remove: what must go, in the unit of their sizes, > 0.
+        remove: how much to remove, in the unit of their sizes, > 0.
 
     Raises:
-        PatternError: as much cannot go.
+        PatternError: that much cannot be removed.
     """
     full = math.fsum(offer.sizes[0] for offer in offers)
     most = full - math.fsum(min(offer.sizes) for offer in offers)
     if not 0 < remove <= most * (1 + 1e-12):
         raise PatternError(
-            f"the budget takes {remove / full:.1%} of the heads and channels, and {most / full:.1%} can go at most",
-            expected="a share above 0 that the structures can lose",
-            fix="lower the budget's remove, or let more of each structure go (most, multiple)",
+            f"the budget removes {remove / full:.1%} of the heads and channels, but at most {most / full:.1%} "
+            "can be removed",
+            expected="a share above 0 that can be removed from the structures",
+            fix="lower the budget's remove, or allow more to be removed from each structure (most, multiple)",
         )
     return full - remove
 
 
 def choose_widths(measured: Sequence[Measured], budget: float) -> BudgetPlan:
-    """Choose a level for each structure so that the predicted errors add up to least within the budget.
+    """Choose a level for each structure so that the sum of predicted errors within the budget is minimal.
 
     Args:
         measured: the structures, each layer's consumers at most once.
-        budget: what they may cost together, in the unit of their sizes.
+        budget: their allowed total cost, in the unit of their sizes.
 
     Raises:
         NumericsError: a divergence is not finite; names the structure.
-        PatternError: the budget cannot be kept.
+        PatternError: the budget cannot be met.
     """
     ladders = list(map(_ladder, measured))
     chosen = allocate(ladders, budget)
@@ -231,22 +233,22 @@ def choose_widths(measured: Sequence[Measured], budget: float) -> BudgetPlan:
 
 
 def _ladder(measured: Measured) -> Ladder:
-    """The levels as the allocation sees them, errors in nats."""
+    """The levels as input to the knapsack, with errors in nats."""
     name = f"layer {measured.layer}, {measured.offer.structure.consumer}"
     if not math.isfinite(measured.divergence):
         raise NumericsError(
-            f"{name}: the divergence measured is {measured.divergence}",
+            f"{name}: the measured KL divergence is {measured.divergence}",
             expected="a finite number",
-            fix="set compute_dtype: float32 if activations overflow",
+            fix="if activations overflow, set compute_dtype: float32",
         )
     error = measured.curve[measured.reference]
-    # A survey goes on to a level that loses something, so here nothing is lost at any of them.
+    # The survey picks a reference level with a positive error if there is one; otherwise no level loses anything.
     weight = max(measured.divergence, _LEAST_DIVERGENCE) / error if error > 0 else 0.0
     return Ladder(name, measured.curve, measured.offer.sizes, weight)
 
 
 def _best_uniform(measured: Sequence[Measured], ladders: Sequence[Ladder], budget: float) -> list[int] | None:
-    """The levels with the least error that take the same fraction of all structures of a kind."""
+    """The levels with the least error that remove the same fraction from all structures of a kind."""
     by_kind: dict[str, list[int]] = {}
     for place, one in enumerate(measured):
         by_kind.setdefault(one.offer.structure.kind, []).append(place)
@@ -274,7 +276,7 @@ def _parts(measured: Sequence[Measured], places: Sequence[int]) -> list[float]:
 
 
 def _level_at(offer: Offer, part: float) -> int:
-    """The last level that takes no more than this fraction."""
+    """Index of the last level that removes no more than this fraction."""
     return max(place for place, level in enumerate(offer.levels) if level / offer.structure.groups <= part + 1e-9)
 
 

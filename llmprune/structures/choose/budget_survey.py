@@ -1,10 +1,10 @@
-"""Measure what each level of each structure costs the model, in one pass over the dense one.
+"""Measure the error that each level of each structure causes, in one pass over the dense model.
 
-The greedy search of `structures.solver` gives each structure the error curve of its consumer's output: one removal
-after the other, everything else refitted. Then the structure alone is pruned to a reference level, and the hidden
-states that follow are carried through all later layers beside the dense ones; at the end the divergence of the logits
-is taken. Each structure has hidden states of its own on the validation samples, so that a pass costs about
-structures * layers / 2 forwards of a layer over them.
+The greedy search of `structures.remove.solver` gives each structure the curve of its consumer's relative output error:
+groups are removed one after another, and everything else is refitted. Then the structure alone is pruned to a reference
+level, and the resulting hidden states are carried through all later layers alongside the dense ones; at the end the KL
+divergence of the logits is measured. Each structure has its own hidden states for the validation sequences, so a pass
+costs about structures * layers / 2 forwards of a layer over them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from llmprune.structures.remove.problem import GroupRemoval, RemovalSettings
 from llmprune.structures.remove.solver import remove_groups
 from llmprune.timing import Stages
 
-# A level that loses a smaller part of the output than this changes the logits by little more than rounding does.
+# Below this relative output error, a level changes the logits by little more than rounding does.
 _LEAST_LOSS = 1e-4
 
 _FIX = "remove the same fraction of every layer instead of spreading a budget"
@@ -44,7 +44,7 @@ class _Variant:
 
 
 class BudgetSurvey:
-    """Measures, in one pass over the dense model, what each level of each structure costs.
+    """Measures, in one pass over the dense model, the error that each level of each structure causes.
 
         survey = BudgetSurvey(source, offers, removed, validation_ids, settings)
         for layer in Stream(source, ids, settings):
@@ -52,16 +52,16 @@ class BudgetSurvey:
         plan = survey.result()
 
     Args:
-        source: the dense model, the one that streams.
-        offers: for each decoder layer the structures that share the budget.
-        remove: what must go of them, in the unit of their sizes, > 0.
-        validation: tokens [samples, length] that the statistics do not see, for the divergences.
-        settings: device, batch size and the memory that the hidden states of all variants share.
-        damping: of the Gram, as for `RemovalSettings`.
+        source: the dense model, the one being streamed.
+        offers: for each decoder layer, the structures that share the budget.
+        remove: how much to remove from them, in the unit of their sizes, > 0.
+        validation: tokens [samples, length] not used for statistics, on which the KL divergences are measured.
+        settings: device, batch size and the memory shared by the hidden states of all variants.
+        damping: of the Hessian, as for `RemovalSettings`.
         stages: stopwatch; a new one by default.
 
     Raises:
-        PatternError: as much cannot go, no offer can lose groups, or there is not one list a layer.
+        PatternError: that much cannot be removed, no structure can lose groups, or there is not one list per layer.
         ModelError: the model cannot be streamed.
     """
 
@@ -88,7 +88,7 @@ class BudgetSurvey:
         settings = settings or StreamSettings()
         share = settings.activation_budget // (len(every) + 1)
         self._stream = Stream(source, validation, replace(settings, held_back=0, activation_budget=share), stages)
-        # Its layers are those that the other stream makes resident.
+        # It uses the layers that the other stream makes resident.
         with eager_experts(source.model):
             self._stream.capture()
         self._variants = Variants[_Variant](self._stream, _FIX)
@@ -97,8 +97,8 @@ class BudgetSurvey:
         """Measure the structures of a dense layer, and carry all variants through it; the layer does not advance.
 
         Raises:
-            NumericsError: a value is not finite, or no damping makes a Gram positive definite; names the matrix.
-            ModelError: layers hand one another more than hidden states, so that variants would not be separate.
+            NumericsError: a value is not finite, or no damping makes a Hessian positive definite; names the matrix.
+            ModelError: layers pass more than hidden states to one another, so variants would not be separate.
         """
         shadow = ResidentLayer(self._stream, layer.index)
         assert shadow.module is layer.module, "the survey is of the dense model"
@@ -111,12 +111,12 @@ class BudgetSurvey:
         shadow.advance()
 
     def result(self) -> BudgetPlan:
-        """Take the divergences and choose the levels, once the stream has ended.
+        """Measure the KL divergences and choose the levels, once the stream has ended.
 
         Raises:
             NumericsError: a divergence is not finite; names the structure.
         """
-        # All positions count: the validation samples are few, and what follows a sample's last token is compared too.
+        # All positions count, including the last: the validation sequences are few.
         divergences = self._variants.divergences(self._stream.hidden, last_position=True)
         assert len(divergences) == sum(map(len, self._open)), "the survey has not seen all layers"
         measured = [
@@ -126,7 +126,7 @@ class BudgetSurvey:
         return choose_widths(measured, self._budget)
 
     def _begin(self, shadow: ResidentLayer, offer: Offer, groups: Mapping[str, Group]) -> None:
-        """Solve for one structure, and start the hidden states of the model in which it alone is pruned."""
+        """Solve for one structure, and start the hidden states of the model with only this structure pruned."""
         with torch.no_grad(), self._stream.stages("solve"):
             curve = self._curve(shadow, offer, groups)
             later = range(offer.reference, len(curve))
@@ -139,7 +139,7 @@ class BudgetSurvey:
             self._variants.begin(_Variant(shadow.index, offer, curve, reference), shadow)
 
     def _curve(self, shadow: ResidentLayer, offer: Offer, groups: Mapping[str, Group]) -> tuple[float, ...]:
-        """The relative error of the output at each level; of all experts together, each without as many groups."""
+        """The relative output error at each level; for experts, of all together, each losing as many groups."""
         lost, total = torch.zeros(offer.levels[-1] + 1, dtype=torch.float64), 0.0
         for matrix in _consumers(shadow, offer):
             energy = loss(shadow.weight(matrix.name), _gram(groups[matrix.name]))
@@ -163,13 +163,13 @@ def _gram(group: Group) -> Tensor:
 
 
 def _consumers(layer: ResidentLayer, offer: Offer) -> list[Matrix]:
-    """The matrices that read a structure: one, or one an expert."""
+    """The matrices that read a structure: one, or one per expert."""
     return [matrix for matrix in layer.matrices.values() if matrix.parameter == offer.structure.consumer]
 
 
 @contextmanager
 def _in_place(layer: ResidentLayer, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let a resident layer have other weights for a while."""
+    """Temporarily replace weights of a resident layer."""
     names = {layer.matrices[name].parameter for name in weights}
     before = {name: layer.module.get_parameter(name).detach().clone() for name in names}
     try:

@@ -1,4 +1,4 @@
-"""Gather what scores read of a structure: weights, statistics and gradients, channels in the order of groups."""
+"""Gather the inputs of scores: a structure's weights, statistics and gradients, with channels in group order."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -24,31 +24,31 @@ def channels_of(
     gradients: Mapping[str, Gradients] | None = None,
     expert: int | None = None,
 ) -> Channels:
-    """Assemble what a score needs to know about a structure, channels in the order of its groups.
+    """Assemble the inputs of a score for one structure, with channels in the order of its groups.
 
         score = SCORES[name](channels_of(layer.module, structure, NEEDS[name], statistics=group.statistics))
 
-    Biases, scales of norms and routers go with their groups but count for no score.
+    Biases, gains of norms and routers are removed with their groups but are not scored.
 
     Args:
         layer: the decoder layer in memory, at full size.
         structure: one of its structures that is not refused.
         needs: the fields of `Channels` to fill (`scores.NEEDS`); the others are left empty.
-        statistics: of the consumer's inputs (the group of `observe` that holds it): `ColumnNorm` or `Gram` for squares,
-            `Moments` or `ChannelGram` for all. Of a fused consumer: those of the one expert.
+        statistics: of the consumer's inputs (from the group of `observe` that contains it): `ColumnNorm` or `Gram` for
+            squares, `Moments` or `ChannelGram` for all. For a fused consumer, those of the selected expert.
         gradients: parameter inside the layer -> its gradients; at least those of `matrix_parameters`.
-        expert: of a fused consumer the one whose channels are asked for; None: all experts' weights together.
+        expert: for a fused consumer, the expert whose channels are scored; None: all experts' weights together.
 
     Returns:
-        Weights and gradients in float32 or wider, copies, each [*, channels]; 3-D parameters have their experts' rows
-        one below the other.
+        Copies of weights and gradients in float32 or wider, each [*, channels]; the rows of all experts in a 3-D
+        parameter are stacked.
 
     Raises:
-        PatternError: the structure is one of experts and has no inputs that channels could be scored by.
+        PatternError: the structure consists of experts, which have no input channels to score.
     """
     if {"reading", "squares", "sums", "active"} & set(needs) and not structure.columns:
         raise PatternError(
-            f"{structure.consumer}: {structure.groups} experts have no activations to be scored by",
+            f"{structure.consumer}: {structure.groups} experts cannot be scored by channel activations",
             expected="for experts: reap, frequency, or a score of weights or gradients",
         )
     matrices = _matrices(layer)
@@ -74,7 +74,7 @@ def channels_of(
 
 
 def matrix_parameters(layer: nn.Module, structure: Structure) -> list[str]:
-    """The parameters inside the layer whose weights, and whose gradients, the scores of a structure read."""
+    """The parameters inside the layer whose weights and gradients a structure's scores read."""
     matrices = _matrices(layer)
     return list(dict.fromkeys(part.name for part in structure.slices if part.name in matrices))
 
@@ -84,7 +84,7 @@ def _matrices(layer: nn.Module) -> dict[str, Matrix]:
 
 
 def _gathered(part: Slice, tensor: Tensor, experts: int, expert: int | None) -> Tensor:
-    """[*, groups * k], a copy: the rows or columns of a slice, in the order of groups, as columns."""
+    """[*, groups * k], a copy: the rows or columns of a slice as columns, in group order."""
     dim, index = part.dim, part.index
     if expert is not None and experts > 1:
         views, dim, index = by_expert(part, tensor, experts)
@@ -95,7 +95,7 @@ def _gathered(part: Slice, tensor: Tensor, experts: int, expert: int | None) -> 
 
 def _sums(statistics: ColumnNorm | Gram) -> dict[str, Any]:
     moments = statistics.moments if isinstance(statistics, ChannelGram) else statistics
-    # An expert that no token reached has sums of zero, and no mean.
+    # An expert without tokens has sums of zero, and no mean.
     known: dict[str, Any] = {"tokens": max(moments.tokens, 1), "squares": moments.squares}
     if isinstance(moments, Moments):
         known |= {"sums": moments.totals, "active": moments.active}

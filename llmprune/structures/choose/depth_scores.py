@@ -1,11 +1,11 @@
-"""Which decoder layers, or attention and MLP blocks of layers, the model can do without.
+"""Depth pruning: which decoder layers, or attention and MLP sub-blocks of layers, the model needs least.
 
 Three measures, all from calibration tokens:
 
-* block influence, 1 - cos(x, y) between a layer's inputs and outputs (ShortGPT, arXiv:2403.03853); for one block of a
-  layer, between the layer's outputs without and with it;
+* block influence, 1 - cos(x, y) between a layer's inputs and outputs (ShortGPT, arXiv:2403.03853); for one sub-block,
+  between the layer's outputs without and with it;
 * the angle between the hidden states before and after a run of layers (Gromov et al., arXiv:2403.17887);
-* the divergence of the whole model's predictions (`greedy.py`).
+* the KL divergence of the whole model's predictions (`greedy.py`).
 
 The first two are surveys that share one pass over the dense model: `see(layer)` for each layer, then `finish(stream)`.
 """
@@ -30,7 +30,7 @@ Method = Literal["block-influence", "angular-distance", "greedy-kl"]
 
 
 class DepthUnit(NamedTuple):
-    """Something that could go: a whole decoder layer, or one block of it. In JSON, [3, "attention"]."""
+    """What depth pruning can remove: a whole decoder layer, or one sub-block of it. In JSON, [3, "attention"]."""
 
     layer: int
     part: Literal["layer"] | Part
@@ -38,14 +38,14 @@ class DepthUnit(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DepthRemoval:
-    """What goes, and why.
+    """Which layers and sub-blocks are removed, and why.
 
     Attributes:
-        method: how it was chosen.
+        method: how they were chosen.
         removed: ascending.
-        scores: block influence in [0, 2]; angle in [0, 1] of the run that begins with a layer; for "greedy-kl" the
-            divergence, in nats a token, at the last step in which the candidate was weighed.
-        steps: for "greedy-kl", in the order of removal: what went, and the divergence of each candidate.
+        scores: block influence in [0, 2]; angle in [0, 1] of the run that begins with a layer; for "greedy-kl" the KL
+            divergence, in nats per token, at the last step in which the candidate was measured.
+        steps: for "greedy-kl", in order of removal: what was removed, and the KL divergence of each candidate.
     """
 
     method: Method
@@ -55,12 +55,12 @@ class DepthRemoval:
 
     @property
     def layers(self) -> list[int]:
-        """The whole layers that go, ascending."""
+        """The whole layers that are removed, ascending."""
         return [layer for layer, part in self.removed if part == "layer"]
 
     @property
     def blocks(self) -> dict[int, list[Part]]:
-        """Layer -> the blocks that go although the layer stays."""
+        """Layer -> the sub-blocks removed from a layer that is kept."""
         result: dict[int, list[Part]] = {}
         for layer, part in self.removed:
             if part != "layer":
@@ -68,7 +68,7 @@ class DepthRemoval:
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, ready for JSON: a score is [layer, part, number], null where that is not finite."""
+        """As plain data, ready for JSON: a score is [layer, part, number], with null for a non-finite number."""
         return {
             "method": self.method,
             "removed": [list(candidate) for candidate in self.removed],
@@ -78,12 +78,12 @@ class DepthRemoval:
 
 
 def layer_candidates(layers: int, protect: int = 0) -> list[DepthUnit]:
-    """All decoder layers but the last `protect`."""
+    """All decoder layers except the last `protect`."""
     return [DepthUnit(layer, "layer") for layer in range(layers - protect)]
 
 
 def block_candidates(blocks: Sequence[SubBlocks], parts: Iterable[Part], protect: int = 0) -> list[DepthUnit]:
-    """The blocks of these kinds that can go, in all decoder layers but the last `protect`."""
+    """The removable sub-blocks of these kinds, in all decoder layers except the last `protect`."""
     return [
         DepthUnit(layer, part)
         for layer in range(len(blocks) - protect)
@@ -93,15 +93,15 @@ def block_candidates(blocks: Sequence[SubBlocks], parts: Iterable[Part], protect
 
 
 def remove_lowest(scores: Mapping[DepthUnit, float], candidates: Sequence[DepthUnit], count: int) -> DepthRemoval:
-    """Choose the candidates of the lowest influence; ties go against the earlier layer.
+    """Choose the candidates with the lowest influence; on ties, the earlier layer is removed.
 
     Args:
-        scores: of all layers, or of all blocks: a `BlockInfluence.result` or `LayerDistance.influence`.
-        candidates: those that may go.
-        count: how many go.
+        scores: of all layers, or of all sub-blocks: a `BlockInfluence.result` or `LayerDistance.influence`.
+        candidates: what may be removed.
+        count: how many to remove.
 
     Raises:
-        RecipeError: so many cannot go.
+        RecipeError: that many cannot be removed.
         NumericsError: a score is not finite.
     """
     check_count(count, len(candidates), len(scores))
@@ -111,12 +111,12 @@ def remove_lowest(scores: Mapping[DepthUnit, float], candidates: Sequence[DepthU
 
 
 def remove_run(angles: Sequence[float], count: int, protect: int = 0) -> DepthRemoval:
-    """Choose the run of consecutive layers that turns the hidden states least; ties go against the earlier one.
+    """Choose the run of consecutive layers that rotates the hidden states least; on ties, the earlier run.
 
     Args:
-        angles: at each layer, that of the run of `count` layers which begins there.
-        count: layers in a run.
-        protect: how many of the last layers stay.
+        angles: for each layer, the angle of the run of `count` layers that begins there.
+        count: number of layers in a run.
+        protect: how many of the last layers to keep.
 
     Raises:
         RecipeError: no run fits.
@@ -132,17 +132,17 @@ def remove_run(angles: Sequence[float], count: int, protect: int = 0) -> DepthRe
 
 
 class LayerDistance:
-    """How far the hidden states of a dense model turn over each run of layers.
+    """How far each run of layers rotates the hidden states of a dense model.
 
     Keeps the same tokens of the last few layers, [rows, hidden] in the model's dtype on the CPU.
 
     Args:
-        span: layers in a run; 1 for block influence.
-        rows: tokens that are looked at.
+        span: number of layers in a run; 1 for block influence.
+        rows: number of tokens compared.
 
     Attributes:
-        influence: candidate layer -> mean over tokens of 1 - cos, for the run that begins there.
-        angles: at each layer, mean over tokens of arccos(cos) / pi, in [0, 1], for the run that begins there.
+        influence: layer -> mean over tokens of 1 - cos, for the run that begins there.
+        angles: for each layer, mean over tokens of arccos(cos) / pi, in [0, 1], for the run that begins there.
     """
 
     def __init__(self, span: int = 1, rows: int = 1024) -> None:
@@ -152,11 +152,11 @@ class LayerDistance:
         self.angles: list[float] = []
 
     def see(self, layer: ResidentLayer) -> None:
-        """Look at the inputs of the next layer."""
+        """Record the inputs of the next layer."""
         self._add(layer.stream)
 
     def finish(self, stream: Stream) -> None:
-        """Look at the outputs of the last layer, which a stream with `outputs` has at its end."""
+        """Record the outputs of the last layer, which a stream with `outputs` has at its end."""
         assert stream.settings.outputs, "the last layer's outputs are needed"
         self._add(stream)
 
@@ -169,15 +169,15 @@ class LayerDistance:
 
 
 class BlockInfluence:
-    """How far the outputs of each layer of a dense model turn when its attention or its MLP is taken out.
+    """How far the outputs of each layer of a dense model rotate when its attention or its MLP is removed.
 
-    For an MLP that comes after attention this is 1 - cos(x, x + MLP(x)) of block influence; for attention it counts in
-    what the MLP makes of the difference. It costs one more forward of each layer.
+    For an MLP that follows attention this is 1 - cos(x, x + MLP(x)), as in block influence; for attention it includes
+    the effect on the MLP. It costs an extra forward of each layer per sub-block.
 
     Args:
-        blocks: of each layer; those that are refused have no score.
-        rows: tokens that are looked at.
-        parts: which blocks.
+        blocks: sub-blocks of each layer; those that are refused get no score.
+        rows: number of tokens compared.
+        parts: which sub-blocks.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class BlockInfluence:
         self._scores: dict[DepthUnit, float] = {}
 
     def see(self, layer: ResidentLayer) -> None:
-        """Run the next layer without each of its blocks."""
+        """Run the next layer without each of its sub-blocks."""
         self._compare(layer.stream)
         for part in self._parts:
             block = self._blocks[layer.index][part]
@@ -198,12 +198,12 @@ class BlockInfluence:
                     self._waiting[DepthUnit(layer.index, part)] = self._sample.run(layer)
 
     def finish(self, stream: Stream) -> None:
-        """Look at the outputs of the last layer, which a stream with `outputs` has at its end."""
+        """Record the outputs of the last layer, which a stream with `outputs` has at its end."""
         assert stream.settings.outputs, "the last layer's outputs are needed"
         self._compare(stream)
 
     def result(self) -> dict[DepthUnit, float]:
-        """DepthUnit -> mean over tokens of 1 - cos between the layer's outputs without and with it."""
+        """Sub-block -> mean over tokens of 1 - cos between the layer's outputs without and with it."""
         return dict(self._scores)
 
     def _compare(self, stream: Stream) -> None:
@@ -215,7 +215,7 @@ class BlockInfluence:
 
 
 class _Sample:
-    """The same tokens of hidden states at any layer, spread evenly over what statistics may see."""
+    """The same tokens of hidden states at every layer, drawn uniformly from the statistics batches."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -226,7 +226,7 @@ class _Sample:
         return torch.cat([self._pick(states[batch], mask) for batch, mask in enumerate(self._masks(stream))])
 
     def run(self, layer: ResidentLayer) -> Tensor:
-        """The sampled rows of what a layer makes, as it now is, of its inputs."""
+        """The sampled rows of a layer's outputs, computed with the layer as it currently is."""
         stream, rows = layer.stream, []
         with torch.no_grad(), stream.stages("forward"):
             for batch, mask in enumerate(self._masks(stream)):
@@ -236,7 +236,7 @@ class _Sample:
         return torch.cat(rows)
 
     def _masks(self, stream: Stream) -> list[Tensor]:
-        """For each batch which of its tokens [samples, length] are sampled."""
+        """For each batch, the mask [samples, length] of its sampled tokens."""
         if not self._chosen:
             shapes = [ids.shape for ids in stream.batches[: stream.statistics_batches]]
             counts = [shape.numel() for shape in shapes]
@@ -251,7 +251,7 @@ class _Sample:
         if hidden.shape[:2] != mask.shape:
             raise ModelError(
                 f"the hidden states have shape {list(hidden.shape)} for {list(mask.shape)} tokens",
-                expected="samples and length in front",
+                expected="samples and length as the first two dimensions",
                 fix="choose the layers yourself",
             )
         return hidden[mask].flatten(1)
@@ -262,12 +262,12 @@ def _cosines(before: Tensor, after: Tensor) -> Tensor:
 
 
 def check_count(count: int, candidates: int, everything: int, what: str = "layers or blocks") -> None:
-    """Raise `RecipeError` unless so many of the candidates can go, and something stays."""
+    """Raise `RecipeError` unless that many of the candidates can be removed and something is kept."""
     most = min(candidates, everything - 1)
     if not 1 <= count <= most:
         raise RecipeError(
-            f"{count} of {everything} {what} are to go, of which {candidates} may",
-            expected=f"from 1 to {most}: one stays" if most else "one that may go beside one that stays",
+            f"{count} of {everything} {what} are to be removed ({candidates} removable)",
+            expected=f"from 1 to {most}: one is kept" if most else "one that can be removed and one that is kept",
             fix=f"remove {most} or fewer, or protect fewer of the last layers" if most else "leave this removal out",
         )
 

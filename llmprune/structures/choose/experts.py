@@ -1,8 +1,8 @@
-"""Score the experts of a decoder layer by what they give to the tokens that are routed to them.
+"""Score the experts of a decoder layer by their outputs for the tokens routed to them.
 
-A module of experts is told which tokens go where, and by which weights: it computes the weighted outputs of all of them
-and adds them up. Asked for one expert at a time, with the tokens routed to it, it returns the terms of that sum. So no
-code here knows how an expert computes.
+A module of experts is called with the routing of tokens and its weights: it computes the weighted outputs of all
+experts and sums them. Called for one expert at a time, with the tokens routed to it, it returns the terms of that sum.
+So no code here depends on how an expert computes.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ EXPERT_METHODS = ("reap", "frequency")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertScores:
-    """What calibration says about the experts of one structure.
+    """Calibration results for the experts of one structure.
 
     Attributes:
-        values: float64 [experts], on the CPU; the lowest go. An expert without tokens has 0.
-        tokens: int64 [experts], on the CPU: tokens routed to each.
-        chosen: the most experts that a token goes to; as many must stay.
+        values: float64 [experts], on the CPU; the lowest are removed. An expert without tokens has 0.
+        tokens: int64 [experts], on the CPU: number of tokens routed to each.
+        chosen: number of experts per token; at least this many must be kept.
     """
 
     values: Tensor
@@ -39,22 +39,22 @@ class ExpertScores:
 
 
 def expert_scores(layer: ResidentLayer, structures: Sequence[Structure], method: str) -> dict[str, ExpertScores]:
-    """Score experts on the present hidden states of a layer.
+    """Score experts on the current hidden states of a layer.
 
     * reap: the mean over the tokens routed to an expert of gate * ||output|| (arXiv 2510.13999, equation 9).
     * frequency: the number of tokens routed to it.
 
     Args:
-        layer: resident, with all its experts; held-back samples do not count.
-        structures: those of its structures of kind "experts" that are to be scored.
+        layer: resident, with all its experts; validation sequences do not count.
+        structures: its structures of kind "experts" to score.
         method: one of `EXPERT_METHODS`.
 
     Returns:
         Consumer of a structure -> its experts' scores.
 
     Raises:
-        PatternError: there is no such score.
-        ModelError: a structure is refused, or the layer routes its tokens in a way that the method cannot follow.
+        PatternError: the method is unknown.
+        ModelError: a structure is refused, or the layer's routing is not supported by the method.
         NumericsError: an expert's output is NaN or infinite.
     """
     if method not in EXPERT_METHODS:
@@ -72,40 +72,41 @@ def expert_scores(layer: ResidentLayer, structures: Sequence[Structure], method:
 
 
 def lowest_experts(scores: Mapping[str, ExpertScores], remove: int) -> dict[str, list[int]]:
-    """Pick the experts with the lowest scores; a tie goes against the lower number.
+    """Pick the experts with the lowest scores; on ties, the lower number is removed.
 
     Args:
-        scores: consumer -> scores, of all expert structures of one layer; they lose the same number.
-        remove: how many each of them loses.
+        scores: consumer -> scores, for all expert structures of one layer; each loses the same number.
+        remove: how many to remove from each.
 
     Returns:
-        Consumer -> the experts that go, ascending.
+        Consumer -> the experts to remove, ascending.
 
     Raises:
-        PatternError: fewer experts would stay than a token goes to, or the structures have different numbers of them.
+        PatternError: fewer experts would be kept than each token needs, or the structures have different numbers of
+            experts.
     """
     counts = {len(own.values) for own in scores.values()}
     if len(counts) > 1:
         raise PatternError(
             f"the layer has structures of {sorted(counts)} experts: {', '.join(scores)}",
-            expected="as many experts in each, since the config has one number for all",
+            expected="the same number of experts in each, since the config has one number for all",
         )
     for consumer, own in scores.items():
         if not 0 <= remove <= len(own.values) - own.chosen:
             raise PatternError(
-                f"{remove} of the {len(own.values)} experts of {consumer} to remove, "
-                f"but each token goes to {own.chosen} of them",
+                f"{remove} of the {len(own.values)} experts of {consumer} are to be removed, "
+                f"but each token is routed to {own.chosen} of them",
                 expected=f"at most {len(own.values) - own.chosen} removed",
             )
     return {consumer: lowest_groups(own.values, remove).tolist() for consumer, own in scores.items()}
 
 
 class _Tally:
-    """Counts tokens and adds up output norms, expert by expert, whenever a module of experts is about to run.
+    """Counts tokens and sums output norms, expert by expert, whenever a module of experts is about to run.
 
     Attributes:
-        module: the module that is told where tokens go.
-        positions: tokens in the present batch.
+        module: the module that receives the routing.
+        positions: number of tokens in the current batch.
     """
 
     def __init__(self, layer: ResidentLayer, structure: Structure, method: str) -> None:
@@ -140,7 +141,7 @@ class _Tally:
         return ExpertScores(values, self._tokens, -(-int(self._tokens.sum()) // self._seen))
 
     def _terms(self, module: nn.Module, call: "_Call") -> Iterator[tuple[int, Tensor | None]]:
-        """For each expert the number of its tokens, and their weighted outputs [tokens, hidden] where needed."""
+        """For each expert, the number of its tokens and, if needed, their weighted outputs [tokens, hidden]."""
         experts, measured = self._structure.groups, self._method == "reap"
         if (places := call.routing()) is not None:
             for expert in range(experts):
@@ -148,17 +149,17 @@ class _Tally:
                 outputs = call.run(module, rows, columns) if measured and len(rows) else None
                 yield len(rows), outputs
         elif (inputs := call.lone_tensor()) is not None and len(inputs) == experts * self.positions:
-            # Each expert has a row for every token: scaled by its gate, or zero where it is not routed to it.
+            # Each expert has a row for every token, scaled by its gate, or zero if the token is not routed to it.
             sent = inputs.any(-1).view(experts, -1)
             terms = module.forward(inputs).view(experts, self.positions, -1) if measured else None
             for expert, own in enumerate(sent):
                 yield int(own.sum()), None if terms is None else terms[expert][own]
         elif (sizes := call.sizes(experts)) is not None:
             if measured:
-                raise self._unknown("it gives the experts' outputs their weights outside of their module")
+                raise self._unknown("the experts' outputs are weighted outside their module")
             yield from ((size, None) for size in sizes)
         else:
-            raise self._unknown(f"{type(module).__name__} is called in an unknown form")
+            raise self._unknown(f"{type(module).__name__} is called with unknown arguments")
 
     def _unknown(self, why: str) -> ModelError:
         return ModelError(
@@ -169,7 +170,7 @@ class _Tally:
 
 
 class _Call:
-    """The arguments of one call of a module of experts, recognised by form: names and order differ."""
+    """The arguments of one call of a module of experts, recognised by shape: names and order differ."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._args, self._kwargs = args, kwargs
@@ -177,11 +178,11 @@ class _Call:
         self._index: Tensor | None = None
 
     def routing(self) -> Tensor | None:
-        """The experts that each token goes to, [tokens, chosen], where they come with weights of the same shape."""
+        """The experts of each token, [tokens, chosen], if there is one tensor of weights with the same shape."""
         tensors = [value for value in self._values if isinstance(value, Tensor)]
         for index in tensors:
-            alike = [t for t in tensors if t.is_floating_point() and t.shape == index.shape]
-            if index.dim() == 2 and not index.is_floating_point() and len(alike) == 1 and len(self._values) == 3:
+            weights = [t for t in tensors if t.is_floating_point() and t.shape == index.shape]
+            if index.dim() == 2 and not index.is_floating_point() and len(weights) == 1 and len(self._values) == 3:
                 self._index = index
         return self._index
 
@@ -191,14 +192,14 @@ class _Call:
         return value if isinstance(value, Tensor) and value.dim() == 2 else None
 
     def sizes(self, experts: int) -> list[int] | None:
-        """How many rows belong to each expert, where the tokens are sorted by expert."""
+        """How many rows belong to each expert, if the tokens are sorted by expert."""
         for value in self._values:
             if isinstance(value, list | tuple) and len(value) == experts and all(type(size) is int for size in value):
                 return list(value)
         return None
 
     def run(self, module: nn.Module, rows: Tensor, columns: Tensor) -> Tensor:
-        """Ask for one of the experts of each of these tokens: [tokens, hidden], weighted."""
+        """Run one of the experts of each of these tokens: [tokens, hidden], weighted."""
         index = self._index
         assert index is not None, "the routing is known"
 
@@ -212,7 +213,7 @@ class _Call:
 
 
 def _experts_module(layer: nn.Module, structure: Structure) -> nn.Module:
-    """The outermost module around the experts that does not hold their router: it is told where tokens go."""
+    """The outermost module around the experts that excludes their router: it receives the routing."""
     fused = {matrix.parameter for matrix in prunable_matrices(layer, "") if matrix.expert is not None}
     modules = {name.rpartition(".")[0] for name in fused}
     routers = [part.name for part in structure.slices if part.name.rpartition(".")[0] not in modules]

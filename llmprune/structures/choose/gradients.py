@@ -16,7 +16,7 @@ from llmprune.structures.remove.fused import experts_of
 from llmprune.timing import Stages
 
 GradientMethod = Literal["taylor", "fisher"]
-# One dict for each of a layer's structures, in their order: score -> [groups].
+# One dict for each structure of a layer, in order: score -> [groups].
 LayerScores = list[dict[str, Tensor]]
 
 
@@ -31,7 +31,7 @@ def gradient_scores(
     """Score the groups of structures of the dense model by gradients of its loss.
 
     Args:
-        source: where the layers come from.
+        source: of the layers.
         ids: tokens [samples, length].
         settings: as for `BackwardStream`.
         structures: layer -> structures that are not refused.
@@ -39,11 +39,11 @@ def gradient_scores(
         stages: stopwatch.
 
     Returns:
-        Layer -> for each of its structures, in their order, method -> float64 [groups]; of channels inside fused
-        experts, which each of these chooses for itself, [experts, groups]. On the CPU.
+        Layer -> for each of its structures, in order, method -> float64 [groups]; for channels of fused experts, which
+        each expert chooses independently, [experts, groups]. On the CPU.
 
     Raises:
-        ModelError: layers hand one another more than hidden states, or experts have part of their channels in common.
+        ModelError: layers pass more than hidden states to one another, or experts share some of their channels.
         NumericsError: an activation or a gradient is NaN or infinite.
     """
     names = {

@@ -1,4 +1,4 @@
-"""Remove decoder layers or their blocks greedily: in each step what costs the whole model's predictions least."""
+"""Greedy depth pruning: in each step, remove what changes the whole model's predictions least."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -28,24 +28,24 @@ def remove_greedily(
     blocks: Sequence[SubBlocks] = (),
     watch: Callable[[int, int], None] = lambda done, total: None,
 ) -> DepthRemoval:
-    """Remove one candidate after the other, each time the one without which the predictions diverge least.
+    """Remove one candidate after another, each time the one without which the predictions diverge least.
 
     Each step is one pass over the layers with a variant of the hidden states for each candidate: about half as many
-    forwards of a layer as layers times candidates. At the end KL(dense || variant) of the next-token predictions is
+    forwards of a layer as layers times candidates. At the end, KL(dense || variant) of the next-token predictions is
     measured.
 
     Args:
         source: the dense model.
         ids: tokens [samples, length]; a few samples suffice.
-        settings: device, batches, and the bytes of CPU memory for the hidden states of all variants together.
-        candidates: what may go.
-        count: how many go; of a layer's block and the layer itself only the layer counts in the end.
-        blocks: of each layer, if candidates are blocks.
-        watch: told how many layers of how many have been passed.
+        settings: device, batches, and the CPU memory in bytes for the hidden states of all variants together.
+        candidates: what may be removed.
+        count: how many to remove; if a sub-block and later its layer are chosen, the result only has the layer.
+        blocks: sub-blocks of each layer, if there are any among the candidates.
+        watch: called with the number of layers done and their total.
 
     Raises:
-        RecipeError: so many cannot go.
-        ModelError: layers hand one another more than hidden states, which belongs to one variant only.
+        RecipeError: that many cannot be removed.
+        ModelError: layers pass more than hidden states to one another, which would differ between variants.
         NumericsError: a divergence is NaN.
     """
     layers = len(source.layers)
@@ -75,7 +75,7 @@ class _Greedy:
         self._passed = 0
 
     def step(self, watch: Callable[[int], None]) -> None:
-        """Measure what each candidate costs on top of what has gone; the cheapest goes."""
+        """Measure each candidate on top of what is already removed; remove the one with the lowest KL divergence."""
         stream = self._start()
         variants = Variants[DepthUnit](stream, _FIX)
         for layer in stream:
@@ -83,14 +83,14 @@ class _Greedy:
             self._passed += 1
             watch(self._passed)
         if self._dense is None:
-            self._dense = stream.hidden  # nothing has gone yet
-        # Where a sample ends there is no token to predict; perplexity leaves that position out too.
+            self._dense = stream.hidden  # nothing has been removed yet
+        # The last position has no next token to predict; perplexity leaves it out too.
         divergences = variants.divergences(self._dense, last_position=False)
         _require_numbers(divergences)
         best = min(divergences, key=lambda candidate: (divergences[candidate], candidate))
         self._gone.append(best)
         self._steps.append((best, divergences))
-        # A layer that goes takes its blocks along.
+        # Removing a layer removes its sub-blocks too.
         self._open = [c for c in self._open if c != best and (c.layer != best.layer or best.part != "layer")]
 
     def result(self) -> DepthRemoval:
@@ -100,11 +100,11 @@ class _Greedy:
         return DepthRemoval("greedy-kl", tuple(removed), dict(sorted(scores.items())), tuple(self._steps))
 
     def _visit(self, layer: ResidentLayer, variants: Variants[DepthUnit]) -> None:
-        """Take all variants past a layer, and begin those of its own candidates."""
+        """Advance all variants past a layer, and begin those of its own candidates."""
         layer.skipped = True  # its outputs are computed here
         gone = {part for number, part in self._gone if number == layer.index}
         if "layer" in gone:
-            return  # its blocks are no candidates any more
+            return  # its sub-blocks are no longer candidates
         with self._without(layer, gone):
             variants.advance(layer)
         for candidate in self._open:

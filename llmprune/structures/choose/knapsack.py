@@ -1,13 +1,13 @@
-"""How much of each structure goes: the levels that lose least within one budget for the whole model.
+"""How much of each structure to remove: the levels with the least error within one budget for the whole model.
 
 Each structure (the FFN channels of a layer, its KV groups, ...) offers levels with a size and an error; one level of
-each is chosen so that the sizes stay within the budget and the errors add up to as little as possible. That is the
-multiple-choice knapsack problem. Dynamic programming over the budget solves it exactly where the sizes are multiples
-of a quantum that fits the resolution (parameters nearly always are); elsewhere sizes are rounded up, so that the
-budget holds. A Lagrangian sweep gives a lower bound, which says how far from the optimum a result can be, and a
-second candidate, which matters only where rounding costs something.
+each is chosen so that the total size is within the budget and the total error is minimal. This is the multiple-choice
+knapsack problem. Dynamic programming over the budget solves it exactly if the sizes are multiples of a quantum that
+fits the resolution (parameter counts nearly always are); otherwise sizes are rounded up, so that the budget still
+holds. Bisection of the Lagrange multiplier gives a lower bound, which limits the distance from the optimum, and a
+second solution, which only matters if rounding is lossy.
 
-Errors of one layer say little about the model: weigh them by what the model loses, for example by the divergence
+Errors of one layer say little about the model: weight them by their effect on it, for example by the KL divergence
 measured with one structure at one level and everything else dense.
 """
 
@@ -20,21 +20,21 @@ from torch import Tensor
 
 from llmprune.errors import NumericsError, PatternError, RecipeError
 
-# Prices tried between one that buys everything and one that buys nothing.
+# Bisection steps between a price at which everything is kept and one at which nothing is.
 _PRICES = 64
-# A size may pass the budget by this fraction: sums of floats.
+# A size may exceed the budget by this fraction: rounding in sums of floats.
 _SLACK = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """The levels that one structure can be pruned to.
+    """The levels to which one structure can be pruned.
 
     Attributes:
-        name: what it is, for errors and results.
-        errors: the error at each level, finite, in the same unit for all structures.
-        sizes: the size at each level, >= 0, finite: parameters, FLOPs or microseconds, alike for all structures.
-        weight: what an error of 1 costs the model, >= 0.
+        name: identifies the structure in error messages and results.
+        errors: error at each level, finite, in the same unit for all structures.
+        sizes: size at each level, >= 0, finite: parameters, FLOPs or seconds, the same unit for all structures.
+        weight: effect of an error of 1 on the model, >= 0.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Allocation:
         levels: name -> index of its level.
         error: sum of weight * error.
         size: sum of the sizes, at most the budget.
-        bound: no choice within the budget has an error below this.
+        bound: lower bound on the error of any choice within the budget.
     """
 
     levels: dict[str, int]
@@ -71,12 +71,12 @@ class Allocation:
 
 
 def aligned_levels(groups: int, multiple: int, most: int) -> tuple[int, ...]:
-    """Numbers of groups to remove so that a multiple of something stays; 0 is always among them.
+    """Numbers of groups to remove so that a multiple of `multiple` is kept; always includes 0.
 
     Args:
-        groups: groups that there are.
-        multiple: what the number of groups that stay must be a multiple of, >= 1.
-        most: the most groups to remove, in [0, groups].
+        groups: number of groups.
+        multiple: the number of kept groups must be a multiple of this, >= 1.
+        most: the largest number of groups to remove, in [0, groups].
 
     Raises:
         PatternError: a number is out of range.
@@ -87,24 +87,24 @@ def aligned_levels(groups: int, multiple: int, most: int) -> tuple[int, ...]:
     """
     if multiple < 1 or not 0 <= most <= groups:
         raise PatternError(
-            f"at most {most} of {groups} groups, the rest a multiple of {multiple}",
+            f"at most {most} of {groups} groups to remove, the rest a multiple of {multiple}",
             expected="a multiple >= 1, and at most all groups",
         )
     return (0, *(removed for removed in range(1, most + 1) if (groups - removed) % multiple == 0))
 
 
 def allocate(ladders: Sequence[Ladder], budget: float, resolution: int = 20_000) -> Allocation:
-    """Choose a level for each structure so that the total error is least within the budget.
+    """Choose a level for each structure so that the total error within the budget is minimal.
 
     Args:
         ladders: the structures, with distinct names.
-        budget: what the sizes of the chosen levels may add up to.
-        resolution: the most steps that the budget is cut into, >= 1. Time and memory grow with it and with the number
-            of levels.
+        budget: allowed sum of the sizes of the chosen levels.
+        resolution: the largest number of steps into which the budget is divided, >= 1. Time and memory grow with it and
+            with the number of levels.
 
     Returns:
-        The optimum, where the sizes are multiples of budget / resolution or have a common divisor above it; otherwise
-        at most `error - bound` from it. Ties go to the smaller size, then to the lower level.
+        The optimum, if the sizes are multiples of budget / resolution or have a common divisor above it; otherwise at
+        most `error - bound` from it. Ties are broken by the smaller size, then by the lower level.
 
     Raises:
         PatternError: names repeat, or even the smallest levels exceed the budget.
@@ -113,8 +113,8 @@ def allocate(ladders: Sequence[Ladder], budget: float, resolution: int = 20_000)
     _check(ladders, budget, resolution)
     errors = [torch.tensor(ladder.errors, dtype=torch.float64) * ladder.weight for ladder in ladders]
     sizes = [torch.tensor(ladder.sizes, dtype=torch.float64) for ladder in ladders]
-    bound, swept = _sweep(errors, sizes, budget)
-    candidates = [swept]
+    bound, bisected = _bisect(errors, sizes, budget)
+    candidates = [bisected]
     if (exact := _program(errors, sizes, budget, resolution)) is not None:
         candidates.append(exact)
     totals = [(_chosen(errors, levels), _chosen(sizes, levels), levels) for levels in candidates]
@@ -124,8 +124,8 @@ def allocate(ladders: Sequence[Ladder], budget: float, resolution: int = 20_000)
 
 
 def _program(errors: list[Tensor], sizes: list[Tensor], budget: float, resolution: int) -> list[int] | None:
-    """Dynamic programming: the least error within each whole number of quanta; None if rounding leaves no choice."""
-    # What every choice contains need not be cut into quanta.
+    """Dynamic programming: the least error for each number of quanta; None if rounding up leaves no solution."""
+    # The part contained in every choice need not be quantised.
     least = [size.min() for size in sizes]
     extra = [size - low for size, low in zip(sizes, least, strict=True)]
     room = max(budget - float(sum(least)), 0.0)
@@ -146,7 +146,7 @@ def _program(errors: list[Tensor], sizes: list[Tensor], budget: float, resolutio
 
 
 def _trace(table: Tensor, choices: list[Tensor], steps: list[Tensor]) -> list[int] | None:
-    # The first cell that has the least error is the smallest size that reaches it.
+    # The first cell with the least error is the smallest size that achieves it.
     cell = int((table == table.min()).nonzero()[0])
     if not math.isfinite(float(table[cell])):
         return None
@@ -158,7 +158,7 @@ def _trace(table: Tensor, choices: list[Tensor], steps: list[Tensor]) -> list[in
 
 
 def _quantise(sizes: list[Tensor], room: float, resolution: int) -> tuple[list[Tensor], float]:
-    """Sizes as whole numbers of quanta: their greatest common divisor where that is fine, rounded up elsewhere."""
+    """Sizes as numbers of quanta: of their greatest common divisor if it is coarse enough, else rounded up."""
     values = torch.cat(sizes).tolist()
     if all(value.is_integer() for value in values):
         divisor = math.gcd(*map(int, values)) or 1
@@ -168,8 +168,8 @@ def _quantise(sizes: list[Tensor], room: float, resolution: int) -> tuple[list[T
     return [(size / quantum * (1 - _SLACK)).ceil().long() for size in sizes], quantum
 
 
-def _sweep(errors: list[Tensor], sizes: list[Tensor], budget: float) -> tuple[float, list[int]]:
-    """Bisect the price of size: the best lower bound found, and the best levels that keep within the budget."""
+def _bisect(errors: list[Tensor], sizes: list[Tensor], budget: float) -> tuple[float, list[int]]:
+    """Bisect the price of size: the best lower bound found, and the best levels within the budget."""
     smallest = [_best(size, error) for error, size in zip(errors, sizes, strict=True)]
     best, bound = smallest, -math.inf
     low, high = 0.0, _highest_price(errors, sizes)
@@ -210,17 +210,17 @@ def _chosen(values: list[Tensor], levels: list[int]) -> float:
 
 def _check(ladders: Sequence[Ladder], budget: float, resolution: int) -> None:
     if resolution < 1:
-        raise RecipeError(f"a resolution of {resolution}", expected="at least 1")
+        raise RecipeError(f"the resolution is {resolution}", expected="at least 1")
     if len({ladder.name for ladder in ladders}) < len(ladders) or not ladders:
         raise PatternError(
             f"{len(ladders)} structures: {', '.join(ladder.name for ladder in ladders)}",
-            expected="at least one, and distinct names",
+            expected="at least one structure, with distinct names",
         )
     least, whole = (math.fsum(bound(ladder.sizes) for ladder in ladders) for bound in (min, max))
     if not least <= budget * (1 + _SLACK):
         raise PatternError(
-            f"the budget leaves {budget / whole:.1%} of what the structures take, and their smallest levels take "
+            f"the budget keeps {budget / whole:.1%} of the structures, but their smallest levels need "
             f"{least / whole:.1%}",
-            expected=f"a budget that leaves {least / whole:.1%} or more",
+            expected=f"a budget that keeps {least / whole:.1%} or more",
             fix="remove less, or allow more to be removed from each structure (budget.most)",
         )

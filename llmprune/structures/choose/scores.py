@@ -1,8 +1,8 @@
-"""Scores of groups of channels: pure functions of what is known about the channels; the lowest scores go.
+"""Scores of groups of channels: pure functions of their weights and statistics; the lowest scores are removed.
 
 A channel is a column of every matrix given here: matrices that write it (gate_proj, q_proj, ...) are transposed, so
-that channels come last, and matrices that read it (down_proj, o_proj) stay as they are. The channels of a matrix split
-into `groups` runs of equal length, which may differ between matrices: with grouped-query attention a KV group has the
+that channels come last, and matrices that read it (down_proj, o_proj) are not. The channels of a matrix are split into
+`groups` runs of equal length, which may differ between matrices: with grouped-query attention, a KV group has the
 columns of several query heads in o_proj and the rows of one head in v_proj.
 """
 
@@ -21,19 +21,19 @@ from llmprune.statistics import check_finite
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """What is known about the channels of one layer; `NEEDS` says which of it a score reads.
+    """Weights, statistics and gradients of the channels of one layer; `NEEDS` lists what each score reads.
 
     Attributes:
-        groups: groups that the channels split into, >= 1.
-        matrices: all weights that go with the channels, each [*, channels].
+        groups: number of groups into which the channels are split, >= 1.
+        matrices: all weights that belong to the channels, each [*, channels].
         reading: the matrix that multiplies the activations, [out, channels].
-        tokens: calibration tokens behind the sums, >= 1.
+        tokens: number of calibration tokens in the sums, >= 1.
         sums: [channels], sum over tokens of the activation.
         squares: [channels], sum over tokens of its square.
-        active: [channels], tokens whose activation is above zero.
+        active: [channels], number of tokens with an activation above zero.
         gradients: of the loss, averaged over samples; one [*, channels] for each of `matrices`.
         squared_gradients: their squares, averaged over samples; one [*, channels] for each of `matrices`.
-        gains: scales of the norms that the channels pass through, each [channels].
+        gains: of the norms applied to the channels, each [channels].
     """
 
     groups: int
@@ -77,7 +77,7 @@ def wanda(channels: Channels) -> Float[Tensor, " groups"]:
 
 
 def channel_norm(channels: Channels) -> Float[Tensor, " groups"]:
-    """Root of the sum over the group of ||W_:j||^2 mean_t x_tj^2: what outputs lose if channels are uncorrelated."""
+    """Root of the sum over the group of ||W_:j||^2 mean_t x_tj^2: the output error if channels are uncorrelated."""
     energy = _reading(channels).square().sum(0, dtype=torch.float64)
     return _grouped(energy * _mean_squares(channels), channels.groups).sqrt()
 
@@ -104,7 +104,7 @@ def fisher(channels: Channels) -> Float[Tensor, " groups"]:
 
 
 def norm_gain(channels: Channels) -> Float[Tensor, " groups"]:
-    """Sum of the norms' |scales| over the group: how much of a hidden channel the layers read."""
+    """Sum of the norms' |gains| over the group: how strongly the layers read a hidden channel."""
     return _total(channels, [gain.abs()[None] for gain in channels.gains])
 
 
@@ -137,23 +137,23 @@ NEEDS: dict[str, frozenset[str]] = {
 
 
 def lowest_groups(scores: Float[Tensor, " groups"], remove: int, partitions: int = 1) -> Int[Tensor, " removed"]:
-    """Pick the groups with the lowest scores; a tie goes against the lower index.
+    """Pick the groups with the lowest scores; on ties, the lower index is removed.
 
     Args:
         scores: [groups].
-        remove: groups to remove, in [0, groups].
-        partitions: consecutive runs of groups, of equal length, that lose the same number.
+        remove: number of groups to remove, in [0, groups].
+        partitions: number of consecutive runs of groups, of equal length, that lose the same number.
 
     Returns:
         [remove], int64, ascending.
 
     Raises:
-        PatternError: the numbers do not fit.
+        PatternError: the numbers are out of range or not multiples of the partitions.
         NumericsError: a score is NaN.
     """
     if not 0 <= remove <= len(scores) or len(scores) % partitions or remove % partitions:
         raise PatternError(
-            f"{remove} of {len(scores)} groups to remove from {partitions} partitions",
+            f"{remove} of {len(scores)} groups are to be removed from {partitions} partitions",
             expected="at most all groups, and multiples of the partitions",
         )
     keep = keep_highest(scores.view(partitions, -1), remove // partitions)
@@ -171,7 +171,7 @@ def _mean_squares(channels: Channels) -> Tensor:
 
 
 def _total(channels: Channels, weighed: Sequence[Tensor]) -> Tensor:
-    """The sum over all matrices [*, channels] of what falls to each group."""
+    """[groups]: the sum over all matrices [*, channels] of the values in each group."""
     assert weighed, "this score needs weights, gradients or gains"
     return torch.stack([_grouped(values.sum(0, dtype=torch.float64), channels.groups) for values in weighed]).sum(0)
 

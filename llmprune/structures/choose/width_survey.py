@@ -1,4 +1,4 @@
-"""Measure the hidden channels of the dense model: which of them matter, and how much of each norm's input they are."""
+"""Measure the hidden channels of the dense model: their importance, and their share of each norm's input energy."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -27,13 +27,13 @@ WIDTH_SCORES = ("activation-norm", "energy", "norm-gain", "magnitude-l1", "magni
 
 @dataclass(frozen=True, slots=True)
 class WidthChoice:
-    """Which hidden channels stay; all of it is ready for JSON.
+    """Which hidden channels are kept; all fields are ready for JSON.
 
     Attributes:
         channels: ascending.
-        factors: norm -> what its gain is multiplied by, so that its output is right on average.
-        energy: norm -> the share of its input's mean square that the channels hold, in [0, 1].
-        score: by which they were chosen.
+        factors: norm -> the factor applied to its gain, so that its output has the right scale on average.
+        energy: norm -> the share of its input's mean square in the kept channels, in [0, 1].
+        score: the score used for the choice.
     """
 
     channels: list[int]
@@ -43,7 +43,7 @@ class WidthChoice:
 
 
 class WidthSurvey:
-    """Collects what a choice of hidden channels needs, in one pass over the dense model.
+    """Collects the statistics for choosing hidden channels, in one pass over the dense model.
 
         survey = WidthSurvey(width, "activation-norm")
         for layer in (stream := Stream(source, ids, StreamSettings(outputs=True))):
@@ -51,7 +51,7 @@ class WidthSurvey:
         survey.finish(stream)
         choice = survey.result()
 
-    The scores, of which the highest stay:
+    The scores, of which the highest are kept:
 
     * activation-norm: root of the mean square of each norm's output, summed over the norms (Minitron,
       arXiv 2407.14679, takes norms over samples and means over positions);
@@ -64,7 +64,7 @@ class WidthSurvey:
         score: one of WIDTH_SCORES.
 
     Raises:
-        RecipeError: no such score.
+        RecipeError: the score is unknown.
     """
 
     def __init__(self, width: Width, score: str = "activation-norm") -> None:
@@ -76,7 +76,7 @@ class WidthSurvey:
         self._outputs: dict[str, ColumnNorm] = {}
 
     def see(self, layer: ResidentLayer) -> None:
-        """Run a dense layer over the calibration batches that statistics may see; it does not advance.
+        """Run a dense layer over the statistics batches; the layer does not advance.
 
         Raises:
             NumericsError: an activation is not finite.
@@ -91,10 +91,10 @@ class WidthSurvey:
         self._require_seen(inside)
 
     def finish(self, stream: Stream) -> None:
-        """Take what lies outside the decoder layers, once the stream has ended.
+        """Measure what is outside the decoder layers, once the stream has ended.
 
         Args:
-            stream: of the dense model, run with `outputs`; its hidden states are those of the last layer.
+            stream: of the dense model, run with `outputs`; its hidden states are the last layer's outputs.
 
         Raises:
             ModelError: a norm was not used.
@@ -110,7 +110,7 @@ class WidthSurvey:
         self._require_seen(outside)
 
     def result(self) -> WidthChoice:
-        """Choose the channels, once all layers and the ends have been seen.
+        """Choose the channels, once all layers and the ends (embeddings, final norm and LM head) have been seen.
 
         Raises:
             NumericsError: a score is NaN.
@@ -136,7 +136,7 @@ class WidthSurvey:
         return self._weighed
 
     def _weigh(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Add what falls to each channel of some weights, or of the gains among them."""
+        """Add up some weights, or the gains among them, for each channel."""
         size = self._width.size
         offsets = {norm.gain: norm.offset for norm in self._width.norms.values()}
         for name, parameter in parameters:
@@ -145,7 +145,7 @@ class WidthSurvey:
             for dim in self._width.places.get(name, ()) if self._score.startswith("magnitude") else ():
                 channels = Channels(size, matrices=[parameter.detach().movedim(dim, -1).reshape(-1, size)])
                 own = magnitude_l1(channels) if self._score == "magnitude-l1" else magnitude_l2(channels).square()
-                self._weighed += own.cpu()  # the squares' sum has the order of its root
+                self._weighed += own.cpu()  # the sum of squares ranks like its root
 
     @contextmanager
     def _watching(self, norms: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -161,7 +161,7 @@ class WidthSurvey:
             rows = (args[0] if args else next(iter(kwargs.values()))).reshape(-1, size).float()
             if centred:
                 rows = rows - rows.mean(-1, keepdim=True)
-            # Each token counts as much as any other, whatever its norm: the first may be a thousand times as large.
+            # All tokens count equally, whatever their norm: that of the first may be a thousand times as large.
             rows = rows * rows.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
             self._inputs.setdefault(name, ColumnNorm.empty(size, rows.device)).update(rows)
             if self._score == "activation-norm":
@@ -173,8 +173,8 @@ class WidthSurvey:
         for name in norms:
             if name not in self._inputs:
                 raise ModelError(
-                    f"the norm {name} took no part in the forward of the calibration text",
-                    expected="every norm of hidden width to be used",
+                    f"the norm {name} was not used in the forward pass of the calibration text",
+                    expected="every norm over hidden channels to be used",
                     fix="leave the hidden width as it is",
                 )
             check_finite(self._inputs[name].squares, f"the input of {name}")
@@ -182,7 +182,7 @@ class WidthSurvey:
 
 @contextmanager
 def _without_head(model: PreTrainedModel) -> Iterator[None]:
-    """Skip the largest product of all, since nobody reads the logits."""
+    """Skip the LM head, the largest matmul of all, since the logits are not needed."""
     head = model.get_output_embeddings()
     if head is None:
         yield

@@ -1,1 +1,1 @@
-"""The config.json of the smaller model, checked against its tensors, and what it costs to run."""
+"""The config.json of the smaller model, checked against its tensors, and the cost of running it."""

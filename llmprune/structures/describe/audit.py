@@ -1,4 +1,4 @@
-"""Check whether config.json and the tensors of a checkpoint belong together, by reading all of it."""
+"""Check that config.json and the tensors of a checkpoint match, by reading all of it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,11 +14,11 @@ from llmprune.structures.find.tracing import TracedForward, eagerly
 
 
 def audit_checkpoint(source: StoredSource) -> None:
-    """Check the config and the tensors of a checkpoint against each other: load all of it, a layer at a time.
+    """Check the config and the tensors of a checkpoint against each other by loading it, one layer at a time.
 
     Raises:
-        ModelError: they do not fit; says what is wrong.
-        CheckpointError: a tensor is missing, or has another shape than the config says.
+        ModelError: they do not match; says what is wrong.
+        CheckpointError: a tensor is missing, or its shape is not the one in the config.
     """
     cpu = torch.device("cpu")
     shapes: dict[str, list[int]] = {}
@@ -36,9 +36,9 @@ def audit_checkpoint(source: StoredSource) -> None:
         source.free_layer(index)
     if problems := audit(source.config, shapes, source.layers_path):
         raise ModelError(
-            f"{source.folder}: config.json and the tensors do not fit: {'; '.join(problems[:3])}",
+            f"{source.folder}: config.json and the tensors do not match: {'; '.join(problems[:3])}",
             expected="a checkpoint that loads",
-            fix="report it with the model's id and the recipe",
+            fix="report this as a bug, with the model's id and the recipe",
         )
 
 
@@ -47,11 +47,11 @@ def audit(config: PretrainedConfig, shapes: Mapping[str, Sequence[int]], path: s
 
     Args:
         config: of the checkpoint, with or without `per_layer_config`.
-        shapes: the model's own name of each tensor -> its shape.
+        shapes: the model's name for each tensor -> its shape.
         path: dotted name of the decoder layers; None: they are searched for.
 
     Returns:
-        What is wrong, a line each; empty if all is well.
+        The problems, one line each; empty if there are none.
     """
     problems = list(contradictory_counts(config))
     try:
@@ -64,22 +64,22 @@ def audit(config: PretrainedConfig, shapes: Mapping[str, Sequence[int]], path: s
     problems += [f"{name} is not part of the model" for name in shapes if name not in state]
     for name in state.keys() & shapes.keys():
         if tuple(state[name].shape) != tuple(shapes[name]):
-            problems.append(f"{name} has shape {list(shapes[name])}, the config says {list(state[name].shape)}")
+            problems.append(f"{name} has shape {list(shapes[name])}, but the config says {list(state[name].shape)}")
     if not problems:
-        problems += stumbles(decoder)
+        problems += run_failures(decoder)
     return sorted(problems)
 
 
 def contradictory_counts(config: PretrainedConfig) -> Iterator[str]:
-    """Counts in the config that contradict one another."""
+    """Contradictory counts in the config."""
     text = config.get_text_config(decoder=True)
     values = {path[-1]: value for path, value in integers(config, least=1).items()}
     experts = max((v for k, v in values.items() if "experts" in k and "per_tok" not in k), default=None)
     chosen = max((v for k, v in values.items() if "experts_per_tok" in k or k == "moe_top_k"), default=0)
     if experts is not None and chosen > experts:
-        yield f"{chosen} of {experts} experts are to be chosen for each token"
+        yield f"{chosen} of {experts} experts are to be selected for each token"
     if experts is not None and experts % values.get("n_group", 1):
-        yield f"{experts} experts do not split into {values['n_group']} groups"
+        yield f"{experts} experts cannot be split into {values['n_group']} groups"
     for name in ("layer_types", "mlp_layer_types"):
         kinds = getattr(text, name, None)
         if isinstance(kinds, list) and len(kinds) != text.num_hidden_layers:
@@ -87,15 +87,15 @@ def contradictory_counts(config: PretrainedConfig) -> Iterator[str]:
 
 
 def _tied(model: PreTrainedModel) -> list[set[str]]:
-    """Names that stand for one parameter, set by set."""
+    """Sets of names that refer to the same parameter."""
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
     return [together for together in names.values() if len(together) > 1]
 
 
-def stumbles(decoder: Decoder) -> Iterator[str]:
-    """What stops the model's own code with these shapes: head sizes, rotary and cache dimensions."""
+def run_failures(decoder: Decoder) -> Iterator[str]:
+    """Why the model's own code fails with these shapes, if it does: head sizes, rotary and cache dimensions."""
     try:
         with torch.enable_grad(), eagerly(decoder.model):
             TracedForward(decoder, frozen=False).each(lambda index, trace: None)

@@ -1,4 +1,4 @@
-"""Which changes of a config could make a structure smaller: integers that could stand for its size."""
+"""Changes of a config that might make a structure smaller: integers that could be its size."""
 
 import copy
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ from transformers import PretrainedConfig
 
 from llmprune.models.uneven import Changes, text_part
 
-# What configs call the number of query heads and of key and value heads.
+# Names that configs use for the number of query heads and of KV heads.
 _HEADS = {"num_attention_heads", "num_heads", "n_head", "n_heads", "attention_heads"}
 _HEADS |= {"num_key_value_heads", "num_kv_heads", "kv_n_heads"}
-# Where None, the width follows from the hidden size.
+# If None, the width is derived from the hidden size.
 _IMPLIED_WIDTHS = ("n_inner", "ffn_hidden_size", "intermediate_size")
 _WIDTH_WORDS = ("intermediate", "ffn", "inner", "mlp", "ff_")
 
@@ -28,7 +28,7 @@ class Request:
 
 
 def candidates(config: PretrainedConfig, request: Request) -> Iterator[Changes]:
-    """Changes that could do what is asked, the most plausible first."""
+    """Changes that might satisfy the request, the most plausible first."""
     known = integers(config)
     scaled = {path: value * request.kept // request.groups for path, value in known.items()}
     whole = [path for path, value in known.items() if value * request.kept % request.groups == 0]
@@ -62,7 +62,7 @@ def _head_candidates(config: PretrainedConfig, request: Request, known: Changes,
 
 
 def integers(config: PretrainedConfig, least: int = 2) -> Changes:
-    """Every integer of the text config and of the mappings in it, but for small ones and rotary settings."""
+    """Every integer of the text config and of the mappings in it, except small ones and rotary settings."""
     found: Changes = {}
     for key, value in text_part(copy.deepcopy(config.to_dict()), config).items():
         if isinstance(value, dict) and "rope" not in key:

@@ -1,8 +1,8 @@
-"""Describe the smaller model: which attributes of config.json change, found by search and checked.
+"""Describe the smaller model: which attributes of config.json change, found by search and verified.
 
-No table says what a family calls its sizes. Integers of the config that could stand for a size are changed, the model
-is built from the changed config without weights, and the change holds if every parameter then has exactly the shape
-that it shrinks to, and nothing else is different: no other shape, no buffer (rotary frequencies), no scale.
+There is no table of the names that families use for their sizes. Integers of the config that could be a size are
+changed, the model is built from the changed config without weights, and the change is accepted if every parameter then
+has exactly its reduced shape and nothing else differs: no other shape, no buffer (rotary frequencies), no scale.
 """
 
 import itertools
@@ -23,30 +23,30 @@ from llmprune.models.uneven import (
     one_line,
     with_per_layer,
 )
-from llmprune.structures.describe.audit import contradictory_counts, stumbles
+from llmprune.structures.describe.audit import contradictory_counts, run_failures
 from llmprune.structures.describe.candidates import Request, candidates
 from llmprune.structures.describe.equals import equal_config
 from llmprune.structures.remove.cuts import Cut, removed_indices
 
-# For one request, the most plausible first: each costs a build of the whole model without weights.
+# Per request, the most plausible first: each try builds the whole model without weights.
 _MOST_TRIES = 40
 
 
 def smaller_config(
     config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], path: str | None = None
 ) -> PretrainedConfig:
-    """The config of the model whose layers have been shrunk, alike in all layers.
+    """The config of the model after the same cuts in all layers.
 
     Args:
         config: of the model at full size.
-        cuts: layer -> what goes there.
+        cuts: layer -> what is removed there.
         path: dotted name of the decoder layers; None: they are searched for.
 
     Returns:
-        Of the same class; where that refuses the sizes, of one with the same layers that does not (see `equals`).
+        Of the same class; if that refuses the sizes, of an equivalent one that accepts them (see `equals`).
 
     Raises:
-        ModelError: no change of the config gives these shapes; says what was tried.
+        ModelError: no change of the config gives these shapes; the message says what was tried.
     """
     return _described(_smaller, _Search(config, cuts, path))
 
@@ -54,29 +54,29 @@ def smaller_config(
 def uneven_config(
     config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], path: str | None = None
 ) -> PretrainedConfig:
-    """A config with `per_layer_config`, for layers that have been shrunk each in its own way.
+    """A config with `per_layer_config`, for layers that have been shrunk differently.
 
     Args:
         config: of the model at full size.
-        cuts: layer -> what goes there; the groups of a layer's structures may be fewer than another's.
+        cuts: layer -> what is removed there; the number of groups may differ from layer to layer.
         path: dotted name of the decoder layers; None: they are searched for.
 
     Returns:
-        Of the same class; where that refuses the sizes, of one with the same layers that does not (see `equals`).
+        Of the same class; if that refuses the sizes, of an equivalent one that accepts them (see `equals`).
 
     Raises:
-        ModelError: no change of the config gives a layer its shapes; says what was tried.
+        ModelError: no change of the config gives a layer its shapes; the message says what was tried.
     """
-    with_per_layer(config, {"0": {}})  # refuses an architecture that has its own
+    with_per_layer(config, {"0": {}})  # refuses an architecture that defines the key itself
     return _described(_uneven, _Search(config, cuts, path))
 
 
 def _described(describe: Callable[["_Search"], PretrainedConfig], search: "_Search") -> PretrainedConfig:
-    """What `describe` finds for the config, or for an equal one where the config's own class refuses sizes."""
+    """What `describe` finds for the config, or for an equivalent one if the config's class refuses sizes."""
     try:
         return describe(search)
     except ModelError as error:
-        # Only where the class itself stands in the way can another class help; other errors are about the shapes.
+        # Another class can only help if the class itself refuses the sizes; other errors are about the shapes.
         if not search.refused:
             raise
         try:
@@ -92,18 +92,18 @@ def _described(describe: Callable[["_Search"], PretrainedConfig], search: "_Sear
 
 def _smaller(search: "_Search") -> PretrainedConfig:
     changes: Changes = {}
-    # Each request is met by itself first, since its changes then are independent of the others', and then all changes
-    # are checked together, in all layers: two attributes may depend on one another.
+    # Each request is satisfied separately first, so that its changes do not depend on the others'; then all changes are
+    # checked together, in all layers: two attributes may depend on one another.
     for requests in search.joined(list(search.cuts)):
         changes |= requests
     if differences := search.differences(changes, everything=True) or search.other_differences(changes, None):
         raise ModelError(
             f"no config describes the smaller model: with {_shown(changes)}, {differences[0]}",
             expected="the same widths in every layer with such a structure, and sizes that the config can express",
-            fix="remove as many groups from each of its structures in all layers, or allow widths that differ",
+            fix="remove the same number of groups from these structures in all layers, or use a budget",
         )
     smaller = changed(search.config, changes)
-    if problems := [*contradictory_counts(smaller), *stumbles(search.built(changes))]:
+    if problems := [*contradictory_counts(smaller), *run_failures(search.built(changes))]:
         raise ModelError(
             f"the smaller model would not work: with {_shown(changes)}, {problems[0]}", fix="remove fewer groups"
         )
@@ -114,7 +114,7 @@ def _uneven(search: "_Search") -> PretrainedConfig:
     per_layer: dict[str, Any] = {}
     found: dict[tuple[object, ...], Changes] = {}
     for layer in sorted(search.cuts):
-        # Layers that lose the same numbers from the same shapes need the same attributes: a search for one serves all.
+        # Layers that lose the same numbers from the same shapes need the same attributes: one search is enough for all.
         key = search.signature(layer)
         if key not in found:
             found[key] = {}
@@ -128,7 +128,7 @@ def _uneven(search: "_Search") -> PretrainedConfig:
 
 
 class _Search:
-    """Tries changes of a config against the shapes that are wanted."""
+    """Tries changes of a config against the required shapes."""
 
     def __init__(self, config: PretrainedConfig, cuts: Mapping[int, Sequence[Cut]], path: str | None) -> None:
         self.config, self.cuts = config, cuts
@@ -145,12 +145,12 @@ class _Search:
         return any(isinstance(model, str) for model in self._built.values())
 
     def signature(self, layer: int) -> tuple[object, ...]:
-        """Alike for layers that need the same changes."""
+        """A key that is equal for layers that need the same changes."""
         shapes = tuple((name, tuple(p.shape)) for name, p in self._before.layers[layer].named_parameters())
         return (tuple(self._requests([layer])), shapes)
 
     def joined(self, layers: Sequence[int]) -> Iterator[Changes]:
-        """The changes for each request; requests that no change meets alone are tried together.
+        """The changes for each request; requests that no change satisfies alone are tried together.
 
         Raises:
             ModelError: nothing fits.
@@ -158,13 +158,13 @@ class _Search:
         alone: list[Request] = []
         for request in self._requests(layers):
             found = self._first_fit([request], layers)
-            # One attribute may say two sizes (a shared expert's width follows from the routed ones'): neither request
-            # is met without the other, and they are tried together.
+            # One attribute may determine two sizes (a shared expert's width is derived from that of the routed ones):
+            # neither request is satisfied without the other, so they are tried together.
             if found is None:
                 alone.append(request)
             else:
                 yield found
-        # Only equal shares of one kind can hang together.
+        # Only requests for equal shares of one kind can depend on each other.
         for _, group in itertools.groupby(alone, lambda r: (r.kind, r.kept / r.groups)):
             requests = list(group)
             found = self._first_fit(requests, layers) if len(requests) > 1 else None
@@ -196,13 +196,13 @@ class _Search:
         *,
         everything: bool = False,
     ) -> list[str]:
-        """How the shapes of a changed config differ from those that are left.
+        """How the shapes of a changed config differ from the required ones.
 
         Args:
             changes: of the config.
-            layers: the layers that are compared.
-            requests: the cuts that have been made; None: all of them.
-            everything: compare all layers, and what is outside them.
+            layers: the layers to compare.
+            requests: the cuts to apply; None: all of them.
+            everything: compare all layers and everything outside them.
         """
         decoder = self._build(changes)
         if isinstance(decoder, str):
@@ -214,22 +214,22 @@ class _Search:
         return list(shape_differences(self._before.model, decoder.model, expected))
 
     def other_differences(self, changes: Changes, layers: Sequence[int] | None) -> list[str]:
-        """Buffers and numbers in modules, of some layers or all (None), that change although nothing of them goes."""
+        """Buffers and numbers in modules, of some layers or all (None), that change although they should not."""
         expected = Expected(
             buffer=self._shrunk,
-            # Whole numbers are sizes, which the shapes tell; the others are scales and epsilons.
+            # Integers are sizes, which are checked by the shapes; floats are scales and epsilons.
             value=lambda key, before, after: not isinstance(before, float) or before == after,
             inside=lambda name: layers is None or self._before.place(name)[0] in layers,
         )
         return list(module_differences(self._before.model, self.built(changes).model, expected))
 
     def _shrunk(self, name: str, shape: Shape, requests: Sequence[Request] | None = None) -> Shape:
-        """The shape that is left of a tensor by some of the cuts; None: all of them."""
+        """The shape of a tensor after some of the cuts; None: all of them."""
         layer, inner = self._before.place(name)
         key = layer, None if requests is None else tuple(requests)
         if key not in self._gone:
             cuts = [] if layer is None else self.cuts.get(layer, ())
-            # Kept by layer and requests, because every name of every try asks again.
+            # Cached by layer and requests, because every name of every try needs it.
             asked = [cut for cut in cuts if requests is None or self._request(cut) in requests]
             self._gone[key] = {place: len(gone) for place, gone in removed_indices(asked).items()}
         return tuple(size - self._gone[key].get((inner, dim), 0) for dim, size in enumerate(shape))
@@ -239,7 +239,7 @@ class _Search:
         return Request(structure.kind, structure.consumer, structure.groups, structure.columns, cut.kept)
 
     def _build(self, changes: Changes) -> Decoder | str:
-        # Candidates of several requests, and the final check, often are the same change.
+        # Candidates of several requests and the final check are often the same change.
         key = repr(sorted(changes.items()))
         if key not in self._built:
             try:
@@ -249,7 +249,7 @@ class _Search:
         return self._built[key]
 
     def built(self, changes: Changes) -> Decoder:
-        """The model of a changed config that has been found to fit."""
+        """The model of a changed config that is known to fit."""
         decoder = self._build(changes)
         assert isinstance(decoder, Decoder), decoder
         return decoder
@@ -260,9 +260,9 @@ class _Search:
         return ModelError(
             f"no attribute of {type(self.config).__name__} makes {request.consumer} smaller: {request.kept} of "
             f"{request.groups} groups ({request.kind})",
-            expected="one that gives every parameter the shape that is left; tried "
+            expected="one that gives every parameter its reduced shape; tried "
             + ("; ".join(tried) or "nothing: no attribute has such a value"),
-            fix=f"remove another number of groups, or leave {request.kind} out of the recipe",
+            fix=f"remove a different number of groups, or leave {request.kind} out of the recipe",
         )
 
 

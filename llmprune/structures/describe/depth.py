@@ -17,16 +17,16 @@ from llmprune.models.uneven import (
     text_part,
     with_per_layer,
 )
-from llmprune.structures.describe.audit import stumbles
+from llmprune.structures.describe.audit import run_failures
 from llmprune.structures.find.tracing import OWN_NUMBER
 
-# Integers that say how many of the first, or of the last, layers are special.
+# Integers that count the first, or the last, layers that are special.
 _FIRST = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "num_hash_layers")
 _LAST = ("num_kv_shared_layers",)
-# Lists of layer numbers, unlike lists with one entry a layer.
+# Lists of layer numbers, as opposed to lists with one entry per layer.
 _NUMBERS = ("attn_layer_indices", "mlp_only_layers", "moe_layers", "full_attn_idxs")
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-# Lists that have nothing to do with layers, however many entries they have.
+# Lists unrelated to layers, whatever their length.
 _OTHER_LISTS = ("architectures", "time_step_limit", "mlp_multipliers", "eos_token_id", "pad_token_id")
 
 
@@ -37,24 +37,24 @@ def drop_layers(
 
     Args:
         config: of the whole model.
-        kept: the layers that stay, ascending and distinct.
+        kept: the layers to keep, ascending and distinct.
         path: dotted name of the decoder layers; None: they are searched for.
 
     Returns:
-        The config, and for each layer that stays its new number (for the checkpoint's keys).
+        The config, and the new number of each kept layer (for the checkpoint's keys).
 
     Raises:
-        ModelError: the layers do not exist, or the architecture decides by a layer's number what the layer is, in a way
-            that the ones that stay cannot keep.
+        ModelError: the layers do not exist, or the architecture derives a layer's form from its number in a way that
+            the kept layers cannot preserve.
     """
     before = build_decoder(config, path=path)
     path, layers = before.path, before.layers
     if not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < len(layers):
-        raise ModelError(f"layers {list(kept)} of {len(layers)} are to stay", expected="ascending numbers of layers")
+        raise ModelError(f"layers {list(kept)} of {len(layers)} are to be kept", expected="ascending layer numbers")
     data = config.to_dict()
     text = text_part(data, config)
     if text.get("scale_attn_by_inverse_layer_idx"):
-        raise _changed(path, kept[-1], "its attention is scaled by its number")
+        raise _changed(path, kept[-1], "its attention is scaled by its layer number")
     text.update(_renumbered(text, kept, len(layers)))
     try:
         smaller = type(config).from_dict(data)
@@ -65,15 +65,15 @@ def drop_layers(
         raise _changed(path, kept[-1], f"the model would have {len(after.layers)} layers, not {len(kept)}")
     numbers = {old: new for new, old in enumerate(kept)}
     for old, new in numbers.items():
-        for difference in _unlike(layers[old], after.layers[new], numbers):
+        for difference in _differences_at(layers[old], after.layers[new], numbers):
             raise _changed(path, old, difference)
-    for problem in stumbles(after):
+    for problem in run_failures(after):
         raise _changed(path, kept[0], problem)
     return smaller, numbers
 
 
 def _renumbered(text: Mapping[str, Any], kept: Sequence[int], count: int) -> Iterator[tuple[str, Any]]:
-    """The entries of a text config that change."""
+    """The entries of a text config that change, with their new values."""
     for key, value in text.items():
         if key in _COUNTS and value == count:
             yield key, len(kept)
@@ -90,13 +90,13 @@ def _renumbered(text: Mapping[str, Any], kept: Sequence[int], count: int) -> Ite
             yield key, {str(new): widths[old] for new, old in enumerate(kept) if old in widths}
 
 
-def _unlike(before: nn.Module, after: nn.Module, numbers: Mapping[int, int]) -> Iterator[str]:
-    """What a layer would be at its new place and was not at the old one."""
+def _differences_at(before: nn.Module, after: nn.Module, numbers: Mapping[int, int]) -> Iterator[str]:
+    """How a layer would differ at its new position."""
 
     def same(key: str, value: Any, new: Any) -> bool:
         if key in OWN_NUMBER or key == "training":
             return True
-        # A number of another layer moves with that layer.
+        # A reference to another layer follows that layer's new number.
         moves = key.endswith(("layer_index", "layer_idx")) and type(value) is int
         return bool(new == (numbers.get(value) if moves else value))
 
@@ -105,25 +105,25 @@ def _unlike(before: nn.Module, after: nn.Module, numbers: Mapping[int, int]) -> 
 
 def _changed(path: str, layer: int, why: str) -> ModelError:
     return ModelError(
-        f"{path}.{layer} would not be the same at its new place: {why}",
-        expected="layers that are alike, or a config that lists what each of them is",
-        fix="keep other layers, so that the pattern of the architecture stays as it is",
+        f"{path}.{layer} would not be the same at its new position: {why}",
+        expected="identical layers, or a config that lists the type of each layer",
+        fix="keep other layers, so that the architecture's pattern of layers is preserved",
     )
 
 
 def without_blocks(
     config: PretrainedConfig, removed: Mapping[int, Mapping[str, int]], path: str | None = None
 ) -> PretrainedConfig:
-    """The config of the model without some blocks; what `per_layer_config` says already stays.
+    """The config of the model without some sub-blocks; existing entries of `per_layer_config` are kept.
 
     Args:
-        config: of the model, with or without widths that differ between layers.
-        removed: layer -> the modules of the blocks that go there, as `SubBlock.modules` gives them.
+        config: of the model, with or without layer-specific sizes.
+        removed: layer -> the modules of the sub-blocks removed there, as in `SubBlock.modules`.
         path: dotted name of the decoder layers; None: they are searched for.
 
     Raises:
-        ModelError: the architecture has a `per_layer_config` of its own, a layer or a module does not exist, or the
-            model does not run without it.
+        ModelError: the architecture defines `per_layer_config` itself, a layer or a module does not exist, or the model
+            does not run without it.
 
     Example:
         >>> without_blocks(config, {3: {"self_attn": 2}})  # doctest: +SKIP
@@ -134,11 +134,11 @@ def without_blocks(
             values = per_layer.setdefault(str(layer), {})
             values[REMOVED] = {**values.get(REMOVED, {}), **modules}
     smaller = with_per_layer(config, per_layer)
-    for problem in stumbles(build_decoder(smaller, path=path)):
+    for problem in run_failures(build_decoder(smaller, path=path)):
         shown = ", ".join(f"{name} of layer {layer}" for layer, modules in removed.items() for name in modules)
         raise ModelError(
             f"without {shown}, {problem}",
             expected="blocks whose outputs nothing else reads",
-            fix="leave these blocks in place, or remove whole layers",
+            fix="keep these blocks, or remove whole layers",
         )
     return smaller

@@ -1,8 +1,8 @@
-"""Another architecture that computes the same, for configs whose own class refuses sizes that their layers can have.
+"""An equivalent architecture for configs whose own class refuses sizes that their layers could have.
 
-LlamaConfig wants a hidden size that is a multiple of its heads, although no layer needs that: a quarter of the heads of
-most Llamas could not go. MistralForCausalLM has the same layers without that rule (nor biases), loads as well in every
-engine, and leaves the tokenizer as it is.
+LlamaConfig requires the hidden size to be a multiple of the number of heads, although no layer needs that: a quarter of
+the heads of most Llamas could not be removed. MistralForCausalLM has the same layers without that rule (and without
+biases), is supported by the same engines, and keeps the tokenizer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,12 +20,12 @@ from llmprune.models.uneven import build_decoder
 
 @dataclass(frozen=True, slots=True)
 class _Equal:
-    """An architecture that can stand in for another.
+    """An architecture that can replace another.
 
     Attributes:
-        model_type: as config.json calls it.
-        lacks: attributes of the other that it does not have -> the values with which nothing depends on them.
-        sets: its own attributes -> the values that make it the same.
+        model_type: its name in config.json.
+        lacks: attributes of the other that it does not have -> the values at which they have no effect.
+        sets: its own attributes -> the values that make it equivalent.
     """
 
     model_type: str
@@ -33,7 +33,7 @@ class _Equal:
     sets: Mapping[str, Any] = field(default_factory=dict)
 
 
-# Class of the model, which several types of config may share -> the one that equals it.
+# Class of the model, which several config types may share -> its equivalent.
 _EQUALS = {
     "LlamaForCausalLM": _Equal(
         "mistral", {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}, {"sliding_window": None}
@@ -42,7 +42,7 @@ _EQUALS = {
 
 
 def equal_config(config: PretrainedConfig, path: str | None = None) -> PretrainedConfig | None:
-    """The same model as the config of another class; None if no architecture is known that equals it.
+    """The config of an equivalent architecture; None if none is known.
 
     Both models are built without weights and compared: names and shapes of parameters, modules, their numbers, buffers.
 
@@ -51,7 +51,7 @@ def equal_config(config: PretrainedConfig, path: str | None = None) -> Pretraine
         path: dotted name of its decoder layers; None: they are searched for.
 
     Raises:
-        ModelError: one equals it, but not with these values; says which.
+        ModelError: one is known, but is not equivalent for these values; the message says which.
     """
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     equal = _EQUALS.get(name)
@@ -61,16 +61,18 @@ def equal_config(config: PretrainedConfig, path: str | None = None) -> Pretraine
     data = config.to_dict()
     for key, value in equal.lacks.items():
         if data.pop(key, value) not in (value, None):
-            raise ModelError(f"{other}, which accepts such sizes and is the same otherwise, has no {key}")
+            raise ModelError(f"{other} accepts such sizes and is otherwise equivalent, but has no {key}")
     del data["model_type"]
     result = CONFIG_MAPPING[equal.model_type].from_dict({**data, **equal.sets, "architectures": [other]})
-    for difference in _unlike(build_decoder(config, path=path).model, build_decoder(result, path=path).model):
-        raise ModelError(f"{other} accepts such sizes, but is not the same: {difference}")
+    for difference in _model_differences(
+        build_decoder(config, path=path).model, build_decoder(result, path=path).model
+    ):
+        raise ModelError(f"{other} accepts such sizes, but is not equivalent: {difference}")
     return result
 
 
-def _unlike(one: PreTrainedModel, other: PreTrainedModel) -> Iterator[str]:
-    """What sets two models apart, but for the names of their classes and what is said in whole numbers."""
+def _model_differences(one: PreTrainedModel, other: PreTrainedModel) -> Iterator[str]:
+    """How two models differ, apart from the names of their classes and integers in modules."""
     families = [type(model).__name__.removesuffix("ForCausalLM") for model in (one, other)]
 
     def kind(module: nn.Module) -> str:

@@ -1,6 +1,6 @@
-"""What each structure of a decoder layer costs once some of its groups are removed, in any of three units.
+"""The cost of each structure of a decoder layer after removing some of its groups, in one of three units.
 
-Two are counted (`models.sizes`: parameters and FLOPs); the third, `Latency`, is measured on a device.
+Parameters and FLOPs are counted (`models.sizes`); `Latency` is measured on a device.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,21 +16,21 @@ from llmprune.structures.find.discovery import Structure
 from llmprune.structures.remove.cuts import Cut, removed_indices
 from llmprune.timing import Effort, time_calls
 
-# Widths that are measured; the ones between are interpolated.
+# Number of widths that are measured; those in between are interpolated.
 _POINTS = 6
 
 
 @dataclass(slots=True)
 class Latency:
-    """Seconds of one device's products, each shape measured once: the median of repeats on random numbers.
+    """Latency of matmuls on one device; each shape is measured once, as the median of repeats on random numbers.
 
-    The copies of a matrix that are multiplied in turn are together larger than the last cache, as a model's layers are.
+    The calls rotate through copies of the matrix that together exceed the last-level cache, as a model's layers do.
 
     Attributes:
-        device: where the products run.
+        device: where the matmuls run.
         dtype: of weights and activations.
-        tokens: rows of the activations: 1 for decode, a prompt's length for prefill.
-        seconds: how long each shape is repeated, at least.
+        tokens: rows of the activations: 1 for decode, the prompt length for prefill.
+        seconds: minimum time for which each shape is repeated.
         measured: (rows, outputs, inputs) -> seconds.
 
     Raises:
@@ -51,7 +51,7 @@ class Latency:
             )
 
     def __call__(self, weights: Iterable[Weight]) -> float:
-        """Add up the seconds of the products; an expert's with the rows that come to it on average."""
+        """Sum the seconds of the matmuls; each expert is measured with its average number of rows."""
         total = 0.0
         for weight in weights:
             if weight.product is not None:
@@ -77,17 +77,17 @@ class Latency:
 def level_sizes(
     layer: nn.Module, structure: Structure, levels: Sequence[int], cost: Cost, active: float = 1.0
 ) -> list[float]:
-    """What the weights that a structure has a part in cost at each level.
+    """The cost, at each level, of the weights that shrink with a structure.
 
-    Weights that shrink with the structure are counted whole, so that the difference of two levels is what a layer
-    saves. Saved buffers are no parameters and cost nothing.
+    These weights are counted whole, so the difference between two levels is what the layer saves. Saved buffers are not
+    parameters and cost nothing.
 
     Args:
         layer: the layer at full size; meta tensors suffice.
         structure: one of its structures that is not refused.
-        levels: numbers of groups that go, each in [0, structure.groups).
-        cost: `parameters`, `flops` or a `Latency`, which is measured at six of the levels at most; those between are
-            interpolated linearly.
+        levels: numbers of removed groups, each in [0, structure.groups).
+        cost: `parameters`, `flops` or a `Latency`, which is measured at no more than six levels and interpolated
+            linearly in between.
         active: the fraction of the routed experts that a token reaches, in (0, 1].
 
     Raises:
@@ -96,7 +96,7 @@ def level_sizes(
     """
     if not levels or not 0 <= min(levels) <= max(levels) < structure.groups:
         raise PatternError(
-            f"levels {list(levels)[:8]} of {structure.consumer}", expected=f"numbers below its {structure.groups}"
+            f"levels {list(levels)[:8]} of {structure.consumer}", expected=f"numbers below {structure.groups}"
         )
     weights = layer_weights(layer, active)
     if not isinstance(cost, Latency):
@@ -108,8 +108,8 @@ def level_sizes(
 
 
 def _at_level(weights: dict[str, Weight], structure: Structure, level: int) -> list[Weight]:
-    """The weights that the structure has a part in, without so many of its groups."""
-    # Groups are disjoint and have equal shares, so one of them tells the size of all.
+    """The weights that shrink with the structure, without `level` of its groups."""
+    # Groups are disjoint and equally large, so the size of one gives the size of all.
     gone = removed_indices([Cut(structure, (0,))])
     shapes = {name: list(weights[name].shape) for name, _ in gone if name in weights}
     for (name, dim), indices in gone.items():
@@ -120,7 +120,7 @@ def _at_level(weights: dict[str, Weight], structure: Structure, level: int) -> l
 
 
 def _fewer_experts(weight: Weight, level: int) -> Weight:
-    """A token reaches as many experts as before, so each of those that stay gets more tokens."""
+    """The number of experts per token is unchanged, so each kept expert receives more tokens."""
     if weight.matrices == 1:
         return weight
     kept = weight.matrices - level

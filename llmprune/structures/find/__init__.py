@@ -1,1 +1,1 @@
-"""Where the structures are: traced through the data flow of a skeleton, never told from names."""
+"""Find the structures: traced through the data flow of a model without weights, never inferred from names."""

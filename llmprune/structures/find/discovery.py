@@ -1,13 +1,14 @@
-"""Find which rows of which parameters go with each head, FFN channel or expert, from data flow alone.
+"""Find which rows of which parameters belong to each head, FFN channel or expert, from data flow alone.
 
-The model's own code runs once over a few tokens without its weights: each product with a weight is cut and replaced by
-random values, so that the inputs of a matrix (the consumer: o_proj, down_proj) depend only on the products just before
-it (the producers: q, k, v or gate, up) and on the small parameters between. Gradients of the consumer's input columns
-then say exactly which rows feed which columns: what feeds one group of columns only goes when the group goes, and what
-feeds several stays. Binary codes over the groups find this for all rows in 2 log2(groups) backward passes.
+The model's own code runs over a few tokens without its weights: each matmul with a weight is cut and its result
+replaced by random values, so that the inputs of a matrix (the consumer: o_proj, down_proj) depend only on the matmuls
+just before it (the producers: q, k, v or gate, up) and on the small parameters in between. Gradients of the consumer's
+input columns then show exactly which rows feed which columns: rows that feed a single group of columns are removed with
+it, and rows that feed several groups are kept. Binary codes over the groups find this for all rows in 2 log2(groups)
+backward passes.
 
 A norm makes every row feed every column a little. So the model runs twice: with the statistics of norms held constant,
-which shows what belongs together, and as it is, which shows whether the rest would notice that it has gone.
+which shows what belongs together, and unmodified, which shows whether anything else depends on it.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmprune.models.decoder import Decoder
-from llmprune.structures.find.influence import PARTLY, STAYS, group_size, owners_of, pull
+from llmprune.structures.find.influence import KEPT, PARTLY, group_size, owners_of, pull
 from llmprune.structures.find.tracing import OUT, Axis, Trace, TracedForward, eagerly
 
 Kind = Literal["heads", "ffn", "experts", "mixer"]
@@ -26,10 +27,10 @@ Kind = Literal["heads", "ffn", "experts", "mixer"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slice:
-    """What of one tensor goes with each group.
+    """The part of one tensor that belongs to each group.
 
     Attributes:
-        name: parameter or buffer, inside its decoder layer.
+        name: of the parameter or buffer, inside its decoder layer.
         dim: the dimension that shrinks.
         index: int64 [groups, k], ascending in each row; the groups are disjoint.
     """
@@ -44,16 +45,16 @@ class Structure:
     """Groups of a decoder layer that can be removed physically.
 
     Attributes:
-        kind: "heads" (with all query heads of their key and value), "ffn" (channels), "experts", or "mixer" (a
+        kind: "heads" (KV groups: a KV head with its query heads), "ffn" (channels), "experts", or "mixer" (a
             convolution or recurrence, always refused).
-        consumer: the matrix whose input columns are grouped, as a parameter inside the layer; for experts the matrix
-            that gives their output.
-        groups: how many there are.
-        columns: the consumer's input columns in each group, consecutive; 0 for experts.
-        slices: what goes, the consumer's own columns included; empty where refused.
+        consumer: name, inside the layer, of the matrix whose input columns are grouped; for experts, of the matrix that
+            computes their output.
+        groups: number of groups.
+        columns: number of the consumer's consecutive input columns in each group; 0 for experts.
+        slices: what belongs to the groups, including the consumer's own columns; empty if refused.
         refusal: why groups of it cannot be removed exactly; None if they can.
-        partitions: consecutive runs of groups, of equal length, each of which must lose as many (query heads of one key
-            and value head).
+        partitions: consecutive runs of groups, of equal length, that must all lose the same number (the query heads of
+            one KV head).
     """
 
     kind: Kind
@@ -66,44 +67,44 @@ class Structure:
 
 
 def find_structures(decoder: Decoder) -> list[list[Structure]]:
-    """Find the structures of every decoder layer, without reading a weight.
+    """Find the structures of every decoder layer, without reading any weights.
 
     Args:
-        decoder: a causal LM; meta tensors suffice. Left as it was.
+        decoder: a causal LM; meta tensors suffice. Left unchanged.
 
     Returns:
-        For each layer its structures, in the order in which it uses them; the same at every call.
+        For each layer, its structures in the order in which it uses them; the same on every call.
 
     Raises:
-        ModelError: a matrix is multiplied in an unknown layout.
+        ModelError: a matrix is used in an unknown layout.
     """
     return _found(decoder, _draft)
 
 
 def find_query_heads(decoder: Decoder) -> list[list[Structure]]:
-    """Find the single query heads of every decoder layer; their key and value heads stay.
+    """Find the individual query heads of every decoder layer; their KV heads are kept.
 
     Args:
-        decoder: a causal LM; meta tensors suffice. Left as it was.
+        decoder: a causal LM; meta tensors suffice. Left unchanged.
 
     Returns:
-        For each layer a structure of kind "heads" for each of its attentions, with as many partitions as there are key
-        and value heads. Refused where each of these has one query head: `find_structures` has the same groups then.
+        For each layer, a structure of kind "heads" for each of its attention modules, with one partition per KV head.
+        Refused if each KV head has a single query head: `find_structures` then finds the same groups.
 
     Raises:
-        ModelError: a matrix is multiplied in an unknown layout.
+        ModelError: a matrix is used in an unknown layout.
     """
     return _found(decoder, _draft_query_heads)
 
 
 def _found(decoder: Decoder, draft: Callable[[Trace], list["_Draft"]]) -> list[list[Structure]]:
-    """The structures that are drafted with the statistics of norms held constant, and confirmed without."""
+    """The structures, drafted with the statistics of norms held constant and confirmed without."""
     with torch.enable_grad(), eagerly(decoder.model):
-        # Norms held constant: what shares a norm with a group does not count as fed by it.
+        # Norms held constant: sharing a norm with a group does not count as being fed by it.
         first = TracedForward(decoder, frozen=True)
         drafts = first.each(_once(lambda index, trace: draft(trace)))
         second = TracedForward(decoder, frozen=False)
-        # Which layers hand more than hidden states to later ones is known at the end of a run only.
+        # Which layers pass more than hidden states to later ones is known only at the end of a run.
         second.handed_on = first.handed_on
         found: list[list[Structure]] = second.each(
             _once(lambda index, trace: [done for draft in drafts[index] if (done := _confirm(draft, trace))])
@@ -112,11 +113,11 @@ def _found(decoder: Decoder, draft: Callable[[Trace], list["_Draft"]]) -> list[l
 
 
 def _once(visit: Callable[[int, Trace], Any]) -> Callable[[int, Trace], Any]:
-    """Visit one of the layers that are alike; the others have its result."""
+    """Visit one of several identical layers; the others share its result."""
     known: dict[tuple[object, ...], Any] = {}
 
     def visit_new(index: int, trace: Trace) -> Any:
-        key = trace.likeness()
+        key = trace.signature()
         if key not in known:
             known[key] = visit(index, trace)
         return known[key]
@@ -126,7 +127,7 @@ def _once(visit: Callable[[int, Trace], Any]) -> Callable[[int, Trace], Any]:
 
 @dataclass
 class _Draft:
-    """A structure as it looks with the statistics of norms held constant."""
+    """A structure as found with the statistics of norms held constant."""
 
     structure: Structure
     owners: dict[Axis, Tensor]
@@ -134,7 +135,7 @@ class _Draft:
 
 def _draft(trace: Trace) -> list[_Draft]:
     drafts = []
-    # Any matrix may be a consumer; where no product comes before it in the layer, no rows will be found to feed it.
+    # Any matrix may be a consumer; if no matmul precedes it in the layer, no rows will be found to feed it.
     for consumer in dict.fromkeys(product.parameter for product in trace.products):
         inputs = trace.inputs(consumer)
         width = trace.matrices[consumer][0].shape[1]
@@ -142,10 +143,10 @@ def _draft(trace: Trace) -> list[_Draft]:
             continue
         owners = owners_of(trace, inputs, width, size)
         slices, refusal = _slices(trace, owners, width // size)
-        # Its own columns go by definition: no gradient is needed for them.
+        # Its own columns belong to the groups by definition: no gradient is needed for them.
         slices.append(_matrix_slice(trace, consumer, torch.arange(width).view(-1, size), output=False))
         if width == size:
-            refusal = "it has one group only"
+            refusal = "it has only one group"
         drafts.append(_Draft(Structure("ffn", consumer, width // size, size, tuple(slices), refusal), owners))
     return drafts + _draft_experts(trace)
 
@@ -159,18 +160,18 @@ def _draft_query_heads(trace: Trace) -> list[_Draft]:
             continue
         if _kind(trace, inputs) != "heads":
             continue
-        # Within one key and value head, rows of q alone tell its query heads apart.
+        # Within one KV head, only rows of q distinguish its query heads.
         size = group_size(trace, inputs, width, within=outer) if outer > 2 else None
         if size is None or size in (1, outer) or outer % size:
-            one = Structure("heads", consumer, width // outer, outer, (), "its groups are single query heads already")
+            one = Structure("heads", consumer, width // outer, outer, (), "its groups are already single query heads")
             drafts.append(_Draft(one, {}))
             continue
-        # What feeds several heads of a group, keys and values, stays.
+        # What feeds several heads of a group (keys and values) is kept.
         found = owners_of(trace, inputs, width, size)
-        owners = {axis: owner.where(owner != PARTLY, STAYS) for axis, owner in found.items()}
+        owners = {axis: owner.where(owner != PARTLY, KEPT) for axis, owner in found.items()}
         slices, refusal = _slices(trace, owners, width // size)
         if not any(dim == OUT and bool((owner >= 0).any()) for (_, dim), owner in owners.items()):
-            refusal = "no rows belong to one query head only"
+            refusal = "no rows belong to a single query head"
         slices.append(_matrix_slice(trace, consumer, torch.arange(width).view(-1, size), output=False))
         structure = Structure("heads", consumer, width // size, size, tuple(slices), refusal, width // outer)
         drafts.append(_Draft(structure, owners))
@@ -178,29 +179,29 @@ def _draft_query_heads(trace: Trace) -> list[_Draft]:
 
 
 def _slices(trace: Trace, owners: dict[Axis, Tensor], groups: int) -> tuple[list[Slice], str | None]:
-    """What goes with each group, and why that cannot be had."""
+    """What belongs to each group, and the reason if the groups cannot be removed."""
     slices: list[Slice] = []
     refusal = None
     for (name, dim), owner in owners.items():
-        # STAYS and UNUSED are negative: what feeds all groups, or none of them, is not cut.
+        # KEPT and UNUSED are negative: what feeds all groups, or none of them, is not cut.
         places = [place for place, group in enumerate(owner.tolist()) if group >= 0]
         if bool((owner == PARTLY).any()):
-            refusal = f"some of its groups have {name} in common"
+            refusal = f"some of its groups share {name}"
         if not places:
             continue
-        # Everything shrinks by the same share whichever groups go, or no config could say the size.
+        # Sizes must not depend on which groups are removed, or no config could express them.
         counts = torch.bincount(owner[places], minlength=groups)
         if name.startswith("argument ") or name in trace.fixed:
-            refusal = f"it depends on the {name}, which has values of its own for each group"
+            refusal = f"it depends on the {name}, which has different values for each group"
         elif bool((counts != counts[0]).any()):
             refusal = f"its groups have different shares of {name}"
         elif any(known.name == name for known in slices):
             refusal = f"{name} belongs to the groups along two dimensions"
         else:
-            # A stable sort by owner: row g holds the places of group g, ascending.
+            # A stable sort by owner: row g holds the indices of group g, ascending.
             index = torch.tensor(sorted(places, key=owner.tolist().__getitem__)).view(groups, -1)
             slices.append(_matrix_slice(trace, name, index, output=True) if dim == OUT else Slice(name, dim, index))
-            # A bias before a softmax (of keys) has no influence at all, and goes nevertheless.
+            # A bias before a softmax (of keys) has no influence at all, but is removed with its rows.
             if dim == OUT and name in trace.biases:
                 bias = trace.biases[name]
                 slices.append(Slice(bias, trace.small[bias].dim() - 1, index))
@@ -208,11 +209,11 @@ def _slices(trace: Trace, owners: dict[Axis, Tensor], groups: int) -> tuple[list
 
 
 def _matrix_slice(trace: Trace, name: str, index: Tensor, *, output: bool) -> Slice:
-    """The slice of a weight for indices [groups, k] of its outputs, or of its inputs."""
+    """The slice of a weight for indices [groups, k] of its outputs or its inputs."""
     matrix, fused = trace.matrices[name][0], len(trace.shapes[name]) == 3
     dim = int(output == matrix.transposed)
     if matrix.experts > 1 and not fused and dim == 0:
-        # All experts lie one below the other.
+        # The experts are stacked along the rows.
         index = torch.cat([index + expert * matrix.shape[0 if output else 1] for expert in range(matrix.experts)], 1)
     return Slice(name, dim + fused, index)
 
@@ -228,27 +229,27 @@ def _is_linear(trace: Trace, inputs: list[tuple[Tensor, int]]) -> bool:
     for (leaf, dim), gradient in zip(found, results, strict=True):
         if gradient is not None:
             open_for = (gradient != 0).movedim(dim, -1).reshape(-1, leaf.shape[dim])
-            # A ReLU's gradient does not change either, but it is zero where the ReLU is closed.
+            # The gradient of a ReLU is constant too, but it is zero where the ReLU is inactive.
             if bool((open_for.any(0) & ~open_for.all(0)).any()):
                 return False
-    # A second derivative that is zero everywhere: the gradients do not depend on the values, so the map is linear.
+    # If the second derivative is zero everywhere, the gradients do not depend on the values: the map is linear.
     total = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
     change = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
     return not any(bool(second.any()) for second in change if second is not None)
 
 
 def _draft_experts(trace: Trace) -> list[_Draft]:
-    """Experts, where a top-k over them says which rows of the router are theirs."""
+    """Experts, where a top-k over them shows which rows of the router belong to them."""
     drafts: list[_Draft] = []
     for scores in trace.selections:
-        # The scores are one column an expert, so that groups of one column are the experts.
+        # The scores have one column per expert, so groups of one column are the experts.
         count = scores.shape[-1]
         slices, refusal = _slices(trace, owners_of(trace, [(scores, -1)], count, 1), count)
         routers = [s.name for s in slices]
-        own = _experts_beside(trace, routers[0], count) if routers else []
+        own = _nearest_experts(trace, routers[0], count) if routers else []
         if not own or any(draft.structure.consumer in own for draft in drafts):
             continue
-        # Biases of experts take part in no product of their own; they stand beside the matrices.
+        # Biases of experts take part in no matmul; they are found in the modules of the matrices.
         modules = {name.rpartition(".")[0] for name in own}
         biases = [
             name
@@ -260,14 +261,14 @@ def _draft_experts(trace: Trace) -> list[_Draft]:
             slices.append(Slice(name, 0, rows))
         if trace.grouped:
             refusal = "its router chooses groups of experts first"
-        # The last product of the experts gives their output.
+        # The last matmul of the experts computes their output.
         last = [product.parameter for product in trace.products if product.parameter in own]
         drafts.append(_Draft(Structure("experts", (last or own)[-1], count, 0, tuple(slices), refusal), {}))
     return drafts
 
 
-def _experts_beside(trace: Trace, router: str, count: int) -> list[str]:
-    """The fused matrices of so many experts that stand nearest to a router's parameter."""
+def _nearest_experts(trace: Trace, router: str, count: int) -> list[str]:
+    """The fused matrices of `count` experts that are nearest to a router's parameter."""
     for parent in _parents(router):
         own = [n for n, m in trace.matrices.items() if m[0].experts == count and n.startswith(parent)]
         if own:
@@ -276,14 +277,14 @@ def _experts_beside(trace: Trace, router: str, count: int) -> list[str]:
 
 
 def _parents(name: str) -> Iterator[str]:
-    """The modules around a parameter, innermost first, each with a dot at its end."""
+    """The modules around a parameter, innermost first, each name with a trailing dot."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield name + "."
 
 
 def _confirm(draft: _Draft, trace: Trace) -> Structure | None:
-    """Check a draft against what the model computes; None if it is part of something larger, such as the residual."""
+    """Check a draft against the unmodified model; None if it is part of something larger (the residual stream)."""
     structure = draft.structure
     if structure.kind == "experts":
         return _settled(structure, "experts", structure.refusal)
@@ -295,25 +296,25 @@ def _confirm(draft: _Draft, trace: Trace) -> Structure | None:
         hits = pull(trace, known) if known else {}
         return any(bool((hits[axis] & mine).any()) for axis, mine in taken.items() if axis in hits)
 
-    # With the norms as they are. If another matrix, a router or the residual also sees what would go, then these rows
-    # are not this consumer's own (the residual stream feeds everything), and there is no structure.
+    # With norms unmodified. If another matrix, a router or the residual stream also sees what would be removed, then
+    # these rows do not belong to this consumer alone, and there is no structure.
     others = [p.read for p in trace.products if p.parameter != structure.consumer]
     if feeds([*others, *trace.selections, *trace.hidden]):
         return None
     kind = _kind(trace, inputs)
     owners = owners_of(trace, inputs, structure.groups * structure.columns, structure.columns)
-    # A norm over all groups (of queries, say) makes each row feed all columns: owners that were clear with frozen
-    # statistics are no more, and the groups that stay would be normalised differently.
+    # A norm over all groups (of queries, say) makes each row feed all columns: the owners then differ from those found
+    # with frozen statistics, and the kept groups would be normalised differently.
     blurred = [axis[0] for axis, mine in taken.items() if bool((owners[axis] != draft.owners[axis])[mine].any())]
     refusal = structure.refusal
     if kind == "mixer":
-        refusal = "it mixes tokens by a convolution or recurrence: neither heads nor FFN channels"
-    elif feeds(trace.beside):
+        refusal = "it mixes tokens by a convolution or recurrence, so it has neither heads nor FFN channels"
+    elif feeds(trace.other_outputs):
         refusal = "later layers read the same keys and values"
     elif kind == "heads" and structure.columns == 1:
-        refusal = "it has one head only"
+        refusal = "it has only one head"
     elif blurred:
-        refusal = f"what {blurred[0]} gives is normalised over all groups: the others would change"
+        refusal = f"the output of {blurred[0]} is normalised over all groups: the others would change"
     return _settled(structure, kind, refusal)
 
 
@@ -322,12 +323,12 @@ def _settled(structure: Structure, kind: Kind, refusal: str | None) -> Structure
 
 
 def _kind(trace: Trace, inputs: list[tuple[Tensor, int]]) -> Kind:
-    """Heads have a softmax between producers and consumer, FFN channels do not mix tokens."""
-    # An expert may have got no token; the largest input is one that was used.
+    """Heads have a softmax between producers and consumer; FFN channels do not mix tokens."""
+    # An expert may have received no tokens; the largest input is one that was used.
     x, dim = max(inputs, key=lambda pair: pair[0].numel())
     if "Softmax" in _operations(x):
         return "heads"
-    # The last token's inputs depend on its own products, and on earlier tokens only where tokens are mixed.
+    # The last token's inputs depend on its own matmuls, and on earlier tokens only if tokens are mixed.
     rows = x.movedim(dim, -1).reshape(-1, x.shape[dim])
     products = [product for product in trace.products if product.leaf.numel()]
     gradients = torch.autograd.grad(rows[-1].sum(), [p.leaf for p in products], retain_graph=True, allow_unused=True)
@@ -338,7 +339,7 @@ def _kind(trace: Trace, inputs: list[tuple[Tensor, int]]) -> Kind:
 
 
 def _operations(x: Tensor) -> str:
-    """The names of the operations that led to x since the last products with weights."""
+    """The names of the operations that led to x since the last matmuls with weights."""
     seen: set[Any] = set()
     waiting = [x.grad_fn]
     while waiting:

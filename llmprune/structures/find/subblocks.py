@@ -1,8 +1,8 @@
-"""Find the attention and the MLP of each decoder layer, and describe a model without some of them.
+"""Find the attention and MLP sub-blocks of each decoder layer, and run a layer without some of them.
 
-A block is the outermost module that reads the hidden states once and returns what is added to them, found around the
-matrices that give the structures' outputs. Whether that is so is tried: with every product in it silenced, nothing of
-its arguments may come through; where it adds the residual itself, it is refused.
+A sub-block is the outermost module that reads the hidden states once and returns what is added to the residual stream,
+found around the matrices that compute the structures' outputs. This is tested: with every matmul inside it silenced,
+its output must not depend on its arguments; a module that adds the residual itself is refused.
 """
 
 import functools
@@ -37,10 +37,10 @@ class SubBlock:
     """The attention or the MLP of one decoder layer.
 
     Attributes:
-        part: which of them.
-        modules: dotted name inside the layer -> how many values the module returns; usually one module. Empty where
+        part: which of the two.
+        modules: dotted name inside the layer -> number of values that the module returns; usually one module. Empty if
             refused.
-        tensors: names inside the layer of the parameters and saved buffers that go with it.
+        tensors: names, inside the layer, of the parameters and saved buffers that are removed with it.
         refusal: why it cannot be removed exactly; None if it can.
     """
 
@@ -50,22 +50,22 @@ class SubBlock:
     refusal: str | None = None
 
 
-# The blocks of one decoder layer.
+# The sub-blocks of one decoder layer.
 SubBlocks = dict[Part, SubBlock]
 
 
 def find_subblocks(decoder: Decoder, found: Sequence[Sequence[Structure]] | None = None) -> list[SubBlocks]:
-    """Find the attention and the MLP of every decoder layer, without reading a weight.
+    """Find the attention and the MLP of every decoder layer, without reading any weights.
 
     Args:
-        decoder: a causal LM; meta tensors suffice. Left as it was.
-        found: the structures of each layer, where they are known.
+        decoder: a causal LM; meta tensors suffice. Left unchanged.
+        found: the structures of each layer, if already known.
 
     Returns:
-        For each layer its two blocks, refused where it has none or where something else depends on it.
+        For each layer, its two sub-blocks; refused if the layer has none or if anything else depends on it.
 
     Raises:
-        ModelError: a matrix is multiplied in an unknown layout.
+        ModelError: a matrix is used in an unknown layout.
     """
     found = find_structures(decoder) if found is None else found
     layers = decoder.layers
@@ -83,12 +83,12 @@ def find_subblocks(decoder: Decoder, found: Sequence[Sequence[Structure]] | None
 
 @contextmanager
 def without(layer: nn.Module, number: int, blocks: Iterable[SubBlock]) -> Iterator[None]:
-    """Run a decoder layer in memory without some of its blocks.
+    """Run a decoder layer in memory without some of its sub-blocks.
 
     Args:
         layer: the decoder layer.
-        number: its place in the model.
-        blocks: of this layer, none of them refused.
+        number: its index in the model.
+        blocks: sub-blocks of this layer, none of them refused.
     """
     modules = {name: returns for block in blocks for name, returns in block.modules.items()}
     before = {name: layer.get_submodule(name) for name in modules}
@@ -101,10 +101,10 @@ def without(layer: nn.Module, number: int, blocks: Iterable[SubBlock]) -> Iterat
 
 
 def _modules_around(layer: nn.Module, structures: Sequence[Structure], part: Part) -> list[list[str]]:
-    """For each consumer of a block the modules that might be it, outermost first.
+    """For each consumer of a sub-block, the modules that might be the sub-block, outermost first.
 
-    A matrix that stands in the layer by itself (OPT's fc2) is given with its producers, all to be removed together, as
-    one name with commas.
+    A matrix that is a direct child of the layer (OPT's fc2) is listed with its producers, all to be removed together,
+    as one comma-separated name.
     """
     heads = {structure.consumer for structure in structures if structure.kind == "heads"}
     mixers = {structure.consumer for structure in structures if structure.kind == "mixer"}
@@ -113,11 +113,11 @@ def _modules_around(layer: nn.Module, structures: Sequence[Structure], part: Par
     found = []
     for consumer in own.keys() - mixers:
         *modules, _ = consumer.split(".")
-        # Outermost first: of nested modules the largest that can go takes norms and biases along.
+        # Outermost first: removing the largest of nested modules also removes its norms and biases.
         around = [".".join(modules[: depth + 1]) for depth in range(len(modules))]
         # A module that also holds a consumer of the other part is too large: the layer's only one, or parallel blocks.
         around = [name for name in around if not any(other.startswith(f"{name}.") for other in others)]
-        # A module with one matrix is the consumer itself; its producers would stay and compute for nobody.
+        # A module with one matrix is the consumer itself; its producers would be kept and computed in vain.
         found.append([name for name in around if _matrices(layer, name) > 1] or [_bare(layer, own[consumer])])
     return sorted(names for names in found if names != [""])
 
@@ -127,13 +127,13 @@ def _matrices(layer: nn.Module, name: str) -> int:
 
 
 def _bare(layer: nn.Module, structure: Structure) -> str:
-    """The matrices of a structure that stand in the layer itself, joined by commas; empty if some do not."""
+    """The matrices of a structure, joined by commas, if all are direct children of the layer; empty otherwise."""
     owners = dict.fromkeys(part.name.rpartition(".")[0] for part in structure.slices)
     return ",".join(owners) if all("." not in owner and _matrices(layer, owner) == 1 for owner in owners) else ""
 
 
 def _names(parts: Mapping[Part, list[list[str]]]) -> dict[str, Part]:
-    """All modules to be tried, and what they might be."""
+    """All modules to try, and which part they might be."""
     return {name: part for part, around in parts.items() for names in around for name in names if "," not in name}
 
 
@@ -144,20 +144,20 @@ def _block(
     returned: Mapping[str, int | str],
     read_later: set[str],
 ) -> SubBlock:
-    """Choose the outermost module around each consumer that can go."""
+    """Choose the outermost removable module around each consumer."""
     if not around:
-        return SubBlock(part, {}, refusal=f"the layer has no {part} that can be told from the rest")
+        return SubBlock(part, {}, refusal=f"the layer has no separate {part}")
     modules: dict[str, int] = {}
     for names in around:
         if "," in names[0]:
             modules |= dict.fromkeys(names[0].split(","), 1)
             continue
-        results = [(name, returned.get(name, "is not called by itself")) for name in names]
+        results = [(name, returned.get(name, "is not called as a module")) for name in names]
         fitting = [(name, values) for name, values in results if isinstance(values, int)]
         if not fitting:
             return SubBlock(part, {}, refusal=f"{results[0][0]} {results[0][1]}")
         modules |= dict(fitting[:1])
-    # Keys of a layer that later ones attend to must be computed, whatever becomes of its own attention.
+    # Keys that later layers attend to must be computed even if the layer's own attention is removed.
     if handed := [name for name in modules if name in read_later]:
         return SubBlock(part, {}, refusal=f"later layers read what {handed[0]} computes")
     tensors = [name for name in layer.state_dict() if name.startswith(tuple(f"{module}." for module in modules))]
@@ -165,23 +165,23 @@ def _block(
 
 
 def _tried(decoder: Decoder, wanted: Sequence[Mapping[str, Part]]) -> tuple[list[dict[str, int | str]], list[set[str]]]:
-    """Run the model with its blocks silenced, and then as it is.
+    """Run the model with its candidate modules silenced, and then unmodified.
 
     Returns:
-        For each layer what became of each module (how many values it returns, or why it is no block), and the modules
-        from which later layers read something beside the hidden states.
+        For each layer, the result for each module (how many values it returns, or why it is not a sub-block), and the
+        modules from which later layers read anything other than hidden states.
     """
     results: list[dict[str, int | str]] = [{} for _ in decoder.layers]
     leaves: list[dict[str, list[Tensor]]] = [{name: [] for name in names} for names in wanted]
     with torch.enable_grad(), eagerly(decoder.model):
-        # The first run tells which modules are blocks; the second, which outputs beside the hidden states need them.
-        # Which of these outputs are read at all is known at the end of the first.
+        # The first run shows which modules are sub-blocks; the second, which outputs other than hidden states depend on
+        # them. Which of these outputs are read at all is known at the end of the first.
         silent, usual = (TracedForward(decoder, frozen=False) for _ in range(2))
         with ExitStack() as stack:
             for layer, names, forms in zip(decoder.layers, wanted, results, strict=True):
                 for name, part in names.items():
                     stack.enter_context(_wrapped(layer.get_submodule(name), _Silenced(name, part, forms)))
-            # The visitor has nothing to do: what counts is noted while the modules are called.
+            # The visitor does nothing: results are recorded while the modules are called.
             silent.each(lambda index, trace: None)
         usual.handed_on = silent.handed_on
         with ExitStack() as stack:
@@ -192,14 +192,14 @@ def _tried(decoder: Decoder, wanted: Sequence[Mapping[str, Part]]) -> tuple[list
 
 
 def _read_later(trace: Trace, opened: Mapping[str, list[Tensor]]) -> set[str]:
-    """The modules that have a part in what the layer hands on beside its hidden states."""
+    """The modules that influence what the layer passes on in addition to its hidden states."""
     found = set()
     for name, leaves in opened.items():
-        # A module's influence shows at what it was given and at its cut products alike.
+        # A module's influence shows both at its inputs and at its cut matmuls.
         own = [*leaves, *(p.leaf for p in trace.products if p.parameter.startswith(f"{name}."))]
-        if trace.beside and own:
-            weights = [torch.ones_like(tensor) for tensor in trace.beside]
-            gradients = torch.autograd.grad(trace.beside, own, weights, retain_graph=True, allow_unused=True)
+        if trace.other_outputs and own:
+            weights = [torch.ones_like(tensor) for tensor in trace.other_outputs]
+            gradients = torch.autograd.grad(trace.other_outputs, own, weights, retain_graph=True, allow_unused=True)
             if any(gradient is not None and bool(gradient.any()) for gradient in gradients):
                 found.add(name)
         leaves.clear()
@@ -208,7 +208,7 @@ def _read_later(trace: Trace, opened: Mapping[str, list[Tensor]]) -> set[str]:
 
 @contextmanager
 def _wrapped(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
-    """Let `call(forward, ...)` stand in for a module's forward."""
+    """Temporarily replace a module's forward by `call(forward, ...)`."""
     forward, own = module.forward, vars(module).get("forward")
     module.forward = functools.partial(call, forward)
     try:
@@ -221,7 +221,7 @@ def _wrapped(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
 
 
 class _Opened:
-    """Calls a module with arguments at which the graph of gradients begins anew, and keeps these."""
+    """Calls a module with detached copies of its arguments, and records these leaves."""
 
     def __init__(self, leaves: list[Tensor]) -> None:
         self._leaves = leaves
@@ -238,33 +238,33 @@ class _Opened:
 
 
 class _Silenced:
-    """Calls a module whose products give zeros, and says what it then returns."""
+    """Calls a module with all its matmuls returning zeros, and records the form of its output."""
 
     def __init__(self, name: str, part: Part, forms: dict[str, int | str]) -> None:
         self._name, self._part, self._forms = name, part, forms
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         leaves: list[Tensor] = []
-        # With all products zero, a block returns zeros and biases; whatever of its arguments still comes through is the
-        # residual, which must not go with it.
+        # With all matmuls zero, a sub-block returns zeros and biases; if its output still depends on its arguments, it
+        # adds the residual, which must not be removed with it.
         with _Silence():
             output = _Opened(leaves)(forward, *args, **kwargs)
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         form = _form(output, first, leaves)
         if self._part == "mlp" and isinstance(output, tuple) and any(value is None for value in output):
-            # A tuple with None in it has a place for a state, as RWKV's channel mixing has: such an MLP mixes tokens.
-            form = "hands a state from token to token"
+            # A None in the tuple is the place of a state, as in RWKV's channel mixing: such an MLP mixes tokens.
+            form = "passes a state from token to token"
         self._forms[self._name] = "is called more than once" if self._name in self._forms else form
         return output
 
 
 def _form(output: Any, read: Tensor | None, leaves: list[Tensor]) -> int | str:
-    """How many values a silenced module returns, or why it is no block."""
+    """How many values a silenced module returns, or why it is not a sub-block."""
     first, *others = output if isinstance(output, tuple) and output else (output,)
     if not isinstance(first, Tensor):
         return f"returns a {type(first).__name__}"
     if read is None or first.shape != read.shape:
-        return "does not return a tensor of the shape that it reads first"
+        return "does not return a tensor of the shape of its first input"
     if first.requires_grad and leaves:
         gradients = torch.autograd.grad(first.sum(), leaves, retain_graph=True, allow_unused=True)
         if any(gradient is not None and bool(gradient.any()) for gradient in gradients):
@@ -273,7 +273,7 @@ def _form(output: Any, read: Tensor | None, leaves: list[Tensor]) -> int | str:
 
 
 class _Silence(TorchFunctionMode):
-    """Lets every product give zeros."""
+    """Lets every matmul return zeros."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -283,16 +283,16 @@ class _Silence(TorchFunctionMode):
 
 
 def _confirmed(decoder: Decoder, found: list[SubBlocks]) -> list[SubBlocks]:
-    """Refuse the blocks of a kind without which the model does not run."""
+    """Refuse all sub-blocks of a kind if the model does not run without them."""
     result: list[SubBlocks] = [dict(blocks) for blocks in found]
     for part in PARTS:
         try:
             with ExitStack() as stack, torch.enable_grad(), eagerly(decoder.model):
                 for index, (layer, blocks) in enumerate(zip(decoder.layers, found, strict=True)):
-                    # All at once: which of them go is decided later, and each must be able to.
+                    # All at once: which of them are removed is decided later, and any of them may be.
                     stack.enter_context(without(layer, index, [blocks[part]]))
                 TracedForward(decoder, frozen=False).each(lambda index, trace: None)
-        # The model's own code may look into a block that has gone (for its cache, its window), anywhere in the forward.
+        # The model's own code may access a removed sub-block (its cache, its window) anywhere in the forward.
         except (*UNBUILDABLE, ModelError) as error:
             for blocks in result:
                 if blocks[part].refusal is None:

@@ -1,6 +1,6 @@
 """Run a model without its weights and record, for each decoder layer, what depends on what.
 
-Each product with a weight is cut: its result is replaced by random values where the graph of gradients begins anew, so
+Each matmul with a weight is cut: its result is replaced by random values at which the autograd graph starts afresh, so
 that neither the weight nor anything before it matters. All other parameters of a layer are replaced by random values,
 so that none of them happens to be zero.
 """
@@ -22,8 +22,9 @@ from llmprune.errors import ModelError
 from llmprune.models.decoder import Decoder, Matrix, prunable_matrices
 from llmprune.models.source import eager_experts
 from llmprune.stream.observation import PRODUCTS
+from llmprune.stream.variants import nested_tensors
 
-# Prime, so that no size of a model is taken for the number of tokens; enough that hardly a ReLU is closed for all.
+# Prime, so that no size of a model equals the number of tokens; enough that hardly any ReLU is inactive for all.
 _TOKENS = 37
 _SOFTMAX = {F.softmax, torch.softmax, torch.Tensor.softmax}
 _STATISTICS = {
@@ -39,15 +40,15 @@ OWN_NUMBER = ("layer_idx", "layer_id", "layer_number", "layer_index")
 
 @dataclass
 class Product:
-    """A product with a weight that was cut: what it read, and the random leaf that stands for its result.
+    """A matmul with a weight that was cut: its input, and the random leaf that replaces its result.
 
     Attributes:
-        parameter: the weight, inside its layer.
-        read: what it multiplied, float32 [*, tokens, in] or [*, in, tokens]; where it depends on leaves of this layer,
-            its graph leads back to them.
-        read_dim: the dimension of the matrix's inputs in it, -1 or -2.
-        leaf: [*, tokens, out] or [*, out, tokens], random; what comes later depends on it, and it on nothing.
-        leaf_dim: the dimension of the matrix's outputs in it.
+        parameter: name of the weight inside its layer.
+        read: the input, float32 [*, tokens, in] or [*, in, tokens]; its autograd graph leads back to the leaves of this
+            layer on which it depends.
+        read_dim: the dimension of `read` along the matrix's inputs, -1 or -2.
+        leaf: [*, tokens, out] or [*, out, tokens], random; later operations depend on it, and it depends on nothing.
+        leaf_dim: the dimension of `leaf` along the matrix's outputs.
     """
 
     parameter: str
@@ -59,28 +60,28 @@ class Product:
 
 @dataclass
 class Trace:
-    """One decoder layer's forward, as a graph of gradients between cut products and stand-ins for all else.
+    """One decoder layer's forward: an autograd graph between cut matmuls, with stand-ins for everything else.
 
-    Names are those inside the layer. What holds a part of the graph (products, selections, arguments, hidden and
-    beside) is emptied once the layer has been visited.
+    Names are those inside the layer. Fields that hold a part of the graph (products, selections, arguments, hidden and
+    other_outputs) are emptied once the layer has been visited.
 
     Attributes:
-        matrices: parameter -> the matrices that lie in it: one, or one an expert or block.
-        shapes: parameter -> its shape, of all parameters.
-        small: parameter that holds no matrix (gain, bias, convolution), or buffer of floats -> the leaf in its place:
-            random for parameters, its own values for buffers.
+        matrices: parameter -> the matrices in it: one, or one per expert or block.
+        shapes: parameter -> its shape, for all parameters.
+        small: parameter that is not a matrix (gain, bias, convolution), or float buffer -> the leaf that replaces it:
+            random for parameters, the actual values for buffers.
         fixed: the buffers among them that are not saved: computed from the config, they cannot shrink with a group.
         biases: matrix parameter -> the parameter that was added to its product.
-        products: every product with one of the matrices, in the order of the forward; a matrix that is used twice, or
-            for several experts, has several.
-        selections: what a top-k over the experts chose from, [*, experts]: where a router's rows show.
-        arguments: "argument NAME" -> the leaf in place of a float that the layer was given beside its hidden states
-            (rotary cosines, masks, keys of other layers).
+        products: every matmul with one of the matrices, in execution order; a matrix that is used twice, or for several
+            experts, has several.
+        selections: inputs of each top-k over the experts, [*, experts], which depend on the router's rows.
+        arguments: "argument NAME" -> the leaf that replaces a float tensor passed to the layer in addition to its
+            hidden states (rotary cosines, masks, keys of other layers).
         hidden: the hidden states that the layer returns, [1, tokens, hidden]; a list of one.
-        beside: whatever else it hands on that depends on its leaves: further outputs that a later layer reads, and
-            what it wrote into its arguments (caches).
-        grouped: whether a router chose groups of experts before experts.
-        settings: (module, class, attribute, value) of all plain numbers in the layer's modules.
+        other_outputs: everything else it passes on that depends on its leaves: other outputs that a later layer reads,
+            and what it wrote into its arguments (caches).
+        grouped: whether a router selects groups of experts before experts.
+        settings: (module, class, attribute, value) of all plain values in the layer's modules.
     """
 
     matrices: dict[str, list[Matrix]]
@@ -92,15 +93,15 @@ class Trace:
     selections: list[Tensor] = field(default_factory=list)
     arguments: dict[str, Tensor] = field(default_factory=dict)
     hidden: list[Tensor] = field(default_factory=list)
-    beside: list[Tensor] = field(default_factory=list)
+    other_outputs: list[Tensor] = field(default_factory=list)
     grouped: bool = False
     settings: tuple[object, ...] = ()
 
-    def likeness(self) -> tuple[object, ...]:
-        """Alike for layers that compute the same with other weights."""
+    def signature(self) -> tuple[object, ...]:
+        """A key that is equal for layers with the same computation but different weights."""
         products = tuple((p.parameter, p.read.shape[-1], p.read.requires_grad) for p in self.products if p.leaf.numel())
         arguments = tuple((name, tuple(leaf.shape)) for name, leaf in self.arguments.items())
-        outputs = len(self.beside), len(self.selections), self.grouped
+        outputs = len(self.other_outputs), len(self.selections), self.grouped
         return self.settings, tuple(dict.fromkeys(products)), tuple(self.shapes.items()), arguments, outputs
 
     def experts(self) -> set[int]:
@@ -108,12 +109,12 @@ class Trace:
         return {matrices[0].experts for matrices in self.matrices.values()} - {1}
 
     def inputs(self, consumer: str) -> list[tuple[Tensor, int]]:
-        """What a matrix read that depends on this layer's leaves, and the dimension of its inputs in it."""
+        """A matrix's inputs that depend on this layer's leaves, each with the dimension along its input features."""
         found = [(p.read, p.read_dim) for p in self.products if p.parameter == consumer]
         return [(read, dim) for read, dim in found if read.requires_grad and read.numel()]
 
     def sources(self) -> list[tuple[Axis, Tensor, int]]:
-        """Everything that a consumer may depend on: (axis, leaf, the dimension of the leaf)."""
+        """Everything that a consumer may depend on: (axis, leaf, dimension of the leaf)."""
         sources = [((p.parameter, OUT), p.leaf, p.leaf_dim % p.leaf.dim()) for p in self.products]
         for name, leaf in (*self.small.items(), *self.arguments.items()):
             sources += [((name, dim), leaf, dim) for dim in range(leaf.dim())]
@@ -125,7 +126,7 @@ class _LastLayerDone(Exception):
 
 
 class TracedForward(TorchFunctionMode):
-    """One forward of the model with stand-ins for its weights; hands each layer's trace to a visitor.
+    """One forward of the model with stand-ins for its weights; passes each layer's trace to a visitor.
 
     Args:
         decoder: the causal LM.
@@ -145,16 +146,16 @@ class TracedForward(TorchFunctionMode):
         self.handed_on: set[int] = set()
 
     def each(self, visit: Callable[[int, Trace], Any]) -> list[Any]:
-        """Run the model; what the visitor made of each layer's trace."""
+        """Run the model; returns the visitor's result for each layer's trace."""
         results: list[Any] = []
-        # One number seen as a whole weight: nothing of the model's size is allocated, and each parameter still has a
-        # storage of its own, by which its products are recognised. Matrices never show their values, because they are
-        # cut.
+        # A single number expanded to a whole weight: nothing of the model's size is allocated, and each parameter still
+        # has its own storage, by which its matmuls are recognised. The values of matrices never matter: their matmuls
+        # are cut.
         tensors = {name: torch.full((1,), 0.01).expand(p.shape) for name, p in self._model.named_parameters()}
         tensors |= {name: buffer.detach().cpu() for name, buffer in self._model.named_buffers()}
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
         ids = torch.arange(_TOKENS)[None] % vocabulary
-        # Nothing behind the layers is needed, and the head's product is the largest of all.
+        # Nothing after the layers is needed, and the LM head's matmul is the largest of all.
         with ExitStack() as stack, suppress(_LastLayerDone):
             for index, layer in enumerate(self._layers):
                 trace = self._open(layer, self._decoder.layer_name(index), tensors)
@@ -168,7 +169,7 @@ class TracedForward(TorchFunctionMode):
         return results
 
     def _open(self, layer: nn.Module, name: str, tensors: dict[str, Tensor]) -> Trace:
-        """Put stand-ins for a layer's tensors in place: constants without memory for matrices, random for the rest."""
+        """Install stand-ins for a layer's tensors: constants without memory for matrices, else random values."""
         matrices: dict[str, list[Matrix]] = {}
         for matrix in prunable_matrices(layer, name):
             matrices.setdefault(matrix.parameter, []).append(matrix)
@@ -177,12 +178,12 @@ class TracedForward(TorchFunctionMode):
         for parameter in trace.shapes:
             full = f"{name}.{parameter}"
             if parameter in matrices:
-                # Views of the parameter (an expert's slice, a transpose) have the same storage.
+                # Views of the parameter (an expert's slice, a transpose) share its storage.
                 self._parameter_of[_storage(tensors[full])] = parameter
             else:
-                # A gain of 0 or a bias of 0, as models are initialised, would hide that it has an influence at all.
+                # A gain or bias of 0, as in a freshly initialised model, would hide its influence.
                 trace.small[parameter] = tensors[full] = self._leaf(tensors[full])
-        # Buffers keep their values: rotary frequencies or a mask in random numbers would make the forward another one.
+        # Buffers keep their values: random rotary frequencies or masks would change the computation.
         for buffer, value in layer.named_buffers():
             if value.is_floating_point():
                 owner, _, leaf_name = buffer.rpartition(".")
@@ -193,12 +194,12 @@ class TracedForward(TorchFunctionMode):
 
     def _leaf(self, like: Tensor) -> Tensor:
         values = torch.randn(like.shape, generator=self._random)
-        # Scales stay away from zero.
+        # Keep scales away from zero.
         return (values if like.dim() > 1 else 1 + 0.2 * values.clamp(-2, 2)).requires_grad_()
 
     def _enter(self, trace: Trace) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # Random hidden states and no graph: what a layer does must not depend on the layers before it.
+            # Random hidden states without a graph: a layer's trace must not depend on the layers before it.
             hidden = args[0] if args else kwargs.pop(next(iter(kwargs)))
             rest = [self._opened(trace, value, str(place)) for place, value in enumerate(args[1:], 1)]
             kwargs = {name: self._opened(trace, value, name) for name, value in kwargs.items()}
@@ -208,11 +209,11 @@ class TracedForward(TorchFunctionMode):
         return hook
 
     def _opened(self, trace: Trace, value: Any, label: str) -> Any:
-        """An argument whose floats are leaves of the layer's graph; a mapping stays the same object."""
+        """Replace the float tensors of an argument by leaves of the layer's graph; a mapping is updated in place."""
         if isinstance(value, Tensor) and value.is_floating_point():
-            # An earlier layer may have returned this very tensor: -1 stands for what comes from outside the layers.
+            # An earlier layer may have returned this very tensor; -1 means that it comes from outside the layers.
             self.handed_on.add(self._returned.get(_storage(value), -1))
-            # A mask keeps its values, minus infinities included; what is NaN, or nothing but infinite, says nothing.
+            # A mask keeps its values, including -inf; a tensor with NaN or without finite values becomes random.
             unknown = not bool(value.isfinite().any()) or bool(value.isnan().any())
             leaf = torch.randn(value.shape, generator=self._random) if unknown else value.detach().clone().float()
             trace.arguments[f"argument {label}"] = leaf.requires_grad_()
@@ -229,15 +230,15 @@ class TracedForward(TorchFunctionMode):
     ) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             self._trace = None
-            # Which outputs matter is known only once a later layer was given them, hence `handed_on` of an earlier run.
-            hidden, *others = _tensors(output)
+            # Which outputs matter is known only once a later layer has read them, hence `handed_on` of an earlier run.
+            hidden, *others = _floats(output)
             trace.hidden = [hidden]
             self._returned.update({_storage(tensor): index for tensor in others})
-            written = [*(others if index in self.handed_on else ()), *_tensors(args[1:]), *_tensors(kwargs)]
-            trace.beside = [t for t in written if t.requires_grad and not t.is_leaf]
+            written = [*(others if index in self.handed_on else ()), *_floats(args[1:]), *_floats(kwargs)]
+            trace.other_outputs = [t for t in written if t.requires_grad and not t.is_leaf]
             results.append(visit(index, trace))
-            for known in (trace.products, trace.selections, trace.arguments, trace.hidden, trace.beside):
-                known.clear()  # the layer's graph goes
+            for known in (trace.products, trace.selections, trace.arguments, trace.hidden, trace.other_outputs):
+                known.clear()  # frees the layer's graph
             if index == len(self._layers) - 1:
                 raise _LastLayerDone
             return _detached(output)
@@ -247,18 +248,18 @@ class TracedForward(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Cut the graph at products with a weight, note top-k selections, and hold statistics constant."""
+        """Cut the graph at matmuls with a weight, record top-k selections, and hold statistics constant."""
         kwargs = kwargs or {}
         if self._trace is None:
             return func(*args, **kwargs)
         with torch.enable_grad():
-            # Some models run parts of a layer under no_grad; what is found must not depend on that.
+            # Some models run parts of a layer under no_grad; the result must not depend on that.
             product = self._product(self._trace, func, args, kwargs)
         if product is not None:
             return product
         if func in (torch.topk, torch.Tensor.topk):
             self._note_selection(self._trace, args[0])
-        # Routers choose without gradients.
+        # Routers may select experts without gradients.
         with torch.enable_grad():
             experts = self._trace.experts()
             return _with_constants(func, args, kwargs, experts) if self._frozen else func(*args, **kwargs)
@@ -281,7 +282,7 @@ class TracedForward(TorchFunctionMode):
             return None
         if not (isinstance(left, Tensor) and isinstance(right, Tensor) and min(left.dim(), right.dim()) > 1):
             return None
-        # Which side is the weight: x @ w for most, w @ x for grouped or transposed ones, whose inputs are in rows (-2).
+        # Which side is the weight: x @ w for most, w @ x for grouped or transposed ones, with inputs along rows (-2).
         of_left = self._parameter_of.get(_storage(left))
         parameter = of_left or self._parameter_of.get(_storage(right))
         if parameter is None:
@@ -289,13 +290,14 @@ class TracedForward(TorchFunctionMode):
         weight, read, dim = (left, right, -2) if of_left else (right.mT, left, -1)
         if tuple(weight.shape[-2:]) != trace.matrices[parameter][0].shape:
             raise ModelError(
-                f"the layout of {parameter} is unknown: it multiplies as {tuple(weight.shape[-2:])}",
+                f"the layout of {parameter} is unknown: it is multiplied as {tuple(weight.shape[-2:])}",
                 expected=f"{trace.matrices[parameter][0].shape} (out, in)",
             )
         shape = *torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]), left.shape[-2], right.shape[-1]
-        # The cut. Here the graph begins anew, so that a consumer's inputs depend on the last products before it and on
-        # nothing earlier: gradients name exactly the producers. Random values take no special way through the layer, as
-        # zeros would (closed ReLUs, even softmaxes), and small ones keep exponentials and products of several in range.
+        # The cut. The graph starts afresh here, so that a consumer's inputs depend on the last matmuls before it and on
+        # nothing earlier: gradients identify exactly the producers. Random values take no special path through the
+        # layer, as zeros would (inactive ReLUs, uniform softmaxes), and small ones keep exponentials and products in
+        # range.
         leaf = (0.5 * torch.randn(shape, generator=self._random)).requires_grad_()
         trace.products.append(Product(parameter, read, dim, leaf, dim))
         if bias is not None:
@@ -303,17 +305,17 @@ class TracedForward(TorchFunctionMode):
         return leaf * 1  # the leaf itself must not be written to
 
     def _note_bias(self, trace: Trace, parameter: str, bias: Tensor) -> None:
-        """A bias goes with the rows of its matrix, even where the output does not depend on it (keys, in a softmax)."""
+        """Record a bias: it is removed with its matrix's rows even if it has no influence (keys in a softmax)."""
         for name, leaf in trace.small.items():
             if _storage(leaf) == _storage(bias) and leaf.shape[-1:] == bias.shape[-1:]:
                 trace.biases[parameter] = name
                 return
-        raise ModelError(f"the bias of {parameter} is no parameter of its layer")
+        raise ModelError(f"the bias of {parameter} is not a parameter of its layer")
 
 
 def _with_constants(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], experts: set[int]) -> Any:
-    """Call a function; means, variances and norms, and what a router divides by, carry no gradient."""
-    # Routers detach what they choose by; with it, their rows would have no influence.
+    """Call a function; means, variances, norms and the denominators of routers carry no gradient."""
+    # Routers detach the scores by which they select; their rows would then have no influence.
     if func is torch.Tensor.detach:
         return args[0]
     if func in _STATISTICS:
@@ -321,11 +323,11 @@ def _with_constants(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     if func is F.layer_norm or func is getattr(F, "rms_norm", None):
         return _norm(func is F.layer_norm, *args, **kwargs)
     if func is F.normalize:
-        # Any constant serves: what counts is which entries have an influence, not how much.
+        # Any constant will do: what matters is which entries have an influence, not how large it is.
         return args[0] * (func(*args, **kwargs).norm() / args[0].norm()).detach()
     result = func(*args, **kwargs)
     if func in _SOFTMAX and result.shape[-1] in experts:
-        # The sum over all experts is a statistic, too: through it each expert's score would depend on all others' rows.
+        # The sum over all experts is a statistic too: through it, each expert's score would depend on all other rows.
         return args[0].float().exp() * (result / args[0].float().exp()).detach()
     return result
 
@@ -348,7 +350,7 @@ def _storage(tensor: Tensor) -> int:
 
 @contextmanager
 def eagerly(model: PreTrainedModel) -> Iterator[None]:
-    """Have attention and experts computed by ordinary operations, as far as the model lets them be chosen."""
+    """Let attention and experts be computed by ordinary operations, where the model has a choice."""
     before = model.config._attn_implementation
     with eager_experts(model), sdpa_kernel(SDPBackend.MATH):
         _choose_attention(model, "eager")
@@ -359,7 +361,7 @@ def eagerly(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _choose_attention(model: PreTrainedModel, name: str | None) -> None:
-    """Set the implementation; transformers warns of models that have one only, each time."""
+    """Set the implementation, without the warning that transformers repeats for models with only one."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -368,12 +370,9 @@ def _choose_attention(model: PreTrainedModel, name: str | None) -> None:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """All floats inside tuples, lists and mappings of any class, in order."""
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    items = value.values() if isinstance(value, MutableMapping) else value if isinstance(value, list | tuple) else ()
-    return [tensor for item in items for tensor in _tensors(item)]
+def _floats(value: Any) -> list[Tensor]:
+    """All float tensors in nested containers, in order."""
+    return [tensor for tensor in nested_tensors(value) if tensor.is_floating_point()]
 
 
 def _detached(value: Any) -> Any:
@@ -383,7 +382,7 @@ def _detached(value: Any) -> Any:
 
 
 def _settings(layer: nn.Module) -> tuple[object, ...]:
-    """The classes of a layer's modules and the plain values in them."""
+    """The classes of a layer's modules and their plain values."""
     return tuple(
         (name, type(module), key, value)
         for name, module in layer.named_modules()

@@ -1,4 +1,4 @@
-"""Recognise norms of hidden width by what they compute, and check that a narrower model computes what it should."""
+"""Recognise norms over hidden channels by what they compute, and check a narrower model on random weights."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from llmprune.errors import ModelError
 from llmprune.structures.find.tracing import eagerly
 
-# Parameter name of the whole model -> its dimensions that are hidden width.
+# Parameter name in the whole model -> its dimensions that are hidden width.
 Places = Mapping[str, tuple[int, ...]]
 
 _TOKENS = 11
-# Elements of a stand-in for a weight beyond which its other dimensions hold one value each.
+# Largest stand-in for a weight, in elements; beyond that, its other dimensions hold a single value.
 _MOST_RANDOM = 1 << 16
 _TOLERANCE = 1e-4
 
@@ -30,7 +30,7 @@ class Norm:
     """A norm over hidden channels: (x - centred * mean) / sqrt(mean square) * (offset + gain), with or without a bias.
 
     Attributes:
-        gain: parameter [hidden], by its name in the whole model.
+        gain: name, in the whole model, of the parameter [hidden].
         centred: whether the mean is subtracted (LayerNorm).
         offset: what is added to the stored gain: 0, or 1 as in Gemma.
     """
@@ -41,7 +41,7 @@ class Norm:
 
 
 def find_norms(model: PreTrainedModel, places: Places) -> dict[str, Norm]:
-    """Find the modules that normalise over the hidden channels and have a gain.
+    """Find the modules with a gain that normalise over the hidden channels.
 
     Args:
         model: on the meta device.
@@ -51,12 +51,12 @@ def find_norms(model: PreTrainedModel, places: Places) -> dict[str, Norm]:
         Module name -> its norm.
 
     Raises:
-        ModelError: a module with parameters for each channel mixes the channels, and is none of the norms known.
+        ModelError: a module with per-channel parameters mixes the channels, and is not a known norm.
     """
     norms: dict[str, Norm] = {}
     for name, module in model.named_modules():
         shapes = {key: parameter.shape for key, parameter in module.named_parameters()}
-        # Gains and biases only: whatever else has hidden width multiplies, and is compared by the logits.
+        # Gains and biases only: all other weights with hidden width are checked by comparing logits.
         if shapes and all(len(shape) == 1 and f"{name}.{key}" in places for key, shape in shapes.items()):
             norm = _recognise(name, module, shapes)
             norms |= {name: norm} if norm else {}
@@ -64,28 +64,28 @@ def find_norms(model: PreTrainedModel, places: Places) -> dict[str, Norm]:
 
 
 def _recognise(name: str, module: nn.Module, shapes: Mapping[str, torch.Size]) -> Norm | None:
-    """The norm that a module with parameters [hidden] computes; None if it mixes no channels."""
+    """The norm that a module with parameters [hidden] computes; None if it does not mix channels."""
     random = torch.Generator().manual_seed(0)
-    # Far from zero, so that no epsilon matters, and off centre.
+    # Far from zero, so that epsilons do not matter, and not centred.
     x = 30 * torch.randn(5, *next(iter(shapes.values())), generator=random) + 10
     values = {key: 1 + 0.3 * torch.randn(shape, generator=random) for key, shape in shapes.items()}
     try:
         output = functional_call(module, values, (x,))
-    except TypeError:  # it wants more than hidden states; what it does with them shows in the logits
+    except TypeError:  # it takes more than hidden states; its effect is checked by comparing logits
         return None
     for gain, *others in (tuple(shapes), tuple(shapes)[::-1]):
         for centred, offset in itertools.product((False, True), (0, 1)):
             expected = _normalised(x, centred) * (offset + values[gain]) + sum(values[key] for key in others)
-            if len(others) < 2 and _alike(output, expected):
+            if len(others) < 2 and _close(output, expected):
                 return Norm(f"{name}.{gain}", centred, offset)
-    # No norm that is known. It may still work on each channel alone (a scale): then the first one's output does not
+    # Not a known norm. It may still act on each channel separately (a scale): then the first channel's output does not
     # change when all others become zero.
     x[:, 1:] = 0
     if torch.equal(functional_call(module, values, (x,))[:, 0], output[:, 0]):
         return None
     raise ModelError(
         f"{name} ({type(module).__name__}) mixes the hidden channels in an unknown way",
-        expected="an RMSNorm or LayerNorm, whose gain can make up for the channels that go",
+        expected="an RMSNorm or LayerNorm, whose gain can compensate for the removed channels",
         fix="leave the hidden width out of the recipe",
     )
 
@@ -98,10 +98,10 @@ def _normalised(x: Tensor, centred: bool) -> Tensor:
 def first_deviation(
     before: PreTrainedModel, after: PreTrainedModel, places: Places, norms: Sequence[str]
 ) -> str | None:
-    """Compare the narrower model with the full one in which the other channels are zero, on random stand-in weights.
+    """Compare the narrower model, on random stand-in weights, with the full one whose other channels are zero.
 
-    The full model's norms are restricted to the channels that stay. Stand-ins take hardly any memory: where a weight is
-    large, it varies along the hidden channels only.
+    The full model's norms are restricted to the kept channels. Stand-ins take hardly any memory: large weights vary
+    along the hidden channels only.
 
     Args:
         before: the full model on the meta device.
@@ -110,27 +110,27 @@ def first_deviation(
         norms: modules that normalise over the hidden channels.
 
     Returns:
-        How their logits differ; None if they are alike to rounding.
+        How their logits differ; None if they are equal up to rounding.
     """
     size, kept = _sizes(before, after, places)
     random = torch.Generator().manual_seed(0)
     channels = torch.tensor(sorted(torch.randperm(size, generator=random)[:kept].tolist()))
-    # The full model with zeros in the other channels computes what the narrow one must, if width is only width.
+    # With zeros in the other channels, the full model must compute the same as the narrow one.
     full, narrow = _stand_ins(before, after, places, channels)
     with torch.no_grad(), ExitStack() as stack:
         for name in norms:
-            # But for norms, which divide by the number of channels, the zeros among them.
+            # Norms are the exception: they divide by the number of channels, including the zeros.
             restricted = _restricted(after.get_submodule(name), name, narrow, channels)
             stack.callback(before.get_submodule(name).register_forward_hook(restricted).remove)
         wanted, found = _run(before, full), _run(after, narrow)
     if not bool(wanted.isfinite().all() & found.isfinite().all()):
-        return "the check on random weights gave values that are not finite"
-    if _alike(found, wanted):
+        return "the check on random weights gave non-finite values"
+    if _close(found, wanted):
         return None
     error = float((found - wanted).abs().max() / wanted.abs().max())
     return (
         f"its logits would differ by {error:.1%} from those of the model whose other channels are zero; "
-        "a norm without a gain does that, or a scale that follows from the hidden size"
+        "the cause may be a norm without a gain, or a scale derived from the hidden size"
     )
 
 
@@ -142,7 +142,7 @@ def _sizes(before: PreTrainedModel, after: PreTrainedModel, places: Places) -> t
 def _stand_ins(
     before: PreTrainedModel, after: PreTrainedModel, places: Places, channels: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Random weights for both models; those of the full one are zero outside the channels."""
+    """Random weights for both models; in the full one they are zero outside the given channels."""
     random = torch.Generator().manual_seed(1)
     full: dict[str, Tensor] = {}
     narrow: dict[str, Tensor] = {}
@@ -150,11 +150,11 @@ def _stand_ins(
         dims = places.get(name, ())
         shape = [size if dim in dims else 1 for dim, size in enumerate(parameter.shape)]
         for dim, size in enumerate(parameter.shape):
-            # One value along a dimension takes no memory (`expand`); channels must be told apart, and vary in any case.
+            # A single value along a dimension takes no memory (`expand`); only hidden channels must differ.
             if torch.Size(shape).numel() * size <= _MOST_RANDOM:
                 shape[dim] = size
         values = torch.randn(shape, generator=random)
-        # Gains stay away from zero, and products of about the size of what they multiply.
+        # Keep gains away from zero, and the outputs of matmuls about the size of their inputs.
         values = 1 + 0.2 * values if values.dim() < 2 else values / max(parameter.shape[-2:]) ** 0.5
         small = values
         for dim in dims:
@@ -166,7 +166,7 @@ def _stand_ins(
 
 
 def _restricted(narrow: nn.Module, name: str, tensors: Mapping[str, Tensor], channels: Tensor) -> Callable[..., Tensor]:
-    """A hook that makes a norm see the channels that stay, and no others."""
+    """A hook that makes a norm see only the kept channels."""
     own = {key: tensors[f"{name}.{key}"] for key, _ in narrow.named_parameters()}
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -184,14 +184,14 @@ def _run(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tensor:
     return output.logits
 
 
-def _alike(found: Tensor, expected: Tensor) -> bool:
+def _close(found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and float((found - expected).abs().max()) <= _TOLERANCE * float(
         expected.abs().max()
     )
 
 
 class _Folded(TorchFunctionMode):
-    """Multiplies by a weight that holds the same values in each row, or column, without unfolding it."""
+    """Multiplies by a weight whose rows, or columns, are all equal, without expanding it."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -200,7 +200,7 @@ class _Folded(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         x, weight, bias = (*args, *(kwargs or {}).values(), None)[:3]
         rows = weight.shape[0]
-        # Stride 0: all columns are the first one, so that the inputs may be added up before.
+        # Stride 0: all columns equal the first one, so the inputs can be summed first.
         if weight.stride(1) == 0:
             x, weight = x.sum(-1, keepdim=True), weight[:, :1]
         if weight.stride(0) == 0:

@@ -1,1 +1,1 @@
-"""Take groups out of weights: solve for what stays, cut the tensors. The solver knows neither models nor files."""
+"""Remove groups from weights: refit what is kept, cut the tensors. The solver depends on neither models nor files."""

@@ -1,4 +1,4 @@
-"""Matrices seen as blocks, one a group of columns."""
+"""Matrices viewed as blocks, one per group of columns."""
 
 import math
 
@@ -9,7 +9,7 @@ from llmprune.precision import float32_products
 
 
 class Breakdown(Exception):
-    """A pivot that is not positive: more damping is needed."""
+    """A pivot is not positive: more damping is needed."""
 
 
 def factor(matrix: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def factor(matrix: Tensor) -> Tensor:
 
 
 def traces(pivots: Tensor, energies: Tensor) -> Tensor:
-    """tr(pivot^-1 energy) of each block [..., size, size], >= 0; minus infinity where the pivot is not positive."""
+    """tr(pivot^-1 energy) of each block [..., size, size], >= 0; -inf where the pivot is not positive definite."""
     if pivots.shape[-1] == 1:
         pivot, energy = pivots[..., 0, 0], energies[..., 0, 0]
         return (energy / pivot).clamp_(min=0).masked_fill_(~(pivot > 0), -math.inf)
@@ -31,7 +31,7 @@ def traces(pivots: Tensor, energies: Tensor) -> Tensor:
 
 
 def times(left: Tensor, right: Tensor) -> Tensor:
-    """The product of stacks of blocks; millions of 1 x 1 products are far faster as one product of numbers."""
+    """The product of stacks of blocks; millions of 1 x 1 products are far faster as one elementwise product."""
     return left * right if left.shape[-2:] == right.shape[-2:] == (1, 1) else left @ right
 
 

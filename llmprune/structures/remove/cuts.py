@@ -1,4 +1,4 @@
-"""Take groups out of a decoder layer: physically, or as zeros that have the same effect at full size."""
+"""Remove groups from a decoder layer: physically, or as zeros with the same effect at full size."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,15 +16,15 @@ from llmprune.structures.find.discovery import Structure
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cut:
-    """The groups of one structure that go.
+    """The groups to remove from one structure.
 
     Attributes:
         structure: one that is not refused.
-        removed: groups, distinct, in [0, structure.groups); at least one stays, and of each partition as many.
+        removed: distinct groups in [0, structure.groups), not all of them, and equally many from each partition.
 
     Raises:
         ModelError: the structure is refused.
-        PatternError: the groups are out of range, repeat, are all there are, or more of one partition than of another.
+        PatternError: the groups are out of range, repeated, all of them, or unevenly spread over the partitions.
     """
 
     structure: Structure
@@ -40,20 +40,20 @@ class Cut:
         known = set(range(structure.groups))
         if len(set(self.removed)) < len(self.removed) or not set(self.removed) < known:
             raise PatternError(
-                f"{len(self.removed)} groups of {structure.consumer} to remove: {list(self.removed)[:8]}",
+                f"{len(self.removed)} groups of {structure.consumer} are to be removed: {list(self.removed)[:8]}",
                 expected=f"distinct numbers below {structure.groups}, and not all of them",
             )
         length = structure.groups // structure.partitions
         counts = {sum(group // length == run for group in self.removed) for run in range(structure.partitions)}
         if len(counts) > 1:
             raise PatternError(
-                f"{min(counts)} to {max(counts)} of {length} consecutive groups of {structure.consumer} to remove",
-                expected=f"as many of each {length}: they share a key and value head",
+                f"{min(counts)} to {max(counts)} of each {length} groups of {structure.consumer} are to be removed",
+                expected=f"the same number of each {length} consecutive groups, which share a KV head",
             )
 
     @property
     def kept(self) -> int:
-        """How many groups stay."""
+        """How many groups are kept."""
         return self.structure.groups - len(self.removed)
 
 
@@ -62,10 +62,10 @@ def shrink(tensors: Mapping[str, Tensor], cuts: Sequence[Cut]) -> dict[str, Tens
 
     Args:
         tensors: name inside the layer -> tensor at full size, parameters and saved buffers.
-        cuts: of this layer; their indices are those of the full size, so they go all at once.
+        cuts: of this layer; their indices refer to the full size, so all are applied at once.
 
     Returns:
-        All tensors; those that shrink are new, the others the same objects.
+        All tensors; those that shrink are new, the others are the same objects.
 
     Raises:
         ModelError: a tensor that must shrink is missing or too small.
@@ -74,7 +74,7 @@ def shrink(tensors: Mapping[str, Tensor], cuts: Sequence[Cut]) -> dict[str, Tens
     for (name, dim), gone in removed_indices(cuts).items():
         if name not in result or result[name].shape[dim] <= max(gone):
             shape = list(result[name].shape) if name in result else "no tensor"
-            raise ModelError(f"{name}: {shape}, but its index {max(gone)} of dimension {dim} is to be removed")
+            raise ModelError(f"{name}: {shape}, but index {max(gone)} of its dimension {dim} is to be removed")
         kept = torch.ones(result[name].shape[dim], dtype=torch.bool)
         kept[list(gone)] = False
         index = kept.nonzero().view(-1).to(result[name].device)
@@ -83,7 +83,7 @@ def shrink(tensors: Mapping[str, Tensor], cuts: Sequence[Cut]) -> dict[str, Tens
 
 
 def removed_indices(cuts: Iterable[Cut]) -> dict[tuple[str, int], set[int]]:
-    """(Tensor name, dimension) -> the indices that go."""
+    """(Tensor name, dimension) -> the indices to remove."""
     gone: dict[tuple[str, int], set[int]] = {}
     for cut in cuts:
         for part in cut.structure.slices:
@@ -92,13 +92,13 @@ def removed_indices(cuts: Iterable[Cut]) -> dict[tuple[str, int], set[int]]:
 
 
 def mask(layer: nn.Module, cut: Cut) -> None:
-    """Zero in place all that belongs to the removed groups; the layer then computes what the shrunk one will.
+    """Zero, in place, everything that belongs to the removed groups; the layer then computes what the shrunk one will.
 
-    For experts that is true inside `routed_without` only: zeros keep no token away from an expert.
+    For experts this only holds inside `routed_without`: zeros do not stop tokens from being routed to an expert.
 
     Args:
         layer: the decoder layer at full size.
-        cut: what goes.
+        cut: what to remove.
     """
     state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     with torch.no_grad():
@@ -108,7 +108,7 @@ def mask(layer: nn.Module, cut: Cut) -> None:
 
 @contextmanager
 def routed_without(layer: nn.Module, cut: Cut) -> Iterator[None]:
-    """Have a layer at full size route its tokens as if the removed experts were not there.
+    """Let a layer at full size route its tokens as if the removed experts did not exist.
 
     Args:
         layer: a decoder layer in memory.
@@ -118,7 +118,7 @@ def routed_without(layer: nn.Module, cut: Cut) -> Iterator[None]:
     own = [part for part in cut.structure.slices if part.index.shape[1] == 1 and part.dim == 0]
     gone = list(cut.removed)
     weights = {state[part.name].data_ptr() for part in own if state[part.name].dim() == 2}
-    # A bias that only takes part in the choice is none of a product.
+    # A bias that is used only for selecting experts takes part in no matmul.
     biases = {part.name: state[part.name].detach().clone() for part in own if state[part.name].dim() == 1}
     with torch.no_grad():
         for name in biases:
@@ -133,7 +133,7 @@ def routed_without(layer: nn.Module, cut: Cut) -> Iterator[None]:
 
 
 class _Without(TorchFunctionMode):
-    """Gives the removed experts a score of minus infinity."""
+    """Gives the removed experts a router score of -inf."""
 
     def __init__(self, weights: set[int], gone: list[int]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Exchange removed with kept groups while that lowers the exact loss."""
+"""Swap removed and kept groups while that lowers the exact loss."""
 
 import math
 from typing import TYPE_CHECKING
@@ -11,15 +11,15 @@ from llmprune.structures.remove.block_matrices import blocks, factor, times, tra
 if TYPE_CHECKING:
     from llmprune.structures.remove.problem import Problem
 
-# Entries of a block of exchanges that are weighed at once.
+# Entries of the pairs that are evaluated at once.
 _EXCHANGES = 1 << 22
 
-# An exchange must gain this fraction of the greedy search's loss; less is rounding, and could go in circles.
+# A swap must gain this fraction of the greedy search's loss; smaller gains are rounding errors and could cycle.
 _GAIN = 1e-6
 
 
 def exchange(problem: "Problem", fraction: float, removed: Tensor) -> int:
-    """Exchange removed with kept groups, in place, while the exact loss falls; returns how often."""
+    """Swap removed and kept groups, in place, while the exact loss falls; returns the number of swaps."""
     tableau = Tableau(problem, fraction, removed)
     for done in range(problem.settings.swaps):
         change, back, out = tableau.best()
@@ -32,13 +32,13 @@ def exchange(problem: "Problem", fraction: float, removed: Tensor) -> int:
 
 
 class Tableau:
-    """The symmetric sweep operator's tableau: what each group would lose or gain, whichever side it is on.
+    """The tableau of the symmetric sweep operator: what removing or restoring each group would change.
 
     With S the kept and R the removed columns, M = (H_SS)^-1 and U = M H_SR:
 
         pivots  T = [[M, U], [U^T, H_RS U - H_RR]]      energies  K = F^T F,  F = [V_S, (V - W) H_R]
 
-    Sweeping on group g, with D = T_gg^-1 and A = D T_g: (zero in g's own columns), moves it to the other side:
+    Sweeping on group g, with D = T_gg^-1 and A = D T_g: (zero in the columns of g), moves it to the other side:
 
         T' = T - T_:g A,   F' = F - F_g A,   T'_g: = -|D| T_g:,   F'_g = -F_g |D|,   T'_gg = -D
 
@@ -70,13 +70,13 @@ class Tableau:
         self.pivots[gone[:, None], gone] = -surplus
 
     def best(self) -> tuple[float, int, int]:
-        """(change of the loss, group to bring back, group to take out) of the best exchange."""
+        """(change of the loss, group to restore, group to remove) of the best swap."""
         removed, kept = self.removed.nonzero().view(-1), (~self.removed).nonzero().view(-1)
         best = math.inf, -1, -1
-        # All pairs at once would be [removed, kept, size, size]; a share of the removed at a time bounds the memory.
+        # All pairs at once would be [removed, kept, size, size]; chunks of the removed groups limit the memory.
         for some in removed.split(max(_EXCHANGES // (len(kept) * self.size**2), 1)):
             changes = self._changes(some, kept)
-            # Each partition must go on losing the same number.
+            # Each partition must keep losing the same number.
             changes.masked_fill_(self.partition[some][:, None] != self.partition[kept], math.inf)
             place = int(changes.argmin())
             change = float(changes.view(-1)[place])
@@ -85,11 +85,11 @@ class Tableau:
         return best
 
     def _changes(self, back: Tensor, out: Tensor) -> Tensor:
-        """[back, out], float64: the loss of exchanging each pair, minus the present one."""
+        """[back, out], float64: the loss after swapping each pair, minus the current one."""
         pivots, energies = (blocks(matrix, self.size) for matrix in (self.pivots, self.energies))
-        # Bringing a group back gains tr(surplus^-1 gradient). What taking another out costs then is read from the
-        # tableau after that step, of which only the one block is computed: the sweep's formulas for g = back,
-        # restricted to `out`.
+        # Restoring a group gains tr(surplus^-1 gradient). The cost of then removing another one is read from the
+        # tableau after that step, of which only one block is computed: the sweep's formulas for g = back, restricted
+        # to `out`.
         surplus, gradient = -pivots[back, back].double(), energies[back, back].double()
         gains = traces(surplus, gradient)
         link = pivots[out, back[:, None]].double()
@@ -100,7 +100,7 @@ class Tableau:
         return traces(inverse, energy) - gains[:, None]
 
     def sweep(self, group: int, sign: int) -> None:
-        """Move a group to the other side: 1 brings it back, -1 takes it out."""
+        """Move a group to the other side: 1 restores it, -1 removes it."""
         columns = slice(group * self.size, (group + 1) * self.size)
         pivot, energy = self.pivots[columns].clone(), self.energies[columns].clone()
         # The pivot of a removed group is negative definite.

@@ -1,4 +1,4 @@
-"""One matrix whose groups of input columns are removed: checked, damped and refitted."""
+"""One matrix from which groups of input columns are removed: validation, damping and refit."""
 
 import math
 import time
@@ -20,13 +20,13 @@ class RemovalSettings:
     """How groups are removed.
 
     Attributes:
-        damping: fraction of the Gram's mean diagonal added to its diagonal, >= 0; raised to 0.01, 0.1, 1 where the
-            factorisation or a pivot fails, which the result shows.
-        swaps: the most exchanges of a removed with a kept group after the greedy search, >= 0. Each is the best of
-            all pairs and lowers the loss; the search ends at the first optimum.
-        partitions: consecutive runs of groups, of equal length, that lose the same number of groups, >= 1 (query heads
-            of the same KV head).
-        refit: give the columns that stay their least-squares values; otherwise they keep their weights.
+        damping: fraction of the mean diagonal of the Hessian (Gram matrix) added to its diagonal, >= 0; increased to
+            0.01, 0.1, 1 if the factorisation or a pivot fails, which the result records.
+        swaps: the most swaps of a removed and a kept group after the greedy search, >= 0. Each is the best of all pairs
+            and lowers the loss; the search ends at a local optimum.
+        partitions: number of consecutive runs of groups, of equal length, that lose the same number of groups, >= 1
+            (query heads of the same KV head).
+        refit: set the kept columns to their least-squares values; otherwise they are unchanged.
     """
 
     damping: float = 0.01
@@ -45,18 +45,18 @@ class RemovalSettings:
 
 @dataclass(frozen=True, slots=True)
 class GroupRemoval:
-    """What is left of a matrix.
+    """The result of removing groups from one matrix.
 
     Attributes:
         removed: [groups removed], int64, ascending.
         weight: [out, in], the dtype of the input; zero in the removed groups.
-        error: tr((W - V) G (W - V)^T) / tr(W G W^T), without damping, >= 0.
+        error: relative output error tr((W - V) G (W - V)^T) / tr(W G W^T), without damping, >= 0.
         curve: [groups removed + 1], float64: the loss after the first k removals of the greedy search, everything else
-            refitted, over tr(W G W^T). Only multiples of `partitions` are complete. It includes the damping and leaves
-            out the exchanges; empty where the groups were given.
+            refitted, over tr(W G W^T). Only multiples of `partitions` are complete. It includes the damping but not the
+            swaps; empty if the groups were given.
         damping: the damping used.
         tried: every damping tried, in order.
-        swaps: exchanges made.
+        swaps: number of swaps made.
         seconds: wall-clock time.
     """
 
@@ -71,7 +71,7 @@ class GroupRemoval:
 
 
 class Problem:
-    """One matrix, checked, and the result in the making."""
+    """One validated matrix and its Hessian (Gram matrix), with what every search needs."""
 
     def __init__(self, weight: Tensor, gram: Tensor, group_size: int, settings: RemovalSettings) -> None:
         width = weight.shape[1]
@@ -81,25 +81,25 @@ class Problem:
                 expected="a group size that divides the input dimension",
             )
         check_finite(weight, "the weight")
-        check_finite(gram, "the Gram matrix of the inputs")
+        check_finite(gram, "the Hessian (Gram matrix) of the inputs")
         self.weight, self.gram, self.size, self.settings = weight.to(gram.dtype), gram, group_size, settings
         self.dtype, self.groups, self.started = weight.dtype, width // group_size, time.perf_counter()
         self.dead = gram.diagonal() == 0
         self.energy = loss(self.weight, gram)
 
     def damped(self, fraction: float) -> Tensor:
-        """A copy of the Gram with its diagonal raised; 1 for a dead input."""
+        """A copy of the Hessian with damping added to its diagonal; 1 for dead inputs."""
         damped = self.gram.clone()
         damped.diagonal().add_(fraction * float(self.gram.diagonal().mean()))
         damped.diagonal().masked_fill_(self.dead, 1.0)
         return damped
 
     def columns(self, groups: Tensor) -> Tensor:
-        """Indices of the columns of the groups in a mask."""
+        """Column indices of the groups in a mask."""
         return groups.repeat_interleave(self.size).nonzero().view(-1)
 
     def solve(self, search: Callable[[float], tuple[Tensor, list[float], int]]) -> GroupRemoval:
-        """Choose by `search` and refit, at the lowest damping of the ladder that goes through."""
+        """Choose by `search` and refit, at the lowest damping of the ladder that succeeds."""
         tried: list[float] = []
         for fraction in damping_ladder(self.settings.damping):
             tried.append(fraction)
@@ -111,10 +111,10 @@ class Problem:
                 continue
         diagonal = self.gram.diagonal()
         raise NumericsError(
-            f"a Gram matrix of width {len(diagonal)} is not positive definite at damping {tried} "
+            f"a Hessian (Gram matrix) of width {len(diagonal)} is not positive definite at damping {tried} "
             f"(diagonal from {float(diagonal.min()):.3e} to {float(diagonal.max()):.3e})",
-            expected="a finite, symmetric Gram matrix",
-            fix="check the calibration text and the model's activations, or prune by a score instead",
+            expected="a finite, symmetric matrix",
+            fix="check the calibration text and the model's activations, or choose groups by a score instead of obs",
         )
 
     def _result(self, removed: Tensor, costs: list[float], swaps: int, tried: tuple[float, ...]) -> GroupRemoval:
@@ -135,7 +135,7 @@ class Problem:
         )
 
     def _refitted(self, removed: Tensor, fraction: float) -> Tensor:
-        """W_S + W_R H_RS (H_SS)^-1: the change alone is solved for, so that little of it is lost to rounding."""
+        """W_S + W_R H_RS (H_SS)^-1: solving for the change alone loses less to rounding."""
         kept, gone = self.columns(~removed), self.columns(removed)
         fitted = self.weight[:, kept]
         if len(kept) and len(gone):

@@ -1,8 +1,9 @@
-"""Remove groups of input columns at the lowest cost in the matrix's output, and refit the columns that stay.
+"""Remove groups of input columns with the least error in the matrix's output, and refit the kept columns.
 
-The target is tr((W - V) H (W - V)^T) with H the damped Gram of the inputs and V zero in the removed groups (structured
-optimal brain surgeon: ZipLM, arXiv 2302.04089; OSSCAR, arXiv 2403.12983; SlimGPT, arXiv 2412.18110). With M = H^-1 and
-K = V^T V, restricted to what is still there, removing group g and refitting everything else costs
+The objective is tr((W - V) H (W - V)^T), with H the damped Hessian (the inputs' Gram matrix X X^T) and V zero in the
+removed groups (structured optimal brain surgeon: ZipLM, arXiv 2302.04089; OSSCAR, arXiv 2403.12983; SlimGPT, arXiv
+2412.18110). With M = H^-1 and K = V^T V, restricted to the remaining columns, removing group g and refitting everything
+else costs
 
     tr(M_gg^-1 K_gg),
 
@@ -11,10 +12,10 @@ and afterwards, with A = M_gg^-1 M_g:,
     M' = M - M_:g A,        K' = K - A^T K_g: - K_:g A + A^T K_gg A.
 
 So the search works on two [in, in] matrices and never touches the [out, in] weight. Like a pivoted Cholesky
-factorisation it is lazy: only the diagonal blocks and the rows of the group that goes are brought up to date at each
-step, and the rest in panels, by matrix products. Every single removal is therefore exact greedy, at the speed of
-batched ones: 6 in^2 FLOP per removed column, in^3 for the inverse, 2 in^2 out for K, and for exchanges about as much
-again. Memory: about five [in, in] matrices. At 14336 x 4096 and 25 % that is 9e12 FLOP and, in float32, 4 GB.
+factorisation it is lazy: each step updates only the diagonal blocks and the rows of the removed group; the rest is
+updated in panels, by matmuls. Every removal is therefore exactly greedy, at the speed of batched removal: 6 in^2 FLOPs
+per removed column, in^3 for the inverse, 2 in^2 out for K, and about as much again for swaps. Memory: about five
+[in, in] matrices. At 14336 x 4096 and 25 % that is 9e12 FLOPs and, in float32, 4 GB.
 """
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
@@ -36,7 +37,7 @@ from llmprune.structures.remove.block_matrices import (
 from llmprune.structures.remove.exchange import exchange
 from llmprune.structures.remove.problem import GroupRemoval, Problem, RemovalSettings
 
-# Removed columns whose updates are applied to the whole matrices at once.
+# Number of removed columns whose updates are applied to the whole matrices at once.
 _PANEL = 128
 
 
@@ -47,20 +48,20 @@ def remove_groups(
     remove: int,
     settings: RemovalSettings | None = None,
 ) -> GroupRemoval:
-    """Remove the groups of input columns whose loss the others make up for best.
+    """Remove the groups of input columns for which the other columns compensate best.
 
-    Everything large is computed in the dtype of the Gram, the groups' own blocks in float64.
+    Large matrices are computed in the dtype of the Hessian, the diagonal blocks in float64.
 
     Args:
         weight: [out, in], float32 or float64; not changed.
-        gram: [in, in], X X^T of the inputs, symmetric, float32 or float64; not changed.
-        group_size: consecutive columns that go together: 1 for FFN channels, the columns of a head or KV group.
-        remove: groups to remove, in [0, in / group_size].
-        settings: damping, exchanges, partitions, refit.
+        gram: [in, in], the Hessian X X^T of the inputs, symmetric, float32 or float64; not changed.
+        group_size: number of consecutive columns in a group: 1 for FFN channels, more for heads and KV groups.
+        remove: number of groups to remove, in [0, in / group_size].
+        settings: damping, swaps, partitions, refit.
 
     Raises:
         PatternError: the groups do not divide the width, or `remove` does not fit them.
-        NumericsError: a value is not finite, or no damping up to 1 makes the Gram positive definite.
+        NumericsError: a value is not finite, or no damping up to 1 makes the Hessian positive definite.
 
     Example:
         >>> x = torch.randn(64, 4, dtype=torch.float64)
@@ -88,14 +89,14 @@ def refit_groups(
     removed: Int[Tensor, " removed"],
     settings: RemovalSettings | None = None,
 ) -> GroupRemoval:
-    """Remove given groups, chosen by some score, and refit the others as `remove_groups` does.
+    """Remove given groups, chosen by any score, and refit the others as `remove_groups` does.
 
     Args:
         weight: as for `remove_groups`.
         gram: as for `remove_groups`.
         group_size: as for `remove_groups`.
         removed: indices of distinct groups, in any order.
-        settings: damping and refit; the rest is for the search.
+        settings: damping and refit; the other settings only affect the search.
 
     Raises:
         PatternError: the groups do not divide the width, or an index is out of range or repeated.
@@ -105,7 +106,8 @@ def refit_groups(
     inside = [0 <= index < problem.groups for index in removed.tolist()]
     if not all(inside) or len(removed.unique()) < len(removed):
         raise PatternError(
-            f"groups {removed.tolist()} of a matrix with {problem.groups}", expected="distinct indices from 0"
+            f"groups {removed.tolist()} of a matrix with {problem.groups} groups",
+            expected=f"distinct indices below {problem.groups}",
         )
     gone = torch.zeros(problem.groups, dtype=torch.bool, device=weight.device)
     gone[removed] = True
@@ -113,7 +115,7 @@ def refit_groups(
 
 
 def _eliminate(problem: "Problem", fraction: float, remove: int) -> tuple[Tensor, list[float]]:
-    """Remove the cheapest group again and again; returns the mask of removed groups and what each removal cost."""
+    """Repeatedly remove the cheapest group; returns the mask of removed groups and the cost of each removal."""
     removed = torch.zeros(problem.groups, dtype=torch.bool, device=problem.gram.device)
     costs: list[float] = []
     if remove == 0:
@@ -135,12 +137,12 @@ def _eliminate(problem: "Problem", fraction: float, remove: int) -> tuple[Tensor
 
 
 class _Elimination:
-    """M and K of the module's docstring, brought up to date in panels; their diagonal blocks always are."""
+    """M and K of the module's docstring, updated in panels; their diagonal blocks are always up to date."""
 
     def __init__(self, problem: "Problem", fraction: float) -> None:
-        # torch.cholesky_inverse fills one triangle and mirrors it: M is symmetric to the bit.
+        # torch.cholesky_inverse fills one triangle and mirrors it: M is exactly symmetric.
         self.inverse = torch.cholesky_inverse(factor(problem.damped(fraction)))
-        # A dead input feeds nothing, whatever its weights are.
+        # A dead input contributes nothing, whatever its weights are.
         live = problem.weight.masked_fill(problem.dead, 0.0)
         self.energy = live.T @ live
         self.size = problem.size
@@ -156,21 +158,21 @@ class _Elimination:
         return traces(self.inverse_blocks, self.energy_blocks)
 
     def remove(self, group: int) -> None:
-        """Take a group out."""
+        """Remove a group."""
         columns = slice(group * self.size, (group + 1) * self.size)
         inverse, energy = self._rows(columns)
-        # With M_gg = L L^T and roots = L^-1 M_g:, M' = M - roots^T roots stays symmetric whatever the rounding, and A
-        # is L^-T roots.
+        # With M_gg = L L^T and roots = L^-1 M_g:, M' = M - roots^T roots is symmetric despite rounding, and A is
+        # L^-T roots.
         lower = factor(self.inverse_blocks[group]).to(inverse.dtype)
         root = torch.linalg.solve_triangular(lower, inverse, upper=False)
         share = torch.linalg.solve_triangular(lower.mT, root, upper=True)
-        # Half of A^T K_gg A goes to each side: with E = K_g: - K_gg A / 2, K' = K - A^T E - E^T A takes two products of
-        # panels in the place of three.
+        # Split A^T K_gg A in halves: with E = K_g: - K_gg A / 2, K' = K - A^T E - E^T A takes two products of panels
+        # instead of three.
         energy -= 0.5 * energy[:, columns] @ share
         place = slice(self.pending, self.pending + self.size)
         self.roots[place], self.shares[place], self.energies[place] = root, share, energy
         self.pending += self.size
-        # All prices need only diagonal blocks: these are exact at once, in float64, while the rest waits in panels.
+        # Prices need only diagonal blocks, which are updated immediately, in float64; the rest is deferred in panels.
         by_group = [columns_by_group(rows, self.size) for rows in (root, share, energy)]
         self.inverse_blocks -= times(by_group[0].mT, by_group[0])
         change = times(by_group[1].mT, by_group[2])
@@ -179,15 +181,15 @@ class _Elimination:
             self._flush()
 
     def _rows(self, columns: slice) -> tuple[Tensor, Tensor]:
-        """Rows of M and K as they are now."""
+        """The current rows of M and K."""
         roots, shares, energies = (pending[: self.pending] for pending in (self.roots, self.shares, self.energies))
-        # What is pending is applied to the few rows that are needed now.
+        # Apply pending updates to the few rows that are needed now.
         inverse = self.inverse[columns] - roots[:, columns].T @ roots
         energy = self.energy[columns] - shares[:, columns].T @ energies - energies[:, columns].T @ shares
         return inverse, energy
 
     def _flush(self) -> None:
-        # One product of [in, panel] by [panel, in] for many removals: the rate of a matrix product, not of its memory.
+        # One [in, panel] by [panel, in] matmul for many removals: limited by compute, not by memory bandwidth.
         self.inverse.addmm_(self.roots.T, self.roots, alpha=-1)
         self.energy.addmm_(self.shares.T, self.energies, alpha=-1)
         self.energy.addmm_(self.energies.T, self.shares, alpha=-1)
@@ -196,10 +198,10 @@ class _Elimination:
 
 def _check_count(remove: int, groups: int, partitions: int) -> None:
     if not 0 <= remove <= groups:
-        raise PatternError(f"{remove} groups to remove of {groups}", expected=f"a number in [0, {groups}]")
+        raise PatternError(f"{remove} of {groups} groups are to be removed", expected=f"a number in [0, {groups}]")
     if groups % partitions or remove % partitions:
         raise PatternError(
-            f"{remove} of {groups} groups to remove evenly from {partitions} partitions",
+            f"{remove} of {groups} groups are to be removed evenly from {partitions} partitions",
             expected="multiples of the partitions",
             fix=f"remove {remove // partitions * partitions} groups, or leave partitions at 1",
         )

@@ -1,9 +1,10 @@
-"""Narrow the hidden width: one set of residual channels for the whole model, and the config that says so.
+"""Narrow the hidden width: one set of residual-stream channels for the whole model, and the config for it.
 
-No table says what a family calls its sizes, or which dimensions are the hidden width. The model is built twice without
-weights, from the config and from one with fewer channels; each dimension that differs is hidden width, and nothing
-else may differ: no module, number, buffer or other size. Sizes that follow from the hidden width unless the config
-says them (the size of a head, of an FFN) are then said. In the end both models compute, on random weights, the same.
+There is no table of the names that families use for their sizes, or of the dimensions that are the hidden width. The
+model is built twice without weights, from the config and from one with fewer channels; each dimension that differs is
+hidden width, and nothing else may differ: no module, number, buffer or other size. Sizes that are derived from the
+hidden width unless the config sets them (of a head, of an FFN) are then set explicitly. Finally, both models must
+compute the same on random weights.
 """
 
 import copy
@@ -23,7 +24,7 @@ from llmprune.models.differences import Expected, Shape, differences
 from llmprune.models.uneven import UNBUILDABLE, Changes, build_decoder, changed, one_line, text_part
 from llmprune.structures.find.width_probe import Norm, find_norms, first_deviation
 
-# Where None, they follow from the hidden size: times what.
+# If None, they are derived from the hidden size, times this factor.
 _IMPLIED_WIDTHS = {"n_inner": 4, "ffn_hidden_size": 4, "intermediate_size": 4}
 
 
@@ -33,11 +34,11 @@ class Width:
 
     Attributes:
         config: of the smaller model.
-        size: hidden channels of the full model.
-        kept: those of the smaller one.
-        places: parameter, by its name in the whole model -> its dimensions that are hidden width; tied parameters have
-            all their names.
-        norms: module, by its name in the whole model -> the norm over hidden channels that it is.
+        size: number of hidden channels of the full model.
+        kept: that of the smaller one.
+        places: name of a parameter in the whole model -> its dimensions that are hidden width; tied parameters are
+            listed under all their names.
+        norms: name of a module in the whole model -> the norm over hidden channels that it computes.
     """
 
     config: PretrainedConfig
@@ -48,24 +49,24 @@ class Width:
 
 
 def plan_width(config: PretrainedConfig, kept: int, multiple: int = 64, path: str | None = None) -> Width:
-    """Find the config of the model with fewer hidden channels, and what of each parameter goes with a channel.
+    """Find the config of the model with fewer hidden channels, and the dimensions of parameters that shrink.
 
-    The epsilon of the norms becomes eps * size / kept, so that a norm sees it as before, where the config says it and
-    nothing but norms of hidden width reads it.
+    If the config sets an epsilon that only norms over hidden channels read, it becomes eps * size / kept, so that its
+    effect on a norm is unchanged.
 
     Args:
         config: of the full model, with or without `per_layer_config`.
-        kept: hidden channels that stay, in [1, hidden size).
-        multiple: the numbers suggested in place of a refused one are multiples of it where possible.
+        kept: number of hidden channels to keep, in [1, hidden size).
+        multiple: if `kept` is refused, the suggested alternatives are multiples of this where possible.
         path: dotted name of the decoder layers; None: they are searched for.
 
     Raises:
-        ModelError: `kept` is out of range, the config does not accept it (says which numbers it does), or something
-            beside the shapes would change (says what).
+        ModelError: `kept` is out of range, the config does not accept it (the message suggests other numbers), or
+            something other than shapes would change (the message says what).
     """
     search = _Search(config, path)
     if not 1 <= kept < search.size:
-        raise ModelError(f"{kept} of {search.size} hidden channels are to stay", expected=f"1 to {search.size - 1}")
+        raise ModelError(f"{kept} of {search.size} hidden channels are to be kept", expected=f"1 to {search.size - 1}")
     found = search.fit(kept)
     if found.changes and found.reason:
         raise _refused(config, kept, f"with {_shown(found.changes)}, {found.reason}")
@@ -86,12 +87,12 @@ def shrink_width(
 
     Args:
         tensors: name in the whole model -> parameter at full size.
-        width: what of it is hidden width.
-        channels: those that stay, ascending; `width.kept` of them.
-        factors: norm -> what its gain is multiplied by, for all of `width.norms`.
+        width: which dimensions are hidden width.
+        channels: the channels to keep, ascending; `width.kept` of them.
+        factors: norm -> the factor applied to its gain, for all of `width.norms`.
 
     Returns:
-        All tensors; those without hidden channels are the same objects, the others new and of the same dtype.
+        All tensors; those without hidden channels are the same objects, the others are new, with the same dtype.
 
     Raises:
         PatternError: the channels are not as described.
@@ -126,13 +127,13 @@ def _check(width: Width, channels: Sequence[int], factors: Mapping[str, float]) 
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
-    """Changes of a config, and what they do; no changes where none of them gives a model.
+    """Changes of a config and their effect; no changes if none of them gives a model.
 
     Attributes:
         changes: of the config.
         places: the dimensions that become smaller.
-        reason: why it will not do; empty if it does.
-        problems: how many reasons there are.
+        reason: why it does not fit; empty if it does.
+        problems: number of such reasons.
     """
 
     changes: Changes
@@ -142,23 +143,23 @@ class _Fit:
 
 
 class _Search:
-    """Tries changes of a config that could narrow the hidden width."""
+    """Tries changes of a config that might narrow the hidden width."""
 
     def __init__(self, config: PretrainedConfig, path: str | None) -> None:
         self.config = config
         size = getattr(config.get_text_config(decoder=True), "hidden_size", None)
         if type(size) is not int:
-            raise ModelError(f"{type(config).__name__} has no hidden_size, but {size}", expected="a number of channels")
+            raise ModelError(f"the hidden_size of {type(config).__name__} is {size}", expected="a number of channels")
         self.size: int = size
         self._decoder = build_decoder(config, torch.float32, path)
         self.before = self._decoder.model
 
     def built(self, changes: Changes) -> PreTrainedModel:
-        """The model of a changed config."""
+        """The model built from a changed config."""
         return build_decoder(changed(self.config, changes), torch.float32, self._decoder.path).model
 
     def fit(self, kept: int) -> _Fit:
-        """The first changes that do what is asked, or those that come nearest."""
+        """The first changes that fit, or those with the fewest problems."""
         best = _Fit({}, {})
         for changes in self._candidates(kept):
             try:
@@ -174,7 +175,7 @@ class _Search:
         return best
 
     def _candidates(self, kept: int) -> Iterator[Changes]:
-        """The hidden size alone, or with attributes that have the same value; then with the sizes that it implies."""
+        """The hidden size alone or with attributes of the same value; then also with the sizes derived from it."""
         config = self.config.get_text_config(decoder=True)
         text = text_part(self.config.to_dict(), self.config)
         own = (config.attribute_map.get("hidden_size", "hidden_size"),)
@@ -191,7 +192,7 @@ class _Search:
 
 
 def _integers(text: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Every integer of a text config and of the mappings in it, and where it is."""
+    """Every integer of a text config and of the mappings in it, with its path."""
     for key, value in text.items():
         if type(value) is int:
             yield (key,), value
@@ -202,7 +203,7 @@ def _integers(text: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], int]]:
 def _compare(
     before: PreTrainedModel, after: PreTrainedModel, size: int, kept: int
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """The dimensions that are hidden width, and what differs beside them."""
+    """The dimensions that are hidden width, and all other differences."""
     places: dict[str, tuple[int, ...]] = {}
 
     def narrowed(name: str, full: Shape, narrow: Shape) -> Shape:
@@ -218,7 +219,7 @@ def _compare(
 
 
 def _narrowed(before: Any, after: Any, size: int, kept: int) -> bool:
-    """Whether a number, or each of several, is the hidden size before and after, or stays."""
+    """Whether a number, or each of several, is the hidden size before and after, or unchanged."""
     if isinstance(before, tuple):
         pairs = zip(before, after, strict=False)
         return len(before) == len(after) and all(one == other or (one, other) == (size, kept) for one, other in pairs)
@@ -228,13 +229,13 @@ def _narrowed(before: Any, after: Any, size: int, kept: int) -> bool:
 def _with_epsilon(
     config: PretrainedConfig, ratio: float, model: PreTrainedModel, norms: Mapping[str, Norm], path: str | None
 ) -> PretrainedConfig:
-    """The config with larger epsilons, where only norms of hidden width have them.
+    """The config with larger epsilons, if only norms over hidden channels read them.
 
     Args:
         config: of the smaller model.
-        ratio: what they are multiplied by.
+        ratio: the factor for the epsilons.
         model: built from it.
-        norms: modules that are norms of hidden width.
+        norms: modules that are norms over hidden channels.
         path: dotted name of the decoder layers; None: they are searched for.
     """
     for key, value in text_part(config.to_dict(), config).items():
@@ -267,7 +268,7 @@ def _refused(config: PretrainedConfig, kept: int, reason: str) -> ModelError:
 
 
 def _not_accepted(search: _Search, kept: int, reason: str, multiple: int) -> ModelError:
-    """The refusal of a number that the config does not take, with the nearest that it does."""
+    """The error for a number that the config does not accept, with the nearest ones that it does."""
     multiples = range(multiple, search.size, multiple)
     nearest = [
         sorted(counts, key=lambda count: (abs(count - kept), count)) for counts in (multiples, range(1, search.size))

@@ -1,4 +1,4 @@
-"""Widths chosen from curves and divergences that are known."""
+"""Widths chosen from known curves and KL divergences."""
 
 import itertools
 import json
@@ -134,5 +134,5 @@ def test_what_is_no_candidate() -> None:
 def test_more_than_can_go(remove: float) -> None:
     known = measured(0, "ffn", [0.0] * 5, 0.1).offer
     assert allowed_size([known], 40.0) == 10
-    with pytest.raises(PatternError, match=r"and 80\.0% can go at most"):
+    with pytest.raises(PatternError, match=r"but at most 80\.0% can be removed"):
         allowed_size([known], remove)

@@ -1,4 +1,4 @@
-"""What a survey measures in one streamed pass: against the whole model with one structure pruned."""
+"""The budget survey's one streamed pass against the whole model with one structure pruned."""
 
 from pathlib import Path
 
@@ -152,7 +152,7 @@ def test_a_layer_whose_numbers_overflow() -> None:
 def test_candidates_that_do_not_fit() -> None:
     source = ModelSource(build("llama"))
     offers = offers_of(source)
-    with pytest.raises(PatternError, match="can go at most"):
+    with pytest.raises(PatternError, match="can be removed"):
         BudgetSurvey(source, offers, 1e9, VALIDATION)
     with pytest.raises(PatternError, match="in 1 of 2 layers"):
         BudgetSurvey(source, offers[:1], 100.0, VALIDATION)

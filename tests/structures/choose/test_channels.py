@@ -1,4 +1,4 @@
-"""What scores read is gathered in the order of groups, whichever way a matrix is stored."""
+"""Inputs of scores are gathered in group order, however a matrix is stored."""
 
 from typing import Any
 
@@ -86,7 +86,7 @@ def test_experts_as_groups_hold_all_of_their_weights() -> None:
         (1, 2), dtype=torch.float64
     )
     assert_close(scores, wanted)
-    with pytest.raises(PatternError, match="4 experts have no activations"):
+    with pytest.raises(PatternError, match="4 experts cannot be scored by channel activations"):
         channels_of(layer, experts, NEEDS["wanda"])
 
 

@@ -1,4 +1,4 @@
-"""Which layers and blocks go: each measure against a plain computation, and the choice among them."""
+"""Depth pruning: each measure against a plain computation, and which layers and sub-blocks are chosen."""
 
 import json
 import math
@@ -167,7 +167,7 @@ def test_the_run_that_turns_least() -> None:
     ],
 )
 def test_too_many_to_remove(choose: Callable[[], DepthRemoval]) -> None:
-    with pytest.raises(RecipeError, match="are to go"):
+    with pytest.raises(RecipeError, match="are to be removed"):
         choose()
 
 
@@ -299,7 +299,7 @@ def test_layers_that_hand_one_another_more_than_hidden_states(family: str) -> No
 
 def test_tokens_that_are_not_in_front() -> None:
     model = build("gemma3n")
-    with pytest.raises(ModelError, match="samples and length in front"):
+    with pytest.raises(ModelError, match="samples and length as the first two dimensions"):
         survey(stream(model, outputs=True), LayerDistance())
 
 

@@ -1,4 +1,4 @@
-"""Scores of experts against what their weights and routers give directly."""
+"""Scores of experts against direct computation from their weights and routers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -205,7 +205,7 @@ def test_gates_outside_of_the_experts_leave_frequency_only() -> None:
     counts = score(model, "frequency", structures)
     assert [int(own.tokens.sum()) for own in counts.values()] == [2 * TOKENS] * 2
     assert [own.chosen for own in counts.values()] == [2, 2]
-    with pytest.raises(ModelError, match=r"weights outside of their module\n.*\nfix: score experts by frequency"):
+    with pytest.raises(ModelError, match=r"weighted outside their module\n.*\nfix: score experts by frequency"):
         score(model, "reap", structures)
 
 
@@ -217,7 +217,7 @@ def test_a_module_called_in_an_unknown_form_is_refused() -> None:
     experts.forward = lambda x, index, weights, more: own(x, index, weights)
     model.model.layers[0].mlp.forward = lambda x: experts(x.view(-1, 32), *routing(model, x), 1).view(x.shape)
     for method in ("reap", "frequency"):
-        with pytest.raises(ModelError, match="called in an unknown form"):
+        with pytest.raises(ModelError, match="called with unknown arguments"):
             score(model, method, structures)
 
 
@@ -264,7 +264,9 @@ def test_the_lowest_experts_go() -> None:
 
 
 def test_as_many_experts_stay_as_a_token_goes_to() -> None:
-    with pytest.raises(PatternError, match="3 of the 4 experts of a to remove, but each token goes to 2 of them"):
+    with pytest.raises(
+        PatternError, match="3 of the 4 experts of a are to be removed, but each token is routed to 2 of them"
+    ):
         lowest_experts({"a": known_scores(3, 1, 2, 4)}, 3)
 
 

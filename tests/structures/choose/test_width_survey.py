@@ -1,4 +1,4 @@
-"""What is measured of the hidden channels, against sums over the whole model's activations in float64."""
+"""Measurements of hidden channels against float64 sums over the whole model's activations."""
 
 import json
 from collections.abc import Callable
@@ -143,7 +143,7 @@ def test_a_survey_that_did_not_end() -> None:
     own = WidthSurvey(plan_width(model.config, KEPT))
     for layer in stream(model):
         own.see(layer)
-    with pytest.raises(ModelError, match=r"the norm model\.norm took no part"):
+    with pytest.raises(ModelError, match=r"the norm model\.norm was not used"):
         own.result()
 
 

@@ -1,4 +1,4 @@
-"""Fewer layers: the config and the new numbers give the model that skips them."""
+"""Fewer layers: the config and the new numbers give the model that skips the removed ones."""
 
 from typing import Any
 
@@ -58,7 +58,7 @@ def test_the_model_without_two_layers(family: str, changes: dict[str, Any], attr
     decoder = Decoder.find(model)
     path, layers = decoder.path, decoder.layers
     if attributes is None:
-        with pytest.raises(ModelError, match="would not be the same at its new place"):
+        with pytest.raises(ModelError, match="would not be the same at its new position"):
             drop_layers(model.config, [1, 2])
         return
     config, numbers = drop_layers(model.config, [1, 2])
@@ -77,7 +77,7 @@ def test_a_period_that_cannot_be_kept() -> None:
     model = build("jamba", num_hidden_layers=4)
     with pytest.raises(ModelError) as error:
         drop_layers(model.config, [0, 2])
-    assert "model.layers.2 would not be the same at its new place" in error.value.what
+    assert "model.layers.2 would not be the same at its new position" in error.value.what
     config, _ = drop_layers(model.config, [0, 1])
     assert config.num_hidden_layers == 2
 
@@ -89,7 +89,7 @@ def test_a_layer_that_needs_one_that_goes() -> None:
 
 
 def test_a_scale_by_number() -> None:
-    with pytest.raises(ModelError, match="its attention is scaled by its number"):
+    with pytest.raises(ModelError, match="its attention is scaled by its layer number"):
         drop_layers(build("gpt2", scale_attn_by_inverse_layer_idx=True).config, [1])
 
 

@@ -104,12 +104,12 @@ def test_whole_experts() -> None:
 @pytest.mark.parametrize(
     ("family", "layer", "kind", "reason"),
     [
-        ("olmo2", 0, "heads", "q_proj.weight gives is normalised over all groups"),
+        ("olmo2", 0, "heads", "output of self_attn.q_proj.weight is normalised over all groups"),
         ("bloom", 0, "heads", "depends on the argument alibi"),
         ("mamba2", 0, "mixer", "by a convolution or recurrence"),
         ("rwkv", 0, "mixer", "by a convolution or recurrence"),
         ("gemma4", 1, "heads", "later layers read the same keys and values"),
-        ("gemma4", 2, "heads", "some of its groups have argument shared_kv_states"),
+        ("gemma4", 2, "heads", "some of its groups share argument shared_kv_states"),
         ("deepseek_v3", 1, "experts", "chooses groups of experts first"),
     ],
 )
@@ -135,7 +135,7 @@ def test_what_is_part_of_something_larger_is_no_structure() -> None:
 
 def test_a_single_head_is_refused() -> None:
     found = find_structures(Decoder.find(build("llama", num_attention_heads=1, num_key_value_heads=1)))
-    assert [s.refusal for s in by_kind(found, 0, "heads")] == ["it has one head only"]
+    assert [s.refusal for s in by_kind(found, 0, "heads")] == ["it has only one head"]
 
 
 def test_channels_that_are_normalised_together() -> None:
@@ -144,7 +144,7 @@ def test_channels_that_are_normalised_together() -> None:
     sparse, dense = (
         next(s for s in by_kind(found, layer, "ffn") if s.consumer == "mlp.down_proj.weight") for layer in (0, 1)
     )
-    assert "proj.weight gives is normalised over all groups" in str(sparse.refusal)
+    assert "proj.weight is normalised over all groups" in str(sparse.refusal)
     assert dense.refusal is None
 
 

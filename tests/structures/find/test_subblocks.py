@@ -22,14 +22,14 @@ from llmprune.structures.find.discovery import Structure, find_structures
 from llmprune.structures.find.subblocks import PARTS, Part, SubBlock, SubBlocks, find_subblocks, without
 from llmprune.structures.remove.cuts import Cut, shrink
 
-NO_ATTENTION = "no attention that can be told"
-NO_MLP = "no mlp that can be told"
+NO_ATTENTION = "has no separate attention"
+NO_MLP = "has no separate mlp"
 # family -> part -> why no layer, or its first one, can do without.
 REFUSED: dict[str, dict[Part, str]] = {
     "bloom": {"attention": "adds the residual itself", "mlp": "adds the residual itself"},
     "mpt": {"mlp": "adds the residual itself"},
     "openai-gpt": {"attention": "attn returns a list"},
-    "rwkv": {"attention": NO_ATTENTION, "mlp": "hands a state from token to token"},
+    "rwkv": {"attention": NO_ATTENTION, "mlp": "passes a state from token to token"},
     "mamba": {"attention": NO_ATTENTION, "mlp": NO_MLP},
     "mamba2": {"attention": NO_ATTENTION, "mlp": NO_MLP},
     "falcon_mamba": {"attention": NO_ATTENTION, "mlp": NO_MLP},
@@ -98,7 +98,7 @@ def check_exactness(
     model = build(family)
     removed: Removed = {layer: blocks[layer][part].modules for layer in layers}
     if family == "gemma4":
-        with pytest.raises(ModelError, match="per_layer_config of its own"):
+        with pytest.raises(ModelError, match="already defines per_layer_config"):
             without_blocks(model.config, removed)
         return
     if family == "glm_moe_dsa" and part == "attention":

@@ -1,4 +1,4 @@
-"""Experts whose channels are moved compute what they did, and each loses the channels that it chose itself."""
+"""Permuting channels does not change experts' outputs, and each expert loses the channels that it chose."""
 
 from typing import Any
 
@@ -105,7 +105,7 @@ def test_heads_that_experts_have_in_common_cannot_move() -> None:
     (heads,) = by_kind(find_structures(Decoder.find(model)), 0, "heads")
     layer: Any = model.model.layers[0]
     assert experts_of(layer, heads) == 1
-    with pytest.raises(ModelError, match=r"\(heads\) have one order"):
+    with pytest.raises(ModelError, match=r"\(heads\) have the same order"):
         permute_channels(dict(layer.named_parameters()), heads, torch.arange(2).expand(4, 2))
 
 
@@ -114,7 +114,7 @@ def test_experts_with_rows_in_common_cannot_choose() -> None:
     (own,) = by_kind(find_structures(Decoder.find(model)), 0, "ffn")
     odd = Slice("self_attn.q_proj.weight", 0, torch.arange(48).view(48, 1))
     shared = Structure("ffn", own.consumer, own.groups, 1, (*own.slices, odd))
-    with pytest.raises(ModelError, match=r"have self_attn\.q_proj\.weight in common"):
+    with pytest.raises(ModelError, match=r"share self_attn\.q_proj\.weight"):
         experts_of(model.model.layers[0], shared)
 
 
@@ -125,7 +125,7 @@ def test_the_removed_groups_come_last() -> None:
 
 @pytest.mark.parametrize("removed", [[[0], [1, 2]], [[1, 1]], [[4]], [[-1]], []])
 def test_impossible_choices_are_refused(removed: list[list[int]]) -> None:
-    with pytest.raises(PatternError, match="groups to remove from each of"):
+    with pytest.raises(PatternError, match="groups are to be removed from each of"):
         removed_last(removed, 4)
 
 

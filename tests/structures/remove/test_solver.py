@@ -301,13 +301,13 @@ def test_no_damping_saves_an_indefinite_gram() -> None:
 def test_values_that_are_not_finite(place: str) -> None:
     weight, _, gram = sample(5, 24)
     (weight if place == "weight" else gram)[2, 3] = math.nan
-    with pytest.raises(NumericsError, match=place.replace("gram", "Gram")):
+    with pytest.raises(NumericsError, match=place.replace("gram", "Hessian")):
         remove_groups(weight, gram, 1, 3)
 
 
 @pytest.mark.parametrize(
     ("size", "remove", "partitions", "message"),
-    [(5, 1, 1, "groups of 5"), (0, 1, 1, "groups of 0"), (1, 25, 1, "25 groups"), (1, -1, 1, "-1 groups"),
+    [(5, 1, 1, "groups of 5"), (0, 1, 1, "groups of 0"), (1, 25, 1, "25 of 24 groups"), (1, -1, 1, "-1 of 24 groups"),
      (1, 3, 2, "evenly"), (1, 5, 5, "evenly")],
 )  # fmt: skip
 def test_groups_that_do_not_fit(size: int, remove: int, partitions: int, message: str) -> None:
