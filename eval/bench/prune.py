@@ -127,9 +127,10 @@ def measure(folder: Path, output: Path, recipe, samples: int, length: int) -> di
         vocabulary = source.config.get_text_config().vocab_size
         ids = torch.randint(0, vocabulary, (samples + recipe.held_back, length), generator=generator)
         target = OutputFolder.open(output, {}, resume=False, overwrite=True)
-        sizes = LayerDriver(run, source, jobs, Tokens(ids, "", {}), target).drive().sizes
+        writer = Writer(source, None, target, run.recipe.format)
+        sizes = LayerDriver(run, source, jobs, Tokens(ids, "", {}), writer).drive().sizes
         with run.stages("write"):
-            Writer(source, None, target, run.recipe.format).finish()
+            writer.finish()
         total = time.perf_counter() - start
     tokens = samples * length
     forward_flops = 2.0 * 2 * tokens * sum(rows * columns for layer in sizes for rows, columns in layer.shapes)

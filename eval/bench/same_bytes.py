@@ -17,6 +17,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 # The bundled recipes, and one that packs what it prunes.
 RECIPES: dict[str, tuple[str, ...]] = {
     "sparsegpt-2of4": (),
@@ -30,7 +32,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
 BASES = {"packed-nm": "sparsegpt-2of4"}
 SAMPLES, LENGTH, HELD_BACK = 12, 128, 2
 PAGES = {"README.md", "report.html"}
-RECORDS = {"report.json", ".llmprune.json"}
+RECORDS = {"report.json", ".llmprune.json", "recipe.yaml"}
 # Times, sizes of the process, and what identifies the code.
 PASSING = {
     "description", "device", "finished", "measured_bytes", "baseline_bytes", "predicted_bytes", "peak_bytes", "seconds",
@@ -74,7 +76,8 @@ def compare(before: Path, after: Path) -> dict[str, list[str]]:
 def _content(file: Path) -> bytes:
     if file.name not in RECORDS:
         return file.read_bytes()
-    return json.dumps(_lasting(json.loads(file.read_text("utf-8"))), sort_keys=True).encode()
+    # JSON is YAML.
+    return json.dumps(_lasting(yaml.safe_load(file.read_text("utf-8"))), sort_keys=True).encode()
 
 
 def _lasting(value: Any) -> Any:

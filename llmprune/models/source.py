@@ -138,7 +138,7 @@ class ModelSource:
         self.decoder = Decoder.find(model, decoder_layers)
         self.layers_path, self.layers = self.decoder.path, self.decoder.layers
         self.dtype: torch.dtype = compute_dtype or model.dtype
-        self._homes: dict[nn.Module, _Home] = {}
+        self._origins: dict[nn.Module, _Origin] = {}
 
     def load_layer(self, index: int, device: torch.device) -> None:
         """Move one layer to the device."""
@@ -152,7 +152,7 @@ class ModelSource:
         """The dtype of the parameter in its original place."""
         path, _, name = parameter.rpartition(".")
         owner = self.layers[index].get_submodule(path)
-        known = self._homes[owner].dtypes if owner in self._homes else {}
+        known = self._origins[owner].dtypes if owner in self._origins else {}
         return known.get(name, owner.get_parameter(name).dtype)
 
     def load_ends(self, device: torch.device) -> None:
@@ -166,13 +166,13 @@ class ModelSource:
     def _visit(self, modules: Iterable[nn.Module], device: torch.device) -> None:
         # All original places are recorded before anything moves: tied weights belong to two modules.
         own = self.model.dtype
-        homes = {
-            module: _Home(device, {name: tensor.dtype for name, tensor in module.named_parameters(recurse=False)})
+        origins = {
+            module: _Origin(device, {name: tensor.dtype for name, tensor in module.named_parameters(recurse=False)})
             for module in modules
             for device in [tensor.device for tensor in _own_tensors(module)][:1]
         }
-        self._homes.update(homes)
-        for module in homes:
+        self._origins.update(origins)
+        for module in origins:
             move(module, device)
             for parameter in module.parameters(recurse=False):
                 if parameter.dtype == own:
@@ -180,15 +180,15 @@ class ModelSource:
 
     def _return(self, modules: Iterable[nn.Module]) -> None:
         for module in modules:
-            if module in self._homes:
-                home = self._homes.pop(module)
+            if module in self._origins:
+                origin = self._origins.pop(module)
                 for name, parameter in module.named_parameters(recurse=False):
-                    parameter.data = parameter.data.to(home.dtypes[name])
-                move(module, home.device)
+                    parameter.data = parameter.data.to(origin.dtypes[name])
+                move(module, origin.device)
 
 
 @dataclass(frozen=True, slots=True)
-class _Home:
+class _Origin:
     """The original device of a module's own tensors, and the dtypes of its parameters."""
 
     device: torch.device

@@ -1,7 +1,7 @@
 """Drive a stream through all decoder layers: prune each, or replay what an interrupted run has committed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from llmprune.devices import PeakWatch
 from llmprune.models.sizes import ends_bytes
@@ -46,7 +46,7 @@ class LayerDriver:
         source: the streamed layers, at full size.
         jobs: for each layer of the result, what is done to its matrices.
         tokens: the calibration text.
-        target: where layers are committed; None: the model is in memory, and stays there.
+        writer: commits layers; None: the model is in memory, and stays there.
         reduction: removes structures from the layers first; None: no structures are removed.
     """
 
@@ -56,12 +56,11 @@ class LayerDriver:
         source: Source,
         jobs: Sequence[dict[str, Job]],
         tokens: Tokens,
-        target: OutputFolder | None = None,
+        writer: Writer | None = None,
         reduction: Reduction | None = None,
     ) -> None:
-        self._run, self._source, self._jobs, self._target, self._reduction = run, source, jobs, target, reduction
+        self._run, self._source, self._jobs, self._writer, self._reduction = run, source, jobs, writer, reduction
         self._stream = Stream(source, tokens.ids, run.settings, run.stages)
-        self._writer = None if target is None else Writer(source, reduction, target, run.recipe.format)
         self._memories: list[LayerMemory] = []
         self._rows: list[MatrixRow] = []
         self._structures: list[StructureRow] = []
@@ -73,16 +72,17 @@ class LayerDriver:
             NumericsError: a value is not finite, or a Gram matrix is not positive definite with any damping.
         """
         with PeakWatch(self._run.device) as memory:
+            self._stream.memory = memory
             for layer in self._stream:
                 number = layer.index if self._reduction is None else self._reduction.numbers.get(layer.index)
                 if number is None:
                     layer.skipped = True
                     continue
                 name = f"{self._source.layers_path}.{number}"
-                if self._target is not None and name in self._target.layers:
-                    self._replay(layer, self._target, name)
+                if self._writer is not None and name in self._writer.target.layers:
+                    self._replay(layer, self._writer.target, name)
                 else:
-                    self._prune(layer, self._jobs[number], memory)
+                    self._prune(layer, self._jobs[number])
                 self._tell(layer, "advancing")
             if self._reduction is not None:
                 self._reduction.free()
@@ -98,7 +98,7 @@ class LayerDriver:
         self._rows += target.rows_of(name)
         self._structures += target.structures_of(name)
 
-    def _prune(self, layer: ResidentLayer, jobs: dict[str, Job], memory: PeakWatch) -> None:
+    def _prune(self, layer: ResidentLayer, jobs: dict[str, Job]) -> None:
         stream, recipe = self._stream, self._run.recipe
         batch_tokens = stream.batches[0].numel()
         held_back = recipe.held_back * stream.batches[0].shape[1]
@@ -112,12 +112,11 @@ class LayerDriver:
             consumers = consumer_shapes(self._reduction.found, layer.index)
             self._memories.append(layer_memory(layer, [], {}, batch_tokens, held_back, consumers))
             cuts, removed = self._reduction.reduce(layer, recipe.experts.min_tokens, tell)
-            removed = [replace(row, peak_bytes=memory.read()) for row in removed]
         tell("statistics")
         needs = {name: job.method.needs for name, job in jobs.items()}
         groups = layer.observe(needs, recipe.statistics.token_weight) if jobs else []
         self._memories.append(layer_memory(layer, groups, jobs, batch_tokens, held_back))
-        rows = solve_layer(layer, groups, jobs, recipe.experts.min_tokens, self._run.stages, memory.read, tell)
+        rows = solve_layer(layer, groups, jobs, recipe.experts.min_tokens, self._run.stages, tell)
         if self._writer is not None:
             tell("writing")
             with self._run.stages("write"):

@@ -153,15 +153,16 @@ def _into(
     for layer in target.layers.values():
         result.overlay(target.path / layer["shard"], target.layouts_of(layer))
     jobs = plan_jobs(result, run.recipe, {} if decisions is None else decisions.matrices)
-    layers = LayerDriver(run, streamed, jobs, texts["calibration"], target, reduction).drive()
+    writer = Writer(source, reduction, target, run.recipe.format)
+    layers = LayerDriver(run, streamed, jobs, texts["calibration"], writer, reduction).drive()
     with run.stages("write"):
-        Writer(source, reduction, target, run.recipe.format).finish()
+        writer.finish()
     smaller = None
     if reduction is not None:
         # The written checkpoint is measured, which also checks that it can be read.
         result = _audited(run, target.path)
         smaller = compare_sizes(run, source, result, target.decisions, texts["calibration"])
-    report = make_report(run, name, target.keys, result, texts, layers, dense, smaller)
+    report = make_report(run, name, target.keys, result, texts, layers, dense, result.sizes(), smaller)
     report.save(target.path)
     write_card(target.path, name, run.recipe, report)
     write_report(target.path)

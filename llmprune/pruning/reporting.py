@@ -27,6 +27,7 @@ def make_report(
     texts: Mapping[str, Tokens],
     layers: PrunedLayers,
     dense: Stream | None,
+    sizes: Mapping[str, int] | None = None,
     smaller: Mapping[str, Any] | None = None,
 ) -> Report:
     """Measure the pruned model, and assemble the report.
@@ -39,6 +40,7 @@ def make_report(
         texts: "calibration" and, if perplexity is measured, "evaluation".
         layers: their results.
         dense: a finished stream of the dense model over the evaluation text; None: perplexity is not measured.
+        sizes: bytes of the checkpoint, as `CheckpointSource.sizes` gives them; None for a model in memory.
         smaller: the result of `compare_sizes`.
     """
     evaluation, stage = None, "pruned perplexity"
@@ -54,7 +56,7 @@ def make_report(
         "texts": {text: tokens.description | {"digest": tokens.digest} for text, tokens in texts.items()},
         "seconds": {"total": time.perf_counter() - run.started, **run.stages.seconds},
         "memory": layers.memory,
-        "size": source.sizes() if isinstance(source, CheckpointSource) else None,
+        "size": sizes,
         "evaluation": evaluation,
         **(smaller or {}),
     }

@@ -26,7 +26,6 @@ def solve_layer(
     jobs: Mapping[str, Job],
     min_tokens: int,
     stages: Stages,
-    peak_bytes: Callable[[], int] = lambda: 0,
     step: Callable[[str], None] = lambda step: None,
 ) -> list[MatrixRow]:
     """Prune the matrices of a resident layer in place.
@@ -37,7 +36,6 @@ def solve_layer(
         jobs: matrix name -> what to do; matrices without a job stay dense.
         min_tokens: experts with fewer tokens are topped up to this many with synthetic, uncorrelated ones.
         stages: stopwatch.
-        peak_bytes: reads the run's peak memory so far, for the rows.
         step: told about each step.
 
     Returns:
@@ -56,18 +54,12 @@ def solve_layer(
             for name in group.names:
                 step(f"solving {name.removeprefix(layer.name + '.')}")
                 pattern = shares.get(name, jobs[name].pattern)
-                rows.append(_solve_matrix(layer, group, name, jobs[name], pattern, priors.get(name, 0), peak_bytes))
+                rows.append(_solve_matrix(layer, group, name, jobs[name], pattern, priors.get(name, 0)))
     return rows
 
 
 def _solve_matrix(
-    layer: ResidentLayer,
-    group: Group,
-    name: str,
-    job: Job,
-    pattern: Pattern,
-    prior_tokens: int,
-    peak_bytes: Callable[[], int],
+    layer: ResidentLayer, group: Group, name: str, job: Job, pattern: Pattern, prior_tokens: int
 ) -> MatrixRow:
     start = time.perf_counter()
     original = layer.weight(name)
@@ -98,7 +90,7 @@ def _solve_matrix(
         top_tokens=group.top_tokens,
         dead_inputs=int((statistics.squares == 0).sum()) if statistics else None,
         seconds=time.perf_counter() - start,
-        peak_bytes=peak_bytes(),
+        peak_bytes=layer.stream.peak_bytes,
     )
 
 

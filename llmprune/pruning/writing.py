@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from llmprune.models.checkpoint_source import CheckpointSource, positive_zeros
-from llmprune.models.source import Source, StoredSource
+from llmprune.models.source import StoredSource
 from llmprune.pruning.jobs import Job
 from llmprune.storage.files import read_header
 from llmprune.storage.output import OutputFolder
@@ -20,20 +20,18 @@ class Writer:
     """Writes one run's layers.
 
     Args:
-        source: the streamed model.
+        dense: the checkpoint that is pruned.
         reduction: removes structures from it; None: no structures are removed.
         target: the output folder.
         form: how pruned matrices are stored.
     """
 
-    def __init__(self, source: Source, reduction: Reduction | None, target: OutputFolder, form: Format) -> None:
-        if reduction is None:
-            assert isinstance(source, CheckpointSource)
-            self._dense = self._result = source
-            self._streamed: StoredSource = source
-        else:
-            self._dense, self._result, self._streamed = reduction.dense, reduction.result, reduction.source
-        self._reduction, self._target, self._format = reduction, target, form
+    def __init__(
+        self, dense: CheckpointSource, reduction: Reduction | None, target: OutputFolder, form: Format
+    ) -> None:
+        self._dense, self._result = dense, dense if reduction is None else reduction.result
+        self._streamed: StoredSource = dense if reduction is None else reduction.source
+        self._reduction, self.target, self._format = reduction, target, form
 
     def commit(
         self,
@@ -55,18 +53,18 @@ class Writer:
         tensors, number = self._tensors(layer, cuts)
         patterns = {name: job.pattern for name, job in jobs.items() if self._is_linear(layer, name)}
         tensors, layouts = pack_matrices(tensors, patterns, self._format)
-        shard = self._target.commit(layer.name, self._shard(number + 1), tensors, rows, layouts, removed)
+        shard = self.target.commit(layer.name, self._shard(number + 1), tensors, rows, layouts, removed)
         self._result.overlay(shard, layouts)
 
     def finish(self) -> None:
         """Write everything outside the decoder layers, the config and the index; then the folder can be loaded."""
         first = self._shard(0)
         ends = {key: positive_zeros(tensor) for key, tensor in self._streamed.end_tensors().items()}
-        self._target.commit_ends(first, ends)
-        shards = [first, *(layer["shard"] for layer in self._target.layers.values())]
+        self.target.commit_ends(first, ends)
+        shards = [first, *(layer["shard"] for layer in self.target.layers.values())]
         config = None if self._reduction is None else self._result.config.to_dict()
-        headers = {shard: read_header(self._target.path / shard) for shard in shards}
-        self._target.finish(self._dense.folder, headers, config)
+        headers = {shard: read_header(self.target.path / shard) for shard in shards}
+        self.target.finish(self._dense.folder, headers, config)
 
     def _tensors(self, layer: ResidentLayer, cuts: Sequence[Cut]) -> tuple[dict[str, Tensor], int]:
         """The tensors to store for a layer, and its number in the result."""

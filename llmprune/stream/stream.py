@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmprune.devices import return_freed_memory
+from llmprune.devices import PeakWatch, return_freed_memory
 from llmprune.errors import ModelError, NumericsError
 from llmprune.models.decoder import Matrix, prunable_matrices
 from llmprune.models.source import Source, eager_experts
@@ -77,6 +77,12 @@ class Stream:
         self.batches = [*ids[:counted].split(size), *(ids[counted:].split(size) if self.settings.held_back else ())]
         self.statistics_batches = -(-counted // size)
         self.calls = LayerCalls(self.settings.device)
+        self.memory: PeakWatch | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak memory so far, as report rows have it; 0 if nobody watches it."""
+        return 0 if self.memory is None else self.memory.read()
 
     def __iter__(self) -> Iterator["ResidentLayer"]:
         """Yield the layers in order; after each loop body its outputs become the next layer's inputs."""

@@ -153,10 +153,10 @@ def _sums(logits: tuple[Tensor, ...], last_position: bool) -> list[float]:
 
 def _handed(stream: Stream, index: int) -> list[Tensor]:
     """The tensors passed to a layer in the first batch, apart from the hidden states."""
-    return list(_tensors(stream.calls.get(index, 0)))
+    return list(nested_tensors(stream.calls.get(index, 0)))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def nested_tensors(value: Any) -> Iterator[Tensor]:
     """All tensors in nested containers, in order.
 
     Layers may write to a shared mapping of a class that `tree_leaves` does not traverse: what they write then appears
@@ -166,4 +166,4 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
+            yield from nested_tensors(item)

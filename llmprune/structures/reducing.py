@@ -266,5 +266,6 @@ def _row(
         tokens=tokens,
         removed=removed,
         seconds=seconds,
+        peak_bytes=layer.stream.peak_bytes,
         **known,
     )

@@ -70,7 +70,7 @@ def test_a_model_without_lists_is_refused() -> None:
 
 @pytest.mark.parametrize("path", ["layers.0", "nowhere", "model", ""])
 def test_a_wrong_path_names_the_right_ones(path: str) -> None:
-    with pytest.raises(ModelError, match="no list of modules") as caught:
+    with pytest.raises(ModelError, match="not a list of modules") as caught:
         Decoder.find(build("llama"), path)
     assert "model.layers" in caught.value.expected
 

@@ -24,7 +24,7 @@ from llmprune.stream.stream import ResidentLayer
 
 pytestmark = pytest.mark.slow
 # Runs are killed at every step of the first layer and of the last; each more would take as long again.
-LAYERS = 2
+LAYERS = 3
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A checkpoint through fewer hidden channels: streamed, written and loaded like a model that was made so."""
+"""A checkpoint with fewer hidden channels: streamed, written and loaded like a model narrowed in memory."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -134,15 +134,15 @@ def test_experts_go_with_their_rows_of_the_router(tmp_path: Path) -> None:
 def test_what_is_not_there_cannot_go(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no experts"):
         prune(llama, structured(experts={"remove": 0.5}), tmp_path / "out")
-    with pytest.raises(RecipeError, match="takes 48 of 48 groups"):
+    with pytest.raises(RecipeError, match="removes 48 of 48 groups"):
         prune(llama, structured(ffn={"remove": 48}), tmp_path / "out")
-    with pytest.raises(RecipeError, match="takes 0 of 2 groups"):
+    with pytest.raises(RecipeError, match="removes 0 of 2 groups"):
         prune(llama, structured(heads={"remove": 0.1}), tmp_path / "out")
-    with pytest.raises(RecipeError, match=r"takes 32 of 32 hidden channels"):
+    with pytest.raises(RecipeError, match=r"removes 32 of 32 hidden channels"):
         prune(llama, structured(width={"remove": 32}), tmp_path / "out")
-    with pytest.raises(RecipeError, match=r"ffn\.multiple is 1000, but there are 48 channels"):
+    with pytest.raises(RecipeError, match=r"ffn\.multiple is 1000, but there are only 48 channels"):
         prune(llama, structured(ffn={"remove": 0.25, "multiple": 1000}), tmp_path / "out")
-    with pytest.raises(RecipeError, match="takes 4 of 4 groups") as caught:
+    with pytest.raises(RecipeError, match="removes 4 of 4 groups") as caught:
         prune(llama, structured(heads={"remove": 2, "unit": "query-head"}), tmp_path / "out")
     assert caught.value.expected == "between 1 and 1 of each of 2 partitions"
     assert caught.value.fix.endswith("such as 1")

@@ -163,7 +163,7 @@ def _draft_query_heads(trace: Trace) -> list[_Draft]:
         # Within one KV head, only rows of q distinguish its query heads.
         size = group_size(trace, inputs, width, within=outer) if outer > 2 else None
         if size is None or size in (1, outer) or outer % size:
-            one = Structure("heads", consumer, width // outer, outer, (), "its groups already are single query heads")
+            one = Structure("heads", consumer, width // outer, outer, (), "its groups are already single query heads")
             drafts.append(_Draft(one, {}))
             continue
         # What feeds several heads of a group (keys and values) is kept.

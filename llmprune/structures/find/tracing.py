@@ -22,6 +22,7 @@ from llmprune.errors import ModelError
 from llmprune.models.decoder import Decoder, Matrix, prunable_matrices
 from llmprune.models.source import eager_experts
 from llmprune.stream.observation import PRODUCTS
+from llmprune.stream.variants import nested_tensors
 
 # Prime, so that no size of a model equals the number of tokens; enough that hardly any ReLU is inactive for all.
 _TOKENS = 37
@@ -230,10 +231,10 @@ class TracedForward(TorchFunctionMode):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             self._trace = None
             # Which outputs matter is known only once a later layer has read them, hence `handed_on` of an earlier run.
-            hidden, *others = _tensors(output)
+            hidden, *others = _floats(output)
             trace.hidden = [hidden]
             self._returned.update({_storage(tensor): index for tensor in others})
-            written = [*(others if index in self.handed_on else ()), *_tensors(args[1:]), *_tensors(kwargs)]
+            written = [*(others if index in self.handed_on else ()), *_floats(args[1:]), *_floats(kwargs)]
             trace.other_outputs = [t for t in written if t.requires_grad and not t.is_leaf]
             results.append(visit(index, trace))
             for known in (trace.products, trace.selections, trace.arguments, trace.hidden, trace.other_outputs):
@@ -369,12 +370,9 @@ def _choose_attention(model: PreTrainedModel, name: str | None) -> None:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """All floats inside tuples, lists and mappings of any class, in order."""
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    items = value.values() if isinstance(value, MutableMapping) else value if isinstance(value, list | tuple) else ()
-    return [tensor for item in items for tensor in _tensors(item)]
+def _floats(value: Any) -> list[Tensor]:
+    """All float tensors in nested containers, in order."""
+    return [tensor for tensor in nested_tensors(value) if tensor.is_floating_point()]
 
 
 def _detached(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Widths chosen from curves and divergences that are known."""
+"""Widths chosen from known curves and KL divergences."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""What a survey measures in one streamed pass: against the whole model with one structure pruned."""
+"""The budget survey's one streamed pass against the whole model with one structure pruned."""
 
 from pathlib import Path
 

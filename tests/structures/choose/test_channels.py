@@ -1,4 +1,4 @@
-"""What scores read is gathered in the order of groups, whichever way a matrix is stored."""
+"""Inputs of scores are gathered in group order, however a matrix is stored."""
 
 from typing import Any
 

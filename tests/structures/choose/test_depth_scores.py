@@ -1,4 +1,4 @@
-"""Which layers and blocks go: each measure against a plain computation, and the choice among them."""
+"""Depth pruning: each measure against a plain computation, and which layers and sub-blocks are chosen."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Scores of experts against what their weights and routers give directly."""
+"""Scores of experts against direct computation from their weights and routers."""
 
 from collections.abc import Callable
 from typing import Any

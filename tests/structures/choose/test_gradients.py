@@ -1,4 +1,4 @@
-"""Scores by gradients of the loss, against those of the whole model."""
+"""Gradient scores against those of the whole model."""
 
 from collections.abc import Callable
 from typing import Any

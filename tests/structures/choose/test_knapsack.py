@@ -1,4 +1,4 @@
-"""Allocation against brute force over all choices."""
+"""Knapsack allocation against brute force over all choices."""
 
 import itertools
 import math
@@ -135,7 +135,7 @@ def test_a_budget_that_cannot_be_met() -> None:
     with pytest.raises(PatternError, match=r"keeps 38\.0% .* levels need 40\.0%"):
         allocate([Ladder("a", [0, 1], [5, 2])], 1.9)
     assert allocate([Ladder("a", [0, 1], [5, 2])], 2).levels == {"a": 1}
-    with pytest.raises(PatternError, match="leaves nan%"):
+    with pytest.raises(PatternError, match="keeps nan%"):
         allocate([Ladder("a", [0, 1], [5, 2])], math.nan)
 
 

@@ -1,4 +1,4 @@
-"""What is measured of the hidden channels, against sums over the whole model's activations in float64."""
+"""Measurements of hidden channels against float64 sums over the whole model's activations."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Configs of smaller models: found, refused, audited, and different from layer to layer."""
+"""Configs of smaller models: found, refused, audited, and with layer-specific sizes."""
 
 from typing import Any
 
@@ -203,7 +203,7 @@ def test_the_audit_names_what_is_wrong() -> None:
     assert audit(model.config, here) == [
         "model.layers.0.mlp.up_proj.scale is not part of the model",
         "model.layers.0.self_attn.q_proj.bias is missing",
-        "model.layers.1.mlp.up_proj.weight has shape [40, 32], the config says [48, 32]",
+        "model.layers.1.mlp.up_proj.weight has shape [40, 32], but the config says [48, 32]",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Fewer layers: the config and the new numbers give the model that skips them."""
+"""Fewer layers: the config and the new numbers give the model that skips the removed ones."""
 
 from typing import Any
 
@@ -89,7 +89,7 @@ def test_a_layer_that_needs_one_that_goes() -> None:
 
 
 def test_a_scale_by_number() -> None:
-    with pytest.raises(ModelError, match="its attention is scaled by its number"):
+    with pytest.raises(ModelError, match="its attention is scaled by its layer number"):
         drop_layers(build("gpt2", scale_attn_by_inverse_layer_idx=True).config, [1])
 
 

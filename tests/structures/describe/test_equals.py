@@ -1,4 +1,4 @@
-"""Llamas whose heads do not divide their hidden size are described as Mistrals, which compute the same."""
+"""Llamas whose heads do not divide their hidden size are described as Mistrals, which compute the same outputs."""
 
 import json
 from dataclasses import replace
@@ -99,7 +99,7 @@ def test_what_has_no_equal() -> None:
     for key, value in (("attention_bias", True), ("mlp_bias", True), ("pretraining_tp", 2)):
         model = build("llama-tied")
         setattr(model.config, key, value)
-        with pytest.raises(ModelError, match=f"MistralForCausalLM, .* has no {key}"):
+        with pytest.raises(ModelError, match=f"MistralForCausalLM accepts .* has no {key}"):
             equal_config(model.config)
 
 

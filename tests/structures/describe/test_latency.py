@@ -1,4 +1,4 @@
-"""What structures cost at each level: against tensors that were really cut, counted products and known clocks."""
+"""Costs of structures at each level: against actually cut tensors, counted FLOPs and known clocks."""
 
 import pytest
 import torch

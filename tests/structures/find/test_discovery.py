@@ -109,7 +109,7 @@ def test_whole_experts() -> None:
         ("mamba2", 0, "mixer", "by a convolution or recurrence"),
         ("rwkv", 0, "mixer", "by a convolution or recurrence"),
         ("gemma4", 1, "heads", "later layers read the same keys and values"),
-        ("gemma4", 2, "heads", "some of its groups have argument shared_kv_states"),
+        ("gemma4", 2, "heads", "some of its groups share argument shared_kv_states"),
         ("deepseek_v3", 1, "experts", "chooses groups of experts first"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Query heads of grouped-query attention go one by one, as many of each key and value head."""
+"""Individual query heads of grouped-query attention, the same number removed from each KV head."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from llmprune.structures.remove.solver import remove_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
-SINGLE = "single query heads already"
+SINGLE = "already single query heads"
 NORMED = "is normalised over all groups"
 FIXED = "fixed"  # exact, but the config cannot express it
 NONE = "none"
@@ -128,9 +128,9 @@ def test_layers_may_lose_different_numbers() -> None:
 
 def test_each_key_and_value_keeps_as_many() -> None:
     structure = find_query_heads(Decoder.find(build("llama")))[0][0]
-    with pytest.raises(PatternError, match="0 to 1 of 2 consecutive groups"):
+    with pytest.raises(PatternError, match="0 to 1 of each 2 groups"):
         Cut(structure, (0,))
-    with pytest.raises(PatternError, match="0 to 2 of 2"):
+    with pytest.raises(PatternError, match="0 to 2 of each 2"):
         Cut(structure, (2, 3))
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 EXACT, NONE = "exact", "none"
 # What stands in the way of the heads, FFN channels and experts of a family.
 FIXED = "fixed"  # the config cannot express it
-ALIBI = "values of its own for each group"
+ALIBI = "different values for each group"
 SHARED = "later layers read the same keys and values"
 NORMED = "is normalised over all groups"
 OUTCOMES: dict[str, tuple[str, str, str]] = {
@@ -208,7 +208,7 @@ def test_cuts_refer_to_the_full_size() -> None:
 
 @pytest.mark.parametrize("tensors", [{"bias": torch.ones(3)}, {"weight": torch.ones(2, 4), "bias": torch.ones(3)}])
 def test_tensors_that_do_not_fit(tensors: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(ModelError, match=r"weight: .* index 5 of dimension 1"):
+    with pytest.raises(ModelError, match=r"weight: .* index 5 of its dimension 1"):
         shrink(tensors, [Cut(structure(), (2,))])
 
 

@@ -1,4 +1,4 @@
-"""Experts whose channels are moved compute what they did, and each loses the channels that it chose itself."""
+"""Permuting channels does not change experts' outputs, and each expert loses the channels that it chose."""
 
 from typing import Any
 

@@ -307,7 +307,7 @@ def test_values_that_are_not_finite(place: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "remove", "partitions", "message"),
-    [(5, 1, 1, "groups of 5"), (0, 1, 1, "groups of 0"), (1, 25, 1, "25 groups"), (1, -1, 1, "-1 groups"),
+    [(5, 1, 1, "groups of 5"), (0, 1, 1, "groups of 0"), (1, 25, 1, "25 of 24 groups"), (1, -1, 1, "-1 of 24 groups"),
      (1, 3, 2, "evenly"), (1, 5, 5, "evenly")],
 )  # fmt: skip
 def test_groups_that_do_not_fit(size: int, remove: int, partitions: int, message: str) -> None:

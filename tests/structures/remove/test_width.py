@@ -1,4 +1,4 @@
-"""Every architecture: with fewer hidden channels it computes what the full model does with zeros, or says why not."""
+"""Every architecture: the narrowed model equals the full one with zeroed channels, or is refused with a reason."""
 
 import math
 from typing import Any
