@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmprune.storage.report import MatrixRow
+
 # The size of a chart on a phone, in pixels: labels that fit there fit everywhere.
 _WIDTH, _HEIGHT = 250, 370
 # Half of a marker with the space around it; the width of a letter; the height of a line.
@@ -99,11 +101,24 @@ def divergence(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
+def massive_line(row: MatrixRow) -> str:
+    """How much a few tokens weigh in the statistics of a matrix."""
+    return f"1% of the tokens have {row.top_tokens or 0:.1%} of the squared inputs of {row.name}"
+
+
+def opened(text: Mapping[str, Any]) -> str:
+    """How the sequences of a text begin, for the protocol line of a measurement; empty where it was not recorded."""
+    if "opening" not in text:
+        return ""
+    opening = text["opening"]
+    return f", each after {' '.join(map(str, opening))} (not scored)" if opening else ", with nothing in front"
+
+
 def text_line(evaluated: Mapping[str, Any]) -> str:
     """What text a report's perplexity was measured on."""
     source = evaluated["text"]["source"]
     text = "self-generated text" if source == "self" else source
-    return f"{evaluated['predicted_tokens']:,} tokens of {text}, in sequences of {evaluated['length']:,}"
+    return f"{evaluated['predicted_tokens']:,} tokens of {text}, in sequences of {evaluated['length']:,}{opened(evaluated['text'])}"
 
 
 def _amount(remove: float) -> str:

@@ -10,7 +10,7 @@ import yaml
 from llmprune.pages.beside import Beside, has_weights, read_beside, stored_bytes
 from llmprune.pages.charts import Axis, Series, level, lines, shares
 from llmprune.pages.evidence import evidence_parts
-from llmprune.pages.labels import divergence, perplexity, short_recipe, text_line
+from llmprune.pages.labels import divergence, massive_line, perplexity, short_recipe, text_line
 from llmprune.pages.layers import LAYER, layer_parts, number, structure_parts
 from llmprune.pages.measured import evaluation_parts, speed_parts
 from llmprune.pages.page import Chart, Facts, Listing, Part, Section, Table, Tiles, render
@@ -65,6 +65,7 @@ def report_page(report: Report, beside: Beside, stored_bytes: int | None = None)
         Section("layers", "Layers", layer_parts(report)),
         Section("structures", "Structures", [*_extent(header), *structure_parts(report)]),
         Section("decisions", "Why these were removed", evidence_parts(evidence)),
+        Section("text", "Calibration text", _samples(header)),
         Section("evaluation", "Evaluation", evaluation_parts(beside)),
         Section("speed", "Speed", speed_parts(header, beside)),
         Section("resources", "Time and memory", [*_time(header), *_memory(report)]),
@@ -85,6 +86,8 @@ def _summary(report: Report, stored_bytes: int | None) -> list[Part]:
         facts.append(("perplexity on", text_line(evaluation["dense"])))
     if climbed:
         facts.append(("damping increased", f"for {climbed:,} matrices whose factorisation failed at first"))
+    if massive := report.massive:
+        facts.append(("massive activations", massive_line(massive)))
     if priors:
         facts.append(("too few tokens", f"for {priors:,} matrices of experts"))
     return [Tiles(tuple(_tiles(report, stored_bytes))), Facts(tuple(facts))]
@@ -143,6 +146,12 @@ def _extent(header: Mapping[str, Any]) -> list[Part]:
     sizes = format_size(dense["nbytes"]), format_size(pruned["nbytes"])
     rows.append(("checkpoint size", *sizes, _part(pruned["nbytes"], dense["nbytes"])))
     return [Table(("", "dense", "pruned", "kept"), tuple(rows), caption="The model")]
+
+
+def _samples(header: Mapping[str, Any]) -> list[Part]:
+    """The beginnings of some self-generated sequences."""
+    excerpts = ((header.get("texts") or {}).get("calibration") or {}).get("excerpts") or []
+    return [Listing(f"Sequence {place}", str(excerpt)) for place, excerpt in enumerate(excerpts, start=1)]
 
 
 def _part(part: float, whole: float) -> str:

@@ -27,6 +27,7 @@ from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.storage.files import write_text
 from llmprune.storage.folders import (
     RECIPE_NAME,
+    SAMPLES_NAME,
     expanded,
     locked,
     require_empty,
@@ -41,6 +42,7 @@ from llmprune.structures.describe.audit import audit_checkpoint
 from llmprune.structures.reduction import Reduction
 from llmprune.structures.removable import Removable
 from llmprune.structures.survey import check_budget
+from llmprune.text.generated import write_samples
 from llmprune.text.loading import model_positions, tokenizer_for
 from llmprune.text.openings import Tokenizer
 from llmprune.text.tokens import Tokens
@@ -133,6 +135,7 @@ def prune_checkpoint(
         run.watch.resumable = True
         if target.complete and (output / REPORT_NAME).exists():
             return load_report(output)
+        _keep_samples(output, texts, tokenizer)
         return _into(target, run, name, source, texts, found)
 
 
@@ -225,6 +228,7 @@ def prune_in_memory(
         report = make_report(run, _name(model), _environment(run, source), source, texts, layers, dense)
     if output is not None:
         save_pruned(model, tokenizer, output, run.recipe, report, overwrite=overwrite)
+        _keep_samples(output, texts, tokenizer)
     return report
 
 
@@ -240,6 +244,12 @@ def _shrink(run: Run, model: PreTrainedModel, output: Path | None, tokenizer: To
         report = prune_checkpoint(run, _name(model), dense, folder, overwrite=overwrite)
         take_over(model, folder)
     return report
+
+
+def _keep_samples(output: Path, texts: Mapping[str, Tokens], tokenizer: Tokenizer) -> None:
+    """Keep self-generated calibration text with the result: nobody else has it."""
+    if texts["calibration"].description["source"] == "self":
+        write_samples(output / SAMPLES_NAME, texts["calibration"].ids, tokenizer)
 
 
 def _name(model: PreTrainedModel) -> str:

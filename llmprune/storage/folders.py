@@ -17,6 +17,7 @@ from llmprune.units import format_size
 MANIFEST_NAME = ".llmprune.json"
 LOCK_NAME = ".llmprune.lock"
 RECIPE_NAME = "recipe.yaml"
+SAMPLES_NAME = "calibration.jsonl"
 
 # Allowance for everything but the weights: tokenizer, report and its page.
 _BESIDE_BYTES = 20_000_000
@@ -30,8 +31,8 @@ _COMPANIONS = (
 
 # What --overwrite removes: the files of a checkpoint or of an llmprune run, and nothing else.
 _REPLACED = (
-    *_COMPANIONS, "*.safetensors", INDEX_NAME, "README.md", RECIPE_NAME, REPORT_NAME, PAGE_NAME, MANIFEST_NAME,
-    ".*.partial",
+    *_COMPANIONS, "*.safetensors", INDEX_NAME, "README.md", RECIPE_NAME, SAMPLES_NAME, REPORT_NAME, PAGE_NAME,
+    MANIFEST_NAME, ".*.partial",
 )  # fmt: skip
 
 

@@ -146,6 +146,9 @@ class Left:
         return cls(kind, f"{kept:,} of {groups:,}", f"in {among}, {widths} different widths")
 
 
+# Above this share of the squared inputs, a few tokens decide what the statistics look like.
+_MASSIVE = 0.5
+
 _KINDS = {"heads": "groups of attention heads", "ffn": "FFN channels", "experts": "experts"}
 
 
@@ -175,6 +178,12 @@ class Report:
         measured = [row.error for row in self.structures] + [row.error for row in self.rows]
         errors = [error for error in measured if error is not None]
         return sum(errors) / len(errors) if errors else None
+
+    @property
+    def massive(self) -> MatrixRow | None:
+        """The matrix whose largest 1 % of tokens have the most of its squared inputs, if that is more than half."""
+        rows = [row for row in self.rows if row.top_tokens is not None and row.top_tokens > _MASSIVE]
+        return max(rows, key=lambda row: row.top_tokens or 0.0, default=None)
 
     @property
     def left(self) -> list[Left]:

@@ -1,7 +1,9 @@
 """Self-generated text: calibration that needs no data set, from the distribution that pruning must preserve."""
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from transformers import TopPLogitsWarper
 
 from llmprune.errors import NumericsError
+from llmprune.storage.files import write_text
+from llmprune.text.openings import Tokenizer, spelled_out
 from llmprune.text.scripts import UNSCRIPTED, Script
 from llmprune.text.tokens import TextSpec
 
@@ -58,6 +62,21 @@ def generate_text(
     finally:
         model.train(training)
     return torch.cat(parts)
+
+
+def write_samples(path: Path, ids: Int64[Tensor, "samples length"], tokenizer: Tokenizer) -> None:
+    """Keep self-generated text as a JSON-lines file, which `calibration.source` reads: one sequence a line, as text.
+
+    Args:
+        path: the file, replaced atomically.
+        ids: the sequences.
+        tokenizer: spells them out.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    lines = [json.dumps({"text": spelled_out(tokenizer, row)}, ensure_ascii=False) for row in ids.tolist()]
+    write_text(path, "\n".join([*lines, ""]))
 
 
 def _after(watch: Callable[[int], None], before: int) -> Callable[[int], None]:

@@ -43,6 +43,12 @@ def named(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     return [str(token) for token in (spell(list(ids)) if spell else ids)]
 
 
+def spelled_out(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of these ids, special tokens included; the ids themselves if the tokenizer cannot decode."""
+    decode = getattr(tokenizer, "decode", None)
+    return str(decode(list(ids))) if decode else " ".join(map(str, ids))
+
+
 def _encoded(tokenizer: Tokenizer, text: str, *, special: bool) -> list[int]:
     options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
     return list(tokenizer([text], **options)["input_ids"][0])

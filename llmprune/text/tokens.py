@@ -30,7 +30,7 @@ from torch import Tensor
 
 from llmprune.errors import CalibrationError
 from llmprune.text.documents import has_columns, is_single_file, read_documents
-from llmprune.text.openings import Tokenizer, named, opening_of
+from llmprune.text.openings import Tokenizer, named, opening_of, spelled_out
 
 SampleLayout = Literal["pack", "truncate", "pack-bare"]
 Order = Literal["text", "shuffled"]
@@ -40,6 +40,9 @@ DEFAULT_LENGTH = 2048
 # Options without effect: on self-generated text, and on text that is read.
 _UNUSED_BY_SELF = ("config", "split", "column", "layout", "order")
 _UNUSED_BY_TEXT = ("temperature", "top_p")
+
+# How many self-generated sequences a report shows, and how many letters of each.
+_EXCERPTS, _EXCERPT = 3, 600
 
 # One call of the tokenizer encodes about this much text: enough to occupy its threads, little enough to be in memory
 # both as text and as ids.
@@ -188,7 +191,8 @@ def _generated(spec: TextSpec, tokenizer: Tokenizer, generate: Callable[[TextSpe
     ids = generate(spec).to("cpu", torch.int64).contiguous()
     assert ids.shape == (spec.samples, spec.tokens), f"generated {tuple(ids.shape)}"
     opening = opening_of(tokenizer)
-    description = _describe(spec, *_UNUSED_BY_SELF) | {"opening": named(tokenizer, opening)}
+    excerpts = [spelled_out(tokenizer, row)[:_EXCERPT] for row in ids[:_EXCERPTS].tolist()]
+    description = _describe(spec, *_UNUSED_BY_SELF) | {"opening": named(tokenizer, opening), "excerpts": excerpts}
     return Tokens(ids, _digest(ids), description, opening)
 
 

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from llmprune.cli.console import facts, new_table
 from llmprune.measuring.bench.record import grouped, layer_span, split_layer, tokens_a_second
+from llmprune.pages.labels import opened
 from llmprune.units import format_change, format_seconds, format_size, spans
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def comparison_table(result: "PerplexityComparison", run: dict[str, Any]) -> Ren
 def _protocol(result: "Perplexity", run: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("text", str(result.text["source"])),
-        ("protocol", f"{result.samples} sequences of {result.length} tokens, {result.predicted_tokens:,} predicted"),
+        ("protocol", f"{result.samples} sequences of {result.length} tokens{opened(result.text)}"),
+        ("", f"{result.predicted_tokens:,} tokens predicted"),
         ("tokens", f"sha256 {result.tokens_digest}"),
         ("computed", f"in {result.compute_dtype} on {run['device']}, {format_seconds(run['seconds'])} s"),
     ]

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmprune.cli.console import facts, new_table
+from llmprune.pages.labels import massive_line, opened
 from llmprune.units import format_change, format_seconds, format_size, spans
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
         *([("sparsity", f"{report.sparsity:.2%} in {_matrices(len(report.rows))}")] if report.rows else []),
         ("relative output error", error),
         ("damping increased", f"for {_matrices(climbed)}"),
+        *([("massive activations", massive_line(report.massive))] if report.massive else []),
         ("too few tokens", f"for {_matrices(priors)} of experts"),
         ("seconds", f"{format_seconds(header['seconds']['total'])}: {', '.join(stages)}"),
         (
@@ -108,6 +110,7 @@ def _evaluation_facts(report: "Report") -> list[tuple[str, str]]:
     return [
         ("perplexity", format_change(report.dense_perplexity, report.pruned_perplexity)),
         ("", f"on {dense['predicted_tokens']:,} tokens of {text}, in sequences of {dense['length']}"),
+        *([("", opening.removeprefix(", "))] if (opening := opened(dense["text"])) else []),
         ("KL divergence", "not finite" if divergence is None else f"{divergence:.4f} nats/token"),
         ("top-1 agreement", f"{evaluation['agreement']:.1%}"),
     ]
