@@ -118,7 +118,8 @@ def text_line(evaluated: Mapping[str, Any]) -> str:
     """What text a report's perplexity was measured on."""
     source = evaluated["text"]["source"]
     text = "self-generated text" if source == "self" else source
-    return f"{evaluated['predicted_tokens']:,} tokens of {text}, in sequences of {evaluated['length']:,}{opened(evaluated['text'])}"
+    protocol = f"in sequences of {evaluated['length']:,}{opened(evaluated['text'])}"
+    return f"{evaluated['predicted_tokens']:,} tokens of {text}, {protocol}"
 
 
 def _amount(remove: float) -> str:
