@@ -7,21 +7,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmprune.errors import CalibrationError
+from llmprune.text.chats import CHAT_COLUMNS, Conversation
 
+_COLUMN = "set column to the one that holds the text"
 _LAST_FIX = "check the name, config and split (datasets.load_dataset may say more), or use a local file"
 
 # A dataset id may contain dots (airoboros-2.2.1), so only these suffixes identify a file.
 _FILE_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip")
 
 
-def read_documents(source: str, config: str | None, split: str, column: str) -> Iterator[str]:
+def read_documents(source: str, config: str | None, split: str, column: str) -> Iterator[str | Conversation]:
     """Read the documents of a source, one at a time.
 
     Args:
         source: a .txt file (one document), a .jsonl or .parquet file, a folder of data files, or a dataset id.
         config: configuration of the dataset.
         split: of the dataset.
-        column: the field or column that holds the text.
+        column: the field or column that holds the text, or conversations.
 
     Raises:
         CalibrationError: there is no such source, or it cannot be read.
@@ -66,7 +68,7 @@ def has_columns(source: str) -> bool:
     return not (is_single_file(source) and Path(source).suffix.lower() == ".txt")
 
 
-def _file_documents(path: Path, column: str) -> Iterator[str]:
+def _file_documents(path: Path, column: str) -> Iterator[str | Conversation]:
     try:
         yield from _FILE_READERS[path.suffix.lower()](path, column)
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a damaged parquet file
@@ -81,7 +83,7 @@ def _read_text(path: Path, column: str) -> Iterator[str]:
     yield path.read_text(encoding="utf-8")
 
 
-def _read_json_lines(path: Path, column: str) -> Iterator[str]:
+def _read_json_lines(path: Path, column: str) -> Iterator[str | Conversation]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -102,10 +104,10 @@ def _read_json_lines(path: Path, column: str) -> Iterator[str]:
                     fix=f'write {{"{column}": "..."}}',
                 )
             _check_column(column, list(row), where)
-            yield _text(row[column], column, where)
+            yield _cell(row[column], column, where)
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
+def _read_parquet(path: Path, column: str) -> Iterator[str | Conversation]:
     import pyarrow.parquet  # type: ignore[import-untyped] # slow to import, and few runs need it
 
     with pyarrow.parquet.ParquetFile(path) as file:
@@ -114,14 +116,14 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
         yield from _rows(batches, column, str(path))
 
 
-_FILE_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+_FILE_READERS: dict[str, Callable[[Path, str], Iterator[str | Conversation]]] = {
     ".txt": _read_text,
     ".jsonl": _read_json_lines,
     ".parquet": _read_parquet,
 }
 
 
-def _dataset_documents(name: str, config: str | None, split: str, column: str) -> Iterator[str]:
+def _dataset_documents(name: str, config: str | None, split: str, column: str) -> Iterator[str | Conversation]:
     import datasets  # slow to import, and few runs need it
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined] # of httpx, whichever version the hub uses
 
@@ -155,29 +157,31 @@ def _quiet_retries() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _rows(batches: Iterable[list[object]], column: str, where: str) -> Iterator[str]:
+def _rows(batches: Iterable[list[object]], column: str, where: str) -> Iterator[str | Conversation]:
     values = (value for batch in batches for value in batch)
     for number, value in enumerate(values, start=1):
-        yield _text(value, column, f"{where}, row {number}")
+        yield _cell(value, column, f"{where}, row {number}")
 
 
 def _check_column(column: str, present: list[str], where: str) -> None:
     if column not in present:
+        chats = next((name for name in CHAT_COLUMNS if name in present), None)
+        fix = (
+            f"set column: {chats}, whose conversations the model's chat template turns into text" if chats else _COLUMN
+        )
         raise CalibrationError(
-            f"{where}: no column {column!r}",
-            expected=f"one of {', '.join(present) or 'none'}",
-            fix="set column to the one that holds the text",
+            f"{where}: no column {column!r}", expected=f"one of {', '.join(present) or 'none'}", fix=fix
         )
 
 
-def _text(value: object, column: str, where: str) -> str:
-    """The cell of a text column; a null is an empty document."""
-    if value is None:
+def _cell(value: object, column: str, where: str) -> str | Conversation:
+    """The cell of a column of text or conversations; a null is an empty document."""
+    if isinstance(value, list) and value:
+        return Conversation.read(value, f"{where}, column {column!r}")
+    if not value:
         return ""
     if not isinstance(value, str):
         raise CalibrationError(
-            f"{where}: column {column!r} holds {type(value).__name__}",
-            expected="text",
-            fix="set column to the one that holds the text",
+            f"{where}: column {column!r} holds {type(value).__name__}", expected="text or conversations", fix=_COLUMN
         )
     return value

@@ -29,6 +29,7 @@ from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from llmprune.errors import CalibrationError
+from llmprune.text.chats import rendered
 from llmprune.text.documents import has_columns, is_single_file, read_documents
 from llmprune.text.openings import Tokenizer, named, opening_of, spelled_out
 
@@ -58,7 +59,8 @@ class TextSpec:
             data files, or a dataset id of the Hugging Face hub.
         config: configuration name of the dataset, if it has several.
         split: split of the dataset; may be a slice such as "train[:10%]".
-        column: the field or column that holds the text.
+        column: the field or column that holds the text; or conversations, usually "messages" or "conversations", which
+            the model's chat template turns into text.
         samples: number of sequences, at least 1.
         length: sequence length in tokens, including BOS tokens, at least 2. None: 2,048, or the model's positions if
             there are fewer.
@@ -173,7 +175,7 @@ def load_tokens(spec: TextSpec, tokenizer: Tokenizer, generate: Callable[[TextSp
     """
     if spec.source == "self":
         return _generated(spec, tokenizer, generate)
-    texts = read_documents(spec.source, spec.config, spec.split, spec.column)
+    texts = rendered(read_documents(spec.source, spec.config, spec.split, spec.column), tokenizer)
     if spec.layout == "truncate" and spec.order == "shuffled":
         texts = _shuffled(texts, spec.seed)
     reader = _Reader(texts, tokenizer, spec)
