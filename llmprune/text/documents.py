@@ -166,9 +166,7 @@ def _rows(batches: Iterable[list[object]], column: str, where: str) -> Iterator[
 def _check_column(column: str, present: list[str], where: str) -> None:
     if column not in present:
         chats = next((name for name in CHAT_COLUMNS if name in present), None)
-        fix = (
-            f"set column: {chats}, whose conversations the model's chat template turns into text" if chats else _COLUMN
-        )
+        fix = f"set column: {chats}; its conversations become text by the model's chat template" if chats else _COLUMN
         raise CalibrationError(
             f"{where}: no column {column!r}", expected=f"one of {', '.join(present) or 'none'}", fix=fix
         )
@@ -178,7 +176,7 @@ def _cell(value: object, column: str, where: str) -> str | Conversation:
     """The cell of a column of text or conversations; a null is an empty document."""
     if isinstance(value, list) and value:
         return Conversation.read(value, f"{where}, column {column!r}")
-    if not value:
+    if value is None or value == []:
         return ""
     if not isinstance(value, str):
         raise CalibrationError(

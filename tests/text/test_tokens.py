@@ -324,7 +324,7 @@ def test_self_asks_the_generator(tokenizer):
     assert asked == [spec]
     assert tokens.ids.dtype == torch.int64
     said = {"source": "self", "samples": 2, "length": 3, "seed": 9, "temperature": 0.7, "top_p": 0.9}
-    assert tokens.description == {**said, "opening": ["<s>"]}
+    assert tokens.description == {**said, "opening": ["<s>"], "excerpts": ["</s></s></s>"] * 2}
 
 
 def test_self_without_a_generator(tokenizer):
