@@ -30,7 +30,7 @@ from llmprune.recipe.recipe import bundled_recipes
 from llmprune.storage.files import write_json
 from llmprune.units import format_change
 
-PROTOCOL = ("calibration.length=256", "evaluation.length=256")
+PROTOCOL = ("calibration.samples=128", "calibration.length=256", "evaluation.length=256")
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 

@@ -103,7 +103,7 @@ class Display:
         elif self._silent:
             return
         elif progress.layers == 0:
-            self._console.print(progress.stage, soft_wrap=True)
+            self._console.print(": ".join(filter(None, (progress.stage, progress.step))), soft_wrap=True)
         elif seconds is not None and self._is_due(progress, now):
             finished = f"{progress.stage}: {progress.unit} {progress.layer:,} of {progress.layers:,}"
             if progress.unit == "layer":

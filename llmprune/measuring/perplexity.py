@@ -135,7 +135,7 @@ def perplexity(
         if text.source == "self":
             guard.expected = lambda: sampling_needs(source)
         tokenizer = tokenizer_for([text], folder, source.config)
-        text = text.fitted(model_positions(source.config))
+        text = text.fitted(model_positions(source.config), settings.device.type)
         tokens = load_texts({"text": text}, source, tokenizer, settings.device, guard)["text"]
         guard.expected = lambda: scoring_needs(source, tokens, settings)
         return measure_perplexity(source, tokens, settings, guard)
@@ -182,7 +182,7 @@ def perplexity_against(
         if text.source == "self":
             guard.expected = lambda: sampling_needs(sources[0])
         tokenizer = tokenizer_for([text], folders[0], sources[0].config)
-        text = text.fitted(model_positions(sources[0].config))
+        text = text.fitted(model_positions(sources[0].config), settings.device.type)
         tokens = load_texts({"text": text}, sources[0], tokenizer, settings.device, guard)["text"]
         guard.expected = lambda: scoring_needs(sources[0], tokens, settings, models=2)
         first, second = (

@@ -67,7 +67,7 @@ class Run:
 
     def fitted(self, positions: int | None) -> "Run":
         """The same run with the lengths of its texts resolved, for a model with this many positions; None: no limit."""
-        return replace(self, recipe=self.recipe.fitted(positions))
+        return replace(self, recipe=self.recipe.fitted(positions, self.device.type))
 
     def open(self, folder: Path) -> CheckpointSource:
         """Open a checkpoint in the dtype that this recipe computes in."""
@@ -84,7 +84,8 @@ class Run:
         Raises:
             CalibrationError: a text cannot be read or is too short.
         """
-        self.watch(Progress("calibration text"))
+        for name, spec in self.recipe.texts.items():
+            self.watch(Progress(f"{name} text", step=spec.summary))
         if any(spec.source == "self" for spec in self.recipe.texts.values()):
             self.watch.expected = lambda: sampling_needs(source)
         with self.stages("text"):

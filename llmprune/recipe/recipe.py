@@ -223,13 +223,14 @@ class Recipe(BaseModel):
     @property
     def texts(self) -> dict[str, TextSpec]:
         """The texts of a run: "calibration", with the validation sequences, and "evaluation", if there is one."""
-        held_back = replace(self.calibration, samples=self.calibration.samples + self.held_back)
+        held_back = replace(self.calibration, samples=self.calibration.sequences + self.held_back)
         return {"calibration": held_back, **({"evaluation": self.evaluation} if self.evaluation else {})}
 
-    def fitted(self, positions: int | None) -> "Recipe":
-        """The recipe with the sequence length filled in, for a model with this many positions; None: no limit."""
-        evaluation = self.evaluation and self.evaluation.fitted(positions)
-        return self.model_copy(update={"calibration": self.calibration.fitted(positions), "evaluation": evaluation})
+    def fitted(self, positions: int | None, device: str) -> "Recipe":
+        """The recipe with its texts' sizes filled in, as `TextSpec.fitted` does."""
+        evaluation = self.evaluation and self.evaluation.fitted(positions, device)
+        calibration = self.calibration.fitted(positions, device)
+        return self.model_copy(update={"calibration": calibration, "evaluation": evaluation})
 
     def for_matrix(self, name: str) -> tuple[Pattern, Method] | None:
         """Say how the matrix of this full name is pruned; None if it stays dense."""

@@ -48,7 +48,7 @@ def generate_text(
         NumericsError: the logits are not finite; names the weight that is not, if there is one.
     """
     generator = torch.Generator().manual_seed(spec.seed)
-    draws = torch.rand(spec.samples, spec.tokens, generator=generator, dtype=torch.float64)
+    draws = torch.rand(spec.sequences, spec.tokens, generator=generator, dtype=torch.float64)
     training = model.training
     model.eval()
     parts: list[Tensor] = []

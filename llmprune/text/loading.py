@@ -156,7 +156,7 @@ class _NoTokenizer:
 
 
 def _teller(spec: TextSpec, watch: Watcher) -> Callable[[int], None]:
-    return lambda tokens: watch(Progress("sampling text", tokens, spec.samples * spec.tokens, unit="token"))
+    return lambda tokens: watch(Progress("sampling text", tokens, spec.sequences * spec.tokens, unit="token"))
 
 
 def _load_dense(folder: Path, device: torch.device) -> PreTrainedModel:

@@ -60,7 +60,7 @@ def test_bundled_recipes_are_these_and_each_has_one_line_of_description() -> Non
 def test_bundled_recipe_holds_what_its_name_says(name: str) -> None:
     recipe = load_recipe(name)
     assert (recipe.pattern, recipe.method) == EXPECTED[name]
-    calibration = (64, 256) if name == "demo" else (128, None)
+    calibration = (64, 256) if name == "demo" else (None, None)
     assert (recipe.calibration.source, recipe.calibration.samples, recipe.calibration.length) == ("self", *calibration)
     assert recipe.batch_size == (16 if name == "demo" else 8)
     assert load_recipe(Path(__file__).parents[2] / "recipes" / f"{name}.yaml") == recipe
@@ -109,6 +109,7 @@ def test_defaults() -> None:
         "batch_size": 8,
         "held_back": 4,
         "decoder_layers": None,
+        "statistics": {"token_weight": "none"},
         "experts": {"min_tokens": 64},
         "device": "auto",
         "format": "dense",
@@ -218,6 +219,7 @@ def test_digest_depends_on_every_key_but_the_description() -> None:
         "batch_size": "3",
         "held_back": "3",
         "decoder_layers": "layers",
+        "statistics": "{token_weight: clip}",
         "experts": "{min_tokens: 3}",
         "device": "cpu",
         "format": "auto",

@@ -45,7 +45,7 @@ from llmprune.recipe.recipe import load_recipe
         ("calibration: {samples: true}", "3: calibration.samples is true", "a valid integer"),
         ("calibration: {samples: 0}", "3: samples 0 (in calibration.samples)", "at least 1"),
         ("evaluation: {length: 1}", "3: length 1 (in evaluation.length)", "at least 2"),
-        ("evaluation: {layout: packed}", '3: evaluation.layout is "packed"', "'pack' or 'truncate'"),
+        ("evaluation: {layout: packed}", '3: evaluation.layout is "packed"', "'pack', 'truncate' or 'pack-bare'"),
         ("evaluation: {temperature: .nan}", "3: temperature nan (in evaluation.temperature)", "above 0"),
         ("evaluation: {seed: 0}", "3: evaluation.seed and calibration.seed are both 0", "two different seeds"),
         ("calibration: {column: x}", "3: column 'x' for self-generated text", "no column"),

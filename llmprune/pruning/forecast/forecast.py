@@ -76,7 +76,7 @@ def dry_run(
 
 def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     settings, device = run.recipe, run.device
-    settings = settings.fitted(model_positions(source.config))
+    settings = settings.fitted(model_positions(source.config), device.type)
     check_texts(settings.texts, source)
     found = Removable.find(source, settings.structures) if settings.structures else None
     reduction = Reduction(found, found.preview()) if found else None
@@ -135,7 +135,7 @@ class _Look:
         self._source, self._recipe, self._device, self._reduction = source, recipe, device, reduction
         self._length = recipe.calibration.tokens
         self._batches = _batch_sizes(recipe)
-        self.tokens = (recipe.calibration.samples + recipe.held_back) * self._length
+        self.tokens = (recipe.calibration.sequences + recipe.held_back) * self._length
         vocabulary = source.model.get_input_embeddings().weight.shape[0]
         generator = torch.Generator().manual_seed(0)
         # Two batches, because values that differ between batches are stored for each.
@@ -197,7 +197,7 @@ class _Look:
         left: Mapping[str, tuple[int, int]],
     ) -> Work:
         shares = self._shares(layer, groups)
-        counted = self._recipe.calibration.samples * self._length
+        counted = self._recipe.calibration.sequences * self._length
         products = factors = 0.0
         for group in groups:
             width = left[group.names[0]][1]
@@ -264,7 +264,7 @@ def _disk_bytes(source: CheckpointSource, result: CheckpointSource) -> int:
 def _batch_sizes(recipe: Recipe) -> set[int]:
     """The distinct batch sizes that occur; held-back samples have batches of their own."""
     sizes = set()
-    for samples in (recipe.calibration.samples, recipe.held_back):
+    for samples in (recipe.calibration.sequences, recipe.held_back):
         sizes |= {min(recipe.batch_size, samples), samples % recipe.batch_size}
     return sizes - {0}
 
