@@ -44,3 +44,14 @@ def test_importing_waits_for_nothing() -> None:
     code = "import sys, llmprune; print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_old_name_of_the_tasks_works_and_warns() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llmprune.evaluation", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "llmprune.evaluation is llmprune.measuring.tasks now" in done.stderr
+    with pytest.warns(FutureWarning, match="goes with 0.2"):
+        old = importlib.import_module("llmprune.evaluation")
+    assert old.run_tasks is llmprune.run_tasks

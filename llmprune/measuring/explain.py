@@ -181,7 +181,7 @@ def _dense_reason(key: str, stored: Stored, packed: bool) -> str:
     if _LOOKED_UP.search(key):
         return "embeddings are looked up, not multiplied"
     if _HEAD.search(key):
-        return "the LM head is only pruned if a recipe says so"
+        return "the LM head is never pruned"
     if not _NUMBERED.search(key):
         return "not in a decoder layer"
     if len(stored.shape) > 2:

@@ -1,4 +1,4 @@
-"""The pruning methods: one file each, listed in one literal table."""
+"""The pruning methods: one file each, listed in one literal table. They know neither models nor files."""
 
 from llmprune.methods.magnitude import Magnitude
 from llmprune.methods.method import Method, Pruned

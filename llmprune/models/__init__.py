@@ -1,1 +1,1 @@
-"""A checkpoint or an in-memory model, served one decoder layer at a time: skeletons, sources, sizes."""
+"""A checkpoint or an in-memory model, one decoder layer at a time: skeletons, sources, sizes. Knows no recipe."""

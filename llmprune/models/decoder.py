@@ -58,10 +58,12 @@ class Matrix:
     @property
     def kind(self) -> str | None:
         """The name with the expert's number replaced by *, the same for all experts; None if it is not an expert's."""
-        if self.expert is not None:
-            head, _, leaf = self.name.rpartition(f".{self.expert}.")
-            return f"{head}.*.{leaf}"
-        return EXPERT_NUMBER.sub("*", self.name) if EXPERT_NUMBER.search(self.name) else None
+        if not self.routed:
+            return None
+        if self.expert is None:
+            return EXPERT_NUMBER.sub("*", self.name)
+        head, _, leaf = self.name.rpartition(f".{self.expert}.")
+        return f"{head}.*.{leaf}"
 
     def view(self, parameter: Tensor) -> Tensor:
         """The matrix as [out, in], a view of its parameter."""

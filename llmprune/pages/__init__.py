@@ -1,4 +1,4 @@
-"""HTML pages and tables for people: the report of one run, and comparisons of several."""
+"""HTML pages and tables for people: the report of one run, and comparisons of several. Reads results, makes none."""
 
 from llmprune.pages.comparison import Comparison, RunRow, compare
 from llmprune.pages.comparison_page import write_comparison

@@ -1,1 +1,1 @@
-"""What a user asks for: recipes as YAML, mappings and command-line overrides, checked and explained."""
+"""What a user asks for: recipes as YAML, mappings and overrides, checked and explained. Opens no model."""

@@ -220,7 +220,7 @@ class Budget(BaseModel):
     tokens: PositiveInt = 1
 
 
-# What speaks of groups inside a layer, and every section but the budget.
+# The sections for groups inside a layer, and every section except the budget.
 GroupSection = Groups | ExpertRemoval
 Section = Depth | Blocks | Width | GroupSection
 

@@ -1,1 +1,1 @@
-"""Loading and running packed checkpoints: transformers' loader, linear layers that call kernels, the HTTP server."""
+"""Load and run packed checkpoints: transformers' loader, layers that call kernels, the HTTP server. Never prunes."""

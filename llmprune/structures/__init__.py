@@ -1,1 +1,1 @@
-"""Physically remove heads, channels, experts, layers and hidden width: find, choose, solve, cut and describe."""
+"""Physically remove heads, channels, experts, layers and hidden width. The steps are the rooms inside."""

@@ -1,1 +1,1 @@
-"""From documents, or a model's self-generated text, to calibration tokens."""
+"""From documents, or self-generated text, to calibration tokens. Knows tokenizers and models, not recipes."""

@@ -100,7 +100,7 @@ def test_settings_have_a_default(tmp_path: Path, text: TextSpec) -> None:
 
 def reference_calibration_error(folder: Path, words: list[int], length: int, samples: int) -> float:
     """Guo et al. (2017) in plain loops and float64, from the logits of a stock model that is loaded whole."""
-    ids = torch.tensor([1, *words])[: samples * length].view(samples, length)
+    ids = torch.tensor(words)[: samples * length].view(samples, length)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits.double()
     confidences, likeliest = logits.softmax(-1)[:, :-1].reshape(-1, logits.shape[-1]).max(-1)

@@ -54,6 +54,7 @@ KEYS: dict[str, tuple[Any, bool]] = {
     "batch_size": (1, True),
     "held_back": (0, True),
     "decoder_layers": ("model.layers", True),
+    "statistics": ({"token_weight": "normalise"}, False),
     "experts": ({"min_tokens": 1000}, True),
     "device": ("cpu" if torch.cuda.is_available() else "auto", True),
     "format": ("bitmask", True),
@@ -299,9 +300,9 @@ def test_the_bundled_model_is_pruned_by_a_bundled_recipe(tmp_path: Path) -> None
 def test_a_watcher_is_told_every_layer_of_every_stage(dense: Path, tmp_path: Path) -> None:
     heard: list[Progress] = []
     report = prune(dense, recipe(evaluation={"samples": 1}), tmp_path / "pruned", watch=heard.append)
-    stages = list(dict.fromkeys(progress.stage for progress in heard))
-    assert stages == ["calibration text", "dense perplexity", "pruning", "pruned perplexity"]
-    for stage in stages[1:]:
+    stages = [stage for stage in dict.fromkeys(p.stage for p in heard) if stage != "sampling text"]
+    assert stages == ["calibration text", "evaluation text", "dense perplexity", "pruning", "pruned perplexity"]
+    for stage in stages[2:]:
         layers = [progress.layer for progress in heard if progress.stage == stage]
         assert sorted(layers) == layers
         assert set(layers) == {0, 1, 2, 3}

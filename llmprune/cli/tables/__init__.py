@@ -1,1 +1,1 @@
-"""What the commands show on stdout: tables that fit 80 columns."""
+"""What the commands show on stdout: tables that fit 80 columns. Reads results, computes none."""

@@ -1,8 +1,8 @@
 """EleutherAI's evaluation harness, lm-eval, on any checkpoint, optionally compared with its dense model.
 
-from llmprune.measuring.tasks import run_tasks
+    from llmprune.measuring.tasks import run_tasks
 
-run_tasks("out/packed", ["hellaswag", "arc_easy"], against="org/model")
+    run_tasks("out/packed", ["hellaswag", "arc_easy"], against="org/model")
 
 `python -m llmprune.measuring.tasks` is lm-eval's own command line with our model class, as `--model llmprune`.
 """

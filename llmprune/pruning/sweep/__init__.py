@@ -1,1 +1,1 @@
-"""Grid search: one run for every combination of settings, resumable."""
+"""Grid search: one run for every combination of settings, resumable. Runs are `pruning.pipeline`'s, to the bit."""

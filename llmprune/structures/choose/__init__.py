@@ -1,1 +1,1 @@
-"""Which groups to remove: scores, searches and budgets."""
+"""Which groups to remove: scores, searches and budgets. Changes no weight."""

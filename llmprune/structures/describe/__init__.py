@@ -1,1 +1,1 @@
-"""The config.json of the smaller model, checked against its tensors, and the cost of running it."""
+"""The config.json of the smaller model, checked against its tensors, and its cost. Reads shapes, not weights."""
