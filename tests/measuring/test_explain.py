@@ -129,7 +129,7 @@ def test_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_matrices_that_stay_dense_have_a_reason(tmp_path: Path) -> None:
     packed = {row.name: row.reason for row in explain(save_packed(tmp_path) / "packed", CPU).dense}
     assert packed == {
-        "lm_head.weight": "the LM head is only pruned if a recipe says so",
+        "lm_head.weight": "the LM head is never pruned",
         "model.embed_tokens.weight": "embeddings are looked up, not multiplied",
     }
     found = explain(tiny_models.save(tiny_models.build("mixtral"), tmp_path / "mixtral"), CPU)
