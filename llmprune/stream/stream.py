@@ -27,6 +27,7 @@ from llmprune.precision import float32_products
 from llmprune.statistics import ColumnNorm, Gram, TokenWeight, check_finite
 from llmprune.stream.activations import HiddenStates, LayerCalls
 from llmprune.stream.observation import EveryMatrixSeenError, Group, Observer
+from llmprune.stream.windows import LOGIT_BYTES, Window, window_positions, windows
 from llmprune.timing import Stages
 
 Needs = Mapping[str, type[ColumnNorm] | type[Gram] | None]
@@ -101,18 +102,55 @@ class Stream:
                     self.source.free_layer(index)
                     return_freed_memory()
 
-    def logits(self, *final: HiddenStates) -> Iterator[tuple[Tensor, ...]]:
-        """Yield, batch by batch, the logits [samples, length, vocabulary] of one or more sets of final hidden states.
+    def logits(
+        self,
+        *final: HiddenStates,
+        limit_bytes: int = LOGIT_BYTES,
+        watch: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Iterator[tuple[Window, tuple[Tensor, ...]]]:
+        """Yield the logits of one or more sets of final hidden states, window by window.
 
         The model's own code is run with its decoder layers replaced by the given hidden states, so that whatever it
         does around the head (norm, scaling, soft-capping) is included.
+
+        Args:
+            final: the sets, each with one tensor per batch.
+            limit_bytes: of each set's logits in a window, counted as float32.
+            watch: called with the number of positions done and their total.
+
+        Yields:
+            A window, and each set's logits [samples, positions, vocabulary] there.
         """
+        done, total = 0, sum(ids.numel() for ids in self.batches)
         with self._ends():
             for batch, ids in enumerate(self.batches):
-                # Not around the yield: gradients would stay disabled in the caller's code.
-                with torch.no_grad(), self.stages("forward"):
-                    logits = tuple(self.head(ids, states[batch]) for states in final)
-                yield logits
+                heads = [self._head_of(ids, states[batch]) for states in final]
+                for window in self.windows(batch, limit_bytes):
+                    # Not around the yield: gradients would stay disabled in the caller's code.
+                    with torch.no_grad(), self.stages("forward"):
+                        logits = tuple(head(window) for head in heads)
+                    yield window, logits
+                    del logits
+                    done += window.cut(ids).numel()
+                    watch(done, total)
+
+    def windows(self, batch: int, limit_bytes: int = LOGIT_BYTES) -> Iterator[Window]:
+        """The windows of a batch, in order; the logits of each fit into the limit."""
+        samples, length = self.batches[batch].shape
+        return windows(batch, (samples, length), window_positions(self.source, limit_bytes))
+
+    def _head_of(self, ids: Tensor, final: Tensor) -> Callable[[Window], Tensor]:
+        """The logits of a batch as a function of a window."""
+        whole: list[Tensor] = []
+
+        def head(window: Window) -> Tensor:
+            if window.can_cut(final):
+                return self.head(window.cut(ids), window.cut(final))
+            # Hidden states in a shape of the model's own: computed together, once.
+            whole[:] = whole or [self.head(ids, final)]
+            return window.cut(whole[0])
+
+        return head
 
     def capture(self) -> None:
         """Run the model's own code around its decoder layers, and record how it calls each of them."""
@@ -174,7 +212,7 @@ class Stream:
         return self.source.model(input_ids=ids.to(self.settings.device), use_cache=False)
 
     def head(self, ids: Tensor, final: Tensor) -> Tensor:
-        """The logits of one batch of tokens, for given final hidden states; the ends must be loaded."""
+        """The logits of some tokens [samples, length], for given final hidden states; the ends must be loaded."""
         final = final.to(self.settings.device)
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
