@@ -57,7 +57,7 @@ class DeviceError(LlmpruneError):
 
 
 class ServingError(LlmpruneError):
-    """A server that cannot start."""
+    """A server that cannot start, or a request that it refuses."""
 
 
 class FormatError(LlmpruneError):

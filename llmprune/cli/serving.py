@@ -113,13 +113,14 @@ def serve(
     served: Served = ServedAs.auto,
     graphs: Graphs = False,
 ) -> None:
-    """Serve a model with transformers' OpenAI-compatible server, until Ctrl-C.
+    """Serve a model to OpenAI's clients, until Ctrl-C.
 
-    Endpoints: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health. Needs the extra `serve`.
+    Endpoints: /v1/chat/completions, /v1/completions, /v1/models, /health. Needs the extra `serve`.
     """
     with explained(False, lambda: "server stopped"):
         from llmprune.serving import server
         from llmprune.serving.loader import load, load_tokenizer
+        from llmprune.text.loading import model_positions
 
         server.serve(
             lambda: load(model, device=device or "auto", dtype=dtype.value, served=served.value, graphs=graphs),
@@ -127,6 +128,7 @@ def serve(
             name or model,
             host=host,
             port=port,
+            positions=model_positions,
         )
 
 

@@ -13,7 +13,7 @@ over the bins, weighted by their number of predictions.
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,9 @@ from llmprune.storage.hub import resolve_model
 from llmprune.stream.guard import MemoryGuard, sampling_needs, scoring_needs
 from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.stream.variants import kl_divergence
+from llmprune.stream.windows import Window
 from llmprune.text.loading import load_texts, model_positions, tokenizer_for
 from llmprune.text.tokens import TextSpec, Tokens
-
-# Positions whose logits are converted to float32 at a time: bounds the memory for vocabularies of 250,000.
-_POSITIONS = 512
 
 _LARGEST_NATS = math.log(sys.float_info.max)
 
@@ -189,7 +187,7 @@ def perplexity_against(
             run_stream(source, tokens.ids, settings, guard, stage)
             for source, stage in zip(sources, ("dense perplexity", "perplexity"), strict=True)
         )
-        return compare_perplexity(first, second, tokens)
+        return compare_perplexity(first, second, tokens, guard)
 
 
 def measure_perplexity(source: Source, tokens: Tokens, settings: StreamSettings, watch: Watcher = ignore) -> Perplexity:
@@ -206,15 +204,14 @@ def measure_perplexity(source: Source, tokens: Tokens, settings: StreamSettings,
     """
     stream = run_stream(source, tokens.ids, settings, watch, "perplexity")
     nats, calibration = 0.0, _Calibration()
-    for ids, (logits,) in zip(stream.batches, stream.logits(stream.hidden), strict=True):
-        for part, targets in _positions(tokens, ids, logits):
-            log_probabilities = part[0].log_softmax(-1)
-            nats += _negative_log_likelihood(log_probabilities, targets)
-            calibration.add(log_probabilities, targets)
+    for window, logits in stream.logits(stream.hidden, watch=_head(watch)):
+        (log_probabilities,), targets = _predictions(tokens, stream.batches[window.batch], window, logits)
+        nats += _negative_log_likelihood(log_probabilities, targets)
+        calibration.add(log_probabilities, targets)
     return _summary(nats, tokens, calibration.error, source)
 
 
-def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens) -> PerplexityComparison:
+def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens, watch: Watcher = ignore) -> PerplexityComparison:
     """Score a pruned model and the dense one on the same tokens.
 
     Args:
@@ -222,18 +219,18 @@ def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens) -> Perplex
             only decoder layers have changed.
         pruned: a finished run of the pruned model.
         tokens: the sequences that both models were run on.
+        watch: called for each part of the positions.
     """
     nats, divergence, same = [0.0, 0.0], 0.0, 0
     calibrations = (_Calibration(), _Calibration())
-    for ids, pair in zip(dense.batches, _logits(dense, pruned), strict=True):
-        for parts, targets in _positions(tokens, ids, *pair):
-            before, after = (part.log_softmax(-1) for part in parts)
-            nats[0] += _negative_log_likelihood(before, targets)
-            nats[1] += _negative_log_likelihood(after, targets)
-            calibrations[0].add(before, targets)
-            calibrations[1].add(after, targets)
-            divergence += kl_divergence(before, after)
-            same += int((before.argmax(-1) == after.argmax(-1)).sum())
+    for window, pair in _logits(dense, pruned, _head(watch)):
+        (before, after), targets = _predictions(tokens, dense.batches[window.batch], window, pair)
+        nats[0] += _negative_log_likelihood(before, targets)
+        nats[1] += _negative_log_likelihood(after, targets)
+        calibrations[0].add(before, targets)
+        calibrations[1].add(after, targets)
+        divergence += kl_divergence(before, after)
+        same += int((before.argmax(-1) == after.argmax(-1)).sum())
     first, second = (
         _summary(value, tokens, calibration.error, stream.source)
         for value, calibration, stream in zip(nats, calibrations, (dense, pruned), strict=True)
@@ -256,23 +253,38 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _logits(dense: Stream, pruned: Stream) -> Iterator[tuple[Tensor, ...]]:
-    """The logits of both, batch by batch; a shared LM head is loaded once."""
+def _head(watch: Watcher) -> Callable[[int, int], None]:
+    return lambda done, total: watch(Progress("perplexity, head", done, total, unit="position"))
+
+
+def _logits(
+    dense: Stream, pruned: Stream, watch: Callable[[int, int], None]
+) -> Iterator[tuple[Window, tuple[Tensor, ...]]]:
+    """The logits of both, window by window; a shared LM head is loaded once."""
     if dense.source is pruned.source:
-        yield from pruned.logits(dense.hidden, pruned.hidden)
+        yield from pruned.logits(dense.hidden, pruned.hidden, watch=watch)
     else:
-        for one, other in zip(dense.logits(dense.hidden), pruned.logits(pruned.hidden), strict=True):
-            yield one[0], other[0]
+        both = dense.logits(dense.hidden), pruned.logits(pruned.hidden, watch=watch)
+        for (window, one), (_, other) in zip(*both, strict=True):
+            yield window, one + other
 
 
-def _positions(tokens: Tokens, ids: Tensor, *logits: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Split [samples, length, vocabulary] logits into float32 pieces, with the tokens that they predict."""
-    device = logits[0].device
-    targets = ids[:, 1:].reshape(-1).to(device)
-    places = tokens.scored(ids).reshape(-1).nonzero().view(-1).to(device)
-    flat = [part[:, :-1].reshape(-1, part.shape[-1]) for part in logits]
-    for chosen in places.split(_POSITIONS):
-        yield [part[chosen].float() for part in flat], targets[chosen]
+def _predictions(
+    tokens: Tokens, ids: Tensor, window: Window, logits: tuple[Tensor, ...]
+) -> tuple[list[Tensor], Tensor]:
+    """Log-probabilities [positions, vocabulary] of each model, float32, and the tokens that they predict.
+
+    Args:
+        tokens: says which tokens are scored.
+        ids: the batch, [samples, length].
+        window: a part of it.
+        logits: of each model, [samples, positions, vocabulary] in the window.
+    """
+    device, place = logits[0].device, (window.samples, window.positions)
+    # Positions but the last of a sequence, which has no next token.
+    targets, scored = ids[:, 1:][place].to(device), tokens.scored(ids)[place].to(device)
+    parts = [part[:, : targets.shape[1]][scored].float().log_softmax(-1) for part in logits]
+    return parts, targets[scored]
 
 
 def _negative_log_likelihood(log_probabilities: Tensor, targets: Tensor) -> float:

@@ -47,7 +47,7 @@ def make_report(
     if dense is not None:
         with run.stages(stage):
             pruned = run_stream(source, texts["evaluation"].ids, run.settings, run.watch, stage)
-            evaluation = compare_perplexity(dense, pruned, texts["evaluation"]).to_dict()
+            evaluation = compare_perplexity(dense, pruned, texts["evaluation"], run.watch).to_dict()
     header = {
         "model": name,
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -6,7 +6,8 @@ weights and to its inputs, which are the outputs of the previous layer. Samples 
 information needs the square of each sample's gradient.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -70,6 +71,8 @@ class BackwardStream:
         names: layer -> its parameters whose gradients are wanted; only these layers are yielded, and there is no
             backward pass through the layers before the first of them.
         stages: stopwatch; a new one by default.
+        watch: called with what is done and its number of steps taken and in total: layers "forward", samples at the
+            "head", layers "backward".
 
     Raises:
         ModelError: layers pass each other more than hidden states, so that gradients would miss a path.
@@ -83,10 +86,11 @@ class BackwardStream:
         settings: StreamSettings | None,
         names: Mapping[int, Collection[str]],
         stages: Stages | None = None,
+        watch: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> None:
         settings = settings or StreamSettings()
         self.source, self.device, self._names = source, settings.device, names
-        self._ids = ids[: len(ids) - settings.held_back]
+        self._ids, self._watch = ids[: len(ids) - settings.held_back], watch
         # Half of the memory for the inputs of all layers, half for the hidden states or gradients in transit.
         budget = settings.activation_budget // 2
         single = replace(settings, batch_size=1, held_back=0, activation_budget=budget, outputs=True)
@@ -101,7 +105,9 @@ class BackwardStream:
         self._forward(min(wanted))
         self._start()
         with eager_experts(self.source.model):
-            for index in range(len(self.source.layers) - 1, min(wanted) - 1, -1):
+            layers = len(self.source.layers)
+            for index in range(layers - 1, min(wanted) - 1, -1):
+                self._watch("backward", layers - 1 - index, layers - min(wanted))
                 self.source.load_layer(index, self.device)
                 try:
                     with self._stream.stages("forward"):
@@ -116,6 +122,7 @@ class BackwardStream:
         """Keep the inputs of the layers from `first` on, and the outputs of the last one."""
         separation = Separation(fix="use a score that needs no gradients")
         for layer in self._stream:
+            self._watch("forward", layer.index, len(self.source.layers))
             separation.check(layer)
             if layer.index >= first:
                 for sample in range(len(self._ids)):
@@ -127,21 +134,29 @@ class BackwardStream:
             self.source.load_ends(self.device)
             try:
                 for sample in range(len(self._ids)):
+                    self._watch("head", sample, len(self._ids))
                     self._stream.hidden[sample] = self._loss_gradient(sample)
             finally:
                 self.source.free_ends()
 
     def _loss_gradient(self, sample: int) -> Tensor:
         """The gradient of the loss summed over tokens: that of the mean could underflow in 16 bits."""
-        final = self._stream.hidden[sample].to(self.device).requires_grad_()
-        ids = self._ids[sample].to(self.device)
-        with torch.enable_grad():
-            logits = self._stream.head(ids[None], final)[0, :-1]
-            loss = F.cross_entropy(
-                logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[1:], reduction="sum"
-            )
-            check_finite(loss.detach(), f"the loss of calibration sample {sample}")
-            (gradient,) = torch.autograd.grad(loss, final)
+        final, ids = self._stream.hidden[sample].to(self.device), self._ids[sample : sample + 1].to(self.device)
+        gradient = torch.empty_like(final)
+        windows = list(self._stream.windows(sample))
+        if not windows[0].can_cut(final):
+            windows = list(self._stream.windows(sample, limit_bytes=sys.maxsize))
+        for window in windows:
+            part = window.cut(final).detach().requires_grad_()
+            targets = ids[0, window.positions.start + 1 : window.positions.stop + 1]
+            with torch.enable_grad():
+                logits = self._stream.head(window.cut(ids), part)[0, : len(targets)]
+                loss = F.cross_entropy(
+                    logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum"
+                )
+                check_finite(loss.detach(), f"the loss of calibration sample {sample}")
+                window.cut(gradient).copy_(torch.autograd.grad(loss, part)[0])
+            del logits, loss
         return gradient
 
     def _backward(self, index: int) -> dict[str, Gradients]:

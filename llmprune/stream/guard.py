@@ -11,6 +11,7 @@ from llmprune.models.sizes import ends_bytes
 from llmprune.models.source import Source
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.stream.stream import StreamSettings
+from llmprune.stream.windows import window_positions
 from llmprune.text.tokens import Tokens
 from llmprune.units import format_size
 
@@ -59,7 +60,8 @@ class MemoryGuard:
         step = self._progress
         if step is None:
             return ""
-        layer = f"layer {step.layer + 1} of {step.layers}" if step.layer < step.layers else "head" * bool(step.layers)
+        after = "head" if step.layers and step.unit == "layer" else ""
+        layer = f"{step.unit} {step.layer + 1} of {step.layers}" if step.layer < step.layers else after
         return ", ".join(filter(None, (step.stage, layer, step.step)))
 
     def _fix(self, error: BaseException) -> str:
@@ -88,11 +90,14 @@ def sampling_needs(source: Source) -> str:
 
 
 def scoring_needs(source: Source, tokens: Tokens, settings: StreamSettings, models: int = 1) -> str:
-    """Say how much memory the logits of a batch take, which is most of what an evaluation needs."""
-    positions = min(settings.batch_size, len(tokens.ids)) * tokens.ids.shape[1]
-    vocabulary = source.model.config.get_text_config().vocab_size
-    logits = models * positions * vocabulary * source.dtype.itemsize
-    return f"{format_size(ends_bytes(source) + logits)} for the embeddings, the LM head and the logits of a batch"
+    """Say how much memory the LM head takes, with the logits of as many positions as are computed at once."""
+    batch = min(settings.batch_size, len(tokens.ids)) * tokens.ids.shape[1]
+    positions = min(window_positions(source), batch)
+    vocabulary = source.model.config.get_text_config(decoder=True).vocab_size
+    # As computed, as float32, their log-softmax; and the divergence of two models.
+    logits = positions * vocabulary * (models * (source.dtype.itemsize + 8) + 8 * (models > 1))
+    needed = format_size(ends_bytes(source) + logits)
+    return f"{needed} for the embeddings, the LM head and the logits of {positions:,} positions"
 
 
 def _on_gpu(error: BaseException) -> bool:

@@ -11,7 +11,6 @@ one, so that every layer is calibrated on the outputs of the pruned layers befor
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +26,8 @@ from llmprune.precision import float32_products
 from llmprune.statistics import ColumnNorm, Gram, TokenWeight, check_finite
 from llmprune.stream.activations import HiddenStates, LayerCalls
 from llmprune.stream.observation import EveryMatrixSeenError, Group, Observer
+from llmprune.stream.recorder import CapturedError, Recorder
+from llmprune.stream.windows import LOGIT_BYTES, Window, window_positions, windows
 from llmprune.timing import Stages
 
 Needs = Mapping[str, type[ColumnNorm] | type[Gram] | None]
@@ -101,18 +102,55 @@ class Stream:
                     self.source.free_layer(index)
                     return_freed_memory()
 
-    def logits(self, *final: HiddenStates) -> Iterator[tuple[Tensor, ...]]:
-        """Yield, batch by batch, the logits [samples, length, vocabulary] of one or more sets of final hidden states.
+    def logits(
+        self,
+        *final: HiddenStates,
+        limit_bytes: int = LOGIT_BYTES,
+        watch: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Iterator[tuple[Window, tuple[Tensor, ...]]]:
+        """Yield the logits of one or more sets of final hidden states, window by window.
 
         The model's own code is run with its decoder layers replaced by the given hidden states, so that whatever it
         does around the head (norm, scaling, soft-capping) is included.
+
+        Args:
+            final: the sets, each with one tensor per batch.
+            limit_bytes: of each set's logits in a window, counted as float32.
+            watch: called with the number of positions done and their total.
+
+        Yields:
+            A window, and each set's logits [samples, positions, vocabulary] there.
         """
+        done, total = 0, sum(ids.numel() for ids in self.batches)
         with self._ends():
             for batch, ids in enumerate(self.batches):
-                # Not around the yield: gradients would stay disabled in the caller's code.
-                with torch.no_grad(), self.stages("forward"):
-                    logits = tuple(self.head(ids, states[batch]) for states in final)
-                yield logits
+                heads = [self._head_of(ids, states[batch]) for states in final]
+                for window in self.windows(batch, limit_bytes):
+                    # Not around the yield: gradients would stay disabled in the caller's code.
+                    with torch.no_grad(), self.stages("forward"):
+                        logits = tuple(head(window) for head in heads)
+                    yield window, logits
+                    del logits
+                    done += window.cut(ids).numel()
+                    watch(done, total)
+
+    def windows(self, batch: int, limit_bytes: int = LOGIT_BYTES) -> Iterator[Window]:
+        """The windows of a batch, in order; the logits of each fit into the limit."""
+        samples, length = self.batches[batch].shape
+        return windows(batch, (samples, length), window_positions(self.source, limit_bytes))
+
+    def _head_of(self, ids: Tensor, final: Tensor) -> Callable[[Window], Tensor]:
+        """The logits of a batch as a function of a window."""
+        whole: list[Tensor] = []
+
+        def head(window: Window) -> Tensor:
+            if window.can_cut(final):
+                return self.head(window.cut(ids), window.cut(final))
+            # Hidden states in a shape of the model's own: computed together, once.
+            whole[:] = whole or [self.head(ids, final)]
+            return window.cut(whole[0])
+
+        return head
 
     def capture(self) -> None:
         """Run the model's own code around its decoder layers, and record how it calls each of them."""
@@ -146,17 +184,17 @@ class Stream:
 
         def note(index: int, *args: Any, **kwargs: Any) -> Any:
             calls.append((args, kwargs))
-            raise _CapturedError
+            raise CapturedError
 
-        with _replaced(self.source.layers, note), contextlib.suppress(_CapturedError):
+        with _replaced(self.source.layers, note), contextlib.suppress(CapturedError):
             self._run_model(ids)
         if not calls:
             raise self._uncalled(0)
         return calls[0]
 
     def _record(self, batch: int, ids: Tensor) -> None:
-        recorder = _Recorder(self, batch)
-        with _replaced(self.source.layers, recorder.forward), contextlib.suppress(_CapturedError):
+        recorder = Recorder(self, batch)
+        with _replaced(self.source.layers, recorder.forward), contextlib.suppress(CapturedError):
             self._run_model(ids)
         self.calls.end_batch()
         if recorder.expected != len(self.source.layers):
@@ -174,7 +212,7 @@ class Stream:
         return self.source.model(input_ids=ids.to(self.settings.device), use_cache=False)
 
     def head(self, ids: Tensor, final: Tensor) -> Tensor:
-        """The logits of one batch of tokens, for given final hidden states; the ends must be loaded."""
+        """The logits of some tokens [samples, length], for given final hidden states; the ends must be loaded."""
         final = final.to(self.settings.device)
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
@@ -319,53 +357,6 @@ class ResidentLayer:
             for name, parameter in self._parameters.items():
                 check_finite(parameter, f"{self.name}: the parameter {name}")
             raise error.at(self.name) from None
-
-
-class _CapturedError(Exception):
-    """Ends a forward pass once the last decoder layer has been called."""
-
-
-class _Recorder:
-    """Stands in for all decoder layers during one forward pass: passes the hidden states on and records the calls.
-
-    Attributes:
-        expected: index of the layer that must be called next.
-    """
-
-    def __init__(self, stream: Stream, batch: int) -> None:
-        self._stream, self._batch = stream, batch
-        self._names = [next(iter(inspect.signature(layer.forward).parameters)) for layer in stream.source.layers]
-        self._state: tuple[object, ...] = ()
-        self.expected = 0
-
-    def forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """One decoder layer's call."""
-        if args:
-            hidden, *rest = args
-        else:
-            hidden, rest = kwargs.pop(self._names[index]), []
-        self._check(index, hidden)
-        self._stream.calls.record(index, self._batch, tuple(rest), kwargs)
-        self.expected += 1
-        if self.expected == len(self._names):
-            raise _CapturedError
-        return self._stream.calls.stand_in(index, hidden)
-
-    def _check(self, index: int, hidden: Tensor) -> None:
-        # Same memory, no writes since: the model did not change the hidden states in between.
-        state = hidden.data_ptr(), hidden.shape, hidden.stride(), hidden.dtype, hidden._version
-        if index == 0 and self.expected == 0:
-            self._state = state
-            self._stream.hidden[self._batch] = hidden
-        name = type(self._stream.source.model).__name__
-        if index != self.expected or state != self._state:
-            raise ModelError(
-                f"{name} calls layer {index} of {self._stream.source.layers_path} after {self.expected} others"
-                if index != self.expected
-                else f"{name} changes the hidden states between its decoder layers (before layer {index})",
-                expected="layers that are called in order, and whose output is passed to the next one unchanged",
-                fix="this architecture cannot be streamed layer by layer",
-            )
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ A variant differs from the streamed model in one layer, and after that only in i
 is loaded once, whatever the number of variants, and each variant costs one forward pass of every layer that follows.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch.nn.functional as F
@@ -13,11 +13,10 @@ from torch import Tensor
 from llmprune.errors import ModelError
 from llmprune.stream.activations import HiddenStates
 from llmprune.stream.stream import ResidentLayer, Stream
+from llmprune.stream.windows import Window, window_positions
 
-# Limit on the bytes of logits in memory while variants are compared.
+# Limit on the bytes of logits in memory while variants are compared, counted as float32.
 _LOGIT_BYTES = 1 << 30
-# Positions whose logits are converted to float32 at once.
-_POSITIONS = 512
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -101,13 +100,20 @@ class Variants(Generic[Name]):
         if not skipped:
             layer.advance(self._states[name])
 
-    def divergences(self, dense: HiddenStates, *, last_position: bool) -> dict[Name, float]:
+    def divergences(
+        self,
+        dense: HiddenStates,
+        *,
+        last_position: bool,
+        watch: Callable[[int, int], None] = lambda done, total: None,
+    ) -> dict[Name, float]:
         """Compare the predictions of all variants, which have passed all layers, with those of the dense model.
 
         Args:
             dense: its final hidden states.
             last_position: whether to include the prediction after a sample's last token. The sample has no token to
                 check it against, so perplexity omits it; two distributions can still be compared there.
+            watch: called with the number of positions compared and their total, over all variants.
 
         Returns:
             Variant -> mean over positions of KL(dense || variant), in nats/token; NaN or infinite where the logits are.
@@ -117,38 +123,41 @@ class Variants(Generic[Name]):
         together = self._together()
         for start in range(0, len(names), together):
             some = names[start : start + together]
-            for logits in self._stream.logits(dense, *(self._states[name] for name in some)):
-                for name, more in zip(some, _sums(logits, last_position), strict=True):
+            states = [self._states[name] for name in some]
+
+            def count(done: int, every: int, start: int = start, some: int = len(some)) -> None:
+                watch(start * every + some * done, len(names) * every)
+
+            for window, logits in self._stream.logits(dense, *states, watch=count):
+                for name, more in zip(some, _sums(window, logits, last_position), strict=True):
                     totals[name] += more
         positions = sum(ids[:, 0 if last_position else 1 :].numel() for ids in self._stream.batches)
         return {name: total / positions for name, total in totals.items()}
 
     def _together(self) -> int:
         """How many variants have logits in memory at once, in addition to the dense model's."""
-        vocabulary = self._stream.source.model.config.get_text_config(decoder=True).vocab_size
-        return max(_LOGIT_BYTES // (4 * self._stream.batches[0].numel() * vocabulary) - 1, 1)
+        source, batch = self._stream.source, self._stream.batches[0]
+        positions = min(window_positions(source), batch.numel())
+        vocabulary = source.model.config.get_text_config(decoder=True).vocab_size
+        return max(_LOGIT_BYTES // (4 * positions * vocabulary) - 1, 1)
 
 
 def kl_divergence(dense: Tensor, other: Tensor) -> float:
-    """Sum over positions of KL(dense || other), in nats.
+    """Sum over positions of KL(dense || other), in nats: each position's in float32, their sum in float64.
 
     Args:
-        dense: log-probabilities [positions, vocabulary], float32 or wider.
+        dense: log-probabilities [..., positions, vocabulary], float32 or wider.
         other: the same.
     """
-    return float(F.kl_div(other, dense, reduction="sum", log_target=True))
+    return float(F.kl_div(other, dense, reduction="none", log_target=True).sum(-1).double().sum())
 
 
-def _sums(logits: tuple[Tensor, ...], last_position: bool) -> list[float]:
-    """KL(first || other) for each of the others, summed over positions, from logits [samples, length, vocabulary]."""
-    stop = None if last_position else -1
-    first, *others = (part[:, :stop].reshape(-1, part.shape[-1]).split(_POSITIONS) for part in logits)
-    sums = [0.0] * len(others)
-    for place, part in enumerate(first):
-        before = part.float().log_softmax(-1)
-        for which, other in enumerate(others):
-            sums[which] += kl_divergence(before, other[place].float().log_softmax(-1))
-    return sums
+def _sums(window: Window, logits: tuple[Tensor, ...], last_position: bool) -> list[float]:
+    """KL(first || other) for each of the others, summed over positions; logits [samples, positions, vocabulary]."""
+    ends = window.positions.stop == window.shape[1] and not last_position
+    first, *others = (part[:, : -1 if ends else None] for part in logits)
+    before = first.float().log_softmax(-1)
+    return [kl_divergence(before, other.float().log_softmax(-1)) for other in others]
 
 
 def _handed(stream: Stream, index: int) -> list[Tensor]:

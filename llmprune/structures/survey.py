@@ -151,7 +151,7 @@ class _Surveys:
         """Decide how many groups of each structure the budget removes."""
         if self._budget is None:
             return decisions
-        plan = self._budget.result()
+        plan = self._budget.result(self._watch_head)
         shared = {layer: dict(own) for layer, own in decisions.groups.items()}
         for layer, own in plan.groups.items():
             kinds = {
@@ -172,10 +172,14 @@ class _Surveys:
         methods = [method for method in _GRADIENTS if method in named]
         if not methods:
             return decisions
-        self._watch(Progress("survey", 0, 0, "gradients"))
+
+        def watch(what: str, done: int, total: int) -> None:
+            unit = "sample" if what == "head" else "layer"
+            self._watch(Progress(f"gradients, {what}", done, total, unit=unit))
+
         structures = {layer: [structure for structure, _ in own] for layer, own in asked.items()}
         ids = self._ids[:_GRADIENT_SAMPLES]
-        scores = gradient_scores(self._source, ids, self._settings, structures, methods, self._stages)
+        scores = gradient_scores(self._source, ids, self._settings, structures, methods, self._stages, watch)
         removed: dict[int, dict[str, tuple[tuple[int, ...], ...]]] = {}
         for layer, own in asked.items():
             for (structure, section), found in zip(own, scores.get(layer, ()), strict=True):
@@ -192,7 +196,12 @@ class _Surveys:
             self._watch(Progress("survey", passed, total, "measuring removals"))
 
         blocks = () if candidates and candidates[0].part == "layer" else self._removable.blocks
-        return remove_greedily(self._source, self._ids[:_FEW], self._settings, candidates, count, blocks, watch)
+        return remove_greedily(
+            self._source, self._ids[:_FEW], self._settings, candidates, count, blocks, watch, self._watch_head
+        )
+
+    def _watch_head(self, done: int, total: int) -> None:
+        self._watch(Progress("survey, head", done, total, unit="position"))
 
     def _split(self) -> tuple[Tensor, Tensor]:
         """Calibration tokens for the statistics, and those for KL divergences."""

@@ -13,8 +13,9 @@ from folders import tensors
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from llmprune import TextSpec, perplexity, prune
+from llmprune import TextSpec, perplexity, perplexity_against, prune
 from llmprune.models.source import ModelSource
+from llmprune.progress import Progress
 from llmprune.storage.report import load_report
 from llmprune.stream.stream import StreamSettings
 
@@ -100,7 +101,7 @@ def test_settings_have_a_default(tmp_path: Path, text: TextSpec) -> None:
 
 def reference_calibration_error(folder: Path, words: list[int], length: int, samples: int) -> float:
     """Guo et al. (2017) in plain loops and float64, from the logits of a stock model that is loaded whole."""
-    ids = torch.tensor(words)[: samples * length].view(samples, length)
+    ids = torch.tensor(words)[: samples * length].view(samples, length)  # this tokenizer puts nothing in front
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits.double()
     confidences, likeliest = logits.softmax(-1)[:, :-1].reshape(-1, logits.shape[-1]).max(-1)
@@ -137,8 +138,25 @@ def test_the_calibration_error_does_not_depend_on_how_much_is_read_at_once(
 ) -> None:
     source = logits_of(30.0, tmp_path / "model")
     whole = perplexity(source, text).calibration_error
-    monkeypatch.setattr("llmprune.measuring.perplexity._POSITIONS", 7)
+    monkeypatch.setattr("llmprune.stream.stream.window_positions", lambda *_: 7)
     assert perplexity(source, text).calibration_error == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_comparison_does_not_depend_on_how_many_logits_are_computed_at_once(
+    tmp_path: Path, text: TextSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the rounding of matmuls of other sizes, that is, seven digits of each position's logits in float32."""
+    dense, other = (logits_of(scale, tmp_path / str(scale)) for scale in (30.0, 20.0))
+    whole = perplexity_against(other, dense, text).to_dict()
+    seen: list[Progress] = []
+    monkeypatch.setattr("llmprune.stream.stream.window_positions", lambda *_: 5)
+    parts = perplexity_against(other, dense, text, watch=seen.append).to_dict()
+    for found, wanted in ((parts, whole), (parts["dense"], whole["dense"]), (parts["pruned"], whole["pruned"])):
+        for key, value in wanted.items():
+            assert found[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else found[key])
+    heads = [(step.layer, step.layers) for step in seen if step.stage == "perplexity, head"]
+    assert heads[-1] == (64, 64)
+    assert len(heads) == 4 * 4
 
 
 def test_a_bin_ends_with_its_upper_bound() -> None:

@@ -79,8 +79,26 @@ def test_the_stream_computes_the_models_logits(case: Case) -> None:
     for _ in stream:
         pass
     expected = logits(load(case.source), stream.batches)
-    streamed = [batch for (batch,) in stream.logits(stream.hidden)]
+    streamed = [batch for _, (batch,) in stream.logits(stream.hidden)]
     assert all(torch.equal(*pair) for pair in zip(streamed, expected, strict=True))
+
+
+def test_the_logits_of_some_positions_are_those_of_all(case: Case) -> None:
+    """Norm, head, scaling and soft-capping treat each position by itself, in every family."""
+    model = load(case.source)
+    stream = Stream(ModelSource(model), random_ids(3, 20), StreamSettings(batch_size=2, outputs=True))
+    for _ in stream:
+        pass
+    expected = logits(model, stream.batches)
+    for limit in (4 * VOCABULARY * 7, 4 * VOCABULARY * 20):
+        shares = [torch.full_like(batch, torch.nan) for batch in expected]
+        for window, (part,) in stream.logits(stream.hidden, limit_bytes=limit):
+            assert window.can_cut(stream.hidden[window.batch])
+            assert part.shape == window.cut(shares[window.batch]).shape
+            assert part[..., 0].numel() * VOCABULARY * 4 <= limit
+            window.cut(shares[window.batch]).copy_(part)
+        tolerance = 0.02 if expected[0].dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(shares, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_hidden_states_follow_the_pruning(case: Case) -> None:
@@ -93,7 +111,7 @@ def test_hidden_states_follow_the_pruning(case: Case) -> None:
             weight = layer.weight(name)
             layer.replace(name, weight * (weight > 0))
     expected = logits(model, stream.batches)
-    streamed = [batch for (batch,) in stream.logits(stream.hidden)]
+    streamed = [batch for _, (batch,) in stream.logits(stream.hidden)]
     assert all(torch.equal(*pair) for pair in zip(streamed, expected, strict=True))
 
 

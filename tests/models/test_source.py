@@ -37,7 +37,7 @@ def final_states(folder: Path) -> list[Tensor]:
     stream = Stream(CheckpointSource(folder), random_ids(3, 16), StreamSettings(batch_size=2, outputs=True))
     for _ in stream:
         pass
-    return [batch for (batch,) in stream.logits(stream.hidden)]
+    return [batch for _, (batch,) in stream.logits(stream.hidden)]
 
 
 def test_one_layer_or_the_ends_are_in_memory(llama: Path) -> None:

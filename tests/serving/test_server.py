@@ -1,5 +1,8 @@
 """`llmprune serve`, asked by the client that people use: one server for the dense testbed, one for the packed."""
 
+import contextlib
+import http.client
+import json
 import shutil
 import signal
 import socket
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 from command_line import run, spawn
 from packed_models import prune_by_magnitude
+from tiny_models import build, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
@@ -157,6 +161,83 @@ def test_ctrl_c_shuts_down(servers: dict[str, Server]) -> None:
         assert running.process.returncode == 130, output
         assert output.splitlines()[-1] == "server stopped"
         assert "Traceback" not in output
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Iterator[Server]:
+    """A server whose answers take hours: a tiny model with room for a million tokens, and no end of text."""
+    folder = save(build("llama", max_position_embeddings=1 << 20), tmp_path / "endless")
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, "eos_token_id": None}))
+    running = start(folder)
+    try:
+        wait(running)
+        yield running
+    finally:
+        running.process.kill()
+        running.process.communicate()
+
+
+def send(running: Server, fields: Any, missing: int = 0) -> socket.socket:
+    """Ask for a completion, without the last bytes of the request."""
+    body = json.dumps({"prompt": "w50", "max_tokens": 10**9, **fields}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection = socket.create_connection(("localhost", running.port), timeout=10)
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[: len(body) - missing])
+    return connection
+
+
+@needs_server
+@pytest.mark.parametrize(
+    ("state", "sent"),
+    [
+        *((state, signal.SIGTERM) for state in ("idle", "asked", "generating", "streaming")),
+        ("generating", signal.SIGINT),
+    ],
+)
+def test_a_signal_ends_the_server_whatever_it_does(endless: Server, state: str, sent: signal.Signals) -> None:
+    with contextlib.ExitStack() as open_connections:
+        if state == "asked":
+            open_connections.enter_context(send(endless, {}, missing=5))
+        elif state != "idle":
+            # The second request waits for the first.
+            for _ in range(2):
+                open_connections.enter_context(send(endless, {"stream": state == "streaming"}))
+        time.sleep(1.5 if state != "idle" else 0)
+        started = time.perf_counter()
+        endless.process.send_signal(sent)
+        output, _ = endless.process.communicate(timeout=30)
+        # After Ctrl-C the interpreter takes its libraries apart, which takes seconds of its own.
+        assert time.perf_counter() - started < (3 if sent is signal.SIGTERM else 15)
+    assert endless.process.returncode == (130 if sent is signal.SIGINT else -signal.SIGTERM), output
+    assert "Traceback" not in output
+    assert ("[Request received]" in output) == (state in ("generating", "streaming"))
+
+
+@needs_server
+def test_clients_that_leave_and_those_that_are_not_answered(endless: Server) -> None:
+    for stream in (False, True):
+        with send(endless, {"stream": stream}):
+            time.sleep(1)
+        started = time.perf_counter()
+        with endless.client() as client:
+            client.completions.create(model=endless.name, prompt="w50", max_tokens=1)
+        assert time.perf_counter() - started < 5
+
+    def status(method: str, path: str, body: str = "", **headers: str) -> int:
+        connection = http.client.HTTPConnection("localhost", endless.port, timeout=30)
+        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        found = connection.getresponse().status
+        connection.close()
+        return found
+
+    assert status("GET", "/health") == 200
+    assert status("GET", "/health", Host="evil.example") == 400
+    assert status("POST", "/reset") == status("POST", "/load_model") == 404
+    assert status("POST", "/v1/completions", '{"prompt": "x"}', Content_Type="text/plain") == 415
+    large = json.dumps({"prompt": "x" * (9 << 20)})
+    assert status("POST", "/v1/completions", large, Content_Type="application/json") == 413
 
 
 @needs_server

@@ -48,6 +48,20 @@ def test_gradients_are_those_of_the_whole_model(family: str) -> None:
     assert any(bool(mean.abs().max() > 1e-4) for mean, _ in wanted.values())
 
 
+@pytest.mark.parametrize("family", ["gemma2", "granite", "opt-350m", "mamba2"])
+def test_gradients_do_not_depend_on_how_many_logits_are_computed_at_once(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(family, dtype=torch.float64)
+    names = {1: matrix_names(model)[1][:1]}
+    whole = streamed(model, names)
+    # Ten positions, the last of which has no token to predict.
+    for most in (3, 1):
+        monkeypatch.setattr("llmprune.stream.stream.window_positions", lambda *_, most=most: most)
+        for key, found in streamed(model, names).items():
+            assert_close(found, whole[key], rtol=1e-4, atol=2e-5 * float(whole[key][0].abs().max()))
+
+
 def test_soft_capping_of_the_logits_takes_part() -> None:
     """Guards the comparison above: without the cap the gradients of Gemma 2 are others."""
     capped, free = (build("gemma2", final_logit_softcapping=cap) for cap in (0.5, None))

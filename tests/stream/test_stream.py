@@ -17,6 +17,7 @@ from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.stream.activations import HiddenStates, LayerCalls
 from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.windows import windows
 
 
 def grams(model: PreTrainedModel, **settings: Any) -> dict[str, Gram]:
@@ -30,7 +31,7 @@ def test_a_single_layer_is_streamed() -> None:
     assert [layer.name for layer in run] == ["model.layers.0"]
     with torch.no_grad():
         expected = [model(input_ids=ids).logits for ids in run.batches]
-    assert all(torch.equal(*pair) for pair in zip([x for (x,) in run.logits(run.hidden)], expected, strict=True))
+    assert all(torch.equal(*pair) for pair in zip([x for _, (x,) in run.logits(run.hidden)], expected, strict=True))
 
 
 def test_budget_zero_puts_hidden_states_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,3 +254,51 @@ def test_logits_leave_gradients_as_they_are() -> None:
         for _ in zip(run.logits(run.hidden), run.logits(run.hidden), strict=True):
             assert torch.is_grad_enabled()
         assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("shape", "most", "parts"),
+    [
+        ((3, 5), 15, [(0, 3, 0, 5)]),
+        ((3, 5), 14, [(0, 2, 0, 5), (2, 3, 0, 5)]),
+        ((2, 5), 5, [(0, 1, 0, 5), (1, 2, 0, 5)]),
+        ((2, 5), 4, [(0, 1, 0, 3), (0, 1, 3, 5), (1, 2, 0, 3), (1, 2, 3, 5)]),
+        ((1, 3), 1, [(0, 1, 0, 1), (0, 1, 1, 2), (0, 1, 2, 3)]),
+    ],
+)
+def test_windows_cover_a_batch_once_and_in_order(
+    shape: tuple[int, int], most: int, parts: list[tuple[int, int, int, int]]
+) -> None:
+    found = list(windows(0, shape, most))
+    assert [(w.samples.start, w.samples.stop, w.positions.start, w.positions.stop) for w in found] == parts
+    assert [w.is_whole for w in found] == [len(parts) == 1] * len(parts)
+
+
+def test_the_logits_of_a_window_take_no_more_than_the_limit() -> None:
+    run = stream(build("llama"), outputs=True)
+    walk(run, lambda layer: None)
+    done: list[tuple[int, int]] = []
+    limit = 4 * 128 * 5
+    sizes = [
+        logits.numel() * 4
+        for _, (logits,) in run.logits(run.hidden, limit_bytes=limit, watch=lambda *d: done.append(d))
+    ]
+    assert max(sizes) <= limit < 4 * 128 * 12
+    assert done[-1] == (60, 60)
+    assert len(done) == len(sizes) == 5 * 3
+
+
+def test_hidden_states_in_a_shape_of_their_own_are_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five samples of five tokens, it's not clear which dimension is which where the hidden size is five, too."""
+    ids = random_ids(5, 5)
+    heads_of_8 = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    run = stream(build("llama", hidden_size=5, **heads_of_8), ids, batch_size=5, outputs=True)
+    walk(run, lambda layer: None)
+    heads: list[tuple[int, ...]] = []
+    head = run.head
+    monkeypatch.setattr(run, "head", lambda ids, final: (heads.append(tuple(ids.shape)), head(ids, final))[1])
+    whole = [logits for _, (logits,) in run.logits(run.hidden)]
+    parts = [logits for _, (logits,) in run.logits(run.hidden, limit_bytes=4 * 128 * 3)]
+    assert heads == [(5, 5), (5, 5)]
+    assert len(parts) == 10
+    assert torch.equal(torch.cat(parts, 1).reshape(whole[0].shape), whole[0])

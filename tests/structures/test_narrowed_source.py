@@ -33,7 +33,7 @@ def narrow(folder: Path, compute_dtype: torch.dtype | None = None) -> WidthSourc
 
 def streamed(source: WidthSource) -> list[Tensor]:
     run = run_stream(source, IDS, StreamSettings(batch_size=2), ignore, "test")
-    return [logits for (logits,) in run.logits(run.hidden)]
+    return [logits for _, (logits,) in run.logits(run.hidden)]
 
 
 def direct(model: PreTrainedModel) -> list[Tensor]:

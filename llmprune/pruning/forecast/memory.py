@@ -16,7 +16,9 @@ forward         batch x length tokens x (6 hidden sizes + 3 widest dimensions) i
 solving         what the method states for the current matrix (`Method.workspace`): for [o, i] 20 o i bytes, and 6 i^2
                 more for SparseGPT
 
-Not counted: what the libraries allocate and keep at the first matmuls of a process, some tens of megabytes.
+Not counted: the logits of an evaluation, of as many positions at a time as make 128 MB in float32 (`stream.windows`),
+with their log-softmax for each of two models and the divergence up to 0.8 GB (`stream.guard.scoring_needs`); and what
+the libraries allocate and keep at the first matmuls of a process, some tens of megabytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -142,6 +144,6 @@ def pruning_needs(
     peak = predict_peak(ends_bytes(source), min(hidden, settings.activation_budget), 0, layers)
     needs = f"up to {format_size(peak)} for pruning, in addition to the program itself"
     if "evaluation" in texts:
-        # Dense and pruned logits are in memory together to be compared.
+        # Dense and pruned logits of some positions are in memory together to be compared.
         needs += f", and {scoring_needs(source, texts['evaluation'], settings, models=2)}"
     return needs

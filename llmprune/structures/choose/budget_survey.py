@@ -7,7 +7,7 @@ divergence of the logits is measured. Each structure has its own hidden states f
 costs about structures * layers / 2 forwards of a layer over them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -110,14 +110,17 @@ class BudgetSurvey:
                 self._begin(shadow, offer, groups)
         shadow.advance()
 
-    def result(self) -> BudgetPlan:
+    def result(self, watch: Callable[[int, int], None] = lambda done, total: None) -> BudgetPlan:
         """Measure the KL divergences and choose the levels, once the stream has ended.
+
+        Args:
+            watch: called with the number of positions compared and their total.
 
         Raises:
             NumericsError: a divergence is not finite; names the structure.
         """
         # All positions count, including the last: the validation sequences are few.
-        divergences = self._variants.divergences(self._stream.hidden, last_position=True)
+        divergences = self._variants.divergences(self._stream.hidden, last_position=True, watch=watch)
         assert len(divergences) == sum(map(len, self._open)), "the survey has not seen all layers"
         measured = [
             Measured(variant.layer, variant.offer, variant.curve, variant.reference, divergence)

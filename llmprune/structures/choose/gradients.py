@@ -1,6 +1,6 @@
 """Score the groups of structures by gradients of the dense model's loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -27,6 +27,7 @@ def gradient_scores(
     structures: Mapping[int, Sequence[Structure]],
     methods: Sequence[GradientMethod],
     stages: Stages | None = None,
+    watch: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[int, LayerScores]:
     """Score the groups of structures of the dense model by gradients of its loss.
 
@@ -37,6 +38,7 @@ def gradient_scores(
         structures: layer -> structures that are not refused.
         methods: the scores.
         stages: stopwatch.
+        watch: as for `BackwardStream`.
 
     Returns:
         Layer -> for each of its structures, in order, method -> float64 [groups]; for channels of fused experts, which
@@ -52,7 +54,7 @@ def gradient_scores(
     }
     return {
         layer.index: [{method: _score(layer, structure, method) for method in methods} for structure in own]
-        for layer in BackwardStream(source, ids, settings, names, stages)
+        for layer in BackwardStream(source, ids, settings, names, stages, watch)
         if (own := structures[layer.index])
     }
 

@@ -27,6 +27,7 @@ def remove_greedily(
     count: int,
     blocks: Sequence[SubBlocks] = (),
     watch: Callable[[int, int], None] = lambda done, total: None,
+    watch_head: Callable[[int, int], None] = lambda done, total: None,
 ) -> DepthRemoval:
     """Remove one candidate after another, each time the one without which the predictions diverge least.
 
@@ -42,6 +43,7 @@ def remove_greedily(
         count: how many to remove; if a sub-block and later its layer are chosen, the result only has the layer.
         blocks: sub-blocks of each layer, if there are any among the candidates.
         watch: called with the number of layers done and their total.
+        watch_head: called with the number of positions compared after a step's last layer, and their total.
 
     Raises:
         RecipeError: that many cannot be removed.
@@ -57,7 +59,7 @@ def remove_greedily(
     settings = replace(settings, held_back=0, outputs=True, activation_budget=share)
     search = _Greedy(lambda: Stream(source, ids, settings), candidates, blocks)
     for _ in range(count):
-        search.step(lambda passed: watch(passed, count * layers))
+        search.step(lambda passed: watch(passed, count * layers), watch_head)
     return search.result()
 
 
@@ -74,7 +76,7 @@ class _Greedy:
         self._dense: HiddenStates | None = None
         self._passed = 0
 
-    def step(self, watch: Callable[[int], None]) -> None:
+    def step(self, watch: Callable[[int], None], watch_head: Callable[[int, int], None]) -> None:
         """Measure each candidate on top of what is already removed; remove the one with the lowest KL divergence."""
         stream = self._start()
         variants = Variants[DepthUnit](stream, _FIX)
@@ -85,7 +87,7 @@ class _Greedy:
         if self._dense is None:
             self._dense = stream.hidden  # nothing has been removed yet
         # The last position has no next token to predict; perplexity leaves it out too.
-        divergences = variants.divergences(self._dense, last_position=False)
+        divergences = variants.divergences(self._dense, last_position=False, watch=watch_head)
         _require_numbers(divergences)
         best = min(divergences, key=lambda candidate: (divergences[candidate], candidate))
         self._gone.append(best)

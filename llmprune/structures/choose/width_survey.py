@@ -1,5 +1,6 @@
 """Measure the hidden channels of the dense model: their importance, and their share of each norm's input energy."""
 
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -101,7 +102,8 @@ class WidthSurvey:
         """
         model, layers = stream.source.model, f"{stream.source.layers_path}."
         outside = {name: model.get_submodule(name) for name in self._width.norms if not name.startswith(layers)}
-        logits = cast(Generator[tuple[Tensor, ...], None, None], stream.logits(stream.hidden))
+        # Whole batches, since there are no logits here that would have to fit into memory.
+        logits = cast(Generator[Any, None, None], stream.logits(stream.hidden, limit_bytes=sys.maxsize))
         with self._watching(outside), _without_head(model), closing(logits) as batches:
             for batch, _ in zip(range(stream.statistics_batches), batches, strict=False):
                 if batch == 0:

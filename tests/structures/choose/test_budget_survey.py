@@ -111,7 +111,7 @@ def test_the_dense_model_stays_and_its_stream_goes_on() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with torch.no_grad():
         expected = [model(input_ids=ids, use_cache=False).logits for ids in run.batches]
-    assert all(torch.equal(*pair) for pair in zip([x for (x,) in run.logits(run.hidden)], expected, strict=True))
+    assert all(torch.equal(*pair) for pair in zip([x for _, (x,) in run.logits(run.hidden)], expected, strict=True))
 
 
 def test_a_checkpoint_and_a_full_disk_of_variants_give_the_same(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def test_logits_of_few_variants_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     model = build("llama", num_hidden_layers=4)
     at_once = greedy_on(model, layer_candidates(4), 1)
     monkeypatch.setattr(variants, "_LOGIT_BYTES", 1)
-    monkeypatch.setattr(variants, "_POSITIONS", 5)
+    monkeypatch.setattr("llmprune.stream.stream.window_positions", lambda *_: 5)
     one_by_one = greedy_on(model, layer_candidates(4), 1)
     assert one_by_one.steps[0][1] == pytest.approx(at_once.steps[0][1], rel=1e-5)
 
