@@ -4,14 +4,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +25,33 @@ _SILENT_SECONDS = 10.0
 
 # Width of results that go to a file or another program, where nothing wraps long lines.
 _PLAIN_WIDTH = 160
+
+
+# What sets the direction of text, and so can make a name look like another.
+_DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+class _SafeConsole(Console):
+    """A console that shows control characters escaped: names of files and tensors may hold any, even a terminal's."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=escaped(segment.text))
+
+
+def new_console(*, stderr: bool = False) -> Console:
+    """A console for plain text on stdout or stderr."""
+    return _SafeConsole(stderr=stderr, highlight=False, markup=False)
+
+
+def escaped(text: str) -> str:
+    """The text with control characters as in a Python literal; line breaks and tabs stay."""
+    return "".join(
+        ascii(character)[1:-1]
+        if character in _DIRECTIONS or (unicodedata.category(character) == "Cc" and character not in "\n\t")
+        else character
+        for character in text
+    )
 
 
 class Pace:
@@ -68,7 +97,7 @@ class Display:
     """
 
     def __init__(self, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = Console(stderr=True, highlight=False, markup=False)
+        self._console = new_console(stderr=True)
         self._clock, self._pace = clock, Pace()
         self._silent = quiet
         self._printed: float | None = None
@@ -137,7 +166,7 @@ class Display:
 
 def show(*renderables: RenderableType) -> None:
     """Print results to stdout."""
-    console = Console(highlight=False, markup=False)
+    console = new_console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PLAIN_WIDTH
     for renderable in renderables:
@@ -152,12 +181,12 @@ def show_json(content: Any) -> None:
 
 def tell(message: str) -> None:
     """Print one line to stderr."""
-    Console(stderr=True, highlight=False, markup=False).print(message, soft_wrap=True)
+    new_console(stderr=True).print(message, soft_wrap=True)
 
 
 def show_error(error: LlmpruneError) -> None:
     """Print what happened, what was expected and how to fix it to stderr."""
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = new_console(stderr=True)
     console.print(Text(f"Error: {error.what}", "bold red"), soft_wrap=True)
     for label, text in (("expected", error.expected), ("fix", error.fix)):
         if text:

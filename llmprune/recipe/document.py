@@ -29,6 +29,11 @@ class Document:
         return self.places.get(next(written, ()), self.name)
 
 
+# Keys whose values are paths or prose.
+_TEXT_KEYS = ("source", "description")
+_TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:null")
+
+
 class _RecipeLoader(yaml.SafeLoader):
     """Reads plain scalars as YAML 1.2 does: 2:4 (124 in YAML 1.1), no and dates are text, 1e-3 is a number."""
 
@@ -129,9 +134,30 @@ def override(document: Document, assignment: str) -> None:
                 f"{label}: the method is {one_of(section)}, not {path[depth]}",
                 fix="set a knob of this method, or set the method as well",
             )
-    section[path[-1]], lines = _read_yaml(text, lambda line: label)
+    literal = _literal(text.strip(), text_key=path[-1] in _TEXT_KEYS)
+    section[path[-1]], lines = _read_yaml(text, lambda line: label) if literal is None else (literal, {})
     document.places = {old: place for old, place in document.places.items() if old[: len(path)] != path}
     document.places.update({path + inside: label for inside in ((), *lines)})
+
+
+def _literal(text: str, *, text_key: bool) -> str | None:
+    """The value of an override as it stands, where YAML would cut it or take it for something else; otherwise None.
+
+    On one line, a list has brackets and a mapping has braces; a comment, an alias or a tag has no use. So a path may
+    hold `#`, `: ` and `*`.
+    """
+    try:
+        node = _RecipeLoader(text).get_single_node()
+    except yaml.YAMLError:
+        return None if text.startswith(("[", "{")) and not text_key else text
+    if node is None:
+        return text or None
+    whole = (node.start_mark.index, node.end_mark.index) == (0, len(text))
+    if isinstance(node, yaml.ScalarNode):
+        number = text_key and node.style is None and node.tag not in _TEXT_TAGS
+        return None if whole and not number else text
+    bracketed = isinstance(node, yaml.CollectionNode) and node.flow_style
+    return None if whole and bracketed and not text_key else text
 
 
 def _enter(section: dict[str, Any], part: str, where: str) -> dict[str, Any]:

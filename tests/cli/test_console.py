@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import tiny_models
 from command_line import SMALL, make_plain, run, spawn
+from rich.text import Text
 
+from llmprune.cli import console
 from llmprune.cli.console import Display, Pace
 from llmprune.errors import LlmpruneError
 from llmprune.progress import Progress
@@ -27,6 +30,34 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers, hidden size 32, with a tokenizer of the words w0 to w127."""
     return tiny_models.save(tiny_models.build("llama"), tmp_path_factory.mktemp("llama"))
+
+
+HOSTILE = "a\x1b]0;owned\x07b\x9bc\u202ed\re\x7f"
+SHOWN = r"a\x1b]0;owned\x07b\x9bc\u202ed\re\x7f"
+
+
+def test_control_characters_in_names_are_shown_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    """In results, tables, progress and errors; rich itself drops some of them unseen."""
+    table = console.new_table("matrix", "value", left=(0, 1))
+    table.add_row(HOSTILE, "ä\t1")
+    console.show(HOSTILE, Text(HOSTILE), console.facts((HOSTILE, HOSTILE)), table)
+    console.tell(HOSTILE)
+    console.show_error(LlmpruneError(HOSTILE, expected=HOSTILE, fix=HOSTILE))
+    Display()(Progress(HOSTILE))
+    shown = capsys.readouterr()
+    for stream, times in ((shown.out, 5), (shown.err, 5)):
+        assert not {c for c in stream if unicodedata.category(c) == "Cc"} - {"\n", "\t"}
+        assert "\u202e" not in stream
+        assert stream.count(r"a\x1b]0;owned") == times
+    assert SHOWN.replace(r"\x07", "").replace(r"\r", "") in shown.out.replace(r"\x07", "").replace(r"\r", "")
+    assert "ä" in shown.out
+
+
+def test_the_styles_of_a_terminal_stay(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    console.show_error(LlmpruneError("a\x1b[0mb"))
+    assert capsys.readouterr().err == "\x1b[1;31mError: a\\x1b[0mb\x1b[0m\n"
 
 
 @pytest.mark.slow

@@ -112,3 +112,34 @@ def test_packing_keeps_card_and_report_true(tmp_path: Path) -> None:
     assert sizes[1] == {"stored_bytes": report.packed_checkpoint_bytes, "dense_bytes": report.dense_checkpoint_bytes}
     assert sizes[1]["stored_bytes"] < sizes[0]["stored_bytes"] == sizes[2]["stored_bytes"]
     assert (packed / "report.html").is_file()
+
+
+NAMES = [
+    "<img src=x onerror=alert(1)>", "a\n# b", "a](javascript:x)", "a`b``c", "*b*_c_", "&lt;b&gt;", "| a | b", "![x](y)",
+    "@someone", "~~a~~", "$x$", "\x1b[31mred", "a\u202eb", "```\n# b", "https://x.example", "a  \n\n- b", "1. a",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_only_text_in_the_card(tmp_path: Path, name: str) -> None:
+    content = card(tmp_path, f"/data/{name}", evaluation=measured(text=f"/data/{name}")).content
+    body, inside, fence = [], False, ""
+    for line in content.split("---\n", 2)[2].splitlines():
+        if not inside and (opening := re.fullmatch(r"(`{3,})(yaml|bash)", line)):
+            inside, fence = True, opening[1]
+        elif inside:
+            inside = line != fence
+        else:
+            body.append(re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "CODE", line) if line.startswith("On ") else line)
+    assert not inside
+    headings = [line for line in body if line.startswith("#")]
+    assert [line.startswith("## ") for line in headings] == [False, True]
+    assert headings[0].endswith(", pruned")
+    text = "\n".join(body)
+    assert not re.search(r"(?<!\\)[<>\[\]*~$@|!]", re.sub(r"\|.*\|", "", text))
+    assert text.isprintable() or set(text) - {"\n"} == {c for c in text if c.isprintable()}
+
+
+def measured(text: str) -> dict[str, Any]:
+    dense = {**MEASURED["dense"], "text": {"source": text}}
+    return {**MEASURED, "dense": dense}

@@ -15,6 +15,7 @@ from llmprune.methods import METHODS, Random, SparseGPT, Wanda
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.patterns import NM, Block, Pattern, Unstructured
 from llmprune.pruning.jobs import plan_jobs
+from llmprune.recipe.grid import read_grid
 from llmprune.recipe.recipe import Recipe, bundled_recipes, load_recipe
 from llmprune.storage.hub import resolve_model
 from llmprune.text.tokens import TextSpec
@@ -236,6 +237,24 @@ def test_digest_depends_on_every_key_but_the_description() -> None:
     assert digest == hashlib.sha256(canonical.encode()).hexdigest()
 
 
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        *((path, path) for path in (
+            "run #3/c.jsonl", "a: b/c.jsonl", "[old] run/c.jsonl", "[old]", "{a}/c.jsonl", "it's/c.jsonl",
+            "'a' b.jsonl", '"a".jsonl', "*.jsonl", "&a/c.jsonl", "!a/c.jsonl", "- a.jsonl", "#3.jsonl", "%a", "@a",
+            "2024", "a  b.txt",
+            "c:/x.txt", "a, b.txt", "true", "~/c.jsonl",
+        )),
+        ("'run #3/c.jsonl'", "run #3/c.jsonl"), ('"[old]"', "[old]"),
+    ],
+)  # fmt: skip
+def test_a_path_in_an_override_stays_whole(text: str, source: str) -> None:
+    assert load_recipe(SMALL, [f"calibration.source={text}"]).calibration.source == source
+    assert load_recipe(SMALL, [f"description={text}"]).description == source
+    assert read_grid([f"description={text.replace(',', '')}"]) == {"description": [source.replace(",", "")]}
+
+
 def test_recipe_cannot_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_recipe(SMALL).held_back = 1
@@ -253,6 +272,7 @@ def test_recipe_cannot_change() -> None:
         ("experts.min_tokens=1", Recipe(pattern=NM(4, 8), method=SparseGPT(), experts={"min_tokens": 1})),
         ("decoder_layers=", Recipe(pattern=NM(4, 8), method=SparseGPT())),
         ("description=a=b", Recipe(pattern=NM(4, 8), method=SparseGPT(), description="a=b")),
+        ("exclude=[a, '*.b #c'] ", Recipe(pattern=NM(4, 8), method=SparseGPT(), exclude=("a", "*.b #c"))),
     ],
 )
 def test_overrides(override: str, expected: Recipe) -> None:
