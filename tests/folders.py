@@ -28,6 +28,11 @@ def weights_and_texts(folder: Path) -> dict[str, bytes]:
     return {name: content for name, content in contents(folder).items() if name not in timed}
 
 
+def unlisted(folder: Path) -> dict[str, bytes]:
+    """Every file below the folder but the manifest, which lists them."""
+    return {name: content for name, content in contents(folder).items() if name != ".llmprune.json"}
+
+
 def bits(tensor: Tensor) -> Tensor:
     """The tensor's bits as integers, so that -0.0 and 0.0 differ and NaN equals itself."""
     return tensor.contiguous().view(_BITS[tensor.dtype.itemsize])

@@ -169,12 +169,14 @@ def bench(
         from llmprune.cli.tables.measuring import bench_tables
         from llmprune.measuring.bench import bench as benching
         from llmprune.measuring.bench.record import BENCH_NAME, read_results, write_result
+        from llmprune.storage.files import require_writable
         from llmprune.timing import Effort
 
         checkpoint = _existing(folder)
         target = output.expanduser() if output else checkpoint / BENCH_NAME
         # Fail now, not after minutes of measuring, if the file cannot be added to.
         read_results(target)
+        require_writable(target)
         settings = benching.BenchSettings(
             device or "auto", *sizes, length, dtype=dtype.value, tune=tune, effort=Effort(seconds)
         )

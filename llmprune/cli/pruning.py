@@ -146,7 +146,7 @@ def _dry_run(
             require_empty(folder, resume=resume, overwrite=overwrite)
         plan = dry_run(model, recipe, settings)
         if folder is not None:
-            require_space(folder, plan.disk_bytes)
+            require_space(folder, plan.disk_bytes, resume=resume)
         if as_json:
             console.show_json(plan.to_dict())
         else:

@@ -65,7 +65,10 @@ def compare(
         from llmprune.cli.tables.comparing import comparison_tables
         from llmprune.pages import compare as compare_runs
         from llmprune.pages import write_comparison
+        from llmprune.storage.files import require_writable
 
+        if html is not None:
+            require_writable(html.expanduser())
         comparison = compare_runs(folders, against)
         if html is not None:
             page = write_comparison(comparison, html.expanduser())

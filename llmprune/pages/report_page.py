@@ -14,7 +14,7 @@ from llmprune.pages.labels import divergence, massive_line, perplexity, short_re
 from llmprune.pages.layers import LAYER, layer_parts, number, structure_parts
 from llmprune.pages.measured import evaluation_parts, speed_parts
 from llmprune.pages.page import Chart, Facts, Listing, Part, Section, Table, Tiles, render
-from llmprune.storage.files import write_text
+from llmprune.storage.files import require_writable, write_text
 from llmprune.storage.report import PAGE_NAME, Report, load_report
 from llmprune.units import format_seconds, format_size
 
@@ -44,6 +44,7 @@ def write_report(folder: Path) -> Path:
     """
     folder = Path(folder)
     report = load_report(folder)
+    require_writable(folder / PAGE_NAME)
     stored = stored_bytes(folder) if has_weights(folder) else None
     write_text(folder / PAGE_NAME, report_page(report, read_beside(folder), stored))
     return folder / PAGE_NAME

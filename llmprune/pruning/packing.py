@@ -1,10 +1,11 @@
 """Convert a dense checkpoint to a packed one and back, with one shard in memory at a time.
 
 What will be packed is decided first, from the zeros in the weights: a checkpoint that cannot be packed is refused
-before anything is written. config.json is written last, because no folder can be loaded without it.
+before anything is written.
 """
 
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,14 +21,16 @@ from llmprune.models.decoder import prunable_matrices
 from llmprune.pages import write_report
 from llmprune.patterns import NM, Pattern, Unstructured, parse
 from llmprune.progress import Progress, Watcher, ignore
-from llmprune.pruning.card import update_card
+from llmprune.pruning.card import CARD_NAME, update_card
+from llmprune.storage.companions import CONFIG_NAME, copy_companions
+from llmprune.storage.config_files import write_config
 from llmprune.storage.detection import detect_pattern
+from llmprune.storage.exchange import replacing
 from llmprune.storage.files import INDEX_NAME, SINGLE_NAME, Stored, read_index, read_json, write_json, write_shard
 from llmprune.storage.folders import (
-    copy_companions,
+    RECIPE_NAME,
+    SAMPLES_NAME,
     expanded,
-    locked,
-    remove_checkpoint,
     require_empty,
     require_free,
     require_other,
@@ -46,10 +49,8 @@ from llmprune.storage.packed_config import (
 )
 from llmprune.storage.report import REPORT_NAME, load_report
 
-_CONFIG = "config.json"
-
 # The files that say how llmprune made a checkpoint.
-_HISTORY = (REPORT_NAME, "recipe.yaml", "README.md")
+_HISTORY = (REPORT_NAME, RECIPE_NAME, SAMPLES_NAME, CARD_NAME)
 
 _FORMATS = ("auto", "nm", "block", "bitmask")
 
@@ -134,7 +135,7 @@ def pack(
         folder: a local folder with config.json and safetensors.
         output: another folder, created if it does not exist; default: the name of `folder` with "-packed" appended.
         format: "nm" (N:M), "block", "bitmask" (any zeros), or "auto" for the best one for each matrix.
-        overwrite: remove an earlier checkpoint from `output` first.
+        overwrite: replace an earlier checkpoint in `output`, once the new one is whole.
         watch: told about every shard.
 
     Raises:
@@ -147,7 +148,7 @@ def pack(
         raise PatternError(f"format {format!r}", expected=", ".join(_FORMATS))
     source = _existing(folder)
     target = source.with_name(source.name + "-packed") if output is None else expanded(output)
-    config = read_json(source / _CONFIG)
+    config = read_json(source / CONFIG_NAME)
     if packed_layouts(config):
         raise CheckpointError(
             f"{source} is already packed", expected="a dense checkpoint", fix="unpack it first (llmprune unpack)"
@@ -174,8 +175,9 @@ def pack(
     report = PackReport(target, tuple(rows), dense, dense - saved)
     shards = {key: tensor.file.name for key, tensor in stored.items()}
     require_space(target, report.packed_checkpoint_bytes)
-    _Writer(source, target, shards, watch).write(read, with_packing_record(config, layouts), "packing")
-    _update_history(report, report.packed_checkpoint_bytes)
+    with replacing(target) as new:
+        _Writer(source, new, shards, watch).write(read, with_packing_record(config, layouts), "packing")
+        _update_history(new, report, report.packed_checkpoint_bytes)
     return report
 
 
@@ -187,7 +189,7 @@ def unpack(folder: str | Path, output: str | Path, overwrite: bool = False, watc
     Args:
         folder: a packed checkpoint.
         output: another folder, created if it does not exist.
-        overwrite: remove an earlier checkpoint from `output` first.
+        overwrite: replace an earlier checkpoint in `output`, once the new one is whole.
         watch: told about every shard.
 
     Raises:
@@ -196,7 +198,7 @@ def unpack(folder: str | Path, output: str | Path, overwrite: bool = False, watc
         ResumeError: `output` is not empty, is in use, or is `folder` itself.
     """
     source, target = _existing(folder), expanded(output)
-    config = read_json(source / _CONFIG)
+    config = read_json(source / CONFIG_NAME)
     if not (layouts := packed_layouts(config)):
         raise CheckpointError(f"{source} is not packed", expected="a checkpoint that llmprune packed")
     _refuse_occupied(target, source, overwrite)
@@ -218,8 +220,9 @@ def unpack(folder: str | Path, output: str | Path, overwrite: bool = False, watc
     report = PackReport(target, tuple(rows), after, before)
     require_space(target, after)
     shards = {key: _file_of(tensor).name for key, tensor in dense.items()}
-    _Writer(source, target, shards, watch).write(read, without_packing_record(config), "unpacking")
-    _update_history(report, report.dense_checkpoint_bytes)
+    with replacing(target) as new:
+        _Writer(source, new, shards, watch).write(read, without_packing_record(config), "unpacking")
+        _update_history(new, report, report.dense_checkpoint_bytes)
     return report
 
 
@@ -229,7 +232,7 @@ class _Writer:
 
     Attributes:
         source: the other one.
-        target: an empty folder, or one to be replaced.
+        target: an empty folder.
         shards: key of each tensor to read from `source` -> name of its shard.
         watch: told about every shard.
     """
@@ -244,54 +247,53 @@ class _Writer:
         names = sorted(set(self.shards.values()))
         weight_map: dict[str, str] = {}
         total = 0
-        with locked(self.target):
-            with writing_to(self.target):
-                remove_checkpoint(self.target)
-            for done, name in enumerate(names):
-                self.watch(Progress(stage, done, len(names), name, unit="file"))
-                tensors: dict[str, Tensor] = {}
-                for key in (key for key, shard in self.shards.items() if shard == name):
-                    tensors |= read(key)
-                write_shard(self.target / name, tensors)
-                weight_map |= dict.fromkeys(tensors, name)
-                total += sum(tensor.nbytes for tensor in tensors.values())
-            if names != [SINGLE_NAME]:
-                metadata = read_json(self.source / INDEX_NAME).get("metadata") or {}
-                index = {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-                write_json(self.target / INDEX_NAME, index)
-            self._copy_companions()
-            write_json(self.target / _CONFIG, config)
+        for done, name in enumerate(names):
+            self.watch(Progress(stage, done, len(names), name, unit="file"))
+            tensors: dict[str, Tensor] = {}
+            for key in (key for key, shard in self.shards.items() if shard == name):
+                tensors |= read(key)
+            write_shard(self.target / name, tensors)
+            weight_map |= dict.fromkeys(tensors, name)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+        if names != [SINGLE_NAME]:
+            metadata = read_json(self.source / INDEX_NAME).get("metadata") or {}
+            index = {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(self.target / INDEX_NAME, index)
+        self._copy_companions()
+        write_config(self.target, config)
         self.watch(Progress(stage, len(names), len(names), unit="file"))
 
     def _copy_companions(self) -> None:
-        copy_companions(self.source, self.target, but=_CONFIG)
         with writing_to(self.target):
+            for left_out in copy_companions(self.source, self.target):
+                self.watch(Progress(left_out))
             for name in _HISTORY:
                 if (self.source / name).is_file():
                     shutil.copyfile(self.source / name, self.target / name)
 
 
-def _update_history(packed: PackReport, stored_bytes: int) -> None:
+def _update_history(folder: Path, packed: PackReport, stored_bytes: int) -> None:
     """Make the copied report and card describe this checkpoint."""
-    update_card(packed.folder)
+    update_card(folder)
     size = {"stored_bytes": stored_bytes, "dense_bytes": packed.dense_checkpoint_bytes}
     try:
-        report = load_report(packed.folder)
+        report = load_report(folder)
     except CheckpointError:
         return  # there is none, or the file of this name was written by another program
-    replace(report, header={**report.header, "size": size}).save(packed.folder)
-    write_report(packed.folder)
+    replace(report, header={**report.header, "size": size}).save(folder)
+    write_report(folder)
 
 
 def _existing(folder: str | Path) -> Path:
     path = expanded(folder)
-    if not (path / _CONFIG).is_file():
+    if not (path / CONFIG_NAME).is_file():
         raise CheckpointError(
-            f"{path} has no {_CONFIG}" if path.is_dir() else f"no folder {path}",
+            f"{path} has no {CONFIG_NAME}" if path.is_dir() else f"no folder {path}",
             expected="a local folder with config.json and safetensors",
             fix="check the spelling; relative paths start at the current folder",
         )
-    return path.resolve()
+    # With its last part, which names the output, but not that of a link's target.
+    return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() follows links
 
 
 def _refuse_occupied(target: Path, source: Path, overwrite: bool) -> None:

@@ -14,7 +14,7 @@ from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.source import ModelSource, Source
 from llmprune.pages import write_report
 from llmprune.precision import computed_in, dtype_name
-from llmprune.progress import Watcher, ignore
+from llmprune.progress import Progress, Watcher, ignore
 from llmprune.pruning.card import write_card
 from llmprune.pruning.context import Run, versions
 from llmprune.pruning.deciding import decide_run
@@ -37,7 +37,7 @@ from llmprune.storage.folders import (
 )
 from llmprune.storage.hub import checkpoint_digest, resolve_model
 from llmprune.storage.output import OutputFolder
-from llmprune.storage.report import REPORT_NAME, Report, load_report
+from llmprune.storage.report import Report, load_report
 from llmprune.structures.describe.audit import audit_checkpoint
 from llmprune.structures.reduction import Reduction
 from llmprune.structures.removable import Removable
@@ -121,7 +121,7 @@ def prune_checkpoint(
     run = run.fitted(model_positions(source.config))
     found = None if run.recipe.structures is None else Removable.find(source, run.recipe.structures)
     jobs = plan_jobs(_preview(source, found), run.recipe)
-    require_space(output, sum(stored.nbytes for stored in source.stored.values()))
+    require_space(output, sum(stored.nbytes for stored in source.stored.values()), resume=resume)
     tokenizer = tokenizer_for(run.recipe.texts.values(), folder, source.config)
     texts = run.texts(source, jobs, tokenizer)
     keys = {
@@ -133,9 +133,9 @@ def prune_checkpoint(
     with locked(output):
         target = OutputFolder.open(output, keys, resume=resume, overwrite=overwrite)
         run.watch.resumable = True
-        if target.complete and (output / REPORT_NAME).exists():
+        if target.complete:
             return load_report(output)
-        _keep_samples(output, texts, tokenizer)
+        _keep_samples(target.path, texts, tokenizer)
         return _into(target, run, name, source, texts, found)
 
 
@@ -159,7 +159,8 @@ def _into(
     writer = Writer(source, reduction, target, run.recipe.format)
     layers = LayerDriver(run, streamed, jobs, texts["calibration"], writer, reduction).drive()
     with run.stages("write"):
-        writer.finish()
+        for left_out in writer.finish():
+            run.watch(Progress(left_out))
     smaller = None
     if reduction is not None:
         # The written checkpoint is measured, which also checks that it can be read.

@@ -1,7 +1,7 @@
 """Save models that are in memory."""
 
 import contextlib
-import tempfile
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +18,11 @@ from llmprune.pruning.card import write_card
 from llmprune.pruning.packing import pack
 from llmprune.recipe.recipe import Recipe
 from llmprune.serving.quantizer import keep_record
-from llmprune.storage.files import write_text
-from llmprune.storage.folders import RECIPE_NAME, locked, remove_checkpoint, require_empty, writing_to
+from llmprune.storage.companions import CONFIG_NAME
+from llmprune.storage.config_files import write_config
+from llmprune.storage.exchange import replacing
+from llmprune.storage.files import read_json, write_text
+from llmprune.storage.folders import RECIPE_NAME, require_empty, writing_to
 from llmprune.storage.report import Report
 from llmprune.text.openings import Tokenizer
 
@@ -27,7 +30,7 @@ from llmprune.text.openings import Tokenizer
 def save_pruned(
     model: PreTrainedModel, tokenizer: Tokenizer, output: Path, recipe: Recipe, report: Report, *, overwrite: bool
 ) -> None:
-    """Save a model that was pruned in memory: first next to the output folder, then the finished files are moved in.
+    """Save a model that was pruned in memory.
 
     Args:
         model: the model.
@@ -44,24 +47,22 @@ def save_pruned(
     with torch.no_grad():
         for parameter in model.parameters():
             positive_zeros(parameter)
-    with writing_to(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".llmprune-") as staging:
-            folder = Path(staging) / "dense"
-            save_dense(model, tokenizer, folder)
-            write_text(folder / RECIPE_NAME, recipe.to_yaml())
-            report.save(folder)
-            if recipe.format != "dense":
-                # If packing makes nothing smaller, all matrices stay dense, as when a checkpoint is pruned.
-                with contextlib.suppress(PatternError):
-                    folder = pack(folder, folder.with_name("packed"), recipe.format).folder
-            write_card(folder, report.header["model"], recipe, report)
-            write_report(folder)
-            with locked(output):
-                require_empty(output, resume=False, overwrite=overwrite)
-                remove_checkpoint(output)
-                for file in folder.iterdir():
-                    file.replace(output / file.name)
+    require_empty(output, resume=False, overwrite=overwrite)
+    with writing_to(output), replacing(output) as new:
+        folder = new / "dense"
+        save_dense(model, tokenizer, folder)
+        write_text(folder / RECIPE_NAME, recipe.to_yaml())
+        report.save(folder)
+        if recipe.format != "dense":
+            # If packing makes nothing smaller, all matrices stay dense, as when a checkpoint is pruned.
+            with contextlib.suppress(PatternError):
+                folder = pack(folder, new / "packed", recipe.format).folder
+        write_card(folder, report.header["model"], recipe, report)
+        write_report(folder)
+        for file in folder.iterdir():
+            file.replace(new / file.name)
+        for emptied in ("dense", "packed"):
+            shutil.rmtree(new / emptied, ignore_errors=True)
 
 
 def save_dense(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
@@ -73,6 +74,7 @@ def save_dense(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> No
         tokenizer.save_pretrained(folder)
     for shard in folder.glob("*.safetensors"):
         shard.chmod(0o644)  # safetensors creates private files
+    write_config(folder, read_json(folder / CONFIG_NAME))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from llmprune.models.checkpoint_source import CheckpointSource, positive_zeros
+from llmprune.models.patched_config import patched_config
 from llmprune.models.source import StoredSource
 from llmprune.pruning.jobs import Job
 from llmprune.storage.files import read_header
@@ -56,15 +57,19 @@ class Writer:
         shard = self.target.commit(layer.name, self._shard(number + 1), tensors, rows, layouts, removed)
         self._result.overlay(shard, layouts)
 
-    def finish(self) -> None:
-        """Write everything outside the decoder layers, the config and the index; then the folder can be loaded."""
+    def finish(self) -> list[str]:
+        """Write everything outside the decoder layers, the config and the index; then the files can be loaded.
+
+        Returns:
+            A sentence about each companion of the dense checkpoint that was not copied.
+        """
         first = self._shard(0)
         ends = {key: positive_zeros(tensor) for key, tensor in self._streamed.end_tensors().items()}
         self.target.commit_ends(first, ends)
         shards = [first, *(layer["shard"] for layer in self.target.layers.values())]
-        config = None if self._reduction is None else self._result.config.to_dict()
+        config = None if self._reduction is None else patched_config(self._dense, self._result.config)
         headers = {shard: read_header(self.target.path / shard) for shard in shards}
-        self.target.finish(self._dense.folder, headers, config)
+        return self.target.finish(self._dense.folder, headers, config)
 
     def _tensors(self, layer: ResidentLayer, cuts: Sequence[Cut]) -> tuple[dict[str, Tensor], int]:
         """The tensors to store for a layer, and its number in the result."""

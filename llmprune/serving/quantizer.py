@@ -5,7 +5,6 @@ layers that differ in size are rebuilt, and each packed linear layer is replaced
 model never exists. The packed layers settle afterwards; a model without any is an ordinary model from then on.
 """
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmprune.errors import ModelError
 from llmprune.serving.forms import Served
 from llmprune.serving.sparse_linear import SparseLinear, self_tests_wanted
-from llmprune.storage.files import write_json
+from llmprune.storage.config_files import write_config
+from llmprune.storage.files import read_json
 from llmprune.storage.formats import layout_from_dict
 from llmprune.storage.packed_config import (
     FORMAT_VERSION,
@@ -211,8 +211,8 @@ def _save_with_record(model: PreTrainedModel, save_directory: str | Path, *args:
     result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
     path = Path(save_directory) / "config.json"
     if path.exists():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        write_json(path, with_packing_record(config, packed_layouts(config)))
+        config = read_json(path)
+        write_config(path.parent, with_packing_record(config, packed_layouts(config)))
     return result
 
 

@@ -119,6 +119,15 @@ def shard_names(folder: Path) -> list[str]:
         return [SINGLE_NAME]
     if not (folder / INDEX_NAME).is_file():
         raise without_weights(str(folder), [path.name for path in folder.iterdir()] if folder.is_dir() else [])
+    return indexed_files(folder)
+
+
+def indexed_files(folder: Path) -> list[str]:
+    """Name the files that the index of a checkpoint names.
+
+    Raises:
+        CheckpointError: the index cannot be read.
+    """
     return sorted(set(_read_weight_map(folder / INDEX_NAME).values()))
 
 
@@ -204,6 +213,22 @@ def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def require_writable(file: Path) -> None:
+    """Refuse a place where `write_text` could not write, before the work whose result belongs there.
+
+    Raises:
+        CheckpointError: the folder, or the nearest one that exists, is not writable, or it is a file.
+    """
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK) or file.is_dir():
+        raise CheckpointError(
+            f"cannot write {file}: {file if file.is_dir() else folder} is not a writable "
+            + ("file" if file.is_dir() else "folder"),
+            expected="a file in a writable folder",
+            fix="fix the permissions, or choose another place with --output where the command has this option",
+        )
+
+
 def publish(temporary: Path, file: Path) -> None:
     """Flush a finished file to disk and rename it to its final name."""
     with temporary.open("rb") as handle:
@@ -222,7 +247,7 @@ def removed_on_failure(temporary: Path) -> Iterator[None]:
         raise CheckpointError(
             f"cannot write {temporary.parent}: {error}",
             expected="a writable folder with enough free space",
-            fix="free some space or fix the permissions, then run again with --resume",
+            fix="free some space or fix the permissions, then run the command again (a run or a sweep with --resume)",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Output folders: locked, empty or ours, with enough free space; only files that llmprune wrote are removed."""
+"""Output folders: locked, empty or ours, with enough free space."""
 
 import contextlib
 import os
@@ -11,29 +11,17 @@ from safetensors import SafetensorError
 
 from llmprune.errors import CheckpointError, ResumeError
 from llmprune.storage.files import INDEX_NAME
-from llmprune.storage.report import PAGE_NAME, REPORT_NAME
 from llmprune.units import format_size
 
 MANIFEST_NAME = ".llmprune.json"
 LOCK_NAME = ".llmprune.lock"
+# Where a result is made, inside the output folder, until it takes the earlier one's place.
+STAGING_NAME = ".llmprune-new"
 RECIPE_NAME = "recipe.yaml"
 SAMPLES_NAME = "calibration.jsonl"
 
 # Allowance for everything but the weights: tokenizer, report and its page.
 _BESIDE_BYTES = 20_000_000
-
-# The files other than the weights that make a checkpoint usable; copied unchanged.
-_COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
-    "merges.txt", "*.model", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja",
-    "preprocessor_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
-
-# What --overwrite removes: the files of a checkpoint or of an llmprune run, and nothing else.
-_REPLACED = (
-    *_COMPANIONS, "*.safetensors", INDEX_NAME, "README.md", RECIPE_NAME, SAMPLES_NAME, REPORT_NAME, PAGE_NAME,
-    MANIFEST_NAME, ".*.partial",
-)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -77,17 +65,6 @@ def writing_to(path: Path) -> Iterator[None]:
             expected="a writable folder with enough free space",
             fix="free some space, fix the permissions or choose another folder",
         ) from error
-
-
-def copy_companions(source: Path, target: Path, *, but: str = "") -> None:
-    """Copy configuration and tokenizer files unchanged, except for the file named `but`."""
-    with writing_to(target):
-        for pattern in _COMPANIONS:
-            for file in source.glob(pattern):
-                if file.is_file() and file.name != but:
-                    copy = target / file.relative_to(source)
-                    copy.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(file, copy)
 
 
 def expanded(path: str | Path) -> Path:
@@ -147,11 +124,12 @@ def require_empty(path: Path, *, resume: bool, overwrite: bool) -> None:
     existing = _existing(path)
     if not existing.is_dir():
         raise ResumeError(f"{existing} is a file", expected="an output folder", fix="choose another output folder")
+    begun = (path / STAGING_NAME / MANIFEST_NAME).exists()
     # All that a run leaves if it is killed before its manifest is written, and all that one has that has just begun.
-    beginnings = {f".{MANIFEST_NAME}.partial", LOCK_NAME}
+    beginnings = {LOCK_NAME} if begun else {LOCK_NAME, STAGING_NAME}
     if existing != path or all(file.name in beginnings for file in path.iterdir()):
         return
-    ours = (path / MANIFEST_NAME).exists()
+    ours = begun or (path / MANIFEST_NAME).exists()
     replaceable = ours or (path / INDEX_NAME).exists() or any(path.glob("*.safetensors"))
     elsewhere = "choose another folder" + ", or replace the checkpoint in it with --overwrite" * replaceable
     if resume and not ours:
@@ -171,12 +149,13 @@ def require_empty(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise ResumeError(f"{path} is not empty", expected="a new or empty folder", fix=way_on)
 
 
-def require_space(path: Path, nbytes: int) -> None:
-    """Refuse to start a run whose result will not fit on the disk.
+def require_space(path: Path, nbytes: int, *, resume: bool = False) -> None:
+    """Refuse to start a run whose result will not fit on the disk, beside an earlier one in the folder.
 
     Args:
-        path: the output folder; shards in it will be replaced, so their space counts as free.
+        path: the output folder.
         nbytes: size of the pruned checkpoint.
+        resume: the shards that an interrupted run has written count as free space.
 
     Raises:
         CheckpointError: the folder is not writable, or there is not enough space.
@@ -184,7 +163,9 @@ def require_space(path: Path, nbytes: int) -> None:
     existing = _existing(path)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise CheckpointError(f"{existing} is not writable", fix="fix the permissions or choose another output folder")
-    free = shutil.disk_usage(existing).free + sum(shard.stat().st_size for shard in path.glob("*.safetensors"))
+    begun = path / STAGING_NAME
+    kept = (begun if begun.exists() else path).glob("*.safetensors") if resume else ()
+    free = shutil.disk_usage(existing).free + sum(shard.stat().st_size for shard in kept)
     needed = nbytes + _BESIDE_BYTES
     if free < needed:
         raise CheckpointError(
@@ -192,14 +173,6 @@ def require_space(path: Path, nbytes: int) -> None:
             expected=f"{format_size(needed)} for the pruned checkpoint, its tokenizer and its report",
             fix="choose another output folder or free some space",
         )
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Remove the files of a checkpoint or of an llmprune run, and nothing else."""
-    for pattern in _REPLACED:
-        for file in path.glob(pattern):
-            if file.is_file():
-                file.unlink()
 
 
 def _existing(path: Path) -> Path:

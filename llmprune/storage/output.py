@@ -1,6 +1,10 @@
-"""The output folder: one shard per decoder layer, committed atomically, and a manifest from which a run can resume."""
+"""The result of a run in the making: a shard per decoder layer, committed atomically, and a manifest to resume from.
+
+All of it is made in a folder inside the output folder; `close` puts it in the place of an earlier result.
+"""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,16 +13,20 @@ from typing import Any
 from torch import Tensor
 
 from llmprune.errors import ResumeError
+from llmprune.storage.companions import CONFIG_NAME, copy_companions
+from llmprune.storage.config_files import publishable, write_config
+from llmprune.storage.exchange import MANIFEST_FORMAT, begin, complete_exchange, exchange
 from llmprune.storage.files import INDEX_NAME, Stored, file_digest, read_json, write_json, write_shard
-from llmprune.storage.folders import MANIFEST_NAME, copy_companions, remove_checkpoint, require_empty, writing_to
+from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME, require_empty, writing_to
 from llmprune.storage.formats import Layout, layout_from_dict
 from llmprune.storage.packed_config import with_packing_record
 from llmprune.storage.report import MatrixRow, StructureRow
 
 # The files that make the shards a model.
-_DESCRIBING = ("config.json", INDEX_NAME)
+_DESCRIBING = (CONFIG_NAME, INDEX_NAME)
 
-_FORMAT = 4
+# How much of two long values that differ is shown.
+_SHOWN = 40
 
 
 @dataclass
@@ -26,7 +34,8 @@ class OutputFolder:
     """A checkpoint in the making.
 
     Attributes:
-        path: the folder.
+        output: the output folder.
+        path: where the files are: a folder inside it until the result is whole, then the output folder itself.
         keys: what must be unchanged for a run to continue: name -> value.
         layers: decoder layer name -> {"shard", "sha256", "rows"} of each committed layer.
         ends: {"shard", "sha256"} of the tensors outside the decoder layers, once they are written.
@@ -35,6 +44,7 @@ class OutputFolder:
         decisions: the decisions about structures that were made before the first layer; None if there were none.
     """
 
+    output: Path
     path: Path
     keys: dict[str, Any]
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -44,27 +54,28 @@ class OutputFolder:
     decisions: dict[str, Any] | None = None
 
     @classmethod
-    def open(cls, path: Path, keys: Mapping[str, Any], *, resume: bool, overwrite: bool) -> "OutputFolder":
+    def open(cls, output: Path, keys: Mapping[str, Any], *, resume: bool, overwrite: bool) -> "OutputFolder":
         """Start a folder, or continue one.
 
         Args:
-            path: created if it does not exist.
+            output: created if it does not exist.
             keys: what identifies the run, JSON-ready.
             resume: continue after the layers that an interrupted run with the same keys has committed.
-            overwrite: remove an earlier checkpoint from the folder first.
+            overwrite: an earlier checkpoint in the folder will be replaced, once the new one is whole.
 
         Raises:
             ResumeError: the folder is not empty and neither flag is set, its keys differ, or its manifest is damaged.
             CheckpointError: it cannot be written.
         """
-        require_empty(path, resume=resume, overwrite=overwrite)
-        folder = cls(path, json.loads(json.dumps(keys)))
-        if resume and (path / MANIFEST_NAME).exists():
-            folder._continue(_read_manifest(path))
+        require_empty(output, resume=resume, overwrite=overwrite)
+        complete_exchange(output)
+        folder = cls(output, output / STAGING_NAME, json.loads(json.dumps(keys)))
+        manifests = (place / MANIFEST_NAME for place in (folder.path, output))
+        found = next((manifest for manifest in manifests if manifest.exists()), None) if resume else None
+        if found is not None:
+            folder._continue(found)
             return folder
-        with writing_to(path):
-            path.mkdir(parents=True, exist_ok=True)
-            remove_checkpoint(path)
+        begin(output)
         folder._write_manifest()
         return folder
 
@@ -122,72 +133,99 @@ class OutputFolder:
 
     def finish(
         self, source: Path, shards: Mapping[str, Sequence[Stored]], config: Mapping[str, Any] | None = None
-    ) -> None:
-        """Copy configuration and tokenizer files and write the index; from then on the folder loads.
+    ) -> list[str]:
+        """Copy configuration and tokenizer files and write the index; from then on the files can be loaded.
 
         Args:
             source: the folder that was pruned.
             shards: shard name -> its tensors.
             config: of the pruned model; None: that of the source.
+
+        Returns:
+            A sentence about each file that was not copied.
         """
-        copy_companions(source, self.path)
-        if config is not None:
-            write_json(self.path / "config.json", dict(config))
-        self._describe()
+        with writing_to(self.output):
+            left_out = copy_companions(source, self.path)
+            shutil.copyfile(source / CONFIG_NAME, self.path / CONFIG_NAME)
+        self._describe(config)
         weight_map = {stored.key: shard for shard, tensors in shards.items() for stored in tensors}
         total = sum(stored.nbytes for tensors in shards.values() for stored in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.path / INDEX_NAME, index)
+        return left_out
 
-    def _describe(self) -> None:
-        """Make config.json describe what is packed now, instead of what was packed in the source."""
-        with writing_to(self.path):
-            config = read_json(self.path / "config.json")
+    def _describe(self, config: Mapping[str, Any] | None) -> None:
+        """Make config.json describe the model, and what is packed now instead of what was packed in the source."""
+        copied = read_json(self.path / CONFIG_NAME)
         layouts = {name: layout for layer in self.layers.values() for name, layout in self.layouts_of(layer).items()}
-        described = with_packing_record(config, layouts)
-        if described != config:
-            write_json(self.path / "config.json", described)
+        described = publishable(with_packing_record(copied if config is None else config, layouts))
+        if described != copied:
+            write_config(self.path, described)
 
     def close(self) -> None:
-        """Mark the run as complete."""
+        """Mark the run as complete, and put its result in the place of an earlier one."""
         self.described = {name: file_digest(self.path / name) for name in _DESCRIBING}
         self.complete = True
         self._write_manifest()
+        exchange(self.output)
+        self.path = self.output
 
-    def _continue(self, manifest: dict[str, Any]) -> None:
+    def _continue(self, file: Path) -> None:
+        """Go on from the manifest of an interrupted run, or of a finished one, which may have been damaged since."""
+        manifest = _read_manifest(file)
         for key, value in self.keys.items():
             if manifest["keys"].get(key) != value:
                 raise ResumeError(
-                    f"{self.path} cannot be resumed: {_difference(key, manifest['keys'].get(key), value)}",
+                    f"{self.output} cannot be resumed: {_difference(key, manifest['keys'].get(key), value)}",
                     expected="the interrupted run, unchanged, so that the result is bit-identical",
                     fix="undo the change, or start again with --overwrite",
                 )
         for name, layer in manifest["layers"].items():
             # A missing or damaged shard is written again, and so is every layer after it.
-            if not self._intact(layer):
+            if self._found(layer) is None:
                 break
             self.layers[name] = layer
-        index = self.path / INDEX_NAME
-        files = [manifest["ends"], *({"shard": name, "sha256": sum_} for name, sum_ in manifest["described"].items())]
         self.decisions = manifest["decisions"]
-        self.complete = (
-            manifest["complete"]
-            and len(self.layers) == len(manifest["layers"])
-            and all(self._intact(file) for file in files)
-        )
-        if not self.complete:
-            # Shards are about to change: until all of them exist again, the folder must not load.
-            with writing_to(self.path):
-                for leftover in (index, *self.path.glob(".*.partial")):
-                    leftover.unlink(missing_ok=True)
+        finished = file.parent == self.output
+        self.complete = finished and manifest["complete"] and self._is_whole(manifest)
+        with writing_to(self.output):
+            if self.complete:
+                shutil.rmtree(self.path, ignore_errors=True)
+                self.path = self.output
+            else:
+                self._take_back(finished=finished)
 
-    def _intact(self, committed: Mapping[str, Any]) -> bool:
-        shard = self.path / committed["shard"]
-        return shard.exists() and file_digest(shard) == committed["sha256"]
+    def _is_whole(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether all that a finished run has written is still there."""
+        sums = {manifest["ends"]["shard"]: manifest["ends"]["sha256"], **manifest["described"]}
+        files = [*manifest["files"], *sums]
+        there = len(self.layers) == len(manifest["layers"]) and all((self.output / name).is_file() for name in files)
+        return there and all(file_digest(self.output / name) == digest for name, digest in sums.items())
+
+    def _take_back(self, *, finished: bool) -> None:
+        """Go on with the committed layers in the folder for unfinished results, even those of a finished run."""
+        self.path.mkdir(exist_ok=True)
+        for file in self.path.iterdir():
+            # What a killed process has left; safetensors names its temporary files .tmp and six letters.
+            if file.name.startswith(".tmp") or file.name.endswith(".partial"):
+                file.unlink()
+        self._write_manifest()
+        if finished:
+            # Until all shards exist again, the folder must not load.
+            (self.output / INDEX_NAME).unlink(missing_ok=True)
+        for layer in self.layers.values():
+            shard = self._found(layer)
+            if shard is not None and shard.parent != self.path:
+                shard.replace(self.path / shard.name)
+
+    def _found(self, committed: Mapping[str, Any]) -> Path | None:
+        """Where a committed shard lies intact."""
+        places = (self.path / committed["shard"], self.output / committed["shard"])
+        return next((file for file in places if file.exists() and file_digest(file) == committed["sha256"]), None)
 
     def _write_manifest(self) -> None:
         content = {
-            "format": _FORMAT,
+            "format": MANIFEST_FORMAT,
             "keys": self.keys,
             "complete": self.complete,
             "ends": self.ends,
@@ -198,21 +236,27 @@ class OutputFolder:
         write_json(self.path / MANIFEST_NAME, content)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(file: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        known = manifest["format"] == _FORMAT
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        known = manifest["format"] == MANIFEST_FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(
-            f"{folder / MANIFEST_NAME} cannot be read: {error}",
+            f"{file} cannot be read: {error}",
             expected="the manifest of an interrupted run",
             fix="start again with --overwrite",
         ) from error
     if not known:
         raise ResumeError(
-            f"{folder / MANIFEST_NAME} has format {manifest['format']}",
-            expected=f"format {_FORMAT}, which this version of llmprune writes",
+            f"{file} has format {manifest['format']}",
+            expected=f"format {MANIFEST_FORMAT}, which this version of llmprune writes",
             fix="resume with the version that started the run, or start again with --overwrite",
+        )
+    if "keys" not in manifest:
+        raise ResumeError(
+            f"{file.parent} holds a checkpoint that was packed, unpacked or saved from memory",
+            expected="the folder of an interrupted run of llmprune prune",
+            fix="choose another folder, or replace the checkpoint with --overwrite",
         )
     return manifest
 
@@ -221,9 +265,15 @@ def _difference(key: str, before: Any, now: Any) -> str:
     if isinstance(before, dict) and isinstance(now, dict):
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         return "; ".join(_difference(f"{key}.{name}", before.get(name), now.get(name)) for name in names)
-    return f"{key} was {_short(before)} and is now {_short(now)}"
+    one, other = str(before), str(now)
+    # A little of what they have in common, and then where they differ.
+    common = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    start = max(0, common - _SHOWN // 4)
+    return f"{key} was {_excerpt(one, start)} and is now {_excerpt(other, start)}"
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:16] + "…"
+def _excerpt(text: str, start: int) -> str:
+    if len(text) <= _SHOWN:
+        return text
+    start = min(start, len(text) - 1)
+    return "…" * (start > 0) + text[start : start + _SHOWN] + "…" * (start + _SHOWN < len(text))

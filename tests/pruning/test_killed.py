@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,13 @@ import pytest
 import torch
 from folders import contents
 from runs import Whole, assert_equal_to, assert_incomplete_or_whole, note_solved, uninterrupted
-from tiny_models import build
+from tiny_models import build, recipe, save
 
 from llmprune import prune
 from llmprune.pruning import layers
 from llmprune.storage import files
-from llmprune.storage.folders import MANIFEST_NAME
+from llmprune.storage.files import INDEX_NAME
+from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME
 from llmprune.storage.report import load_report
 from llmprune.stream.stream import ResidentLayer
 
@@ -89,7 +91,7 @@ def run_job(job: dict[str, Any]) -> None:
 
     layers.solve_layer = note
     KillAt(job["output"], job["kill_at"]).watch()
-    prune(job["source"], job["recipe"], job["output"], resume=job["resume"])
+    prune(job["source"], job["recipe"], job["output"], resume=job["resume"], overwrite=job["overwrite"])
     os._exit(0)
 
 
@@ -101,11 +103,14 @@ class Runner:
         assert process.stdout
         self.whole, self.jobs, self.answers = whole, process.stdin, process.stdout
 
-    def __call__(self, output: Path, kill_at: int, resume: bool = False) -> tuple[int, list[str]]:
+    def __call__(
+        self, output: Path, kill_at: int, *, resume: bool = False, overwrite: bool = False
+    ) -> tuple[int, list[str]]:
         """How a run ended (-9: killed), and the layers that it solved."""
         log = output.with_name(f"{output.name}.solved")
         log.write_text("")
         job = {"source": str(self.whole.source), "recipe": self.whole.recipe, "resume": resume, "solved": str(log)}
+        job["overwrite"] = overwrite
         self.jobs.write(json.dumps({**job, "output": str(output), "kill_at": kill_at}) + "\n")
         self.jobs.flush()
         return int(self.answers.readline()), log.read_text().split()
@@ -124,9 +129,12 @@ def runner(whole: Whole) -> Iterator[Runner]:
 
 def state(folder: Path) -> list[tuple[str, int]]:
     """Names and sizes; the size of what holds times varies from run to run."""
-    files = sorted(folder.iterdir()) if folder.exists() else []
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
     timed = (MANIFEST_NAME, "report.json", "report.html")
-    return [(file.name, 0 if any(name in file.name for name in timed) else file.stat().st_size) for file in files]
+    return [
+        (str(file.relative_to(folder)), 0 if any(name in file.name for name in timed) else file.stat().st_size)
+        for file in files
+    ]
 
 
 def test_killed_before_every_change_and_resumed(
@@ -144,8 +152,9 @@ def test_killed_before_every_change_and_resumed(
         assert ended == -signal.SIGKILL
         if seen == (seen := state(folder)):
             continue
-        manifest = folder / MANIFEST_NAME
-        committed = len(json.loads(manifest.read_text())["layers"]) if manifest.exists() else 0
+        places = (folder, folder / STAGING_NAME)
+        manifest = next((place / MANIFEST_NAME for place in places if (place / MANIFEST_NAME).exists()), folder)
+        committed = len(json.loads(manifest.read_text())["layers"]) if manifest.is_file() else 0
         assert_incomplete_or_whole(whole, folder)
         solved.clear()
         report = prune(whole.source, whole.recipe, folder, resume=True)
@@ -159,9 +168,39 @@ def test_killed_before_every_change_and_resumed(
     assert committed_at == set(range(LAYERS + 1))
 
 
+def test_killed_while_it_replaces_a_checkpoint(whole: Whole, runner: Runner, tmp_path: Path) -> None:
+    """At every moment the old checkpoint is whole, or the new one is or can be resumed."""
+    old = save(build("gpt2"), tmp_path / "old")
+    old_recipe = dict(recipe(method="magnitude", evaluation=None, held_back=0))
+    prune(old, old_recipe, tmp_path / "earlier")
+    before, ways = contents(tmp_path / "earlier"), set()
+    seen: list[tuple[str, int]] = []
+    # From shortly before the exchange on: until then, the old files are not touched.
+    for kill_at in range(40, 300):
+        folder = tmp_path / str(kill_at) / "pruned"
+        shutil.copytree(tmp_path / "earlier", folder)
+        ended, _ = runner(folder, kill_at, overwrite=True)
+        if ended == 0:
+            break
+        assert ended == -signal.SIGKILL
+        if seen == (seen := state(folder)):
+            continue
+        now = contents(folder)
+        if (folder / INDEX_NAME).exists() and (folder / INDEX_NAME).read_bytes() == before[INDEX_NAME]:
+            assert {name: now[name] for name in before} == before
+            ways.add("old")
+        else:
+            assert_incomplete_or_whole(whole, folder)
+            ways.add("new" if (folder / INDEX_NAME).exists() else "between")
+        assert_equal_to(whole, folder, prune(whole.source, whole.recipe, folder, resume=True))
+    assert ended == 0
+    assert_equal_to(whole, folder, load_report(folder))
+    assert ways == {"old", "between", "new"}
+
+
 def test_killed_again_and_again(whole: Whole, runner: Runner, tmp_path: Path) -> None:
     folder, total, kills = tmp_path / "pruned", 0, 0
-    for kill_at in range(12, 40):
+    for kill_at in range(12, 80):
         ended, solved_now = runner(folder, kill_at, resume=True)
         total += len(solved_now)
         if ended == 0:

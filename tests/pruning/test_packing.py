@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import contents, same, tensors
+from folders import contents, same, tensors, unlisted
 from packed_models import prune_files
 from safetensors.torch import load_file, save_file
 from tiny_models import build, random_ids, save
@@ -75,7 +75,7 @@ def test_unpacking_gives_every_file_back(tmp_path: Path, pattern: str, format: A
     assert {row.layout == "dense" for row in report.rows if "proj" in row.matrix} == {False}
     assert contents(folder) == before
     again = unpack(tmp_path / "packed", tmp_path / "again")
-    assert contents(tmp_path / "again") == before
+    assert unlisted(tmp_path / "again") == before
     packed = [row for row in report.rows if row.layout != "dense"]
     assert sorted(again.rows, key=lambda row: row.matrix) == sorted(packed, key=lambda row: row.matrix)
 
@@ -109,8 +109,7 @@ def test_the_packed_model_computes_the_same(dense: Path, tmp_path: Path) -> None
 
 def test_what_the_packed_folder_holds(dense: Path, tmp_path: Path) -> None:
     pack(dense, tmp_path / "packed")
-    names = {file.name for file in dense.iterdir()} - {".llmprune.json", "notes.txt"}
-    assert {file.name for file in (tmp_path / "packed").iterdir()} == names
+    assert set(unlisted(tmp_path / "packed")) == set(unlisted(dense)) - {"notes.txt"}
     config, original = read_json(tmp_path / "packed" / "config.json"), read_json(dense / "config.json")
     record = config.pop("quantization_config")
     assert config.pop(NOTICE_KEY) == NOTICE
@@ -160,7 +159,7 @@ def test_a_format_leaves_other_patterns_dense(
     if reason:
         assert rows["model.layers.1.self_attn.o_proj.weight"].reason == reason
     unpack(tmp_path / "packed", tmp_path / "again")
-    assert contents(tmp_path / "again") == contents(tmp_path / "dense")
+    assert unlisted(tmp_path / "again") == contents(tmp_path / "dense")
 
 
 def test_two_of_four_is_found_behind_further_zeros(tmp_path: Path) -> None:
@@ -234,12 +233,12 @@ def test_a_checkpoint_that_cannot_be_packed_is_refused_before_anything_is_writte
 
 # What the run is stopped at: a function of `packing`, and which of its calls.
 STOPS = {"second shard": ("write_shard", 2), "index": ("write_json", 1), "companions": ("copy_companions", 1),
-         "config": ("write_json", 2)}  # fmt: skip
+         "config": ("write_config", 1)}  # fmt: skip
 
 
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("direction", ["pack", "unpack"])
-def test_an_interrupted_run_leaves_nothing_that_loads(
+def test_an_interrupted_run_leaves_what_was_there(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str, direction: str
 ) -> None:
     source, target, run = dense, tmp_path / "target", pack
@@ -257,12 +256,18 @@ def test_an_interrupted_run_leaves_nothing_that_loads(
     monkeypatch.setattr(packing, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(source, target)
+    assert contents(target) == {}
+    earlier = save(build("gpt2"), target)
+    before = contents(earlier)
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(source, target, overwrite=True)
+    assert contents(target) == before
     monkeypatch.undo()
-    assert any(target.glob("*.safetensors"))
-    with pytest.raises((OSError, ValueError)):
-        AutoModelForCausalLM.from_pretrained(target)
+    for name in set(before) - {"model.safetensors", "config.json"}:
+        (target / name).unlink()
     run(source, target, overwrite=True)
-    assert set(contents(target)) == set(contents(source)) - {".llmprune.json", "notes.txt"}
+    assert set(unlisted(target)) == set(unlisted(source)) - {"notes.txt"}
     AutoModelForCausalLM.from_pretrained(target)
 
 
@@ -306,6 +311,16 @@ def test_the_default_output_lies_beside_the_source(dense: Path) -> None:
     report = pack(dense)
     assert report.folder == dense.with_name("dense-packed")
     assert (report.folder / "config.json").exists()
+
+
+def test_the_default_output_of_a_link_lies_beside_the_link(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "latest").symlink_to(dense)
+    assert pack(tmp_path / "latest").folder == tmp_path / "latest-packed"
+    assert not dense.with_name("dense-packed").exists()
+    monkeypatch.chdir(tmp_path / "latest")
+    assert pack(".").folder.name == "dense-packed"
 
 
 def test_what_cannot_be_packed_or_unpacked(dense: Path, tmp_path: Path) -> None:

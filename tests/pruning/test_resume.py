@@ -18,7 +18,7 @@ from llmprune.errors import ResumeError
 from llmprune.pruning import layers, pipeline
 from llmprune.storage import output
 from llmprune.storage.files import INDEX_NAME
-from llmprune.storage.folders import MANIFEST_NAME
+from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,13 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def interrupted(whole: Whole, folder: Path, layers: int) -> Path:
     """What a run leaves that was killed after this many layers."""
-    shutil.copytree(whole.folder, folder)
-    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    new = folder / STAGING_NAME
+    shutil.copytree(whole.folder, new)
+    manifest = json.loads((new / MANIFEST_NAME).read_text())
     done = dict(list(manifest["layers"].items())[:layers])
-    (folder / MANIFEST_NAME).write_text(json.dumps({**manifest, "complete": False, "ends": {}, "layers": done}))
+    (new / MANIFEST_NAME).write_text(json.dumps({**manifest, "complete": False, "ends": {}, "layers": done}))
     kept = {MANIFEST_NAME, "recipe.yaml", *(layer["shard"] for layer in done.values())}
-    for file in folder.iterdir():
+    for file in new.iterdir():
         if file.name not in kept:
             file.unlink()
     return folder
@@ -118,12 +119,17 @@ def test_a_damaged_folder_does_not_load_while_it_is_mended(
 
 
 def test_half_written_files_are_written_again(whole: Whole, tmp_path: Path) -> None:
-    """A text file can be cut short as well, under its temporary name, and a copied one under its own."""
+    """A text file can be cut short as well, under its temporary name, and a copied one under its own.
+
+    So can a shard, under the name that safetensors gives it until it is written.
+    """
     folder = interrupted(whole, tmp_path / "pruned", LAYERS)
+    new = folder / STAGING_NAME
+    (new / ".tmpI9rmZY").write_bytes(bytes(10))
     for file in whole.folder.iterdir():
-        (folder / f".{file.name}.partial").write_bytes(file.read_bytes()[:5])
+        (new / f".{file.name}.partial").write_bytes(file.read_bytes()[:5])
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((whole.folder / name).read_bytes()[:5])
+        (new / name).write_bytes((whole.folder / name).read_bytes()[:5])
     report = prune(whole.source, whole.recipe, folder, resume=True)
     assert_equal_to(whole, folder, report)
 
@@ -195,6 +201,21 @@ def test_every_difference_is_named_within_a_key(whole: Whole, tmp_path: Path) ->
         prune(whole.source, {**whole.recipe, "pattern": 0.6, "held_back": 2}, folder, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ("/a/long/path/that/both/of/them/share/to/A/text.jsonl", "/a/long/path/that/both/of/them/share/to/B/c.txt",
+         "was …/share/to/A/text.jsonl and is now …/share/to/B/c.txt"),
+        ("ab", "abc", "was ab and is now abc"),
+        ("x" * 60, "x" * 60 + "y", "was …" + "x" * 10 + " and is now …" + "x" * 10 + "y"),
+        ("A" + "x" * 60, "B", f"was A{'x' * 39}… and is now B"),
+        ("x" * 60 + "A" + "y" * 60, "short", "was " + "x" * 40 + "… and is now short"),
+    ],
+)  # fmt: skip
+def test_a_difference_is_shown_where_it_is(before: str, now: str, said: str) -> None:
+    assert output._difference("source", before, now) == f"source {said}"
+
+
 def test_another_description_is_no_other_run(whole: Whole, solved: list[str], tmp_path: Path) -> None:
     folder = interrupted(whole, tmp_path / "pruned", 2)
     prune(whole.source, {**whole.recipe, "description": "in other words"}, folder, resume=True)
@@ -213,7 +234,7 @@ def test_another_description_is_no_other_run(whole: Whole, solved: list[str], tm
 )
 def test_a_damaged_record_is_a_typed_error(whole: Whole, tmp_path: Path, text: str, message: str) -> None:
     folder = interrupted(whole, tmp_path / "pruned", 1)
-    (folder / MANIFEST_NAME).write_text(text)
+    (folder / STAGING_NAME / MANIFEST_NAME).write_text(text)
     with pytest.raises(ResumeError, match=message) as caught:
         prune(whole.source, whole.recipe, folder, resume=True)
     assert "--overwrite" in caught.value.fix
@@ -226,6 +247,6 @@ def test_a_model_in_memory_cannot_be_resumed(whole: Whole, tmp_path: Path) -> No
 
 def test_the_manifest_is_read_by_its_format(whole: Whole) -> None:
     manifest = json.loads((whole.folder / MANIFEST_NAME).read_text())
-    assert set(manifest) == {"format", "keys", "complete", "ends", "described", "decisions", "layers"}
+    assert set(manifest) == {"format", "keys", "complete", "ends", "described", "decisions", "layers", "files"}
     assert list(manifest["keys"]) == ["recipe", "tokens", "source", "version", "device", "compute_dtype"]
     assert output.MANIFEST_NAME == ".llmprune.json"

@@ -13,10 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 from folders import contents, same
+from report_rows import row
 from safetensors.torch import load_file, save_file
+from tiny_models import build, save
 
+from llmprune import pages
 from llmprune.errors import CheckpointError
+from llmprune.measuring.bench import bench
+from llmprune.pages import report_page
 from llmprune.storage import files
 from llmprune.storage.files import (
     DTYPES,
@@ -30,6 +36,7 @@ from llmprune.storage.files import (
     write_shard,
     write_text,
 )
+from llmprune.storage.report import Report
 
 
 @contextmanager
@@ -261,3 +268,31 @@ def test_json_is_indented_ends_in_a_newline_and_holds_no_nan(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "x.json", {"a": float("nan")})
     assert list(contents(tmp_path)) == ["x.json"]
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.require_writable(tmp_path / "new" / "x.json")
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path, tmp_path / "file" / "x.json"):
+        with pytest.raises(CheckpointError, match="cannot write"):
+            files.require_writable(place)
+    # Tests may run as root, whom no mode stops.
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
+    with pytest.raises(CheckpointError, match="is not a writable folder"):
+        files.require_writable(tmp_path / "x.json")
+    assert {file.name for file in tmp_path.iterdir()} == {"file"}
+
+
+@pytest.mark.parametrize("command", ["bench", "report", "compare"])
+def test_results_that_could_not_be_kept_are_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    folder = save(build("llama"), tmp_path / "model")
+    Report((row(),), {}).save(folder)
+    monkeypatch.setattr(files.os, "access", lambda path, mode: not mode & os.W_OK)
+    for module, work in ((bench, "bench"), (report_page, "report_page"), (pages, "compare")):
+        monkeypatch.setattr(module, work, None)
+    options = {"bench": [], "report": ["--no-open"], "compare": ["--html", tmp_path / "page.html"]}[command]
+    result = run(command, folder, *options)
+    assert result.exit_code == 1
+    assert "is not a writable folder" in " ".join(result.stderr.split())

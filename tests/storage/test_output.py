@@ -18,8 +18,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from llmprune import load_recipe, prune
 from llmprune.errors import CheckpointError, LlmpruneError, ResumeError
 from llmprune.storage import files, folders
-from llmprune.storage.folders import MANIFEST_NAME, copy_companions, remove_checkpoint, require_empty, require_space
+from llmprune.storage.companions import copy_companions
+from llmprune.storage.exchange import remove_result
+from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME, require_empty, require_space
 from llmprune.storage.report import load_report
+
+# What a user may keep beside a checkpoint, under names that look like those of its parts.
+MINE = (
+    "notes.txt", "vocab_notes.md", "tokenizer_research", "LICENSE-mine", "my.model", "lora.safetensors", ".x.partial",
+    "data/model.safetensors", "model-00009-of-00009.safetensors",
+)  # fmt: skip
+TEXTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 QUICK = {"method": "magnitude", "calibration": {"samples": 1, "length": 8}, "held_back": 0}
 
@@ -62,6 +71,7 @@ def test_a_finished_folder_holds_all_of_a_model(source: Path, finished: Finished
     names = set(contents(finished.folder))
     shards = {f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)}
     ours = {"README.md", "recipe.yaml", "report.json", "report.html", MANIFEST_NAME, "model.safetensors.index.json"}
+    ours |= {"calibration.jsonl"}
     companions = {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
         "additional_chat_templates/tool_use.jinja", "LICENSE",
@@ -167,18 +177,46 @@ def test_a_folder_with_a_run_of_ours_is_refused_with_both_ways_on(source: Path, 
 
 
 def test_overwrite_replaces_a_checkpoint_and_nothing_else(source: Path, tmp_path: Path) -> None:
-    """The old checkpoint is another model: single-file weights, a sentencepiece tokenizer, a run's report."""
+    """The old checkpoint is another tool's: all but weights and config.json stays, if need be under another name."""
     folder = tmp_path / "pruned"
     save(build("gpt2"), folder)
-    stray = {"tokenizer.model": b"x", "model-00009-of-00009.safetensors": b"x", ".x.safetensors.partial": b"x"}
-    keep = {"notes.txt": b"mine", "data/model.safetensors": b"mine", "notes.safetensors.txt": b"mine"}
+    texts = {name: (folder / name).read_bytes() for name in TEXTS}
+    keep = dict.fromkeys((*MINE, "README.md", "README.md.kept"), b"mine")
     (folder / "data").mkdir()
-    for name, content in {**stray, **keep}.items():
+    for name, content in keep.items():
         (folder / name).write_bytes(content)
+    del keep["README.md"]
+    keep |= {"README.md.kept-2": b"mine", **{f"{name}.kept": content for name, content in texts.items()}}
     prune(source, recipe(**QUICK), folder, overwrite=True)
     prune(source, recipe(**QUICK), tmp_path / "fresh")
     assert set(contents(folder)) == set(contents(tmp_path / "fresh")) | set(keep)
     assert weights_and_texts(folder) == {**weights_and_texts(tmp_path / "fresh"), **keep}
+    # What the next run replaces is what the manifest lists.
+    prune(source, recipe(**QUICK), folder, overwrite=True)
+    assert weights_and_texts(folder) == {**weights_and_texts(tmp_path / "fresh"), **keep}
+
+
+def test_overwrite_of_a_run_removes_its_files_and_no_others(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pruned"
+    prune(source, recipe(**QUICK), folder)
+    for name in MINE:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"mine")
+    plain = save(build("gpt2"), tmp_path / "gpt2")
+    prune(plain, recipe(**QUICK), folder, overwrite=True)
+    prune(plain, recipe(**QUICK), tmp_path / "fresh")
+    assert weights_and_texts(folder) == {**weights_and_texts(tmp_path / "fresh"), **dict.fromkeys(MINE, b"mine")}
+
+
+@pytest.mark.parametrize("name", ["../mine.txt", "/etc/hostname", "notes/../../mine.txt", 5, None])
+def test_a_manifest_cannot_name_files_outside(tmp_path: Path, name: Any) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "mine.txt").write_text("mine")
+    (folder / MANIFEST_NAME).write_text(json.dumps({"files": [name, "tokenizer.json"]}))
+    (folder / "tokenizer.json").write_text("{}")
+    remove_result(folder)
+    assert contents(tmp_path) == {"mine.txt": b"mine"}
 
 
 def test_overwrite_of_a_folder_by_a_model_in_memory_keeps_strangers(source: Path, tmp_path: Path) -> None:
@@ -188,7 +226,7 @@ def test_overwrite_of_a_folder_by_a_model_in_memory_keeps_strangers(source: Path
     prune(AutoModelForCausalLM.from_pretrained(source), recipe(**QUICK), folder, overwrite=True)
     names = set(contents(folder))
     assert {"notes.txt", "model.safetensors"} <= names
-    assert not names & {MANIFEST_NAME, "model.safetensors.index.json", "model-00001-of-00003.safetensors"}
+    assert not names & {"model.safetensors.index.json", "model-00001-of-00003.safetensors", "chat_template.jinja.kept"}
 
 
 def test_home_is_expanded(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,13 +298,18 @@ def test_a_full_disk_is_noticed_before_the_work(source: Path, tmp_path: Path, mo
     assert not (tmp_path / "deep").exists()
 
 
-def test_shards_that_will_be_replaced_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "model.safetensors").write_bytes(bytes(600))
+def test_only_what_a_resumed_run_has_written_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(900))
+    (tmp_path / STAGING_NAME).mkdir()
+    (tmp_path / STAGING_NAME / "model.safetensors").write_bytes(bytes(600))
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: type("usage", (), {"free": 400}))
     monkeypatch.setattr(folders, "_BESIDE_BYTES", 300)
-    require_space(tmp_path, 700)
+    require_space(tmp_path, 700, resume=True)
     with pytest.raises(CheckpointError, match=r"1\.0 kB are free"):
-        require_space(tmp_path, 701)
+        require_space(tmp_path, 701, resume=True)
+    require_space(tmp_path, 100)
+    with pytest.raises(CheckpointError, match="400 B are free"):
+        require_space(tmp_path, 101)
 
 
 # --- two runs at once
@@ -294,8 +337,8 @@ def test_a_disk_that_fills_up_leaves_a_folder_to_resume(
     with pytest.raises(CheckpointError, match="No space left on device") as caught:
         prune(source, finished.recipe, tmp_path)
     assert "--resume" in caught.value.fix
-    assert not list(tmp_path.glob(".*.partial"))
-    assert len(list(tmp_path.glob("*.safetensors"))) == shard
+    assert not list(tmp_path.rglob(".*.partial"))
+    assert len(list((tmp_path / STAGING_NAME).glob("*.safetensors"))) == shard
     monkeypatch.undo()
     prune(source, finished.recipe, tmp_path, resume=True)
     assert weights_and_texts(tmp_path) == weights_and_texts(finished.folder)
@@ -311,7 +354,7 @@ def test_small_files_that_do_not_fit_are_typed_errors(
     monkeypatch.setattr(*{"publish": (files, "publish"), "copyfile": (shutil, "copyfile")}[function], refuse)
     with pytest.raises(CheckpointError, match="No space left on device"):
         prune(source, finished.recipe, tmp_path)
-    assert not list(tmp_path.glob(".*.partial"))
+    assert not list(tmp_path.rglob(".*.partial"))
     monkeypatch.undo()
     prune(source, finished.recipe, tmp_path, resume=True)
     assert weights_and_texts(tmp_path) == weights_and_texts(finished.folder)
@@ -328,7 +371,7 @@ def test_a_full_disk_leaves_nothing_of_a_model_in_memory(
     monkeypatch.setattr(type(model), "save_pretrained", refuse)
     with pytest.raises(CheckpointError, match="No space left on device"):
         prune(model, recipe(**QUICK), tmp_path / "pruned")
-    assert list(tmp_path.iterdir()) == []
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["pruned"]
 
 
 # --- the parts
@@ -345,13 +388,14 @@ def test_removing_leaves_folders_and_links_targets(tmp_path: Path) -> None:
     (folder / "tokenizer").mkdir(parents=True)
     (folder / "tokenizer" / "config.json").write_text("x")
     (folder / "model.safetensors").symlink_to(tmp_path / "kept.safetensors")
-    remove_checkpoint(folder)
+    remove_result(folder)
     assert set(contents(tmp_path)) == {"kept.safetensors", "folder/tokenizer/config.json"}
     assert not (folder / "model.safetensors").exists()
 
 
 def test_what_a_killed_start_leaves_counts_as_empty(tmp_path: Path) -> None:
-    (tmp_path / f".{MANIFEST_NAME}.partial").write_text('{"for')
+    (tmp_path / STAGING_NAME).mkdir()
+    (tmp_path / STAGING_NAME / f".{MANIFEST_NAME}.partial").write_text('{"for')
     for resume in (False, True):
         require_empty(tmp_path, resume=resume, overwrite=False)
     (tmp_path / "notes.txt").write_text("x")

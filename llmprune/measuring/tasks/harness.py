@@ -19,7 +19,7 @@ from llmprune.measuring.tasks.errors import EvaluationError, require_harness
 from llmprune.measuring.tasks.result import EvaluationResult, HarnessSettings
 from llmprune.measuring.tasks.significance import compare_results
 from llmprune.progress import Progress, Watcher, ignore
-from llmprune.storage.files import write_json
+from llmprune.storage.files import require_writable, write_json
 from llmprune.storage.hub import checkpoint_digest, resolve_model
 
 # Our own, from the folder eval/tasks: they need no network.
@@ -66,6 +66,8 @@ def run_tasks(
     # Everything that can be checked is checked before the first weights are loaded.
     folders = [resolve_model(name) for name in names]
     resolve_device(settings.device)
+    if output:
+        require_writable(output)
     with _kept_apart(settings.quiet):
         loaded = Tasks(tasks)
     folder = output.with_suffix("") if output else None

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from llmprune.errors import ResumeError
 from llmprune.recipe.grid import Combination, written
+from llmprune.storage.exchange import remove_result
 from llmprune.storage.files import write_json
-from llmprune.storage.folders import LOCK_NAME, remove_checkpoint, require_free
+from llmprune.storage.folders import LOCK_NAME, require_free
 
 RECORD_NAME = "sweep.json"
 
@@ -172,6 +173,6 @@ def remove_runs(output: Path) -> None:
     for folder in folders:
         require_free(folder)
     for folder in folders:
-        remove_checkpoint(folder)
+        remove_result(folder)
         with contextlib.suppress(OSError):  # missing, or it contains files that are not ours
             folder.rmdir()

@@ -213,7 +213,7 @@ def forecast(
     result = SweepForecast(str(model), tuple(found))
     if output is not None:
         waiting = [output / row.name for row in found if not row.finished]
-        replaced = sum(shard.stat().st_size for path in waiting for shard in path.glob("*.safetensors"))
+        replaced = sum(shard.stat().st_size for path in waiting for shard in path.rglob("*.safetensors"))
         require_space(output, result.disk_bytes - replaced)
     return result
 
