@@ -176,7 +176,7 @@ def test_killed_while_it_replaces_a_checkpoint(whole: Whole, runner: Runner, tmp
     before, ways = contents(tmp_path / "earlier"), set()
     seen: list[tuple[str, int]] = []
     # From shortly before the exchange on: until then, the old files are not touched.
-    for kill_at in range(75, 300):
+    for kill_at in range(40, 300):
         folder = tmp_path / str(kill_at) / "pruned"
         shutil.copytree(tmp_path / "earlier", folder)
         ended, _ = runner(folder, kill_at, overwrite=True)
