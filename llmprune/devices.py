@@ -16,6 +16,9 @@ from llmprune.errors import DeviceError
 # How long a rate is measured.
 _RATE_SECONDS = 0.08
 
+# How most of PyTorch reports a lack of memory, as plain RuntimeErrors: its CPU allocator, and the CUDA libraries.
+_PHRASES = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
+
 
 def resolve_device(name: str) -> torch.device:
     """Turn "auto", "cpu", "cuda" or "cuda:1" into a device that exists.
@@ -131,3 +134,10 @@ class PeakWatch:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return int(self._process.memory_info().rss)
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory, on any device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _PHRASES)

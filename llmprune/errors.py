@@ -36,6 +36,10 @@ class ModelError(LlmpruneError):
     """A model that cannot be found, is not a causal LM, or whose decoder layers cannot be located."""
 
 
+class MissingTokenizerError(ModelError):
+    """A model without a tokenizer where a text has to be tokenised."""
+
+
 class CheckpointError(LlmpruneError):
     """A checkpoint that cannot be read, is incomplete, or cannot be written."""
 

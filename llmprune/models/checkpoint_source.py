@@ -20,10 +20,11 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from llmprune.errors import CheckpointError, ModelError
+from llmprune.models.boundary import explained
 from llmprune.models.headers import check_headers, require_none
 from llmprune.models.skeleton import quiet_transformers, read_config
 from llmprune.models.source import Smaller, drop_parameters, modules_outside, move
-from llmprune.models.uneven import UNBUILDABLE, build_decoder, one_line
+from llmprune.models.uneven import build_decoder
 from llmprune.precision import computed_in
 from llmprune.storage.files import INDEX_NAME, SINGLE_NAME, Stored, read_header, read_index, read_json
 from llmprune.storage.formats import Layout
@@ -57,7 +58,16 @@ class CheckpointSource:
         self.folder = folder
         self.config = config or read_config(folder)
         self._named = decoder_layers
-        self.decoder = build_decoder(self.config, compute_dtype, decoder_layers)
+        if config is not None:
+            self.decoder = build_decoder(config, compute_dtype, decoder_layers)
+        else:
+            stored = as_dense(read_index(folder), packed_layouts(read_json(folder / "config.json")))
+            with explained(
+                f"{folder}: no model can be built from config.json",
+                expected="sizes and names that its architecture accepts",
+                fix="correct the value, or download config.json again",
+            ):
+                self.decoder = build_decoder(self.config, compute_dtype, decoder_layers, len(stored))
         self.model, self.layers_path, self.layers = self.decoder.model, self.decoder.path, self.decoder.layers
         self.dtype: torch.dtype = self.model.dtype
         self._conversions = get_model_conversion_mapping(self.model)
@@ -65,7 +75,7 @@ class CheckpointSource:
         self.stored: dict[str, Stored | PackedWeight] = {}
         self.targets: dict[str, tuple[str, ...]] = {}
         if config is None:
-            self._add(as_dense(read_index(folder), packed_layouts(read_json(folder / "config.json"))))
+            self._add(stored)
             check_headers(folder, self.model, self.stored, self.targets)
 
     def overlay(self, shard: Path, layouts: Mapping[str, Layout] | None = None) -> None:
@@ -340,8 +350,7 @@ def find_contradiction(folder: Path) -> str | None:
         CheckpointSource(folder)
     except CheckpointError as error:
         return error.what.removeprefix(f"{folder}: ")
-    except ModelError:
-        return None
-    except UNBUILDABLE as error:
-        return f"no model can be built from config.json: {one_line(error)}"
+    except ModelError as error:
+        # Only what transformers itself could not build is a contradiction; an encoder, for example, is none.
+        return error.what.removeprefix(f"{folder}: ") if error.__cause__ else None
     return None

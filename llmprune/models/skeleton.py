@@ -1,17 +1,18 @@
 """From config.json to a model without weights."""
 
+import contextlib
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llmprune.errors import ModelError
+from llmprune.models.boundary import auto_class_for, bounded, build_stock_model, read_stock_config
 from llmprune.storage.packed_config import without_record
 
 
@@ -20,28 +21,25 @@ def read_config(folder: Path) -> PretrainedConfig:
 
     Raises:
         ModelError: it is unreadable, of an unknown type, or not of a causal LM.
+        CheckpointError: it is not a JSON object.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{folder}/config.json cannot be read: {' '.join(str(error).split())[:300]}",
-            expected="the configuration of a model that the installed transformers knows",
-            fix="upgrade transformers if the model is new",
-        ) from error
+    config = read_stock_config(folder)
     without_record(config)  # a packed checkpoint is read as the equivalent dense one
     refuse_quantised(config, str(folder))
-    architectures = config.architectures or []
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
-        architectures and not causal & set(architectures)
-    ):
+    names = [str(name) for name in config.architectures or ()]
+    if auto_class_for(config) is None or (names and not any(map(_generates, names))):
         raise ModelError(
-            f"{folder} holds {', '.join(architectures) or config.model_type}, which is not a causal LM",
+            f"{folder} holds {', '.join(names) or config.model_type}, which is not a causal LM",
             expected="an architecture that AutoModelForCausalLM loads",
             fix="use a decoder-only language model; encoders, embedding models and classifiers are not supported",
         )
     return config
+
+
+def _generates(name: str) -> bool:
+    """Whether a class of transformers generates text; of one that it lacks, the names of the tensors decide."""
+    stock = getattr(transformers, name, None)
+    return stock is None or bool(getattr(stock, "can_generate", bool)())
 
 
 def refuse_quantised(config: PretrainedConfig, name: str) -> None:
@@ -54,23 +52,33 @@ def refuse_quantised(config: PretrainedConfig, name: str) -> None:
         )
 
 
-def build_skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def build_skeleton(
+    config: PretrainedConfig, dtype: torch.dtype | None = None, tensors: int | None = None
+) -> PreTrainedModel:
     """Build the model with parameters on the meta device and real buffers.
 
     Args:
         config: describes a causal LM.
         dtype: of the parameters; None: the config's own.
+        tensors: how many the checkpoint has; None: it is not known yet.
+
+    Raises:
+        CheckpointError: the config describes a model with far more parameters than tensors.
     """
     dtype = dtype or config.dtype or torch.float32
-    with init_empty_weights(include_buffers=False), quiet_transformers():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, experts_implementation="eager")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(init_empty_weights(include_buffers=False))
+        stack.enter_context(quiet_transformers())
+        if tensors is not None:
+            stack.enter_context(bounded(tensors))
+        model = build_stock_model(copy.deepcopy(config), dtype=dtype, experts_implementation="eager")
     model.tie_weights()  # moving to the meta device untied them
     model.eval()
     model.requires_grad_(False)
     return model
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars: one per layer would drown out ours."""
     was_active = transformers_logging.is_progress_bar_enabled()

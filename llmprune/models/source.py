@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.errors import ModelError
 from llmprune.models.decoder import Decoder
+from llmprune.models.in_memory import require_plain
 from llmprune.models.skeleton import refuse_quantised
 
 
@@ -119,7 +120,8 @@ class ModelSource:
         compute_dtype: dtype on the device, at least as wide as the model's own; None: the model's own.
 
     Raises:
-        ModelError: parts of the model are offloaded or quantised, or its decoder layers cannot be identified.
+        ModelError: parts of the model are offloaded, quantised, adapted or masked, or its decoder layers cannot be
+            identified.
     """
 
     folder: Path | None = None
@@ -128,6 +130,7 @@ class ModelSource:
         self, model: PreTrainedModel, decoder_layers: str | None = None, compute_dtype: torch.dtype | None = None
     ) -> None:
         refuse_quantised(model.config, type(model).__name__)
+        require_plain(model)
         if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
             raise ModelError(
                 f"{absent[0]} and {len(absent) - 1} other parameters are not in memory",

@@ -26,6 +26,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from llmprune.errors import ModelError
+from llmprune.models.boundary import one_line
 from llmprune.models.decoder import Decoder
 from llmprune.models.skeleton import build_skeleton
 
@@ -112,19 +113,23 @@ def _owns_per_layer(config: PretrainedConfig) -> bool:
     return _KEY in type(config.get_text_config(decoder=True))().to_dict()
 
 
-def build_decoder(config: PretrainedConfig, dtype: torch.dtype | None = None, path: str | None = None) -> Decoder:
+def build_decoder(
+    config: PretrainedConfig, dtype: torch.dtype | None = None, path: str | None = None, tensors: int | None = None
+) -> Decoder:
     """Build the model without weights, each decoder layer with its own sizes.
 
     Args:
         config: may have `per_layer_config`.
         dtype: of the parameters; None: the config's own.
         path: dotted name of the decoder layers; None: they are searched for.
+        tensors: how many the checkpoint has; None: it is not known yet.
 
     Raises:
+        CheckpointError: the config describes a model with far more parameters than tensors.
         ModelError: the decoder layers cannot be identified, or `per_layer_config` names a missing layer or block.
     """
     uneven = bool(read_per_layer(config))
-    decoder = Decoder.find(build_skeleton(with_per_layer(config, {}) if uneven else config, dtype), path)
+    decoder = Decoder.find(build_skeleton(with_per_layer(config, {}) if uneven else config, dtype, tensors), path)
     if uneven:
         apply_per_layer(decoder, config)
     return decoder
@@ -282,8 +287,3 @@ def text_part(data: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
             data = data[key]
             break
     return data
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error as one line of at most 300 characters; its class name if empty."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

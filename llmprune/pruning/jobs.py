@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
-from llmprune.errors import PatternError, RecipeError
+from llmprune.errors import ModelError, PatternError, RecipeError
 from llmprune.methods import METHODS, Method
+from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.decoder import Matrix, prunable_matrices
 from llmprune.models.source import Source
 from llmprune.patterns import Block, Pattern, Unstructured
 from llmprune.recipe.recipe import Recipe
+from llmprune.storage.packed_config import Format
 from llmprune.structures.decisions import MatrixChoice
 
 
@@ -57,6 +59,30 @@ def plan_jobs(
         {m.name: job for m in matrices if (job := _job(m, recipe, choices.get(m.name))) is not None}
         for matrices in layers
     ]
+
+
+def require_packable(source: CheckpointSource, form: Format) -> None:
+    """Refuse a format that would pack nothing, whatever is pruned.
+
+    Packed tensors are found by the names of their layers, so that those must be the names in the checkpoint as well.
+
+    Raises:
+        ModelError: no prunable linear layer is stored under its own name.
+    """
+    names = [
+        matrix.name
+        for index, layer in enumerate(source.layers)
+        for matrix in prunable_matrices(layer, source.layer_name(index))
+    ]
+    if form == "dense" or any(source.linear_key(name) == f"{name}.weight" for name in names):
+        return
+    keys = ((name, source.linear_key(name)) for name in names)
+    stored = next((f" ({name} as {key})" for name, key in keys if key is not None), "")
+    raise ModelError(
+        f"format is {form}, but this checkpoint stores no linear layer under the name that it has in the model{stored}",
+        expected="a checkpoint whose tensors have the names of the model's parameters",
+        fix="set format to dense",
+    )
 
 
 def _job(matrix: Matrix, recipe: Recipe, choice: MatrixChoice | None) -> Job | None:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from llmprune.devices import describe_device
 from llmprune.errors import RecipeError, ResumeError
 from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.models.in_memory import require_plain, require_savable, unwrapped
 from llmprune.models.source import ModelSource, Source
 from llmprune.pages import write_report
 from llmprune.precision import computed_in, dtype_name
@@ -18,7 +20,7 @@ from llmprune.progress import Progress, Watcher, ignore
 from llmprune.pruning.card import write_card
 from llmprune.pruning.context import Run, versions
 from llmprune.pruning.deciding import decide_run
-from llmprune.pruning.jobs import plan_jobs
+from llmprune.pruning.jobs import plan_jobs, require_packable
 from llmprune.pruning.layers import LayerDriver
 from llmprune.pruning.reporting import compare_sizes, make_report
 from llmprune.pruning.saving import evaluating, save_dense, save_pruned, take_over
@@ -84,6 +86,9 @@ def prune(
     """
     settings = load_recipe(recipe, overrides)
     run = Run.begin(settings, watch)
+    model = unwrapped(model)
+    if isinstance(model, nn.Module):
+        require_plain(model)
     if not isinstance(model, PreTrainedModel):
         if output is None:
             raise RecipeError(f"no output folder for {model}", fix='pass one, for example output="pruned"')
@@ -118,11 +123,12 @@ def prune_checkpoint(
     require_free(output)
     require_empty(output, resume=resume, overwrite=overwrite)
     source = run.open(folder)
+    tokenizer = tokenizer_for(run.recipe.texts.values(), folder, source.config)
     run = run.fitted(model_positions(source.config))
     found = None if run.recipe.structures is None else Removable.find(source, run.recipe.structures)
     jobs = plan_jobs(_preview(source, found), run.recipe)
+    require_packable(source, run.recipe.format)
     require_space(output, sum(stored.nbytes for stored in source.stored.values()), resume=resume)
-    tokenizer = tokenizer_for(run.recipe.texts.values(), folder, source.config)
     texts = run.texts(source, jobs, tokenizer)
     keys = {
         "recipe": run.recipe.to_dict() | {"description": ""},
@@ -212,6 +218,8 @@ def prune_in_memory(
     Raises:
         LlmpruneError: as for `prune`.
     """
+    if output is not None or run.recipe.structures is not None:
+        require_savable(model)
     if run.recipe.structures is not None:
         return _shrink(run, model, output, tokenizer, overwrite=overwrite)
     if output is not None:

@@ -13,9 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,7 +20,9 @@ from transformers import (
 )
 
 from llmprune.devices import resolve_device
-from llmprune.errors import DeviceError, ModelError
+from llmprune.errors import CheckpointError, DeviceError, ModelError
+from llmprune.models import boundary
+from llmprune.models.checkpoint_source import find_contradiction
 from llmprune.models.skeleton import read_config
 from llmprune.precision import computed_in
 from llmprune.serving.decode_graphs import DecodeGraphs
@@ -72,11 +71,17 @@ def load(
         )
     folder = resolve_model(model)
     read_config(folder)
-    config = AutoConfig.from_pretrained(folder)
+    if problem := find_contradiction(folder):
+        raise CheckpointError(
+            f"{folder}: {problem}",
+            expected="config.json and weights that describe the same model",
+            fix="download the checkpoint again, or check that its files belong together",
+        )
+    config = boundary.read_stock_config(folder)
     if dtype == "auto":
         dtype = computed_in(config.dtype or torch.float32, target)
     _choose_served(config, served, folder)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, device_map={"": target})
+    loaded = boundary.load_stock_model(folder, config, dtype=dtype, device_map={"": target})
     if fused and any(type(layer.form) is Fragments for _, layer in sparse_layers(loaded)):
         fuse(loaded, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=target))
     if graphs:
@@ -92,17 +97,9 @@ def load_tokenizer(model: str | Path, chat_template: Path | None = None) -> PreT
         chat_template: a Jinja file to use instead of the tokenizer's own template.
 
     Raises:
-        ModelError: there is no tokenizer next to the model, or the template cannot be read.
+        ModelError: there is no tokenizer next to the model, or it or the template cannot be read.
     """
-    folder = resolve_model(model)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{folder} has no readable tokenizer: {' '.join(str(error).split())[:300]}",
-            expected="tokenizer.json and tokenizer_config.json next to the weights",
-            fix="copy them from the model that was pruned",
-        ) from error
+    tokenizer = boundary.load_tokenizer(resolve_model(model))
     if chat_template is not None:
         try:
             tokenizer.chat_template = chat_template.expanduser().read_text(encoding="utf-8")

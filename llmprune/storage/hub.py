@@ -26,11 +26,11 @@ from llmprune.storage.files import (
     weight_files,
     without_weights,
 )
-from llmprune.storage.packed_config import QUANT_METHOD
+from llmprune.storage.packed_config import quantised_by
 
 TESTBED = "testbed"
 
-_CONFIG = "config.json"
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
 
 _SAMPLE_BYTES = 1 << 20
@@ -135,7 +135,7 @@ def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(f"{folder} is a file", expected="a folder", fix="give the folder that holds config.json")
     if not (folder / _CONFIG).is_file():
-        adapter = (folder / "adapter_config.json").is_file()
+        adapter = (folder / _ADAPTER).is_file()
         raise CheckpointError(
             f"{folder} has no {_CONFIG}" + (", only an adapter's configuration" if adapter else ""),
             expected="a folder written by save_pretrained",
@@ -146,14 +146,18 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_config(folder: Path) -> None:
-    config = read_json(folder / _CONFIG)
-    quantization = config.get("quantization_config")
-    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-    if quantization and method != QUANT_METHOD:
+    method = quantised_by(read_json(folder / _CONFIG).get("quantization_config"))
+    if method is not None:
         raise CheckpointError(
             f"{folder / _CONFIG} says that the model is already quantised (quantization_config: {method})",
             expected="weights in float32, bfloat16 or float16",
             fix="prune the unquantised model, then quantise the result",
+        )
+    if (folder / _ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder} has an adapter beside its weights ({_ADAPTER}), which would be ignored",
+            expected="weights that are complete by themselves",
+            fix="merge it first (merge_and_unload) and save the result, or move the adapter's files out of the folder",
         )
 
 

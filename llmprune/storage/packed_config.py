@@ -117,7 +117,8 @@ def is_uneven(config: Mapping[str, Any]) -> bool:
 
 
 def _unrecorded(config: Mapping[str, Any]) -> dict[str, Any]:
-    if (config.get("quantization_config") or {}).get("quant_method") != QUANT_METHOD:
+    record = config.get("quantization_config")
+    if record is None or quantised_by(record) is not None:
         return dict(config)
     inner = {
         key: {k: v for k, v in part.items() if k != NOTICE_KEY} for key, part in config.items() if _is_text(key, part)
@@ -175,8 +176,8 @@ def packed_layouts(config: Mapping[str, Any]) -> dict[str, Layout]:
         CheckpointError: the record has a different version.
         FormatError: a layout cannot be read.
     """
-    record = config.get("quantization_config") or {}
-    if record.get("quant_method") != QUANT_METHOD:
+    record = config.get("quantization_config")
+    if not isinstance(record, Mapping) or _method(record) != QUANT_METHOD:
         return {}
     require_version(record.get("version"))
     return {name: layout_from_dict(row) for name, row in record["modules"].items()}
@@ -196,9 +197,35 @@ def require_version(version: object) -> None:
         )
 
 
+def quantised_by(record: object) -> str | None:
+    """The method by which weights are quantised, according to a `quantization_config`.
+
+    Returns:
+        Its name; None if the weights are ordinary ones: packed by llmprune, or with a record that is empty or, as in
+        uncompressed checkpoints of llm-compressor, of sparsity only.
+    """
+    method = _method(record)
+    values = record if isinstance(record, Mapping) else {}
+    sparse_only = method == "compressed-tensors" and values.get("format") == "dense" and not values.get("config_groups")
+    return None if not record or method == QUANT_METHOD or sparse_only else str(method or "unknown")
+
+
+def _method(record: object) -> object:
+    """The name in a record: as config.json has it, or as transformers keeps it with a loaded model."""
+    return record.get("quant_method") if isinstance(record, Mapping) else getattr(record, "quant_method", record)
+
+
+def without_idle_record(config: PretrainedConfig) -> PretrainedConfig:
+    """Remove, in place, a record by which nothing is quantised or packed: transformers fails on it."""
+    record = getattr(config, "quantization_config", None)
+    if record is not None and _method(record) != QUANT_METHOD and quantised_by(record) is None:
+        del config.quantization_config
+    return config
+
+
 def without_record(config: PretrainedConfig) -> PretrainedConfig:
     """Turn the configuration of a packed checkpoint into that of the dense one, in place; others are unchanged."""
-    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == QUANT_METHOD:
+    if _method(getattr(config, "quantization_config", None)) == QUANT_METHOD:
         del config.quantization_config
         without_notice(config)
     return config

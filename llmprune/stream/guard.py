@@ -6,6 +6,7 @@ from types import TracebackType
 
 import torch
 
+from llmprune.devices import is_shortage
 from llmprune.errors import DeviceError
 from llmprune.models.sizes import ends_bytes
 from llmprune.models.source import Source
@@ -14,9 +15,6 @@ from llmprune.stream.stream import StreamSettings
 from llmprune.stream.windows import window_positions
 from llmprune.text.tokens import Tokens
 from llmprune.units import format_size
-
-# How the rest of PyTorch reports it, as plain RuntimeErrors: its CPU allocator, and the CUDA libraries.
-_PHRASES = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
 
 
 class MemoryGuard:
@@ -74,13 +72,6 @@ class MemoryGuard:
         if not self.resumable:
             return ways
         return f"{ways}; then use --resume if the recipe is unchanged, otherwise --overwrite"
-
-
-def is_shortage(error: BaseException) -> bool:
-    """Whether an error says that there was not enough memory, on any device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _PHRASES)
 
 
 def sampling_needs(source: Source) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.devices import free_bytes
-from llmprune.errors import CalibrationError, ModelError
-from llmprune.models.skeleton import quiet_transformers, read_config
+from llmprune.errors import CalibrationError, MissingTokenizerError
+from llmprune.models.boundary import load_stock_model, load_tokenizer, read_stock_config
+from llmprune.models.skeleton import quiet_transformers
 from llmprune.models.source import Source, widened
 from llmprune.precision import computed_in
 from llmprune.progress import Progress, Watcher, ignore
@@ -22,8 +23,6 @@ from llmprune.text.generated import generate_text
 from llmprune.text.openings import Tokenizer
 from llmprune.text.scripts import scripts_of
 from llmprune.text.tokens import TextSpec, Tokens, load_tokens
-
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 
 # The names under which configs give the number of positions.
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -101,22 +100,6 @@ def _check_vocabulary(tokens: Tokens, model: PreTrainedModel, text: str) -> None
         )
 
 
-def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """Read a model's tokenizer.
-
-    Raises:
-        ModelError: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"no tokenizer in {folder}: {' '.join(str(error).split())[:300]}",
-            expected="the tokenizer's files next to the weights",
-            fix="save the model's tokenizer into the folder, or pass one from Python",
-        ) from error
-
-
 def tokenizer_for(specs: Iterable[TextSpec], folder: Path | str, config: PretrainedConfig) -> Tokenizer:
     """Read a model's tokenizer; a model without one needs none if all its texts are self-generated.
 
@@ -126,21 +109,15 @@ def tokenizer_for(specs: Iterable[TextSpec], folder: Path | str, config: Pretrai
         config: of the model; gives the BOS token if there is no tokenizer.
 
     Raises:
-        ModelError: there is none although a text has to be tokenised, or it cannot be read.
+        MissingTokenizerError: there is none although a text has to be tokenised.
+        ModelError: it cannot be read.
     """
     try:
         return load_tokenizer(folder)
-    except ModelError:
-        if any(spec.source != "self" for spec in specs) or not _lacks_tokenizer(folder):
+    except MissingTokenizerError:
+        if any(spec.source != "self" for spec in specs):
             raise
         return _NoTokenizer(config.get_text_config().bos_token_id)
-
-
-def _lacks_tokenizer(folder: Path | str) -> bool:
-    """Whether there certainly is none: a model that was not loaded from files, or a folder without tokenizer files."""
-    if not str(folder):
-        return True
-    return Path(folder).is_dir() and not any(file for name in _TOKENIZER_FILES for file in Path(folder).glob(name))
 
 
 @dataclass
@@ -161,10 +138,11 @@ def _teller(spec: TextSpec, watch: Watcher) -> Callable[[int], None]:
 
 def _load_dense(folder: Path, device: torch.device) -> PreTrainedModel:
     """The whole model; if it does not fit on the device, accelerate offloads part of it to CPU and disk."""
-    dtype = computed_in(read_config(folder).dtype or torch.float32, device)
+    config = read_stock_config(folder)
+    dtype = computed_in(config.dtype or torch.float32, device)
     nbytes = sum(math.prod(stored.shape) for stored in read_index(folder).values()) * dtype.itemsize
     fits = nbytes < 0.8 * free_bytes(device)
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": device} if fits else "auto", experts_implementation="eager"
+        return load_stock_model(
+            folder, config, dtype=dtype, device_map={"": device} if fits else "auto", experts_implementation="eager"
         )

@@ -14,11 +14,12 @@ from command_line import SMALL, make_plain, run
 from folders import weights_and_texts
 
 from llmprune import Recipe, dry_run, load_recipe, prune
+from llmprune.devices import is_shortage
 from llmprune.errors import DeviceError
 from llmprune.precision import computed_in
 from llmprune.pruning import layers
 from llmprune.stream import stream
-from llmprune.stream.guard import MemoryGuard, is_shortage
+from llmprune.stream.guard import MemoryGuard
 from llmprune.stream.stream import ResidentLayer, StreamSettings
 
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation.")

@@ -92,7 +92,7 @@ def test_a_model_without_a_tokenizer_prunes_on_text_that_it_writes(text: str, tm
     assert prune(folder, recipe(evaluation=evaluation), tmp_path / "pruned").header["texts"]["calibration"]
     assert prune(build("llama"), recipe(evaluation=evaluation), tmp_path / "saved").dense_perplexity
     assert perplexity(folder, TextSpec(samples=1, length=16)).samples == 1
-    with pytest.raises(ModelError, match="no tokenizer in"):
+    with pytest.raises(ModelError, match="no tokenizer files in"):
         by_prune(folder, {"source": text, "samples": 2, "length": 16}, tmp_path / "output")
 
 

@@ -14,6 +14,7 @@ from lm_eval.models.utils_hf import get_dtype
 
 from llmprune.devices import resolve_device
 from llmprune.errors import ModelError
+from llmprune.models.boundary import load_tokenizer
 from llmprune.models.skeleton import read_config
 from llmprune.serving.forms import Served
 from llmprune.serving.loader import load
@@ -22,7 +23,9 @@ from llmprune.storage.hub import resolve_model
 MODEL_NAME = "llmprune"
 
 # Options of `hf` for models that it loads itself, which do not apply to our checkpoints.
-_REFUSED = ("parallelize", "tp_plan", "peft", "delta", "autogptq", "gptqmodel", "gguf_file", "subfolder")
+_REFUSED = (
+    "parallelize", "tp_plan", "peft", "delta", "autogptq", "gptqmodel", "gguf_file", "subfolder", "trust_remote_code",
+)  # fmt: skip
 
 
 class LlmpruneLM(HFLM):  # type: ignore[misc] # lm-eval is not typed
@@ -58,6 +61,8 @@ class LlmpruneLM(HFLM):  # type: ignore[misc] # lm-eval is not typed
         self._served = served
         target = str(resolve_device(device))
         folder = resolve_model(pretrained, revision=None if revision == "main" else revision)
+        if "tokenizer" not in options:
+            load_tokenizer(folder)  # lm-eval would accept one that transformers makes up where files are missing
         super().__init__(str(folder), backend="causal", device=target, **options)
 
     def _create_model(self, pretrained: str, dtype: Any = "auto", **options: Any) -> None:

@@ -28,7 +28,7 @@ from llmprune.precision import add_gram, dtype_name, float32_products
 from llmprune.pruning.context import Run
 from llmprune.pruning.forecast.memory import layer_memory
 from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan, Work
-from llmprune.pruning.jobs import Job, plan_jobs
+from llmprune.pruning.jobs import Job, plan_jobs, require_packable
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storage.hub import resolve_model
@@ -44,7 +44,7 @@ from llmprune.structures.plan import (
 from llmprune.structures.reduction import Reduction
 from llmprune.structures.removable import Removable
 from llmprune.structures.survey import check_budget
-from llmprune.text.loading import check_texts, model_positions
+from llmprune.text.loading import check_texts, model_positions, tokenizer_for
 
 # Samples and length for probing a layer: few tokens, and sizes that hardly any dimension of a model has, so that a
 # tensor's shape shows which of its dimensions grow with the batch and with the length.
@@ -65,13 +65,16 @@ def dry_run(
         overrides: changes to the recipe, "key.path=value".
 
     Raises:
-        LlmpruneError: everything that a run would refuse regardless of the text: the recipe, the model, a pattern that
-            does not fit, an unavailable device, a matrix that is never used; or there is not enough memory for one
-            layer.
+        LlmpruneError: everything that a run would refuse regardless of the text: the recipe, the model, its tokenizer,
+            a pattern that does not fit, an unavailable device, a matrix that is never used; or there is not enough
+            memory for one layer.
     """
     run = Run.begin(load_recipe(recipe, overrides))
     with run.watch:
-        return _forecast(run, str(model), run.open(resolve_model(model)))
+        folder = resolve_model(model)
+        source = run.open(folder)
+        tokenizer_for(run.recipe.texts.values(), folder, source.config)
+        return _forecast(run, str(model), source)
 
 
 def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
@@ -84,6 +87,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         check_budget(found)
     result = source if reduction is None else reduction.result
     jobs = plan_jobs(result, settings)
+    require_packable(source, settings.format)
     look = _Look(source, settings, device, reduction)
     layers = tuple(look.plan(indices, jobs) for indices in _kinds(source, jobs))
     structures = plan_structures(found)

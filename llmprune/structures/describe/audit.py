@@ -6,9 +6,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.errors import ModelError
+from llmprune.models.boundary import one_line
 from llmprune.models.decoder import Decoder
 from llmprune.models.source import StoredSource
-from llmprune.models.uneven import UNBUILDABLE, build_decoder, one_line
+from llmprune.models.uneven import UNBUILDABLE, build_decoder
 from llmprune.structures.describe.candidates import integers
 from llmprune.structures.find.tracing import TracedForward, eagerly
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from llmprune.errors import ModelError
+from llmprune.models.boundary import one_line
 from llmprune.models.decoder import Decoder
 from llmprune.models.differences import Expected, Shape, module_differences, shape_differences
 from llmprune.models.uneven import (
@@ -20,7 +21,6 @@ from llmprune.models.uneven import (
     build_decoder,
     changed,
     nested,
-    one_line,
     with_per_layer,
 )
 from llmprune.structures.describe.audit import contradictory_counts, run_failures

@@ -7,12 +7,12 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from llmprune.errors import ModelError
+from llmprune.models.boundary import one_line
 from llmprune.models.differences import Expected, differences
 from llmprune.models.uneven import (
     REMOVED,
     UNBUILDABLE,
     build_decoder,
-    one_line,
     read_per_layer,
     text_part,
     with_per_layer,

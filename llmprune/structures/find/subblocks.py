@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llmprune.errors import ModelError
+from llmprune.models.boundary import one_line
 from llmprune.models.decoder import Decoder, prunable_matrices
 from llmprune.models.uneven import (
     UNBUILDABLE,
-    one_line,
     remove_blocks,
 )
 from llmprune.stream.observation import PRODUCTS

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.errors import ModelError, NumericsError, PatternError
+from llmprune.models.boundary import one_line
 from llmprune.models.differences import Expected, Shape, differences
-from llmprune.models.uneven import UNBUILDABLE, Changes, build_decoder, changed, one_line, text_part
+from llmprune.models.uneven import UNBUILDABLE, Changes, build_decoder, changed, text_part
 from llmprune.structures.find.width_probe import Norm, find_norms, first_deviation
 
 # If None, they are derived from the hidden size, times this factor.
