@@ -17,6 +17,11 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
 
 
+def tensor_bytes(folder: Path) -> int:
+    """The size of all its tensors."""
+    return sum(tensor.nbytes for tensor in tensors(folder).values())
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below the folder."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}

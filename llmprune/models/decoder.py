@@ -57,13 +57,11 @@ class Matrix:
 
     @property
     def kind(self) -> str | None:
-        """The name with the expert's number replaced by *, the same for all experts; None if it is not an expert's."""
-        if not self.routed:
-            return None
-        if self.expert is None:
-            return EXPERT_NUMBER.sub("*", self.name)
-        head, _, leaf = self.name.rpartition(f".{self.expert}.")
-        return f"{head}.*.{leaf}"
+        """The name with the number of the expert or block replaced by *, the same for all of them; None for others."""
+        if self.expert is not None:
+            head, _, leaf = self.name.rpartition(f".{self.expert}.")
+            return f"{head}.*.{leaf}"
+        return EXPERT_NUMBER.sub("*", self.name) if EXPERT_NUMBER.search(self.name) else None
 
     def view(self, parameter: Tensor) -> Tensor:
         """The matrix as [out, in], a view of its parameter."""

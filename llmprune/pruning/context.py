@@ -84,7 +84,8 @@ class Run:
         Raises:
             CalibrationError: a text cannot be read or is too short.
         """
-        for name, spec in self.recipe.texts.items():
+        # The calibration text last: it is the one that is read or sampled first.
+        for name, spec in reversed(self.recipe.texts.items()):
             self.watch(Progress(f"{name} text", step=spec.summary))
         if any(spec.source == "self" for spec in self.recipe.texts.values()):
             self.watch.expected = lambda: sampling_needs(source)

@@ -23,7 +23,9 @@ def add_priors(layer: ResidentLayer, groups: list[Group], min_tokens: int) -> di
         Matrix name -> tokens added, for the matrices of experts with too few.
     """
     priors: dict[str, int] = {}
-    kinds = {group.names[0]: layer.matrices[group.names[0]].kind for group in groups}
+    matrices = (layer.matrices[group.names[0]] for group in groups)
+    # Every token meets the blocks of a block-diagonal matrix: they never lack any.
+    kinds = {matrix.name: matrix.kind if matrix.routed else None for matrix in matrices}
     for group in groups:
         kind = kinds[group.names[0]]
         if group.statistics is None or kind is None:

@@ -80,7 +80,7 @@ def measure(bench: Counted, wanted: Sequence[Row], path: Path, only: Sequence[st
 def test_a_row_is_what_the_pipeline_says(bench: Bench, llama: Path, texts: Path, tmp_path: Path) -> None:
     row = Row("half", "wanda", {"ffn": {"remove": 0.5, "method": "wanda", "multiple": 1}})
     found = bench.measure(row)
-    text = {"samples": 4, "length": 16, "order": "text"}
+    text = {"samples": 4, "length": 16, "order": "text", "layout": "pack-bare"}
     recipe = {
         "structures": row.structures,
         "calibration": {"source": str(texts / "calibration.jsonl"), **text},

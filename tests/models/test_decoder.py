@@ -165,11 +165,9 @@ def test_layouts_that_structure_cannot_tell(
     ("matrix", "kind"),
     [
         (Matrix("l.3.mlp.up_proj", "mlp.up_proj.weight", None, False, (4, 4)), None),
-        (Matrix("l.3.experts.7.up", "experts.7.up.weight", None, False, (4, 4), routed=True), "l.3.experts.*.up"),
-        (Matrix("l.3.experts.3.up", "experts.up", 3, False, (4, 4), 8, routed=True), "l.3.experts.*.up"),
-        (Matrix("l.3.moe.in.3.weight", "moe.in.weight", 3, False, (4, 4), 8, routed=True), "l.3.moe.in.*.weight"),
-        # A block of a block-diagonal matrix sees every token: there is nothing to share out.
-        (Matrix("l.3.rg_lru.3.gate", "rg_lru.gate", 3, False, (4, 4), 8), None),
+        (Matrix("l.3.experts.7.up_proj", "experts.7.up_proj.weight", None, False, (4, 4)), "l.3.experts.*.up_proj"),
+        (Matrix("l.3.experts.3.up", "experts.up", 3, False, (4, 4), 8), "l.3.experts.*.up"),
+        (Matrix("l.3.moe.input.3.weight", "moe.input.weight", 3, False, (4, 4), 8), "l.3.moe.input.*.weight"),
     ],
 )
 def test_experts_of_one_kind(matrix: Matrix, kind: Any) -> None:

@@ -1,6 +1,6 @@
 """Models in memory as people have them: compiled, with adapters, masks or values that cannot be saved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,13 @@ def with_a_compiled_part(model: PreTrainedModel) -> None:
 def with_a_temperature(model: PreTrainedModel) -> None:
     model.generation_config.do_sample = False
     model.generation_config.temperature = 0.3
+
+
+@pytest.fixture(autouse=True)
+def compiler_reset() -> Iterator[None]:
+    """Let the compiler forget what it has seen here: other tests compile other code in this process."""
+    yield
+    torch._dynamo.reset()
 
 
 STRUCTURES = {"structures": {"ffn": {"remove": 0.25}}, "pattern": None, "method": None}

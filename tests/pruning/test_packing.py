@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import contents, same, tensors, unlisted
+from folders import contents, same, tensor_bytes, tensors, unlisted
 from packed_models import prune_files
 from safetensors.torch import load_file, save_file
 from tiny_models import build, random_ids, save
@@ -27,13 +27,7 @@ SHARDED = {"max_shard_size": "40KB"}
 # Large enough that blocks are not mistaken for whole rows or columns.
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 # One pattern for each kind of matrix; what is not named stays as it is.
-MIXED = {
-    "q_proj": "2:4",
-    "o_proj": "0.5@16x16",
-    "gate_proj": "0.6",
-    "up_proj": "7:8",
-    "down_proj": "0.05",
-}
+MIXED = {"q_proj": "2:4", "o_proj": "0.5@16x16", "gate_proj": "0.6", "up_proj": "7:8", "down_proj": "0.05"}
 
 
 def pruned(folder: Path, patterns: dict[str, str], family: str = "llama", **options: Any) -> Path:
@@ -57,10 +51,6 @@ def dense(tmp_path: Path) -> Path:
 def rows_by_name(report: PackReport) -> dict[str, PackRow]:
     assert len({row.matrix for row in report.rows}) == len(report.rows)
     return {row.matrix: row for row in report.rows}
-
-
-def nbytes(folder: Path) -> int:
-    return sum(tensor.nbytes for tensor in tensors(folder).values())
 
 
 @pytest.mark.parametrize("options", [{}, SHARDED], ids=["one file", "shards"])
@@ -87,10 +77,8 @@ def test_two_of_four_takes_nine_sixteenths(dense: Path, tmp_path: Path) -> None:
     assert all(row.packed_bytes == 0.5625 * row.dense_bytes for row in packed)
     assert report.ratio == 0.5625
     assert report.dense_bytes == sum(tensor.nbytes for key, tensor in tensors(dense).items() if "proj.weight" in key)
-    assert (report.dense_checkpoint_bytes, report.packed_checkpoint_bytes) == (
-        nbytes(dense),
-        nbytes(tmp_path / "packed"),
-    )
+    sizes = tensor_bytes(dense), tensor_bytes(tmp_path / "packed")
+    assert (report.dense_checkpoint_bytes, report.packed_checkpoint_bytes) == sizes
     again = unpack(tmp_path / "packed", tmp_path / "again")
     assert (again.ratio, again.dense_bytes, again.packed_bytes) == (0.5625, report.dense_bytes, report.packed_bytes)
     assert again.dense_checkpoint_bytes == report.dense_checkpoint_bytes
@@ -119,7 +107,7 @@ def test_what_the_packed_folder_holds(dense: Path, tmp_path: Path) -> None:
         "layout": "nm", "shape": [64, 96], "keep": 2, "of": 4,
     }  # fmt: skip
     index = read_json(tmp_path / "packed" / files.INDEX_NAME)
-    assert index["metadata"]["total_size"] == nbytes(tmp_path / "packed")
+    assert index["metadata"]["total_size"] == tensor_bytes(tmp_path / "packed")
     stored = {key: file.name for file in (tmp_path / "packed").glob("*.safetensors") for key in load_file(file)}
     assert index["weight_map"] == stored
     assert "model.layers.1.mlp.down_proj.meta" in stored

@@ -104,7 +104,7 @@ def test_perplexity_is_what_transformers_gives(dense: Path, words: Path, tmp_pat
     ids = samples(words)[10:14]
     file = tmp_path / "evaluation.txt"
     file.write_text(" ".join(f"w{number}" for number in ids.reshape(-1).tolist()))
-    ids = torch.cat((torch.tensor([1]), ids.reshape(-1)))[: 4 * LENGTH].view(4, LENGTH)
+    ids = ids.reshape(-1)[: 4 * LENGTH].view(4, LENGTH)
     settings = on_text(words, evaluation={"source": str(file), "samples": 4}, compute_dtype="float32", batch_size=3)
     report = prune(dense, settings, tmp_path / "pruned")
     logits = {}

@@ -16,11 +16,11 @@ from tiny_models import build, recipe, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmprune import load_recipe, prune
-from llmprune.errors import CheckpointError, LlmpruneError, ResumeError
+from llmprune.errors import CheckpointError, ResumeError
 from llmprune.storage import files, folders
 from llmprune.storage.companions import copy_companions
 from llmprune.storage.exchange import remove_result
-from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME, require_empty, require_space
+from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME, require_space
 from llmprune.storage.report import load_report
 
 # What a user may keep beside a checkpoint, under names that look like those of its parts.
@@ -380,29 +380,3 @@ def test_a_full_disk_leaves_nothing_of_a_model_in_memory(
 def test_copying_goes_no_deeper_than_it_must(source: Path, tmp_path: Path) -> None:
     copy_companions(source, tmp_path)
     assert not {"pytorch_model.bin", "model.safetensors", "README.md", "original/params.json"} & set(contents(tmp_path))
-
-
-def test_removing_leaves_folders_and_links_targets(tmp_path: Path) -> None:
-    (tmp_path / "kept.safetensors").write_text("x")
-    folder = tmp_path / "folder"
-    (folder / "tokenizer").mkdir(parents=True)
-    (folder / "tokenizer" / "config.json").write_text("x")
-    (folder / "model.safetensors").symlink_to(tmp_path / "kept.safetensors")
-    remove_result(folder)
-    assert set(contents(tmp_path)) == {"kept.safetensors", "folder/tokenizer/config.json"}
-    assert not (folder / "model.safetensors").exists()
-
-
-def test_what_a_killed_start_leaves_counts_as_empty(tmp_path: Path) -> None:
-    (tmp_path / STAGING_NAME).mkdir()
-    (tmp_path / STAGING_NAME / f".{MANIFEST_NAME}.partial").write_text('{"for')
-    for resume in (False, True):
-        require_empty(tmp_path, resume=resume, overwrite=False)
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ResumeError):
-        require_empty(tmp_path, resume=False, overwrite=False)
-
-
-def test_errors_are_one_family() -> None:
-    assert issubclass(ResumeError, LlmpruneError)
-    assert issubclass(CheckpointError, LlmpruneError)

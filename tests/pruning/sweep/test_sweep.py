@@ -78,10 +78,15 @@ def test_a_watcher_hears_which_run_of_how_many(model: Path, recipe: dict[str, An
     heard: list[str] = []
     sweep(model, recipe, {"pattern": [0.5, 0.6]}, tmp_path / "grid", watch=lambda p: heard.append(p.stage))
     assert list(dict.fromkeys(heard)) == [
-        *("run 1 of 2: pattern-0.5", "1/2 calibration text"),
-        *("1/2 dense perplexity", "1/2 pruning", "1/2 pruned perplexity"),
-        *("run 2 of 2: pattern-0.6", "2/2 calibration text"),
-        *("2/2 dense perplexity: the same as in an earlier run", "2/2 pruning", "2/2 pruned perplexity"),
+        *("run 1 of 2: pattern-0.5", "1/2 evaluation text", "1/2 calibration text"),
+        *("1/2 dense perplexity", "1/2 pruning", "1/2 pruned perplexity", "1/2 perplexity, head"),
+        *("run 2 of 2: pattern-0.6", "2/2 evaluation text", "2/2 calibration text"),
+        *(
+            "2/2 dense perplexity: the same as in an earlier run",
+            "2/2 pruning",
+            "2/2 pruned perplexity",
+            "2/2 perplexity, head",
+        ),
     ]
 
 
@@ -99,7 +104,7 @@ def test_a_run_that_fails_stops_no_other(model: Path, recipe: dict[str, Any], te
     error = found.rows[0].error
     assert error is not None
     assert error["kind"] == CalibrationError.__name__
-    assert "3 tokens in 1 documents" in error["what"]
+    assert "2 tokens in 1 documents" in error["what"]
     assert error["fix"]
     assert list(states(tmp_path / "grid").values()) == ["failed", "failed", "finished", "finished"]
     assert f"run 1 of 4 failed: {error['what']}" in heard
