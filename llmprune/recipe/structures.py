@@ -177,7 +177,7 @@ class Depth(_Section):
     protect: Annotated[int, Field(ge=0)] = 0
 
 
-class Blocks(_Section):
+class SubBlockRemoval(_Section):
     """Attention or MLP blocks of layers that are kept; the checkpoint then needs llmprune to load.
 
     Attributes:
@@ -222,7 +222,7 @@ class Budget(BaseModel):
 
 # The sections for groups inside a layer, and every section except the budget.
 GroupSection = Groups | ExpertRemoval
-Section = Depth | Blocks | Width | GroupSection
+Section = Depth | SubBlockRemoval | Width | GroupSection
 
 
 class Structures(BaseModel):
@@ -242,8 +242,8 @@ class Structures(BaseModel):
     model_config = _CONFIG
 
     depth: Depth | None = None
-    attention: Blocks | None = None
-    mlp: Blocks | None = None
+    attention: SubBlockRemoval | None = None
+    mlp: SubBlockRemoval | None = None
     width: Width | None = None
     heads: Heads | None = None
     ffn: Channels | None = None
@@ -256,19 +256,22 @@ class Structures(BaseModel):
 
     @property
     def groups(self) -> dict[str, GroupSection]:
-        """The sections that are there of groups inside a layer, by the kind of their structures."""
+        """The given sections for groups inside a layer, by the kind of their structures."""
         named = {"heads": self.heads, "ffn": self.ffn, "experts": self.experts}
         return {kind: section for kind, section in named.items() if section is not None}
 
     @property
-    def blocks(self) -> dict[Literal["attention", "mlp"], Blocks]:
-        """The sections that are there of blocks of layers that stay."""
-        named: dict[Literal["attention", "mlp"], Blocks | None] = {"attention": self.attention, "mlp": self.mlp}
+    def blocks(self) -> dict[Literal["attention", "mlp"], SubBlockRemoval]:
+        """The given sections for blocks of the layers that are kept."""
+        named: dict[Literal["attention", "mlp"], SubBlockRemoval | None] = {
+            "attention": self.attention,
+            "mlp": self.mlp,
+        }
         return {part: section for part, section in named.items() if section is not None}
 
     @property
     def sections(self) -> dict[str, Section]:
-        """All sections that are there, without the budget."""
+        """All given sections, without the budget."""
         whole: dict[str, Section | None] = {
             "depth": self.depth, "attention": self.attention, "mlp": self.mlp, "width": self.width,
         }  # fmt: skip
@@ -313,6 +316,6 @@ class Structures(BaseModel):
 BUDGETED = ("heads", "ffn")
 # The keys of `structures`, and what each holds.
 SECTIONS: dict[str, type[BaseModel]] = {
-    "depth": Depth, "attention": Blocks, "mlp": Blocks, "width": Width, "heads": Heads, "ffn": Channels,
-    "experts": ExpertRemoval, "budget": Budget,
+    "depth": Depth, "attention": SubBlockRemoval, "mlp": SubBlockRemoval, "width": Width, "heads": Heads,
+    "ffn": Channels, "experts": ExpertRemoval, "budget": Budget,
 }  # fmt: skip

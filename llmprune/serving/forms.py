@@ -150,7 +150,7 @@ class Portable(_AsOnDisk):
         return nm_linear.linear_24_portable(x, held["values"], held["meta"], bias)
 
 
-class Blocks(_AsOnDisk):
+class BlockForm(_AsOnDisk):
     """Block-sparse as on disk."""
 
     name: ClassVar[str] = "blocks"
@@ -206,7 +206,7 @@ class Unpacked(_AsOnDisk):
         return F.linear(x, layout.unpack(held), bias)
 
 
-FORMS: tuple[Form, ...] = (Cusparselt(), Fragments(), Portable(), Blocks(), Dense(), Unpacked())
+FORMS: tuple[Form, ...] = (Cusparselt(), Fragments(), Portable(), BlockForm(), Dense(), Unpacked())
 
 
 @dataclass(frozen=True, slots=True)

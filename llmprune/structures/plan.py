@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmprune.models.decoder import prunable_matrices
-from llmprune.recipe.structures import Blocks, Depth, Groups, Structures
+from llmprune.recipe.structures import Depth, Groups, Structures, SubBlockRemoval
 from llmprune.structures.decisions import label
 from llmprune.structures.find.discovery import Structure
 from llmprune.structures.removable import Removable
@@ -36,7 +36,7 @@ def plan_structures(removable: Removable | None) -> tuple[StructurePlan, ...]:
     spec, layers = removable.spec, len(removable.dense.layers)
     plans: dict[StructurePlan, int] = {}
     for kind, section in spec.sections.items():
-        if isinstance(section, Depth | Blocks):
+        if isinstance(section, Depth | SubBlockRemoval):
             name = "layers" if kind == "depth" else kind
             plans[StructurePlan(name, 1, layers, layers - section.count(layers), section.method)] = 1
     if spec.width is not None and removable.width is not None:

@@ -69,7 +69,7 @@ def measure_decoding(
     fewest, most = _NEW_TOKENS
     positions = min(model_positions(model.config) or prompt_tokens + most for model in models)
     prompt_tokens = max(1, min(prompt_tokens, positions // 2))
-    runs = [_Run(model, batch, prompt_tokens) for model in models]
+    runs = [_Decoding(model, batch, prompt_tokens) for model in models]
     # The first run compiles kernels, and captures graphs for a length.
     for run in runs:
         run(fewest)
@@ -95,7 +95,7 @@ def measure_decoding(
     ]
 
 
-class _Run:
+class _Decoding:
     """Generates from random prompts; a call returns the seconds to the first token and those for all others."""
 
     def __init__(self, model: PreTrainedModel, batch: int, prompt_tokens: int) -> None:
@@ -131,7 +131,7 @@ class _Clock(BaseStreamer):  # type: ignore[misc] # transformers leaves it untyp
         pass
 
 
-def _working_bytes(run: _Run, new_tokens: int) -> int:
+def _working_bytes(run: _Decoding, new_tokens: int) -> int:
     return_freed_memory()
     with PeakWatch(run.model.device) as memory:
         run(new_tokens)

@@ -82,7 +82,7 @@ def run_tasks(
     return result
 
 
-def _result(names: list[str], settings: HarnessSettings, runs: list["_Run"]) -> EvaluationResult:
+def _result(names: list[str], settings: HarnessSettings, runs: list["_Evaluation"]) -> EvaluationResult:
     dense = runs[1] if len(runs) > 1 else None
     rows = compare_results(runs[0].results, dense.results if dense else None)
     files = tuple(run.file for run in runs if run.file)
@@ -94,14 +94,14 @@ def _result(names: list[str], settings: HarnessSettings, runs: list["_Run"]) -> 
     )
 
 
-class _Run(NamedTuple):
+class _Evaluation(NamedTuple):
     """What lm-eval returned for a model, including samples, and the file that it wrote."""
 
     results: dict[str, Any]
     file: Path | None
 
 
-def _run(name: str, source: Path, tasks: Any, settings: HarnessSettings, folder: Path | None) -> _Run:
+def _run(name: str, source: Path, tasks: Any, settings: HarnessSettings, folder: Path | None) -> _Evaluation:
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
@@ -139,7 +139,7 @@ def _run(name: str, source: Path, tasks: Any, settings: HarnessSettings, folder:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return _Run(results, _save(tracker, results, folder))
+    return _Evaluation(results, _save(tracker, results, folder))
 
 
 def _save(tracker: Any, results: dict[str, Any], folder: Path | None) -> Path | None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from llmprune.errors import ModelError, NumericsError, PatternError
 from llmprune.models.sizes import Cost
-from llmprune.structures.choose.knapsack import Ladder, aligned_levels, allocate
+from llmprune.structures.choose.knapsack import LevelCurve, aligned_levels, allocate
 from llmprune.structures.describe.latency import level_sizes
 from llmprune.structures.find.discovery import Structure
 
@@ -232,7 +232,7 @@ def choose_widths(measured: Sequence[Measured], budget: float) -> BudgetPlan:
     )
 
 
-def _ladder(measured: Measured) -> Ladder:
+def _ladder(measured: Measured) -> LevelCurve:
     """The levels as input to the knapsack, with errors in nats."""
     name = f"layer {measured.layer}, {measured.offer.structure.consumer}"
     if not math.isfinite(measured.divergence):
@@ -244,10 +244,10 @@ def _ladder(measured: Measured) -> Ladder:
     error = measured.curve[measured.reference]
     # The survey picks a reference level with a positive error if there is one; otherwise no level loses anything.
     weight = max(measured.divergence, _LEAST_DIVERGENCE) / error if error > 0 else 0.0
-    return Ladder(name, measured.curve, measured.offer.sizes, weight)
+    return LevelCurve(name, measured.curve, measured.offer.sizes, weight)
 
 
-def _best_uniform(measured: Sequence[Measured], ladders: Sequence[Ladder], budget: float) -> list[int] | None:
+def _best_uniform(measured: Sequence[Measured], ladders: Sequence[LevelCurve], budget: float) -> list[int] | None:
     """The levels with the least error that remove the same fraction from all structures of a kind."""
     by_kind: dict[str, list[int]] = {}
     for place, one in enumerate(measured):
@@ -280,15 +280,15 @@ def _level_at(offer: Offer, part: float) -> int:
     return max(place for place, level in enumerate(offer.levels) if level / offer.structure.groups <= part + 1e-9)
 
 
-def _error(ladders: Sequence[Ladder], levels: Sequence[int]) -> float:
+def _error(ladders: Sequence[LevelCurve], levels: Sequence[int]) -> float:
     return math.fsum(ladder.errors[level] * ladder.weight for ladder, level in zip(ladders, levels, strict=True))
 
 
-def _size(ladders: Sequence[Ladder], levels: Sequence[int]) -> float:
+def _size(ladders: Sequence[LevelCurve], levels: Sequence[int]) -> float:
     return math.fsum(ladder.sizes[level] for ladder, level in zip(ladders, levels, strict=True))
 
 
-def _share(measured: Measured, ladder: Ladder, level: int, uniform: int) -> Share:
+def _share(measured: Measured, ladder: LevelCurve, level: int, uniform: int) -> Share:
     offer, structure = measured.offer, measured.offer.structure
     return Share(
         layer=measured.layer,

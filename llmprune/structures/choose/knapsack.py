@@ -27,7 +27,7 @@ _SLACK = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
-class Ladder:
+class LevelCurve:
     """The levels to which one structure can be pruned.
 
     Attributes:
@@ -93,7 +93,7 @@ def aligned_levels(groups: int, multiple: int, most: int) -> tuple[int, ...]:
     return (0, *(removed for removed in range(1, most + 1) if (groups - removed) % multiple == 0))
 
 
-def allocate(ladders: Sequence[Ladder], budget: float, resolution: int = 20_000) -> Allocation:
+def allocate(ladders: Sequence[LevelCurve], budget: float, resolution: int = 20_000) -> Allocation:
     """Choose a level for each structure so that the total error within the budget is minimal.
 
     Args:
@@ -208,7 +208,7 @@ def _chosen(values: list[Tensor], levels: list[int]) -> float:
     return math.fsum(float(value[level]) for value, level in zip(values, levels, strict=True))
 
 
-def _check(ladders: Sequence[Ladder], budget: float, resolution: int) -> None:
+def _check(ladders: Sequence[LevelCurve], budget: float, resolution: int) -> None:
     if resolution < 1:
         raise RecipeError(f"the resolution is {resolution}", expected="at least 1")
     if len({ladder.name for ladder in ladders}) < len(ladders) or not ladders:

@@ -155,8 +155,8 @@ def test_a_right_product_is_timed_beside_the_dense_one(folder: Path) -> None:
 @pytest.mark.parametrize("wrong", [0.05, math.nan])
 def test_a_wrong_product_is_not_timed(folder: Path, monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
     product = products.packed_products(load(folder / "packed"))[0]
-    right = forms.Blocks.multiply
-    monkeypatch.setattr(forms.Blocks, "multiply", lambda *given: right(*given) * (1 + wrong))
+    right = forms.BlockForm.multiply
+    monkeypatch.setattr(forms.BlockForm, "multiply", lambda *given: right(*given) * (1 + wrong))
     monkeypatch.setattr(products, "time_calls", lambda *_: pytest.fail("timed"))
     (row,) = products.compare_product(product.layers, [4], RATES, FAST)
     shown = row.to_dict()
@@ -298,7 +298,7 @@ def test_a_wrong_kernel_ends_the_command_with_words(
 ) -> None:
     monkeypatch.setenv("LLMPRUNE_SELFTEST", "0")
     monkeypatch.setattr(
-        forms.Blocks, "multiply", lambda self, layout, held, x, bias: x.new_ones(len(x), layout.shape[0])
+        forms.BlockForm, "multiply", lambda self, layout, held, x, bias: x.new_ones(len(x), layout.shape[0])
     )
     monkeypatch.setattr(benching, "measure_models", lambda models, *_: [{"batches": []} for _ in models])
     shown = run("bench", folder / "packed", "--tokens", "1", "--output", tmp_path / "b.json", "--quiet")

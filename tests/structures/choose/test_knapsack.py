@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from llmprune.errors import NumericsError, PatternError, RecipeError
-from llmprune.structures.choose.knapsack import Allocation, Ladder, aligned_levels, allocate
+from llmprune.structures.choose.knapsack import Allocation, LevelCurve, aligned_levels, allocate
 
 
-def random_ladders(structures: int, levels: int, seed: int, *, whole: bool) -> list[Ladder]:
+def random_ladders(structures: int, levels: int, seed: int, *, whole: bool) -> list[LevelCurve]:
     """Errors that mostly rise as sizes fall, convex or not, with weights."""
     generator = torch.Generator().manual_seed(seed)
     ladders = []
@@ -19,11 +19,13 @@ def random_ladders(structures: int, levels: int, seed: int, *, whole: bool) -> l
         errors = torch.rand(levels, generator=generator, dtype=torch.float64).cumsum(0) ** 1.5
         sizes = 1 + 20 * torch.rand(levels, generator=generator, dtype=torch.float64).flip(0).cumsum(0).flip(0)
         weight = 0.5 + float(torch.rand(1, generator=generator))
-        ladders.append(Ladder(f"layer {index}", errors.tolist(), (sizes.round() if whole else sizes).tolist(), weight))
+        ladders.append(
+            LevelCurve(f"layer {index}", errors.tolist(), (sizes.round() if whole else sizes).tolist(), weight)
+        )
     return ladders
 
 
-def brute_force(ladders: Sequence[Ladder], budget: float) -> float:
+def brute_force(ladders: Sequence[LevelCurve], budget: float) -> float:
     best = math.inf
     for levels in itertools.product(*(range(len(ladder.errors)) for ladder in ladders)):
         pairs = list(zip(ladders, levels, strict=True))
@@ -32,7 +34,7 @@ def brute_force(ladders: Sequence[Ladder], budget: float) -> float:
     return best
 
 
-def check_sums(ladders: Sequence[Ladder], found: Allocation, budget: float) -> None:
+def check_sums(ladders: Sequence[LevelCurve], found: Allocation, budget: float) -> None:
     """What the allocation says about itself is true, and it is legal."""
     assert list(found.levels) == [ladder.name for ladder in ladders]
     pairs = [(ladder, found.levels[ladder.name]) for ladder in ladders]
@@ -42,11 +44,11 @@ def check_sums(ladders: Sequence[Ladder], found: Allocation, budget: float) -> N
     assert found.bound <= found.error
 
 
-def smallest(ladders: Sequence[Ladder]) -> float:
+def smallest(ladders: Sequence[LevelCurve]) -> float:
     return math.fsum(min(ladder.sizes) for ladder in ladders)
 
 
-def largest(ladders: Sequence[Ladder]) -> float:
+def largest(ladders: Sequence[LevelCurve]) -> float:
     return math.fsum(max(ladder.sizes) for ladder in ladders)
 
 
@@ -80,7 +82,7 @@ def test_other_sizes_keep_the_budget_and_come_close(seed: int, share: float) -> 
 def test_common_divisors_spare_the_resolution() -> None:
     """Sizes in the millions, of which 768 is a divisor: a coarse quantum would round, the divisor does not."""
     ladders = [
-        Ladder(ladder.name, ladder.errors, [768 * size for size in ladder.sizes], ladder.weight)
+        LevelCurve(ladder.name, ladder.errors, [768 * size for size in ladder.sizes], ladder.weight)
         for ladder in random_ladders(4, 5, 1, whole=True)
     ]
     budget = smallest(ladders) + 768 * 23
@@ -89,29 +91,29 @@ def test_common_divisors_spare_the_resolution() -> None:
 
 def test_prices_help_where_quanta_are_coarse() -> None:
     """In one quantum only one structure can stay whole; a price keeps the three dearest."""
-    ladders = [Ladder(str(index), [0, 1], [1.5, 0.5], weight=index) for index in (1, 2, 3, 4, 5)]
+    ladders = [LevelCurve(str(index), [0, 1], [1.5, 0.5], weight=index) for index in (1, 2, 3, 4, 5)]
     found = allocate(ladders, 5.6, resolution=1)
     assert (found.error, found.levels) == (3, {"1": 1, "2": 1, "3": 0, "4": 0, "5": 0})
 
 
 def test_the_bound_is_tight_for_convex_ladders() -> None:
-    ladders = [Ladder(str(index), [0, 1, 4, 9], [3, 2, 1, 0]) for index in range(5)]
+    ladders = [LevelCurve(str(index), [0, 1, 4, 9], [3, 2, 1, 0]) for index in range(5)]
     found = allocate(ladders, 10)
     assert (found.error, found.size) == (5, 10)
     assert found.bound == pytest.approx(5)
 
 
 def test_weights_decide() -> None:
-    ladders = [Ladder("cheap", [0, 1], [1, 0]), Ladder("dear", [0, 1], [1, 0], weight=2)]
+    ladders = [LevelCurve("cheap", [0, 1], [1, 0]), LevelCurve("dear", [0, 1], [1, 0], weight=2)]
     assert allocate(ladders, 1).levels == {"cheap": 1, "dear": 0}
     assert allocate(ladders[::-1], 1).levels == {"dear": 0, "cheap": 1}
 
 
 def test_ties_go_to_the_smaller_size_then_to_the_lower_level() -> None:
-    assert allocate([Ladder("a", [0, 0, 0], [5, 3, 3])], 5).levels == {"a": 1}
-    assert allocate([Ladder("a", [1, 1], [2, 2])], 2).levels == {"a": 0}
+    assert allocate([LevelCurve("a", [0, 0, 0], [5, 3, 3])], 5).levels == {"a": 1}
+    assert allocate([LevelCurve("a", [1, 1], [2, 2])], 2).levels == {"a": 0}
     # Levels that no price would choose.
-    assert allocate([Ladder("a", [0, 3, 3, 4], [4, 2, 2, 0])], 2).levels == {"a": 1}
+    assert allocate([LevelCurve("a", [0, 3, 3, 4], [4, 2, 2, 0])], 2).levels == {"a": 1}
 
 
 def test_a_large_budget_takes_the_least_errors() -> None:
@@ -128,24 +130,24 @@ def test_it_is_deterministic() -> None:
 
 
 def test_sizes_of_zero() -> None:
-    assert allocate([Ladder("a", [1, 0], [0, 0]), Ladder("b", [3, 2], [0, 0])], 0).levels == {"a": 1, "b": 1}
+    assert allocate([LevelCurve("a", [1, 0], [0, 0]), LevelCurve("b", [3, 2], [0, 0])], 0).levels == {"a": 1, "b": 1}
 
 
 def test_a_budget_that_cannot_be_met() -> None:
     with pytest.raises(PatternError, match=r"keeps 38\.0% .* levels need 40\.0%"):
-        allocate([Ladder("a", [0, 1], [5, 2])], 1.9)
-    assert allocate([Ladder("a", [0, 1], [5, 2])], 2).levels == {"a": 1}
+        allocate([LevelCurve("a", [0, 1], [5, 2])], 1.9)
+    assert allocate([LevelCurve("a", [0, 1], [5, 2])], 2).levels == {"a": 1}
     with pytest.raises(PatternError, match="keeps nan%"):
-        allocate([Ladder("a", [0, 1], [5, 2])], math.nan)
+        allocate([LevelCurve("a", [0, 1], [5, 2])], math.nan)
 
 
 def test_names_and_resolution() -> None:
     with pytest.raises(PatternError, match="distinct names"):
-        allocate([Ladder("a", [0], [1]), Ladder("a", [0], [1])], 2)
+        allocate([LevelCurve("a", [0], [1]), LevelCurve("a", [0], [1])], 2)
     with pytest.raises(PatternError, match="at least one"):
         allocate([], 2)
     with pytest.raises(RecipeError, match="resolution"):
-        allocate([Ladder("a", [0], [1])], 2, resolution=0)
+        allocate([LevelCurve("a", [0], [1])], 2, resolution=0)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_names_and_resolution() -> None:
 )
 def test_ladders_that_are_wrong(errors: list[float], sizes: list[float], weight: float, error: type[Exception]) -> None:
     with pytest.raises(error, match="layer 3"):
-        Ladder("layer 3", errors, sizes, weight)
+        LevelCurve("layer 3", errors, sizes, weight)
 
 
 def test_aligned_levels() -> None:
