@@ -11,7 +11,7 @@ import torch
 from command_line import make_plain, run
 from folders import tensors
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune import TextSpec, perplexity, perplexity_against, prune
 from llmprune.models.source import ModelSource
@@ -176,3 +176,24 @@ def test_both_models_of_a_comparison_are_calibrated(tmp_path: Path) -> None:
     found = [evaluation[which]["calibration_error"] for which in ("dense", "pruned")]
     assert all(0 < value < 1 for value in found)
     assert found[0] != found[1]
+
+
+def test_every_sequence_begins_with_bos_where_the_tokenizer_puts_it(tmp_path: Path) -> None:
+    """As transformers computes it on sequences that begin with BOS, which is read and not scored."""
+    folder = Path(__file__).parents[2] / "eval" / "testbed"
+    documents = [" ".join(f"word{(7 * i + j * j) % 97}" for j in range(40)) for i in range(6)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    found = perplexity(
+        folder, TextSpec(str(tmp_path / "text.jsonl"), samples=6, length=32, order="text"), None, "float32"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    flat = [token for text in documents for token in tokenizer(text)["input_ids"]]
+    ids = torch.tensor(flat[: 6 * 32]).view(6, 32)
+    assert (ids[1:, 0] != tokenizer.bos_token_id).any()
+    ids[:, 0] = tokenizer.bos_token_id
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits.double()
+    losses = -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    scored = losses[ids[:, 1:] != tokenizer.bos_token_id]
+    assert found.predicted_tokens == len(scored) < 6 * 31
+    assert found.nats == pytest.approx(float(scored.mean()), rel=1e-5)
