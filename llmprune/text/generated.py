@@ -24,7 +24,7 @@ def generate_text(
     spec: TextSpec,
     scripts: Sequence[Script] = (UNSCRIPTED,),
     *,
-    batch: int = 64,
+    batch: int = 96,
     watch: Callable[[int], None] = lambda tokens: None,
 ) -> Int64[Tensor, "samples length"]:
     """Sample text from a causal LM, token by token from its own distribution.
@@ -38,7 +38,8 @@ def generate_text(
         model: a transformers causal LM, in memory.
         spec: samples, length (at most the model's positions), seed, temperature and top_p are used.
         scripts: how sequences begin and go on, dealt out to them in turn; see `scripts.scripts_of`.
-        batch: sequences that are generated together; bounds the memory of the key-value cache.
+        batch: sequences that are generated together; bounds the memory of the key-value cache. The default takes the 64
+            sequences of a CPU's default, and some that are held back, in one go.
         watch: called with the number of tokens so far, after every position of a batch.
 
     Returns:
