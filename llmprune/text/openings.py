@@ -2,7 +2,7 @@
 
 Many models were trained with a BOS token in front of every text, and some break without it: they use it as an attention
 sink (Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453). Others have a BOS
-token that they never saw there. The tokenizer knows, so it is asked, and not its `bos_token`: what stands in front of
+token that they never saw there. The tokenizer knows, so it is asked, and not its `bos_token`: what comes before
 a text when it adds its special tokens. lm-eval (`add_special_tokens`) and llama.cpp (`add_bos`) go by the same.
 """
 
@@ -31,7 +31,7 @@ def opening_of(tokenizer: Tokenizer) -> tuple[int, ...]:
     """
     plain, whole = (_encoded(tokenizer, _PROBE, special=special) for special in (False, True))
     if not plain:
-        # The vocabulary does not know the probe: whatever is added to nothing stands in front of it.
+        # The vocabulary lacks the probe: whatever is added to an empty text comes before it.
         return tuple(_encoded(tokenizer, "", special=True))
     places = (start for start in range(len(whole) - len(plain) + 1) if whole[start : start + len(plain)] == plain)
     return tuple(whole[: next(places, 0)])

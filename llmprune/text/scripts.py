@@ -47,7 +47,7 @@ def scripts_of(tokenizer: Tokenizer) -> tuple[Script, ...]:
 
 
 def _separator(tokenizer: Tokenizer, chats: bool) -> tuple[int, ...]:
-    """What stands in front of a document: the tokenizer's own opening, or else a token that separates documents."""
+    """The tokens before a document: the tokenizer's own opening, or else a token that separates documents."""
     if opening := opening_of(tokenizer):
         return opening
     known: Collection[str] = getattr(tokenizer, "all_special_tokens", ())

@@ -5,7 +5,7 @@ A `TextSpec` names the text and how it is cut into sequences of equal length:
     pack       documents are concatenated and cut into sequences; each document and each sequence begins with what the
                tokenizer itself puts in front of a text (see `openings`), which replaces the sequence's first tokens
     truncate   the first tokens of each document that is long enough, one sequence per document
-    pack-bare  as versions before 0.1 packed: a BOS token in front of each document, whether the tokenizer would put
+    pack-bare  the earlier way of packing: a BOS token in front of each document, whether the tokenizer would put
                one there or not, and nothing in front of sequences that begin within a document
 
 Every text becomes `Tokens`, whose digest identifies the exact ids, so that two runs can be checked to have read the
