@@ -269,6 +269,11 @@ def keep_highest(scores: Shaped[Tensor, "groups n"], count: int) -> Bool[Tensor,
     return keep
 
 
+def lowest(scores: Shaped[Tensor, "rows n"], count: int) -> Shaped[Tensor, "rows count"]:
+    """The places of the `count` lowest scores of each row, in no particular order."""
+    return scores.topk(count, dim=-1, largest=False, sorted=False).indices
+
+
 def _keep_highest_of_all(scores: Tensor, count: int) -> Tensor:
     """`keep_highest` with the whole matrix as one group; a transposed matrix is read in memory order."""
     if scores.is_contiguous():

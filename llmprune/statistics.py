@@ -277,6 +277,23 @@ def check_finite(values: Tensor, what: str) -> None:
         )
 
 
+def damped(gram: Gram, damping: float) -> Float[Tensor, "width width"]:
+    """G + damping * mean(diag G) * I, a copy; a dead input (zero diagonal) gets a diagonal of 1.
+
+    Args:
+        gram: the sums over the inputs.
+        damping: fraction of the mean diagonal, >= 0.
+
+    Raises:
+        NumericsError: the Gram matrix is not finite.
+    """
+    check_finite(gram.squares, "the Gram matrix of the inputs")
+    matrix = gram.products.clone()
+    dead = gram.squares == 0
+    matrix.diagonal().add_(damping * float(gram.squares.mean())).masked_fill_(dead, 1.0)
+    return matrix
+
+
 def factorise(gram: Float[Tensor, "width width"], damping: float, tokens: int) -> Factor:
     """Factorise gram + damping * mean(diagonal) * I, increasing the damping if that fails.
 

@@ -17,6 +17,7 @@ FILES = [path for folder in (PACKAGE, KERNELS) for path in sorted(folder.rglob("
 ROOMS = (
     ("errors", "precision", "progress", "timing", "units"),
     ("devices", "patterns", "statistics"),
+    ("losses",),
     ("kernels", "storage.formats"),
     ("methods", "storage"),
     ("models",),
@@ -43,6 +44,7 @@ FACE = ""
 LIBRARIES = {
     "errors": set(),
     "kernels": {"torch", "triton"},
+    "losses": {"jaxtyping", "torch"},
     "methods": {"jaxtyping", "numpy", "torch"},
     "patterns": {"jaxtyping", "numpy", "torch"},
     "precision": {"torch"},
@@ -175,7 +177,8 @@ def test_the_mathematics_imports_no_other_library(part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["patterns", "statistics", "methods", *(part for part in LIBRARIES if part.startswith("structures."))]
+    "part",
+    ["patterns", "statistics", "losses", "methods", *(part for part in LIBRARIES if part.startswith("structures."))],
 )
 def test_the_mathematics_knows_neither_models_nor_files(part: str) -> None:
     modules = [module for module in MODULES if module == part or module.startswith(f"{part}.")]

@@ -3,11 +3,12 @@
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from llmprune.losses import StepLoss
 from llmprune.patterns import Pattern, Scope
 from llmprune.statistics import ColumnNorm, Gram, check_finite
 
@@ -21,14 +22,17 @@ class Pruned:
         mask: [out, in], True where the weight is kept.
         damping: the damping used; None if the method factorises nothing.
         tried: every damping tried, in order; more than one means that the factorisation failed with the first.
+        losses: after each part of a chain; empty for a method by itself.
     """
 
     weight: Float[Tensor, "out in"]
     mask: Bool[Tensor, "out in"]
     damping: float | None = None
     tried: tuple[float, ...] = ()
+    losses: tuple[StepLoss, ...] = ()
 
 
+@runtime_checkable  # so that annotations that name it can be executed in the tests
 class Method(Protocol):
     """Which weights are removed, and the values of the rest: a pure function of one matrix, its settings as fields."""
 

@@ -52,7 +52,7 @@ class SparseGPT:
     def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
         """w^2 R_kk^2: the error of removing one weight when all later columns adjust (the paper's w^2 / U_kk^2)."""
         assert isinstance(statistics, Gram), "SparseGPT needs the inputs' Gram matrix"
-        return weight.square() * _importance(statistics, self.damping).to(weight.dtype)
+        return removal_scores(weight, statistics, self.damping)
 
     def __call__(
         self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None, pattern: Pattern
@@ -118,6 +118,11 @@ class _Columns:
             keep.copy_(self._pattern.mask(scores, start=start).T)
         sweep_block(sums, values, factor, importance, keep, self._group)
         values -= sums
+
+
+def removal_scores(weight: Float[Tensor, "out in"], statistics: Gram, damping: float) -> Float[Tensor, "out in"]:
+    """w^2 R_kk^2: the error of removing one weight when all later columns adjust (the paper's w^2 / U_kk^2)."""
+    return weight.square() * _importance(statistics, damping).to(weight.dtype)
 
 
 def _inverse(upper: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 from llmprune.errors import ModelError, PatternError, RecipeError
-from llmprune.methods import METHODS, Method
+from llmprune.methods import Method, method_name
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.decoder import Matrix, prunable_matrices
 from llmprune.models.source import Source
@@ -94,7 +94,7 @@ def _job(matrix: Matrix, recipe: Recipe, choice: MatrixChoice | None) -> Job | N
         pattern.check(matrix.shape)
     except PatternError as error:
         raise error.at(matrix.name) from error
-    return Job(pattern, method, next(name for name, kind in METHODS.items() if isinstance(method, kind)))
+    return Job(pattern, method, method_name(method))
 
 
 def _chosen(matrix: Matrix, pattern: Pattern, method: Method, choice: MatrixChoice) -> tuple[Pattern, Method]:

@@ -1,7 +1,8 @@
 """Drive a stream through all decoder layers: prune each, or replay what an interrupted run has committed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
 
 from llmprune.devices import PeakWatch
 from llmprune.models.sizes import ends_bytes
@@ -11,9 +12,12 @@ from llmprune.pruning.context import Run
 from llmprune.pruning.forecast.memory import LayerMemory, layer_memory, predict_peak
 from llmprune.pruning.jobs import Job
 from llmprune.pruning.solving import solve_layer
+from llmprune.pruning.targets import Targets
 from llmprune.pruning.writing import Writer
 from llmprune.storage.output import OutputFolder
-from llmprune.storage.report import MatrixRow, StructureRow
+from llmprune.storage.report import MatchRow, MatrixRow, StructureRow
+from llmprune.stream.activations import HiddenStates
+from llmprune.stream.matching import match_layer
 from llmprune.stream.stream import ResidentLayer, Stream
 from llmprune.structures.plan import consumer_shapes
 from llmprune.structures.reduction import Reduction
@@ -28,12 +32,14 @@ class PrunedLayers:
     Attributes:
         rows: one per pruned matrix, in the order of the layers.
         structures: one per structure from which groups were removed.
+        matches: one per layer that was fitted as a whole.
         memory: predicted, measured and baseline bytes, as in the report.
         sizes: of the layers that were pruned in this run, what the prediction is based on.
     """
 
     rows: tuple[MatrixRow, ...]
     structures: tuple[StructureRow, ...]
+    matches: tuple[MatchRow, ...]
     memory: dict[str, int]
     sizes: tuple[LayerMemory, ...]
 
@@ -48,6 +54,7 @@ class LayerDriver:
         tokens: the calibration text.
         writer: commits layers; None: the model is in memory, and stays there.
         reduction: removes structures from the layers first; None: no structures are removed.
+        dense: opens the dense model again, where layers that are fitted may have been committed before.
     """
 
     def __init__(
@@ -58,12 +65,16 @@ class LayerDriver:
         tokens: Tokens,
         writer: Writer | None = None,
         reduction: Reduction | None = None,
+        dense: Callable[[], Source] | None = None,
     ) -> None:
         self._run, self._source, self._jobs, self._writer, self._reduction = run, source, jobs, writer, reduction
         self._stream = Stream(source, tokens.ids, run.settings, run.stages)
         self._memories: list[LayerMemory] = []
         self._rows: list[MatrixRow] = []
         self._structures: list[StructureRow] = []
+        self._matches: list[MatchRow] = []
+        options = run.recipe.reconstruct
+        self._targets = None if options is None else Targets(options.target, self._stream, dense)
 
     def drive(self) -> PrunedLayers:
         """Stream the layers, prune each, and commit it if there is a target.
@@ -76,6 +87,8 @@ class LayerDriver:
             for layer in self._stream:
                 number = layer.index if self._reduction is None else self._reduction.numbers.get(layer.index)
                 if number is None:
+                    if self._targets is not None:
+                        self._targets.follow(layer, dense=True)
                     layer.skipped = True
                     continue
                 name = f"{self._source.layers_path}.{number}"
@@ -88,15 +101,24 @@ class LayerDriver:
                 self._reduction.free()
         layers = len(self._source.layers)
         self._run.watch(Progress("pruning", layers, layers, "", self._mean_error()))
-        return PrunedLayers(tuple(self._rows), tuple(self._structures), self._measured(memory), tuple(self._memories))
+        return PrunedLayers(
+            tuple(self._rows),
+            tuple(self._structures),
+            tuple(self._matches),
+            self._measured(memory),
+            tuple(self._memories),
+        )
 
     def _replay(self, layer: ResidentLayer, target: OutputFolder, name: str) -> None:
         """Reuse what an interrupted run has committed."""
         self._tell(layer, "replaying")
+        if self._targets is not None:
+            self._targets.follow(layer, dense=self._reduction is not None)
         if self._reduction is not None:
             self._reduction.replay(layer)
         self._rows += target.rows_of(name)
         self._structures += target.structures_of(name)
+        self._matches += target.matches_of(name)
 
     def _prune(self, layer: ResidentLayer, jobs: dict[str, Job]) -> None:
         stream, recipe = self._stream, self._run.recipe
@@ -106,6 +128,10 @@ class LayerDriver:
         def tell(step: str) -> None:
             self._tell(layer, step)
 
+        states = None
+        if self._targets is not None:
+            tell("dense outputs")
+            states = self._targets.prepare(layer)
         cuts: list[Cut] = []
         removed: list[StructureRow] = []
         if self._reduction is not None:
@@ -117,12 +143,32 @@ class LayerDriver:
         groups = layer.observe(needs, recipe.statistics.token_weight) if jobs else []
         self._memories.append(layer_memory(layer, groups, jobs, batch_tokens, held_back))
         rows = solve_layer(layer, groups, jobs, recipe.experts.min_tokens, self._run.stages, tell)
+        matches = [] if states is None else [self._match(layer, states, jobs or layer.matrices, tell)]
         if self._writer is not None:
             tell("writing")
             with self._run.stages("write"):
-                self._writer.commit(layer, rows, jobs, cuts, removed)
+                self._writer.commit(layer, rows, jobs, cuts, removed, matches)
+        self._matches += matches
         self._rows += rows
         self._structures += removed
+
+    def _match(
+        self,
+        layer: ResidentLayer,
+        states: tuple[HiddenStates, HiddenStates],
+        names: Collection[str],
+        tell: Callable[[str], None],
+    ) -> MatchRow:
+        """Fit a layer that has been solved."""
+        options = self._run.recipe.reconstruct
+        assert options is not None
+        start = time.perf_counter()
+        zeros = {name: layer.count_zeros(name) for name in names}
+        matched = match_layer(layer, *states, names, options.matching, tell)
+        changed = [name for name in names if layer.count_zeros(name) < zeros[name]]
+        assert not changed, f"block matching revived zeros of {changed}"
+        seconds = time.perf_counter() - start
+        return MatchRow(layer.name, options.target, seconds=seconds, **asdict(matched))
 
     def _measured(self, memory: PeakWatch) -> dict[str, int]:
         held = self._stream.hidden.resident_bytes, self._stream.calls.nbytes

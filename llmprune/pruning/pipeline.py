@@ -163,7 +163,9 @@ def _into(
         result.overlay(target.path / layer["shard"], target.layouts_of(layer))
     jobs = plan_jobs(result, run.recipe, {} if decisions is None else decisions.matrices)
     writer = Writer(source, reduction, target, run.recipe.format)
-    layers = LayerDriver(run, streamed, jobs, texts["calibration"], writer, reduction).drive()
+    layers = LayerDriver(
+        run, streamed, jobs, texts["calibration"], writer, reduction, lambda: run.open(source.folder)
+    ).drive()
     with run.stages("write"):
         for left_out in writer.finish():
             run.watch(Progress(left_out))

@@ -60,7 +60,7 @@ def make_report(
         "evaluation": evaluation,
         **(smaller or {}),
     }
-    return Report(layers.rows, header, layers.structures)
+    return Report(layers.rows, header, layers.structures, layers.matches)
 
 
 def compare_sizes(

@@ -64,7 +64,7 @@ def _solve_matrix(
     start = time.perf_counter()
     original = layer.weight(name)
     pruned = _apply(job.method, original, group.statistics, pattern, name)
-    damping, tried = pruned.damping, pruned.tried
+    damping, tried, losses = pruned.damping, pruned.tried, pruned.losses
     layer.replace(name, pruned.weight)
     del pruned  # freed before the difference is computed
     statistics = group.statistics
@@ -91,6 +91,7 @@ def _solve_matrix(
         dead_inputs=int((statistics.squares == 0).sum()) if statistics else None,
         seconds=time.perf_counter() - start,
         peak_bytes=layer.stream.peak_bytes,
+        losses=losses,
     )
 
 

@@ -11,7 +11,7 @@ from llmprune.pruning.jobs import Job
 from llmprune.storage.files import read_header
 from llmprune.storage.output import OutputFolder
 from llmprune.storage.packed_config import Format, pack_matrices
-from llmprune.storage.report import MatrixRow, StructureRow
+from llmprune.storage.report import MatchRow, MatrixRow, StructureRow
 from llmprune.stream.stream import ResidentLayer
 from llmprune.structures.reduction import Reduction
 from llmprune.structures.remove.cuts import Cut
@@ -41,6 +41,7 @@ class Writer:
         jobs: Mapping[str, Job],
         cuts: Sequence[Cut],
         removed: Sequence[StructureRow],
+        matches: Sequence[MatchRow] = (),
     ) -> None:
         """Write a finished layer; from now on it is read from its shard.
 
@@ -50,11 +51,12 @@ class Writer:
             jobs: what was done to them.
             cuts: what was removed.
             removed: the report rows of the cuts.
+            matches: the report row, if the layer was fitted as a whole.
         """
         tensors, number = self._tensors(layer, cuts)
         patterns = {name: job.pattern for name, job in jobs.items() if self._is_linear(layer, name)}
         tensors, layouts = pack_matrices(tensors, patterns, self._format)
-        shard = self.target.commit(layer.name, self._shard(number + 1), tensors, rows, layouts, removed)
+        shard = self.target.commit(layer.name, self._shard(number + 1), tensors, rows, layouts, removed, matches)
         self._result.overlay(shard, layouts)
 
     def finish(self) -> list[str]:

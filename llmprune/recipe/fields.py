@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from llmprune.errors import LlmpruneError, RecipeError
-from llmprune.methods import METHODS, Method
+from llmprune.methods import METHODS, STEPS, Chain, Method, Step, method_name
 from llmprune.patterns import Pattern, parse
 from llmprune.recipe.document import did_you_mean, one_of, refusal, shown_value
 from llmprune.text.tokens import TextSpec
@@ -38,31 +38,63 @@ def _read_pattern(value: object) -> Pattern:
 
 
 def read_method(value: object) -> Method:
-    """Read a method: a name, or a name with its knobs; a `Method` is returned unchanged."""
-    if type(value) in METHODS.values():
+    """Read a method: a name, a name with its knobs, or a list of a method and steps; a `Method` is left as it is."""
+    if type(value) in (*METHODS.values(), Chain):
         return cast(Method, value)
+    if not isinstance(value, list):
+        return cast(Method, _read_part(value, METHODS, "method"))
+    if not value:
+        raise refusal(RecipeError("method is an empty list", expected="a method and steps, such as [wanda, refit]"))
+    method = cast(Method, _read_part(value[0], METHODS, "method"))
+    parts = [(part, cast(Step, _read_part(part, STEPS, "step"))) for part in value[1:]]
+    steps = tuple((part if isinstance(part, str) else next(iter(part)), step) for part, step in parts)
+    return Chain(method, steps) if steps else method
+
+
+def _read_part(value: object, kinds: Mapping[str, type], what: str) -> object:
+    """Read one method or step: a name, or a name with its knobs."""
     if isinstance(value, str):
         value = {value: {}}
     if not isinstance(value, Mapping) or len(value) != 1:
-        form = "one name such as wanda, or one name with its knobs such as {sparsegpt: {damping: 0.01}}"
-        raise refusal(RecipeError(f"method is {shown_value(value)}", expected=form))
+        form = (
+            "one name such as wanda, one name with its knobs such as {sparsegpt: {damping: 0.01}}, "
+            "or a list of a method and steps such as [wanda, swaps, refit]"
+        )
+        raise refusal(RecipeError(f"{what} is {shown_value(value)}", expected=form))
     ((name, knobs),) = value.items()
-    if name not in METHODS:
-        raise refusal(RecipeError(f"unknown method {name!r}{did_you_mean(name, METHODS)}", expected=one_of(METHODS)))
+    if name not in kinds:
+        raise refusal(_unknown(name, kinds, what))
     knobs = {} if knobs is None else knobs
-    # The method stays inside its one-key mapping because pydantic takes no configuration for a bare dataclass.
-    kind = dict[str, METHODS[name]]  # type: ignore[valid-type]
-    adapter: TypeAdapter[dict[str, Method]] = TypeAdapter(kind, config=STRICT)
+    # It stays inside its one-key mapping because pydantic takes no configuration for a bare dataclass.
+    adapter: TypeAdapter[dict[str, object]] = TypeAdapter(dict[str, kinds[name]], config=STRICT)  # type: ignore[valid-type]
     try:
         return adapter.validate_json(json.dumps({name: knobs}), strict=True)[name]
     except LlmpruneError as error:
         raise refusal(error, name, *_culprit(error, knobs)) from error
 
 
-def write_method(method: Method) -> dict[str, Any]:
-    """A method as recipes write it: {name: knobs}."""
-    (name,) = (name for name, kind in METHODS.items() if kind is type(method))
-    return {name: asdict(cast(Any, method))}
+def _unknown(name: object, kinds: Mapping[str, type], what: str) -> RecipeError:
+    if name in METHODS:
+        return RecipeError(
+            f"{name} is a method, and stands after another one",
+            expected=f"one method that chooses the zeros, then steps: {one_of(STEPS)}",
+            fix=f"put {name} first, or remove it",
+        )
+    if name in STEPS:
+        return RecipeError(
+            f"{name} improves the result of a method, and there is none before it",
+            expected=f"a list such as [wanda, {name}], which begins with {one_of(METHODS)}",
+        )
+    return RecipeError(f"unknown {what} {name!r}{did_you_mean(str(name), kinds)}", expected=one_of(kinds))
+
+
+def write_method(method: Method) -> dict[str, Any] | list[dict[str, Any]]:
+    """A method as recipes write it: {name: knobs}, or a list of these."""
+    if isinstance(method, Chain):
+        return [{method_name(method.method): asdict(cast(Any, method.method))}] + [
+            {name: asdict(cast(Any, step))} for name, step in method.steps
+        ]
+    return {method_name(method): asdict(cast(Any, method))}
 
 
 def _read_text_spec(value: Any, build: ValidatorFunctionWrapHandler) -> TextSpec:

@@ -33,8 +33,8 @@ from pydantic import (
     model_validator,
 )
 
-from llmprune.errors import RecipeError
-from llmprune.methods import METHODS, Method
+from llmprune.errors import LlmpruneError, RecipeError
+from llmprune.methods import METHODS, STEPS, Chain, Method
 from llmprune.patterns import Pattern
 from llmprune.recipe.document import (
     Document,
@@ -49,6 +49,7 @@ from llmprune.recipe.document import (
 from llmprune.recipe.fields import STRICT, GlobField, MethodField, PatternField, TextField, check_device
 from llmprune.recipe.globs import covers, matches_any
 from llmprune.recipe.messages import explain
+from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.structures import SECTIONS, Structures
 from llmprune.statistics import TokenWeight
 from llmprune.storage.packed_config import Format, layout_name
@@ -129,6 +130,7 @@ class Recipe(BaseModel):
         held_back: validation sequences: further calibration sequences, at least 0, that only measure the relative
             output error in the report; with 0 it is measured on the rows of the statistics.
         decoder_layers: module path of the list of decoder layers, for models in which it cannot be identified.
+        reconstruct: how each layer is fitted as a whole once its matrices are solved; None: it is not.
         statistics: how inputs enter the statistics.
         experts: settings for the experts of MoE layers.
         device: auto, cpu, cuda or cuda:N.
@@ -153,6 +155,7 @@ class Recipe(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] = 8
     held_back: Annotated[int, Field(ge=0)] = 4
     decoder_layers: Annotated[str, Field(min_length=1)] | None = None
+    reconstruct: Reconstruct | None = None
     statistics: StatisticsOptions = StatisticsOptions()
     experts: Experts = Experts()
     device: Annotated[str, AfterValidator(check_device)] = "auto"
@@ -181,6 +184,14 @@ class Recipe(BaseModel):
             raise refusal(RecipeError("exclude covers all of include: nothing would be pruned"), "exclude")
         for number, rule in enumerate(self.rules):
             _check_reachable(rule, self.rules[:number])
+        self._check_chains()
+        if self.reconstruct is not None and not self.held_back:
+            error = RecipeError(
+                "reconstruct without validation sequences",
+                expected="held_back of at least 1: they decide whether a fitted layer is better",
+                fix="set held_back, for example to 8",
+            )
+            raise refusal(error, "held_back")
         if self.format != "dense" and not any(layout_name(self.format, pattern) for pattern in self.patterns):
             error = RecipeError(
                 f"format is {self.format}, which stores none of {', '.join(map(str, self.patterns))}",
@@ -190,6 +201,17 @@ class Recipe(BaseModel):
             raise refusal(error, "format")
         self._check_seeds()
         return self
+
+    def _check_chains(self) -> None:
+        """Refuse patterns that a step of their method cannot work with."""
+        for number, rule in [(None, None), *enumerate(self.rules)]:
+            pattern = (rule and rule.pattern) or self.pattern
+            method = (rule and rule.method) or self.method
+            if isinstance(method, Chain) and pattern is not None:
+                try:
+                    method.check(pattern)
+                except LlmpruneError as error:
+                    raise refusal(error, *(("method",) if number is None else ("rules", number))) from error
 
     def _check_without_weights(self, absent: Sequence[str]) -> None:
         """A recipe that prunes no weights must remove structures, and say nothing about weights."""
@@ -359,12 +381,14 @@ def _known_keys(section: KeyPath) -> list[str]:
             return list(Experts.model_fields)
         case ("statistics",):
             return list(StatisticsOptions.model_fields)
+        case ("reconstruct",):
+            return list(Reconstruct.model_fields)
         case ("structures",):
             return list(Structures.model_fields)
         case ("structures", str(part)) if part in SECTIONS:
             return list(SECTIONS[part].model_fields)
         case ("rules", _):
             return list(Rule.model_fields)
-        case (*_, "method", str(name)):
-            return [knob.name for knob in fields(cast(Any, METHODS[name]))]
+        case (*_, "method", str(name)) | (*_, "method", int(_), str(name)):
+            return [knob.name for knob in fields(cast(Any, {**METHODS, **STEPS}[name]))]
     return list(Recipe.model_fields)

@@ -28,7 +28,7 @@ from llmprune.storage.folders import (
 )
 from llmprune.storage.report import PAGE_NAME, REPORT_NAME
 
-MANIFEST_FORMAT = 5
+MANIFEST_FORMAT = 6
 
 _JOURNAL_NAME = ".exchange.json"
 

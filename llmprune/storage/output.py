@@ -20,7 +20,7 @@ from llmprune.storage.files import INDEX_NAME, Stored, file_digest, read_json, w
 from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME, require_empty, writing_to
 from llmprune.storage.formats import Layout, layout_from_dict
 from llmprune.storage.packed_config import with_packing_record
-from llmprune.storage.report import MatrixRow, StructureRow
+from llmprune.storage.report import MatchRow, MatrixRow, StructureRow
 
 # The files that make the shards a model.
 _DESCRIBING = (CONFIG_NAME, INDEX_NAME)
@@ -92,6 +92,7 @@ class OutputFolder:
         rows: Sequence[MatrixRow],
         layouts: Mapping[str, Layout],
         structures: Sequence[StructureRow] = (),
+        matches: Sequence[MatchRow] = (),
     ) -> Path:
         """Write one decoder layer's shard and record it; after this it survives any crash.
 
@@ -102,6 +103,7 @@ class OutputFolder:
             rows: the report's rows for its matrices.
             layouts: of its packed matrices, by name.
             structures: the report's rows for the structures removed from it.
+            matches: the report's row, if it was fitted as a whole.
         """
         digest = write_shard(self.path / shard, tensors)
         self.layers[layer] = {
@@ -110,6 +112,7 @@ class OutputFolder:
             "rows": [asdict(row) for row in rows],
             "layouts": {name: layout.to_dict() for name, layout in layouts.items()},
             "structures": [row.to_dict() for row in structures],
+            "matches": [asdict(row) for row in matches],
         }
         self._write_manifest()
         return self.path / shard
@@ -126,6 +129,10 @@ class OutputFolder:
     def structures_of(self, layer: str) -> list[StructureRow]:
         """The report rows for the structures removed from a committed layer."""
         return [StructureRow.from_dict(row) for row in self.layers[layer]["structures"]]
+
+    def matches_of(self, layer: str) -> list[MatchRow]:
+        """The report row of a committed layer that was fitted as a whole."""
+        return [MatchRow(**row) for row in self.layers[layer]["matches"]]
 
     def commit_ends(self, shard: str, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors outside the decoder layers."""

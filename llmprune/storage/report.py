@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.errors import CheckpointError
+from llmprune.losses import StepLoss
 from llmprune.storage.files import write_json
 
 REPORT_NAME = "report.json"
@@ -38,6 +39,7 @@ class MatrixRow:
         peak_bytes: peak memory of the process (CPU) or of the device (CUDA) so far.
         top_tokens: the share of the squared inputs that the largest 1 % of the tokens have, before they were weighed;
             None without statistics, and in reports from before it was recorded.
+        losses: of a chain, after each of its parts; empty for other methods.
     """
 
     layer: str
@@ -55,6 +57,7 @@ class MatrixRow:
     seconds: float
     peak_bytes: int
     top_tokens: float | None = None
+    losses: tuple[StepLoss, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -64,7 +67,9 @@ class MatrixRow:
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> "MatrixRow":
         """Restore a row from JSON."""
-        return cls(**{**row, "shape": tuple(row["shape"]), "damping_tried": tuple(row["damping_tried"])})
+        losses = tuple(StepLoss(**loss) for loss in row.get("losses", ()))
+        tuples = {"shape": tuple(row["shape"]), "damping_tried": tuple(row["damping_tried"]), "losses": losses}
+        return cls(**{**row, **tuples})
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +123,29 @@ class StructureRow:
 
 
 @dataclass(frozen=True, slots=True)
+class MatchRow:
+    """One layer that was fitted as a whole after its matrices were solved (block matching).
+
+    Attributes:
+        layer: dotted name of the decoder layer.
+        target: what it was fitted to, as in the recipe: dense, local or corrected.
+        before: mean over the tokens of the validation sequences of ||f(h) - T||^2 / ||T||^2, before.
+        after: the same afterwards; never higher.
+        epochs: epochs that were run.
+        best: the epoch that was kept; 0: the layer stays as it was.
+        seconds: spent on it.
+    """
+
+    layer: str
+    target: str
+    before: float
+    after: float
+    epochs: int
+    best: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Left:
     """What is left of all structures of a kind.
 
@@ -160,11 +188,13 @@ class Report:
         rows: one per pruned matrix, in the order of the layers.
         header: model, recipe, versions, hashes, device, seconds by stage, memory, perplexities; JSON-ready.
         structures: one per structure that lost groups, in the order of the layers.
+        matches: one per layer that was fitted as a whole.
     """
 
     rows: tuple[MatrixRow, ...]
     header: dict[str, Any] = field(default_factory=dict)
     structures: tuple[StructureRow, ...] = ()
+    matches: tuple[MatchRow, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -221,7 +251,8 @@ class Report:
         summary = {"sparsity": self.sparsity, "mean_error": self.mean_error, "matrices": len(self.rows)}
         structures = [row.to_dict() for row in self.structures]
         rows = [dataclasses.asdict(row) for row in self.rows]
-        return {**self.header, "summary": summary, "structures": structures, "rows": rows}
+        matches = [dataclasses.asdict(row) for row in self.matches]
+        return {**self.header, "summary": summary, "structures": structures, "matches": matches, "rows": rows}
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""
@@ -266,6 +297,8 @@ def load_report(folder: Path) -> Report:
         content = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
         rows = tuple(MatrixRow.from_dict(row) for row in content.pop("rows"))
         structures = tuple(StructureRow.from_dict(row) for row in content.pop("structures"))
+        # Reports from before block matching have none.
+        matches = tuple(MatchRow(**row) for row in content.pop("matches", ()))
         del content["summary"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -273,4 +306,4 @@ def load_report(folder: Path) -> Report:
             expected="the report of a finished run",
             fix="delete it and run again with --resume, which rewrites it",
         ) from error
-    return Report(rows, content, structures)
+    return Report(rows, content, structures, matches)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from itertools import product
 from typing import Any
@@ -12,11 +13,17 @@ from references import correlated_inputs, least_squares, output_error, violation
 from torch import Tensor
 
 from llmprune.errors import NumericsError, PatternError
-from llmprune.methods import METHODS, Method, Pruned, Random
+from llmprune import methods
+from llmprune.methods import Chain, Method, Pruned, Random, Refit, SparseGPT
 from llmprune.patterns import Block, Pattern, parse
 from llmprune.statistics import ColumnNorm, Gram
 
 SHAPE = (24, 48)
+# Every method, and a chain whose steps work with every pattern.
+METHODS: dict[str, Callable[[], Method]] = {
+    **methods.METHODS,
+    "sparsegpt + refit": lambda: Chain(SparseGPT(), (("refit", Refit()),)),
+}
 PATTERNS = [
     *("0.5", "0.3/row", "0.37/matrix", "0.6/layer", "0.01", "0.99/row"),
     *("2:4", "4:8", "1:4", "3:4", "1:3", "5:24"),
@@ -26,7 +33,9 @@ PATTERNS = [
 DENSE = [text for text in PATTERNS if parse(text).sparsity == 0]
 EMPTY = [text for text in PATTERNS if parse(text).sparsity == 1]
 # Methods that promise not to touch the weights that stay.
-SELECTING = ["random", "magnitude", "wanda"]
+SELECTING = ["random", "magnitude", "wanda", "ria"]
+# Methods that end with a least-squares fit.
+REFITTED = ["alps", "sparsegpt + refit"]
 CALIBRATED = [name for name, method in METHODS.items() if method().needs]
 
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -130,7 +139,7 @@ def test_permuted_rows_give_a_permuted_result(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["0.5/row", "2:4", "5:24"])
-@pytest.mark.parametrize("name", [name for name in SELECTING if name != "random"])
+@pytest.mark.parametrize("name", ["magnitude", "wanda"])
 def test_rows_do_not_see_one_another(name: str, text: str) -> None:
     """Not even where scores tie: each row alone gives the same bits as the whole."""
     weight, inputs = weight_of().round(), correlated_inputs(200, SHAPE[1])
@@ -165,7 +174,8 @@ def test_equal_weights(name: str, value: float, text: str) -> None:
         check(prune(name, weight, inputs, text), weight, name, text)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
+# ADMM ranks again and again, and by then equal weights are no longer equal.
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("random", "admm")])
 def test_of_equal_scores_the_lower_index_goes_first(name: str) -> None:
     for text, expected in (("0.5/row", [0, 0, 1, 1]), ("0.25/row", [0, 1, 1, 1]), ("1:2", [0, 1, 0, 1])):
         mask = prune(name, torch.full((3, 4), 2.0), torch.eye(4), text).mask
@@ -255,7 +265,12 @@ def test_float64_gives_the_same_in_float64(name: str, text: str) -> None:
     check(double, weight.double(), name, text)
     if name != "random":
         assert torch.equal(single.mask, double.mask)
-        assert torch.allclose(single.weight.double(), double.weight, rtol=1e-3, atol=1e-4)
+        if name in REFITTED:
+            # Conjugate gradient ends where the loss is flat: the masks and the loss agree, not the weights.
+            errors = [output_error(weight, result.weight.double(), inputs) for result in (single, double)]
+            assert errors[0] == pytest.approx(errors[1], rel=0.05, abs=1e-6)
+        else:
+            assert torch.allclose(single.weight.double(), double.weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("text", ["0.5", "0.6/row", "2:4", "0.5@2x4"])
@@ -302,14 +317,15 @@ def test_magnitudes_score_is_the_absolute_weight() -> None:
 def test_methods_compare_where_their_papers_do() -> None:
     """Wanda inside each row, the others over the matrix; a scope that the pattern names comes first."""
     inputs = correlated_inputs(200, SHAPE[1])
-    for name, scope in {"random": "matrix", "magnitude": "matrix", "wanda": "row", "sparsegpt": "matrix"}.items():
+    for name in METHODS:
+        scope = "row" if name == "wanda" else "matrix"
         left_open = prune(name, weight_of(), inputs, "0.5").mask
         assert torch.equal(left_open, prune(name, weight_of(), inputs, f"0.5/{scope}").mask)
         other = {"matrix": "row", "row": "matrix"}[scope]
         assert not torch.equal(left_open, prune(name, weight_of(), inputs, f"0.5/{other}").mask)
 
 
-@every_method
+@pytest.mark.parametrize("name", ["random", "magnitude", "wanda", "ria", "sparsegpt"])
 def test_costs_of_a_matrix(name: str) -> None:
     """The forecast adds them up; what they amount to on a machine is measured elsewhere."""
     method = METHODS[name]()
