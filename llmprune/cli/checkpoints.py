@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmprune.cli import console
-from llmprune.cli.options import EXIT_CODES, AsJson, Folder, Model, Quiet, explained
+from llmprune.cli.layout import DEPLOY, MEASURE, add
+from llmprune.cli.options import AsJson, Folder, Model, Quiet, explained
 
 if TYPE_CHECKING:
     from llmprune.pruning.packing import PackReport
@@ -35,9 +36,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkp
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command(epilog=EXIT_CODES)(inspect)
-    app.command(epilog=_PACK_EXAMPLES + "\n" + EXIT_CODES)(pack)
-    app.command(epilog=EXIT_CODES)(unpack)
+    add(app, inspect, MEASURE)
+    add(app, pack, DEPLOY, _PACK_EXAMPLES)
+    add(app, unpack, DEPLOY)
 
 
 def inspect(
@@ -71,7 +72,11 @@ def pack(
     ] = None,
     stored_as: Annotated[
         PackFormat,
-        typer.Option("--format", help="nm for N:M, block for blocks, bitmask for any zeros; auto: what suits each."),
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="nm for N:M, block for blocks, bitmask for any zeros; auto: what suits each.",
+        ),
     ] = PackFormat.auto,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

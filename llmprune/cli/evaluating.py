@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from llmprune.cli import console
-from llmprune.cli.options import EXIT_CODES, AsJson, ComputeDtype, Device, Model, Quiet, explained, quieten
+from llmprune.cli.layout import MEASURE, add
+from llmprune.cli.options import AsJson, ComputeDtype, Device, Model, Quiet, explained, quieten
 from llmprune.progress import Progress
 
 _EXAMPLES = """
@@ -20,7 +21,7 @@ llmprune eval testbed
 
 def add_commands(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("eval", epilog=_EXAMPLES + "\n" + EXIT_CODES)(evaluate)
+    add(app, evaluate, MEASURE, _EXAMPLES, "eval")
 
 
 def evaluate(
@@ -56,7 +57,11 @@ def evaluate(
     ] = None,
     device: Device = None,
     dtype: Annotated[
-        ComputeDtype, typer.Option(help="Dtype of the weights; auto: the checkpoint's, as for lm-eval's hf.")
+        ComputeDtype,
+        typer.Option(
+            metavar="DTYPE",
+            help="Dtype of the weights: float32, bfloat16 or float16; auto: the checkpoint's, as for lm-eval's hf.",
+        ),
     ] = ComputeDtype.auto,
     as_json: AsJson = False,
     quiet: Quiet = False,

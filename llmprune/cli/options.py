@@ -17,7 +17,10 @@ EXIT_CODES = (
 
 _INTERRUPTED = 130
 
-Model = Annotated[str, typer.Argument(help='A hub id, a local checkpoint folder, or "testbed" (the bundled model).')]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help='A hub id, a local checkpoint folder, or "testbed" (the bundled model).'),
+]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A local checkpoint folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress on stderr.")]
@@ -35,7 +38,9 @@ class ComputeDtype(str, Enum):
 Dtype = Annotated[
     ComputeDtype,
     typer.Option(
-        help="Dtype of the weights; auto: the checkpoint's, or float32 on a CPU without native support for it."
+        metavar="DTYPE",
+        help="Dtype of the weights: float32, bfloat16 or float16; auto: the checkpoint's, or float32 on a CPU without "
+        "native support for it.",
     ),
 ]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
