@@ -12,6 +12,7 @@ from llmprune.cli.options import (
     AsJson,
     ComputeDtype,
     Device,
+    DeviceMap,
     Dtype,
     Folder,
     Model,
@@ -182,6 +183,7 @@ def bench(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Result file; default: DIR/bench.json.")
     ] = None,
     device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = ComputeDtype.auto,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -206,7 +208,13 @@ def bench(
         read_results(target)
         require_writable(target)
         settings = benching.BenchSettings(
-            device or "auto", *sizes, length, dtype=dtype.value, tune=tune, effort=Effort(seconds)
+            device or "auto",
+            *sizes,
+            length,
+            dtype=dtype.value,
+            tune=tune,
+            effort=Effort(seconds),
+            device_map=device_map,
         )
         if tune:
             _say_if_nothing_to_tune(settings.device)

@@ -15,7 +15,7 @@ EXIT_CODES = (
     "Exit codes: 0 success; 1 an error (the message says how to fix it) or a closed pipe; 2 usage error; 130 Ctrl-C."
 )
 
-_INTERRUPTED = 130
+INTERRUPTED = 130
 
 Model = Annotated[
     str,
@@ -44,6 +44,15 @@ Dtype = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        metavar="MAP",
+        help="Share the model out over several devices, in place of --device: auto, balanced, balanced_low_0 or "
+        "sequential, as in transformers.",
+    ),
+]
 
 
 @contextmanager
@@ -71,7 +80,7 @@ def explained(
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.tell(interrupted())
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def quieten(quiet: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmprune.cli import console
+from llmprune.cli import console, uploading
 from llmprune.cli.layout import OUTPUT, PRUNE, WHAT, add
 from llmprune.cli.options import AsJson, Device, Model, Quiet, explained, quieten
 from llmprune.cli.shortcuts import (
@@ -20,6 +20,7 @@ from llmprune.cli.shortcuts import (
     SparsityFlag,
     Wanted,
 )
+from llmprune.cli.uploading import PushToHub
 
 _PRUNE_EXAMPLES = """
 Examples:
@@ -92,6 +93,7 @@ def prune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the checkpoint in DIR.")
     ] = False,
+    push_to_hub: PushToHub = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -124,9 +126,10 @@ def prune(
     chosen = {"device": device, "format": stored_as.value if stored_as else None}
     further = [f"{key}={value}" for key, value in chosen.items() if value]
     if output is None or dry_run:
-        _dry_run(model, wanted, further, output, resume=resume, overwrite=overwrite, as_json=as_json)
+        _dry_run(model, wanted, further, output, push_to_hub, resume=resume, overwrite=overwrite, as_json=as_json)
         return
     options = [part for key, value in chosen.items() if value for part in (f"--{key}", value)]
+    options += ["--push-to-hub", push_to_hub] if push_to_hub else []
     options += [*["--json"] * as_json, *["--quiet"] * quiet]
     command = ["llmprune", "prune", model, *wanted.words(output), *options]
     display = console.Display(quiet=quiet)
@@ -140,15 +143,17 @@ def prune(
         from llmprune.storage.folders import expanded
 
         quieten(quiet)
+        uploading.check(push_to_hub)
         settings = wanted.described([*wanted.settings(), *further])
         with display:
             report = pipeline.prune(
                 model, wanted.name, output, overrides=settings, resume=resume, overwrite=overwrite, watch=display
             )
+        if not as_json:
+            console.show(report_table(report, expanded(output)))
+        uploading.finish(expanded(output), push_to_hub, quiet=quiet or as_json)
         if as_json:
             console.show_json(report.to_dict())
-        else:
-            console.show(report_table(report, expanded(output)))
 
 
 def recipes(
@@ -180,6 +185,7 @@ def _dry_run(
     wanted: Wanted,
     further: list[str],
     output: str | None,
+    push_to_hub: str | None,
     *,
     resume: bool,
     overwrite: bool,
@@ -190,6 +196,7 @@ def _dry_run(
         from llmprune.pruning.forecast.forecast import dry_run
         from llmprune.storage.folders import expanded, require_empty, require_free, require_space
 
+        uploading.check(push_to_hub)
         folder = None if output is None else expanded(output)
         if folder is not None:
             require_free(folder)

@@ -9,7 +9,7 @@ import typer
 
 from llmprune.cli import console
 from llmprune.cli.layout import DEPLOY, add
-from llmprune.cli.options import AsJson, ComputeDtype, Device, Dtype, Model, Quiet, explained, quieten
+from llmprune.cli.options import AsJson, ComputeDtype, Device, DeviceMap, Dtype, Model, Quiet, explained, quieten
 from llmprune.progress import Progress
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def generate(
     ] = False,
     chat_template: Template = None,
     device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = ComputeDtype.auto,
     served: Served = ServedAs.auto,
     graphs: Graphs = False,
@@ -93,7 +94,14 @@ def generate(
         ids = encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat=chat or chat_template is not None)
         with console.Display(quiet=quiet) as display, quiet_transformers():
             display(Progress(f"loading {model}"))
-            loaded = load(model, device=device or "auto", dtype=dtype.value, served=served.value, graphs=graphs)
+            loaded = load(
+                model,
+                device=device or "auto",
+                dtype=dtype.value,
+                served=served.value,
+                graphs=graphs,
+                device_map=device_map,
+            )
         sampling = Sampling(max_new_tokens, temperature, seed)
         written = write(loaded, tokenizer, ids, sampling, _ignore if as_json else _say)
         if as_json:
