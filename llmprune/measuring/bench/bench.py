@@ -57,7 +57,8 @@ class BenchSettings:
         tune: search kernel configurations first.
         effort: spent on each timing of a matmul.
         decode_seconds: spent on each batch size of the whole model.
-        device_map: where the layers go, as for `llmprune.load`; None: all of them to `device`.
+        device_map: where the layers go, as for `llmprune.load`; None: all of them to `device`. With several GPUs, the
+            memory measured while generating is that of the first.
 
     Raises:
         RecipeError: a number of tokens or sequences is not positive.
