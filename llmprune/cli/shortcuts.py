@@ -127,7 +127,7 @@ class Wanted:
 
         recipe = load_recipe(self.name, settings)
         (method,) = recipe.to_dict()["method"]
-        return [*settings, f"description={method}, {recipe.pattern}"]
+        return [*settings, f"description={method}, pattern {recipe.pattern}"]
 
     @contextlib.contextmanager
     def spelled(self) -> Iterator[None]:

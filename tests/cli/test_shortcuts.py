@@ -63,7 +63,7 @@ def test_a_flag_is_its_setting(flags: dict[str, str], setting: str) -> None:
 
 def test_a_sparsity_alone_is_unstructured_and_the_description_says_so() -> None:
     recipe = asked(sparsity="0.6")
-    assert (str(recipe.pattern), recipe.description) == ("0.6", "sparsegpt, 0.6")
+    assert (str(recipe.pattern), recipe.description) == ("0.6", "sparsegpt, pattern 0.6")
     assert asked(overrides=["description=mine"], sparsity="0.6").description == "mine"
     assert asked(num_samples="4").description == load_recipe(DEFAULT_RECIPE).description
 
