@@ -64,5 +64,9 @@ class ServingError(LlmpruneError):
     """A server that cannot start, or a request that it refuses."""
 
 
+class UploadError(LlmpruneError):
+    """A result that cannot be uploaded to the hub; it stays complete on disk."""
+
+
 class FormatError(LlmpruneError):
     """Packed tensors that do not match their layout."""

@@ -10,9 +10,11 @@ import typer
 
 from llmprune import __version__
 from llmprune.cli import checkpoints, evaluating, measuring, pruning, reporting, serving, sweeping
+from llmprune.cli.layout import Group
 from llmprune.cli.options import EXIT_CODES
 
 app = typer.Typer(
+    cls=Group,
     help="Prune large language models one decoder layer at a time.",
     epilog=EXIT_CODES,
     add_completion=False,
@@ -39,7 +41,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass

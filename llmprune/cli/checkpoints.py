@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmprune.cli import console
-from llmprune.cli.options import EXIT_CODES, AsJson, Folder, Model, Quiet, explained
+from llmprune.cli import console, uploading
+from llmprune.cli.layout import DEPLOY, MEASURE, OUTPUT, add
+from llmprune.cli.options import AsJson, Folder, Model, Quiet, explained
+from llmprune.cli.uploading import PushToHub
 
 if TYPE_CHECKING:
     from llmprune.pruning.packing import PackReport
@@ -30,14 +32,16 @@ class PackFormat(str, Enum):
     bitmask = "bitmask"
 
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in the output folder.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the checkpoint in the output folder.")
+]
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command(epilog=EXIT_CODES)(inspect)
-    app.command(epilog=_PACK_EXAMPLES + "\n" + EXIT_CODES)(pack)
-    app.command(epilog=EXIT_CODES)(unpack)
+    add(app, inspect, MEASURE)
+    add(app, pack, DEPLOY, _PACK_EXAMPLES)
+    add(app, unpack, DEPLOY)
 
 
 def inspect(
@@ -67,13 +71,22 @@ def inspect(
 def pack(
     folder: Folder,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Output folder; default: DIR-packed.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="OUT", rich_help_panel=OUTPUT, help="Output folder; default: DIR-packed."
+        ),
     ] = None,
     stored_as: Annotated[
         PackFormat,
-        typer.Option("--format", help="nm for N:M, block for blocks, bitmask for any zeros; auto: what suits each."),
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            rich_help_panel=OUTPUT,
+            help="nm for N:M, block for blocks, bitmask for any zeros; auto: what suits each.",
+        ),
     ] = PackFormat.auto,
     overwrite: Overwrite = False,
+    push_to_hub: PushToHub = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -84,14 +97,21 @@ def pack(
     with explained(as_json, lambda: "interrupted; no checkpoint was written"):
         from llmprune.pruning import packing
 
+        uploading.check(push_to_hub)
         with console.Display(quiet=quiet) as display:
             report = packing.pack(folder, output, stored_as.value, overwrite, display)
-        _show(report, as_json)
+        if not as_json:
+            _show(report, as_json)
+        uploading.finish(report.folder, push_to_hub, quiet=quiet or as_json)
+        if as_json:
+            _show(report, as_json)
 
 
 def unpack(
     folder: Folder,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Output folder.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", rich_help_panel=OUTPUT, help="Output folder.")
+    ],
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,

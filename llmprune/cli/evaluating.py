@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from llmprune.cli import console
-from llmprune.cli.options import EXIT_CODES, AsJson, ComputeDtype, Device, Model, Quiet, explained, quieten
+from llmprune.cli.layout import MEASURE, add
+from llmprune.cli.options import AsJson, ComputeDtype, Device, DeviceMap, Model, Quiet, explained, quieten
 from llmprune.progress import Progress
 
 _EXAMPLES = """
@@ -20,7 +21,7 @@ llmprune eval testbed
 
 def add_commands(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("eval", epilog=_EXAMPLES + "\n" + EXIT_CODES)(evaluate)
+    add(app, evaluate, MEASURE, _EXAMPLES, "eval")
 
 
 def evaluate(
@@ -41,6 +42,24 @@ def evaluate(
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Examples before each question. Default: the task's.")
     ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", metavar="DIR", help="Folder with further tasks, as YAML files.")
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask through the chat template of the model's tokenizer.")
+    ] = False,
+    gen_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            "--gen-kwargs",
+            metavar="NAME=VALUE,...",
+            help="Arguments of generation for tasks that generate, such as temperature=0.7,do_sample=True.",
+        ),
+    ] = None,
+    log_samples: Annotated[
+        bool,
+        typer.Option("--log-samples", help="Also write every question with the model's answer; needs --output."),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -55,8 +74,13 @@ def evaluate(
         typer.Option(metavar="DIR", help="Cache the model's answers here, so that an interrupted run can continue."),
     ] = None,
     device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Annotated[
-        ComputeDtype, typer.Option(help="Dtype of the weights; auto: the checkpoint's, as for lm-eval's hf.")
+        ComputeDtype,
+        typer.Option(
+            metavar="DTYPE",
+            help="Dtype of the weights: float32, bfloat16 or float16; auto: the checkpoint's, as for lm-eval's hf.",
+        ),
     ] = ComputeDtype.auto,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -74,7 +98,20 @@ def evaluate(
 
         quieten(quiet)
         names = tuple(tasks.split(",")) if tasks else OFFLINE_TASKS
-        settings = HarnessSettings(limit, batch, num_fewshot, device or "auto", dtype.value, cache, quiet)
+        settings = HarnessSettings(
+            limit,
+            batch,
+            num_fewshot,
+            device or "auto",
+            dtype.value,
+            cache,
+            quiet,
+            include_path=include_path,
+            apply_chat_template=apply_chat_template,
+            gen_kwargs=gen_kwargs,
+            log_samples=log_samples,
+            device_map=device_map,
+        )
         target = output.expanduser() if output else None
         result = run_tasks(model, names, against, settings, target, lambda step: _tell(step, quiet))
         if as_json:

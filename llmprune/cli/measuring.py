@@ -7,11 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from llmprune.cli import console
+from llmprune.cli.layout import DEPLOY, MEASURE, TEXT, add
 from llmprune.cli.options import (
-    EXIT_CODES,
     AsJson,
     ComputeDtype,
     Device,
+    DeviceMap,
     Dtype,
     Folder,
     Model,
@@ -23,7 +24,7 @@ from llmprune.cli.options import (
 _PERPLEXITY_EXAMPLES = """
 Examples:
 
-llmprune perplexity out/demo --text test.txt --length 1024
+llmprune perplexity out/demo --text test.txt
 
 llmprune perplexity out/demo --text test.txt --length 1024 --against testbed
 
@@ -46,9 +47,9 @@ _SEED = 12345
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command(epilog=_PERPLEXITY_EXAMPLES + "\n" + EXIT_CODES)(perplexity)
-    app.command(epilog=EXIT_CODES)(explain)
-    app.command(epilog=_BENCH_EXAMPLES + "\n" + EXIT_CODES)(bench)
+    add(app, perplexity, MEASURE, _PERPLEXITY_EXAMPLES)
+    add(app, explain, DEPLOY)
+    add(app, bench, MEASURE, _BENCH_EXAMPLES)
 
 
 def perplexity(
@@ -58,25 +59,50 @@ def perplexity(
         typer.Option(
             "--text",
             metavar="TEXT",
+            rich_help_panel=TEXT,
             help='A .txt, .jsonl or .parquet file, a dataset on the hub, or "self": text sampled from the dense model, '
             "or without --against from MODEL itself, so that results of different models are not comparable.",
         ),
     ],
-    length: Annotated[int, typer.Option(min=2, help="Sequence length in tokens, which is also the stride.")],
     against: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="The dense base: also measures KL divergence and top-1 agreement."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Number of sequences, from the beginning of the text.")] = 128,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
-    column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
-    config: Annotated[str | None, typer.Option(help="Configuration of the dataset, if it has several.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            rich_help_panel=TEXT,
+            help="Sequence length in tokens, which is also the stride. Default: 2048 on a GPU, 512 on a CPU, or the "
+            "model's positions if there are fewer.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=TEXT,
+            help="Number of sequences, from the beginning of the text.",
+        ),
+    ] = 128,
+    split: Annotated[str, typer.Option(metavar="NAME", rich_help_panel=TEXT, help="Split of the dataset.")] = "train",
+    column: Annotated[
+        str, typer.Option(metavar="NAME", rich_help_panel=TEXT, help="Column or key that holds the text.")
+    ] = "text",
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", rich_help_panel=TEXT, help="Configuration of the dataset, if it has several."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences per forward pass.")] = 8,
     device: Device = None,
     compute_dtype: Annotated[
         ComputeDtype,
         typer.Option(
-            help="Dtype of the forward pass; auto: the checkpoint's, or float32 on a CPU without native support for it."
+            metavar="DTYPE",
+            help="Dtype of the forward pass: float32, bfloat16 or float16; auto: the checkpoint's, or float32 on a CPU "
+            "without native support for it.",
         ),
     ] = ComputeDtype.auto,
     as_json: AsJson = False,
@@ -84,7 +110,8 @@ def perplexity(
 ) -> None:
     """Measure a model's perplexity one decoder layer at a time, optionally against its dense base.
 
-    Documents, each preceded by a BOS token, are concatenated and cut into sequences; no token is scored twice.
+    Documents are concatenated and cut into sequences, each opened as the tokenizer opens a text (with BOS, or with
+    nothing); no token is scored twice.
     """
     started = time.perf_counter()
     display = console.Display(quiet=quiet)
@@ -149,11 +176,14 @@ def bench(
     batches: Annotated[str, typer.Option(metavar="N,N,...", help="Batch sizes for the whole model.")] = "1,4,16",
     length: Annotated[int, typer.Option(min=1, metavar="N", help="Prompt length for the whole model.")] = 128,
     tune: Annotated[bool, typer.Option("--tune", help="First search and record kernel configurations (GPU).")] = False,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Time spent on each measurement of a matmul.")] = 0.25,
+    seconds: Annotated[
+        float, typer.Option(min=0.0, metavar="SECONDS", help="Time spent on each measurement of a matmul.")
+    ] = 0.25,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Result file; default: DIR/bench.json.")
     ] = None,
     device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = ComputeDtype.auto,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -178,7 +208,13 @@ def bench(
         read_results(target)
         require_writable(target)
         settings = benching.BenchSettings(
-            device or "auto", *sizes, length, dtype=dtype.value, tune=tune, effort=Effort(seconds)
+            device or "auto",
+            *sizes,
+            length,
+            dtype=dtype.value,
+            tune=tune,
+            effort=Effort(seconds),
+            device_map=device_map,
         )
         if tune:
             _say_if_nothing_to_tune(settings.device)

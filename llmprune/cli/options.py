@@ -15,9 +15,12 @@ EXIT_CODES = (
     "Exit codes: 0 success; 1 an error (the message says how to fix it) or a closed pipe; 2 usage error; 130 Ctrl-C."
 )
 
-_INTERRUPTED = 130
+INTERRUPTED = 130
 
-Model = Annotated[str, typer.Argument(help='A hub id, a local checkpoint folder, or "testbed" (the bundled model).')]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help='A hub id, a local checkpoint folder, or "testbed" (the bundled model).'),
+]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A local checkpoint folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress on stderr.")]
@@ -35,10 +38,21 @@ class ComputeDtype(str, Enum):
 Dtype = Annotated[
     ComputeDtype,
     typer.Option(
-        help="Dtype of the weights; auto: the checkpoint's, or float32 on a CPU without native support for it."
+        metavar="DTYPE",
+        help="Dtype of the weights: float32, bfloat16 or float16; auto: the checkpoint's, or float32 on a CPU without "
+        "native support for it.",
     ),
 ]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        metavar="MAP",
+        help="Share the model out over several devices, in place of --device: auto, balanced, balanced_low_0 or "
+        "sequential, as in transformers.",
+    ),
+]
 
 
 @contextmanager
@@ -66,7 +80,7 @@ def explained(
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.tell(interrupted())
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def quieten(quiet: bool) -> None:

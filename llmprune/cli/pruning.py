@@ -6,17 +6,32 @@ from typing import Annotated
 
 import typer
 
-from llmprune.cli import console
-from llmprune.cli.options import EXIT_CODES, AsJson, Device, Model, Quiet, explained, quieten
+from llmprune.cli import console, uploading
+from llmprune.cli.layout import OUTPUT, PRUNE, WHAT, add
+from llmprune.cli.options import AsJson, Device, Model, Quiet, explained, quieten
+from llmprune.cli.shortcuts import (
+    Dataset,
+    EvalDataset,
+    Length,
+    MethodFlag,
+    PatternFlag,
+    RecipeName,
+    Samples,
+    SparsityFlag,
+    Wanted,
+)
+from llmprune.cli.uploading import PushToHub
 
 _PRUNE_EXAMPLES = """
 Examples:
 
 llmprune prune testbed --recipe demo --output out/demo
 
-llmprune prune org/model --recipe sparsegpt-2of4 --output out --set calibration.source=text.jsonl --set batch_size=4
+llmprune prune org/model --output out
 
-llmprune prune org/model --recipe wanda-50 --output out --dry-run
+llmprune prune org/model --sparsity 0.5 --dataset text.jsonl --output out
+
+llmprune prune org/model --recipe wanda-50 --set batch_size=4 --output out --dry-run
 """
 
 
@@ -32,42 +47,60 @@ class StoredFormat(str, Enum):
 
 def add_commands(app: typer.Typer) -> None:
     """Add both commands."""
-    app.command(epilog=_PRUNE_EXAMPLES + "\n" + EXIT_CODES)(prune)
-    app.command(epilog=EXIT_CODES)(recipes)
+    add(app, prune, PRUNE, _PRUNE_EXAMPLES)
+    add(app, recipes, PRUNE)
 
 
 def prune(
     model: Model,
-    recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="A bundled recipe (see `llmprune recipes`) or a YAML file.")
-    ],
+    recipe: RecipeName = None,
+    pattern: PatternFlag = None,
+    sparsity: SparsityFlag = None,
+    method: MethodFlag = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", rich_help_panel=WHAT, help="Override any recipe key; may be repeated."
+        ),
+    ] = None,
+    dataset: Dataset = None,
+    num_samples: Samples = None,
+    max_seq_length: Length = None,
+    eval_dataset: EvalDataset = None,
     output: Annotated[
         str | None,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="Folder for the pruned checkpoint and its report. Required."
+            "--output",
+            "-o",
+            metavar="DIR",
+            rich_help_panel=OUTPUT,
+            help="Folder for the pruned checkpoint and its report. Required.",
         ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated."),
     ] = None,
     stored_as: Annotated[
         StoredFormat | None,
         typer.Option(
             "--format",
+            metavar="FORMAT",
+            rich_help_panel=OUTPUT,
             help="How to store pruned matrices: dense (zeros included), or packed as nm, block or bitmask; auto picks "
             "what suits each pattern. Default: the recipe's.",
         ),
     ] = None,
-    device: Device = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in DIR.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", rich_help_panel=OUTPUT, help="Continue the interrupted run in DIR.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the checkpoint in DIR.")
+    ] = False,
+    push_to_hub: PushToHub = None,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run", help="Only show the plan, and the time, memory and disk space that it needs; DIR is optional."
         ),
     ] = False,
+    device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -79,39 +112,54 @@ def prune(
         raise typer.BadParameter("missing; only --dry-run works without it", param_hint="--output")
     if resume and overwrite:
         raise typer.BadParameter("--resume continues the run in DIR, --overwrite replaces it: give only one of them")
+    wanted = Wanted.read(
+        recipe,
+        overrides,
+        pattern=pattern,
+        sparsity=sparsity,
+        method=method,
+        dataset=dataset,
+        num_samples=num_samples,
+        max_seq_length=max_seq_length,
+        eval_dataset=eval_dataset,
+    )
     chosen = {"device": device, "format": stored_as.value if stored_as else None}
-    settings = [*(overrides or ()), *(f"{key}={value}" for key, value in chosen.items() if value)]
+    further = [f"{key}={value}" for key, value in chosen.items() if value]
     if output is None or dry_run:
-        _dry_run(model, recipe, settings, output, resume=resume, overwrite=overwrite, as_json=as_json)
+        _dry_run(model, wanted, further, output, push_to_hub, resume=resume, overwrite=overwrite, as_json=as_json)
         return
-    options = [part for setting in overrides or () for part in ("--set", setting)]
-    options += [part for key, value in chosen.items() if value for part in (f"--{key}", value)]
+    options = [part for key, value in chosen.items() if value for part in (f"--{key}", value)]
+    options += ["--push-to-hub", push_to_hub] if push_to_hub else []
     options += [*["--json"] * as_json, *["--quiet"] * quiet]
-    command = ["llmprune", "prune", model, "--recipe", recipe, "--output", output, *options]
+    command = ["llmprune", "prune", model, *wanted.words(output), *options]
     display = console.Display(quiet=quiet)
     advice = (
         lambda: _advice(display, command, resume=resume, overwrite=overwrite),
         lambda: _advice_on_memory(display, command),
     )
-    with explained(as_json, *advice):
+    with explained(as_json, *advice), wanted.spelled():
         from llmprune.cli.tables.pruning import report_table
         from llmprune.pruning import pipeline
         from llmprune.storage.folders import expanded
 
         quieten(quiet)
+        uploading.check(push_to_hub)
+        settings = wanted.described([*wanted.settings(), *further])
         with display:
             report = pipeline.prune(
-                model, recipe, output, overrides=settings, resume=resume, overwrite=overwrite, watch=display
+                model, wanted.name, output, overrides=settings, resume=resume, overwrite=overwrite, watch=display
             )
+        if not as_json:
+            console.show(report_table(report, expanded(output)))
+        uploading.finish(expanded(output), push_to_hub, quiet=quiet or as_json)
         if as_json:
             console.show_json(report.to_dict())
-        else:
-            console.show(report_table(report, expanded(output)))
 
 
 def recipes(
     recipe: Annotated[
-        str | None, typer.Argument(help="A bundled recipe or a YAML file to print with all of its keys.")
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A bundled recipe or a YAML file to print with all of its keys."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -133,18 +181,27 @@ def recipes(
 
 
 def _dry_run(
-    model: str, recipe: str, settings: list[str], output: str | None, *, resume: bool, overwrite: bool, as_json: bool
+    model: str,
+    wanted: Wanted,
+    further: list[str],
+    output: str | None,
+    push_to_hub: str | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
-    with explained(as_json, lambda: "interrupted; nothing was written"):
+    with explained(as_json, lambda: "interrupted; nothing was written"), wanted.spelled():
         from llmprune.cli.tables.pruning import dry_run_tables
         from llmprune.pruning.forecast.forecast import dry_run
         from llmprune.storage.folders import expanded, require_empty, require_free, require_space
 
+        uploading.check(push_to_hub)
         folder = None if output is None else expanded(output)
         if folder is not None:
             require_free(folder)
             require_empty(folder, resume=resume, overwrite=overwrite)
-        plan = dry_run(model, recipe, settings)
+        plan = dry_run(model, wanted.name, [*wanted.settings(), *further])
         if folder is not None:
             require_space(folder, plan.disk_bytes, resume=resume)
         if as_json:

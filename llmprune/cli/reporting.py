@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from llmprune.cli import console
-from llmprune.cli.options import EXIT_CODES, AsJson, explained
+from llmprune.cli.layout import MEASURE, add
+from llmprune.cli.options import AsJson, explained
 
 _COMPARE_EXAMPLES = """
 Examples:
@@ -20,8 +21,8 @@ llmprune compare out/sparsegpt out/ffn --against org/model --html compare.html
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command(epilog=EXIT_CODES)(report)
-    app.command(epilog=_COMPARE_EXAMPLES + "\n" + EXIT_CODES)(compare)
+    add(app, report, MEASURE)
+    add(app, compare, MEASURE, _COMPARE_EXAMPLES)
 
 
 def report(
@@ -48,7 +49,7 @@ def report(
 
 
 def compare(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of finished runs.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="Output folders of finished runs.")],
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The dense base, shown for reference: a hub id or a folder.")
     ] = None,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmprune.cli import console
-from llmprune.cli.options import EXIT_CODES, AsJson, ComputeDtype, Device, Dtype, Model, Quiet, explained, quieten
+from llmprune.cli.layout import DEPLOY, add
+from llmprune.cli.options import AsJson, ComputeDtype, Device, DeviceMap, Dtype, Model, Quiet, explained, quieten
 from llmprune.progress import Progress
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ class ServedAs(str, Enum):
 Served = Annotated[
     ServedAs,
     typer.Option(
+        metavar="FORM",
         help="How to hold packed matrices in memory: auto (fastest on this machine), packed (least memory), dense "
-        "(ordinary weights) or cusparselt (a second copy for long prompts)."
+        "(ordinary weights) or cusparselt (a second copy for long prompts).",
     ),
 ]
 Graphs = Annotated[bool, typer.Option("--graphs", help="Decode with CUDA graphs (GPU).")]
@@ -55,8 +57,8 @@ Template = Annotated[
 
 def add_commands(app: typer.Typer) -> None:
     """Add both commands."""
-    app.command(epilog=_GENERATE_EXAMPLES + "\n" + EXIT_CODES)(generate)
-    app.command(epilog=_SERVE_EXAMPLES + "\n" + EXIT_CODES)(serve)
+    add(app, generate, DEPLOY, _GENERATE_EXAMPLES)
+    add(app, serve, DEPLOY, _SERVE_EXAMPLES)
 
 
 def generate(
@@ -65,14 +67,17 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to generate.")] = 128,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0.0, help="0 for greedy decoding. Default: the model's generation config."),
+        typer.Option(min=0.0, metavar="T", help="0 for greedy decoding. Default: the model's generation config."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed for sampling. Default: a new one each time.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed for sampling. Default: a new one each time.")
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Treat TEXT as a user message to a chat model. Implied by --chat-template.")
     ] = False,
     chat_template: Template = None,
     device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = ComputeDtype.auto,
     served: Served = ServedAs.auto,
     graphs: Graphs = False,
@@ -89,7 +94,14 @@ def generate(
         ids = encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat=chat or chat_template is not None)
         with console.Display(quiet=quiet) as display, quiet_transformers():
             display(Progress(f"loading {model}"))
-            loaded = load(model, device=device or "auto", dtype=dtype.value, served=served.value, graphs=graphs)
+            loaded = load(
+                model,
+                device=device or "auto",
+                dtype=dtype.value,
+                served=served.value,
+                graphs=graphs,
+                device_map=device_map,
+            )
         sampling = Sampling(max_new_tokens, temperature, seed)
         written = write(loaded, tokenizer, ids, sampling, _ignore if as_json else _say)
         if as_json:
@@ -104,9 +116,13 @@ def generate(
 
 def serve(
     model: Model,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "localhost",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="Model name for clients. Default: MODEL as given.")] = None,
+    host: Annotated[
+        str, typer.Option(metavar="HOST", help="Address to listen on; 0.0.0.0 accepts other machines.")
+    ] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="PORT", help="Port to listen on.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Model name for clients. Default: MODEL as given.")
+    ] = None,
     chat_template: Template = None,
     device: Device = None,
     dtype: Dtype = ComputeDtype.auto,

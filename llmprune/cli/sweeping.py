@@ -7,12 +7,24 @@ from typing import Annotated
 import typer
 
 from llmprune.cli import console
-from llmprune.cli.options import EXIT_CODES, AsJson, Model, Quiet, explained, quieten
+from llmprune.cli.layout import OUTPUT, PRUNE, WHAT, add
+from llmprune.cli.options import AsJson, Model, Quiet, explained, quieten
+from llmprune.cli.shortcuts import (
+    Dataset,
+    EvalDataset,
+    Length,
+    MethodFlag,
+    PatternFlag,
+    RecipeName,
+    Samples,
+    SparsityFlag,
+    Wanted,
+)
 
 _EXAMPLES = """
 Examples:
 
-llmprune sweep testbed --recipe demo --set pattern=0.5,0.6,0.7 --set method=wanda,sparsegpt --output out/grid
+llmprune sweep testbed --recipe demo --sparsity 0.5,0.6,0.7 --method wanda,sparsegpt --output out/grid
 
 llmprune sweep org/model --recipe wanda-50 --set "exclude=['*.o_proj', '*.down_proj'],[]" --output out --dry-run
 """
@@ -20,32 +32,51 @@ llmprune sweep org/model --recipe wanda-50 --set "exclude=['*.o_proj', '*.down_p
 
 def add_commands(app: typer.Typer) -> None:
     """Add the command."""
-    app.command(epilog=_EXAMPLES + "\n" + EXIT_CODES)(sweep)
+    add(app, sweep, PRUNE, _EXAMPLES)
 
 
 def sweep(
     model: Model,
-    recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="A bundled recipe (see `llmprune recipes`) or a YAML file.")
-    ],
+    recipe: RecipeName = None,
+    pattern: PatternFlag = None,
+    sparsity: SparsityFlag = None,
+    method: MethodFlag = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
-            metavar="KEY=VALUE,VALUE,...",
+            metavar="KEY=VALUE,...",
+            rich_help_panel=WHAT,
             help="Values to try for a recipe key; repeat for more keys, and every combination is run. Each value is "
             "YAML. Values are split at commas outside [], {} and quotes: exclude=['*.q_proj','*.k_proj'],[] has two "
-            "values. A single value applies to all runs.",
+            "values. A single value applies to all runs. The short flags take several values too.",
         ),
     ] = None,
+    dataset: Dataset = None,
+    num_samples: Samples = None,
+    max_seq_length: Length = None,
+    eval_dataset: EvalDataset = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder for the runs, one subfolder each. Required."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            rich_help_panel=OUTPUT,
+            help="Folder for the runs, one subfolder each. Required.",
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the sweep in DIR, including runs that the grid has gained.")
+        bool,
+        typer.Option(
+            "--resume",
+            rich_help_panel=OUTPUT,
+            help="Continue the sweep in DIR, including runs that the grid has gained.",
+        ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the sweep in DIR.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the sweep in DIR.")
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Only list the runs and the time, memory and disk they need; DIR is optional."),
@@ -62,22 +93,32 @@ def sweep(
         raise typer.BadParameter("missing; only --dry-run works without it", param_hint="--output")
     if resume and overwrite:
         raise typer.BadParameter("--resume continues the sweep in DIR, --overwrite replaces it: give only one of them")
+    wanted = Wanted.read(
+        recipe,
+        settings,
+        pattern=pattern,
+        sparsity=sparsity,
+        method=method,
+        dataset=dataset,
+        num_samples=num_samples,
+        max_seq_length=max_seq_length,
+        eval_dataset=eval_dataset,
+    )
     if output is None or dry_run:
-        _dry_run(model, recipe, settings or [], output, resume=resume, overwrite=overwrite, as_json=as_json)
+        _dry_run(model, wanted, output, resume=resume, overwrite=overwrite, as_json=as_json)
         return
-    command = ["llmprune", "sweep", model, "--recipe", recipe, "--output", str(output)]
-    command += [part for setting in settings or () for part in ("--set", setting)]
+    command = ["llmprune", "sweep", model, *wanted.words(str(output))]
     command += [*["--json"] * as_json, *["--quiet"] * quiet]
     display = console.Display(quiet=quiet)
-    with explained(as_json, lambda: _advice(display, command, resume=resume, overwrite=overwrite)):
+    with explained(as_json, lambda: _advice(display, command, resume=resume, overwrite=overwrite)), wanted.spelled():
         from llmprune.cli.tables.sweeping import sweep_tables
         from llmprune.pruning.sweep import sweep as sweeping
         from llmprune.recipe.grid import read_grid
 
         quieten(quiet)
-        grid = read_grid(settings or ())
+        grid = read_grid(wanted.settings())
         with display:
-            result = sweeping.sweep(model, recipe, grid, output, resume=resume, overwrite=overwrite, watch=display)
+            result = sweeping.sweep(model, wanted.name, grid, output, resume=resume, overwrite=overwrite, watch=display)
         if as_json:
             console.show_json(result.to_dict())
         else:
@@ -88,15 +129,13 @@ def sweep(
             raise typer.Exit(1)
 
 
-def _dry_run(
-    model: str, recipe: str, settings: list[str], output: Path | None, *, resume: bool, overwrite: bool, as_json: bool
-) -> None:
-    with explained(as_json, lambda: "interrupted; nothing was written"):
+def _dry_run(model: str, wanted: Wanted, output: Path | None, *, resume: bool, overwrite: bool, as_json: bool) -> None:
+    with explained(as_json, lambda: "interrupted; nothing was written"), wanted.spelled():
         from llmprune.cli.tables.sweeping import forecast_table
         from llmprune.pruning.sweep.sweep import forecast
         from llmprune.recipe.grid import read_grid
 
-        plan = forecast(model, recipe, read_grid(settings), output, resume=resume, overwrite=overwrite)
+        plan = forecast(model, wanted.name, read_grid(wanted.settings()), output, resume=resume, overwrite=overwrite)
         if as_json:
             console.show_json(plan.to_dict())
         else:

@@ -19,7 +19,6 @@ from transformers import (
     TextStreamer,
 )
 
-from llmprune.devices import resolve_device
 from llmprune.errors import CheckpointError, DeviceError, ModelError
 from llmprune.models import boundary
 from llmprune.models.checkpoint_source import find_contradiction
@@ -28,6 +27,7 @@ from llmprune.precision import computed_in
 from llmprune.serving.decode_graphs import DecodeGraphs
 from llmprune.serving.forms import Fragments, Served
 from llmprune.serving.fusion import fuse
+from llmprune.serving.placement import DeviceMap, input_device, map_for, require_placement
 from llmprune.serving.quantizer import sparse_layers
 from llmprune.storage.hub import resolve_model
 from llmprune.storage.packed_config import QUANT_METHOD
@@ -41,6 +41,7 @@ def load(
     served: Served = "auto",
     fused: bool = True,
     graphs: bool = False,
+    device_map: DeviceMap | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM for serving: a packed checkpoint, or any other.
 
@@ -50,9 +51,11 @@ def load(
         dtype: of the weights, also by name; "auto": the checkpoint's, or float32 on a CPU without instructions for it.
         served: how packed matrices are held. "auto": in the fastest form; "packed": in the least memory; "dense":
             as ordinary weights; "cusparselt": as auto, with a second copy of 2:4 matrices for prefill with cuSPARSELt.
-        fused: use one kernel launch for 2:4 matrices that read the same input.
+        fused: use one kernel launch for 2:4 matrices that read the same input; not with a device map.
         graphs: use a static cache and CUDA graphs for `generate`: see `serving.decode_graphs`.
             `model.decode_graphs.warm` records them in advance.
+        device_map: shares the model out over several devices, in place of `device`: "auto", "balanced",
+            "balanced_low_0", "sequential", a device, or module path -> device, as in transformers.
 
     Returns:
         The model in evaluation mode.
@@ -60,9 +63,16 @@ def load(
     Raises:
         ModelError: there is no such model, it is not a causal LM, or graphs cannot be recorded for it.
         CheckpointError: its files are incomplete, or quantised by another library.
-        DeviceError: this machine has no such device, or graphs are requested on a device without them.
+        DeviceError: this machine has no such device, graphs are requested on a device without them or with a device
+            map, or a device map without the package accelerate.
     """
-    target = resolve_device(device)
+    target = require_placement(device, device_map)
+    if graphs and device_map is not None:
+        raise DeviceError(
+            f"CUDA graphs with device_map {device_map!r}",
+            expected="a model on one device, whose kernel launches a graph records",
+            fix="load it without graphs, or onto one device",
+        )
     if graphs and target.type != "cuda":
         raise DeviceError(
             f"CUDA graphs on the device {str(target)!r}",
@@ -81,8 +91,8 @@ def load(
     if dtype == "auto":
         dtype = computed_in(config.dtype or torch.float32, target)
     _choose_served(config, served, folder)
-    loaded = boundary.load_stock_model(folder, config, dtype=dtype, device_map={"": target})
-    if fused and any(type(layer.form) is Fragments for _, layer in sparse_layers(loaded)):
+    loaded = boundary.load_stock_model(folder, config, dtype=dtype, device_map=map_for(target, device_map))
+    if fused and device_map is None and any(type(layer.form) is Fragments for _, layer in sparse_layers(loaded)):
         fuse(loaded, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=target))
     if graphs:
         DecodeGraphs(loaded)
@@ -216,7 +226,7 @@ def write(
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     streamer = _Streamer(tokenizer, say)
-    ids = ids.to(model.device)
+    ids = ids.to(input_device(model))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     interrupted = False
     try:

@@ -189,9 +189,8 @@ def test_errors_are_red_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     "arguments",
     [
         ["prune", "MODEL", "--recipe", "demo"],
-        ["prune", "MODEL", "--output", "out"],
         ["prune", "MODEL", "--recipe", "demo", "--output", "out", "--resume", "--overwrite"],
-        ["prune", "MODEL", "--recipe", "demo", "--output", "out", "--sparsity", "0.5"],
+        ["prune", "MODEL", "--recipe", "demo", "--output", "out", "--sparsty", "0.5"],
         ["prune"],
         ["perplexity", "MODEL", "--text", "self", "--length", "1"],
         ["perplexity", "MODEL", "--text", "self", "--length", "8", "--compute-dtype", "int8"],
@@ -337,8 +336,9 @@ def test_version() -> None:
     assert run("--version").stdout == f"llmprune {__version__}\n"
 
 
+# In their groups: Prune, Measure, Deploy.
 COMMANDS = (
-    "prune", "recipes", "sweep", "perplexity", "explain", "bench", "eval", "report", "compare", "inspect", "pack",
+    "prune", "recipes", "sweep", "perplexity", "bench", "eval", "report", "compare", "inspect", "explain", "pack",
     "unpack", "generate", "serve",
 )  # fmt: skip
 

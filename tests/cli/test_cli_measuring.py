@@ -63,6 +63,12 @@ def test_perplexity_of_a_text(model: Path, tmp_path: Path) -> None:
     assert rounded["perplexity"] == pytest.approx(content["perplexity"], rel=0.05)
 
 
+def test_the_length_is_fitted_to_the_model(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(" ".join(f"w{number % 90 + 4}" for number in range(300)))
+    arguments = ["perplexity", model, "--text", tmp_path / "text.txt", "--samples", 2, "--device", "cpu", "--json"]
+    assert json.loads(run(*arguments).stdout)["length"] == 64  # its positions, which are fewer than 512
+
+
 def test_perplexity_against_the_dense_model_is_the_reports(model: Path, pruned: Path) -> None:
     arguments = ["perplexity", pruned, "--against", model, "--text", "self", "--length", 24, "--samples", 2]
     content = json.loads(run(*arguments, "--batch-size", 2, "--json").stdout)

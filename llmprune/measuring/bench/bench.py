@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune.devices import free_bytes, resolve_device
+from llmprune.devices import free_bytes
 from llmprune.errors import ModelError, NumericsError, RecipeError
 from llmprune.measuring.bench.decoding import Decoding, collect, measure_decoding, resident_bytes
 from llmprune.measuring.bench.machine import Rates, commit, device_name, measure_rates, versions
@@ -28,6 +28,7 @@ from llmprune.measuring.extent import measure_stored
 from llmprune.models.skeleton import quiet_transformers
 from llmprune.precision import dtype_name
 from llmprune.progress import Progress, Watcher, ignore
+from llmprune.serving.placement import require_placement
 from llmprune.storage.files import listed
 from llmprune.timing import Effort
 
@@ -56,6 +57,8 @@ class BenchSettings:
         tune: search kernel configurations first.
         effort: spent on each timing of a matmul.
         decode_seconds: spent on each batch size of the whole model.
+        device_map: where the layers go, as for `llmprune.load`; None: all of them to `device`. With several GPUs, the
+            memory measured while generating is that of the first.
 
     Raises:
         RecipeError: a number of tokens or sequences is not positive.
@@ -69,6 +72,7 @@ class BenchSettings:
     tune: bool = False
     effort: Effort = field(default_factory=Effort)
     decode_seconds: float = 4.0
+    device_map: str | None = None
 
     def __post_init__(self) -> None:
         numbered = ("tokens", self.tokens), ("batches", self.batches), ("prompt_tokens", (self.prompt_tokens,))
@@ -94,8 +98,8 @@ def bench(
     Raises:
         LlmpruneError: a checkpoint cannot be loaded, or the device does not exist.
     """
-    device = resolve_device(settings.device)
-    load: Load = partial(_load, device, settings.dtype)
+    device = require_placement(settings.device, settings.device_map)
+    load: Load = partial(_load, device, settings)
     tuned = _tune(lambda: load(folder), settings, watch) if settings.tune and device.type == "cuda" else []
     models = [_loaded(lambda: load(folder), watch, "model")]
     products = packed_products(models[0])
@@ -155,14 +159,16 @@ def require_right(result: dict[str, Any]) -> None:
         )
 
 
-def _load(device: torch.device, dtype: str, model: str | Path, **served: Any) -> "PreTrainedModel":
+def _load(device: torch.device, settings: BenchSettings, model: str | Path, **served: Any) -> "PreTrainedModel":
     """Load with CUDA graphs if there are any and the model's cache can be captured, otherwise without."""
     from llmprune.serving import loader
 
+    if settings.device_map is not None:
+        return loader.load(model, dtype=settings.dtype, device_map=settings.device_map, **served)
     if device.type == "cuda":
         with contextlib.suppress(ModelError):
-            return loader.load(model, device=str(device), dtype=dtype, graphs=True, **served)
-    return loader.load(model, device=str(device), dtype=dtype, **served)
+            return loader.load(model, device=str(device), dtype=settings.dtype, graphs=True, **served)
+    return loader.load(model, device=str(device), dtype=settings.dtype, **served)
 
 
 def _measure_product(product: Product, tokens: Sequence[int], rates: Rates, effort: Effort) -> dict[str, Any]:

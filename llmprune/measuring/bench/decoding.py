@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from llmprune.devices import PeakWatch, return_freed_memory
 from llmprune.kernels import workspace
+from llmprune.serving.placement import input_device
 from llmprune.text.loading import model_positions
 from llmprune.timing import Timing
 
@@ -102,12 +103,12 @@ class _Decoding:
         self.model = model
         vocabulary = model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(batch)
-        self._ids = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator).to(model.device)
+        self._ids = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator).to(input_device(model))
         self._mask = torch.ones_like(self._ids)
 
     def __call__(self, new_tokens: int) -> tuple[float, float]:
         clock = _Clock()
-        _wait(self.model.device)
+        _wait(input_device(self.model))
         started = time.perf_counter()
         # No EOS token, so that every run generates as many tokens as requested.
         self.model.generate(
@@ -133,7 +134,7 @@ class _Clock(BaseStreamer):  # type: ignore[misc] # transformers leaves it untyp
 
 def _working_bytes(run: _Decoding, new_tokens: int) -> int:
     return_freed_memory()
-    with PeakWatch(run.model.device) as memory:
+    with PeakWatch(input_device(run.model)) as memory:
         run(new_tokens)
     return memory.peak - memory.baseline
 
@@ -142,7 +143,7 @@ def resident_bytes(model: PreTrainedModel) -> int:
     """A model's permanent memory: parameters and buffers, with shared storage counted once, and shared scratch."""
     tensors = [*model.parameters(), *model.buffers()]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values()) + workspace.reserved(model.device)
+    return sum(storages.values()) + workspace.reserved(input_device(model))
 
 
 def collect(device: torch.device) -> None:

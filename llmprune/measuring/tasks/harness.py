@@ -15,10 +15,12 @@ import torch
 
 from llmprune.devices import resolve_device
 from llmprune.errors import CheckpointError, NumericsError
+from llmprune.measuring.tasks.checks import generation_options, require_settings, require_templates
 from llmprune.measuring.tasks.errors import EvaluationError, require_harness
 from llmprune.measuring.tasks.result import EvaluationResult, HarnessSettings
 from llmprune.measuring.tasks.significance import compare_results
 from llmprune.progress import Progress, Watcher, ignore
+from llmprune.serving.placement import require_placement
 from llmprune.storage.files import require_writable, write_json
 from llmprune.storage.hub import checkpoint_digest, resolve_model
 
@@ -51,7 +53,8 @@ def run_tasks(
         watch: called for each model.
 
     Raises:
-        EvaluationError: lm-eval is not installed, a task is unknown, or its data is unavailable.
+        EvaluationError: lm-eval is not installed, a task is unknown, its data is unavailable, or a setting has no
+            effect or cannot be applied.
         LlmpruneError: a model cannot be read, there is no such device, or a score exceeds float64.
 
     Example:
@@ -65,11 +68,20 @@ def run_tasks(
     names = [str(name) for name in (model, against) if name is not None]
     # Everything that can be checked is checked before the first weights are loaded.
     folders = [resolve_model(name) for name in names]
-    resolve_device(settings.device)
+    require_placement(settings.device, settings.device_map)
+    require_settings(settings, output)
+    if settings.apply_chat_template:
+        require_templates(names, folders)
     if output:
         require_writable(output)
     with _kept_apart(settings.quiet):
-        loaded = Tasks(tasks)
+        loaded = Tasks(tasks, settings.include_path and settings.include_path.expanduser())
+    if settings.gen_kwargs is not None and not loaded.generating:
+        raise EvaluationError(
+            "gen_kwargs for tasks that generate no text",
+            expected="a task such as gsm8k, whose answers the model writes; others only score given answers",
+            fix="remove it, or choose other tasks",
+        )
     folder = output.with_suffix("") if output else None
     runs = []
     for name, source in zip(names, folders, strict=True):
@@ -85,7 +97,7 @@ def run_tasks(
 def _result(names: list[str], settings: HarnessSettings, runs: list["_Evaluation"]) -> EvaluationResult:
     dense = runs[1] if len(runs) > 1 else None
     rows = compare_results(runs[0].results, dense.results if dense else None)
-    files = tuple(run.file for run in runs if run.file)
+    files = tuple(file for kept in zip(*(run.files for run in runs), strict=False) for file in kept)
     for run in runs:
         del run.results["samples"]  # with their documents, by far the largest part
     dense_results = dense.results if dense else None
@@ -95,10 +107,10 @@ def _result(names: list[str], settings: HarnessSettings, runs: list["_Evaluation
 
 
 class _Evaluation(NamedTuple):
-    """What lm-eval returned for a model, including samples, and the file that it wrote."""
+    """What lm-eval returned for a model, including samples, and the files that it wrote."""
 
     results: dict[str, Any]
-    file: Path | None
+    files: list[Path]
 
 
 def _run(name: str, source: Path, tasks: Any, settings: HarnessSettings, folder: Path | None) -> _Evaluation:
@@ -114,7 +126,7 @@ def _run(name: str, source: Path, tasks: Any, settings: HarnessSettings, folder:
         with _kept_apart(settings.quiet):
             results = simple_evaluate(
                 MODEL_NAME,
-                model_args={"pretrained": name, "dtype": settings.dtype},
+                model_args={"pretrained": name, "dtype": settings.dtype, **_placed(settings)},
                 tasks=tasks.names,
                 num_fewshot=settings.num_fewshot,
                 batch_size=settings.batch_size,
@@ -123,6 +135,8 @@ def _run(name: str, source: Path, tasks: Any, settings: HarnessSettings, folder:
                 limit=limit,
                 evaluation_tracker=tracker,
                 task_manager=tasks,
+                apply_chat_template=settings.apply_chat_template,
+                gen_kwargs=generation_options(settings.gen_kwargs),
             )
     except OverflowError as error:
         raise NumericsError(
@@ -139,22 +153,30 @@ def _run(name: str, source: Path, tasks: Any, settings: HarnessSettings, folder:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return _Evaluation(results, _save(tracker, results, folder))
+    return _Evaluation(results, _save(tracker, results, folder, samples=settings.log_samples))
 
 
-def _save(tracker: Any, results: dict[str, Any], folder: Path | None) -> Path | None:
+def _placed(settings: HarnessSettings) -> dict[str, str]:
+    return {} if settings.device_map is None else {"device_map": settings.device_map}
+
+
+def _save(tracker: Any, results: dict[str, Any], folder: Path | None, *, samples: bool) -> list[Path]:
     if folder is None:
-        return None
+        return []
     kept = {key: value for key, value in results.items() if key != "samples"}
     tracker.save_results_aggregated(results=kept, samples=results["samples"])
     results |= kept  # with what the tracker has added
+    here, when = folder / results["model_name_sanitized"], getattr(tracker, "date_id", None)
+    files = [here / f"results_{when}.json"]
+    for task, rows in results["samples"].items() if samples else ():
+        tracker.save_results_samples(task_name=task, samples=rows)
+        files.append(here / f"samples_{task}_{when}.jsonl")
     # lm-eval only logs its errors of writing.
-    file = folder / results["model_name_sanitized"] / f"results_{getattr(tracker, 'date_id', None)}.json"
-    if not file.is_file():
+    if not all(file.is_file() for file in files):
         raise CheckpointError(
             f"lm-eval could not write its results to {folder}", fix="check the space and the permissions there"
         )
-    return file
+    return files
 
 
 def _answers(source: Path, settings: HarnessSettings) -> str | None:
@@ -163,6 +185,7 @@ def _answers(source: Path, settings: HarnessSettings) -> str | None:
         return None
     digest = hashlib.sha256(checkpoint_digest(source).encode())
     digest.update(f"\0{settings.dtype}\0{resolve_device(settings.device).type}".encode())
+    digest.update(f"\0{settings.device_map}".encode() if settings.device_map else b"")
     for file in sorted({file for pattern in _ANSWERING for file in source.glob(pattern) if file.is_file()}):
         digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
     return str(settings.cache.expanduser() / digest.hexdigest()[:32])

@@ -12,12 +12,12 @@ from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import get_dtype
 
-from llmprune.devices import resolve_device
 from llmprune.errors import ModelError
 from llmprune.models.boundary import load_tokenizer
 from llmprune.models.skeleton import read_config
 from llmprune.serving.forms import Served
 from llmprune.serving.loader import load
+from llmprune.serving.placement import input_device, require_placement
 from llmprune.storage.hub import resolve_model
 
 MODEL_NAME = "llmprune"
@@ -36,6 +36,7 @@ class LlmpruneLM(HFLM):  # type: ignore[misc] # lm-eval is not typed
         device: "auto", "cpu", "cuda" or "cuda:N".
         revision: of a hub id.
         served: how packed matrices are held; see `llmprune.serving.loader.load`.
+        device_map: shares the model out over several devices, in place of `device`; see there.
         **options: as for `hf`: dtype, batch_size, max_length, add_bos_token, ...
 
     Raises:
@@ -50,16 +51,17 @@ class LlmpruneLM(HFLM):  # type: ignore[misc] # lm-eval is not typed
         device: str = "auto",
         revision: str | None = None,
         served: Served = "auto",
+        device_map: str | None = None,
         **options: Any,
     ) -> None:
         if refused := [name for name in _REFUSED if options.get(name)]:
             raise ModelError(
                 f"model_args {', '.join(refused)} with --model {MODEL_NAME}",
-                expected="one checkpoint on one device",
+                expected="one checkpoint, on one device or shared out by device_map",
                 fix="remove them, or evaluate a dense checkpoint with --model hf",
             )
-        self._served = served
-        target = str(resolve_device(device))
+        self._served, self._device_map = served, device_map
+        target = str(require_placement(device, device_map))
         folder = resolve_model(pretrained, revision=None if revision == "main" else revision)
         if "tokenizer" not in options:
             load_tokenizer(folder)  # lm-eval would accept one that transformers makes up where files are missing
@@ -76,7 +78,13 @@ class LlmpruneLM(HFLM):  # type: ignore[misc] # lm-eval is not typed
             )
         # `load` may choose a wider dtype where `hf` does not; with the same dtype the scores are equal.
         dtype = read_config(Path(pretrained)).dtype or torch.float32 if dtype == "auto" else get_dtype(dtype)
-        self._model = load(pretrained, device=str(self.device), dtype=dtype, served=self._served)
+        if self._device_map is None:
+            self._model = load(pretrained, device=str(self.device), dtype=dtype, served=self._served)
+            return
+        model = load(pretrained, dtype=dtype, served=self._served, device_map=self._device_map)
+        self._model, self._device = model, input_device(model)
+        # lm-eval moves models to its own device, even those that accelerate has shared out.
+        model.to = lambda *_, **__: model
 
 
 # What `hf` always passes to `_create_model`; anything else was meant for `from_pretrained`.

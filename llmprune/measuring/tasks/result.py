@@ -22,6 +22,12 @@ class HarnessSettings:
         cache: folder in which answers are stored as they are computed, in one file per checkpoint, dtype and device;
             stored answers are not computed again, whatever the batch size.
         quiet: no progress on stderr.
+        include_path: folder with further tasks of lm-eval, as YAML files; None: none.
+        apply_chat_template: whether questions go through the chat template of each model's tokenizer.
+        gen_kwargs: of generation, for the tasks that generate: "temperature=0.7,do_sample=True", or JSON; None: the
+            tasks' own.
+        log_samples: whether lm-eval writes each question with the model's answer beside its results.
+        device_map: where the layers go, as for `llmprune.load`; None: all of them to `device`.
     """
 
     limit: float | None = None
@@ -31,10 +37,15 @@ class HarnessSettings:
     dtype: str = "auto"
     cache: Path | None = None
     quiet: bool = False
+    include_path: Path | None = None
+    apply_chat_template: bool = False
+    gen_kwargs: str | None = None
+    log_samples: bool = False
+    device_map: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON."""
-        return {**asdict(self), "cache": None if self.cache is None else str(self.cache)}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +59,7 @@ class EvaluationResult:
         settings: how lm-eval was run.
         results: what lm-eval returned, without samples, in its own schema.
         dense_results: the same for the dense model.
-        files: the files that lm-eval wrote for both.
+        files: the files that lm-eval wrote for both, those of samples last.
     """
 
     model: str
