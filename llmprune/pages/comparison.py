@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, MissingPackageError
 from llmprune.measuring.perplexity import finite
 from llmprune.pages import labels
 from llmprune.pages.beside import Beside, Evaluation, count_parameters, has_weights, read_beside, stored_bytes
@@ -112,9 +112,12 @@ class Comparison:
         """As a pandas data frame, with a column for each lm-eval task.
 
         Raises:
-            ModuleNotFoundError: pandas is not installed.
+            MissingPackageError: pandas is not installed.
         """
-        frames = import_module("pandas")
+        try:
+            frames = import_module("pandas")
+        except ImportError as error:
+            raise MissingPackageError.of("pandas", "a data frame") from error
         rows = [dataclasses.asdict(row) for row in self.rows]
         return frames.DataFrame([{**row, **row.pop("scores")} for row in rows])
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from llmprune.devices import describe_host
 from llmprune.measuring.extent import measure_extent
 from llmprune.measuring.layer_speed import compare_speed
 from llmprune.measuring.perplexity import compare_perplexity, run_stream
@@ -52,6 +53,8 @@ def make_report(
         "model": name,
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **keys,
+        "host": describe_host(run.device),
+        "parameters": sum(parameter.numel() for parameter in source.model.parameters()),
         "recipe": run.recipe.to_dict(),
         "texts": {text: tokens.description | {"digest": tokens.digest} for text, tokens in texts.items()},
         "seconds": {"total": time.perf_counter() - run.started, **run.stages.seconds},
