@@ -53,7 +53,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def describe_host(device: torch.device) -> dict[str, Any]:
-    """The machine of a run, without its name: processor, memory in bytes, system, versions, and the GPU if it is used."""
+    """The machine of a run, without its name: processor, memory in bytes, system, versions; the GPU if it is used."""
     gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)} if device.type == "cuda" else {}
     return {
         **gpu,

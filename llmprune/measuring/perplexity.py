@@ -272,8 +272,7 @@ def _logits(
 def _predictions(
     tokens: Tokens, stream: Stream, window: Window, logits: tuple[Tensor, ...]
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Log-probabilities [positions, vocabulary] of each model, float32, the tokens that they predict, and in which
-    sequences these are.
+    """Log-probabilities of each model, float32 [positions, vocabulary], the tokens that follow, and their sequences.
 
     Args:
         tokens: says which tokens are scored.

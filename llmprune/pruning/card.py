@@ -2,11 +2,11 @@
 
 import html
 import re
-import shlex
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from llmprune.pages.labels import repeating_command
 from llmprune.recipe.recipe import Recipe
 from llmprune.storage.files import read_json, write_text
 from llmprune.storage.packed_config import NOTICE_KEY
@@ -51,7 +51,7 @@ def _body(folder: Path, model: str, recipe: Recipe, report: Report) -> str:
         "",
         "`report.json` has a row for every matrix. To reproduce the run with `recipe.yaml`:",
         "",
-        *_fenced("bash", f"llmprune prune {shlex.quote(model)} --recipe recipe.yaml --output pruned"),
+        *_fenced("bash", repeating_command(model)),
         "",
     ]
     return "\n".join(lines)

@@ -194,6 +194,11 @@ class Report:
         return max(rows, key=lambda row: row.top_tokens or 0.0, default=None)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What the run could not do as usual, a sentence each."""
+        return tuple(map(str, self.header.get("notes") or ()))
+
+    @property
     def left(self) -> list[Left]:
         """What is left of each kind of structure that lost some; empty if only weights were pruned."""
         extent = self.header.get("extent")

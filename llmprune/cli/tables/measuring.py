@@ -25,7 +25,7 @@ def perplexity_table(result: "Perplexity", run: dict[str, Any]) -> RenderableTyp
     """A perplexity and how it was measured."""
     return facts(
         ("model", run["model"]),
-        ("perplexity", f"{result.perplexity:.4f}"),
+        ("perplexity", f"{result.perplexity:.4f}{_plus_minus(result)}"),
         ("loss", f"{result.nats:.5f} nats/token"),
         *_protocol(result, run),
     )
@@ -38,10 +38,15 @@ def comparison_table(result: "PerplexityComparison", run: dict[str, Any]) -> Ren
         ("model", run["model"]),
         ("against", run["against"]),
         ("perplexity", format_change(dense.perplexity, pruned.perplexity)),
+        *([("", f"dense{_plus_minus(dense)}, pruned{_plus_minus(pruned)}")] if _plus_minus(pruned) else []),
         ("KL divergence", f"{result.kl_divergence:.5f} nats/token"),
         ("top-1 agreement", f"{result.agreement:.2%}"),
         *_protocol(pruned, run),
     )
+
+
+def _plus_minus(result: "Perplexity") -> str:
+    return f" ± {result.stderr:.2g} (standard error)" if result.stderr is not None else ""
 
 
 def _protocol(result: "Perplexity", run: dict[str, Any]) -> list[tuple[str, str]]:
