@@ -57,6 +57,7 @@ def make_report(
         "parameters": sum(parameter.numel() for parameter in source.model.parameters()),
         "recipe": run.recipe.to_dict(),
         "texts": {text: tokens.description | {"digest": tokens.digest} for text, tokens in texts.items()},
+        "notes": list(dict.fromkeys(str(t.description["note"]) for t in texts.values() if "note" in t.description)),
         "seconds": {"total": time.perf_counter() - run.started, **run.stages.seconds},
         "memory": layers.memory,
         "size": sizes,

@@ -36,6 +36,7 @@ from pydantic import (
 from llmprune.errors import RecipeError
 from llmprune.methods import METHODS, Method
 from llmprune.patterns import Pattern
+from llmprune.recipe.aliases import known_assignment, rename_keys
 from llmprune.recipe.document import (
     Document,
     KeyPath,
@@ -263,7 +264,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
 
     Args:
         recipe: the name of a bundled recipe (which takes precedence over a file of that name), the path of a YAML file,
-            YAML text of more than one line, a mapping of plain data, or a recipe.
+            YAML text of more than one line, a mapping of plain data, or a recipe. Some keys may have the names that
+            other tools give them: see `recipe.aliases`.
         overrides: KEY=VALUE each, such as "pattern=2:4" or "method.sparsegpt.damping=0.05"; values are YAML. Their
             order does not matter: sections are set before the keys inside them.
 
@@ -279,6 +281,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
         return recipe
     overrides = [overrides] if isinstance(overrides, str) else overrides
     document = _open(recipe)
+    rename_keys(document)
+    overrides = [known_assignment(assignment) for assignment in overrides]
     keys = [assignment.partition("=")[0].strip() for assignment in overrides]
     if repeated := [key for key in keys if keys.count(key) > 1]:
         raise RecipeError(f"--set {repeated[0]} is given {keys.count(repeated[0])} times", fix="keep one of them")

@@ -76,7 +76,7 @@ def test_a_run_s_report_says_what_was_done(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "pruned" / "report.json").read_text())
     assert list(written) == [
         "model", "finished", "recipe", "tokens", "source", "version", "device", "compute_dtype", "host", "parameters",
-        "texts", "seconds", "memory", "size", "evaluation", "summary", "structures", "rows",
+        "texts", "notes", "seconds", "memory", "size", "evaluation", "summary", "structures", "rows",
     ]  # fmt: skip
     assert written["model"] == str(source)
     weights = tensors(source)
