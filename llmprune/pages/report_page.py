@@ -14,7 +14,7 @@ from llmprune.pages.headline import headline
 from llmprune.pages.labels import divergence, massive_line, repeating_command, short_recipe, text_line, with_error
 from llmprune.pages.layers import LAYER, layer_parts, number, structure_parts
 from llmprune.pages.measured import evaluation_parts, speed_parts
-from llmprune.pages.page import Chart, Facts, Lead, Listing, Part, Section, Table, Tiles, render
+from llmprune.pages.page import Chart, Facts, Lead, Listing, Note, Part, Section, Table, Tiles, render
 from llmprune.storage.files import require_writable, write_text
 from llmprune.storage.report import PAGE_NAME, Report, load_report
 from llmprune.units import format_seconds, format_size
@@ -70,6 +70,7 @@ def report_page(report: Report, beside: Beside, stored_bytes: int | None = None)
         Section("structures", "Structures", [*_extent(header), *structure_parts(report)]),
         Section("decisions", "Why these were removed", evidence_parts(evidence)),
         Section("text", "Calibration text", _samples(header)),
+        Section("answers", "Answers of both models", _answers(header)),
         Section("evaluation", "Evaluation", evaluation_parts(beside)),
         Section("speed", "Speed", speed_parts(header, beside)),
         Section("resources", "Time and memory", [*_time(header), *_memory(report)]),
@@ -174,6 +175,17 @@ def _samples(header: Mapping[str, Any]) -> list[Part]:
     """The beginnings of some self-generated sequences."""
     excerpts = ((header.get("texts") or {}).get("calibration") or {}).get("excerpts") or []
     return [Listing(f"Sequence {place}", str(excerpt)) for place, excerpt in enumerate(excerpts, start=1)]
+
+
+def _answers(header: Mapping[str, Any]) -> list[Part]:
+    """The same prompts, answered by both models."""
+    if not (answers := header.get("answers")):
+        return []
+    if answers["skipped"]:
+        return [Note(f"Left out: {answers['skipped']}.")]
+    rows = tuple(zip(answers["prompts"], answers["dense"], answers["pruned"], strict=True))
+    note = "Greedy decoding, a few tokens each: an impression, no measurement."
+    return [Note(note), Table(("prompt", "dense", "pruned"), rows, text=(0, 1, 2))]
 
 
 def _part(part: float, whole: float) -> str:

@@ -47,13 +47,21 @@ from llmprune.recipe.document import (
     parse_document,
     refusal,
 )
-from llmprune.recipe.fields import STRICT, GlobField, MethodField, PatternField, TextField, check_device
+from llmprune.recipe.fields import (
+    STRICT,
+    EvaluationField,
+    GlobField,
+    MethodField,
+    PatternField,
+    TextField,
+    check_device,
+)
 from llmprune.recipe.globs import covers, matches_any
 from llmprune.recipe.messages import explain
 from llmprune.recipe.structures import SECTIONS, Structures
 from llmprune.statistics import TokenWeight
 from llmprune.storage.packed_config import Format, layout_name
-from llmprune.text.tokens import TextSpec
+from llmprune.text.tokens import EvaluationSpec, TextSpec
 
 _RECIPE_FORMS = "a bundled recipe's name, the path of a YAML file, YAML text, a mapping or a Recipe"
 
@@ -125,7 +133,7 @@ class Recipe(BaseModel):
         exclude: globs of included matrices that stay dense nevertheless.
         rules: the first matching rule changes the pattern or method of a matrix.
         calibration: the calibration text, on which statistics are collected.
-        evaluation: the text on which perplexity is measured; None skips the measurement.
+        evaluation: the text on which perplexity is measured, and prompts that both models answer; None skips both.
         batch_size: sequences per forward pass, at least 1; results do not depend on it, up to rounding.
         held_back: validation sequences: further calibration sequences, at least 0, that only measure the relative
             output error in the report; with 0 it is measured on the rows of the statistics.
@@ -138,6 +146,7 @@ class Recipe(BaseModel):
         compute_dtype: dtype of the forward pass; auto is the checkpoint's, or float32 on a CPU without instructions
             for it.
         activation_budget: bytes of hidden states kept in memory, at least 0; the rest is written to disk.
+        report_to: the experiment tracker that gets the figures of every layer and of the whole run; None: no one.
     """
 
     model_config = STRICT
@@ -150,7 +159,7 @@ class Recipe(BaseModel):
     exclude: tuple[GlobField, ...] = ()
     rules: tuple[Rule, ...] = ()
     calibration: TextField = TextSpec()
-    evaluation: TextField | None = Field(default_factory=dict, validate_default=True)
+    evaluation: EvaluationField | None = Field(default_factory=dict, validate_default=True)
     batch_size: Annotated[int, Field(ge=1)] = 8
     held_back: Annotated[int, Field(ge=0)] = 4
     decoder_layers: Annotated[str, Field(min_length=1)] | None = None
@@ -160,6 +169,7 @@ class Recipe(BaseModel):
     format: Format = "dense"
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     activation_budget: ByteSize = ByteSize(4 * 2**30)
+    report_to: Literal["wandb", "tensorboard", "mlflow"] | None = None
 
     @field_validator("evaluation", mode="before")
     @classmethod
@@ -358,7 +368,7 @@ def _known_keys(section: KeyPath) -> list[str]:
     """The keys that a section may have."""
     match section:
         case ("calibration" | "evaluation",):
-            return [knob.name for knob in fields(TextSpec)]
+            return [knob.name for knob in fields(TextSpec if section == ("calibration",) else EvaluationSpec)]
         case ("experts",):
             return list(Experts.model_fields)
         case ("statistics",):

@@ -76,7 +76,7 @@ def test_a_run_s_report_says_what_was_done(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "pruned" / "report.json").read_text())
     assert list(written) == [
         "model", "finished", "recipe", "tokens", "source", "version", "device", "compute_dtype", "host", "parameters",
-        "texts", "notes", "seconds", "memory", "size", "evaluation", "summary", "structures", "rows",
+        "texts", "notes", "seconds", "memory", "size", "evaluation", "answers", "summary", "structures", "rows",
     ]  # fmt: skip
     assert written["model"] == str(source)
     weights = tensors(source)
@@ -101,7 +101,7 @@ def test_seconds_are_booked_once_and_memory_is_measured(tmp_path: Path) -> None:
     report = prune(source, recipe(evaluation={"samples": 2}), tmp_path / "pruned")
     seconds = dict(report.header["seconds"])
     total = seconds.pop("total")
-    stages = {"text", "load", "forward", "gram", "solve", "write", "dense perplexity", "pruned perplexity"}
+    stages = {"text", "load", "forward", "gram", "solve", "write", "dense perplexity", "pruned perplexity", "answers"}
     assert set(seconds) == stages
     assert all(value > 0 for value in seconds.values())
     assert sum(seconds.values()) <= total

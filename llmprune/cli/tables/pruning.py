@@ -45,7 +45,23 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
         *([("page", str(folder / "report.html"))] if (folder / "report.html").exists() else []),
     )
     lead = Text(headline(report, str(folder)), "bold")
-    return Group(lead, Text(), found, *(Text(f"note: {note}") for note in report.notes))
+    return Group(lead, Text(), found, *_answers(report), *(Text(f"note: {note}") for note in report.notes))
+
+
+def _answers(report: "Report") -> list[RenderableType]:
+    """The prompts that both models have answered, one below the other."""
+    answers = report.header.get("answers")
+    if not answers:
+        return []
+    if answers["skipped"]:
+        return [Text(f"answers left out: {answers['skipped']}")]
+    found = zip(answers["prompts"], answers["dense"], answers["pruned"], strict=True)
+    lines = [
+        (name, " ".join(text.split()))
+        for asked, dense, pruned in found
+        for name, text in (("prompt", asked), ("  dense", dense), ("  pruned", pruned))
+    ]
+    return [Text(), facts(*lines)]
 
 
 def _sparsity(report: "Report") -> str:
