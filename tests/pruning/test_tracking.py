@@ -1,7 +1,7 @@
 """Experiment trackers: what they are told, and what happens without their package."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
@@ -19,7 +19,7 @@ class Recorder(GeneralTracker):  # type: ignore[misc] # accelerate is not typed
 
     name = "wandb"
     requires_logging_directory = False
-    told: list[tuple[str, Any]] = []
+    told: ClassVar[list[tuple[str, Any]]] = []
 
     def __init__(self, run_name: str) -> None:
         super().__init__()
