@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,18 @@ def _into(
         # The written checkpoint is measured, which also checks that it can be read.
         result = _audited(run, target.path)
         smaller = compare_sizes(run, source, result, target.decisions, texts["calibration"])
-    answers = ask_stored(run, source, target.path, tokenizer)
-    report = make_report(run, name, target.keys, result, texts, layers, dense, result.sizes(), smaller, answers)
+    report = make_report(
+        run,
+        name,
+        target.keys,
+        result,
+        texts,
+        layers,
+        dense,
+        result.sizes(),
+        smaller,
+        lambda: ask_stored(run, source, target.path, tokenizer),
+    )
     report.save(target.path)
     write_card(target.path, name, run.recipe, report)
     write_report(target.path)
@@ -237,11 +248,11 @@ def prune_in_memory(
     with evaluating(model):
         texts = run.texts(source, jobs, tokenizer)
         dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
-        answers = ask_in_memory(run, model, tokenizer)
+        before = ask_in_memory(run, model, tokenizer)
         layers = LayerDriver(run, source, jobs, texts["calibration"]).drive()
-        answers = ask_in_memory(run, model, tokenizer, answers)
+        ask = partial(ask_in_memory, run, model, tokenizer, before)
         keys = _environment(run, source)
-        report = make_report(run, _name(model), keys, source, texts, layers, dense, answers=answers)
+        report = make_report(run, _name(model), keys, source, texts, layers, dense, ask=ask)
     if output is not None:
         save_pruned(model, tokenizer, output, run.recipe, report, overwrite=overwrite)
         _keep_samples(output, texts, tokenizer)

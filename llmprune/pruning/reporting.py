@@ -2,7 +2,7 @@
 
 import datetime
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def make_report(
     dense: Stream | None,
     sizes: Mapping[str, int] | None = None,
     smaller: Mapping[str, Any] | None = None,
-    answers: Answers | None = None,
+    ask: Callable[[], Answers | None] = lambda: None,
 ) -> Report:
     """Measure the pruned model, and assemble the report.
 
@@ -49,13 +49,14 @@ def make_report(
         dense: a finished stream of the dense model over the evaluation text; None: perplexity is not measured.
         sizes: bytes of the checkpoint, as `CheckpointSource.sizes` gives them; None for a model in memory.
         smaller: the result of `compare_sizes`.
-        answers: of both models; None: nothing was asked.
+        ask: gives the answers of both models, after the evaluation; None: nothing is asked.
     """
     evaluation, stage = None, "pruned perplexity"
     if dense is not None:
         with run.stages(stage):
             pruned = run_stream(source, texts["evaluation"].ids, run.settings, run.watch, stage)
             evaluation = compare_perplexity(dense, pruned, texts["evaluation"], run.watch).to_dict()
+    answers = ask()
     header = {
         "model": name,
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
