@@ -74,4 +74,8 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"llmprune.{_HOMES[name]}"), name)
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 register_with_transformers()

@@ -6,7 +6,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 import torch
@@ -48,6 +50,29 @@ def describe_device(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     instructions = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()} CPU ({instructions}), {cpu_threads()}"
+
+
+def describe_host(device: torch.device) -> dict[str, Any]:
+    """The machine of a run, without its name: processor, memory in bytes, system, versions; the GPU if it is used."""
+    gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)} if device.type == "cuda" else {}
+    return {
+        **gpu,
+        "cpu": processor_name(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def processor_name() -> str:
+    """The processor's model name, or its architecture if the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or f"{platform.machine()} CPU"
 
 
 def cpu_threads() -> str:

@@ -48,6 +48,15 @@ class CalibrationError(LlmpruneError):
     """Calibration or evaluation text that cannot be read, or is too short."""
 
 
+class MissingPackageError(LlmpruneError):
+    """An optional package that is not installed."""
+
+    @classmethod
+    def of(cls, package: str, purpose: str) -> "MissingPackageError":
+        """The error for a package, by its name for pip, and what needs it."""
+        return cls(f"{purpose} needs the package {package}, which is not installed", fix=f"pip install {package}")
+
+
 class NumericsError(LlmpruneError):
     """NaN, infinity or a factorisation that failed at every damping."""
 

@@ -40,6 +40,11 @@ def test_no_module_stands_in_the_place_of_a_name() -> None:
     assert callable(llmprune.dry_run)
 
 
+def test_only_public_names_are_listed() -> None:
+    importlib.import_module("llmprune.pruning.pipeline")
+    assert dir(llmprune) == sorted(llmprune.__all__)
+
+
 def test_importing_waits_for_nothing() -> None:
     code = "import sys, llmprune; print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

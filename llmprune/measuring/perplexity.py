@@ -5,10 +5,8 @@ puts in front of a text (BOS, or nothing: see `text.openings`); the stride is th
 Each token but the first is predicted from its own sequence, and tokens that only open a text, such as BOS, are never
 scored. Negative log-likelihoods are summed in float64, from log-softmax in float32.
 
-The expected calibration error (ECE) measures how far a model's confidence is from its accuracy (Guo et al. 2017, On
-Calibration of Modern Neural Networks, section 2): predictions fall into 15 bins of equal width by the probability of
-the most likely next token, bin m has (m - 1) / 15 < confidence <= m / 15, and |accuracy - mean confidence| is averaged
-over the bins, weighted by their number of predictions.
+The standard error treats sequences as independent draws; see `measuring.scoring`, which also has the expected
+calibration error (ECE).
 """
 
 import math
@@ -18,11 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llmprune.errors import ModelError, NumericsError
+from llmprune.measuring.scoring import Scores
 from llmprune.models.checkpoint_source import open_checkpoint
 from llmprune.models.source import Source
 from llmprune.precision import dtype_name
@@ -36,8 +33,6 @@ from llmprune.text.loading import load_texts, model_positions, tokenizer_for
 from llmprune.text.tokens import TextSpec, Tokens
 
 _LARGEST_NATS = math.log(sys.float_info.max)
-
-_BINS = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +50,8 @@ class Perplexity:
         calibration_error: expected calibration error (ECE) of the most likely next token, in [0, 1], lower is better;
             None in measurements from before it was recorded.
         compute_dtype: of the forward pass, as torch names it; None in measurements from before it was recorded.
+        nats_stderr: standard error of `nats`, by sequences; None with a single sequence, and in measurements from
+            before it was recorded.
     """
 
     perplexity: float
@@ -66,10 +63,17 @@ class Perplexity:
     text: dict[str, object]
     calibration_error: float | None = None
     compute_dtype: str | None = None
+    nats_stderr: float | None = None
+
+    @property
+    def stderr(self) -> float | None:
+        """Standard error of the perplexity, by sequences: perplexity * nats_stderr (delta method); None if unknown."""
+        return None if self.nats_stderr is None else self.perplexity * self.nats_stderr
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON, which has no infinity: an infinite perplexity is null, with its nats given."""
-        return {**asdict(self), "perplexity": finite(self.perplexity), "stride": self.length}
+        stderr = None if self.stderr is None else finite(self.stderr)
+        return {**asdict(self), "perplexity": finite(self.perplexity), "stderr": stderr, "stride": self.length}
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +207,11 @@ def measure_perplexity(source: Source, tokens: Tokens, settings: StreamSettings,
         NumericsError: the logits are not finite.
     """
     stream = run_stream(source, tokens.ids, settings, watch, "perplexity")
-    nats, calibration = 0.0, _Calibration()
+    scores = Scores(len(tokens.ids))
     for window, logits in stream.logits(stream.hidden, watch=_head(watch)):
-        (log_probabilities,), targets = _predictions(tokens, stream.batches[window.batch], window, logits)
-        nats += _negative_log_likelihood(log_probabilities, targets)
-        calibration.add(log_probabilities, targets)
-    return _summary(nats, tokens, calibration.error, source)
+        (log_probabilities,), targets, sequences = _predictions(tokens, stream, window, logits)
+        scores.add(log_probabilities, targets, sequences)
+    return _summary(scores, tokens, source)
 
 
 def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens, watch: Watcher = ignore) -> PerplexityComparison:
@@ -221,19 +224,16 @@ def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens, watch: Wat
         tokens: the sequences that both models were run on.
         watch: called for each part of the positions.
     """
-    nats, divergence, same = [0.0, 0.0], 0.0, 0
-    calibrations = (_Calibration(), _Calibration())
+    divergence, same = 0.0, 0
+    scores = (Scores(len(tokens.ids)), Scores(len(tokens.ids)))
     for window, pair in _logits(dense, pruned, _head(watch)):
-        (before, after), targets = _predictions(tokens, dense.batches[window.batch], window, pair)
-        nats[0] += _negative_log_likelihood(before, targets)
-        nats[1] += _negative_log_likelihood(after, targets)
-        calibrations[0].add(before, targets)
-        calibrations[1].add(after, targets)
+        (before, after), targets, sequences = _predictions(tokens, dense, window, pair)
+        scores[0].add(before, targets, sequences)
+        scores[1].add(after, targets, sequences)
         divergence += kl_divergence(before, after)
         same += int((before.argmax(-1) == after.argmax(-1)).sum())
     first, second = (
-        _summary(value, tokens, calibration.error, stream.source)
-        for value, calibration, stream in zip(nats, calibrations, (dense, pruned), strict=True)
+        _summary(score, tokens, stream.source) for score, stream in zip(scores, (dense, pruned), strict=True)
     )
     return PerplexityComparison(first, second, divergence / first.predicted_tokens, same / first.predicted_tokens)
 
@@ -270,58 +270,28 @@ def _logits(
 
 
 def _predictions(
-    tokens: Tokens, ids: Tensor, window: Window, logits: tuple[Tensor, ...]
-) -> tuple[list[Tensor], Tensor]:
-    """Log-probabilities [positions, vocabulary] of each model, float32, and the tokens that they predict.
+    tokens: Tokens, stream: Stream, window: Window, logits: tuple[Tensor, ...]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Log-probabilities of each model, float32 [positions, vocabulary], the tokens that follow, and their sequences.
 
     Args:
         tokens: says which tokens are scored.
-        ids: the batch, [samples, length].
-        window: a part of it.
+        stream: has the batches that the window is a part of.
+        window: some positions.
         logits: of each model, [samples, positions, vocabulary] in the window.
     """
-    device, place = logits[0].device, (window.samples, window.positions)
+    ids, device, place = stream.batches[window.batch], logits[0].device, (window.samples, window.positions)
     # Positions but the last of a sequence, which has no next token.
     targets, scored = ids[:, 1:][place].to(device), tokens.scored(ids)[place].to(device)
     parts = [part[:, : targets.shape[1]][scored].float().log_softmax(-1) for part in logits]
-    return parts, targets[scored]
+    first = sum(map(len, stream.batches[: window.batch])) + window.samples.start
+    return parts, targets[scored], first + scored.nonzero()[:, 0]
 
 
-def _negative_log_likelihood(log_probabilities: Tensor, targets: Tensor) -> float:
-    picked = log_probabilities.gather(-1, targets.unsqueeze(-1)).double()
-    return -float(torch.sum(picked))
-
-
-class _Calibration:
-    """Sums of correct predictions and of confidences, bin by bin."""
-
-    def __init__(self) -> None:
-        self._sums: Tensor | None = None
-        self._count = 0
-
-    def add(self, log_probabilities: Tensor, targets: Tensor) -> None:
-        """Count predictions [positions, vocabulary] of targets [positions]."""
-        confidence, likeliest = log_probabilities.max(-1)
-        confidence = confidence.double().exp().clamp(max=1.0)
-        bins = (confidence * _BINS).ceil().long().clamp(1, _BINS) - 1
-        values = torch.stack([(likeliest == targets).double(), confidence])
-        # A matmul, because scatter additions on a GPU run in a different order each time.
-        sums = values @ F.one_hot(bins, _BINS).double()
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._count += len(targets)
-
-    @property
-    def error(self) -> float:
-        """The expected calibration error; a bin's weight cancels the count that its means are divided by."""
-        assert self._sums is not None
-        hits, confidences = self._sums
-        return float((hits - confidences).abs().sum()) / self._count
-
-
-def _summary(nats: float, tokens: Tokens, calibration_error: float, source: Source) -> Perplexity:
+def _summary(scores: Scores, tokens: Tokens, source: Source) -> Perplexity:
     samples, length = tokens.ids.shape
     count = tokens.predicted
-    mean = nats / count
+    mean = scores.nats / count
     if not math.isfinite(mean):
         raise NumericsError(
             f"the mean negative log-likelihood of {count} tokens is {mean}",
@@ -337,6 +307,7 @@ def _summary(nats: float, tokens: Tokens, calibration_error: float, source: Sour
         length,
         tokens.digest,
         tokens.description,
-        calibration_error,
+        scores.calibration_error,
         dtype_name(source.dtype),
+        scores.stderr,
     )

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, MissingPackageError
 from llmprune.measuring.perplexity import finite
 from llmprune.pages import labels
 from llmprune.pages.beside import Beside, Evaluation, count_parameters, has_weights, read_beside, stored_bytes
@@ -92,6 +92,11 @@ class Comparison:
     notes: tuple[str, ...]
 
     @property
+    def runs(self) -> tuple[RunRow, ...]:
+        """The rows without the dense reference."""
+        return tuple(row for row in self.rows if row.recipe != "dense")
+
+    @property
     def groups(self) -> dict[str | None, tuple[RunRow, ...]]:
         """Rows by the text that they were evaluated on; None for those without an evaluation."""
         found: dict[str | None, list[RunRow]] = {}
@@ -112,9 +117,12 @@ class Comparison:
         """As a pandas data frame, with a column for each lm-eval task.
 
         Raises:
-            ModuleNotFoundError: pandas is not installed.
+            MissingPackageError: pandas is not installed.
         """
-        frames = import_module("pandas")
+        try:
+            frames = import_module("pandas")
+        except ImportError as error:
+            raise MissingPackageError.of("pandas", "a data frame") from error
         rows = [dataclasses.asdict(row) for row in self.rows]
         return frames.DataFrame([{**row, **row.pop("scores")} for row in rows])
 
@@ -153,8 +161,8 @@ def compare(folders: Iterable[str | Path], against: str | Path | None = None) ->
 
     Args:
         folders: output folders of finished runs, packed ones too. Plain files among them are ignored.
-        against: the dense base, as a hub id, a folder or "testbed": adds a row with its size, and with its perplexity
-            if one of the runs has measured that.
+        against: the dense base, as a hub id, a folder or "testbed": adds a row with its size, its scores, and its
+            perplexity if one of the runs has measured that. None: a row of what the runs have measured of theirs.
 
     Raises:
         CheckpointError: there are no folders, a report is missing, or a checkpoint is damaged.
@@ -175,6 +183,8 @@ def compare(folders: Iterable[str | Path], against: str | Path | None = None) ->
         dense, said = _references(against, runs, rows)
         rows = [*dense, *rows]
         notes += said
+    else:
+        rows = [*_measured_references(report for _, report, _ in runs), *rows]
     rows, said = _with_mean_scores(rows)
     texts = {
         evaluation["dense"]["tokens_digest"]: labels.text_line(evaluation["dense"])
@@ -283,6 +293,35 @@ def _references(
     ]
     notes = [] if own else [f"none of the runs pruned {against}, so its perplexity is unknown"]
     return found, notes
+
+
+def _measured_references(reports: Iterable[Report]) -> list[RunRow]:
+    """A row of the dense model of each run and text, from the runs' reports alone."""
+    found: dict[tuple[str, str], RunRow] = {}
+    for report in reports:
+        header = report.header
+        if not (evaluation := header.get("evaluation")):
+            continue
+        extent, size, model = header.get("extent"), header.get("size"), str(header.get("model", ""))
+        parameters = extent["dense"]["parameters"] if extent else header.get("parameters")
+        text = evaluation["dense"]["tokens_digest"]
+        row = RunRow(
+            Path(model).name,
+            model,
+            model,
+            "dense",
+            parameters=parameters,
+            nonzeros=parameters,
+            stored_bytes=extent["dense"]["nbytes"] if extent else size and size["dense_bytes"],
+            text=text,
+            perplexity=report.dense_perplexity,
+            kl_divergence=0.0,
+            agreement=1.0,
+            prefill_speedup=1.0,
+            decode_speedup=1.0,
+        )
+        found.setdefault((str(header.get("source") or model), text), row)
+    return list(found.values())
 
 
 def _scores(evaluations: Iterable[Evaluation]) -> dict[str, float]:

@@ -13,6 +13,8 @@ from llmprune.storage.files import write_text
 # Up to this many points are labelled.
 _LABELLED = 12
 _MEGA = 1e6
+# Digits in which values along the x axis must differ to count as different.
+_DIGITS = 3
 
 Value = Callable[[RunRow], float | None]
 
@@ -44,22 +46,23 @@ def comparison_page(comparison: Comparison) -> str:
         for place, text in enumerate(comparison.groups)
     ]
     notes = [Note(note) for note in comparison.notes]
-    count = sum(row.recipe != "dense" for row in comparison.rows)
     subtitle = "Quality, size and speed, grouped by evaluation text"
-    return render(f"Comparison of {count} runs", subtitle, [*sections, Section("notes", "Notes", notes)])
+    return render(f"Comparison of {len(comparison.runs)} runs", subtitle, [*sections, Section("notes", "Notes", notes)])
 
 
 def pareto(rows: Sequence[RunRow], x: Value, y: Value, *, larger_x: bool, larger_y: bool) -> list[RunRow]:
     """The Pareto front: rows for which no other is at least as good in both values and better in one; ordered by x.
 
-    Rows without one of the values are left out.
+    Rows without one of the values are left out. Values of x that no reader could tell apart count as equal, so that the
+    front has no vertical lines.
     """
 
     def merits(row: RunRow) -> tuple[float, float] | None:
         first, second = x(row), y(row)
         if first is None or second is None:
             return None
-        return (first if larger_x else -first, second if larger_y else -second)
+        near = float(f"{first:.{_DIGITS}g}")
+        return (near if larger_x else -near, second if larger_y else -second)
 
     known = [(merit, row) for row in rows if (merit := merits(row)) is not None]
     best = [
@@ -85,13 +88,23 @@ def _charts(rows: Sequence[RunRow], place: int) -> list[Part]:
     for quality, y_axis, y, larger_y in qualities:
         for price, x_axis, x, larger_x in prices:
             known = [row for row in rows if _is_finite(x(row)) and _is_finite(y(row))]
-            if len(known) > 1:
+            if len(known) > 1 and (same := _same(known, (x_axis, x), (y_axis, y))):
+                charts.append(Note(f"No chart of {quality} against {price}: {same} of all runs is the same."))
+            elif len(known) > 1:
                 best = pareto(known, x, y, larger_x=larger_x, larger_y=larger_y)
                 name = f"chart-{place}-{quality}-{price.split()[0]}"
                 charts.append(
                     _chart(name, f"{quality.capitalize()} against {price}", known, best, (x_axis, x, y_axis, y))
                 )
     return charts
+
+
+def _same(rows: Sequence[RunRow], *axes: tuple[Axis, Value]) -> str:
+    """What is equal in all rows, by the title of its axis; empty if both values differ."""
+    for axis, value in axes:
+        if len({f"{value(row):.{_DIGITS}g}" for row in rows}) == 1:
+            return axis.title.partition(" (")[0]
+    return ""
 
 
 def _chart(

@@ -1,6 +1,7 @@
 """Short texts on pages: a recipe in a few words, figures, and labels for the points of a chart."""
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,17 @@ def short_recipe(recipe: Mapping[str, Any]) -> str:
 def perplexity(value: float | None) -> str:
     """A perplexity, or why there is none, as text."""
     return "not measured" if value is None else "infinite" if math.isinf(value) else f"{value:.2f}"
+
+
+def with_error(value: float | None, stderr: float | None) -> str:
+    """A perplexity with its standard error, if that is known."""
+    known = stderr is not None and math.isfinite(stderr)
+    return f"{perplexity(value)} ± {stderr:.2g}" if known else perplexity(value)
+
+
+def repeating_command(model: str) -> str:
+    """The command that repeats a run in its output folder, which has its recipe."""
+    return shlex.join(["llmprune", "prune", model, "--recipe", "recipe.yaml", "--output", "pruned"])
 
 
 def divergence(value: float | None) -> str:

@@ -67,7 +67,7 @@ class Cell:
             said.append(f"error {self.error:.4g}{spread}")
         climbed = sum(len(row.damping_tried) > 1 for row in self.rows)
         priors = sum(row.prior_tokens > 0 for row in self.rows)
-        said += [f"damping increased for {climbed}"] if climbed else []
+        said += [f"dampening increased for {climbed}"] if climbed else []
         said += [f"{priors} with too few tokens"] if priors else []
         said.append(f"solved in {format_seconds(sum(row.seconds for row in self.rows))} s")
         return "\n".join(said)

@@ -4,6 +4,10 @@
   const button = document.getElementById("theme");
   const system = matchMedia("(prefers-color-scheme: dark)");
   const drawn = [];
+  const waiting = [];
+  const printed = {};
+  // The width of a chart on A4 and Letter, in pixels.
+  const PAPER = 640;
   const breathe = () => new Promise((resolve) => setTimeout(resolve));
 
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
@@ -49,16 +53,13 @@
       const [part, name] = path.split(".");
       figure.layout[part] = { ...figure.layout[part], [name]: value };
     }
-    const buttons = ["select2d", "lasso2d", "autoScale2d"];
-    const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: buttons };
-    if (matchMedia("(pointer: coarse)").matches) {
-      // Let a finger on a chart scroll the page; the buttons would cover the legend.
-      figure.layout.dragmode = false;
-      options.displayModeBar = false;
-    }
+    // No toolbar: it would cover the legend. Dragging zooms, and a double click shows everything again.
+    const options = { responsive: true, displayModeBar: false };
+    // Let a finger on a chart scroll the page.
+    if (matchMedia("(pointer: coarse)").matches) figure.layout.dragmode = false;
     if (plot.clientWidth < 400) narrow(figure);
-    await Plotly.newPlot(plot, figure.data, figure.layout, options);
     drawn.push(plot);
+    await Plotly.newPlot(plot, figure.data, figure.layout, options);
   };
 
   const repaint = async () => {
@@ -103,7 +104,9 @@
     const figures = JSON.parse(document.getElementById("figures").textContent);
     if (!Object.keys(figures).length) return;
     await load();
-    for (const [name, figure] of Object.entries(figures)) {
+    waiting.push(...Object.entries(figures));
+    while (waiting.length) {
+      const [name, figure] = waiting.shift();
       const plot = document.getElementById(name);
       await draw(plot, figure);
       // The first screen is drawn; the rest follows chart by chart, and the page stays responsive in between.
@@ -111,6 +114,19 @@
       await breathe();
     }
   };
+
+  // Paper shows everything, in light colours and at its own width. Plotly draws before its promises resolve.
+  addEventListener("beforeprint", () => {
+    printed.theme = root.dataset.theme;
+    root.dataset.theme = "light";
+    for (const [name, figure] of waiting.splice(0)) draw(document.getElementById(name), figure);
+    for (const plot of drawn) Plotly.relayout(plot, { ...colours(), width: Math.min(plot.clientWidth, PAPER) });
+  });
+  addEventListener("afterprint", () => {
+    if (printed.theme) root.dataset.theme = printed.theme;
+    else delete root.dataset.theme;
+    for (const plot of drawn) Plotly.relayout(plot, { ...colours(), width: null, autosize: true });
+  });
 
   const theme = recall();
   if (theme === "light" || theme === "dark") root.dataset.theme = theme;

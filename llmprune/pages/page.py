@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from html import escape
 from importlib.resources import files
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
+
+from llmprune.pages.charts import constant
 
 _FAILURE = "The charts need JavaScript and a browser from 2023 or later. Their numbers are in the tables."
 
@@ -101,6 +103,16 @@ class Listing:
 
 
 @dataclass(frozen=True, slots=True)
+class Lead:
+    """The sentence on top."""
+
+    text: str
+
+    def html(self) -> str:
+        return f'<p class="lead">{escape(self.text)}</p>'
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """A short paragraph."""
 
@@ -128,14 +140,23 @@ class Chart:
     table: Table
     note: str = ""
 
+    @property
+    def drawn(self) -> bool:
+        """Whether there is anything to see: a chart whose values are all equal is one sentence instead."""
+        return constant(self.figure) is None
+
     def html(self) -> str:
         note = f'<p class="note">{escape(self.note)}</p>' if self.note else ""
+        numbers = f"<details><summary>Numbers: {escape(self.title)}</summary>{self.table.html()}</details>"
+        if (value := constant(self.figure)) is not None:
+            said = f"<p>{escape(value)} everywhere.</p>"
+            return f'<div class="card"><h3>{escape(self.title)}</h3>{said}{numbers}</div>'
         height = int(self.figure["layout"]["height"])
         return (
             f"<figure><figcaption><h3>{escape(self.title)}</h3>{note}</figcaption>"
             f'<div class="plot" id="{self.name}" style="min-height:{height}px" role="img" '
             f'aria-label="{escape(self.title)}; the table below has its numbers"></div>'
-            f"<details><summary>Numbers: {escape(self.title)}</summary>{self.table.html()}</details></figure>"
+            f"{numbers}</figure>"
         )
 
 
@@ -167,7 +188,7 @@ def render(title: str, subtitle: str, sections: Iterable[Section]) -> str:
         sections: in order; those without parts are left out.
     """
     shown = [section for section in sections if section.parts]
-    figures = {part.name: part.figure for section in shown for part in section.parts if isinstance(part, Chart)}
+    figures = {part.name: part.figure for section in shown for part in section.parts if _is_drawn(part)}
     links = "\n".join(f'<a href="#{section.name}">{escape(section.title)}</a>' for section in shown)
     body = "\n".join(section.html() for section in shown)
     return f"""<!doctype html>
@@ -198,6 +219,10 @@ def render(title: str, subtitle: str, sections: Iterable[Section]) -> str:
 </body>
 </html>
 """
+
+
+def _is_drawn(part: Part) -> TypeGuard[Chart]:
+    return isinstance(part, Chart) and part.drawn
 
 
 def _embedded(content: Any) -> str:

@@ -10,10 +10,11 @@ import yaml
 from llmprune.pages.beside import Beside, has_weights, read_beside, stored_bytes
 from llmprune.pages.charts import Axis, Series, level, lines, shares
 from llmprune.pages.evidence import evidence_parts
-from llmprune.pages.labels import divergence, massive_line, perplexity, short_recipe, text_line
+from llmprune.pages.headline import headline
+from llmprune.pages.labels import divergence, massive_line, repeating_command, short_recipe, text_line, with_error
 from llmprune.pages.layers import LAYER, layer_parts, number, structure_parts
 from llmprune.pages.measured import evaluation_parts, speed_parts
-from llmprune.pages.page import Chart, Facts, Listing, Part, Section, Table, Tiles, render
+from llmprune.pages.page import Chart, Facts, Lead, Listing, Note, Part, Section, Table, Tiles, render
 from llmprune.storage.files import require_writable, write_text
 from llmprune.storage.report import PAGE_NAME, Report, load_report
 from llmprune.units import format_seconds, format_size
@@ -21,6 +22,8 @@ from llmprune.units import format_seconds, format_size
 _MEGA = 1e6
 # Time that belongs to no stage: inspecting the model, planning, small steps in between.
 _OTHER = "other"
+# What entries of the host are called, where that differs.
+_HOST = {"memory_bytes": "memory", "gpu": "GPU", "cpu": "CPU", "cuda": "CUDA"}
 # What the baseline of the measured memory is.
 _BASELINE = (
     "(on a CPU the process with Python, torch and transformers, on a GPU what torch had allocated). On a CPU, "
@@ -67,6 +70,7 @@ def report_page(report: Report, beside: Beside, stored_bytes: int | None = None)
         Section("structures", "Structures", [*_extent(header), *structure_parts(report)]),
         Section("decisions", "Why these were removed", evidence_parts(evidence)),
         Section("text", "Calibration text", _samples(header)),
+        Section("answers", "Answers of both models", _answers(header)),
         Section("evaluation", "Evaluation", evaluation_parts(beside)),
         Section("speed", "Speed", speed_parts(header, beside)),
         Section("resources", "Time and memory", [*_time(header), *_memory(report)]),
@@ -81,24 +85,29 @@ def _summary(report: Report, stored_bytes: int | None) -> list[Part]:
     header = report.header
     climbed = sum(len(row.damping_tried) > 1 for row in report.rows)
     priors = sum(row.prior_tokens > 0 for row in report.rows)
-    facts = [("model", str(header.get("model", ""))), ("finished", str(header.get("finished", "")))]
+    facts = [("base model", str(header.get("model", ""))), ("finished", str(header.get("finished", "")))]
     facts += [("device", str(header.get("device", "")))]
     if evaluation := header.get("evaluation"):
         facts.append(("perplexity on", text_line(evaluation["dense"])))
+        if evaluation["pruned"].get("nats_stderr") is not None:
+            facts.append(("± of perplexity", "one standard error, taking sequences as independent draws"))
+    facts += [("note", note) for note in report.notes]
     if climbed:
-        facts.append(("damping increased", f"for {climbed:,} matrices whose factorisation failed at first"))
+        facts.append(("dampening increased", f"for {climbed:,} matrices whose factorisation failed at first"))
     if massive := report.massive:
         facts.append(("massive activations", massive_line(massive)))
     if priors:
         facts.append(("too few tokens", f"for {priors:,} matrices of experts"))
-    return [Tiles(tuple(_tiles(report, stored_bytes))), Facts(tuple(facts))]
+    return [Lead(headline(report)), Tiles(tuple(_tiles(report, stored_bytes))), Facts(tuple(facts))]
 
 
 def _tiles(report: Report, stored_bytes: int | None) -> list[tuple[str, str, str]]:
     header = report.header
     tiles = _quality(report)
     if report.rows:
-        tiles.append(("sparsity", f"{report.sparsity:.1%}", f"in {len(report.rows):,} matrices"))
+        overall = report.overall_sparsity
+        among = "" if overall is None else f"; {overall:.1%} of all weights"
+        tiles.append(("sparsity", f"{report.sparsity:.1%}", f"in {len(report.rows):,} matrices{among}"))
     if extent := header.get("extent"):
         part = extent["pruned"]["parameters"] / extent["dense"]["parameters"]
         tiles.append(("parameters", f"{part:.1%}", f"{extent['pruned']['parameters']:,}"))
@@ -109,7 +118,7 @@ def _tiles(report: Report, stored_bytes: int | None) -> list[tuple[str, str, str
     stored = stored_bytes if stored_bytes is not None else size and size["stored_bytes"]
     if stored:
         dense = extent["dense"]["nbytes"] if extent else size and size["dense_bytes"]
-        tiles.append(("checkpoint size", format_size(stored), f"dense {format_size(dense)}" if dense else ""))
+        tiles.append(("checkpoint size", format_size(stored), _ratio(stored, dense) if dense else ""))
     if seconds := header.get("seconds"):
         tiles.append(("time", f"{format_seconds(seconds['total'])} s", ""))
     return tiles
@@ -120,8 +129,14 @@ def _quality(report: Report) -> list[tuple[str, str, str]]:
     if not evaluation:
         return [("perplexity", "not measured", "")]
     dense, pruned = report.dense_perplexity, report.pruned_perplexity
+    assert dense is not None
+    assert pruned is not None
+    factor = f" (x{pruned / dense:.2f})" if math.isfinite(dense) and math.isfinite(pruned) else ""
+    shown = [
+        with_error(value, evaluation[which].get("stderr")) for which, value in (("dense", dense), ("pruned", pruned))
+    ]
     tiles = [
-        ("perplexity", perplexity(pruned), f"dense {perplexity(dense)}"),
+        ("perplexity", shown[1], f"dense {shown[0]}{factor}"),
         ("KL divergence", divergence(evaluation["kl_divergence"]), "nats/token"),
         ("top-1 agreement", f"{evaluation['agreement']:.1%}", "with the dense model"),
     ]
@@ -129,6 +144,13 @@ def _quality(report: Report) -> list[tuple[str, str, str]]:
     if None not in errors:
         tiles.append(("ECE (expected calibration error)", f"{errors[0]:.4f}", f"dense {errors[1]:.4f}"))
     return tiles
+
+
+def _ratio(stored: float, dense: float) -> str:
+    """The compression ratio in words."""
+    ratio = dense / stored
+    said = "as large as dense" if round(ratio, 2) == 1 else f"compression ratio {ratio:.2f}x"
+    return f"dense {format_size(dense)}; {said}"
 
 
 def _extent(header: Mapping[str, Any]) -> list[Part]:
@@ -153,6 +175,17 @@ def _samples(header: Mapping[str, Any]) -> list[Part]:
     """The beginnings of some self-generated sequences."""
     excerpts = ((header.get("texts") or {}).get("calibration") or {}).get("excerpts") or []
     return [Listing(f"Sequence {place}", str(excerpt)) for place, excerpt in enumerate(excerpts, start=1)]
+
+
+def _answers(header: Mapping[str, Any]) -> list[Part]:
+    """The same prompts, answered by both models."""
+    if not (answers := header.get("answers")):
+        return []
+    if answers["skipped"]:
+        return [Note(f"Left out: {answers['skipped']}.")]
+    rows = tuple(zip(answers["prompts"], answers["dense"], answers["pruned"], strict=True))
+    note = "Greedy decoding, a few tokens each: an impression, no measurement."
+    return [Note(note), Table(("prompt", "dense", "pruned"), rows, text=(0, 1, 2))]
 
 
 def _part(part: float, whole: float) -> str:
@@ -201,8 +234,14 @@ def _memory(report: Report) -> list[Part]:
     return parts
 
 
+def _host_fact(name: str, value: object) -> str:
+    return format_size(value) if name == "memory_bytes" and isinstance(value, int) else str(value)
+
+
 def _protocol(header: Mapping[str, Any]) -> list[Part]:
-    facts = [(name, str(version)) for name, version in (header.get("version") or {}).items()]
+    facts = [("command", repeating_command(str(header["model"])))] if header.get("model") else []
+    facts += [(_HOST.get(name, name), _host_fact(name, value)) for name, value in (header.get("host") or {}).items()]
+    facts += [(name, str(version)) for name, version in (header.get("version") or {}).items()]
     for name, digest in (header.get("tokens") or {}).items():
         facts.append((f"{name} tokens", f"sha256 {digest}"))
     if "source" in header:

@@ -2,17 +2,22 @@
 
 import html
 import re
-import shlex
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import AutoModelForCausalLM
 
+from llmprune.models.boundary import auto_class_for, read_stock_config
+from llmprune.pages.labels import repeating_command
 from llmprune.recipe.recipe import Recipe
 from llmprune.storage.files import read_json, write_text
 from llmprune.storage.packed_config import NOTICE_KEY
 from llmprune.storage.report import Report
 
 CARD_NAME = "README.md"
+
+# What loads models with other towers, such as one for images, whose own class AutoModelForCausalLM does not know.
+_WRAPPER = "AutoModelForImageTextToText"
 
 
 def write_card(folder: Path, model: str, recipe: Recipe, report: Report) -> None:
@@ -29,7 +34,7 @@ def write_card(folder: Path, model: str, recipe: Recipe, report: Report) -> None
     data = ModelCardData(
         base_model=model if hub_id else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if _auto_class(folder) == _WRAPPER else "text-generation",
         tags=["llmprune", "pruned", *(["sparse"] if report.rows else []), *sorted(methods)],
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(folder, model, recipe, report)}")
@@ -42,7 +47,7 @@ def _body(folder: Path, model: str, recipe: Recipe, report: Report) -> str:
         f"# {name}, pruned",
         "",
         f"{name}, {_what(report)}, one decoder layer at a time, by llmprune {report.header['version']['llmprune']}.",
-        _loading(ours=_needs_us(folder)),
+        _loading(folder, ours=_needs_us(folder)),
         "",
         *_table(report),
         "## How it was made",
@@ -51,7 +56,7 @@ def _body(folder: Path, model: str, recipe: Recipe, report: Report) -> str:
         "",
         "`report.json` has a row for every matrix. To reproduce the run with `recipe.yaml`:",
         "",
-        *_fenced("bash", f"llmprune prune {shlex.quote(model)} --recipe recipe.yaml --output pruned"),
+        *_fenced("bash", repeating_command(model)),
         "",
     ]
     return "\n".join(lines)
@@ -81,12 +86,18 @@ def update_card(folder: Path) -> None:
     card = folder / CARD_NAME
     if card.is_file():
         ours, text = _needs_us(folder), card.read_text(encoding="utf-8")
-        write_text(card, text.replace(_loading(ours=not ours), _loading(ours=ours)))
+        write_text(card, text.replace(_loading(folder, ours=not ours), _loading(folder, ours=ours)))
 
 
-def _loading(*, ours: bool) -> str:
+def _loading(folder: Path, *, ours: bool) -> str:
     how = " where llmprune is installed, after `import llmprune`" if ours else ", like the original"
-    return f"It loads with `AutoModelForCausalLM.from_pretrained`{how}."
+    return f"It loads with `{_auto_class(folder)}.from_pretrained`{how}."
+
+
+def _auto_class(folder: Path) -> str:
+    """The class of transformers that loads the checkpoint."""
+    found = auto_class_for(read_stock_config(folder)) if (folder / "config.json").exists() else None
+    return (found or AutoModelForCausalLM).__name__
 
 
 def _needs_us(folder: Path) -> bool:

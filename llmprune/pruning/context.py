@@ -16,6 +16,7 @@ from llmprune.progress import Progress, Watcher, ignore
 from llmprune.pruning.dense_pass import DensePass
 from llmprune.pruning.forecast.memory import pruning_needs
 from llmprune.pruning.jobs import Job
+from llmprune.pruning.tracking import require_tracker
 from llmprune.recipe.recipe import Recipe
 from llmprune.stream.guard import MemoryGuard, sampling_needs
 from llmprune.stream.stream import StreamSettings
@@ -55,8 +56,10 @@ class Run:
 
         Raises:
             DeviceError: the recipe's device is not available.
+            MissingPackageError: its tracker is not installed.
         """
         device = resolve_device(recipe.device)
+        require_tracker(recipe.report_to)
         settings = StreamSettings(device, recipe.batch_size, recipe.held_back, int(recipe.activation_budget))
         return cls(recipe, settings, MemoryGuard(settings, watch), dense or DensePass())
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from llmprune.pruning.context import Run, versions
 from llmprune.pruning.deciding import decide_run
 from llmprune.pruning.jobs import plan_jobs, require_packable
 from llmprune.pruning.layers import LayerDriver
-from llmprune.pruning.reporting import compare_sizes, make_report
+from llmprune.pruning.reporting import ask_in_memory, ask_stored, compare_sizes, make_report
 from llmprune.pruning.saving import evaluating, save_dense, save_pruned, take_over
+from llmprune.pruning.tracking import track
 from llmprune.pruning.writing import Writer
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.storage.files import write_text
@@ -131,7 +133,7 @@ def prune_checkpoint(
     require_space(output, sum(stored.nbytes for stored in source.stored.values()), resume=resume)
     texts = run.texts(source, jobs, tokenizer)
     keys = {
-        "recipe": run.recipe.to_dict() | {"description": ""},
+        "recipe": run.recipe.to_dict() | {"description": "", "report_to": None},
         "tokens": {text: tokens.digest for text, tokens in texts.items()},
         "source": checkpoint_digest(folder),
         **_environment(run, source),
@@ -142,7 +144,7 @@ def prune_checkpoint(
         if target.complete:
             return load_report(output)
         _keep_samples(target.path, texts, tokenizer)
-        return _into(target, run, name, source, texts, found)
+        return _into(target, run, name, source, texts, found, tokenizer)
 
 
 def _into(
@@ -152,6 +154,7 @@ def _into(
     source: CheckpointSource,
     texts: Mapping[str, Tokens],
     found: Removable | None,
+    tokenizer: Tokenizer,
 ) -> Report:
     """Do what is left to do in an open output folder."""
     write_text(target.path / RECIPE_NAME, run.recipe.to_yaml())
@@ -174,11 +177,23 @@ def _into(
         # The written checkpoint is measured, which also checks that it can be read.
         result = _audited(run, target.path)
         smaller = compare_sizes(run, source, result, target.decisions, texts["calibration"])
-    report = make_report(run, name, target.keys, result, texts, layers, dense, result.sizes(), smaller)
+    report = make_report(
+        run,
+        name,
+        target.keys,
+        result,
+        texts,
+        layers,
+        dense,
+        result.sizes(),
+        smaller,
+        lambda: ask_stored(run, source, target.path, tokenizer),
+    )
     report.save(target.path)
     write_card(target.path, name, run.recipe, report)
     write_report(target.path)
     target.close()
+    track(run.recipe.report_to, report, target.path)
     return report
 
 
@@ -235,11 +250,15 @@ def prune_in_memory(
     with evaluating(model):
         texts = run.texts(source, jobs, tokenizer)
         dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
+        before = ask_in_memory(run, model, tokenizer)
         layers = LayerDriver(run, source, jobs, texts["calibration"]).drive()
-        report = make_report(run, _name(model), _environment(run, source), source, texts, layers, dense)
+        ask = partial(ask_in_memory, run, model, tokenizer, before)
+        keys = _environment(run, source)
+        report = make_report(run, _name(model), keys, source, texts, layers, dense, ask=ask)
     if output is not None:
         save_pruned(model, tokenizer, output, run.recipe, report, overwrite=overwrite)
         _keep_samples(output, texts, tokenizer)
+    track(run.recipe.report_to, report, output)
     return report
 
 

@@ -2,10 +2,15 @@
 
 import datetime
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from llmprune.devices import describe_host
+from llmprune.measuring.answers import Answers, answer, attempt, stored_model, too_large
 from llmprune.measuring.extent import measure_extent
 from llmprune.measuring.layer_speed import compare_speed
 from llmprune.measuring.perplexity import compare_perplexity, run_stream
@@ -16,6 +21,7 @@ from llmprune.pruning.context import Run
 from llmprune.pruning.layers import PrunedLayers
 from llmprune.storage.report import Report
 from llmprune.stream.stream import Stream
+from llmprune.text.openings import Tokenizer
 from llmprune.text.tokens import Tokens
 
 
@@ -29,6 +35,7 @@ def make_report(
     dense: Stream | None,
     sizes: Mapping[str, int] | None = None,
     smaller: Mapping[str, Any] | None = None,
+    ask: Callable[[], Answers | None] = lambda: None,
 ) -> Report:
     """Measure the pruned model, and assemble the report.
 
@@ -42,25 +49,75 @@ def make_report(
         dense: a finished stream of the dense model over the evaluation text; None: perplexity is not measured.
         sizes: bytes of the checkpoint, as `CheckpointSource.sizes` gives them; None for a model in memory.
         smaller: the result of `compare_sizes`.
+        ask: gives the answers of both models, after the evaluation; None: nothing is asked.
     """
     evaluation, stage = None, "pruned perplexity"
     if dense is not None:
         with run.stages(stage):
             pruned = run_stream(source, texts["evaluation"].ids, run.settings, run.watch, stage)
             evaluation = compare_perplexity(dense, pruned, texts["evaluation"], run.watch).to_dict()
+    answers = ask()
     header = {
         "model": name,
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **keys,
+        "host": describe_host(run.device),
+        "parameters": sum(parameter.numel() for parameter in source.model.parameters()),
         "recipe": run.recipe.to_dict(),
         "texts": {text: tokens.description | {"digest": tokens.digest} for text, tokens in texts.items()},
+        "notes": list(dict.fromkeys(str(t.description["note"]) for t in texts.values() if "note" in t.description)),
         "seconds": {"total": time.perf_counter() - run.started, **run.stages.seconds},
         "memory": layers.memory,
         "size": sizes,
         "evaluation": evaluation,
+        **({} if answers is None else {"answers": answers.to_dict()}),
         **(smaller or {}),
     }
     return Report(layers.rows, header, layers.structures, layers.matches)
+
+
+def ask_stored(run: Run, dense: CheckpointSource, folder: Path, tokenizer: Tokenizer) -> Answers | None:
+    """The answers of a checkpoint and of the pruned one, each loaded completely; None if nothing is asked.
+
+    Args:
+        run: its context.
+        dense: the model that was pruned.
+        folder: the pruned checkpoint.
+        tokenizer: of both.
+    """
+    if not (prompts := prompts_of(run, tokenizer)):
+        return None
+    if reason := too_large(dense, run.device):
+        run.watch(Progress("answers", step=f"left out: {reason}"))
+        return Answers(prompts, skipped=reason)
+
+    def ask(which: str, where: Path) -> tuple[str, ...]:
+        run.watch(Progress("answers", step=f"{which} model, {len(prompts)} prompts"))
+        return answer(stored_model(where, run.device), tokenizer, prompts)
+
+    assert dense.folder is not None
+    source = dense.folder
+    with run.stages("answers"):
+        return attempt(prompts, lambda: ask("dense", source), lambda: ask("pruned", folder))
+
+
+def ask_in_memory(
+    run: Run, model: PreTrainedModel, tokenizer: Tokenizer, before: Answers | None = None
+) -> Answers | None:
+    """The answers of a model in memory: as the dense one at first, then, with these as `before`, as the pruned one."""
+    if not (prompts := prompts_of(run, tokenizer)) or (before is not None and before.skipped):
+        return before
+    run.watch(Progress("answers", step=f"{'dense' if before is None else 'pruned'} model, {len(prompts)} prompts"))
+    with run.stages("answers"):
+        if before is None:
+            return attempt(prompts, lambda: answer(model, tokenizer, prompts), tuple)
+        return attempt(prompts, lambda: before.dense, lambda: answer(model, tokenizer, prompts))
+
+
+def prompts_of(run: Run, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """What both models are asked; empty without a tokenizer that can spell out answers."""
+    evaluation = run.recipe.evaluation
+    return evaluation.prompts if evaluation is not None and hasattr(tokenizer, "decode") else ()
 
 
 def compare_sizes(

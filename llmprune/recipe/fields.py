@@ -20,7 +20,7 @@ from llmprune.errors import LlmpruneError, RecipeError
 from llmprune.methods import METHODS, STEPS, Chain, Method, Step, method_name
 from llmprune.patterns import Pattern, parse
 from llmprune.recipe.document import did_you_mean, one_of, refusal, shown_value
-from llmprune.text.tokens import TextSpec
+from llmprune.text.tokens import EvaluationSpec, TextSpec
 
 STRICT = ConfigDict(frozen=True, extra="forbid")
 
@@ -104,6 +104,14 @@ def _read_text_spec(value: Any, build: ValidatorFunctionWrapHandler) -> TextSpec
         raise refusal(error, *_culprit(error, value)) from error
 
 
+def _read_evaluation(value: Any, build: ValidatorFunctionWrapHandler) -> EvaluationSpec:
+    if isinstance(value, Mapping) and isinstance(prompts := value.get("prompts"), list):
+        if "" in prompts:
+            raise refusal(RecipeError("a prompt is empty", expected="a text, or no prompts: []"), "prompts")
+        value = {**value, "prompts": tuple(prompts)}
+    return cast(EvaluationSpec, _read_text_spec(value, build))
+
+
 def check_device(name: str) -> str:
     """Refuse a text that names no device."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
@@ -115,3 +123,4 @@ GlobField = Annotated[str, Field(min_length=1)]
 PatternField = Annotated[Pattern, PlainValidator(_read_pattern), PlainSerializer(str)]
 MethodField = Annotated[Method, PlainValidator(read_method), PlainSerializer(write_method)]
 TextField = Annotated[TextSpec, WrapValidator(_read_text_spec)]
+EvaluationField = Annotated[EvaluationSpec, WrapValidator(_read_evaluation)]

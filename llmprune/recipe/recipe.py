@@ -36,6 +36,7 @@ from pydantic import (
 from llmprune.errors import LlmpruneError, RecipeError
 from llmprune.methods import METHODS, STEPS, Chain, Method
 from llmprune.patterns import Pattern
+from llmprune.recipe.aliases import known_assignment, rename_keys
 from llmprune.recipe.document import (
     Document,
     KeyPath,
@@ -46,14 +47,22 @@ from llmprune.recipe.document import (
     parse_document,
     refusal,
 )
-from llmprune.recipe.fields import STRICT, GlobField, MethodField, PatternField, TextField, check_device
+from llmprune.recipe.fields import (
+    STRICT,
+    EvaluationField,
+    GlobField,
+    MethodField,
+    PatternField,
+    TextField,
+    check_device,
+)
 from llmprune.recipe.globs import covers, matches_any
 from llmprune.recipe.messages import explain
 from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.structures import SECTIONS, Structures
 from llmprune.statistics import TokenWeight
 from llmprune.storage.packed_config import Format, layout_name
-from llmprune.text.tokens import TextSpec
+from llmprune.text.tokens import EvaluationSpec, TextSpec
 
 _RECIPE_FORMS = "a bundled recipe's name, the path of a YAML file, YAML text, a mapping or a Recipe"
 
@@ -125,7 +134,7 @@ class Recipe(BaseModel):
         exclude: globs of included matrices that stay dense nevertheless.
         rules: the first matching rule changes the pattern or method of a matrix.
         calibration: the calibration text, on which statistics are collected.
-        evaluation: the text on which perplexity is measured; None skips the measurement.
+        evaluation: the text on which perplexity is measured, and prompts that both models answer; None skips both.
         batch_size: sequences per forward pass, at least 1; results do not depend on it, up to rounding.
         held_back: validation sequences: further calibration sequences, at least 0, that only measure the relative
             output error in the report; with 0 it is measured on the rows of the statistics.
@@ -139,6 +148,7 @@ class Recipe(BaseModel):
         compute_dtype: dtype of the forward pass; auto is the checkpoint's, or float32 on a CPU without instructions
             for it.
         activation_budget: bytes of hidden states kept in memory, at least 0; the rest is written to disk.
+        report_to: the experiment tracker that gets the figures of every layer and of the whole run; None: no one.
     """
 
     model_config = STRICT
@@ -151,7 +161,7 @@ class Recipe(BaseModel):
     exclude: tuple[GlobField, ...] = ()
     rules: tuple[Rule, ...] = ()
     calibration: TextField = TextSpec()
-    evaluation: TextField | None = Field(default_factory=dict, validate_default=True)
+    evaluation: EvaluationField | None = Field(default_factory=dict, validate_default=True)
     batch_size: Annotated[int, Field(ge=1)] = 8
     held_back: Annotated[int, Field(ge=0)] = 4
     decoder_layers: Annotated[str, Field(min_length=1)] | None = None
@@ -162,6 +172,7 @@ class Recipe(BaseModel):
     format: Format = "dense"
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     activation_budget: ByteSize = ByteSize(4 * 2**30)
+    report_to: Literal["wandb", "tensorboard", "mlflow"] | None = None
 
     @field_validator("evaluation", mode="before")
     @classmethod
@@ -285,7 +296,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
 
     Args:
         recipe: the name of a bundled recipe (which takes precedence over a file of that name), the path of a YAML file,
-            YAML text of more than one line, a mapping of plain data, or a recipe.
+            YAML text of more than one line, a mapping of plain data, or a recipe. Some keys may have the names that
+            other tools give them: see `recipe.aliases`.
         overrides: KEY=VALUE each, such as "pattern=2:4" or "method.sparsegpt.damping=0.05"; values are YAML. Their
             order does not matter: sections are set before the keys inside them.
 
@@ -301,6 +313,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
         return recipe
     overrides = [overrides] if isinstance(overrides, str) else overrides
     document = _open(recipe)
+    rename_keys(document)
+    overrides = [known_assignment(assignment) for assignment in overrides]
     keys = [assignment.partition("=")[0].strip() for assignment in overrides]
     if repeated := [key for key in keys if keys.count(key) > 1]:
         raise RecipeError(f"--set {repeated[0]} is given {keys.count(repeated[0])} times", fix="keep one of them")
@@ -376,7 +390,7 @@ def _known_keys(section: KeyPath) -> list[str]:
     """The keys that a section may have."""
     match section:
         case ("calibration" | "evaluation",):
-            return [knob.name for knob in fields(TextSpec)]
+            return [knob.name for knob in fields(TextSpec if section == ("calibration",) else EvaluationSpec)]
         case ("experts",):
             return list(Experts.model_fields)
         case ("statistics",):

@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, MissingPackageError
 from llmprune.losses import StepLoss
 from llmprune.storage.files import write_json
+from llmprune.units import format_change
 
 REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
@@ -180,7 +182,7 @@ _MASSIVE = 0.5
 _KINDS = {"heads": "groups of attention heads", "ffn": "FFN channels", "experts": "experts"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """The result of a run.
 
@@ -203,6 +205,12 @@ class Report:
         return sum(row.zeros for row in self.rows) / max(elements, 1)
 
     @property
+    def overall_sparsity(self) -> float | None:
+        """Fraction of zeros among all weights of the pruned model, embeddings and LM head included; None if unknown."""
+        parameters = self.header.get("parameters")
+        return sum(row.zeros for row in self.rows) / parameters if parameters else None
+
+    @property
     def mean_error(self) -> float | None:
         """Mean relative output error of the matrices for which it was measured."""
         measured = [row.error for row in self.structures] + [row.error for row in self.rows]
@@ -214,6 +222,11 @@ class Report:
         """The matrix whose largest 1 % of tokens have the most of its squared inputs, if that is more than half."""
         rows = [row for row in self.rows if row.top_tokens is not None and row.top_tokens > _MASSIVE]
         return max(rows, key=lambda row: row.top_tokens or 0.0, default=None)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the run could not do as usual, a sentence each."""
+        return tuple(map(str, self.header.get("notes") or ()))
 
     @property
     def left(self) -> list[Left]:
@@ -246,6 +259,28 @@ class Report:
         """Perplexity of the pruned model, which may be infinite; None if the recipe measures none."""
         return self._evaluation("pruned")
 
+    def __repr__(self) -> str:
+        figures = [str(self.header.get("model", ""))] if self.header.get("model") else []
+        figures += [f"{len(self.rows)} matrices", f"sparsity {self.sparsity:.1%}"] if self.rows else []
+        figures += [str(left) for left in self.left]
+        if self.dense_perplexity is not None and self.pruned_perplexity is not None:
+            figures.append(f"perplexity {format_change(self.dense_perplexity, self.pruned_perplexity)}")
+        return f"Report({', '.join(figures)})"
+
+    def to_dataframe(self) -> Any:
+        """The matrices as a pandas data frame: one row each, with the fields of `MatrixRow` and the sparsity.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        try:
+            frames = import_module("pandas")
+        except ImportError as error:
+            raise MissingPackageError.of("pandas", "a data frame") from error
+        columns = [item.name for item in dataclasses.fields(MatrixRow)]
+        rows = [dataclasses.asdict(row) | {"sparsity": row.sparsity} for row in self.rows]
+        return frames.DataFrame(rows, columns=[*columns, "sparsity"])
+
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON."""
         summary = {"sparsity": self.sparsity, "mean_error": self.mean_error, "matrices": len(self.rows)}
@@ -261,7 +296,8 @@ class Report:
             rows.append(("perplexity", f"{self.pruned_perplexity:.4f}, dense {self.dense_perplexity:.4f}"))
         rows += [(left.kind, f"{left.amount} {left.where}".strip()) for left in self.left]
         if self.rows:
-            rows.append(("sparsity", f"{self.sparsity:.2%} of the weights in the pruned matrices"))
+            overall = "" if self.overall_sparsity is None else f", {self.overall_sparsity:.2%} of all weights"
+            rows.append(("sparsity", f"{self.sparsity:.2%} of the weights in the pruned matrices{overall}"))
         if self.mean_error is not None:
             rows.append(("mean relative output error", f"{self.mean_error:.4f}"))
         cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)

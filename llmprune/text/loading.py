@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from llmprune.storage.files import read_index
 from llmprune.text.documents import require_source
 from llmprune.text.generated import generate_text
 from llmprune.text.openings import Tokenizer
-from llmprune.text.scripts import scripts_of
+from llmprune.text.scripts import scripts_of, template_problem
 from llmprune.text.tokens import TextSpec, Tokens, load_tokens
 
 # The names under which configs give the number of positions.
@@ -61,6 +61,14 @@ def load_texts(
             return generate_text(dense, spec, scripts_of(tokenizer), watch=_teller(spec, watch))
 
     texts = {name: load_tokens(spec, tokenizer, generate) for name, spec in specs.items()}
+    if (problem := template_problem(tokenizer)) and any(spec.source == "self" for spec in specs.values()):
+        watch(Progress(f"note: {problem}"))
+        texts = {
+            name: replace(tokens, description=tokens.description | {"note": problem})
+            if specs[name].source == "self"
+            else tokens
+            for name, tokens in texts.items()
+        }
     for name, tokens in texts.items():
         _check_vocabulary(tokens, source.model, specs[name].source)
     return texts

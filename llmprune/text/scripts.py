@@ -39,11 +39,27 @@ def scripts_of(tokenizer: Tokenizer) -> tuple[Script, ...]:
     """The scripts that suit a model, to be dealt out to its sequences in turn: documents, and conversations.
 
     Args:
-        tokenizer: the model's; without a chat template, or with one that fails, there are no conversations.
+        tokenizer: the model's; without a chat template, or with one that fails (see `template_problem`), there are no
+            conversations.
     """
-    conversation = _conversation(tokenizer)
+    conversation = _conversation(tokenizer) if template_problem(tokenizer) is None else None
     documents = Script((_separator(tokenizer, conversation is not None),))
     return (documents,) if conversation is None else (documents, conversation)
+
+
+def template_problem(tokenizer: Tokenizer) -> str | None:
+    """Why no conversations are sampled although the tokenizer has a chat template; None if they are, or it has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        asked, _ = _rendered(tokenizer)
+    except Exception as error:  # noqa: BLE001 - a template is a program of the checkpoint's, and may raise anything
+        reason = f"it fails: {' '.join(str(error).split())[:200] or type(error).__name__}"
+    else:
+        if _USER in asked:
+            return None
+        reason = "it leaves out the user's words"
+    return f"self-generated text has no conversations, because the chat template cannot be used: {reason}"
 
 
 def _separator(tokenizer: Tokenizer, chats: bool) -> tuple[int, ...]:
@@ -65,17 +81,9 @@ def _conversation(tokenizer: Tokenizer) -> Script | None:
     """The script of conversations of one request and one answer each."""
     if not getattr(tokenizer, "chat_template", None):
         return None
-    messages = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
-    render: Any = tokenizer.apply_chat_template  # type: ignore[attr-defined]
-    try:
-        asked = render(messages[:1], tokenize=False, add_generation_prompt=True)
-        answered = render(messages, tokenize=False)
-    except Exception:  # noqa: BLE001 - a template is a program of the checkpoint's; without it there are documents
-        return None
-    before, user, between = asked.partition(_USER)
+    asked, answered = _rendered(tokenizer)
+    before, _, between = asked.partition(_USER)
     after = answered.partition(_ANSWER)[2]
-    if not user:
-        return None
 
     def encode(text: str) -> tuple[int, ...]:
         return tuple(tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"][0]) if text else ()
@@ -83,3 +91,11 @@ def _conversation(tokenizer: Tokenizer) -> Script | None:
     first, answer = encode(before), encode(between)
     # The end of an answer is sampled; what the template writes after it comes before the next conversation.
     return Script((first, answer, encode(after) + first, answer))
+
+
+def _rendered(tokenizer: Tokenizer) -> tuple[str, str]:
+    """A request as the chat template writes it, up to where the answer begins; and with its answer."""
+    messages = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
+    render: Any = tokenizer.apply_chat_template  # type: ignore[attr-defined]
+    asked = render(messages[:1], tokenize=False, add_generation_prompt=True)
+    return str(asked), str(render(messages, tokenize=False))

@@ -152,6 +152,22 @@ class TextSpec:
         return "a single file", (*_UNUSED_BY_TEXT, "config", "split", *([] if has_columns(self.source) else ["column"]))
 
 
+# What both models are asked after a run: facts, a list, and arithmetic, in a few words.
+PROMPTS = ("The capital of France is", "Three animals that live in the sea are", "Seven plus five equals")
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSpec(TextSpec):
+    """The text on which both models are evaluated, and what else is asked of them.
+
+    Attributes:
+        prompts: answered greedily by both models and shown in the report, where the whole model fits into memory; an
+            empty list asks nothing.
+    """
+
+    prompts: tuple[str, ...] = PROMPTS
+
+
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """Sequences of equal length, and their origin.
@@ -352,4 +368,4 @@ def _digest(ids: Int[Tensor, "samples length"]) -> str:
 
 
 def _describe(spec: TextSpec, *unused: str) -> dict[str, object]:
-    return {field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in unused}
+    return {field.name: getattr(spec, field.name) for field in fields(TextSpec) if field.name not in unused}

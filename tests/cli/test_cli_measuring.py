@@ -115,22 +115,32 @@ def test_mistakes_about_the_text_are_explained(model: Path, tmp_path: Path, argu
     assert said in result.stderr
 
 
-def test_inspect_short_checkpoints_matrix_by_matrix(pruned: Path) -> None:
+def test_inspect_folds_layers_that_say_the_same(pruned: Path) -> None:
     result = run("inspect", pruned)
-    assert "model.layers.1" in result.stdout
-    row = next(line for line in result.stdout.splitlines() if "mlp.down_proj.weight" in line)
-    assert row.split() == ["mlp.down_proj.weight", "32", "x", "48", "float32", "50.00%", "0.5", "6.1", "kB"]
+    assert "model.layers.0-1" in result.stdout
+    (row,) = (line for line in result.stdout.splitlines() if "mlp.down_proj" in line)
+    # The size is that of both layers.
+    assert row.split() == ["mlp.down_proj", "32", "x", "48", "float32", "50.00%", "0.5", "12.3", "kB"]
     assert "50.00% in the matrices of the layers" in result.stdout
 
 
-def test_inspect_long_checkpoints_layer_by_layer_unless_all_is_given() -> None:
-    grouped = run("inspect", TESTBED).stdout
-    row = next(line for line in grouped.splitlines() if "model.layers.3" in line)
-    assert row.split()[:4] == ["model.layers.3", "7", "matrices", "bfloat16"]
-    assert "q_proj" not in grouped
+def test_inspect_lists_every_matrix_if_all_is_given() -> None:
+    folded = run("inspect", TESTBED).stdout
+    assert "model.layers.0-7" in folded
+    assert folded.count("self_attn.q_proj ") == 1
     listed = run("inspect", "testbed", "--all").stdout
-    assert listed.count("self_attn.q_proj.weight") == 8
-    assert all(len(line) <= 80 for line in (grouped + listed).splitlines() if str(TESTBED) not in line)
+    assert listed.count("self_attn.q_proj ") == 8
+    assert all(len(line) <= 80 for line in (folded + listed).splitlines() if str(TESTBED) not in line)
+
+
+def test_inspect_sums_up_layers_where_all_are_different(tmp_path: Path) -> None:
+    tensors = {f"h.{layer}.m{number}": torch.ones(64, 64) for layer in range(9) for number in range(4)}
+    for layer in range(9):
+        for number in range(4):
+            tensors[f"h.{layer}.m{number}"][: layer + 1, : number + 1] = 0
+    save_file(tensors, tmp_path / "model.safetensors")
+    row = next(line for line in run("inspect", tmp_path).stdout.splitlines() if "h.8" in line)
+    assert row.split()[:4] == ["h.8", "4", "matrices", "float32"]
 
 
 def test_inspect_as_json(pruned: Path) -> None:
@@ -156,9 +166,11 @@ def test_inspect_mixed_patterns_in_a_layer(tmp_path: Path) -> None:
         f"h.{layer}.m{number}": half if number % 2 else torch.ones(64, 64) for layer in range(9) for number in range(4)
     }
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
-    row = next(line for line in run("inspect", tmp_path).stdout.splitlines() if "h.8" in line)
-    assert "4 matrices" in row
-    assert "2 x dense" in row
+    lines = run("inspect", tmp_path).stdout.splitlines()
+    assert [line.split()[0] for line in lines if line.split()[:1] and line.split()[0][0] in "hm"] == [
+        "h.0-8", "m0", "m1", "m2", "m3",
+    ]  # fmt: skip
+    assert "dense" in next(line for line in lines if line.split()[:1] == ["m2"])
 
 
 def test_inspect_mistakes_are_explained(tmp_path: Path) -> None:

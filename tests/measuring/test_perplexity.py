@@ -2,6 +2,8 @@
 
 import json
 import math
+import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +48,17 @@ def test_a_perplexity_beyond_float64_is_infinite(tmp_path: Path, text: TextSpec)
     assert content["nats"] == hopeless.nats
 
 
-def test_the_largest_perplexity_is_still_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_perplexity_is_still_a_number() -> None:
     from llmprune.measuring.perplexity import _summary
+    from llmprune.measuring.scoring import Scores
     from llmprune.text.tokens import Tokens
 
     tokens = Tokens(torch.zeros(1, 2, dtype=torch.int64), "", {})
     source = ModelSource(tiny_models.build("llama"))
-    assert _summary(709.0, tokens, 0.0, source).perplexity == math.exp(709.0)
-    assert _summary(709.79, tokens, 0.0, source).perplexity == math.inf
+    for nats, wanted in ((709.0, math.exp(709.0)), (709.79, math.inf)):
+        scores = Scores(1)
+        scores.add(torch.tensor([[-nats, -0.1]], dtype=torch.float64), torch.tensor([0]), torch.tensor([0]))
+        assert _summary(scores, tokens, source).perplexity == wanted
 
 
 def test_a_hopeless_run_is_reported_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,13 +165,42 @@ def test_a_comparison_does_not_depend_on_how_many_logits_are_computed_at_once(
 
 
 def test_a_bin_ends_with_its_upper_bound() -> None:
-    from llmprune.measuring.perplexity import _Calibration
+    from llmprune.measuring.scoring import Scores
 
     # 0.4 is 6 / 15: the end of the sixth bin, with 0.35. In one bin, a hit and a miss pull against one another.
     probabilities = torch.tensor([[0.4, 0.3, 0.3], [0.35, 0.34, 0.31]], dtype=torch.float64)
-    calibration = _Calibration()
-    calibration.add(probabilities.log(), torch.tensor([0, 1]))
-    assert calibration.error == pytest.approx(abs(1 - 0.75) / 2)
+    scores = Scores(1)
+    scores.add(probabilities.log(), torch.tensor([0, 1]), torch.tensor([0, 0]))
+    assert scores.calibration_error == pytest.approx(abs(1 - 0.75) / 2)
+
+
+def test_the_standard_error_is_that_of_the_sequences(tmp_path: Path, text: TextSpec) -> None:
+    """Against the textbook: sequences of equal length, in float64, from a stock model that is loaded whole."""
+    source = logits_of(30.0, tmp_path / "model")
+    words = [int(word[1:]) for word in Path(text.source).read_text().split()]
+    ids = torch.tensor(words)[:64].view(4, 16)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(source)(ids).logits.double()
+    picked = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])
+    wanted = statistics.stdev((-picked.mean((1, 2))).tolist()) / 4**0.5
+    result = perplexity(source, text, StreamSettings(batch_size=3))
+    assert result.nats_stderr == pytest.approx(wanted, rel=1e-4)
+    assert result.to_dict()["stderr"] == pytest.approx(result.perplexity * wanted, rel=1e-4)
+    assert perplexity(source, replace(text, samples=1)).stderr is None
+
+
+def test_sequences_of_different_lengths_count_by_their_tokens() -> None:
+    from llmprune.measuring.scoring import Scores
+
+    losses, places = [1.0, 2.0, 3.0, 9.0, 5.0], [0, 0, 0, 1, 2]
+    scores = Scores(3)
+    for part in (slice(0, 2), slice(2, 5)):  # a sequence may be split among windows
+        own = torch.tensor([[-loss, -50.0] for loss in losses[part]], dtype=torch.float64)
+        scores.add(own, torch.zeros(len(own), dtype=torch.int64), torch.tensor(places[part]))
+    sums, counts, mean = (6.0, 9.0, 5.0), (3, 1, 1), 20 / 5
+    wanted = (3 / 2 * sum((a - mean * n) ** 2 for a, n in zip(sums, counts, strict=True))) ** 0.5 / 5
+    assert scores.stderr == pytest.approx(wanted)
+    assert scores.nats == 20
 
 
 def test_both_models_of_a_comparison_are_calibrated(tmp_path: Path) -> None:

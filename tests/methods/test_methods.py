@@ -12,8 +12,8 @@ import torch
 from references import correlated_inputs, least_squares, output_error, violations, wanda_scores
 from torch import Tensor
 
-from llmprune.errors import NumericsError, PatternError
 from llmprune import methods
+from llmprune.errors import NumericsError, PatternError
 from llmprune.methods import Chain, Method, Pruned, Random, Refit, SparseGPT
 from llmprune.patterns import Block, Pattern, parse
 from llmprune.statistics import ColumnNorm, Gram

@@ -78,7 +78,7 @@ def test_everything_is_drawn_and_nothing_fetched(browser: Any, large: Path, tmp_
     with Visit(browser, file) as visit:
         assert visit.complaints == []
         charts = visit.page.locator("figure").count()
-        assert charts == (13 if kind == "report" else 2)
+        assert charts == (11 if kind == "report" else 2)
         assert visit.page.locator("figure .plot:has(.cartesianlayer .trace)").count() == charts
         assert visit.page.locator("#failure").is_hidden()
         assert [url for url in visit.requests if not url.startswith(("file:", "blob:", "data:"))] == []
@@ -164,6 +164,37 @@ def _seconds_to_first_screen(browser: Any, file: Path) -> float:
     metrics = {entry["name"]: entry["value"] for entry in session.send("Performance.getMetrics")["metrics"]}
     context.close()
     return float(metrics["TaskDuration"])
+
+
+def test_what_is_printed_is_complete(browser: Any, large: Path) -> None:
+    """Printing from the first drawn chart on: none is missing on paper, and none is wider than it."""
+    with Visit(browser, large, color_scheme="dark") as visit:
+        visit.page.reload()
+        visit.page.wait_for_selector("html[data-charts]")
+        printed = visit.page.evaluate(
+            """() => {
+                const drawn = () => document.querySelectorAll(".plot:has(.cartesianlayer .trace)").length;
+                const before = drawn();
+                dispatchEvent(new Event("beforeprint"));
+                const widths = [...document.querySelectorAll(".plot .main-svg")].map((svg) => svg.clientWidth);
+                return [before, drawn(), Math.max(...widths), getComputedStyle(document.body).backgroundColor];
+            }"""
+        )
+        charts = visit.page.locator(".plot").count()
+        assert 0 < printed[0] < printed[1] == charts
+        assert printed[2] <= 640
+        assert printed[3] == "rgb(246, 247, 249)"
+        visit.page.evaluate("dispatchEvent(new Event('afterprint'))")
+        visit.page.wait_for_selector("html[data-charts=drawn]")
+        assert visit.page.locator(".plot:has(.cartesianlayer .trace)").count() == charts
+        assert visit.colour("body", "backgroundColor") == "rgb(15, 19, 23)"
+        assert visit.complaints == []
+
+
+def test_no_toolbar_lies_over_a_legend(browser: Any, large: Path) -> None:
+    with Visit(browser, large) as visit:
+        visit.page.hover("#chart-error .main-svg >> nth=0")
+        assert visit.page.locator(".modebar").count() == 0
 
 
 def test_without_decompression_the_numbers_are_there(browser: Any, large: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from llmprune.pages.charts import Axis, Series, bars, level, lines, points, shares
+from llmprune.pages.charts import Axis, Series, bars, constant, level, lines, points, shares
 
 X, Y = Axis("decoder layer"), Axis("error", log=True, zero=True)
 
@@ -47,6 +47,25 @@ def test_horizontal_bars_grow_with_their_number() -> None:
     assert few["data"][0]["x"] == [1.0, 1.0]
     assert many["layout"]["height"] > few["layout"]["height"]
     assert few["layout"]["yaxis"]["autorange"] == "reversed"
+
+
+def test_error_bars_end_inside_the_axis() -> None:
+    score = Axis("score", percent=True, zero=True)
+    low, high = bars([Series("s", ["a", "b"], [0.5, 0.9], deviation=[0.1, 0.4])], X, score)["layout"]["yaxis"]["range"]
+    assert low == 0
+    assert high > 1.3
+    # One that reaches below zero: plotly's own range, which has room for all.
+    assert "range" not in bars([Series("s", ["a"], [0.1], deviation=[0.2])], X, score)["layout"]["yaxis"]
+
+
+def test_equal_values_are_recognised() -> None:
+    share = Axis("sparsity", percent=True, zero=True)
+    assert constant(lines([line(0.5, 0.50001), level("all", [0, 1], 0.5)], X, share)) == "Sparsity 50.0%"
+    assert constant(lines([line(0.0, 0.0, None)], X, Y)) == "Error 0"
+    assert constant(lines([line(0.5, 0.501)], X, share)) is None
+    assert constant(lines([line(0.5, None)], X, share)) is None
+    assert constant(shares(Series("peak", ["predicted", "measured"], [8.0, 8.0]), Axis("MB"))) == "MB 8"
+    assert constant(runs((1, 2), (1, 2))) is None
 
 
 def test_few_layers_have_no_ticks_between_them() -> None:

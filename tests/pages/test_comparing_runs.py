@@ -44,7 +44,7 @@ def dense(tmp_path: Path) -> Path:
 
 def test_a_row_holds_what_was_measured(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "one", report(layers=1))
-    (found,) = compare([folder]).rows
+    (found,) = compare([folder]).runs
     assert (found.name, found.folder, found.model, found.recipe) == ("one", str(folder), "org/model", "sparsegpt 0.5")
     assert (found.sparsity, found.parameters, found.nonzeros) == (0.5, 140, 140 - 7 * 20)
     assert found.stored_bytes == 140 * 4
@@ -53,7 +53,7 @@ def test_a_row_holds_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_a_run_without_weights_is_as_large_as_its_report_says(tmp_path: Path) -> None:
-    found = compare([write_run(tmp_path / "a", Report((), smaller(), (structure(0, 32),)), weights=False)]).rows[0]
+    found = compare([write_run(tmp_path / "a", Report((), smaller(), (structure(0, 32),)), weights=False)]).runs[0]
     assert (found.stored_bytes, found.parameters, found.sparsity) == (4_000_000, 6_000_000, None)
     assert (found.prefill_speedup, found.decode_speedup) == (2.0, pytest.approx(1.5))
     assert found.speed_of == "decoder layers, a CPU"
@@ -64,7 +64,7 @@ def test_packed_checkpoints_have_the_parameters_that_they_stand_for(tmp_path: Pa
     from packed_models import save_packed
 
     folder = save_packed(tmp_path / "made")
-    counted = [compare([write_report_into(folder / name)]).rows[0] for name in ("dense", "packed")]
+    counted = [compare([write_report_into(folder / name)]).runs[0] for name in ("dense", "packed")]
     assert counted[0].parameters == counted[1].parameters
     assert (counted[0].stored_bytes or 0) > (counted[1].stored_bytes or 0)
 
@@ -83,8 +83,8 @@ def test_runs_on_different_texts_are_kept_apart(tmp_path: Path) -> None:
     ]
     found = compare(folders)
     assert {text: [r.name for r in rows] for text, rows in found.groups.items()} == {
-        "a" * 64: ["a", "c"],
-        OTHER: ["b"],
+        "a" * 64: ["model", "a", "c"],
+        OTHER: ["model", "b"],
         None: ["d"],
     }
     assert "different tokens and are not comparable" in " ".join(found.notes)
@@ -107,6 +107,19 @@ def test_the_dense_model_is_a_row_of_every_group(tmp_path: Path, dense: Path) ->
     assert found.notes == ("perplexities of different groups were measured on different tokens and are not comparable",)
 
 
+def test_what_runs_know_of_their_dense_model_is_a_row(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / "a", report(parameters=10_000_000)),
+        write_run(tmp_path / "b", Report((row(0, "x"),), smaller(source="f" * 64, model="org/other"))),
+        write_run(tmp_path / "c", report(parameters=10_000_000)),
+    ]
+    first, second, *_ = compare(folders).rows
+    assert (first.name, first.model, first.recipe, first.perplexity) == ("model", "org/model", "dense", 20.0)
+    assert (first.parameters, first.stored_bytes, first.kl_divergence) == (10_000_000, 6_000_000, 0.0)
+    assert (second.name, second.parameters, second.stored_bytes) == ("other", 8_000_000, 16_000_000)
+    assert [found.name for found in compare(folders).runs] == ["a", "b", "c"]
+
+
 def test_a_model_that_no_run_was_made_from_is_said(tmp_path: Path, dense: Path) -> None:
     found = compare([write_run(tmp_path / "a")], against=str(dense))
     assert found.rows[0].perplexity is None
@@ -119,14 +132,14 @@ def test_the_whole_model_s_speed_goes_before_that_of_its_layers(tmp_path: Path) 
     write_bench(folder, older, bench())
     other = write_run(tmp_path / "b", Report((row(0, "x"),), smaller()))
     found = compare([folder, other])
-    assert (found.rows[0].decode_speedup, found.rows[0].prefill_speedup) == (1.2, 2.0)
-    assert found.rows[0].tokens_per_second == 120.0
-    assert found.rows[0].speed_of == "whole model, batch 1, a GPU"
+    assert (found.runs[0].decode_speedup, found.runs[0].prefill_speedup) == (1.2, 2.0)
+    assert found.runs[0].tokens_per_second == 120.0
+    assert found.runs[0].speed_of == "whole model, batch 1, a GPU"
     assert found.notes[0] == "speed-ups were measured in different ways and are hardly comparable"
     alone = bench()
     del alone["whole_model"]["dense"]
     write_bench(folder, alone)
-    assert compare([folder]).rows[0].speed_of == "decoder layers, a CPU"
+    assert compare([folder]).runs[0].speed_of == "decoder layers, a CPU"
 
 
 def test_tasks_count_where_all_have_them(tmp_path: Path, dense: Path) -> None:
@@ -149,7 +162,7 @@ def test_other_numbers_of_documents_are_other_tasks(tmp_path: Path) -> None:
     write_evaluation(folders[0], score("arc", "acc", 0.3, None), against=None)
     write_evaluation(folders[1], score("arc", "acc", 0.3, None, documents=7), against=None)
     found = compare(folders)
-    assert [r.score for r in found.rows] == [None, None]
+    assert [r.score for r in found.runs] == [None, None]
     assert found.notes[0] == "the runs have no lm-eval task in common"
 
 
@@ -158,22 +171,22 @@ def test_parts_of_a_group_do_not_count_twice(tmp_path: Path) -> None:
     results = {task: {"acc,none": value} for task, value in (("mmlu", 0.5), ("mmlu_law", 0.1), ("arc", 0.25))}
     content = {"results": results, "group_subtasks": {"mmlu": ["mmlu_law"], "arc": []}}
     (folder / "evaluation.json").write_text(json.dumps(content))
-    assert dict(compare([folder]).rows[0].scores) == {"mmlu": 0.5, "arc": 0.25}
+    assert dict(compare([folder]).runs[0].scores) == {"mmlu": 0.5, "arc": 0.25}
 
 
 def test_names_are_as_long_as_they_have_to_be(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name) for name in ("x/out", "y/out", "z")]
-    assert [r.name for r in compare(folders).rows] == ["x/out", "y/out", f"{tmp_path.name}/z"]
-    assert [r.name for r in compare(folders[1:]).rows] == ["out", "z"]
-    assert [r.name for r in compare([folders[0], folders[0]]).rows] == ["out", "out"]
+    assert [r.name for r in compare(folders).runs] == ["x/out", "y/out", f"{tmp_path.name}/z"]
+    assert [r.name for r in compare(folders[1:]).runs] == ["out", "z"]
+    assert [r.name for r in compare([folders[0], folders[0]]).runs] == ["out", "out"]
 
 
 def test_a_comparison_as_plain_data(tmp_path: Path) -> None:
     evaluation = {**header()["evaluation"], "pruned": perplexity(None, "a" * 64), "kl_divergence": None}
     found = compare([write_run(tmp_path / "a", report(evaluation=evaluation))])
-    assert math.isinf(found.rows[0].perplexity or 0)
+    assert math.isinf(found.runs[0].perplexity or 0)
     content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert (content["rows"][0]["perplexity"], content["rows"][0]["kl_divergence"]) == (None, None)
+    assert (content["rows"][1]["perplexity"], content["rows"][1]["kl_divergence"]) == (None, None)
     assert content["rows"][0]["text"] == "a" * 64
     assert content["texts"].keys() == {"a" * 64}
     assert "infinite" in Page(found._repr_html_()).text
@@ -185,16 +198,16 @@ def test_a_comparison_as_a_data_frame(tmp_path: Path) -> None:
     write_evaluation(folder, score("arc", "acc", 0.25, None), against=None)
     frame = compare([folder, write_run(tmp_path / "b")]).to_frame()
     assert isinstance(frame, pandas.DataFrame)
-    assert list(frame["name"]) == ["a", "b"]
-    assert frame["arc (100 documents)"][0] == 0.25
-    assert math.isnan(frame["arc (100 documents)"][1])
+    assert list(frame["name"]) == ["model", "a", "b"]
+    assert frame["arc (100 documents)"][1] == 0.25
+    assert math.isnan(frame["arc (100 documents)"][2])
 
 
 def test_files_beside_the_runs_are_left_out(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b")
     (tmp_path / "sweep.json").write_text("{}")
-    assert [row.name for row in compare(sorted(tmp_path.iterdir())).rows] == ["a", "b"]
+    assert [row.name for row in compare(sorted(tmp_path.iterdir())).runs] == ["a", "b"]
     with pytest.raises(CheckpointError, match="no folders to compare"):
         compare([tmp_path / "sweep.json"])
 
@@ -219,6 +232,8 @@ def runs(*points: tuple[float | None, float | None]) -> list[RunRow]:
         ([(2.0, 25.0), (1.0, 20.0)], ["1", "0"]),
         ([(1.0, 20.0), (1.0, 20.0)], ["0", "1"]),
         ([(1.0, 20.0), (1.0, 21.0), (2.0, 20.0)], ["2"]),
+        # Almost the same speed: no vertical line.
+        ([(1.0, 20.0), (1.0001, 21.0), (2.0, 25.0)], ["0", "2"]),
         ([(1.0, None), (None, 20.0), (3.0, 30.0)], ["2"]),
         ([], []),
     ],
@@ -244,3 +259,14 @@ def test_quality_against_size_and_speed(tmp_path: Path, dense: Path) -> None:
     assert front["x"] == [1.0, 1.5]
     assert "not comparable" in page.text
     assert "Comparison of 3 runs" in page.text
+
+
+def test_what_all_runs_share_is_no_chart(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, report(size=None), weights=False) for name in "ab"]
+    for folder in folders:
+        write_bench(folder, bench())
+    page = Page(write_comparison(compare(folders), tmp_path / "c.html").read_text())
+    assert set(page.figures) == {"chart-0-perplexity-speed"}
+    folders = [write_run(tmp_path / name) for name in "cd"]
+    page = Page(write_comparison(compare(folders), tmp_path / "c.html").read_text())
+    assert "chart-0-perplexity-speed" not in page.figures

@@ -50,6 +50,38 @@ def test_a_run_is_summed_up(tmp_path: Path) -> None:
     assert "checkpoint size 560 B dense 6.0 MB" in page.text
 
 
+def test_the_answer_comes_first(tmp_path: Path) -> None:
+    evaluation = header()["evaluation"]
+    for which, stderr in (("dense", 0.25), ("pruned", 0.5)):
+        evaluation[which] |= {"nats_stderr": 0.01, "stderr": stderr}
+    host = {"cpu": "a processor", "threads": 2, "memory_bytes": 8_000_000_000, "system": "Linux x", "python": "3.99"}
+    page = written(tmp_path, report(evaluation=evaluation, host=host, parameters=2100, notes=["no template"]))
+    text = page.text
+    assert text.index("model was pruned (sparsegpt 0.5): 50.0% of the weights in 21") < text.index("perplexity 25")
+    for said in (
+        "matrices are zero (20.0% of all weights); perplexity rises: 20.00 -> 25.00 (x1.25).",
+        "perplexity 25.00 ± 0.5 dense 20.00 ± 0.25 (x1.25)", "sparsity 50.0% in 21 matrices; 20.0% of all weights",
+        "base model org/model", "note no template", "CPU a processor", "memory 8.0 GB", "python 3.99",
+        "command llmprune prune org/model --recipe recipe.yaml --output pruned",
+        "± of perplexity one standard error, taking sequences",
+    ):  # fmt: skip
+        assert said in text
+
+
+def test_the_tile_says_how_much_smaller_the_checkpoint_is(tmp_path: Path) -> None:
+    text = written(tmp_path, weights=False).text
+    assert "checkpoint size 4.0 MB dense 6.0 MB; compression ratio 1.50x" in text
+    same = {"stored_bytes": 6_000_000, "dense_bytes": 6_000_000}
+    assert "dense 6.0 MB; as large as dense" in written(tmp_path, report(size=same), weights=False).text
+
+
+def test_a_chart_of_equal_values_is_a_sentence(tmp_path: Path) -> None:
+    page = written(tmp_path)
+    assert "chart-sparsity" not in {*page.figures, *page.names}
+    assert "Sparsity of each matrix Sparsity 50.0% everywhere. Numbers:" in page.text
+    assert "chart-error" in page.figures
+
+
 def test_sizes_come_from_the_report_where_the_weights_have_gone(tmp_path: Path) -> None:
     assert "checkpoint size 4.0 MB dense 6.0 MB" in written(tmp_path, weights=False).text
 
@@ -70,8 +102,9 @@ def test_every_kind_of_matrix_is_a_line_over_the_layers(tmp_path: Path) -> None:
     error = page.figures["chart-error"]["data"]
     assert [trace["name"] for trace in error] == list(KINDS)
     assert all(trace["x"] == [0, 1, 2] and trace["y"] == [0.01, 0.02, 0.03] for trace in error)
-    zeros = page.figures["chart-sparsity"]["data"]
-    assert zeros[0]["y"] == [0.5, 0.5, 0.5]
+    rows = tuple(row(layer, kind, zeros=10 * (layer + 1)) for layer in range(3) for kind in KINDS)
+    zeros = written(tmp_path, Report(rows, header())).figures["chart-sparsity"]["data"]
+    assert zeros[0]["y"] == [0.25, 0.5, 0.75]
     assert (zeros[-1]["name"], zeros[-1]["y"]) == ("all matrices", [0.5, 0.5])
 
 
@@ -94,7 +127,7 @@ def test_experts_are_one_point_that_says_how_far_they_differ(tmp_path: Path) -> 
         "in 1.5 s",
     ):
         assert said in hover
-    assert "damping increased for 1 matrices" in page.text
+    assert "dampening increased for 1 matrices" in page.text
 
 
 def test_an_error_that_was_not_measured_is_a_gap(tmp_path: Path) -> None:

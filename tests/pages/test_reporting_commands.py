@@ -56,7 +56,8 @@ def test_runs_are_compared_in_tables_of_80_columns(tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert all(len(line) <= 80 for line in lines)
     row = next(line for line in lines if "first-run" in line)
-    assert row.split()[:2] == ["first-run", "50.0%"]
+    assert row.split()[:3] == ["first-run", "sparsegpt", "50.0%"]  # the pattern is on the next line
+    assert [line.split()[:2] for line in lines if "dense" in line] == [["model", "dense"]] * 2
     assert "25.00" in row
     assert "0.1250" in row
     assert result.stdout.count("perplexity ") == 2
@@ -67,7 +68,7 @@ def test_a_comparison_as_json_and_as_a_page(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name) for name in "ab"]
     page = tmp_path / "pages" / "compare.html"
     result = run("compare", *folders, "--json", "--html", page)
-    assert [row["name"] for row in json.loads(result.stdout)["rows"]] == ["a", "b"]
+    assert [row["name"] for row in json.loads(result.stdout)["rows"]] == ["model", "a", "b"]
     assert str(page) in "".join(result.stderr.split("\n"))
     assert "Comparison of 2 runs" in page.read_text()
 

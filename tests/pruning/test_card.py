@@ -1,5 +1,6 @@
 """The model card: metadata that the hub reads, figures from the report, and a run that can be repeated."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,9 +11,11 @@ import torch
 from huggingface_hub import ModelCard
 from report_rows import row
 from tiny_models import build, recipe, save
+from transformers import AutoConfig
 
 from llmprune import Report, load_recipe, pack, prune, unpack
-from llmprune.pruning.card import write_card
+from llmprune.pruning.card import update_card, write_card
+from llmprune.storage.packed_config import NOTICE_KEY
 from llmprune.storage.report import load_report
 
 HEADER: dict[str, Any] = {"version": {"llmprune": "9.9"}, "evaluation": None}
@@ -76,6 +79,25 @@ def test_what_was_measured_is_in_the_table(tmp_path: Path, source: str, words: s
     assert "| KL divergence from the dense model (nats/token) | 0 | 0.0625 |" in text
     assert "| top-1 agreement with the dense model | 100% | 75.0% |" in text
     assert f"On 510 tokens of text {words}, in sequences of 256." in text
+
+
+@pytest.mark.parametrize(
+    ("family", "loader", "task"),
+    [
+        ("qwen3_vl", "AutoModelForImageTextToText", "image-text-to-text"),
+        ("gemma3", "AutoModelForCausalLM", "text-generation"),
+        ("llama", "AutoModelForCausalLM", "text-generation"),
+    ],
+)
+def test_the_class_that_loads_the_model_is_named(tmp_path: Path, family: str, loader: str, task: str) -> None:
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    loaded = card(tmp_path, "org/name")
+    assert f"It loads with `{loader}.from_pretrained`, like the original." in loaded.text
+    assert loaded.data.pipeline_tag == task
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {NOTICE_KEY: "see llmprune"}))
+    update_card(tmp_path)
+    assert f"`{loader}.from_pretrained` where llmprune is installed" in (tmp_path / "README.md").read_text()
 
 
 def test_the_recipe_and_the_command_repeat_the_run(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_a_watcher_is_told_every_layer_of_every_stage(dense: Path, tmp_path: Pat
     report = prune(dense, recipe(evaluation={"samples": 1}), tmp_path / "pruned", watch=heard.append)
     stages = [stage for stage in dict.fromkeys(p.stage for p in heard) if stage != "sampling text"]
     assert stages[:2] == ["evaluation text", "calibration text"]
-    assert stages[2:] == ["dense perplexity", "pruning", "pruned perplexity", "perplexity, head"]
+    assert stages[2:] == ["dense perplexity", "pruning", "pruned perplexity", "perplexity, head", "answers"]
     for stage in stages[2:5]:
         layers = [progress.layer for progress in heard if progress.stage == stage]
         assert sorted(layers) == layers

@@ -18,7 +18,7 @@ from llmprune.pruning.jobs import plan_jobs
 from llmprune.recipe.grid import read_grid
 from llmprune.recipe.recipe import Recipe, bundled_recipes, load_recipe
 from llmprune.storage.hub import resolve_model
-from llmprune.text.tokens import TextSpec
+from llmprune.text.tokens import PROMPTS, EvaluationSpec, TextSpec
 
 EVALUATION = {"samples": 32, "seed": 12345}
 
@@ -106,7 +106,7 @@ def test_defaults() -> None:
         "exclude": [],
         "rules": [],
         "calibration": asdict(TextSpec()),
-        "evaluation": asdict(TextSpec(**EVALUATION)),
+        "evaluation": asdict(EvaluationSpec(**EVALUATION)) | {"prompts": list(PROMPTS)},
         "batch_size": 8,
         "held_back": 4,
         "decoder_layers": None,
@@ -129,7 +129,7 @@ def test_every_key_of_a_file_is_read(tmp_path: Path) -> None:
         ("*.mlp.*", Block(0.5, (64, 64)), Wanda()),
     ]
     assert recipe.calibration == TextSpec("no", "2024-01-01", "test", samples=3, length=64, layout="truncate")
-    assert recipe.evaluation == TextSpec("wikitext", samples=5, length=64, order="text", seed=12345)
+    assert recipe.evaluation == EvaluationSpec("wikitext", samples=5, length=64, order="text", seed=12345)
     assert (recipe.batch_size, recipe.held_back, recipe.decoder_layers) == (2, 0, "model.layers")
     assert (recipe.experts.min_tokens, recipe.device, recipe.compute_dtype) == (0, "cuda:1", "bfloat16")
     assert recipe.activation_budget == 512 * 2**20
@@ -291,8 +291,8 @@ def test_order_of_overrides_does_not_matter() -> None:
 
 
 def test_evaluation_follows_the_length_of_calibration() -> None:
-    assert load_recipe("sparsegpt-50", ["calibration.length=64"]).evaluation == TextSpec(length=64, **EVALUATION)
-    assert load_recipe("sparsegpt-50", ["evaluation.length=64"]).evaluation == TextSpec(length=64, **EVALUATION)
+    assert load_recipe("sparsegpt-50", ["calibration.length=64"]).evaluation == EvaluationSpec(length=64, **EVALUATION)
+    assert load_recipe("sparsegpt-50", ["evaluation.length=64"]).evaluation == EvaluationSpec(length=64, **EVALUATION)
     assert load_recipe("sparsegpt-50", ["evaluation=null"]).evaluation is None
 
 

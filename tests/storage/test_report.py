@@ -1,6 +1,7 @@
 """What a report holds, that it survives JSON, and that its figures follow from its rows."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from report_rows import row
 from tiny_models import build, recipe, save
 
 from llmprune import Report, __version__, prune
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, MissingPackageError
+from llmprune.pages import Comparison
 from llmprune.storage.report import load_report
 from llmprune.text.tokens import TextSpec
 
@@ -73,10 +75,13 @@ def test_a_run_s_report_says_what_was_done(tmp_path: Path) -> None:
     prune(source, settings, tmp_path / "pruned")
     written = json.loads((tmp_path / "pruned" / "report.json").read_text())
     assert list(written) == [
-        "model", "finished", "recipe", "tokens", "source", "version", "device", "compute_dtype", "texts", "seconds",
-        "memory", "size", "evaluation", "summary", "structures", "rows",
+        "model", "finished", "recipe", "tokens", "source", "version", "device", "compute_dtype", "host", "parameters",
+        "texts", "notes", "seconds", "memory", "size", "evaluation", "answers", "summary", "structures", "rows",
     ]  # fmt: skip
     assert written["model"] == str(source)
+    weights = tensors(source)
+    assert written["parameters"] == sum(weight.numel() for weight in weights.values())
+    assert written["host"].keys() == {"cpu", "threads", "memory_bytes", "system", "python"}
     assert written["recipe"]["exclude"] == ["*.o_proj"]
     assert written["version"].keys() == {"llmprune", "torch", "transformers"}
     assert written["version"]["llmprune"] == __version__
@@ -96,7 +101,7 @@ def test_seconds_are_booked_once_and_memory_is_measured(tmp_path: Path) -> None:
     report = prune(source, recipe(evaluation={"samples": 2}), tmp_path / "pruned")
     seconds = dict(report.header["seconds"])
     total = seconds.pop("total")
-    stages = {"text", "load", "forward", "gram", "solve", "write", "dense perplexity", "pruned perplexity"}
+    stages = {"text", "load", "forward", "gram", "solve", "write", "dense perplexity", "pruned perplexity", "answers"}
     assert set(seconds) == stages
     assert all(value > 0 for value in seconds.values())
     assert sum(seconds.values()) <= total
@@ -129,6 +134,40 @@ def test_a_run_s_rows_are_counted_not_copied(tmp_path: Path) -> None:
         assert (found.damping, found.damping_tried) == ((None, ()) if wanda else (0.01, (0.01,)))
         assert found.error is not None
         assert 0 < found.error < 1
+
+
+def test_sparsity_of_all_weights_stands_beside_that_of_the_pruned_ones() -> None:
+    report = Report((row(), row()), {"parameters": 100})
+    assert (report.sparsity, report.overall_sparsity) == (0.5, 0.2)
+    assert Report((row(),)).overall_sparsity is None
+    assert "50.00% of the weights in the pruned matrices, 20.00% of all weights" in report._repr_html_()
+
+
+def test_a_report_is_one_line_at_the_prompt() -> None:
+    evaluation = {"dense": {"perplexity": 20.0}, "pruned": {"perplexity": 25.0}}
+    rows = tuple(row() for _ in range(100))
+    report = Report(rows, {"model": "org/model", "evaluation": evaluation})
+    shown = "Report(org/model, 100 matrices, sparsity 50.0%, perplexity 20.00 -> 25.00 (x1.25))"
+    assert repr(report) == str(report) == shown
+    assert repr(Report(())) == "Report()"
+
+
+def test_a_report_as_a_data_frame() -> None:
+    pandas = pytest.importorskip("pandas", reason="the frame is pandas'")
+    frame = Report((row(), row(zeros=5, error=None))).to_dataframe()
+    assert isinstance(frame, pandas.DataFrame)
+    assert list(frame["sparsity"]) == [0.5, 0.25]
+    assert list(frame["shape"]) == [(2, 10)] * 2
+    assert frame["error"].isna().tolist() == [False, True]
+    assert {"name", "sparsity"} < set(Report(()).to_dataframe().columns)
+
+
+def test_a_data_frame_without_pandas_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    for frame in (Report(()).to_dataframe, Comparison((), {}, ()).to_frame):
+        with pytest.raises(MissingPackageError, match="needs the package pandas") as caught:
+            frame()
+        assert caught.value.fix == "pip install pandas"
 
 
 def test_notebooks_show_a_table() -> None:

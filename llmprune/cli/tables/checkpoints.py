@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from llmprune.cli.console import facts, new_table
+from llmprune.cli.tables.folding import by_layer
 from llmprune.units import format_size
 
 if TYPE_CHECKING:
@@ -22,22 +24,15 @@ _NUMBERED = re.compile(r"^(.*?\.\d+)\.(.+)$")
 
 
 def inspection_tables(inspection: "Inspection", *, every: bool) -> list[RenderableType]:
-    """The matrices of a checkpoint, summarised per layer if there are many and `every` is false, and the totals."""
+    """The matrices of a checkpoint, and the totals.
+
+    Unless `every` is true, layers that say the same are one; if that still leaves many rows, each layer is one row.
+    """
     rows = [row for row in inspection.rows if row.pattern is not None]
     others = [row for row in inspection.rows if row.pattern is None]
-    layers: dict[str, list[TensorRow]] = {}
-    for row in rows:
-        match = _NUMBERED.match(row.name)
-        layers.setdefault(match[1] if match else "", []).append(row)
-    table = new_table("tensor", "shape", "dtype", "zeros", "pattern", "size", left=(0, 2, 4))
-    for layer, inside in layers.items():
-        if layer and not every and len(rows) > _LONG:
-            table.add_row(*_layer_row(layer, inside))
-            continue
-        if layer:
-            table.add_row(Text(layer, "bold"))
-        for row in inside:
-            table.add_row(*_tensor_row(row, indented=bool(layer)))
+    table = new_table("tensor", "shape", "dtype", "sparsity", "pattern", "size", left=(0, 2, 4))
+    if every or not _fold(table, rows):
+        _list(table, rows, every=every)
     kinds = ", ".join(f"{count} {dtype}" for dtype, count in Counter(row.dtype for row in others).most_common())
     negative = sum(row.negative_zeros for row in inspection.rows)
     totals = facts(
@@ -52,6 +47,37 @@ def inspection_tables(inspection: "Inspection", *, every: bool) -> list[Renderab
         *([("mismatch", f"config.json: {inspection.contradiction}")] if inspection.contradiction else []),
     )
     return [table, totals]
+
+
+def _fold(table: Table, rows: "Sequence[TensorRow]") -> bool:
+    """Add the rows with those of equal layers merged; adds nothing and returns false if there are still many."""
+    layers = by_layer(rows, lambda row: (row.shape, row.dtype, f"{row.sparsity:.2%}", row.pattern, row.layout))
+    if sum(len(inside) for _, inside in layers) > _LONG:
+        return False
+    for layer, inside in layers:
+        if layer:
+            table.add_row(Text(layer, "bold"))
+        for key, row, count in inside:
+            name = key.removesuffix(".weight")
+            size = format_size(row.bytes * count) + _as_layouts([row])
+            table.add_row(f"  {name}" if layer else name, *_tensor_row(row, indented=False)[1:5], size)
+    return True
+
+
+def _list(table: Table, rows: "Sequence[TensorRow]", *, every: bool) -> None:
+    """Add a row for each matrix, or for each layer if there are many and `every` is false."""
+    layers: dict[str, list[TensorRow]] = {}
+    for row in rows:
+        match = _NUMBERED.match(row.name)
+        layers.setdefault(match[1] if match else "", []).append(row)
+    for layer, inside in layers.items():
+        if layer and not every and len(rows) > _LONG:
+            table.add_row(*_layer_row(layer, inside))
+            continue
+        if layer:
+            table.add_row(Text(layer, "bold"))
+        for row in inside:
+            table.add_row(*_tensor_row(row, indented=bool(layer)))
 
 
 def _layer_row(layer: str, rows: Sequence["TensorRow"]) -> tuple[str, ...]:
@@ -69,7 +95,7 @@ def _layer_row(layer: str, rows: Sequence["TensorRow"]) -> tuple[str, ...]:
 
 
 def _tensor_row(row: "TensorRow", *, indented: bool) -> tuple[str, ...]:
-    name = "  " + _NUMBERED.sub(r"\2", row.name) if indented else row.name
+    name = ("  " + _NUMBERED.sub(r"\2", row.name) if indented else row.name).removesuffix(".weight")
     shape = " x ".join(map(str, row.shape))
     return name, shape, row.dtype, f"{row.sparsity:.2%}", str(row.pattern), _stored(row)
 

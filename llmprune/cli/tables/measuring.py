@@ -1,14 +1,15 @@
 """What `llmprune explain` and `llmprune bench` show: tables that fit 80 columns and show slower cases too."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.text import Text
 
 from llmprune.cli.console import facts, new_table
-from llmprune.measuring.bench.record import grouped, layer_span, split_layer, tokens_a_second
+from llmprune.cli.tables.folding import by_layer
+from llmprune.measuring.bench.record import grouped, tokens_a_second
 from llmprune.pages.labels import opened
 from llmprune.units import format_change, format_seconds, format_size, spans
 
@@ -18,14 +19,12 @@ if TYPE_CHECKING:
 
 _UNMEASURED = "not yet: run `llmprune bench` on the folder"
 
-Row = TypeVar("Row", "PackedRow", "DenseRow")
-
 
 def perplexity_table(result: "Perplexity", run: dict[str, Any]) -> RenderableType:
     """A perplexity and how it was measured."""
     return facts(
         ("model", run["model"]),
-        ("perplexity", f"{result.perplexity:.4f}"),
+        ("perplexity", f"{result.perplexity:.4f}{_plus_minus(result)}"),
         ("loss", f"{result.nats:.5f} nats/token"),
         *_protocol(result, run),
     )
@@ -38,10 +37,15 @@ def comparison_table(result: "PerplexityComparison", run: dict[str, Any]) -> Ren
         ("model", run["model"]),
         ("against", run["against"]),
         ("perplexity", format_change(dense.perplexity, pruned.perplexity)),
+        *([("", f"dense{_plus_minus(dense)}, pruned{_plus_minus(pruned)}")] if _plus_minus(pruned) else []),
         ("KL divergence", f"{result.kl_divergence:.5f} nats/token"),
         ("top-1 agreement", f"{result.agreement:.2%}"),
         *_protocol(pruned, run),
     )
+
+
+def _plus_minus(result: "Perplexity") -> str:
+    return f" ± {result.stderr:.2g} (standard error)" if result.stderr is not None else ""
 
 
 def _protocol(result: "Perplexity", run: dict[str, Any]) -> list[tuple[str, str]]:
@@ -121,7 +125,7 @@ def ratio_note(rates: Mapping[str, float]) -> str:
 
 def _packed_table(rows: Sequence["PackedRow"], notes: list[str]) -> RenderableType:
     shown = new_table("packed", "shape", "layout", "kernel", "bytes", "max", "measured", left=(0, 2, 3))
-    for layer, inside in _by_layer(
+    for layer, inside in by_layer(
         rows, lambda row: (row.layout["shape"], _layout(row), row.form, row.reason, row.gains)
     ):
         shown.add_row(Text(layer, "bold"))
@@ -141,27 +145,13 @@ def _packed_table(rows: Sequence["PackedRow"], notes: list[str]) -> RenderableTy
 
 def _dense_table(rows: Sequence["DenseRow"], notes: list[str]) -> RenderableType:
     shown = new_table("not packed", "shape", "size", "why", left=(0, 3))
-    for layer, inside in _by_layer(rows, lambda row: (row.shape, row.reason)):
+    for layer, inside in by_layer(rows, lambda row: (row.shape, row.reason)):
         if layer:
             shown.add_row(Text(layer, "bold"))
         for name, row, count in inside:
             shape, note = " x ".join(map(str, row.shape)), f"[{_note(notes, row.reason)}]"
             shown.add_row(f"  {name}" if layer else name, shape, format_size(row.bytes * count), note)
     return shown
-
-
-def _by_layer(rows: Sequence[Row], key: Callable[[Row], object]) -> list[tuple[str, list[tuple[str, Row, int]]]]:
-    """Merge rows that say the same: (layers, [(name inside, first row, how many)])."""
-    merged: dict[object, tuple[Row, list[int]]] = {}
-    for row in rows:
-        before, number, after = split_layer(row.name)
-        merged.setdefault((before, after, str(key(row))), (row, []))[1].append(-1 if number is None else number)
-    layers: dict[str, list[tuple[str, Row, int]]] = {}
-    for row, numbers in merged.values():
-        before, _, after = split_layer(row.name)
-        layer = layer_span(before, [number for number in numbers if number >= 0])
-        layers.setdefault(layer, []).append((after, row, len(numbers)))
-    return list(layers.items())
 
 
 def _layout(row: "PackedRow") -> str:

@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from llmprune.cli.console import facts, new_table
+from llmprune.pages.headline import headline
 from llmprune.pages.labels import massive_line, opened
 from llmprune.units import format_change, format_seconds, format_size, spans
 
@@ -25,13 +26,13 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
     stages = [f"{stage} {format_seconds(value)}" for stage, value in header["seconds"].items() if stage != "total"]
     memory = header["memory"]
     error = "not measured" if report.mean_error is None else f"{report.mean_error:.4f} (mean)"
-    return facts(
-        ("model", header["model"]),
+    found = facts(
+        ("base model", header["model"]),
         *_evaluation_facts(report),
         *_removal_facts(report),
-        *([("sparsity", f"{report.sparsity:.2%} in {_matrices(len(report.rows))}")] if report.rows else []),
+        *([("sparsity", _sparsity(report))] if report.rows else []),
         ("relative output error", error),
-        ("damping increased", f"for {_matrices(climbed)}"),
+        ("dampening increased", f"for {_matrices(climbed)}"),
         *([("massive activations", massive_line(report.massive))] if report.massive else []),
         ("too few tokens", f"for {_matrices(priors)} of experts"),
         ("seconds", f"{format_seconds(header['seconds']['total'])}: {', '.join(stages)}"),
@@ -43,6 +44,29 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
         ("report", str(folder / "report.json")),
         *([("page", str(folder / "report.html"))] if (folder / "report.html").exists() else []),
     )
+    lead = Text(headline(report, str(folder)), "bold")
+    return Group(lead, Text(), found, *_answers(report), *(Text(f"note: {note}") for note in report.notes))
+
+
+def _answers(report: "Report") -> list[RenderableType]:
+    """The prompts that both models have answered, one below the other."""
+    answers = report.header.get("answers")
+    if not answers:
+        return []
+    if answers["skipped"]:
+        return [Text(f"answers left out: {answers['skipped']}")]
+    found = zip(answers["prompts"], answers["dense"], answers["pruned"], strict=True)
+    lines = [
+        (name, " ".join(text.split()))
+        for asked, dense, pruned in found
+        for name, text in (("prompt", asked), ("  dense", dense), ("  pruned", pruned))
+    ]
+    return [Text(), facts(*lines)]
+
+
+def _sparsity(report: "Report") -> str:
+    overall = "" if report.overall_sparsity is None else f", {report.overall_sparsity:.2%} of all weights"
+    return f"{report.sparsity:.2%} in {_matrices(len(report.rows))}{overall}"
 
 
 def _removal_facts(report: "Report") -> list[tuple[str, str]]:
@@ -76,8 +100,8 @@ def _size_facts(size: dict[str, int] | None) -> list[tuple[str, str]]:
     if size is None:
         return []
     stored, dense = size["stored_bytes"], size["dense_bytes"]
-    packed = "" if stored == dense else f" (x{stored / dense:.4f} of {format_size(dense)} unpacked)"
-    return [("checkpoint size", format_size(stored) + packed)]
+    ratio = "" if stored == dense else f" (compression ratio {dense / stored:.2f}x: {format_size(dense)} unpacked)"
+    return [("checkpoint size", format_size(stored) + ratio)]
 
 
 def recipes_table(recipes: Iterable[tuple[str, str]]) -> RenderableType:
@@ -109,11 +133,18 @@ def _evaluation_facts(report: "Report") -> list[tuple[str, str]]:
     text = "self-generated text" if dense["text"]["source"] == "self" else dense["text"]["source"]
     return [
         ("perplexity", format_change(report.dense_perplexity, report.pruned_perplexity)),
+        *_standard_errors(evaluation),
         ("", f"on {dense['predicted_tokens']:,} tokens of {text}, in sequences of {dense['length']}"),
         *([("", opening.removeprefix(", "))] if (opening := opened(dense["text"])) else []),
         ("KL divergence", "not finite" if divergence is None else f"{divergence:.4f} nats/token"),
         ("top-1 agreement", f"{evaluation['agreement']:.1%}"),
     ]
+
+
+def _standard_errors(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
+    """The standard errors of both perplexities; empty if unknown."""
+    found = [evaluation[which].get("stderr") for which in ("dense", "pruned")]
+    return [] if None in found else [("", f"standard errors {found[0]:.2g} and {found[1]:.2g}, by sequences")]
 
 
 def _removal_table(plan: "DryRun") -> Table:

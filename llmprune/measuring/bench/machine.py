@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from llmprune import __version__
-from llmprune.devices import cpu_threads
+from llmprune.devices import cpu_threads, processor_name
 from llmprune.timing import Effort, time_calls
 
 _PACKAGES = ("torch", "triton", "transformers", "nvidia-cusparselt-cu13", "nvidia-cublas")
@@ -62,7 +62,7 @@ def device_name(device: torch.device) -> str:
     """Name a device so that results can be distinguished by it: a GPU, or a CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {cpu_threads()}"
+    return f"{processor_name()}, {cpu_threads()}"
 
 
 def versions() -> dict[str, str]:
@@ -93,12 +93,3 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except OSError:
         return None
     return run.stdout.strip() if run.returncode == 0 else None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or f"{platform.machine()} CPU"

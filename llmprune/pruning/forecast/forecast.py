@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from llmprune.devices import describe_device, runs_per_second
+from llmprune.devices import describe_device, resolve_device, runs_per_second
+from llmprune.measuring.answers import too_large
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.decoder import prunable_matrices
 from llmprune.models.sizes import ends_bytes
@@ -290,5 +291,9 @@ def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
     if any(text.source == "self" for text in texts):
         size = sum(stored.nbytes for stored in source.stored.values())
         yield f"For self-generated text, the whole dense model is loaded: {size / 1e9:.2f} GB."
+    if recipe.evaluation is not None and (prompts := recipe.evaluation.prompts):
+        reason = too_large(source, resolve_device(recipe.device))
+        asked = f"left out: {reason}" if reason else "answered by both models, each loaded completely for it"
+        yield f"{len(prompts)} prompts (evaluation.prompts) are {asked}."
     if any(isinstance(pattern, Unstructured) and pattern.over == "layer" for pattern in recipe.patterns):
         yield "If scores are compared over a whole layer, the sparsity of each matrix is the layer's average."

@@ -1,0 +1,77 @@
+"""What a model's next-token distributions are scored by, summed up over any number of positions.
+
+The mean negative log-likelihood m = L / N of all tokens is a ratio of two sums over sequences. Tokens of one sequence
+depend on one another, so the standard error takes sequences, not tokens, as independent draws: with L_s and n_s those
+of sequence s of S, it is sqrt(S / (S - 1) * sum_s (L_s - m n_s)^2) / N (the ratio estimator of Cochran 1977, Sampling
+Techniques, section 6.4). With equal n_s it is the usual standard error of the mean of the sequences.
+
+The expected calibration error (ECE) measures how far a model's confidence is from its accuracy (Guo et al. 2017, On
+Calibration of Modern Neural Networks, section 2): predictions fall into 15 bins of equal width by the probability of
+the most likely next token, bin m has (m - 1) / 15 < confidence <= m / 15, and |accuracy - mean confidence| is averaged
+over the bins, weighted by their number of predictions.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BINS = 15
+
+
+class Scores:
+    """Sums for one model.
+
+    Args:
+        sequences: how many there are in all.
+
+    Attributes:
+        nats: negative log-likelihood of all tokens so far.
+    """
+
+    def __init__(self, sequences: int) -> None:
+        self.nats = 0.0
+        self._losses, self._counts = torch.zeros(2, sequences, dtype=torch.float64)
+        self._bins: Tensor | None = None
+
+    def add(self, log_probabilities: Tensor, targets: Tensor, sequences: Tensor) -> None:
+        """Count predictions.
+
+        Args:
+            log_probabilities: [positions, vocabulary].
+            targets: [positions], the tokens that follow.
+            sequences: [positions], the number of the sequence that each is in.
+        """
+        losses = -log_probabilities.gather(-1, targets.unsqueeze(-1)).double().squeeze(-1)
+        self.nats += float(losses.sum())
+        # On the CPU, where sums by index always run in the same order.
+        places = sequences.cpu()
+        self._losses += torch.bincount(places, losses.cpu(), minlength=len(self._losses))
+        self._counts += torch.bincount(places, minlength=len(self._counts))
+        self._calibrate(log_probabilities, targets)
+
+    @property
+    def stderr(self) -> float | None:
+        """Standard error of the mean negative log-likelihood per token; None with fewer than two sequences."""
+        count, sequences = float(self._counts.sum()), int((self._counts > 0).sum())
+        if sequences < 2:
+            return None
+        residuals = self._losses - self.nats / count * self._counts
+        return math.sqrt(sequences / (sequences - 1) * float(residuals.square().sum())) / count
+
+    @property
+    def calibration_error(self) -> float:
+        """The expected calibration error; a bin's weight cancels the count that its means are divided by."""
+        assert self._bins is not None
+        hits, confidences = self._bins
+        return float((hits - confidences).abs().sum() / self._counts.sum())
+
+    def _calibrate(self, log_probabilities: Tensor, targets: Tensor) -> None:
+        confidence, likeliest = log_probabilities.max(-1)
+        confidence = confidence.double().exp().clamp(max=1.0)
+        bins = (confidence * _BINS).ceil().long().clamp(1, _BINS) - 1
+        values = torch.stack([(likeliest == targets).double(), confidence])
+        # A matmul, because scatter additions on a GPU run in a different order each time.
+        sums = values @ F.one_hot(bins, _BINS).double()
+        self._bins = sums if self._bins is None else self._bins + sums
