@@ -95,8 +95,8 @@ class LayerDriver:
         self._tell(layer, "replaying")
         if self._reduction is not None:
             self._reduction.replay(layer)
-        self._rows += target.rows_of(name)
-        self._structures += target.structures_of(name)
+        self._rows += target.layers[name].rows
+        self._structures += target.layers[name].structures
 
     def _prune(self, layer: ResidentLayer, jobs: dict[str, Job]) -> None:
         stream, recipe = self._stream, self._run.recipe

@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from llmprune.devices import resolve_device
-from llmprune.errors import CheckpointError, DeviceError, ModelError
+from llmprune.errors import DeviceError, ModelError
 from llmprune.models import boundary
-from llmprune.models.checkpoint_source import find_contradiction
+from llmprune.models.checkpoint_source import require_consistent
+from llmprune.models.headers import require_finite
 from llmprune.models.skeleton import read_config
 from llmprune.precision import computed_in
 from llmprune.serving.decode_graphs import DecodeGraphs
@@ -30,7 +31,7 @@ from llmprune.serving.forms import Fragments, Served
 from llmprune.serving.fusion import fuse
 from llmprune.serving.quantizer import sparse_layers
 from llmprune.storage.hub import resolve_model
-from llmprune.storage.packed_config import QUANT_METHOD
+from llmprune.storage.packed_config import is_recorded
 
 
 def load(
@@ -60,6 +61,7 @@ def load(
     Raises:
         ModelError: there is no such model, it is not a causal LM, or graphs cannot be recorded for it.
         CheckpointError: its files are incomplete, or quantised by another library.
+        NumericsError: a weight is NaN or infinite.
         DeviceError: this machine has no such device, or graphs are requested on a device without them.
     """
     target = resolve_device(device)
@@ -71,17 +73,16 @@ def load(
         )
     folder = resolve_model(model)
     read_config(folder)
-    if problem := find_contradiction(folder):
-        raise CheckpointError(
-            f"{folder}: {problem}",
-            expected="config.json and weights that describe the same model",
-            fix="download the checkpoint again, or check that its files belong together",
-        )
     config = boundary.read_stock_config(folder)
+    packed = is_recorded(config)  # then the quantizer makes the same checks, for `from_pretrained` too
+    if not packed:
+        require_consistent(folder)
     if dtype == "auto":
         dtype = computed_in(config.dtype or torch.float32, target)
     _choose_served(config, served, folder)
     loaded = boundary.load_stock_model(folder, config, dtype=dtype, device_map={"": target})
+    if not packed:
+        require_finite(folder, loaded.named_parameters())
     if fused and any(type(layer.form) is Fragments for _, layer in sparse_layers(loaded)):
         fuse(loaded, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=target))
     if graphs:
@@ -267,8 +268,8 @@ class _Streamer(TextStreamer):  # type: ignore[misc] # transformers is not typed
 
 
 def _choose_served(config: PretrainedConfig, served: Served, folder: Path) -> None:
-    record = getattr(config, "quantization_config", None) or {}
-    if record.get("quant_method") == QUANT_METHOD and record["modules"]:
+    record = getattr(config, "quantization_config", None)
+    if is_recorded(config) and isinstance(record, dict) and record.get("modules"):
         record["served"] = served
     elif served == "packed":
         raise ModelError(
