@@ -46,7 +46,7 @@ from llmprune.recipe.document import (
     parse_document,
     refusal,
 )
-from llmprune.recipe.fields import STRICT, GlobField, MethodField, PatternField, TextField, check_device
+from llmprune.recipe.fields import MOST, STRICT, GlobField, MethodField, PatternField, TextField, check_device
 from llmprune.recipe.globs import covers, matches_any
 from llmprune.recipe.messages import explain
 from llmprune.recipe.structures import SECTIONS, Structures
@@ -96,7 +96,7 @@ class Experts(BaseModel):
 
     model_config = STRICT
 
-    min_tokens: Annotated[int, Field(ge=0)] = 64
+    min_tokens: Annotated[int, Field(ge=0, le=MOST)] = 64
 
 
 class StatisticsOptions(BaseModel):
@@ -150,8 +150,8 @@ class Recipe(BaseModel):
     rules: tuple[Rule, ...] = ()
     calibration: TextField = TextSpec()
     evaluation: TextField | None = Field(default_factory=dict, validate_default=True)
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    held_back: Annotated[int, Field(ge=0)] = 4
+    batch_size: Annotated[int, Field(ge=1, le=MOST)] = 8
+    held_back: Annotated[int, Field(ge=0, le=MOST)] = 4
     decoder_layers: Annotated[str, Field(min_length=1)] | None = None
     statistics: StatisticsOptions = StatisticsOptions()
     experts: Experts = Experts()

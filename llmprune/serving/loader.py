@@ -148,15 +148,20 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> Te
         chat: whether to treat it as a user's message and apply the chat template.
 
     Raises:
-        ModelError: the tokenizer has no chat template, or an empty prompt has no tokens.
+        ModelError: the tokenizer has no chat template, the template fails, or an empty prompt has no tokens.
     """
     if chat and tokenizer.chat_template is None:
         raise missing_template(str(tokenizer.name_or_path))
     if chat:
         message = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        with boundary.explained(
+            f"the chat template of {tokenizer.name_or_path} fails",
+            expected="a template that accepts a single user message",
+            fix="correct it, give another with --chat-template, or prompt without chat",
+        ):
+            encoded = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
     ids: Tensor = encoded["input_ids"].long()

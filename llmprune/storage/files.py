@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -181,8 +181,15 @@ def header_bytes(file: Path) -> bytes:
         CheckpointError: the file is missing, truncated or corrupted.
     """
     # safe_open refuses inconsistent headers: lengths, shapes, overlaps, gaps.
-    with _reading(file), safe_open(file, framework="pt"), file.open("rb") as handle:
+    with _reading(file), _open_plain(file) as handle, safe_open(file, framework="pt"):
         return handle.read(int.from_bytes(handle.read(8), "little"))
+
+
+def _open_plain(file: Path) -> BinaryIO:
+    """Open a file, unless reading it could wait for ever; unlike safetensors, say why it cannot be opened."""
+    if file.exists() and not file.is_file():
+        raise OSError("it is not a file")
+    return file.open("rb")
 
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -197,8 +204,10 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> str:
     temporary = file.with_name(f".{file.name}.partial")
     contiguous = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     with removed_on_failure(temporary):
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(contiguous, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)  # safetensors creates files that only their owner can read
+        temporary.chmod(mode)  # safetensors creates files that only their owner can read, whatever the umask
         digest = file_digest(temporary)
         publish(temporary, file)
     return digest
@@ -273,6 +282,10 @@ def _reading(file: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{file} does not exist", expected="a safetensors file", fix="download the checkpoint again"
         ) from None
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{file} cannot be read: permission denied", expected="a file that you may read", fix="fix its permissions"
+        ) from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} is truncated or corrupted: {error}",
