@@ -2,11 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
+
+from llmprune.errors import ResumeError
 from llmprune.methods import Method
 from llmprune.patterns import Pattern, parse
 from llmprune.recipe.fields import read_method, write_method
+from llmprune.storage.records import checked
 from llmprune.structures.find.discovery import Structure
 from llmprune.structures.remove.cuts import Cut
 

@@ -1,4 +1,4 @@
-"""Odd names, terminals and values on the command line: each ends in a message, never in a traceback or without a word."""
+"""Odd names, terminals and values: each ends in a message, never in a traceback or without a word."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_names_that_no_file_can_have(source: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(ResumeError, match="not a path that this machine can have"):
         prune(source, recipe(), tmp_path / name)
-    with pytest.raises(ModelError, match="names no model"):
+    with pytest.raises(ModelError, match="names no model|no folder"):
         prune(str(tmp_path / name), recipe(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -70,7 +70,7 @@ def test_recipes_that_are_huge_or_nested_without_end_are_refused_at_once() -> No
 def test_a_chat_template_that_fails_is_named(source: Path, tmp_path: Path, template: str) -> None:
     (tmp_path / "chat.jinja").write_text(template)
     tokenizer = load_tokenizer(source, tmp_path / "chat.jinja")
-    with pytest.raises(ModelError, match="the chat template of .* fails"):
+    with pytest.raises(ModelError, match=r"the chat template of .* fails"):
         encode(tokenizer, "w5", chat=True)
 
 

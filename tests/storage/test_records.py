@@ -23,7 +23,8 @@ WRONG: tuple[Any, ...] = (5, "x", None, [], [5], {}, {"x": 5}, -1, 1.5, True)
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "invalid JSON"), (NEST, "invalid JSON: recursion limit"), ("[]", "input should be an object"), ("\udcff", "invalid JSON"),
+        ("{", "invalid JSON"), (NEST, "invalid JSON: recursion limit"),
+        ("[]", "input should be an object"), ("\udcff", "invalid JSON"),
         ('{"a": "1"}', "a: input should be a valid integer, not '1'"),
         ('{"a": "x", "b": "y"}', r"a: .* \(and 1 more faults\)"), ('{"a": true}', "a: .* not True"),
     ],
