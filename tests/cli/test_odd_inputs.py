@@ -27,7 +27,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_names_that_no_file_can_have(source: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(ResumeError, match="not a path that this machine can have"):
         prune(source, recipe(), tmp_path / name)
-    with pytest.raises(ModelError, match="names no model|no folder"):
+    with pytest.raises(ModelError, match=r"names no model|no folder"):
         prune(str(tmp_path / name), recipe(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
