@@ -220,6 +220,8 @@ def parse(text: str | float) -> Pattern:
         NM(keep=2, of=4)
     """
     text = str(text).strip()
+    if not text.isascii():  # the digits of other scripts are digits to `re` and `int`
+        raise PatternError(f"pattern {text!r} cannot be read", expected=_SYNTAX)
     if text == "dense":
         return Unstructured(0.0)
     if match := re.fullmatch(r"(\d+):(\d+)", text):

@@ -3,7 +3,9 @@
 torch and transformers take seconds to import, so every command imports what it needs itself, and `--help` none of it.
 """
 
+import io
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -29,6 +31,9 @@ def main() -> None:
     """Run the command line."""
     # The progress bars of `datasets` would be drawn across our display.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that the terminal's encoding lacks are escaped
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="llmprune")
 
 

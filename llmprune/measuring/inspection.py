@@ -154,7 +154,7 @@ def _files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"no folder {folder}", expected="a folder with safetensors files", fix="check the spelling"
         )
-    named = sorted(folder.glob("*.safetensors"))
+    named = sorted(file for file in folder.glob("*.safetensors") if file.is_file())  # reading a pipe would hang
     standard = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
     return named if named and not standard else weight_files(folder)
 

@@ -56,6 +56,9 @@ def read_stock_config(folder: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if not isinstance(config.architectures, list | None):
             raise TypeError(f"architectures is {config.architectures!r}, not a list")
+        layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 1)
+        if layers < 1:
+            raise ValueError(f"num_hidden_layers is {layers}")
     return without_idle_record(config)
 
 

@@ -21,7 +21,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from llmprune.errors import CheckpointError, ModelError
 from llmprune.models.boundary import explained
-from llmprune.models.headers import check_headers, require_none
+from llmprune.models.headers import check_headers, require_finite, require_none
 from llmprune.models.skeleton import quiet_transformers, read_config
 from llmprune.models.source import Smaller, drop_parameters, modules_outside, move
 from llmprune.models.uneven import build_decoder
@@ -103,6 +103,7 @@ class CheckpointSource:
         prefix = self.layer_name(index) + "."
         self._load({key: self.stored[key] for key in self.layer_keys(index)}, device)
         self._require_loaded(prefix)
+        require_finite(self.folder, self.layers[index].named_parameters(prefix[:-1]))
         for module in self.layers[index].modules():
             move(module, device)
 
@@ -121,6 +122,7 @@ class CheckpointSource:
         missing = {name for name, tensor in self.model.named_parameters(remove_duplicate=False) if tensor.is_meta}
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         self._require_loaded("")
+        require_finite(self.folder, self.model.named_parameters())
         for module in modules_outside(self.model, self.layers):
             move(module, device)
 
@@ -331,6 +333,20 @@ def _as_in(wanted: list[str], key: str, base_prefix: str) -> str:
         if spelling in wanted:
             return spelling
     return key
+
+
+def require_consistent(folder: Path) -> None:
+    """Refuse a checkpoint whose config.json and files contradict each other, before any weights are read.
+
+    Raises:
+        CheckpointError: says how.
+    """
+    if problem := find_contradiction(folder):
+        raise CheckpointError(
+            f"{folder}: {problem}",
+            expected="config.json and weights that describe the same model",
+            fix="download the checkpoint again, or check that its files belong together",
+        )
 
 
 def find_contradiction(folder: Path) -> str | None:

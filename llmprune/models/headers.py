@@ -1,14 +1,14 @@
 """Check a checkpoint before reading any weights: its headers against what config.json requires."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, NumericsError
 from llmprune.precision import dtype_name
 from llmprune.storage.files import Stored, listed
 from llmprune.storage.packed_config import PackedWeight
@@ -52,6 +52,28 @@ def check_headers(
     present = {id(parameters[name]) for key in weights for name in targets[key] if name in parameters}
     # For tied parameters, one name is enough.
     require_none(folder, [name for name, tensor in model.named_parameters() if id(tensor) not in present])
+
+
+def require_finite(name: str | Path, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse weights that are NaN or infinite: a damaged file, or a training run that diverged.
+
+    Args:
+        name: of the model, for the message.
+        parameters: names and values; those without values (on the meta device) and packed bits are skipped.
+
+    Raises:
+        NumericsError: names the first such tensor.
+    """
+    for key, values in parameters:
+        if values.is_meta or values.dtype not in _WEIGHTS or not values.numel():
+            continue
+        # The extremes of a tensor with NaN are NaN; no copy of it is made.
+        if not bool(torch.isfinite(torch.stack(values.detach().aminmax())).all()):
+            raise NumericsError(
+                f"{name}: {key} contains NaN or infinity",
+                expected="finite weights",
+                fix="download the checkpoint again; if it is its training that diverged, use another checkpoint",
+            )
 
 
 def require_none(folder: Path, missing: Sequence[str]) -> None:

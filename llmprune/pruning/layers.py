@@ -116,9 +116,10 @@ class LayerDriver:
             self._targets.follow(layer, dense=self._reduction is not None)
         if self._reduction is not None:
             self._reduction.replay(layer)
-        self._rows += target.rows_of(name)
-        self._structures += target.structures_of(name)
-        self._matches += target.matches_of(name)
+        committed = target.layers[name]
+        self._rows += committed.rows
+        self._structures += committed.structures
+        self._matches += committed.matches
 
     def _prune(self, layer: ResidentLayer, jobs: dict[str, Job]) -> None:
         stream, recipe = self._stream, self._run.recipe

@@ -163,7 +163,7 @@ def _into(
     reduction = None if found is None or decisions is None else Reduction(found, decisions)
     streamed, result = (source, source) if reduction is None else (reduction.source, reduction.result)
     for layer in target.layers.values():
-        result.overlay(target.path / layer["shard"], target.layouts_of(layer))
+        result.overlay(target.path / layer.shard, target.layouts_of(layer))
     jobs = plan_jobs(result, run.recipe, {} if decisions is None else decisions.matrices)
     writer = Writer(source, reduction, target, run.recipe.format)
     layers = LayerDriver(

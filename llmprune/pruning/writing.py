@@ -68,7 +68,7 @@ class Writer:
         first = self._shard(0)
         ends = {key: positive_zeros(tensor) for key, tensor in self._streamed.end_tensors().items()}
         self.target.commit_ends(first, ends)
-        shards = [first, *(layer["shard"] for layer in self.target.layers.values())]
+        shards = [first, *(layer.shard for layer in self.target.layers.values())]
         config = None if self._reduction is None else patched_config(self._dense, self._result.config)
         headers = {shard: read_header(self.target.path / shard) for shard in shards}
         return self.target.finish(self._dense.folder, headers, config)

@@ -29,6 +29,9 @@ class Document:
         return self.places.get(next(written, ()), self.name)
 
 
+# YAML is read at about half a megabyte a second.
+_MOST_CHARACTERS = 1 << 19
+
 # Keys whose values are paths or prose.
 _TEXT_KEYS = ("source", "description")
 _TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:null")
@@ -70,6 +73,12 @@ def refusal(error: LlmpruneError, *keys: str | int) -> PydanticCustomError:
 
 def parse_document(text: str, name: str) -> Document:
     """Read a recipe from text; `name` names it in errors."""
+    if len(text) > _MOST_CHARACTERS:
+        raise RecipeError(
+            f"{name} has {len(text):,} characters",
+            expected=f"a recipe of at most {_MOST_CHARACTERS:,}",
+            fix="shorten the description; texts belong into files of their own",
+        )
 
     def place(line: int) -> str:
         return f"{name}:{line}"
@@ -87,6 +96,8 @@ def _read_yaml(text: str, place: Callable[[int], str]) -> tuple[Any, dict[KeyPat
         loader = _RecipeLoader(text)
         node = loader.get_single_node()
         return (None if node is None else _build(loader, node, (), lines)), lines
+    except RecursionError as error:
+        raise RecipeError(f"{place(1)}: nested too deep", expected="a recipe's keys: at most a few levels") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
@@ -148,7 +159,7 @@ def _literal(text: str, *, text_key: bool) -> str | None:
     """
     try:
         node = _RecipeLoader(text).get_single_node()
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return None if text.startswith(("[", "{")) and not text_key else text
     if node is None:
         return text or None

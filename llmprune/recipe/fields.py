@@ -18,7 +18,7 @@ from pydantic import (
 
 from llmprune.errors import LlmpruneError, RecipeError
 from llmprune.methods import METHODS, STEPS, Chain, Method, Step, method_name
-from llmprune.patterns import Pattern, parse
+from llmprune.patterns import NM, Pattern, parse
 from llmprune.recipe.document import did_you_mean, one_of, refusal, shown_value
 from llmprune.text.tokens import EvaluationSpec, TextSpec
 
@@ -32,9 +32,18 @@ def _culprit(error: LlmpruneError, keys: Iterable[str]) -> list[str]:
 
 def _read_pattern(value: object) -> Pattern:
     try:
-        return parse(str(value))
+        pattern = parse(str(value))
     except LlmpruneError as error:
         raise refusal(error) from error
+    if (pattern.keep == 0) if isinstance(pattern, NM) else (pattern.sparsity == 1):
+        raise refusal(
+            RecipeError(
+                f"pattern {value} removes every weight",
+                expected="a pattern that keeps some, such as 2:4 or 0.5",
+                fix="N in N:M is how many are kept; to remove whole layers or blocks, use structures",
+            )
+        )
+    return pattern
 
 
 def read_method(value: object) -> Method:
@@ -118,6 +127,9 @@ def check_device(name: str) -> str:
         raise refusal(RecipeError(f"device is {name!r}", expected="auto, cpu, cuda, or one GPU such as cuda:1"))
     return name
 
+
+# Sizes beyond it overflow in torch, and no run has as many of anything.
+MOST = (1 << 31) - 1
 
 GlobField = Annotated[str, Field(min_length=1)]
 PatternField = Annotated[Pattern, PlainValidator(_read_pattern), PlainSerializer(str)]

@@ -48,6 +48,7 @@ from llmprune.recipe.document import (
     refusal,
 )
 from llmprune.recipe.fields import (
+    MOST,
     STRICT,
     EvaluationField,
     GlobField,
@@ -106,7 +107,7 @@ class Experts(BaseModel):
 
     model_config = STRICT
 
-    min_tokens: Annotated[int, Field(ge=0)] = 64
+    min_tokens: Annotated[int, Field(ge=0, le=MOST)] = 64
 
 
 class StatisticsOptions(BaseModel):
@@ -162,8 +163,8 @@ class Recipe(BaseModel):
     rules: tuple[Rule, ...] = ()
     calibration: TextField = TextSpec()
     evaluation: EvaluationField | None = Field(default_factory=dict, validate_default=True)
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    held_back: Annotated[int, Field(ge=0)] = 4
+    batch_size: Annotated[int, Field(ge=1, le=MOST)] = 8
+    held_back: Annotated[int, Field(ge=0, le=MOST)] = 4
     decoder_layers: Annotated[str, Field(min_length=1)] | None = None
     reconstruct: Reconstruct | None = None
     statistics: StatisticsOptions = StatisticsOptions()

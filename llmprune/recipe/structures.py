@@ -28,6 +28,7 @@ from pydantic import (
 
 from llmprune.errors import RecipeError
 from llmprune.recipe.document import refusal, shown_value
+from llmprune.recipe.fields import MOST
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid")
 
@@ -90,7 +91,7 @@ class Groups(_Section):
     method: GroupScore = "obs"
     refit: bool | None = None
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
-    swaps: Annotated[int, Field(ge=0)] = 32
+    swaps: Annotated[int, Field(ge=0, le=MOST)] = 32
     compensate: bool | None = None
 
     @property

@@ -19,9 +19,10 @@ from transformers import (
     TextStreamer,
 )
 
-from llmprune.errors import CheckpointError, DeviceError, ModelError
+from llmprune.errors import DeviceError, ModelError
 from llmprune.models import boundary
-from llmprune.models.checkpoint_source import find_contradiction
+from llmprune.models.checkpoint_source import require_consistent
+from llmprune.models.headers import require_finite
 from llmprune.models.skeleton import read_config
 from llmprune.precision import computed_in
 from llmprune.serving.decode_graphs import DecodeGraphs
@@ -30,7 +31,7 @@ from llmprune.serving.fusion import fuse
 from llmprune.serving.placement import DeviceMap, input_device, map_for, require_placement
 from llmprune.serving.quantizer import sparse_layers
 from llmprune.storage.hub import resolve_model
-from llmprune.storage.packed_config import QUANT_METHOD
+from llmprune.storage.packed_config import is_recorded
 
 
 def load(
@@ -63,6 +64,7 @@ def load(
     Raises:
         ModelError: there is no such model, it is not a causal LM, or graphs cannot be recorded for it.
         CheckpointError: its files are incomplete, or quantised by another library.
+        NumericsError: a weight is NaN or infinite.
         DeviceError: this machine has no such device, graphs are requested on a device without them or with a device
             map, or a device map without the package accelerate.
     """
@@ -81,17 +83,16 @@ def load(
         )
     folder = resolve_model(model)
     read_config(folder)
-    if problem := find_contradiction(folder):
-        raise CheckpointError(
-            f"{folder}: {problem}",
-            expected="config.json and weights that describe the same model",
-            fix="download the checkpoint again, or check that its files belong together",
-        )
     config = boundary.read_stock_config(folder)
+    packed = is_recorded(config)  # then the quantizer makes the same checks, for `from_pretrained` too
+    if not packed:
+        require_consistent(folder)
     if dtype == "auto":
         dtype = computed_in(config.dtype or torch.float32, target)
     _choose_served(config, served, folder)
     loaded = boundary.load_stock_model(folder, config, dtype=dtype, device_map=map_for(target, device_map))
+    if not packed:
+        require_finite(folder, loaded.named_parameters())
     if fused and device_map is None and any(type(layer.form) is Fragments for _, layer in sparse_layers(loaded)):
         fuse(loaded, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=target))
     if graphs:
@@ -157,15 +158,20 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> Te
         chat: whether to treat it as a user's message and apply the chat template.
 
     Raises:
-        ModelError: the tokenizer has no chat template, or an empty prompt has no tokens.
+        ModelError: the tokenizer has no chat template, the template fails, or an empty prompt has no tokens.
     """
     if chat and tokenizer.chat_template is None:
         raise missing_template(str(tokenizer.name_or_path))
     if chat:
         message = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        with boundary.explained(
+            f"the chat template of {tokenizer.name_or_path} fails",
+            expected="a template that accepts a single user message",
+            fix="correct it, give another with --chat-template, or prompt without chat",
+        ):
+            encoded = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
     ids: Tensor = encoded["input_ids"].long()
@@ -277,8 +283,8 @@ class _Streamer(TextStreamer):  # type: ignore[misc] # transformers is not typed
 
 
 def _choose_served(config: PretrainedConfig, served: Served, folder: Path) -> None:
-    record = getattr(config, "quantization_config", None) or {}
-    if record.get("quant_method") == QUANT_METHOD and record["modules"]:
+    record = getattr(config, "quantization_config", None)
+    if is_recorded(config) and isinstance(record, dict) and record.get("modules"):
         record["served"] = served
     elif served == "packed":
         raise ModelError(

@@ -5,7 +5,7 @@ layers that differ in size are rebuilt, and each packed linear layer is replaced
 model never exists. The packed layers settle afterwards; a model without any is an ordinary model from then on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from llmprune.storage.packed_config import (
     FORMAT_VERSION,
     QUANT_METHOD,
     packed_layouts,
+    read_layouts,
     require_version,
     with_packing_record,
     without_notice,
@@ -45,15 +46,21 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformer
         served: see `llmprune.serving.forms.choose_form`; not saved.
 
     Raises:
-        CheckpointError: the version is unknown.
+        CheckpointError: the version is unknown, or missing.
+        FormatError: a layout cannot be read.
     """
 
     def __init__(
-        self, modules: dict[str, dict[str, Any]], version: int = FORMAT_VERSION, served: Served = "auto", **_: Any
+        self,
+        modules: dict[str, dict[str, Any]] | None = None,
+        version: int | None = None,
+        served: Served = "auto",
+        **_: Any,
     ) -> None:
         require_version(version)
+        read_layouts(modules)
         self.quant_method = QUANT_METHOD
-        self.modules, self.version, self.served = modules, version, served
+        self.modules, self.version, self.served = dict(modules or {}), FORMAT_VERSION, served
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
@@ -80,10 +87,15 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
         """The same for transformers before 5.18, which has no other hook at this point."""
         return self.update_attn_implementation(config)
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        from llmprune.models.checkpoint_source import require_consistent
         from llmprune.models.decoder import Decoder
         from llmprune.models.uneven import apply_per_layer, put_per_layer
 
+        if checkpoint_files:
+            require_consistent(Path(checkpoint_files[0]).parent)
         if self._per_layer:
             put_per_layer(model.config, self._per_layer)
             apply_per_layer(Decoder.find(model), model.config)
@@ -91,6 +103,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
             replace_linear(model, name, row)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        from llmprune.models.headers import require_finite
+
+        require_finite(model.name_or_path, model.named_parameters())
         settle(model, self.quantization_config.served)
         keep_record(model)
         if not self.quantization_config.modules:

@@ -131,7 +131,9 @@ def build_app(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: 
                     raise ServingError(f"logit_bias.{token} is beyond the vocabulary")
         except ServingError as error:
             raise HTTPException(400, str(error)) from error
-        if len(fields.get("prompt") or json.dumps(fields.get("messages"), ensure_ascii=False)) > limit:
+        # Each handler refuses the other's field, whatever it holds.
+        prompt = fields["prompt"] if handler is text else json.dumps(fields["messages"], ensure_ascii=False)
+        if len(prompt) > limit:
             raise HTTPException(400, f"a prompt of more than {limit:,} characters, for {state.positions:,} positions")
         return await handler.handle_request(fields, str(uuid.uuid4()))
 

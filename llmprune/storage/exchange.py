@@ -9,7 +9,6 @@ the index and config.json. Any other file in the place of a new one is kept unde
 
 import contextlib
 import itertools
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -136,11 +135,9 @@ def remove_result(output: Path) -> None:
 
 def _listed(output: Path) -> list[str]:
     """What the manifest lists; nothing if it is damaged."""
-    try:
-        manifest = json.loads((output / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return []
-    return _plain_names(manifest.get("files")) if isinstance(manifest, dict) else []
+    with contextlib.suppress(CheckpointError):
+        return _plain_names(read_json(output / MANIFEST_NAME).get("files"))
+    return []
 
 
 def _plain_names(names: Any) -> list[str]:

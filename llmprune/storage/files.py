@@ -12,19 +12,23 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from llmprune.errors import CheckpointError
+from llmprune.storage.records import is_plain_name, read_as
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+_NAME_SHOWN = 80
 
 # Elements read at a time when a tensor is converted to another dtype.
 _READ_ELEMENTS = 1 << 22
@@ -177,8 +181,15 @@ def header_bytes(file: Path) -> bytes:
         CheckpointError: the file is missing, truncated or corrupted.
     """
     # safe_open refuses inconsistent headers: lengths, shapes, overlaps, gaps.
-    with _reading(file), safe_open(file, framework="pt"), file.open("rb") as handle:
+    with _reading(file), _open_plain(file) as handle, safe_open(file, framework="pt"):
         return handle.read(int.from_bytes(handle.read(8), "little"))
+
+
+def _open_plain(file: Path) -> BinaryIO:
+    """Open a file, unless reading it could wait for ever; unlike safetensors, say why it cannot be opened."""
+    if file.exists() and not file.is_file():
+        raise OSError("it is not a file")
+    return file.open("rb")
 
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -193,8 +204,10 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> str:
     temporary = file.with_name(f".{file.name}.partial")
     contiguous = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     with removed_on_failure(temporary):
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(contiguous, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)  # safetensors creates files that only their owner can read
+        temporary.chmod(mode)  # safetensors creates files that only their owner can read, whatever the umask
         digest = file_digest(temporary)
         publish(temporary, file)
     return digest
@@ -269,6 +282,10 @@ def _reading(file: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{file} does not exist", expected="a safetensors file", fix="download the checkpoint again"
         ) from None
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{file} cannot be read: permission denied", expected="a file that you may read", fix="fix its permissions"
+        ) from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} is truncated or corrupted: {error}",
@@ -283,19 +300,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read, or holds another JSON type.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}", fix="download or copy the file again; it may be truncated"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} holds a JSON {type(content).__name__}",
-            expected="a JSON object",
-            fix="download or copy the file again",
-        )
-    return content
+    fix = "download or copy the file again; it may be truncated"
+    return read_as(path, dict[str, Any], expected="a JSON object", fix=fix)
 
 
 def without_weights(where: str, names: Sequence[str]) -> CheckpointError:
@@ -320,19 +326,26 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _NAME_SHOWN else f"{name[:_NAME_SHOWN]}..."
+
+
 def _read_weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+    fix = "download or copy the file again"
+    weight_map = read_as(index, _Index, expected="a JSON object with a weight_map", fix=fix)["weight_map"]
+    if not weight_map:
         raise CheckpointError(
-            f"{index} has no weight_map",
-            expected="a JSON object that maps tensor names to file names",
-            fix="download or copy the file again",
+            f"{index} has an empty weight_map", expected="a JSON object that maps tensor names to file names", fix=fix
         )
     names = sorted(set(weight_map.values()))
     # Only plain file names: a path could lead out of the folder.
-    if strange := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+    if strange := [name for name in names if not is_plain_name(name) or not name.endswith(".safetensors")]:
         raise CheckpointError(
-            f"{index} names {listed(strange)}",
+            f"{index} names {listed([_shortened(name) for name in strange])}",
             expected="names of safetensors files in the same folder",
             fix="save the model again with save_pretrained",
         )

@@ -20,6 +20,9 @@ STAGING_NAME = ".llmprune-new"
 RECIPE_NAME = "recipe.yaml"
 SAMPLES_NAME = "calibration.jsonl"
 
+# The most characters of a path that cannot be used which a message shows.
+_SHOWN = 120
+
 # Allowance for everything but the weights: tokenizer, report and its page.
 _BESIDE_BYTES = 20_000_000
 
@@ -71,20 +74,30 @@ def expanded(path: str | Path) -> Path:
     """The path with ~ replaced by a home folder.
 
     Raises:
-        ResumeError: it is not a path, it is empty, or it is ~name of a user who does not exist on this machine.
+        ResumeError: it is not a path, it is empty, no folder can have it, or
+            it is ~name of a user who does not exist on this machine.
     """
     if not isinstance(path, str | Path) or not str(path):
         raise ResumeError(
             f"output folder {path!r}", expected="the path of a folder", fix="pass one, such as out/pruned"
         )
     try:
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
     except RuntimeError as error:
         raise ResumeError(
             f"{path} starts with an unknown home folder: {error}",
             expected="an output folder",
             fix="write the path in full, or ./~ for a folder of that name",
         ) from error
+    try:
+        found.resolve().exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a null character
+        raise ResumeError(
+            f"{str(path)[:_SHOWN]!r} is not a path that this machine can have: {str(error)[:_SHOWN]}",
+            expected="the path of a folder",
+            fix="choose another output folder",
+        ) from error
+    return found
 
 
 def require_other(path: Path, source: str | Path) -> None:

@@ -8,8 +8,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import ConfigDict
 from torch import Tensor
 
 from llmprune.errors import ResumeError
@@ -20,6 +21,7 @@ from llmprune.storage.files import INDEX_NAME, Stored, file_digest, read_json, w
 from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME, require_empty, writing_to
 from llmprune.storage.formats import Layout, layout_from_dict
 from llmprune.storage.packed_config import with_packing_record
+from llmprune.storage.records import CLOSED, PlainName, read_as
 from llmprune.storage.report import MatchRow, MatrixRow, StructureRow
 
 # The files that make the shards a model.
@@ -27,6 +29,45 @@ _DESCRIBING = (CONFIG_NAME, INDEX_NAME)
 
 # How much of two long values that differ is shown.
 _SHOWN = 40
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedLayer:
+    """A decoder layer whose shard is written.
+
+    Attributes:
+        shard: name of its file.
+        sha256: of the file.
+        rows: the report's rows for its matrices.
+        layouts: of its packed matrices, by name, as `Layout.to_dict` returns them.
+        structures: the report's rows for the structures removed from it.
+        matches: the report's row, if it was fitted as a whole.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = CLOSED
+
+    shard: PlainName
+    sha256: str
+    rows: tuple[MatrixRow, ...]
+    layouts: dict[str, dict[str, Any]]
+    structures: tuple[StructureRow, ...]
+    matches: tuple[MatchRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    """What the manifest of a run holds; see `OutputFolder` for the fields."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = CLOSED
+
+    format: int
+    complete: bool
+    keys: dict[str, Any]
+    ends: dict[str, str]
+    described: dict[str, str]
+    decisions: dict[str, Any] | None
+    layers: dict[str, CommittedLayer]
+    files: tuple[str, ...] = ()
 
 
 @dataclass
@@ -37,7 +78,7 @@ class OutputFolder:
         output: the output folder.
         path: where the files are: a folder inside it until the result is whole, then the output folder itself.
         keys: what must be unchanged for a run to continue: name -> value.
-        layers: decoder layer name -> {"shard", "sha256", "rows"} of each committed layer.
+        layers: decoder layer name -> the committed layer.
         ends: {"shard", "sha256"} of the tensors outside the decoder layers, once they are written.
         described: sha256 of the files that make the shards a model (config.json and the index), once it is complete.
         complete: whether the run has nothing left to do.
@@ -47,7 +88,7 @@ class OutputFolder:
     output: Path
     path: Path
     keys: dict[str, Any]
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layers: dict[str, CommittedLayer] = field(default_factory=dict)
     ends: dict[str, str] = field(default_factory=dict)
     described: dict[str, str] = field(default_factory=dict)
     complete: bool = False
@@ -106,33 +147,15 @@ class OutputFolder:
             matches: the report's row, if it was fitted as a whole.
         """
         digest = write_shard(self.path / shard, tensors)
-        self.layers[layer] = {
-            "shard": shard,
-            "sha256": digest,
-            "rows": [asdict(row) for row in rows],
-            "layouts": {name: layout.to_dict() for name, layout in layouts.items()},
-            "structures": [row.to_dict() for row in structures],
-            "matches": [asdict(row) for row in matches],
-        }
+        packed = {name: layout.to_dict() for name, layout in layouts.items()}
+        self.layers[layer] = CommittedLayer(shard, digest, tuple(rows), packed, tuple(structures), tuple(matches))
         self._write_manifest()
         return self.path / shard
 
     @staticmethod
-    def layouts_of(layer: Mapping[str, Any]) -> dict[str, Layout]:
+    def layouts_of(layer: CommittedLayer) -> dict[str, Layout]:
         """The layouts of a committed layer's packed matrices."""
-        return {name: layout_from_dict(row) for name, row in layer["layouts"].items()}
-
-    def rows_of(self, layer: str) -> list[MatrixRow]:
-        """The report rows of a committed layer."""
-        return [MatrixRow.from_dict(row) for row in self.layers[layer]["rows"]]
-
-    def structures_of(self, layer: str) -> list[StructureRow]:
-        """The report rows for the structures removed from a committed layer."""
-        return [StructureRow.from_dict(row) for row in self.layers[layer]["structures"]]
-
-    def matches_of(self, layer: str) -> list[MatchRow]:
-        """The report row of a committed layer that was fitted as a whole."""
-        return [MatchRow(**row) for row in self.layers[layer]["matches"]]
+        return {name: layout_from_dict(row) for name, row in layer.layouts.items()}
 
     def commit_ends(self, shard: str, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors outside the decoder layers."""
@@ -181,20 +204,20 @@ class OutputFolder:
         """Go on from the manifest of an interrupted run, or of a finished one, which may have been damaged since."""
         manifest = _read_manifest(file)
         for key, value in self.keys.items():
-            if manifest["keys"].get(key) != value:
+            if manifest.keys.get(key) != value:
                 raise ResumeError(
-                    f"{self.output} cannot be resumed: {_difference(key, manifest['keys'].get(key), value)}",
+                    f"{self.output} cannot be resumed: {_difference(key, manifest.keys.get(key), value)}",
                     expected="the interrupted run, unchanged, so that the result is bit-identical",
                     fix="undo the change, or start again with --overwrite",
                 )
-        for name, layer in manifest["layers"].items():
+        for name, layer in manifest.layers.items():
             # A missing or damaged shard is written again, and so is every layer after it.
             if self._found(layer) is None:
                 break
             self.layers[name] = layer
-        self.decisions = manifest["decisions"]
+        self.decisions = manifest.decisions
         finished = file.parent == self.output
-        self.complete = finished and manifest["complete"] and self._is_whole(manifest)
+        self.complete = finished and manifest.complete and self._is_whole(manifest)
         with writing_to(self.output):
             if self.complete:
                 shutil.rmtree(self.path, ignore_errors=True)
@@ -202,11 +225,13 @@ class OutputFolder:
             else:
                 self._take_back(finished=finished)
 
-    def _is_whole(self, manifest: Mapping[str, Any]) -> bool:
+    def _is_whole(self, manifest: _Manifest) -> bool:
         """Whether all that a finished run has written is still there."""
-        sums = {manifest["ends"]["shard"]: manifest["ends"]["sha256"], **manifest["described"]}
-        files = [*manifest["files"], *sums]
-        there = len(self.layers) == len(manifest["layers"]) and all((self.output / name).is_file() for name in files)
+        if not manifest.ends.keys() >= {"shard", "sha256"}:
+            return False
+        sums = {manifest.ends["shard"]: manifest.ends["sha256"], **manifest.described}
+        files = [*manifest.files, *sums]
+        there = len(self.layers) == len(manifest.layers) and all((self.output / name).is_file() for name in files)
         return there and all(file_digest(self.output / name) == digest for name, digest in sums.items())
 
     def _take_back(self, *, finished: bool) -> None:
@@ -225,10 +250,10 @@ class OutputFolder:
             if shard is not None and shard.parent != self.path:
                 shard.replace(self.path / shard.name)
 
-    def _found(self, committed: Mapping[str, Any]) -> Path | None:
+    def _found(self, committed: CommittedLayer) -> Path | None:
         """Where a committed shard lies intact."""
-        places = (self.path / committed["shard"], self.output / committed["shard"])
-        return next((file for file in places if file.exists() and file_digest(file) == committed["sha256"]), None)
+        places = (self.path / committed.shard, self.output / committed.shard)
+        return next((file for file in places if file.is_file() and file_digest(file) == committed.sha256), None)
 
     def _write_manifest(self) -> None:
         content = {
@@ -238,34 +263,31 @@ class OutputFolder:
             "ends": self.ends,
             "described": self.described,
             "decisions": self.decisions,
-            "layers": self.layers,
+            "layers": {name: asdict(layer) for name, layer in self.layers.items()},
         }
         write_json(self.path / MANIFEST_NAME, content)
 
 
-def _read_manifest(file: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        known = manifest["format"] == MANIFEST_FORMAT
-    except (OSError, ValueError, KeyError, TypeError) as error:
+def _read_manifest(file: Path) -> _Manifest:
+    damaged: dict[str, Any] = {
+        "expected": "the manifest of an interrupted run",
+        "fix": "start again with --overwrite",
+        "raised": ResumeError,
+    }
+    content = read_as(file, dict[str, Any], **damaged)
+    if content.get("format") != MANIFEST_FORMAT:
         raise ResumeError(
-            f"{file} cannot be read: {error}",
-            expected="the manifest of an interrupted run",
-            fix="start again with --overwrite",
-        ) from error
-    if not known:
-        raise ResumeError(
-            f"{file} has format {manifest['format']}",
+            f"{file} has format {content.get('format')}",
             expected=f"format {MANIFEST_FORMAT}, which this version of llmprune writes",
             fix="resume with the version that started the run, or start again with --overwrite",
         )
-    if "keys" not in manifest:
+    if "keys" not in content:
         raise ResumeError(
             f"{file.parent} holds a checkpoint that was packed, unpacked or saved from memory",
             expected="the folder of an interrupted run of llmprune prune",
             fix="choose another folder, or replace the checkpoint with --overwrite",
         )
-    return manifest
+    return read_as(file, _Manifest, **damaged)
 
 
 def _difference(key: str, before: Any, now: Any) -> str:

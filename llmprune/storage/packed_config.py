@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, FormatError
 from llmprune.patterns import NM, Block, Pattern
+from llmprune.precision import dtype_name
 from llmprune.storage.files import Stored
 from llmprune.storage.formats import Layout, block, fit_layout, layout_from_dict
+from llmprune.storage.records import checked
 
 QUANT_METHOD = "llmprune"
 FORMAT_VERSION = 1
@@ -180,7 +182,24 @@ def packed_layouts(config: Mapping[str, Any]) -> dict[str, Layout]:
     if not isinstance(record, Mapping) or _method(record) != QUANT_METHOD:
         return {}
     require_version(record.get("version"))
-    return {name: layout_from_dict(row) for name, row in record["modules"].items()}
+    return read_layouts(record.get("modules"))
+
+
+def read_layouts(modules: object) -> dict[str, Layout]:
+    """The layouts in a record's `modules`, by the name of the linear layer.
+
+    Raises:
+        FormatError: they cannot be read.
+    """
+    rows = checked(
+        modules,
+        dict[str, dict[str, Any]],
+        "the record of packed layers in config.json",
+        expected="modules: a mapping from the names of linear layers to their layouts",
+        fix="download config.json again, or pack the dense checkpoint again",
+        raised=FormatError,
+    )
+    return {name: layout_from_dict(row) for name, row in rows.items()}
 
 
 def _is_servable(pattern: Pattern) -> bool:
@@ -189,9 +208,9 @@ def _is_servable(pattern: Pattern) -> bool:
 
 def require_version(version: object) -> None:
     """Refuse a packed checkpoint whose record has a different version."""
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:  # True == 1
         raise CheckpointError(
-            f"the packed checkpoint has format version {version}",
+            f"the packed checkpoint has format version {version!r:.40}",
             expected=f"version {FORMAT_VERSION}, which this llmprune reads",
             fix="upgrade llmprune",
         )
@@ -223,9 +242,14 @@ def without_idle_record(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
+def is_recorded(config: PretrainedConfig) -> bool:
+    """Whether a configuration holds our record."""
+    return _method(getattr(config, "quantization_config", None)) == QUANT_METHOD
+
+
 def without_record(config: PretrainedConfig) -> PretrainedConfig:
     """Turn the configuration of a packed checkpoint into that of the dense one, in place; others are unchanged."""
-    if _method(getattr(config, "quantization_config", None)) == QUANT_METHOD:
+    if is_recorded(config):
         del config.quantization_config
         without_notice(config)
     return config
@@ -248,11 +272,12 @@ def as_dense(stored: Mapping[str, Stored], layouts: Mapping[str, Layout]) -> dic
 
     Raises:
         CheckpointError: a tensor of a packed layer is missing.
+        FormatError: one has another shape or dtype than its layout.
     """
     dense: dict[str, Stored | PackedWeight] = dict(stored)
     for name, layout in layouts.items():
         parts = {}
-        for suffix in layout.tensors():
+        for suffix, spec in layout.tensors().items():
             key = f"{name}.{suffix}"
             if key not in stored:
                 raise CheckpointError(
@@ -260,7 +285,15 @@ def as_dense(stored: Mapping[str, Stored], layouts: Mapping[str, Layout]) -> dic
                     expected=f"the tensors of a {layout.name} layout for each layer that config.json names",
                     fix="download the checkpoint again",
                 )
-            parts[suffix] = stored[key]
+            part = parts[suffix] = stored[key]
+            wanted = dtype_name(spec.dtype) if spec.dtype else "weights"
+            fits = part.dtype == spec.dtype if spec.dtype else part.dtype.is_floating_point
+            if part.shape != spec.shape or not fits:
+                raise FormatError(
+                    f"{key!r} is stored as {part.get_dtype()} {list(part.shape)}",
+                    expected=f"{wanted} {list(spec.shape)}, by config.json",
+                    fix="download the checkpoint again, or pack the dense one again",
+                )
             dense.pop(key)
         dense[f"{name}.weight"] = PackedWeight(f"{name}.weight", layout, parts)
     return dense

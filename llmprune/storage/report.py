@@ -1,18 +1,21 @@
 """What a run did: one row per matrix, and a header with everything needed to repeat it."""
 
 import dataclasses
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import NotRequired, TypedDict
 
 from llmprune.errors import CheckpointError, MissingPackageError
 from llmprune.losses import StepLoss
 from llmprune.storage.files import write_json
+from llmprune.storage.records import CLOSED, read_as
 from llmprune.units import format_change
 
 REPORT_NAME = "report.json"
@@ -44,6 +47,8 @@ class MatrixRow:
         losses: of a chain, after each of its parts; empty for other methods.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = CLOSED
+
     layer: str
     name: str
     shape: tuple[int, int]
@@ -65,13 +70,6 @@ class MatrixRow:
     def sparsity(self) -> float:
         """Fraction of zeros, counted."""
         return self.zeros / (self.shape[0] * self.shape[1])
-
-    @classmethod
-    def from_dict(cls, row: dict[str, Any]) -> "MatrixRow":
-        """Restore a row from JSON."""
-        losses = tuple(StepLoss(**loss) for loss in row.get("losses", ()))
-        tuples = {"shape": tuple(row["shape"]), "damping_tried": tuple(row["damping_tried"]), "losses": losses}
-        return cls(**{**row, **tuples})
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +95,8 @@ class StructureRow:
         peak_bytes: peak memory of the process (CPU) or of the device (CUDA) so far; 0 if unknown.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = CLOSED
+
     layer: str
     kind: str
     consumer: str
@@ -112,12 +112,6 @@ class StructureRow:
     removed: tuple[int, ...] | None
     seconds: float
     peak_bytes: int = 0
-
-    @classmethod
-    def from_dict(cls, row: Mapping[str, Any]) -> "StructureRow":
-        """Read a row back from JSON."""
-        removed = row["removed"]
-        return cls(**{**row, "removed": None if removed is None else tuple(removed)})
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON."""
@@ -137,6 +131,8 @@ class MatchRow:
         best: the epoch that was kept; 0: the layer stays as it was.
         seconds: spent on it.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = CLOSED
 
     layer: str
     target: str
@@ -317,6 +313,54 @@ class Report:
         return math.inf if perplexity is None else perplexity
 
 
+@with_config(ConfigDict(extra="allow"))
+class _Evaluated(TypedDict):
+    perplexity: float | None
+    tokens_digest: NotRequired[str]
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Evaluation(TypedDict):
+    dense: _Evaluated
+    pruned: _Evaluated
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Size(TypedDict):
+    layers: int
+    hidden_size: int
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Extent(TypedDict):
+    dense: _Size
+    pruned: _Size
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Content(TypedDict):
+    """What a report on disk must hold, and the types of what summaries and pages take from it."""
+
+    rows: tuple[MatrixRow, ...]
+    structures: tuple[StructureRow, ...]
+    matches: NotRequired[tuple[MatchRow, ...]]
+    summary: dict[str, Any]
+    model: NotRequired[str]
+    device: NotRequired[str]
+    source: NotRequired[str]
+    recipe: NotRequired[dict[str, Any]]
+    tokens: NotRequired[dict[str, str]]
+    version: NotRequired[dict[str, str]]
+    texts: NotRequired[dict[str, dict[str, Any]]]
+    seconds: NotRequired[dict[str, float]]
+    memory: NotRequired[dict[str, Any]]
+    size: NotRequired[dict[str, int] | None]
+    speed: NotRequired[dict[str, Any] | None]
+    evaluation: NotRequired[_Evaluation | None]
+    extent: NotRequired[_Extent | None]
+    decisions: NotRequired[dict[str, Any] | None]
+
+
 def load_report(folder: Path) -> Report:
     """Read a run's report.json back.
 
@@ -329,17 +373,11 @@ def load_report(folder: Path) -> Report:
             expected="the output folder of a finished run",
             fix="check the path; finish an interrupted run with --resume",
         )
-    try:
-        content = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
-        rows = tuple(MatrixRow.from_dict(row) for row in content.pop("rows"))
-        structures = tuple(StructureRow.from_dict(row) for row in content.pop("structures"))
-        # Reports from before block matching have none.
-        matches = tuple(MatchRow(**row) for row in content.pop("matches", ()))
-        del content["summary"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder / REPORT_NAME} cannot be read: {error}",
-            expected="the report of a finished run",
-            fix="delete it and run again with --resume, which rewrites it",
-        ) from error
-    return Report(rows, content, structures, matches)
+    content = read_as(
+        folder / REPORT_NAME,
+        _Content,
+        expected="the report of a finished run",
+        fix="delete it and run again with --resume, which rewrites it",
+    )
+    header = {key: value for key, value in content.items() if key not in ("rows", "structures", "matches", "summary")}
+    return Report(content["rows"], header, content["structures"], content.get("matches", ()))

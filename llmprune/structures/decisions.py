@@ -2,11 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
+
+from llmprune.errors import ResumeError
 from llmprune.methods import Method
 from llmprune.patterns import Pattern, parse
 from llmprune.recipe.fields import read_method, write_method
+from llmprune.storage.records import checked
 from llmprune.structures.find.discovery import Structure
 from llmprune.structures.remove.cuts import Cut
 
@@ -44,6 +49,22 @@ class MatrixChoice:
         return cls(data.get("sparsity"), pattern and parse(pattern), method and read_method(method))
 
 
+_Layer = Annotated[str, Field(pattern=r"^[0-9]+$")]
+
+
+class _Stored(TypedDict):
+    """`Decisions` as JSON has them."""
+
+    layers: list[int]
+    groups: dict[_Layer, dict[str, int]]
+    removed: dict[_Layer, dict[str, list[list[int]]]]
+    blocks: dict[_Layer, dict[str, int]]
+    channels: list[int] | None
+    factors: dict[str, float]
+    evidence: dict[str, Any]
+    matrices: NotRequired[dict[str, dict[str, Any]]]
+
+
 @dataclass(frozen=True, slots=True)
 class Decisions:
     """What is decided before the first layer is pruned: what is removed, and how individual matrices are pruned.
@@ -77,7 +98,19 @@ class Decisions:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Decisions":
-        """Read them back from JSON, which has neither tuples nor integer keys."""
+        """Read them back from JSON, which has neither tuples nor integer keys.
+
+        Raises:
+            ResumeError: they are something else.
+        """
+        checked(
+            data,
+            _Stored,
+            "the decisions in the manifest",
+            expected="the decisions of an interrupted run",
+            fix="start again with --overwrite",
+            raised=ResumeError,
+        )
         removed = {
             int(layer): {name: tuple(map(tuple, lists)) for name, lists in own.items()}
             for layer, own in data["removed"].items()

@@ -126,4 +126,4 @@ def test_reports_of_before_have_no_share(tmp_path: Path) -> None:
     row = prune(source, recipe(pattern=0.5, method="magnitude"), tmp_path / "out").rows[0]
     assert row.top_tokens is None
     old = {key: getattr(row, key) for key in row.__slots__ if key != "top_tokens"}
-    assert MatrixRow.from_dict(old) == row
+    assert MatrixRow(**old) == row

@@ -5,13 +5,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
 
 from llmprune.errors import ResumeError
 from llmprune.recipe.grid import Combination, written
 from llmprune.storage.exchange import remove_result
 from llmprune.storage.files import write_json
 from llmprune.storage.folders import LOCK_NAME, require_free
+from llmprune.storage.records import CLOSED, PlainName, read_as
 
 RECORD_NAME = "sweep.json"
 
@@ -32,11 +35,24 @@ class SweepRow:
         error: of a failed run: kind, what, expected and fix.
     """
 
-    name: str
+    __pydantic_config__: ClassVar[ConfigDict] = CLOSED
+
+    name: PlainName  # the folder is removed when a sweep is replaced
     settings: dict[str, Any]
     recipe: dict[str, Any]
     state: State = "waiting"
     error: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Ledger:
+    """What `sweep.json` holds."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = CLOSED
+
+    format: int
+    keys: dict[str, Any]
+    runs: tuple[SweepRow, ...]
 
 
 class Record:
@@ -143,21 +159,16 @@ def read_record(output: Path, keys: Mapping[str, Any] | None) -> list[SweepRow]:
     file = output / RECORD_NAME
     if not file.exists():
         return []
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["format"] != _FORMAT:
-            raise ValueError(f"format {content['format']} instead of {_FORMAT}")
-        rows = [SweepRow(**row) for row in content["runs"]]
-        before = dict(content["keys"])
-        # Folders with these names are removed when a sweep is replaced.
-        if foreign := [row.name for row in rows if row.name != Path(row.name).name or not row.name.strip(".")]:
-            raise ValueError(f"{foreign[0]!r} is not a valid name of a run")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ResumeError(
-            f"{file} cannot be read: {error}",
-            expected="the record of a sweep",
-            fix="choose another output folder, or remove this one",
-        ) from error
+    damaged: dict[str, Any] = {
+        "expected": "the record of a sweep",
+        "fix": "choose another output folder, or remove this one",
+        "raised": ResumeError,
+    }
+    found = read_as(file, dict[str, Any], **damaged).get("format")
+    if found != _FORMAT:
+        raise ResumeError(f"{file} cannot be read: format {found} instead of {_FORMAT}", fix=damaged["fix"])
+    content = read_as(file, _Ledger, **damaged)
+    rows, before = list(content.runs), content.keys
     if keys is not None and before != keys:
         raise ResumeError(
             f"{output} cannot be resumed: {_difference(before, keys)}",
