@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmprune.devices import PeakWatch
+from llmprune.devices import PeakWatch, map_large_blocks, warm_up
 from llmprune.models.sizes import ends_bytes
 from llmprune.models.source import Source
 from llmprune.progress import Progress
@@ -28,7 +28,7 @@ class PrunedLayers:
     Attributes:
         rows: one per pruned matrix, in the order of the layers.
         structures: one per structure from which groups were removed.
-        memory: predicted, measured and baseline bytes, as in the report.
+        memory: predicted, measured, baseline and resident bytes, as in the report.
         sizes: of the layers that were pruned in this run, what the prediction is based on.
     """
 
@@ -64,6 +64,8 @@ class LayerDriver:
         self._memories: list[LayerMemory] = []
         self._rows: list[MatrixRow] = []
         self._structures: list[StructureRow] = []
+        self._place, self._step = 0, "embeddings"
+        self._stream.tell = lambda words: self._report(f"{self._step}, {words}")
 
     def drive(self) -> PrunedLayers:
         """Stream the layers, prune each, and commit it if there is a target.
@@ -71,6 +73,11 @@ class LayerDriver:
         Raises:
             NumericsError: a value is not finite, or a Gram matrix is not positive definite with any damping.
         """
+        self._report(self._step)
+        if self._run.device.type == "cpu":
+            map_large_blocks()
+            # Libraries keep some memory from their first products on: it is no part of what the layers take.
+            warm_up(self._source.dtype)
         with PeakWatch(self._run.device) as memory:
             self._stream.memory = memory
             for layer in self._stream:
@@ -87,7 +94,8 @@ class LayerDriver:
             if self._reduction is not None:
                 self._reduction.free()
         layers = len(self._source.layers)
-        self._run.watch(Progress("pruning", layers, layers, "", self._mean_error()))
+        self._place = layers
+        self._report("")
         return PrunedLayers(tuple(self._rows), tuple(self._structures), self._measured(memory), tuple(self._memories))
 
     def _replay(self, layer: ResidentLayer, target: OutputFolder, name: str) -> None:
@@ -130,10 +138,15 @@ class LayerDriver:
             "predicted_bytes": predict_peak(ends_bytes(self._source), *held, self._memories),
             "measured_bytes": memory.peak - memory.baseline,
             "baseline_bytes": memory.baseline,
+            "resident_bytes": memory.resident,
         }
 
     def _tell(self, layer: ResidentLayer, step: str) -> None:
-        self._run.watch(Progress("pruning", layer.index, len(self._source.layers), step, self._mean_error()))
+        self._place, self._step = layer.index, step
+        self._report(step)
+
+    def _report(self, step: str) -> None:
+        self._run.watch(Progress("pruning", self._place, len(self._source.layers), step, self._mean_error()))
 
     def _mean_error(self) -> float | None:
         """The mean relative output error of all rows so far; None before the first that has one."""

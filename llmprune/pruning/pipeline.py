@@ -125,11 +125,15 @@ def prune_checkpoint(
     source = run.open(folder)
     tokenizer = tokenizer_for(run.recipe.texts.values(), folder, source.config)
     run = run.fitted(model_positions(source.config))
-    found = None if run.recipe.structures is None else Removable.find(source, run.recipe.structures)
+    found = None
+    if run.recipe.structures is not None:
+        run.watch(Progress("finding structures"))
+        found = Removable.find(source, run.recipe.structures)
     jobs = plan_jobs(_preview(source, found), run.recipe)
     require_packable(source, run.recipe.format)
     require_space(output, sum(stored.nbytes for stored in source.stored.values()), resume=resume)
     texts = run.texts(source, jobs, tokenizer)
+    run.watch(Progress("digesting the source"))
     keys = {
         "recipe": run.recipe.to_dict() | {"description": ""},
         "tokens": {text: tokens.digest for text, tokens in texts.items()},
@@ -164,15 +168,18 @@ def _into(
     jobs = plan_jobs(result, run.recipe, {} if decisions is None else decisions.matrices)
     writer = Writer(source, reduction, target, run.recipe.format)
     layers = LayerDriver(run, streamed, jobs, texts["calibration"], writer, reduction).drive()
+    run.watch(Progress("writing what is outside the layers"))
     with run.stages("write"):
         for left_out in writer.finish():
             run.watch(Progress(left_out))
     smaller = None
     if reduction is not None:
         # The written checkpoint is measured, which also checks that it can be read.
+        run.watch(Progress("checking the written checkpoint"))
         result = _audited(run, target.path)
         smaller = compare_sizes(run, source, result, target.decisions, texts["calibration"])
     report = make_report(run, name, target.keys, result, texts, layers, dense, result.sizes(), smaller)
+    run.watch(Progress("writing the report"))
     report.save(target.path)
     write_card(target.path, name, run.recipe, report)
     write_report(target.path)
