@@ -94,12 +94,13 @@ def prune(
         lambda: _advice_on_memory(display, command),
     )
     with explained(as_json, *advice):
-        from llmprune.cli.tables.pruning import report_table
-        from llmprune.pruning import pipeline
-        from llmprune.storage.folders import expanded
-
-        quieten(quiet)
         with display:
+            # Inside, because it takes seconds to import torch and transformers, on a busy machine many.
+            from llmprune.cli.tables.pruning import report_table
+            from llmprune.pruning import pipeline
+            from llmprune.storage.folders import expanded
+
+            quieten(quiet)
             report = pipeline.prune(
                 model, recipe, output, overrides=settings, resume=resume, overwrite=overwrite, watch=display
             )
