@@ -18,6 +18,10 @@ from llmprune.errors import DeviceError
 # How long a rate is measured.
 _RATE_SECONDS = 0.08
 
+# glibc's number of the option, and the size from which a block gets pages of its own. With a smaller one, the system
+# would clear pages for every small activation.
+_M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 1 << 20
+
 # How most of PyTorch reports a lack of memory, as plain RuntimeErrors: its CPU allocator, and the CUDA libraries.
 _PHRASES = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
 
@@ -98,6 +102,18 @@ def runs_per_second(work: Callable[[], object], device: torch.device) -> float:
     return runs / (time.perf_counter() - start)
 
 
+def map_large_blocks() -> None:
+    """Have the C library give every large block pages of its own; does nothing where it is not glibc.
+
+    Freed, such a block goes back to the system at once. Left to itself, glibc raises the size from which it does that
+    to 32 MB, and the peak of a run over small layers is several times what is in use.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+
+
 def return_freed_memory() -> None:
     """Hand freed heap memory back to the system; does nothing where the C library is not glibc.
 
@@ -116,11 +132,15 @@ def _wait(device: torch.device) -> None:
 
 
 class PeakWatch:
-    """Measures a code block's peak memory: allocated on the CUDA device, or the resident set size of this process.
+    """Measures a code block's peak memory: allocated on the CUDA device, or resident in this process and its own.
+
+    Pages of files, such as the code of libraries and mapped checkpoints, are not the process's own: the system takes
+    them back as it needs them. They are part of the resident set size.
 
     Attributes:
         baseline: bytes when the block began.
         peak: highest bytes seen so far.
+        resident: highest resident set size of the process so far, of which all of this is a part on a CPU.
     """
 
     _INTERVAL_SECONDS = 0.02
@@ -129,7 +149,7 @@ class PeakWatch:
         self._device = device
         self._process = psutil.Process()
         self._stop = threading.Event()
-        self.baseline = self.peak = 0
+        self.baseline = self.peak = self.resident = 0
 
     def __enter__(self) -> "PeakWatch":
         if self._device.type == "cuda":
@@ -156,9 +176,22 @@ class PeakWatch:
             self.read()
 
     def _now(self) -> int:
+        memory = self._process.memory_info()
+        self.resident = max(self.resident, int(memory.rss))
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return int(self._process.memory_info().rss)
+        # Only Linux says how much of it belongs to files.
+        return int(memory.rss) - int(getattr(memory, "shared", 0))
+
+
+def warm_up(dtype: torch.dtype) -> None:
+    """Make small products on the CPU, so that the libraries have what they allocate at their first ones."""
+    with torch.no_grad():
+        for kind in {dtype, torch.float32}:
+            torch.nn.functional.linear(torch.ones(64, 64, dtype=kind), torch.ones(64, 64, dtype=kind))
+        factor = torch.linalg.cholesky(torch.eye(64))
+        torch.cholesky_inverse(factor)
+    return_freed_memory()
 
 
 def is_shortage(error: BaseException) -> bool:

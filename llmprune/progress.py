@@ -1,6 +1,6 @@
 """Progress events of a long run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 
@@ -16,6 +16,8 @@ class Progress:
         step: what is being done to the current layer.
         mean_error: running mean of the relative output error of the matrices pruned so far; None before the first.
         unit: what is counted if not layers: "matrix", "file".
+        shares: with one of a run's first steps: stage -> how long it will take, in a unit of its own, in the order of
+            the stages; None: nothing new is known about that.
     """
 
     stage: str
@@ -24,6 +26,12 @@ class Progress:
     step: str = ""
     mean_error: float | None = None
     unit: str = "layer"
+    shares: Mapping[str, float] | None = None
+
+    @property
+    def fraction(self) -> float:
+        """How much of the stage is done, in [0, 1]; 0 for a step without layers."""
+        return self.layer / self.layers if self.layers else 0.0
 
 
 Watcher = Callable[[Progress], None]

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -17,11 +18,13 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from llmprune.cli.pace import RunPace
 from llmprune.errors import LlmpruneError
 from llmprune.progress import Progress
 
-# The longest time without a line, where lines are all that there is to see.
+# The longest time without a line, where lines are all that there is to see, and how often somebody looks.
 _SILENT_SECONDS = 10.0
+_TICK_SECONDS = 0.5
 
 # Width of results that go to a file or another program, where nothing wraps long lines.
 _PLAIN_WIDTH = 160
@@ -54,43 +57,8 @@ def escaped(text: str) -> str:
     )
 
 
-class Pace:
-    """Estimates the time left in a stage from the mean time of its finished layers, or of smaller units."""
-
-    def __init__(self) -> None:
-        self._stage = ""
-        self._layer = self._layers = 0
-        self._since = 0.0
-        self._seconds, self._units = 0.0, 0
-        self.replaying = False
-
-    def update(self, progress: Progress, now: float) -> float | None:
-        """Note a step at time `now`; returns the seconds that a layer took if this step finished it."""
-        seconds = None
-        if progress.stage != self._stage:
-            self._seconds, self._units, self.replaying = 0.0, 0, False
-        elif progress.layer == self._layer:
-            self.replaying = self.replaying or progress.step == "replaying"
-            return None
-        else:
-            seconds = now - self._since
-            # Replaying a layer that an earlier run has finished is much faster, and would spoil the estimate.
-            if not self.replaying:
-                self._seconds, self._units = self._seconds + seconds, self._units + progress.layer - self._layer
-        self._stage, self._layer, self._layers, self._since = progress.stage, progress.layer, progress.layers, now
-        self.replaying = progress.step == "replaying"
-        return seconds
-
-    def left(self, now: float) -> float | None:
-        """Seconds to the end of the stage; None until its first layer is finished, and after its last."""
-        layers = self._layers - self._layer
-        if self._units <= 0 or not layers:
-            return None
-        return max(self._seconds / self._units * layers - (now - self._since), 0.0)
-
-
 class Display:
-    """The display of a run: live on a terminal, otherwise one line per layer, and nothing when quiet.
+    """The display of a run: live on a terminal, otherwise lines, of which none is more than ten seconds after the last.
 
     Attributes:
         progress: the last step seen; None before the first.
@@ -98,10 +66,11 @@ class Display:
 
     def __init__(self, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = new_console(stderr=True)
-        self._clock, self._pace = clock, Pace()
+        self._clock, self._pace = clock, RunPace()
         self._silent = quiet
-        self._printed: float | None = None
+        self._printed = self._changed = clock()
         self.progress: Progress | None = None
+        self._lock, self._closed = threading.Lock(), threading.Event()
         self._live = None
         if self._console.is_terminal and not quiet:
             self._live = Live(
@@ -113,38 +82,66 @@ class Display:
             )
 
     def __enter__(self) -> "Display":
+        if not self._live and not self._silent:
+            # Some steps are one call of a library: whatever takes long, somebody says that it is still going on.
+            threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closed.set()
+        with self._lock:
+            pass  # a line that is being printed is finished before anything else is
         if self._live:
             self._live.stop()
 
     def __call__(self, progress: Progress) -> None:
         """Show one step."""
-        replayed, now = self._pace.replaying, self._clock()
+        with self._lock:
+            self._note(progress)
+
+    def tick(self) -> None:
+        """Print a line if the last one was long ago, although there was no step since."""
+        with self._lock:
+            now = self._clock()
+            if self._live or self._silent or self._closed.is_set() or now - self._printed < _SILENT_SECONDS - 1:
+                return
+            what = "starting" if self.progress is None else _whole(self.progress)
+            self._print(f"{what}, {now - self._changed:.0f} s so far", now)
+
+    def _beat(self) -> None:
+        while not self._closed.wait(_TICK_SECONDS):
+            self.tick()
+
+    def _note(self, progress: Progress) -> None:
+        replayed, now = self._pace.stage.replaying, self._clock()
         seconds = self._pace.update(progress, now)
-        self.progress = progress
+        before, self.progress = self.progress, progress
+        self._changed = now
         if self._live:
             # Only from the first step on, because the progress bars of downloads come before it.
             self._live.start()
         elif self._silent:
             return
         elif progress.layers == 0:
-            self._console.print(": ".join(filter(None, (progress.stage, progress.step))), soft_wrap=True)
+            self._print(": ".join(filter(None, (progress.stage, progress.step))), now, eta=False)
         elif seconds is not None and self._is_due(progress, now):
             finished = f"{progress.stage}: {progress.unit} {progress.layer:,} of {progress.layers:,}"
             if progress.unit == "layer":
                 finished += " kept from the earlier run" if replayed else f" in {seconds:.1f} s"
-            parts = (finished, _mean_error(progress), _eta(self._pace.left(now)))
-            self._console.print(", ".join(filter(None, parts)), soft_wrap=True)
-            self._printed = now
+            self._print(finished, now, _mean_error(progress))
+        elif before is not None and now - self._printed >= _SILENT_SECONDS:
+            self._print(_whole(progress), now)
+
+    def _print(self, line: str, now: float, *more: str, eta: bool = True) -> None:
+        parts = (line, *more, _eta(self._pace.left(now)) if eta else "")
+        self._console.print(", ".join(filter(None, parts)), soft_wrap=True)
+        self._printed = now
 
     def _is_due(self, progress: Progress, now: float) -> bool:
         """Whether a step deserves a line: units smaller than layers pass too quickly for a line each."""
         every = progress.unit == "layer" or progress.layer == progress.layers
-        self._printed = now if self._printed is None else self._printed
         return every or now - self._printed >= _SILENT_SECONDS
 
     def where(self) -> str:
@@ -209,6 +206,11 @@ def new_table(*columns: str, left: tuple[int, ...]) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index in left else "right", overflow="fold", no_wrap=index == 1)
     return table
+
+
+def _whole(progress: Progress) -> str:
+    """A step in words: what is being done, where, and what to."""
+    return ", ".join(filter(None, (progress.stage, _layer(progress), progress.step)))
 
 
 def _layer(progress: Progress) -> str:

@@ -138,14 +138,15 @@ def prune(
         lambda: _advice_on_memory(display, command),
     )
     with explained(as_json, *advice), wanted.spelled():
-        from llmprune.cli.tables.pruning import report_table
-        from llmprune.pruning import pipeline
-        from llmprune.storage.folders import expanded
-
-        quieten(quiet)
         uploading.check(push_to_hub)
         settings = wanted.described([*wanted.settings(), *further])
         with display:
+            # Inside, because it takes seconds to import torch and transformers, on a busy machine many.
+            from llmprune.cli.tables.pruning import report_table
+            from llmprune.pruning import pipeline
+            from llmprune.storage.folders import expanded
+
+            quieten(quiet)
             report = pipeline.prune(
                 model, wanted.name, output, overrides=settings, resume=resume, overwrite=overwrite, watch=display
             )

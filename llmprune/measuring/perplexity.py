@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,10 +243,17 @@ def run_stream(source: Source, ids: Tensor, settings: StreamSettings, watch: Wat
     """Run a model's layers without changing them; the final hidden states remain in the stream."""
     stream = Stream(source, ids, replace(settings, held_back=0, outputs=True))
     layers = len(source.layers)
+    watch(Progress(stage, 0, layers, "embeddings"))
+    stream.tell = lambda words: watch(Progress(stage, 0, layers, f"embeddings, {words}"))
     for layer in stream:
         watch(Progress(stage, layer.index, layers))
+        stream.tell = partial(_tell, watch, stage, layer.index, layers)
     watch(Progress(stage, layers, layers))
     return stream
+
+
+def _tell(watch: Watcher, stage: str, layer: int, layers: int, words: str) -> None:
+    watch(Progress(stage, layer, layers, words))
 
 
 def finite(value: float) -> float | None:

@@ -26,8 +26,8 @@ _OTHER = "other"
 _HOST = {"memory_bytes": "memory", "gpu": "GPU", "cpu": "CPU", "cuda": "CUDA"}
 # What the baseline of the measured memory is.
 _BASELINE = (
-    "(on a CPU the process with Python, torch and transformers, on a GPU what torch had allocated). On a CPU, "
-    "libraries add some tens of MB that the formula does not predict."
+    "(on a CPU what the process with Python, torch and transformers had for itself, on a GPU what torch had "
+    "allocated). On a CPU, libraries add some MB that the formula does not predict."
 )
 
 
@@ -215,6 +215,8 @@ def _memory(report: Report) -> list[Part]:
     bars = shares(Series("peak", list(sizes), [value / _MEGA for value in sizes.values()], hover, 1), Axis("MB"))
     table = Table(("peak", "MB"), tuple((name, f"{value / _MEGA:,.1f}") for name, value in sizes.items()))
     note = f"Above a baseline of {format_size(memory['baseline_bytes'])} {_BASELINE}"
+    if resident := memory.get("resident_bytes"):
+        note += f" The process was resident with {format_size(resident)} at most, with the pages of files."
     parts: list[Part] = [Chart("chart-memory", "Peak memory, predicted and measured", bars, table, note)]
     seen = [(row.layer, row.peak_bytes) for row in report.structures if row.peak_bytes]
     seen += [(row.layer, row.peak_bytes) for row in report.rows]

@@ -15,6 +15,7 @@ from llmprune.models.source import Source
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.pruning.dense_pass import DensePass
 from llmprune.pruning.forecast.memory import pruning_needs
+from llmprune.pruning.forecast.shares import expected_shares
 from llmprune.pruning.jobs import Job
 from llmprune.pruning.tracking import require_tracker
 from llmprune.recipe.recipe import Recipe
@@ -89,7 +90,8 @@ class Run:
         """
         # The calibration text last: it is the one that is read or sampled first.
         for name, spec in reversed(self.recipe.texts.items()):
-            self.watch(Progress(f"{name} text", step=spec.summary))
+            shares = expected_shares(self.recipe, source, jobs, self.device)
+            self.watch(Progress(f"{name} text", step=spec.summary, shares=shares))
         if any(spec.source == "self" for spec in self.recipe.texts.values()):
             self.watch.expected = lambda: sampling_needs(source)
         with self.stages("text"):

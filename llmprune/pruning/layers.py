@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 
-from llmprune.devices import PeakWatch
+from llmprune.devices import PeakWatch, map_large_blocks, warm_up
 from llmprune.models.sizes import ends_bytes
 from llmprune.models.source import Source
 from llmprune.progress import Progress
@@ -33,7 +33,7 @@ class PrunedLayers:
         rows: one per pruned matrix, in the order of the layers.
         structures: one per structure from which groups were removed.
         matches: one per layer that was fitted as a whole.
-        memory: predicted, measured and baseline bytes, as in the report.
+        memory: predicted, measured, baseline and resident bytes, as in the report.
         sizes: of the layers that were pruned in this run, what the prediction is based on.
     """
 
@@ -75,6 +75,8 @@ class LayerDriver:
         self._matches: list[MatchRow] = []
         options = run.recipe.reconstruct
         self._targets = None if options is None else Targets(options.target, self._stream, dense)
+        self._place, self._step = 0, "embeddings"
+        self._stream.tell = lambda words: self._report(f"{self._step}, {words}")
 
     def drive(self) -> PrunedLayers:
         """Stream the layers, prune each, and commit it if there is a target.
@@ -82,6 +84,11 @@ class LayerDriver:
         Raises:
             NumericsError: a value is not finite, or a Gram matrix is not positive definite with any damping.
         """
+        self._report(self._step)
+        if self._run.device.type == "cpu":
+            map_large_blocks()
+            # Libraries keep some memory from their first products on: it is no part of what the layers take.
+            warm_up(self._source.dtype)
         with PeakWatch(self._run.device) as memory:
             self._stream.memory = memory
             for layer in self._stream:
@@ -100,7 +107,8 @@ class LayerDriver:
             if self._reduction is not None:
                 self._reduction.free()
         layers = len(self._source.layers)
-        self._run.watch(Progress("pruning", layers, layers, "", self._mean_error()))
+        self._place = layers
+        self._report("")
         return PrunedLayers(
             tuple(self._rows),
             tuple(self._structures),
@@ -177,10 +185,15 @@ class LayerDriver:
             "predicted_bytes": predict_peak(ends_bytes(self._source), *held, self._memories),
             "measured_bytes": memory.peak - memory.baseline,
             "baseline_bytes": memory.baseline,
+            "resident_bytes": memory.resident,
         }
 
     def _tell(self, layer: ResidentLayer, step: str) -> None:
-        self._run.watch(Progress("pruning", layer.index, len(self._source.layers), step, self._mean_error()))
+        self._place, self._step = layer.index, step
+        self._report(step)
+
+    def _report(self, step: str) -> None:
+        self._run.watch(Progress("pruning", self._place, len(self._source.layers), step, self._mean_error()))
 
     def _mean_error(self) -> float | None:
         """The mean relative output error of all rows so far; None before the first that has one."""

@@ -127,11 +127,15 @@ def prune_checkpoint(
     source = run.open(folder)
     tokenizer = tokenizer_for(run.recipe.texts.values(), folder, source.config)
     run = run.fitted(model_positions(source.config))
-    found = None if run.recipe.structures is None else Removable.find(source, run.recipe.structures)
+    found = None
+    if run.recipe.structures is not None:
+        run.watch(Progress("finding structures"))
+        found = Removable.find(source, run.recipe.structures)
     jobs = plan_jobs(_preview(source, found), run.recipe)
     require_packable(source, run.recipe.format)
     require_space(output, sum(stored.nbytes for stored in source.stored.values()), resume=resume)
     texts = run.texts(source, jobs, tokenizer)
+    run.watch(Progress("digesting the source"))
     keys = {
         "recipe": run.recipe.to_dict() | {"description": "", "report_to": None},
         "tokens": {text: tokens.digest for text, tokens in texts.items()},
@@ -169,12 +173,14 @@ def _into(
     layers = LayerDriver(
         run, streamed, jobs, texts["calibration"], writer, reduction, lambda: run.open(source.folder)
     ).drive()
+    run.watch(Progress("writing what is outside the layers"))
     with run.stages("write"):
         for left_out in writer.finish():
             run.watch(Progress(left_out))
     smaller = None
     if reduction is not None:
         # The written checkpoint is measured, which also checks that it can be read.
+        run.watch(Progress("checking the written checkpoint"))
         result = _audited(run, target.path)
         smaller = compare_sizes(run, source, result, target.decisions, texts["calibration"])
     report = make_report(
@@ -189,6 +195,7 @@ def _into(
         smaller,
         lambda: ask_stored(run, source, target.path, tokenizer),
     )
+    run.watch(Progress("writing the report"))
     report.save(target.path)
     write_card(target.path, name, run.recipe, report)
     write_report(target.path)

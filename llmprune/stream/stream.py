@@ -61,6 +61,10 @@ class Stream:
         settings: device, batches and memory.
         stages: stopwatch; a new one by default.
 
+    Attributes:
+        tell: called before every batch but the first that goes through the embeddings or a layer, with a few words; by
+            default nobody listens.
+
     Raises:
         ModelError: the model does not pass hidden states from one layer to the next unchanged.
         NumericsError: a layer's output is not finite; names the layer.
@@ -79,6 +83,7 @@ class Stream:
         self.statistics_batches = -(-counted // size)
         self.calls = LayerCalls(self.settings.device)
         self.memory: PeakWatch | None = None
+        self.tell: Callable[[str], None] = lambda words: None
 
     @property
     def peak_bytes(self) -> int:
@@ -166,8 +171,15 @@ class Stream:
                 self.source.free_layer(0)
             del args, kwargs
             with self._ends():
-                for batch, ids in enumerate(self.batches):
-                    self._record(batch, ids)
+                for batch in self.told_batches():
+                    self._record(batch, self.batches[batch])
+
+    def told_batches(self) -> Iterator[int]:
+        """The numbers of the batches; tells of each but the first, so that a long pass is not a silent one."""
+        for batch in range(len(self.batches)):
+            if batch:
+                self.tell(f"batch {batch + 1} of {len(self.batches)}")
+            yield batch
 
     @contextlib.contextmanager
     def _ends(self) -> Iterator[None]:
@@ -270,7 +282,7 @@ class ResidentLayer:
         watched = [self.matrices[name] for name in needs]
         observer = Observer(self._parameters, watched, needs, self.stream.stages, token_weight)
         with torch.no_grad(), self.stream.stages("forward"):
-            for batch in range(len(self.stream.batches)):
+            for batch in self.stream.told_batches():
                 observer.keep_rows = batch >= self.stream.statistics_batches
                 try:
                     with observer:
@@ -335,7 +347,7 @@ class ResidentLayer:
         """
         hidden = self.stream.hidden if states is None else states
         with torch.no_grad(), self.stream.stages("forward"):
-            for batch in range(len(self.stream.batches)):
+            for batch in self.stream.told_batches():
                 output = self.stream.calls.carry(self.index, batch, self.forward(hidden[batch], batch))
                 self._check(output, f"the output of {self.name}")
                 hidden[batch] = output

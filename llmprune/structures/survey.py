@@ -98,8 +98,17 @@ class _Surveys:
         if not finished and self._budget is None:
             return
         stream = Stream(self._source, ids, replace(self._settings, outputs=True), self._stages)
+        place = 0
+
+        def tell(words: str = "") -> None:
+            step = ", ".join(filter(None, ("measuring the dense model", words)))
+            self._watch(Progress("survey", place, self._layers, step))
+
+        tell("embeddings")
+        stream.tell = tell
         for layer in stream:
-            self._watch(Progress("survey", layer.index, self._layers, "measuring the dense model"))
+            place = layer.index
+            tell()
             for survey in (*finished, *([self._budget] if self._budget else ())):
                 survey.see(layer)
         for survey in finished:

@@ -17,6 +17,9 @@ from llmprune.text.openings import Tokenizer, spelled_out
 from llmprune.text.scripts import UNSCRIPTED, Script
 from llmprune.text.tokens import TextSpec
 
+# Sequences that are generated together: the 64 sequences of a CPU's default, and some that are held back.
+SAMPLING_BATCH = 96
+
 
 @torch.no_grad()
 def generate_text(
@@ -24,7 +27,7 @@ def generate_text(
     spec: TextSpec,
     scripts: Sequence[Script] = (UNSCRIPTED,),
     *,
-    batch: int = 96,
+    batch: int = SAMPLING_BATCH,
     watch: Callable[[int], None] = lambda tokens: None,
 ) -> Int64[Tensor, "samples length"]:
     """Sample text from a causal LM, token by token from its own distribution.
@@ -136,7 +139,7 @@ def _next(
     state = getattr(output, "past_key_values", None)
     cache.clear()
     cache.update({} if state is None else {"past_key_values": state})
-    return _draw(output.logits[:, -1], draws[:, position], spec.temperature, spec.top_p)
+    return draw(output.logits[:, -1], draws[:, position], spec.temperature, spec.top_p)
 
 
 class _Player:
@@ -165,10 +168,16 @@ def end_tokens(model: nn.Module) -> set[int]:
     return {ends} if isinstance(ends, int) else set(ends)
 
 
-def _draw(
+def draw(
     logits: Float[Tensor, "samples vocabulary"], draws: Float[Tensor, " samples"], temperature: float, top_p: float
 ) -> Int64[Tensor, " samples"]:
-    """Invert the cumulative distribution; float64, so that the tail of a large vocabulary keeps its probability."""
+    """Draw tokens from logits, given numbers in [0, 1).
+
+    Inverts the cumulative distribution in float64, so that the tail of a large vocabulary keeps its probability.
+
+    Raises:
+        NumericsError: a logit is not finite.
+    """
     scores = logits.double() / temperature
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)  # it does not look at the ids

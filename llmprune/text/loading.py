@@ -24,6 +24,8 @@ from llmprune.text.openings import Tokenizer
 from llmprune.text.scripts import scripts_of, template_problem
 from llmprune.text.tokens import TextSpec, Tokens, load_tokens
 
+_SAMPLING = "sampling text"
+
 # The names under which configs give the number of positions.
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
@@ -51,14 +53,21 @@ def load_texts(
     check_texts(specs, source)
     folder = source.folder
     dense = source.model if folder is None else None
+    # One stage for all of them, because it is one kind of work.
+    waiting = [spec.sequences * spec.tokens for spec in specs.values() if spec.source == "self"]
+    total = sum(waiting)
 
     def generate(spec: TextSpec) -> Tensor:
         nonlocal dense
         if dense is None:
             assert folder is not None
+            watch(Progress(_SAMPLING, 0, total, "loading the dense model", unit="token"))
             dense = _load_dense(folder, device)
+        before = total - sum(waiting)
         with widened(dense, computed_in(dense.dtype, dense.device)):
-            return generate_text(dense, spec, scripts_of(tokenizer), watch=_teller(spec, watch))
+            ids = generate_text(dense, spec, scripts_of(tokenizer), watch=_teller(before, total, watch))
+        waiting.pop(0)
+        return ids
 
     texts = {name: load_tokens(spec, tokenizer, generate) for name, spec in specs.items()}
     if (problem := template_problem(tokenizer)) and any(spec.source == "self" for spec in specs.values()):
@@ -140,8 +149,8 @@ class _NoTokenizer:
         return {"input_ids": [opening for _ in text]}
 
 
-def _teller(spec: TextSpec, watch: Watcher) -> Callable[[int], None]:
-    return lambda tokens: watch(Progress("sampling text", tokens, spec.sequences * spec.tokens, unit="token"))
+def _teller(before: int, total: int, watch: Watcher) -> Callable[[int], None]:
+    return lambda tokens: watch(Progress(_SAMPLING, before + tokens, total, unit="token"))
 
 
 def _load_dense(folder: Path, device: torch.device) -> PreTrainedModel:

@@ -98,8 +98,8 @@ def test_progress_is_one_line_a_layer_on_stderr(model: Path, tmp_path: Path) -> 
     lines = [line for line in result.stderr.splitlines() if line.startswith("pruning")]
     assert lines[0].startswith("pruning: layer 1 of 2 in ")
     assert ", mean relative output error 0." in lines[0]
-    assert ", ETA 0:0" in lines[0]
-    assert "ETA" not in lines[1]
+    # Of the whole run: the pruned model is yet to be measured when the last layer is pruned.
+    assert all(", ETA 0:0" in line for line in lines)
     assert "calibration text" in result.stderr
     assert "\x1b" not in result.stderr + result.stdout
 

@@ -109,7 +109,7 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(arguments: list[Any], tmp_p
     options = ["--set", "pattern=0.5,2:4", "--dry-run"]
     result = run(*arguments, *options)
     assert result.exit_code == 0
-    for words in ("pattern-0.5", "pattern-2of4", "2 runs", "seconds (lower bound)", "peak memory", "disk"):
+    for words in ("pattern-0.5", "pattern-2of4", "2 runs", "seconds (estimate)", "peak memory", "disk"):
         assert words in result.stdout
     assert all(len(line) <= 80 for line in result.stdout.splitlines())
     content = json.loads(run(*arguments[:4], *options, "--json").stdout)

@@ -1,9 +1,11 @@
 """What is shown while a run goes on: live on a terminal, one line a layer elsewhere."""
 
 import io
+import itertools
 import os
 import pty
 import sys
+import time
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +16,13 @@ import tiny_models
 from command_line import SMALL, make_plain, run, spawn
 from rich.text import Text
 
+from llmprune import prune
 from llmprune.cli import console
-from llmprune.cli.console import Display, Pace
+from llmprune.cli.console import Display
 from llmprune.errors import LlmpruneError
 from llmprune.progress import Progress
+from llmprune.pruning import solving
+from llmprune.stream.stream import ResidentLayer, Stream
 from llmprune.units import format_change, spans
 
 
@@ -86,44 +91,11 @@ def _pieces(controller: int) -> Iterator[bytes]:
         os.close(controller)
 
 
-def test_pace_waits_for_a_finished_layer_and_counts_down() -> None:
-    pace = Pace()
-    assert pace.update(Progress("pruning", 0, 4, "statistics"), 0.0) is None
-    assert pace.left(5.0) is None
-    assert pace.update(Progress("pruning", 0, 4, "writing"), 9.0) is None
-    assert pace.update(Progress("pruning", 1, 4, "statistics"), 10.0) == 10
-    assert pace.left(10.0) == 30
-    assert pace.left(14.0) == 26
-    assert pace.left(99.0) == 0
-    assert pace.update(Progress("pruning", 2, 4, "statistics"), 16.0) == 6
-    assert pace.left(16.0) == 16
-    assert pace.update(Progress("pruning", 4, 4), 20.0) == 4
-    assert pace.left(20.0) is None
-
-
-def test_pace_starts_again_with_every_stage() -> None:
-    pace = Pace()
-    pace.update(Progress("dense perplexity", 0, 2), 0.0)
-    pace.update(Progress("dense perplexity", 1, 2), 1.0)
-    pace.update(Progress("pruning", 0, 2), 2.0)
-    assert pace.left(2.0) is None
-
-
-def test_pace_does_not_count_replayed_layers() -> None:
-    pace = Pace()
-    pace.update(Progress("pruning", 0, 3, "replaying"), 0.0)
-    pace.update(Progress("pruning", 0, 3, "advancing"), 0.1)
-    pace.update(Progress("pruning", 1, 3, "statistics"), 0.2)
-    assert pace.left(0.2) is None
-    pace.update(Progress("pruning", 2, 3, "statistics"), 10.2)
-    assert pace.left(10.2) == 10
-
-
 def test_display_shows_step_error_and_eta_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr(sys, "stderr", shown)
-    clock = iter([0.0, 60.0, *[60.0] * 100])
+    clock = iter([0.0, 0.0, 60.0, *[60.0] * 100])
     with Display(clock=lambda: next(clock)) as display:
         display(Progress("pruning", 0, 3, "statistics"))
         display(Progress("pruning", 1, 3, "solving mlp.up_proj", 0.125))
@@ -131,6 +103,80 @@ def test_display_shows_step_error_and_eta_on_a_terminal(monkeypatch: pytest.Monk
     assert "ETA 2:00" in shown.getvalue()
     assert "solving mlp.up_proj" in shown.getvalue()
     assert "mean relative output error 0.1250" in shown.getvalue()
+
+
+class Clock:
+    """Time that passes only where something says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_step_that_takes_long_is_said_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    display = Display(clock=clock)
+    display.tick()
+    display(Progress("pruning", 1, 3, "statistics"))
+    for now in range(31):
+        clock.now = float(now)
+        display.tick()
+    display.__exit__(None, None, None)
+    clock.now = 99.0
+    display.tick()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"pruning, layer 2 of 3, statistics, {seconds} s so far" for seconds in (9, 18, 27)]
+
+
+def test_whoever_waits_in_a_library_hears_of_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two steps, from a thread of the display."""
+    monkeypatch.setattr(console, "_TICK_SECONDS", 0.001)
+    clock = Clock()
+    with Display(clock=clock):
+        clock.now = 9.5
+        shown, waited = "", time.monotonic()
+        while not shown and time.monotonic() - waited < 30:
+            time.sleep(0.001)
+            shown += capsys.readouterr().err
+    assert shown == "starting, 10 s so far\n"
+
+
+def test_no_long_part_of_a_run_is_silent(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every forward pass of a layer, every head and every solved matrix takes 6 s here: a line at every second one."""
+    clock, printed = Clock(), [0.0]
+
+    def slowed(owner: Any, name: str) -> None:
+        work = getattr(owner, name)
+
+        def slow(*arguments: Any, **options: Any) -> Any:
+            clock.now += 6.0
+            return work(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    slowed(ResidentLayer, "forward")
+    slowed(Stream, "head")
+    slowed(solving, "_solve_matrix")
+    display = Display(clock=clock)
+    show = display._print
+
+    def note(line: str, now: float, *more: str, eta: bool = True) -> None:
+        printed.append(now)
+        show(line, now, *more, eta=eta)
+
+    monkeypatch.setattr(display, "_print", note)
+    prune(model, tiny_models.recipe(evaluation={"samples": 4}, batch_size=1), tmp_path / "out", watch=display)
+    gaps = [after - before for before, after in itertools.pairwise([*printed, clock.now])]
+    assert len(gaps) > 30
+    # A step at the latest after one part; a line at the latest at the first step after ten seconds.
+    assert max(gaps) <= 12.0
+    assert "ETA" in capsys.readouterr().err
 
 
 def test_spans() -> None:

@@ -107,7 +107,7 @@ def test_seconds_are_booked_once_and_memory_is_measured(tmp_path: Path) -> None:
     assert sum(seconds.values()) <= total
     assert sum(row.seconds for row in report.rows) <= seconds["solve"] * 1.05
     memory = report.header["memory"]
-    assert memory.keys() == {"predicted_bytes", "measured_bytes", "baseline_bytes"}
+    assert memory.keys() == {"predicted_bytes", "measured_bytes", "baseline_bytes", "resident_bytes"}
     assert memory["predicted_bytes"] > 0
     assert all(memory["baseline_bytes"] <= row.peak_bytes for row in report.rows)
 

@@ -25,6 +25,7 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
     priors = sum(row.prior_tokens > 0 for row in report.rows)
     stages = [f"{stage} {format_seconds(value)}" for stage, value in header["seconds"].items() if stage != "total"]
     memory = header["memory"]
+    resident = memory.get("resident_bytes")
     error = "not measured" if report.mean_error is None else f"{report.mean_error:.4f} (mean)"
     found = facts(
         ("base model", header["model"]),
@@ -40,6 +41,7 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
             "peak memory",
             f"{format_size(memory['predicted_bytes'])} predicted, {format_size(memory['measured_bytes'])} measured",
         ),
+        *([("", f"{format_size(resident)} resident in all, with Python and its libraries")] if resident else []),
         *_size_facts(header["size"]),
         ("report", str(folder / "report.json")),
         *([("page", str(folder / "report.html"))] if (folder / "report.html").exists() else []),
@@ -180,7 +182,7 @@ def _merged(layer: "LayerPlan") -> list[tuple[str, tuple[tuple[int, int], str, s
 
 
 def _work_table(plan: "DryRun") -> Table:
-    table = new_table("matmuls", "GFLOP", "GFLOP/s here", "seconds", left=(0,))
+    table = new_table("time", "GFLOP", "GFLOP/s here", "seconds", left=(0,))
     work, rates, seconds = plan.work, plan.rates, plan.seconds
     for name, done, rate, duration in (
         ("two forward passes", work.forward, rates.forward, seconds.forward),
@@ -188,8 +190,11 @@ def _work_table(plan: "DryRun") -> Table:
         ("solver", work.solve, rates.solve, seconds.solve),
     ):
         table.add_row(name, f"{done / 1e9:,.1f}", f"{rate / 1e9:,.0f}", format_seconds(duration))
+    for name, duration in (("sampling text", plan.around.sampling), ("perplexity", plan.around.evaluation)):
+        if duration:
+            table.add_row(name, "", "", format_seconds(duration))
     table.add_row(
-        Text("lower bound", "bold"), f"{work.total / 1e9:,.1f}", "", Text(format_seconds(seconds.total), "bold")
+        Text("total", "bold"), f"{work.total / 1e9:,.1f}", "", Text(format_seconds(plan.total_seconds), "bold")
     )
     return table
 

@@ -26,7 +26,7 @@ def sweep_tables(sweep: "Sweep") -> list[RenderableType]:
 
 def forecast_table(forecast: "SweepForecast") -> RenderableType:
     """One line per run, and the totals."""
-    table = new_table("run", "seconds (lower bound)", "peak memory", "disk", left=(0,))
+    table = new_table("run", "seconds (estimate)", "peak memory", "disk", left=(0,))
     for row in forecast.rows:
         if row.finished:
             table.add_row(row.name, "finished", "", "")

@@ -27,6 +27,7 @@ from llmprune.models.sizes import ends_bytes
 from llmprune.patterns import Unstructured
 from llmprune.precision import add_gram, dtype_name, float32_products
 from llmprune.pruning.context import Run
+from llmprune.pruning.forecast.around import measure_around
 from llmprune.pruning.forecast.memory import layer_memory
 from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan, Work
 from llmprune.pruning.jobs import Job, plan_jobs, require_packable
@@ -109,6 +110,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         spilled_bytes=hidden - resident,
         notes=(*_notes(settings, source), *(structure_notes(structures, found.spec) if found else ())),
         structures=structures,
+        around=measure_around(source, settings, device),
     )
 
 
@@ -284,8 +286,9 @@ def _matrix_plan(name: str, shape: tuple[int, int], job: Job | None) -> MatrixPl
 def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
     yield "A dry run does not read the calibration text, so errors in the text only show up in the real run."
     yield (
-        "The time is a lower bound: matmuls only. Elementwise operations, attention, column updates, loading, writing, "
-        "preparing the texts and measuring perplexity take additional time."
+        "The time of pruning is a lower bound: matmuls only. Elementwise operations, attention, column updates, "
+        "loading and writing take additional time. The times of sampling and of perplexity are extrapolated from "
+        "single steps; sampling leaves out attention to earlier tokens."
     )
     texts = [text for text in (recipe.calibration, recipe.evaluation) if text is not None]
     if any(text.source == "self" for text in texts):

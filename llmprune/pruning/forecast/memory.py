@@ -11,14 +11,18 @@ calls           masks and rotary embeddings that the model passes to its layers;
 weights         one decoder layer in the compute dtype
 statistics      4 d^2 bytes for each Gram of width d, 4 d for column norms; shared by matrices with the same input
 held-back rows  up to 1,024 rows of each group's input
-forward         batch x length tokens x (6 hidden sizes + 3 widest dimensions) in the compute dtype; if that is narrower
-                than float32, plus a float32 copy of the widest input while its Gram is computed
+forward         batch x length tokens x (6 hidden sizes + 3 widest dimensions) in the compute dtype; where statistics
+                are collected, plus the squares of the widest input in float32, and a float32 copy of it if the
+                compute dtype is narrower
 solving         what the method states for the current matrix (`Method.workspace`): for [o, i] 20 o i bytes, and 6 i^2
                 more for SparseGPT
 
+On a CPU, the measured peak is what the process has for itself, without pages of files: glibc's allocator is told to
+return large blocks at once, and libraries make their first products before the first layer. What is left of both is a
+few megabytes.
+
 Not counted: the logits of an evaluation, of as many positions at a time as make 128 MB in float32 (`stream.windows`),
-with their log-softmax for each of two models and the divergence up to 0.8 GB (`stream.guard.scoring_needs`); and what
-the libraries allocate and keep at the first matmuls of a process, some tens of megabytes.
+with their log-softmax for each of two models and the divergence up to 0.8 GB (`stream.guard.scoring_needs`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -92,9 +96,11 @@ def layer_memory(
     itemsize = max((parameter.element_size() for parameter in parameters), default=4)
     every = [matrix.shape for matrix in layer.matrices.values()]
     widest = max((max(shape) for shape in every), default=0)
-    hidden = min((min(shape) for shape in every), default=0)
+    # Nearly every matrix reads or writes hidden states; those of key and value heads, or of experts, are narrower.
+    hidden = max((min(shape) for shape in every), default=0)
     kept_rows = itemsize * min(HELD_BACK_ROWS, held_back_tokens)
-    activations = itemsize * (6 * hidden + 3 * widest) + (4 * widest if itemsize < 4 else 0)
+    observed = bool(consumers) or any(job.method.needs is not None for job in jobs.values())
+    activations = itemsize * (6 * hidden + 3 * widest) + observed * (8 if itemsize < 4 else 4) * widest
     solving = [job.method.workspace(layer.matrices[name].shape) for name, job in jobs.items()]
     # About five square matrices of this width (structures.remove.solver), and three float32 copies of the matrix.
     removing = [20 * width**2 + 12 * rows * width for rows, width in consumers]

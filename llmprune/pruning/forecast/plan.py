@@ -47,6 +47,24 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class Around:
+    """Seconds of what a run does before and after its layers are pruned.
+
+    Attributes:
+        sampling: text from the dense model.
+        evaluation: the forward passes of the dense and of the pruned model over the evaluation text, and both heads.
+    """
+
+    sampling: float = 0.0
+    evaluation: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return self.sampling + self.evaluation
+
+
+@dataclass(frozen=True, slots=True)
 class LayerPlan:
     """Decoder layers with the same structure and the same plan.
 
@@ -103,6 +121,7 @@ class DryRun:
         spilled_bytes: hidden states beyond the activation budget, in the temporary folder.
         notes: what the figures do not include.
         structures: what will be removed physically.
+        around: seconds of sampling and evaluation, extrapolated from steps that this dry run timed.
     """
 
     model: str
@@ -118,6 +137,7 @@ class DryRun:
     spilled_bytes: int
     notes: tuple[str, ...]
     structures: tuple[StructurePlan, ...] = ()
+    around: Around = Around()
 
     @property
     def work(self) -> Work:
@@ -136,6 +156,11 @@ class DryRun:
         return Work(work.forward / rates.forward, work.gram / rates.gram, work.solve / rates.solve)
 
     @property
+    def total_seconds(self) -> float:
+        """The matmuls of pruning, and what is around them."""
+        return self.seconds.total + self.around.total
+
+    @property
     def sparsity(self) -> float:
         """Expected sparsity over all matrices that are pruned."""
         pruned = [(len(p.indices), m) for p in self.layers for m in p.matrices if m.method is not None]
@@ -144,5 +169,6 @@ class DryRun:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON."""
-        derived = {"sparsity": self.sparsity, "work": asdict(self.work), "seconds": asdict(self.seconds)}
+        seconds = {**asdict(self.seconds), **asdict(self.around), "total": self.total_seconds}
+        derived = {"sparsity": self.sparsity, "work": asdict(self.work), "seconds": seconds}
         return {**asdict(self), **derived, "memory": {**asdict(self.memory), "peak": self.memory.peak}}

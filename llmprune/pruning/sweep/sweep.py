@@ -63,7 +63,7 @@ class ForecastRow:
         name: of its folder.
         settings: keys of the grid -> their values.
         finished: whether an earlier sweep has made it, so that it costs nothing.
-        seconds: a lower bound: matmuls only.
+        seconds: of matmuls, sampling and evaluation, see `DryRun.total_seconds`.
         peak_bytes: predicted memory, in addition to the program itself.
         disk_bytes: size of the pruned checkpoint.
     """
@@ -90,7 +90,7 @@ class SweepForecast:
 
     @property
     def seconds(self) -> float:
-        """Of all runs, one after the other; a lower bound."""
+        """Of all runs, one after the other."""
         return sum(row.seconds for row in self.rows)
 
     @property
@@ -208,7 +208,7 @@ def forecast(
             mistakes.append((row.settings, error))
         else:
             sizes = plan.memory.peak, plan.disk_bytes
-            found.append(ForecastRow(row.name, row.settings, False, plan.seconds.total, *sizes))
+            found.append(ForecastRow(row.name, row.settings, False, plan.total_seconds, *sizes))
     refuse(mistakes, len(combinations))
     result = SweepForecast(str(model), tuple(found))
     if output is not None:
@@ -246,7 +246,14 @@ def _run_all(runs: Sequence[tuple[SweepRow, Recipe]], record: Record, model: str
 
 
 def _numbered(watch: Watcher, number: int, total: int) -> Watcher:
-    return lambda progress: watch(replace(progress, stage=f"{number}/{total} {progress.stage}"))
+    def numbered(stage: str) -> str:
+        return f"{number}/{total} {stage}"
+
+    def tell(progress: Progress) -> None:
+        own = progress.shares and {numbered(stage): share for stage, share in progress.shares.items()}
+        watch(replace(progress, stage=numbered(progress.stage), shares=own))
+
+    return tell
 
 
 def _compare(folder: Path, rows: Sequence[SweepRow], model: str | Path) -> Comparison | None:

@@ -79,6 +79,7 @@ class _Greedy:
     def step(self, watch: Callable[[int], None], watch_head: Callable[[int, int], None]) -> None:
         """Measure each candidate on top of what is already removed; remove the one with the lowest KL divergence."""
         stream = self._start()
+        stream.tell = lambda words: watch(self._passed)
         variants = Variants[DepthUnit](stream, _FIX)
         for layer in stream:
             self._visit(layer, variants)

@@ -13,7 +13,7 @@ from llmprune.devices import describe_device
 from llmprune.errors import DeviceError, PatternError, RecipeError
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.pruning.forecast.forecast import dry_run, measure_rates
-from llmprune.pruning.forecast.plan import DryRun, Work
+from llmprune.pruning.forecast.plan import Around, DryRun, Work
 
 # Of the recipe of tiny_models: 6 samples and one held back, 24 tokens each.
 COUNTED, TOKENS = 6 * 24, 7 * 24
@@ -32,11 +32,13 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 RATES = Work(forward=1e9, gram=2e9, solve=3e9)
+AROUND = Around(sampling=5.0, evaluation=7.0)
 
 
 @pytest.fixture(autouse=True)
 def rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmprune.pruning.forecast.forecast.measure_rates", lambda device, dtype: RATES)
+    monkeypatch.setattr("llmprune.pruning.forecast.forecast.measure_around", lambda *arguments: AROUND)
 
 
 def look(folder: Path, **changes: Any) -> DryRun:
@@ -215,6 +217,8 @@ def test_to_dict_is_json_and_complete(folder: Path) -> None:
     assert content["memory"]["peak"] == plan.memory.peak
     assert content["work"] == {"forward": plan.work.forward, "gram": plan.work.gram, "solve": plan.work.solve}
     assert content["seconds"]["forward"] == plan.seconds.forward
+    assert (content["seconds"]["sampling"], content["seconds"]["evaluation"]) == (5.0, 7.0)
+    assert content["seconds"]["total"] == plan.total_seconds == plan.seconds.total + 12.0
     assert content["compute_dtype"] == "float32"
 
 
@@ -245,4 +249,6 @@ def test_tables_join_the_experts_and_fit_80_columns(experts: Path, capsys: pytes
     assert "model.layers.0-1" in shown
     assert "mlp.experts.0-3.down_proj" in shown
     assert "predicted peak" in shown
+    assert "sampling text" in shown
+    assert "perplexity" in shown
     assert all(len(line) <= 80 for line in shown.splitlines())

@@ -1,5 +1,8 @@
 """The memory formula, against what is in memory while a model runs."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,27 @@ def test_a_large_vocabulary_is_never_in_memory_beside_a_layer(tmp_path: Path, mo
     predicted = report.header["memory"]["predicted_bytes"]
     assert max(resident) <= predicted <= 1.01 * max(resident)
     assert dry_run(source, settings).memory.peak == predicted
+
+
+_PROGRAM = """
+import json, sys
+from llmprune import prune
+small = ["calibration.samples=16", "calibration.length=128", "calibration.source=" + sys.argv[1]]
+small += ["batch_size=16", "held_back=2", "evaluation=null", "device=cpu"]
+print(json.dumps(prune("testbed", "wanda-50", sys.argv[2], overrides=small).header["memory"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which resident pages belong to files")
+def test_the_peak_of_a_process_of_its_own_is_the_predicted_one(tmp_path: Path) -> None:
+    """The bundled model; what other tests have left in this process's heap would be used again, and go unseen."""
+    (tmp_path / "text.txt").write_text(" ".join(f"word {number}" for number in range(4000)))
+    command = [sys.executable, "-c", _PROGRAM, tmp_path / "text.txt", tmp_path / "out"]
+    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    memory = json.loads(finished.stdout.splitlines()[-1])
+    assert memory["measured_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.2)
+    assert memory["resident_bytes"] >= memory["baseline_bytes"] + memory["measured_bytes"]
 
 
 def test_before_groups_are_known_no_input_is_shared() -> None:

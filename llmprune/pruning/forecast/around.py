@@ -1,0 +1,105 @@
+"""How long a run takes before and after its layers are pruned: sampling text, and measuring perplexity.
+
+One decoder layer is timed, as are the head and the draw of a token, with random inputs of the shapes of the run:
+
+    sampling     for every position: all layers and the head on one token of each sequence of a batch, and a draw
+    evaluation   all layers on every token, of the dense and of the pruned model; both heads, and their comparison
+
+Left out: attention to the tokens before, in sampling; loading the model; reading texts; a GPU's graphs and clocks.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmprune.devices import runs_per_second
+from llmprune.models.sizes import active_experts, flops, layer_size
+from llmprune.models.source import Source
+from llmprune.pruning.forecast.plan import Around
+from llmprune.recipe.recipe import Recipe
+from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.variants import kl_divergence
+from llmprune.text.generated import SAMPLING_BATCH, draw
+
+# How many tokens of one sequence, positions of the head and rows of its matrix are timed; the rest is extrapolated.
+_TOKENS, _POSITIONS, _ROWS = 256, 64, 8192
+
+
+def measure_around(source: Source, recipe: Recipe, device: torch.device) -> Around:
+    """Time single steps on this machine, and add up what a run makes of them.
+
+    Args:
+        source: the dense model.
+        recipe: with the lengths of its texts resolved.
+        device: where the run computes.
+
+    Returns:
+        Seconds; 0 for what the recipe does not do.
+    """
+    sampling = 0.0
+    for spec in recipe.texts.values():
+        if spec.source == "self":
+            whole, rest = divmod(spec.sequences, SAMPLING_BATCH)
+            for batches, size in ((whole, SAMPLING_BATCH), (1, rest)):
+                if batches and size:
+                    sampling += batches * spec.tokens * _step_seconds(source, size, spec.top_p, device)
+    if recipe.evaluation is None:
+        return Around(sampling, 0.0)
+    length = min(recipe.evaluation.tokens, _TOKENS)
+    tokens = recipe.evaluation.sequences * recipe.evaluation.tokens
+    layers = _layers_seconds(source, (1, length), device) / length
+    return Around(sampling, tokens * (2 * layers + _scoring_seconds(source, device)))
+
+
+def _layers_seconds(source: Source, shape: tuple[int, int], device: torch.device) -> float:
+    """One forward pass of tokens [samples, length] through all layers, extrapolated from the first."""
+    vocabulary = source.model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    stream = Stream(source, ids, StreamSettings(device, len(ids)))
+    stream.capture()
+    active = active_experts(source.model.config)
+    sizes = [layer_size(layer, flops, active) for layer in source.layers]
+    source.load_layer(0, device)
+    try:
+        layer = ResidentLayer(stream, 0)
+        with torch.no_grad():
+            rate = runs_per_second(lambda: layer.forward(stream.hidden[0], 0), device)
+    finally:
+        source.free_layer(0)
+    return sum(sizes) / max(sizes[0], 1.0) / rate
+
+
+def _step_seconds(source: Source, batch: int, top_p: float, device: torch.device) -> float:
+    """One token more for each sequence of a batch."""
+    hidden, head, scale = _head(source, batch, device)
+    draws = torch.rand(batch, dtype=torch.float64, device=device)
+    vocabulary = round(len(head) * scale)
+    logits = torch.randn(batch, vocabulary, device=device)
+    with torch.no_grad():
+        product = runs_per_second(lambda: F.linear(hidden, head), device)
+        drawn = runs_per_second(lambda: draw(logits, draws, 1.0, top_p), device)
+    return _layers_seconds(source, (batch, 1), device) + scale / product + 1 / drawn
+
+
+def _scoring_seconds(source: Source, device: torch.device) -> float:
+    """The logits of both models for one position, and all that is computed from them."""
+    hidden, head, scale = _head(source, _POSITIONS, device)
+
+    def score() -> None:
+        before, after = (F.linear(hidden, head).float().log_softmax(-1) for _ in range(2))
+        kl_divergence(before, after)
+        for values in (before, after):
+            values.max(-1)
+            values.argmax(-1)
+
+    with torch.no_grad():
+        return scale / runs_per_second(score, device) / _POSITIONS
+
+
+def _head(source: Source, positions: int, device: torch.device) -> tuple[Tensor, Tensor, float]:
+    """Hidden states, part of a head's matrix, and how many times as large the whole one is."""
+    config = source.model.config.get_text_config(decoder=True)
+    rows = min(config.vocab_size, _ROWS)
+    shapes = (positions, config.hidden_size), (rows, config.hidden_size)
+    hidden, head = (torch.randn(shape, device=device).to(source.dtype) for shape in shapes)
+    return hidden, head, config.vocab_size / rows

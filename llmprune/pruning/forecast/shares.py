@@ -1,0 +1,77 @@
+"""How a run's time is divided among its stages, from shapes alone: what an estimate of the time left begins with.
+
+The unit is an operation of a forward pass. What else a stage does is worth some of them, as measured on CPUs with
+SmolLM2-135M and a Llama of 1.2 billion parameters; whoever uses the shares corrects them by the stages that have ended
+(`llmprune.cli.pace`), so only stages that differ from all others have to be about right.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from llmprune.models.decoder import prunable_matrices
+from llmprune.models.sizes import active_experts, flops, layer_size
+from llmprune.models.source import Source
+from llmprune.pruning.jobs import Job
+from llmprune.recipe.recipe import Recipe
+from llmprune.statistics import Gram
+
+# A token that is sampled, in a batch, costs so many in a forward pass: all weights are read for every step.
+_DECODING = {"cpu": 6.0, "cuda": 30.0}
+
+# Products of float32 sums, and in float32.
+_GRAM, _SOLVING = 2.0, 3.0
+
+# Log-softmax of two models and their divergence, in float32, compared with the head's matmuls.
+_SCORING = 3.0
+
+
+def expected_shares(
+    recipe: Recipe, source: Source, jobs: Sequence[Mapping[str, Job]], device: torch.device
+) -> dict[str, float]:
+    """What each stage of a run is expected to cost, in the order of the stages.
+
+    Args:
+        recipe: with the lengths of its texts resolved.
+        source: the dense model.
+        jobs: for each layer, what is done to its matrices.
+        device: where the run computes.
+
+    Returns:
+        Stage, as in `Progress.stage`, -> operations of a forward pass.
+    """
+    active = active_experts(source.model.config)
+    layers = sum(layer_size(layer, flops, active) for layer in source.layers)
+    config = source.model.config.get_text_config(decoder=True)
+    head = 2.0 * config.hidden_size * config.vocab_size
+    sizes = {name: spec.sequences * spec.tokens for name, spec in recipe.texts.items()}
+    sampled = sum(sizes[name] for name, spec in recipe.texts.items() if spec.source == "self")
+    scored = sizes.get("evaluation", 0)
+    observed = sizes["calibration"]
+    surveyed = 0 if recipe.structures is None else 1
+    decoding = _DECODING["cpu" if device.type == "cpu" else "cuda"]
+    costs = {
+        "sampling text": decoding * sampled * (layers + head),
+        "dense perplexity": scored * layers,
+        "survey": surveyed * observed * layers,
+        "pruning": 2 * observed * layers + sum(_solving(source, *job, observed) for job in enumerate(jobs)),
+        "pruned perplexity": scored * layers,
+        "perplexity, head": 2 * _SCORING * scored * head,
+    }
+    return {stage: cost for stage, cost in costs.items() if cost}
+
+
+def _solving(source: Source, index: int, jobs: Mapping[str, Job], tokens: int) -> float:
+    """Statistics and solvers of a layer."""
+    # Matrices of one width side by side in a module usually read one input; which do is only known once they ran.
+    inputs: dict[tuple[str, int], Job] = {}
+    operations = 0.0
+    for matrix in prunable_matrices(source.layers[index], f"{source.layers_path}.{index}"):
+        job = jobs.get(matrix.name)
+        if job is not None:
+            inputs.setdefault((matrix.name.rpartition(".")[0], matrix.shape[1]), job)
+            operations += _SOLVING * job.method.work(matrix.shape)
+    for (_, width), job in inputs.items():
+        operations += _SOLVING * job.method.shared_work(width)
+        operations += _GRAM * 2 * tokens * width**2 * (job.method.needs is Gram)
+    return operations
