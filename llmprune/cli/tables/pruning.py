@@ -29,6 +29,7 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
         ("model", header["model"]),
         *_evaluation_facts(report),
         *_removal_facts(report),
+        *([("draft head", dropped)] if (dropped := header.get("draft_head")) else []),
         *([("sparsity", f"{report.sparsity:.2%} in {_matrices(len(report.rows))}")] if report.rows else []),
         ("relative output error", error),
         ("damping increased", f"for {_matrices(climbed)}"),
