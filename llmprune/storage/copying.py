@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llmprune.errors import CheckpointError
-from llmprune.storage.files import Stored, publish, removed_on_failure
+from llmprune.storage.files import Stored, publish, reading, removed_on_failure
 
 # The size up to which tensors share a file; a larger tensor has one of its own.
 _SHARD_BYTES = 5_000_000_000
@@ -44,12 +44,16 @@ def copy_tensors(file: Path, tensors: Sequence[Stored]) -> str:
     ordered = sorted(tensors, key=lambda stored: (-stored.dtype.itemsize, stored.key))
     temporary = file.with_name(f".{file.name}.partial")
     digest = hashlib.sha256()
-    with removed_on_failure(temporary):
-        with temporary.open("wb") as handle:
-            for data in itertools.chain([_header(ordered)], *map(_chunks, ordered)):
-                handle.write(data)
-                digest.update(data)
-        publish(temporary, file)
+    try:
+        with removed_on_failure(temporary):
+            with temporary.open("wb") as handle:
+                for data in itertools.chain([_header(ordered)], *map(_chunks, ordered)):
+                    handle.write(data)
+                    digest.update(data)
+            publish(temporary, file)
+    except CheckpointError:
+        temporary.unlink(missing_ok=True)
+        raise
     return digest.hexdigest()
 
 
@@ -67,15 +71,11 @@ def _header(ordered: Sequence[Stored]) -> bytes:
 
 def _chunks(stored: Stored) -> Iterator[bytes]:
     left = stored.nbytes
-    with stored.file.open("rb") as handle:
+    with reading(stored.file), stored.file.open("rb") as handle:
         handle.seek(stored.span[0])
         while left:
             data = handle.read(min(left, _CHUNK_BYTES))
             if not data:
-                raise CheckpointError(
-                    f"{stored.file} ends before the values of {stored.key!r}",
-                    expected="a complete safetensors file",
-                    fix="download the checkpoint again",
-                )
+                raise OSError(f"it ends before the values of {stored.key!r}")
             left -= len(data)
             yield data
