@@ -47,18 +47,15 @@ class DraftHead:
 
     def without(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The content of config.json for a model without it."""
-        cleared = {
-            key: self.without(value) if isinstance(value, Mapping) and key.endswith("_config") else value
-            for key, value in config.items()
-        }
-        present = [name for name in self.counts if name in config]
+        text = config.get("text_config")
+        parts = [config] if not isinstance(text, Mapping) else [config, text]
         # Where the file leaves the number to its default, the default may be 1.
-        added = [] if present or "text_config" in config or "model_type" not in config else self.counts
-        return {**cleared, **dict.fromkeys([*present, *added], 0)}
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, for the report."""
-        return {"tensors": len(self.keys), "nbytes": self.nbytes, "first": self.keys[0], "config": list(self.counts)}
+        absent = not any(name in part for part in parts for name in self.counts)
+        whole, *inner = (
+            {**part, **{name: 0 for name in self.counts if name in part or (absent and part is parts[-1])}}
+            for part in parts
+        )
+        return whole if not inner else {**whole, "text_config": inner[0]}
 
 
 def find_draft_head(dense: CheckpointSource, spec: Structures) -> DraftHead | None:

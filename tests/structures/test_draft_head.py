@@ -130,9 +130,11 @@ def test_a_count_that_transformers_adds_is_written_as_zero(tmp_path: Path) -> No
     draft_head = find_draft_head(CheckpointSource(source), Structures(depth=Depth(remove=1)))
     assert draft_head is not None
     assert draft_head.without(written) == {**written, "num_nextn_predict_layers": 0}
-    assert draft_head.without({"model_type": "whole", "text_config": written})["text_config"] == {
-        **written, "num_nextn_predict_layers": 0,
-    }  # fmt: skip
+    whole = {"model_type": "whole", "text_config": written, "vision_config": {"model_type": "tower"}}
+    inner = {"text_config": {**written, "num_nextn_predict_layers": 0}}
+    assert draft_head.without(whole) == {**whole, **inner}
+    counted = {**whole, "num_nextn_predict_layers": 2}
+    assert draft_head.without(counted) == {**counted, "num_nextn_predict_layers": 0}
 
 
 @pytest.mark.parametrize(

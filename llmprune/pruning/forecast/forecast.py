@@ -285,8 +285,8 @@ def _outside_notes(source: CheckpointSource, found: Removable | None) -> Iterato
     if copied := _copied(source, found):
         size = format_size(sum(source.stored[key].nbytes for key in copied))
         yield (
-            f"Copied as they are, 4 MB at a time: {len(copied)} tensors, {size}, such as {copied[0]}, which "
-            "transformers does not build."
+            f"Copied as they are, 4 MB at a time: {len(copied)} tensor{'s' * (len(copied) > 1)}, {size}, such as "
+            f"{copied[0]}, which transformers does not build."
         )
 
 
