@@ -124,13 +124,14 @@ class Runner:
         resume: bool = False,
         overwrite: bool = False,
         source: Path | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> tuple[int, list[str]]:
         """How a run ended (-9: killed), and the layers that it solved."""
         log = output.with_name(f"{output.name}.solved")
         log.write_text("")
         job = {
             "source": str(source or self.whole.source),
-            "recipe": self.whole.recipe,
+            "recipe": settings or self.whole.recipe,
             "resume": resume,
             "solved": str(log),
         }
@@ -244,15 +245,15 @@ def test_killed_again_and_again(whole: Whole, runner: Runner, tmp_path: Path) ->
 def test_killed_inside_of_the_library_that_writes(whole: Whole, runner: Runner, tmp_path: Path, after: str) -> None:
     """A shard of 25 MB takes long enough for a kill in the middle of it; its file has a name that is not ours."""
     folder, wide = tmp_path / "pruned", build("llama", torch.bfloat16, hidden_size=256, intermediate_size=16384)
-    source = save(wide, tmp_path / "dense")
+    source, settings = save(wide, tmp_path / "dense"), {**whole.recipe, "method": "magnitude", "evaluation": None}
     for _ in range(5):
-        ended, _ = runner(folder, WHILE_WRITING, source=source)
+        ended, _ = runner(folder, WHILE_WRITING, source=source, settings=settings)
         left = [file.name for file in folder.rglob(".tmp*")]
         if left:
             break
         shutil.rmtree(folder, ignore_errors=True)  # the kill came just after the file was renamed
     assert ended == -signal.SIGKILL
     assert len(left) == 1
-    prune(source, whole.recipe, folder, resume=after == "resume", overwrite=after == "overwrite")
+    prune(source, settings, folder, resume=after == "resume", overwrite=after == "overwrite")
     assert [file.name for file in folder.rglob("*") if file.name.startswith(".") and file.name != MANIFEST_NAME] == []
     assert set(tensors(folder)) == set(wide.state_dict())
