@@ -213,6 +213,21 @@ def test_the_core_does_not_import_the_evaluation() -> None:
         assert not named or module in ("storage.hub", "measuring.tasks.tasks"), path
 
 
+def test_no_code_of_a_checkpoint_is_ever_run() -> None:
+    """Every automatic class is told so: left to its default it asks on stdin, where anything may answer."""
+    found = 0
+    for path in [*FILES, *sorted((ROOT / "eval").rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner, name = ast.unparse(node.func.value), node.func.attr
+                if name in ("from_pretrained", "from_config") and ("Auto" in owner or "auto" in owner):
+                    options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                    quantizer = owner == "AutoHfQuantizer"  # reads no files
+                    assert quantizer or options.get("trust_remote_code") == "False", f"{path}:{node.lineno}"
+                    found += 1
+    assert found > 6
+
+
 def selections(source: str) -> list[str]:
     """Calls that rank numbers: a mask made by one of them would have its own ideas about counts and ties."""
     found = []

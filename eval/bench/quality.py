@@ -28,7 +28,7 @@ PATTERNS = ("0.5", "0.6", "0.7", "2:4")
 def measure(model: str, method: str, pattern: str, calibration: Path, heldout: Path) -> dict[str, float | str]:
     """Prune the model in memory, in float32, and measure it."""
     folder = resolve_model(model)
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=False)
     text = {"length": 256, "order": "text", "layout": "pack-bare"}
     recipe = {
         "pattern": pattern,

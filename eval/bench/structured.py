@@ -98,7 +98,9 @@ class Bench:
         self._folder, self._output = work / "dense", work / "pruned"
         folder = resolve_model(model)
         with quiet_transformers():
-            AutoModelForCausalLM.from_pretrained(folder, dtype="float32").save_pretrained(self._folder)
+            AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=False).save_pretrained(
+                self._folder
+            )
         tokenizer: Any = load_tokenizer(folder)
         tokenizer.save_pretrained(self._folder)
         self.source = CheckpointSource(self._folder)

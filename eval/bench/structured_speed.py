@@ -202,7 +202,7 @@ def _models(work: Path, shape: dict[str, int], dtype: torch.dtype) -> tuple[PreT
 
 def _load(folder: Path) -> PreTrainedModel:
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
 
 
 def _flops(extent: dict[str, Any], head: float, tokens: int) -> float:

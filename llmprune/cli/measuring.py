@@ -220,11 +220,14 @@ def bench(
             _say_if_nothing_to_tune(settings.device)
         with display:
             result = benching.bench(checkpoint, settings, against, display)
-        write_result(target, result)
+        # Shown first: if they cannot be written after all, minutes of measuring are not lost.
         if as_json:
             console.show_json(result)
         else:
-            console.show(*bench_tables(result), f"written to {target}")
+            console.show(*bench_tables(result))
+        write_result(target, result)
+        if not as_json:
+            console.show(f"written to {target}")
         benching.require_right(result)
 
 

@@ -155,8 +155,13 @@ class CheckpointSource:
         return [key for key, targets in self.targets.items() if targets[0].startswith(prefix)]
 
     def end_tensors(self) -> dict[str, Tensor]:
-        """The tensors outside the decoder layers, as stored."""
-        return {key: self.stored[key][...] for key in self.end_keys()}
+        """The tensors outside the decoder layers that the model has, as stored."""
+        ignored = set(self.ignored_keys())
+        return {key: self.stored[key][...] for key in self.end_keys() if key not in ignored}
+
+    def ignored_keys(self) -> list[str]:
+        """The checkpoint's keys outside the decoder layers that the model has no place for, such as a draft head."""
+        return [key for key in self.end_keys() if not self._feeds(key, self._state_names)]
 
     def end_keys(self) -> list[str]:
         """The checkpoint's keys outside the decoder layers, including those unknown to the model."""

@@ -4,10 +4,12 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from llmprune.errors import ModelError
@@ -66,6 +68,13 @@ def require_savable(model: PreTrainedModel) -> None:
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
+
+
+def saved_linear_keys(model: PreTrainedModel) -> set[str]:
+    """Which weights of linear layers `save_pretrained` would write under their own names; nothing is written."""
+    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return linear.intersection(revert_weight_conversion(model, state))
 
 
 def _with_adapter(model: nn.Module, where: str) -> ModelError:

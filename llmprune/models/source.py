@@ -108,7 +108,7 @@ class StoredSource(Source, Protocol):
         """
 
     def end_tensors(self) -> dict[str, Tensor]:
-        """The tensors outside the decoder layers, under the checkpoint's own keys and in its dtypes."""
+        """The model's tensors outside the decoder layers, under the checkpoint's own keys and in its dtypes."""
 
 
 class ModelSource:

@@ -98,6 +98,8 @@ def _summary(report: Report, stored_bytes: int | None) -> list[Part]:
         facts.append(("massive activations", massive_line(massive)))
     if priors:
         facts.append(("too few tokens", f"for {priors:,} matrices of experts"))
+    if dropped := header.get("draft_head"):
+        facts.append(("draft head", str(dropped)))
     return [Lead(headline(report)), Tiles(tuple(_tiles(report, stored_bytes))), Facts(tuple(facts))]
 
 

@@ -49,6 +49,7 @@ def _body(folder: Path, model: str, recipe: Recipe, report: Report) -> str:
         f"{name}, {_what(report)}, one decoder layer at a time, by llmprune {report.header['version']['llmprune']}.",
         _loading(folder, ours=_needs_us(folder)),
         "",
+        *([_plain(dropped), ""] if (dropped := report.header.get("draft_head")) else []),
         *_table(report),
         "## How it was made",
         "",

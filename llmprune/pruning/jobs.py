@@ -1,18 +1,17 @@
 """What is done to each matrix: according to the recipe, and to decisions made from the dense model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 from llmprune.errors import ModelError, PatternError, RecipeError
 from llmprune.methods import Method, method_name
-from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.decoder import Matrix, prunable_matrices
 from llmprune.models.source import Source
 from llmprune.patterns import Block, Pattern, Unstructured
 from llmprune.recipe.recipe import Recipe
-from llmprune.storage.packed_config import Format
+from llmprune.storage.packed_config import Format, layout_name
 from llmprune.structures.decisions import MatrixChoice
 
 
@@ -61,28 +60,45 @@ def plan_jobs(
     ]
 
 
-def require_packable(source: CheckpointSource, form: Format) -> None:
-    """Refuse a format that would pack nothing, whatever is pruned.
+def require_packable(jobs: Sequence[Mapping[str, Job]], linear_key: Callable[[str], str | None], form: Format) -> None:
+    """Refuse a format that would pack nothing.
 
     Packed tensors are found by the names of their layers, so that those must be the names in the checkpoint as well.
 
+    Args:
+        jobs: for each layer, what is done to its matrices.
+        linear_key: from the name of a linear layer to the key that its weight has in the checkpoint; None: it is no
+            linear layer, or not stored by itself.
+        form: how pruned matrices are to be stored.
+
     Raises:
-        ModelError: no prunable linear layer is stored under its own name.
+        ModelError: no linear layer that is pruned is stored under its own name.
+        PatternError: the format has no layout for any of their patterns.
     """
-    names = [
-        matrix.name
-        for index, layer in enumerate(source.layers)
-        for matrix in prunable_matrices(layer, source.layer_name(index))
-    ]
-    if form == "dense" or any(source.linear_key(name) == f"{name}.weight" for name in names):
+    patterns = {name: job.pattern for layer in jobs for name, job in layer.items()}
+    if form == "dense" or not patterns:
         return
-    keys = ((name, source.linear_key(name)) for name in names)
-    stored = next((f" ({name} as {key})" for name, key in keys if key is not None), "")
+    keys = {name: linear_key(name) for name in patterns}
+    own = [name for name, key in keys.items() if key == f"{name}.weight"]
+    if any(layout_name(form, patterns[name]) for name in own):
+        return
+    if own:
+        raise PatternError(
+            f"format is {form}, but it fits none of the patterns {', '.join(sorted({str(patterns[n]) for n in own}))}",
+            expected="nm for N:M patterns, block for blocks of a size that kernels serve, or auto or bitmask for any",
+            fix="set format to auto",
+        )
+    stored = next((f" ({name} as {key})" for name, key in keys.items() if key is not None), "")
     raise ModelError(
         f"format is {form}, but this checkpoint stores no linear layer under the name that it has in the model{stored}",
         expected="a checkpoint whose tensors have the names of the model's parameters",
         fix="set format to dense",
     )
+
+
+def nothing_packed(form: Format) -> str:
+    """What is said when a run has packed nothing, which only the values of the weights decide."""
+    return f"nothing was packed: no matrix would be smaller in the format {form}, so all are stored dense"
 
 
 def _job(matrix: Matrix, recipe: Recipe, choice: MatrixChoice | None) -> Job | None:

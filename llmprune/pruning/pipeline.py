@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from llmprune.devices import describe_device
 from llmprune.errors import RecipeError, ResumeError
 from llmprune.models.checkpoint_source import CheckpointSource
-from llmprune.models.in_memory import require_plain, require_savable, unwrapped
+from llmprune.models.in_memory import require_plain, require_savable, saved_linear_keys, unwrapped
 from llmprune.models.source import ModelSource, Source
 from llmprune.pages import write_report
 from llmprune.precision import computed_in, dtype_name
@@ -21,9 +21,9 @@ from llmprune.progress import Progress, Watcher, ignore
 from llmprune.pruning.card import write_card
 from llmprune.pruning.context import Run, versions
 from llmprune.pruning.deciding import decide_run
-from llmprune.pruning.jobs import plan_jobs, require_packable
+from llmprune.pruning.jobs import nothing_packed, plan_jobs, require_packable
 from llmprune.pruning.layers import LayerDriver
-from llmprune.pruning.reporting import ask_in_memory, ask_stored, compare_sizes, make_report
+from llmprune.pruning.reporting import ask_in_memory, ask_stored, compare_sizes, evaluate, make_report, reevaluated
 from llmprune.pruning.saving import evaluating, save_dense, save_pruned, take_over
 from llmprune.pruning.tracking import track
 from llmprune.pruning.writing import Writer
@@ -42,6 +42,7 @@ from llmprune.storage.folders import (
 from llmprune.storage.hub import checkpoint_digest, resolve_model
 from llmprune.storage.output import OutputFolder
 from llmprune.storage.report import Report, load_report
+from llmprune.storage.source_watch import SourceWatch
 from llmprune.structures.describe.audit import audit_checkpoint
 from llmprune.structures.reduction import Reduction
 from llmprune.structures.removable import Removable
@@ -72,7 +73,8 @@ def prune(
         output: folder for the pruned checkpoint; optional for a model in memory.
         overrides: changes to the recipe, "key.path=value".
         tokenizer: of a model in memory; default: the one it was loaded with. A checkpoint has its own.
-        resume: continue an interrupted run in `output`.
+        resume: continue an interrupted run in `output`. If only the evaluation has changed, a finished run is evaluated
+            again, and not pruned again.
         overwrite: replace an existing checkpoint in `output`.
         watch: told about every step.
 
@@ -124,6 +126,7 @@ def prune_checkpoint(
     require_other(output, folder)
     require_free(output)
     require_empty(output, resume=resume, overwrite=overwrite)
+    unchanged = SourceWatch(folder)
     source = run.open(folder)
     tokenizer = tokenizer_for(run.recipe.texts.values(), folder, source.config)
     run = run.fitted(model_positions(source.config))
@@ -132,7 +135,7 @@ def prune_checkpoint(
         run.watch(Progress("finding structures"))
         found = Removable.find(source, run.recipe.structures)
     jobs = plan_jobs(_preview(source, found), run.recipe)
-    require_packable(source, run.recipe.format)
+    require_packable(jobs, source.linear_key, run.recipe.format)
     require_space(output, sum(stored.nbytes for stored in source.stored.values()), resume=resume)
     texts = run.texts(source, jobs, tokenizer)
     run.watch(Progress("digesting the source"))
@@ -143,10 +146,12 @@ def prune_checkpoint(
         **_environment(run, source),
     }
     with locked(output):
-        target = OutputFolder.open(output, keys, resume=resume, overwrite=overwrite)
+        target = OutputFolder.open(output, keys, resume=resume, overwrite=overwrite, source=unchanged)
         run.watch.resumable = True
+        if target.reevaluated:
+            run.watch(Progress(f"evaluated again, not pruned again: {'; '.join(target.reevaluated)}"))
         if target.complete:
-            return load_report(output)
+            return _evaluate_again(target, run, name, source, texts) if target.reevaluated else load_report(output)
         _keep_samples(target.path, texts, tokenizer)
         return _into(target, run, name, source, texts, found, tokenizer)
 
@@ -162,6 +167,8 @@ def _into(
 ) -> Report:
     """Do what is left to do in an open output folder."""
     write_text(target.path / RECIPE_NAME, run.recipe.to_yaml())
+    if found is not None and found.draft_head is not None:
+        run.watch(Progress(str(found.draft_head)))
     dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
     decisions = decide_run(run, found, target, texts["calibration"])
     reduction = None if found is None or decisions is None else Reduction(found, decisions)
@@ -177,12 +184,15 @@ def _into(
     with run.stages("write"):
         for left_out in writer.finish():
             run.watch(Progress(left_out))
+    if run.recipe.format != "dense" and not any(layer["layouts"] for layer in target.layers.values()):
+        run.watch(Progress(nothing_packed(run.recipe.format)))
     smaller = None
     if reduction is not None:
         # The written checkpoint is measured, which also checks that it can be read.
         run.watch(Progress("checking the written checkpoint"))
         result = _audited(run, target.path)
         smaller = compare_sizes(run, source, result, target.decisions, texts["calibration"])
+        smaller["draft_head"] = None if found is None or found.draft_head is None else str(found.draft_head)
     report = make_report(
         run,
         name,
@@ -201,6 +211,21 @@ def _into(
     write_report(target.path)
     target.close()
     track(run.recipe.report_to, report, target.path)
+    return report
+
+
+def _evaluate_again(
+    target: OutputFolder, run: Run, name: str, source: CheckpointSource, texts: Mapping[str, Tokens]
+) -> Report:
+    """Measure a finished checkpoint by another evaluation; its weights stay as they are."""
+    dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
+    evaluation = evaluate(run, run.open(target.path), texts, dense)
+    report = reevaluated(run, load_report(target.path), target.keys, texts, evaluation)
+    write_text(target.path / RECIPE_NAME, run.recipe.to_yaml())
+    report.save(target.path)
+    write_card(target.path, name, run.recipe, report)
+    write_report(target.path)
+    target.evaluated_again()
     return report
 
 
@@ -254,6 +279,9 @@ def prune_in_memory(
     run = run.fitted(model_positions(model.config))
     source = ModelSource(model, run.recipe.decoder_layers, _compute_dtype(run, model))
     jobs = plan_jobs(source, run.recipe)
+    if output is not None:
+        saved = saved_linear_keys(model)
+        require_packable(jobs, lambda name: key if (key := f"{name}.weight") in saved else None, run.recipe.format)
     with evaluating(model):
         texts = run.texts(source, jobs, tokenizer)
         dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
@@ -263,7 +291,8 @@ def prune_in_memory(
         keys = _environment(run, source)
         report = make_report(run, _name(model), keys, source, texts, layers, dense, ask=ask)
     if output is not None:
-        save_pruned(model, tokenizer, output, run.recipe, report, overwrite=overwrite)
+        if not save_pruned(model, tokenizer, output, run.recipe, report, overwrite=overwrite):
+            run.watch(Progress(nothing_packed(run.recipe.format)))
         _keep_samples(output, texts, tokenizer)
     track(run.recipe.report_to, report, output)
     return report

@@ -3,7 +3,7 @@
 import datetime
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +51,13 @@ def make_report(
         smaller: the result of `compare_sizes`.
         ask: gives the answers of both models, after the evaluation; None: nothing is asked.
     """
-    evaluation, stage = None, "pruned perplexity"
-    if dense is not None:
-        with run.stages(stage):
-            pruned = run_stream(source, texts["evaluation"].ids, run.settings, run.watch, stage)
-            evaluation = compare_perplexity(dense, pruned, texts["evaluation"], run.watch).to_dict()
+    evaluation = evaluate(run, source, texts, dense)
     answers = ask()
     header = {
         "model": name,
-        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        **keys,
+        **_made(run, keys, texts),
         "host": describe_host(run.device),
         "parameters": sum(parameter.numel() for parameter in source.model.parameters()),
-        "recipe": run.recipe.to_dict(),
-        "texts": {text: tokens.description | {"digest": tokens.digest} for text, tokens in texts.items()},
         "notes": list(dict.fromkeys(str(t.description["note"]) for t in texts.values() if "note" in t.description)),
         "seconds": {"total": time.perf_counter() - run.started, **run.stages.seconds},
         "memory": layers.memory,
@@ -118,6 +111,45 @@ def prompts_of(run: Run, tokenizer: Tokenizer) -> tuple[str, ...]:
     """What both models are asked; empty without a tokenizer that can spell out answers."""
     evaluation = run.recipe.evaluation
     return evaluation.prompts if evaluation is not None and hasattr(tokenizer, "decode") else ()
+
+
+def evaluate(run: Run, source: Source, texts: Mapping[str, Tokens], dense: Stream | None) -> dict[str, Any] | None:
+    """Measure the perplexity of the pruned model; None if there is no dense one to compare with."""
+    if dense is None:
+        return None
+    stage = "pruned perplexity"
+    with run.stages(stage):
+        pruned = run_stream(source, texts["evaluation"].ids, run.settings, run.watch, stage)
+        return compare_perplexity(dense, pruned, texts["evaluation"], run.watch).to_dict()
+
+
+def reevaluated(
+    run: Run, report: Report, keys: Mapping[str, Any], texts: Mapping[str, Tokens], evaluation: dict[str, Any] | None
+) -> Report:
+    """The report of a finished run with another evaluation.
+
+    Args:
+        run: the context of the evaluation.
+        report: of the finished run.
+        keys: as for `make_report`.
+        texts: as for `make_report`.
+        evaluation: the result of `evaluate`.
+    """
+    before = dict(report.header["seconds"])
+    spent = time.perf_counter() - run.started - sum(before.get(stage, 0.0) for stage in run.stages.seconds)
+    seconds = {**before, **run.stages.seconds, "total": before["total"] + spent}
+    header = {**report.header, **_made(run, keys, texts), "seconds": seconds, "evaluation": evaluation}
+    return replace(report, header=header)
+
+
+def _made(run: Run, keys: Mapping[str, Any], texts: Mapping[str, Tokens]) -> dict[str, Any]:
+    """When, from what and by which recipe."""
+    return {
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **keys,
+        "recipe": run.recipe.to_dict(),
+        "texts": {text: tokens.description | {"digest": tokens.digest} for text, tokens in texts.items()},
+    }
 
 
 def compare_sizes(

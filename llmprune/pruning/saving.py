@@ -29,7 +29,7 @@ from llmprune.text.openings import Tokenizer
 
 def save_pruned(
     model: PreTrainedModel, tokenizer: Tokenizer, output: Path, recipe: Recipe, report: Report, *, overwrite: bool
-) -> None:
+) -> bool:
     """Save a model that was pruned in memory.
 
     Args:
@@ -39,6 +39,9 @@ def save_pruned(
         recipe: as it was run.
         report: of the run.
         overwrite: replace an existing checkpoint in `output`.
+
+    Returns:
+        Whether it is stored as the recipe says: False if its format is a packed one and nothing was packed.
 
     Raises:
         ResumeError: the folder is not empty, or another run is writing into it.
@@ -53,16 +56,19 @@ def save_pruned(
         save_dense(model, tokenizer, folder)
         write_text(folder / RECIPE_NAME, recipe.to_yaml())
         report.save(folder)
+        as_wanted = recipe.format == "dense"
         if recipe.format != "dense":
             # If packing makes nothing smaller, all matrices stay dense, as when a checkpoint is pruned.
             with contextlib.suppress(PatternError):
                 folder = pack(folder, new / "packed", recipe.format).folder
+                as_wanted = True
         write_card(folder, report.header["model"], recipe, report)
         write_report(folder)
         for file in folder.iterdir():
             file.replace(new / file.name)
         for emptied in ("dense", "packed"):
             shutil.rmtree(new / emptied, ignore_errors=True)
+    return as_wanted
 
 
 def save_dense(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:

@@ -1,6 +1,10 @@
-"""Write the pruned checkpoint: a shard for each layer, one for everything outside the layers, and the config."""
+"""Write the pruned checkpoint: a shard for each layer, one for everything outside the layers, and the config.
+
+Tensors that the model does not read, such as a draft head, are copied into shards of their own.
+"""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -8,7 +12,8 @@ from llmprune.models.checkpoint_source import CheckpointSource, positive_zeros
 from llmprune.models.patched_config import patched_config
 from llmprune.models.source import StoredSource
 from llmprune.pruning.jobs import Job
-from llmprune.storage.files import read_header
+from llmprune.storage.copying import in_shards
+from llmprune.storage.files import Stored, read_header
 from llmprune.storage.output import OutputFolder
 from llmprune.storage.packed_config import Format, pack_matrices
 from llmprune.storage.report import MatchRow, MatrixRow, StructureRow
@@ -33,6 +38,11 @@ class Writer:
         self._dense, self._result = dense, dense if reduction is None else reduction.result
         self._streamed: StoredSource = dense if reduction is None else reduction.source
         self._reduction, self.target, self._format = reduction, target, form
+        draft_head = None if reduction is None else reduction.found.draft_head
+        dropped = set() if draft_head is None else set(draft_head.keys)
+        ignored = (dense.stored[key] for key in dense.ignored_keys() if key not in dropped)
+        # Nothing reads them here, and they may be larger than a layer: they never are in memory.
+        self._copied = in_shards([stored for stored in ignored if isinstance(stored, Stored)])
 
     def commit(
         self,
@@ -67,11 +77,23 @@ class Writer:
         """
         first = self._shard(0)
         ends = {key: positive_zeros(tensor) for key, tensor in self._streamed.end_tensors().items()}
-        self.target.commit_ends(first, ends)
-        shards = [first, *(layer.shard for layer in self.target.layers.values())]
-        config = None if self._reduction is None else patched_config(self._dense, self._result.config)
+        shard = self.target.commit_ends(first, ends)
+        if self._reduction is None:
+            self._result.overlay(shard)  # the dense checkpoint is no longer read
+        copied = [self._shard(len(self._result.layers) + 1 + number) for number in range(len(self._copied))]
+        for name, tensors in zip(copied, self._copied, strict=True):
+            self.target.copy(name, tensors)
+        shards = [first, *(layer.shard for layer in self.target.layers.values()), *copied]
         headers = {shard: read_header(self.target.path / shard) for shard in shards}
-        return self.target.finish(self._dense.folder, headers, config)
+        return self.target.finish(self._dense.folder, headers, self._config())
+
+    def _config(self) -> dict[str, Any] | None:
+        """The content of config.json; None if it stays as it is."""
+        if self._reduction is None:
+            return None
+        config = patched_config(self._dense, self._result.config)
+        draft_head = self._reduction.found.draft_head
+        return config if draft_head is None else draft_head.without(config)
 
     def _tensors(self, layer: ResidentLayer, cuts: Sequence[Cut]) -> tuple[dict[str, Tensor], int]:
         """The tensors to store for a layer, and its number in the result."""
@@ -88,5 +110,6 @@ class Writer:
         return self._dense.linear_key(original) == f"{original}.weight"
 
     def _shard(self, number: int) -> str:
-        """The usual shard name; number 0 holds everything outside the decoder layers."""
-        return f"model-{number + 1:05d}-of-{len(self._result.layers) + 1:05d}.safetensors"
+        """The usual shard name; number 0 holds the ends, and what the model does not read follows the layers."""
+        total = 1 + len(self._result.layers) + len(self._copied)
+        return f"model-{number + 1:05d}-of-{total:05d}.safetensors"

@@ -3,9 +3,13 @@
 A quantizer for transformers, `quant_method: llmprune`, changes the skeleton before the weights are loaded: decoder
 layers that differ in size are rebuilt, and each packed linear layer is replaced by a `SparseLinear`, so that the dense
 model never exists. The packed layers settle afterwards; a model without any is an ordinary model from then on.
+
+Where nothing is packed, another library may quantise while loading: `from_pretrained(DIR, quantization_config=...)`.
+transformers has one place for both records and refuses two of different classes, so that this refusal is replaced: its
+quantizer then works on decoder layers that have their own sizes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -35,6 +40,9 @@ from llmprune.storage.packed_config import (
     with_packing_record,
     without_notice,
 )
+
+# The name under which transformers finds the quantizer for both records.
+_THEN = f"{QUANT_METHOD}, then another"
 
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers is not typed
@@ -67,11 +75,8 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformer
         return {"quant_method": QUANT_METHOD, "version": self.version, "modules": self.modules}
 
 
-class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not typed
-    """Loads and saves checkpoints with packed layers, with decoder layers of different sizes, or both."""
-
-    requires_calibration = False
-    quantization_config: PackedConfig
+class _UnevenLayers(HfQuantizer):  # type: ignore[misc] # transformers is not typed
+    """The part of a quantizer that gives decoder layers their own sizes before the weights are loaded."""
 
     _per_layer: dict[int, dict[str, Any]] | None = None
 
@@ -81,24 +86,34 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
         from llmprune.models.uneven import take_per_layer
 
         self._per_layer = self._per_layer or take_per_layer(config)
-        return without_notice(config)
+        config.quantization_config = self.quantization_config
+        return super().update_attn_implementation(without_notice(config))
 
     def update_tp_plan(self, config: PretrainedConfig) -> PretrainedConfig:
         """The same for transformers before 5.18, which has no other hook at this point."""
         return self.update_attn_implementation(config)
 
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
-    ) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         from llmprune.models.checkpoint_source import require_consistent
         from llmprune.models.decoder import Decoder
         from llmprune.models.uneven import apply_per_layer, put_per_layer
 
-        if checkpoint_files:
+        if checkpoint_files := options.get("checkpoint_files"):
             require_consistent(Path(checkpoint_files[0]).parent)
         if self._per_layer:
             put_per_layer(model.config, self._per_layer)
             apply_per_layer(Decoder.find(model), model.config)
+        super()._process_model_before_weight_loading(model, **options)
+
+
+class PackedQuantizer(_UnevenLayers):
+    """Loads and saves checkpoints with packed layers, with decoder layers of different sizes, or both."""
+
+    requires_calibration = False
+    quantization_config: PackedConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
+        super()._process_model_before_weight_loading(model, **options)
         for name, row in self.quantization_config.modules.items():
             replace_linear(model, name, row)
 
@@ -140,10 +155,51 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
         return True
 
 
+class _ThenQuantised(QuantizationConfigMixin):  # type: ignore[misc] # transformers is not typed
+    """Our record, and that of the library that quantises while the checkpoint is loaded."""
+
+    def __init__(self, then: QuantizationConfigMixin) -> None:
+        self.quant_method, self.then = _THEN, then
+
+
+def _quantizer_of(config: _ThenQuantised, **_: Any) -> HfQuantizer:
+    """The other library's quantizer, for a model whose decoder layers have their own sizes."""
+    quantizer = AutoHfQuantizer.from_config(config.then, pre_quantized=False)
+    kind = type(quantizer)
+    # `per_layer_config` and the other library's record in one file: nothing could load it.
+    unsaved = {"is_serializable": lambda self, **options: False}
+    quantizer.__class__ = type(f"Uneven{kind.__name__}", (_UnevenLayers, kind), unsaved)
+    return quantizer
+
+
+def _merge(
+    stock: Callable[..., QuantizationConfigMixin], found: dict[str, Any] | QuantizationConfigMixin, wanted: Any = None
+) -> QuantizationConfigMixin:
+    """What transformers does with the record of a checkpoint and the one that the caller passes.
+
+    Raises:
+        ModelError: packed weights are to be quantised.
+    """
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    if wanted is None or method != QUANT_METHOD or isinstance(wanted, PackedConfig):
+        return stock(found, wanted)
+    modules = found["modules"] if isinstance(found, dict) else found.modules
+    if modules:
+        raise ModelError(
+            f"{type(wanted).__name__} for a packed checkpoint: its weights have no dense form to quantise",
+            expected="a checkpoint that is not packed",
+            fix="unpack it first (llmprune unpack DIR --output DENSE), and load DENSE with this quantization_config",
+        )
+    return _ThenQuantised(wanted)
+
+
 def register() -> None:
     """Register `quant_method: llmprune` with transformers; calling it again has no effect."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = PackedConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = PackedQuantizer
+    AUTO_QUANTIZER_MAPPING[_THEN] = _quantizer_of
+    if not isinstance(AutoHfQuantizer.merge_quantization_configs, partial):
+        AutoHfQuantizer.merge_quantization_configs = partial(_merge, AutoHfQuantizer.merge_quantization_configs)
 
 
 def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:

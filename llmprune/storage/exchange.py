@@ -124,6 +124,14 @@ def earlier_files(output: Path) -> set[str]:
     return names
 
 
+def discard_unfinished(output: Path) -> None:
+    """Remove what a run has begun in a folder; the result in it stays."""
+    with writing_to(output):
+        complete_exchange(output)
+        if (output / STAGING_NAME).exists():
+            shutil.rmtree(output / STAGING_NAME)
+
+
 def remove_result(output: Path) -> None:
     """Remove the result in a folder, and what a run has begun there; nothing else."""
     with writing_to(output):

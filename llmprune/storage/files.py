@@ -80,7 +80,7 @@ class Stored:
         # Not memory-mapped: the file's pages would count towards memory in addition to the copy, and a mapped tensor
         # may be misaligned, which can change the last bit of results.
         values = torch.empty(math.prod(self.shape), dtype=dtype)
-        with _reading(self.file), self.file.open("rb") as handle:
+        with reading(self.file), self.file.open("rb") as handle:
             handle.seek(self.span[0])
             for part in values.split(_READ_ELEMENTS) if dtype != self.dtype else [values]:
                 raw = part if dtype == self.dtype else torch.empty(len(part), dtype=self.dtype)
@@ -181,7 +181,7 @@ def header_bytes(file: Path) -> bytes:
         CheckpointError: the file is missing, truncated or corrupted.
     """
     # safe_open refuses inconsistent headers: lengths, shapes, overlaps, gaps.
-    with _reading(file), _open_plain(file) as handle, safe_open(file, framework="pt"):
+    with reading(file), _open_plain(file) as handle, safe_open(file, framework="pt"):
         return handle.read(int.from_bytes(handle.read(8), "little"))
 
 
@@ -274,7 +274,7 @@ def file_digest(file: Path) -> str:
 
 
 @contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
+def reading(file: Path) -> Iterator[None]:
     """Turn a safetensors file that cannot be read into a `CheckpointError`."""
     try:
         yield

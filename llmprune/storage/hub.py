@@ -105,13 +105,28 @@ def checkpoint_digest(folder: Path) -> str:
     _check_folder(folder)
     digest = hashlib.sha256((folder / _CONFIG).read_bytes())
     for path in weight_files(folder):
-        digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
-        digest.update(header_bytes(path))
-        with path.open("rb") as file:
-            for start, end in _samples(path):
-                file.seek(start)
-                digest.update(file.read(end - start))
+        _add_shard(digest, path)
     return digest.hexdigest()
+
+
+def shard_digest(path: Path) -> str:
+    """Identify one safetensors file by the same samples.
+
+    Raises:
+        CheckpointError: it is missing, truncated or not a safetensors file.
+    """
+    digest = hashlib.sha256()
+    _add_shard(digest, path)
+    return digest.hexdigest()
+
+
+def _add_shard(digest: "hashlib._Hash", path: Path) -> None:
+    digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
+    digest.update(header_bytes(path))
+    with path.open("rb") as file:
+        for start, end in _samples(path):
+            file.seek(start)
+            digest.update(file.read(end - start))
 
 
 def _samples(path: Path) -> list[tuple[int, int]]:

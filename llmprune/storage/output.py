@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict
 from torch import Tensor
 
-from llmprune.errors import ResumeError
+from llmprune.errors import CheckpointError, ResumeError
 from llmprune.storage.companions import CONFIG_NAME, copy_companions
 from llmprune.storage.config_files import publishable, write_config
+from llmprune.storage.copying import copy_tensors
 from llmprune.storage.exchange import MANIFEST_FORMAT, begin, complete_exchange, exchange
 from llmprune.storage.files import INDEX_NAME, Stored, file_digest, read_json, write_json, write_shard
 from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME, require_empty, writing_to
@@ -23,6 +24,7 @@ from llmprune.storage.formats import Layout, layout_from_dict
 from llmprune.storage.packed_config import with_packing_record
 from llmprune.storage.records import CLOSED, PlainName, read_as
 from llmprune.storage.report import MatchRow, MatrixRow, StructureRow
+from llmprune.storage.source_watch import SourceWatch
 
 # The files that make the shards a model.
 _DESCRIBING = (CONFIG_NAME, INDEX_NAME)
@@ -80,9 +82,12 @@ class OutputFolder:
         keys: what must be unchanged for a run to continue: name -> value.
         layers: decoder layer name -> the committed layer.
         ends: {"shard", "sha256"} of the tensors outside the decoder layers, once they are written.
-        described: sha256 of the files that make the shards a model (config.json and the index), once it is complete.
+        described: sha256 of the shards that were copied as they are and, once it is complete, of the files that make
+            the shards a model (config.json and the index).
         complete: whether the run has nothing left to do.
         decisions: the decisions about structures that were made before the first layer; None if there were none.
+        source: notices when the files of the dense checkpoint change; None: nobody does.
+        reevaluated: what has changed since the interrupted or finished run that only its evaluation depends on.
     """
 
     output: Path
@@ -93,16 +98,28 @@ class OutputFolder:
     described: dict[str, str] = field(default_factory=dict)
     complete: bool = False
     decisions: dict[str, Any] | None = None
+    source: SourceWatch | None = None
+    reevaluated: list[str] = field(default_factory=list)
 
     @classmethod
-    def open(cls, output: Path, keys: Mapping[str, Any], *, resume: bool, overwrite: bool) -> "OutputFolder":
+    def open(
+        cls,
+        output: Path,
+        keys: Mapping[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool,
+        source: SourceWatch | None = None,
+    ) -> "OutputFolder":
         """Start a folder, or continue one.
 
         Args:
             output: created if it does not exist.
             keys: what identifies the run, JSON-ready.
-            resume: continue after the layers that an interrupted run with the same keys has committed.
+            resume: continue after the layers that an interrupted run with the same keys has committed; the evaluation
+                may have changed.
             overwrite: an earlier checkpoint in the folder will be replaced, once the new one is whole.
+            source: nothing is recorded that may have been made from changed files.
 
         Raises:
             ResumeError: the folder is not empty and neither flag is set, its keys differ, or its manifest is damaged.
@@ -110,7 +127,7 @@ class OutputFolder:
         """
         require_empty(output, resume=resume, overwrite=overwrite)
         complete_exchange(output)
-        folder = cls(output, output / STAGING_NAME, json.loads(json.dumps(keys)))
+        folder = cls(output, output / STAGING_NAME, json.loads(json.dumps(keys)), source=source)
         manifests = (place / MANIFEST_NAME for place in (folder.path, output))
         found = next((manifest for manifest in manifests if manifest.exists()), None) if resume else None
         if found is not None:
@@ -122,6 +139,7 @@ class OutputFolder:
 
     def decide(self, decisions: Mapping[str, Any]) -> None:
         """Record the decisions about structures, so that a resumed run makes the same ones."""
+        self._require_unchanged()
         self.decisions = json.loads(json.dumps(decisions))
         self._write_manifest()
 
@@ -145,7 +163,11 @@ class OutputFolder:
             layouts: of its packed matrices, by name.
             structures: the report's rows for the structures removed from it.
             matches: the report's row, if it was fitted as a whole.
+
+        Raises:
+            CheckpointError: the shard cannot be written, or the source has changed.
         """
+        self._require_unchanged()
         digest = write_shard(self.path / shard, tensors)
         packed = {name: layout.to_dict() for name, layout in layouts.items()}
         self.layers[layer] = CommittedLayer(shard, digest, tuple(rows), packed, tuple(structures), tuple(matches))
@@ -157,14 +179,21 @@ class OutputFolder:
         """The layouts of a committed layer's packed matrices."""
         return {name: layout_from_dict(row) for name, row in layer.layouts.items()}
 
-    def commit_ends(self, shard: str, tensors: Mapping[str, Tensor]) -> None:
+    def commit_ends(self, shard: str, tensors: Mapping[str, Tensor]) -> Path:
         """Write the tensors outside the decoder layers."""
         self.ends = {"shard": shard, "sha256": write_shard(self.path / shard, tensors)}
+        return self.path / shard
+
+    def copy(self, shard: str, tensors: Sequence[Stored]) -> None:
+        """Write a shard of tensors that are copied as they are."""
+        self.described[shard] = copy_tensors(self.path / shard, tensors)
 
     def finish(
         self, source: Path, shards: Mapping[str, Sequence[Stored]], config: Mapping[str, Any] | None = None
     ) -> list[str]:
         """Copy configuration and tokenizer files and write the index; from then on the files can be loaded.
+
+        The source is no longer read afterwards, so this is where it is digested again.
 
         Args:
             source: the folder that was pruned.
@@ -173,7 +202,11 @@ class OutputFolder:
 
         Returns:
             A sentence about each file that was not copied.
+
+        Raises:
+            CheckpointError: a file cannot be written, or the source has changed since the run began.
         """
+        self._require_unchanged(thorough=True)
         with writing_to(self.output):
             left_out = copy_companions(source, self.path)
             shutil.copyfile(source / CONFIG_NAME, self.path / CONFIG_NAME)
@@ -183,6 +216,18 @@ class OutputFolder:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.path / INDEX_NAME, index)
         return left_out
+
+    def _require_unchanged(self, *, thorough: bool = False) -> None:
+        if self.source is None:
+            return
+        self.source.require_unchanged()  # what was committed before a change that is seen here is sound
+        if thorough:
+            try:
+                self.source.require_unchanged(thorough=True)
+            except CheckpointError:
+                # Nobody knows when this change was made, nor what has been computed from it.
+                shutil.rmtree(self.path, ignore_errors=True)
+                raise
 
     def _describe(self, config: Mapping[str, Any] | None) -> None:
         """Make config.json describe the model, and what is packed now instead of what was packed in the source."""
@@ -194,22 +239,29 @@ class OutputFolder:
 
     def close(self) -> None:
         """Mark the run as complete, and put its result in the place of an earlier one."""
-        self.described = {name: file_digest(self.path / name) for name in _DESCRIBING}
+        self.described |= {name: file_digest(self.path / name) for name in _DESCRIBING}
         self.complete = True
         self._write_manifest()
         exchange(self.output)
         self.path = self.output
 
+    def evaluated_again(self) -> None:
+        """Record the keys of a finished run whose evaluation is now another one."""
+        write_json(self.path / MANIFEST_NAME, {**read_json(self.path / MANIFEST_NAME), "keys": self.keys})
+
     def _continue(self, file: Path) -> None:
         """Go on from the manifest of an interrupted run, or of a finished one, which may have been damaged since."""
         manifest = _read_manifest(file)
         for key, value in self.keys.items():
-            if manifest.keys.get(key) != value:
+            before = manifest.keys.get(key)
+            if _pruned_by(before) != _pruned_by(value):
                 raise ResumeError(
-                    f"{self.output} cannot be resumed: {_difference(key, manifest.keys.get(key), value)}",
-                    expected="the interrupted run, unchanged, so that the result is bit-identical",
+                    f"{self.output} cannot be resumed: {_difference(key, _pruned_by(before), _pruned_by(value))}",
+                    expected="the interrupted run, so that the result is bit-identical; only the evaluation may change",
                     fix="undo the change, or start again with --overwrite",
                 )
+            if before != value:
+                self.reevaluated.append(_difference(key, before, value))
         for name, layer in manifest.layers.items():
             # A missing or damaged shard is written again, and so is every layer after it.
             if self._found(layer) is None:
@@ -288,6 +340,11 @@ def _read_manifest(file: Path) -> _Manifest:
             fix="choose another folder, or replace the checkpoint with --overwrite",
         )
     return read_as(file, _Manifest, **damaged)
+
+
+def _pruned_by(value: Any) -> Any:
+    """The part of a key's value that the pruned weights depend on: not the section or the text of the evaluation."""
+    return {name: part for name, part in value.items() if name != "evaluation"} if isinstance(value, dict) else value
 
 
 def _difference(key: str, before: Any, now: Any) -> str:

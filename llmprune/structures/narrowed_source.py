@@ -107,14 +107,13 @@ class WidthSource:
         return self._inner.checkpoint_tensors(index, {*changed, *gains}, narrower)
 
     def end_tensors(self) -> dict[str, Tensor]:
-        """The tensors outside the decoder layers, under the checkpoint's own keys and in its dtypes.
-
-        Tensors unknown to the model are passed through unchanged, at full width.
+        """The model's tensors outside the decoder layers, under the checkpoint's own keys and in its dtypes.
 
         Raises:
             CheckpointError: a tensor with hidden channels is not stored in the model's layout.
         """
-        return {key: self._end_tensor(key) for key in self._inner.end_keys()}
+        ignored = set(self._inner.ignored_keys())
+        return {key: self._end_tensor(key) for key in self._inner.end_keys() if key not in ignored}
 
     def _end_tensor(self, key: str) -> Tensor:
         tensor, (target, *others) = self._inner.stored[key][...], self._inner.targets[key]

@@ -18,6 +18,7 @@ from llmprune.structures.choose.depth_scores import check_count
 from llmprune.structures.decisions import Decisions, aligned, label, some_cut
 from llmprune.structures.describe.configuration import smaller_config, uneven_config
 from llmprune.structures.describe.depth import drop_layers, without_blocks
+from llmprune.structures.draft_head import DraftHead, find_draft_head
 from llmprune.structures.find.discovery import Structure, find_query_heads, find_structures
 from llmprune.structures.find.subblocks import Part, SubBlock, SubBlocks, find_subblocks
 from llmprune.structures.remove.cuts import Cut
@@ -37,6 +38,7 @@ class Removable:
         structures: for each layer, the structures that lose groups; none of them is refused.
         blocks: for each layer, its attention and MLP; empty if no blocks are to be removed.
         width: how the hidden width is narrowed; None if it is not.
+        draft_head: dropped, because it would not fit the smaller model; None if there is none.
     """
 
     dense: CheckpointSource
@@ -44,6 +46,7 @@ class Removable:
     structures: tuple[Asked, ...]
     blocks: Sequence[SubBlocks]
     width: Width | None
+    draft_head: DraftHead | None = None
 
     @classmethod
     def find(cls, dense: CheckpointSource, spec: Structures) -> "Removable":
@@ -51,8 +54,10 @@ class Removable:
 
         Raises:
             RecipeError: there is nothing of the kind to remove, or not enough of it.
-            ModelError: a structure or a block cannot be removed exactly, or no config allows the hidden width.
+            ModelError: a structure or a block cannot be removed exactly, no config allows the hidden width, or the
+                checkpoint has tensors of which nobody knows whether they would fit.
         """
+        draft_head = find_draft_head(dense, spec)
         found = find_structures(dense.decoder)
         blocks = find_subblocks(dense.decoder, found) if spec.blocks else []
         if spec.heads and spec.heads.unit == "query-head":
@@ -61,7 +66,7 @@ class Removable:
         structures = tuple(tuple((s, section) for s, section in own if section is not None) for own in sections)
         _require_structures(dense, spec, structures)
         _require_layers_and_blocks(dense, spec, blocks)
-        return cls(dense, spec, structures, blocks, _plan_width(dense, spec.width))
+        return cls(dense, spec, structures, blocks, _plan_width(dense, spec.width), draft_head)
 
     def preview(self) -> Decisions:
         """What is known before any text is read: how much is removed, but not which.

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import contents
+from folders import contents, tensors
 from runs import Whole, assert_equal_to, assert_incomplete_or_whole, note_solved, uninterrupted
 from tiny_models import build, recipe, save
 
@@ -25,6 +25,8 @@ from llmprune.storage.report import load_report
 from llmprune.stream.stream import ResidentLayer
 
 pytestmark = pytest.mark.slow
+# Instead of a number: the kill comes from outside, at a moment that no hook sees.
+WHILE_WRITING = 0
 # Runs are killed at every step of the first layer and of the last; each more would take as long again.
 LAYERS = 3
 
@@ -77,7 +79,17 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             run_job(job)
+        if job["kill_at"] == WHILE_WRITING:
+            kill_while_writing(child, Path(job["output"]) / STAGING_NAME)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def kill_while_writing(child: int, folder: Path) -> None:
+    """End the child by SIGKILL as soon as the file exists that safetensors itself writes a shard into."""
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if folder.is_dir() and any(name.startswith(".tmp") for name in os.listdir(folder)):  # noqa: PTH208 - faster
+            os.kill(child, signal.SIGKILL)
+            return
 
 
 def run_job(job: dict[str, Any]) -> None:
@@ -90,7 +102,8 @@ def run_job(job: dict[str, Any]) -> None:
         return rows
 
     layers.solve_layer = note
-    KillAt(job["output"], job["kill_at"]).watch()
+    if job["kill_at"] != WHILE_WRITING:
+        KillAt(job["output"], job["kill_at"]).watch()
     prune(job["source"], job["recipe"], job["output"], resume=job["resume"], overwrite=job["overwrite"])
     os._exit(0)
 
@@ -104,12 +117,24 @@ class Runner:
         self.whole, self.jobs, self.answers = whole, process.stdin, process.stdout
 
     def __call__(
-        self, output: Path, kill_at: int, *, resume: bool = False, overwrite: bool = False
+        self,
+        output: Path,
+        kill_at: int,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        source: Path | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> tuple[int, list[str]]:
         """How a run ended (-9: killed), and the layers that it solved."""
         log = output.with_name(f"{output.name}.solved")
         log.write_text("")
-        job = {"source": str(self.whole.source), "recipe": self.whole.recipe, "resume": resume, "solved": str(log)}
+        job = {
+            "source": str(source or self.whole.source),
+            "recipe": settings or self.whole.recipe,
+            "resume": resume,
+            "solved": str(log),
+        }
         job["overwrite"] = overwrite
         self.jobs.write(json.dumps({**job, "output": str(output), "kill_at": kill_at}) + "\n")
         self.jobs.flush()
@@ -214,3 +239,21 @@ def test_killed_again_and_again(whole: Whole, runner: Runner, tmp_path: Path) ->
 
 
 # --- what resuming finds
+
+
+@pytest.mark.parametrize("after", ["resume", "overwrite"])
+def test_killed_inside_of_the_library_that_writes(whole: Whole, runner: Runner, tmp_path: Path, after: str) -> None:
+    """A shard of 25 MB takes long enough for a kill in the middle of it; its file has a name that is not ours."""
+    folder, wide = tmp_path / "pruned", build("llama", torch.bfloat16, hidden_size=256, intermediate_size=16384)
+    source, settings = save(wide, tmp_path / "dense"), {**whole.recipe, "method": "magnitude", "evaluation": None}
+    for _ in range(5):
+        ended, _ = runner(folder, WHILE_WRITING, source=source, settings=settings)
+        left = [file.name for file in folder.rglob(".tmp*")]
+        if left:
+            break
+        shutil.rmtree(folder, ignore_errors=True)  # the kill came just after the file was renamed
+    assert ended == -signal.SIGKILL
+    assert len(left) == 1
+    prune(source, settings, folder, resume=after == "resume", overwrite=after == "overwrite")
+    assert [file.name for file in folder.rglob("*") if file.name.startswith(".") and file.name != MANIFEST_NAME] == []
+    assert set(tensors(folder)) == set(wide.state_dict())

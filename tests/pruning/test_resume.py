@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import contents, tensors
+import torch
+from folders import contents, tensors, untimed, weights_and_texts
 from runs import LAYERS, Whole, assert_equal_to, note_solved, uninterrupted
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmprune import prune
-from llmprune.errors import ResumeError
+from llmprune.errors import CheckpointError, ResumeError
+from llmprune.progress import Progress
 from llmprune.pruning import layers, pipeline
-from llmprune.storage import output
+from llmprune.storage import output, source_watch
 from llmprune.storage.files import INDEX_NAME
 from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME
+from llmprune.storage.report import load_report
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +157,6 @@ def change_weights(whole: Whole, folder: Path) -> Path:
         ({"recipe": {"method": {"sparsegpt": {"damping": 0.02}}}}, "recipe.method.sparsegpt.damping was 0.01"),
         ({"recipe": {"exclude": ["*.o_proj"]}}, "recipe.exclude was"),
         ({"recipe": {"batch_size": 3}}, "recipe.batch_size was 2 and is now 3"),
-        ({"recipe": {"evaluation": None}}, "recipe.evaluation was"),
         ({"text": "w9 "}, "tokens.calibration was"),
         ({"weights": True}, "source was"),
         ({"version": {"llmprune": "9"}}, "version.llmprune was .* and is now 9"),
@@ -192,6 +194,79 @@ def test_a_changed_run_is_refused_by_name(
     finally:
         text.write_text(original)
     assert "--overwrite" in caught.value.fix
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("layers", [1, None], ids=["interrupted", "finished"])
+def test_another_evaluation_is_no_other_run(
+    whole: Whole, solved: list[str], tmp_path: Path, layers: int | None
+) -> None:
+    folder = tmp_path / "pruned"
+    if layers is None:
+        shutil.copytree(whole.folder, folder)
+    else:
+        interrupted(whole, folder, layers)
+    before, told = tensors(whole.folder), list[Progress]()
+    settings = {**whole.recipe, "evaluation": {**whole.recipe["evaluation"], "samples": 2}}
+    report = prune(whole.source, settings, folder, resume=True, watch=told.append)
+    assert solved == [f"model.layers.{number}" for number in range(layers or LAYERS, LAYERS)]
+    said = [progress.stage for progress in told if "evaluated again" in progress.stage]
+    assert len(said) == 1
+    assert "recipe.evaluation.samples was 1 and is now 2" in said[0]
+    assert all(torch.equal(tensor, before[key]) for key, tensor in tensors(folder).items())
+    again = prune(whole.source, settings, tmp_path / "at once")
+    assert untimed(report) == untimed(load_report(folder)) == untimed(again)
+    assert weights_and_texts(folder) == weights_and_texts(tmp_path / "at once")
+    assert prune(whole.source, settings, folder, resume=True) == report
+
+
+def test_an_evaluation_that_is_left_out_leaves_the_report(whole: Whole, tmp_path: Path) -> None:
+    folder = tmp_path / "pruned"
+    shutil.copytree(whole.folder, folder)
+    report = prune(whole.source, {**whole.recipe, "evaluation": None}, folder, resume=True)
+    assert report.header["evaluation"] is None
+    assert load_report(folder) == report
+    assert "perplexity" not in (folder / "README.md").read_text()
+
+
+def test_a_source_that_changes_during_a_run_is_noticed_and_what_came_before_is_kept(
+    whole: Whole, solved: list[str], tmp_path: Path
+) -> None:
+    source, folder = tmp_path / "dense", tmp_path / "pruned"
+    shutil.copytree(whole.source, source)
+    weights = (source / "model.safetensors").read_bytes()
+
+    def change(progress: Progress) -> None:
+        if progress.stage == "pruning" and progress.layer == 1 and progress.step == "statistics":
+            (source / "model.safetensors").write_bytes(weights[:-2000] + bytes(2000))
+
+    with pytest.raises(CheckpointError, match=r"dense/model\.safetensors has changed while it was read"):
+        prune(source, whole.recipe, folder, watch=change)
+    assert not (folder / INDEX_NAME).exists()
+    with pytest.raises(ResumeError, match="source was"):
+        prune(source, whole.recipe, folder, resume=True)
+    (source / "model.safetensors").write_bytes(weights)
+    solved.clear()
+    prune(source, whole.recipe, folder, resume=True)
+    assert solved == ["model.layers.1", "model.layers.2"]
+    assert all(torch.equal(tensor, tensors(whole.folder)[key]) for key, tensor in tensors(folder).items())
+
+
+def test_a_change_that_is_seen_only_at_the_end_leaves_nothing_to_resume(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = tmp_path / "dense", tmp_path / "pruned"
+    shutil.copytree(whole.source, source)
+    shutil.copytree(whole.folder, folder)
+    before = contents(folder)
+    monkeypatch.setattr(source_watch, "_look", lambda file: ())
+    weights = (source / "model.safetensors").read_bytes()
+
+    def change(progress: Progress) -> None:
+        (source / "model.safetensors").write_bytes(weights[:-2000] + bytes(2000))
+
+    with pytest.raises(CheckpointError, match="has changed while it was read"):
+        prune(source, whole.recipe, folder, overwrite=True, watch=change)
     assert contents(folder) == before
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from folders import same, tensors, weights_and_texts
 from packed_models import save_packed
-from tiny_models import build, random_ids, recipe, save
-from transformers import AutoModelForCausalLM
+from tiny_models import build, random_ids, recipe, save, tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
-from llmprune.errors import ModelError, RecipeError
+from llmprune.errors import ModelError, PatternError, RecipeError
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.pruning.pipeline import prune
 from llmprune.recipe.recipe import load_recipe
@@ -144,8 +144,10 @@ def test_a_model_in_memory_is_saved_packed(model: Path, tmp_path: Path) -> None:
 
 def test_what_would_not_be_smaller_stays_dense(model: Path, tmp_path: Path) -> None:
     settings = recipe(method="magnitude", pattern="0.02", format="auto")
-    prune(model, settings, tmp_path / "from-folder")
-    prune(AutoModelForCausalLM.from_pretrained(model), settings, tmp_path / "from-memory")
+    told: list[str] = []
+    for source, name in ((model, "from-folder"), (AutoModelForCausalLM.from_pretrained(model), "from-memory")):
+        prune(source, settings, tmp_path / name, watch=lambda progress: told.append(progress.stage))
+    assert len([stage for stage in told if stage.startswith("nothing was packed")]) == 2
     assert layouts(tmp_path / "from-folder") == layouts(tmp_path / "from-memory") == {}
     assert same(logits(tmp_path / "from-folder"), logits(tmp_path / "from-memory"))
 
@@ -154,3 +156,34 @@ def test_what_would_not_be_smaller_stays_dense(model: Path, tmp_path: Path) -> N
 def test_a_format_that_stores_no_pattern_is_refused(stored_as: str, pattern: str) -> None:
     with pytest.raises(RecipeError, match=f"format is {stored_as}"):
         load_recipe(recipe(pattern=pattern, format=stored_as))
+
+
+def in_memory(family: str) -> PreTrainedModel:
+    model = build(family, torch.bfloat16)
+    model.config._name_or_path = ""
+    return model
+
+
+@pytest.mark.parametrize("family", ["gemma3-vision", "gpt2"])
+def test_a_model_in_memory_of_which_nothing_can_be_packed_is_refused_before_the_run(
+    family: str, tmp_path: Path
+) -> None:
+    """By the names that `save_pretrained` would give its tensors."""
+    settings = recipe(method="magnitude", pattern="2:4", format="nm")
+    model = in_memory(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ModelError, match="format is nm, but this checkpoint stores no linear layer"):
+        prune(model, settings, tmp_path / "out", tokenizer=tokenizer())
+    assert all(same(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not (tmp_path / "out").exists()
+    save(model, tmp_path / "dense")
+    with pytest.raises(ModelError, match="format is nm, but this checkpoint stores no linear layer"):
+        prune(tmp_path / "dense", settings, tmp_path / "out")
+
+
+def test_a_format_that_fits_only_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
+    folder = save(build("mixtral", torch.bfloat16), tmp_path / "mixtral")
+    rules = [{"match": "*.experts.*", "pattern": "2:4"}]
+    settings = recipe(method="magnitude", pattern="0.5", rules=rules, format="nm")
+    with pytest.raises(PatternError, match=r"format is nm, but it fits none of the patterns 0\.5"):
+        prune(folder, settings, tmp_path / "out")

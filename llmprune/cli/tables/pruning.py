@@ -31,6 +31,7 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
         ("base model", header["model"]),
         *_evaluation_facts(report),
         *_removal_facts(report),
+        *([("draft head", dropped)] if (dropped := header.get("draft_head")) else []),
         *([("sparsity", _sparsity(report))] if report.rows else []),
         ("relative output error", error),
         ("dampening increased", f"for {_matrices(climbed)}"),

@@ -65,7 +65,9 @@ class LlmpruneLM(HFLM):  # type: ignore[misc] # lm-eval is not typed
         folder = resolve_model(pretrained, revision=None if revision == "main" else revision)
         if "tokenizer" not in options:
             load_tokenizer(folder)  # lm-eval would accept one that transformers makes up where files are missing
-        super().__init__(str(folder), backend="causal", device=target, **options)
+        # Left out, a question on stdin could be answered by whatever is piped there.
+        safe = {**options, "trust_remote_code": False}
+        super().__init__(str(folder), backend="causal", device=target, **safe)
 
     def _create_model(self, pretrained: str, dtype: Any = "auto", **options: Any) -> None:
         """Load the weights; called by `hf` once device and tokenizer are known."""

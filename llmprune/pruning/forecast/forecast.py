@@ -47,6 +47,7 @@ from llmprune.structures.reduction import Reduction
 from llmprune.structures.removable import Removable
 from llmprune.structures.survey import check_budget
 from llmprune.text.loading import check_texts, model_positions, tokenizer_for
+from llmprune.units import format_size
 
 # Samples and length for probing a layer: few tokens, and sizes that hardly any dimension of a model has, so that a
 # tensor's shape shows which of its dimensions grow with the batch and with the length.
@@ -89,7 +90,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         check_budget(found)
     result = source if reduction is None else reduction.result
     jobs = plan_jobs(result, settings)
-    require_packable(source, settings.format)
+    require_packable(jobs, source.linear_key, settings.format)
     look = _Look(source, settings, device, reduction)
     layers = tuple(look.plan(indices, jobs) for indices in _kinds(source, jobs))
     structures = plan_structures(found)
@@ -106,9 +107,13 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         layers=layers,
         rates=measure_rates(device, source.model.dtype),
         memory=MemoryPlan(ends_bytes(source), resident, look.calls_bytes, largest),
-        disk_bytes=_disk_bytes(source, result),
+        disk_bytes=_disk_bytes(source, result, found),
         spilled_bytes=hidden - resident,
-        notes=(*_notes(settings, source), *(structure_notes(structures, found.spec) if found else ())),
+        notes=(
+            *_notes(settings, source),
+            *_outside_notes(source, found),
+            *(structure_notes(structures, found.spec) if found else ()),
+        ),
         structures=structures,
         around=measure_around(source, settings, device),
     )
@@ -261,11 +266,31 @@ def _kinds(source: CheckpointSource, jobs: Sequence[dict[str, Job]]) -> list[tup
     return [tuple(indices) for indices in kinds.values()]
 
 
-def _disk_bytes(source: CheckpointSource, result: CheckpointSource) -> int:
+def _disk_bytes(source: CheckpointSource, result: CheckpointSource, found: Removable | None) -> int:
     """Bytes of the pruned checkpoint, from the fraction of the parameters that is kept."""
-    nbytes = sum(stored.nbytes for stored in source.stored.values())
+    copied = sum(source.stored[key].nbytes for key in _copied(source, found))
+    draft = 0 if found is None or found.draft_head is None else found.draft_head.nbytes
+    nbytes = sum(stored.nbytes for stored in source.stored.values()) - copied - draft
     whole, left = (sum(p.numel() for p in checkpoint.model.parameters()) for checkpoint in (source, result))
-    return nbytes if result is source else round(nbytes * left / whole)
+    return copied + (nbytes if result is source else round(nbytes * left / whole))
+
+
+def _copied(source: CheckpointSource, found: Removable | None) -> list[str]:
+    """The keys of tensors that the model does not read and that are copied as they are."""
+    dropped = () if found is None or found.draft_head is None else found.draft_head.keys
+    return [key for key in source.ignored_keys() if key not in dropped]
+
+
+def _outside_notes(source: CheckpointSource, found: Removable | None) -> Iterator[str]:
+    """What happens to tensors that transformers does not build."""
+    if found is not None and found.draft_head is not None:
+        yield str(found.draft_head)
+    if copied := _copied(source, found):
+        size = format_size(sum(source.stored[key].nbytes for key in copied))
+        yield (
+            f"Copied as they are, 4 MB at a time: {len(copied)} tensor{'s' * (len(copied) > 1)}, {size}, such as "
+            f"{copied[0]}, which transformers does not build."
+        )
 
 
 def _batch_sizes(recipe: Recipe) -> set[int]:

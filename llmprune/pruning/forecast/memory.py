@@ -5,7 +5,8 @@
                 hidden states + calls + max over layers of
                     ( weights + statistics + held-back rows + max(forward, solving) ) )
 
-ends            embeddings, final norm and LM head, while text is embedded; no layer is in memory at that time
+ends            embeddings, final norm and LM head, while text is embedded; no layer is in memory at that time. Tensors
+                that the model does not read, such as a draft head, are copied 4 MB at a time and take nothing
 hidden states   samples x length x hidden size, at most `activation_budget` (the rest is on disk)
 calls           masks and rotary embeddings that the model passes to its layers; equal ones are stored once
 weights         one decoder layer in the compute dtype

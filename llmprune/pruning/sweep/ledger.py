@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +11,7 @@ from pydantic import ConfigDict
 
 from llmprune.errors import ResumeError
 from llmprune.recipe.grid import Combination, written
-from llmprune.storage.exchange import remove_result
+from llmprune.storage.exchange import discard_unfinished, remove_result
 from llmprune.storage.files import write_json
 from llmprune.storage.folders import LOCK_NAME, require_free
 from llmprune.storage.records import CLOSED, PlainName, read_as
@@ -20,7 +20,7 @@ RECORD_NAME = "sweep.json"
 
 _FORMAT = 1
 
-State = Literal["waiting", "running", "interrupted", "failed", "finished"]
+State = Literal["waiting", "running", "interrupted", "failed", "finished", "replaced"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,10 @@ class SweepRow:
         name: of its folder.
         settings: keys of the grid -> their values.
         recipe: as it is run, with every key.
-        state: how far it got. "running" without a running process means that it was killed.
+        state: how far it got. "running" without a running process means that it was killed; "replaced" is a run of an
+            earlier sweep that this one has no run for, which is removed once all runs of this one are finished.
         error: of a failed run: kind, what, expected and fix.
+        outdated: its folder holds a result of an earlier sweep until its own is whole.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = CLOSED
@@ -42,6 +44,7 @@ class SweepRow:
     recipe: dict[str, Any]
     state: State = "waiting"
     error: dict[str, str] | None = None
+    outdated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,11 @@ class Record:
     def note(self, row: SweepRow) -> None:
         """Replace the row with this name."""
         self.rows[row.name] = row
+        self.write()
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Leave out the rows with these names."""
+        self.rows = {name: row for name, row in self.rows.items() if name not in names}
         self.write()
 
     def write(self) -> None:
@@ -178,12 +186,30 @@ def read_record(output: Path, keys: Mapping[str, Any] | None) -> list[SweepRow]:
     return [row for row in rows if (output / row.name).exists()]
 
 
-def remove_runs(output: Path) -> None:
-    """Remove the checkpoints of an earlier sweep, and the folders that are then empty."""
-    folders = [output / row.name for row in read_record(output, None)]
-    for folder in folders:
-        require_free(folder)
-    for folder in folders:
+def begin_replacing(output: Path) -> list[SweepRow]:
+    """The runs of a sweep that is replaced: what they have finished stays for now, and what they have begun goes.
+
+    Raises:
+        ResumeError: the record is damaged, or another process is writing into a run's folder.
+        CheckpointError: a folder cannot be written.
+    """
+    rows = read_record(output, None)
+    for row in rows:
+        require_free(output / row.name)
+    for row in rows:
+        discard_unfinished(output / row.name)
+    return [replace(row, state="replaced") for row in rows]
+
+
+def with_outdated(rows: Sequence[SweepRow], replaced: Sequence[SweepRow]) -> list[SweepRow]:
+    """Mark the runs whose folders hold results of an earlier sweep."""
+    names = {row.name for row in replaced}
+    return [replace(row, outdated=True) if row.name in names else row for row in rows]
+
+
+def remove_runs(output: Path, rows: Sequence[SweepRow]) -> None:
+    """Remove the checkpoints of these runs, and the folders that are then empty."""
+    for folder in (output / row.name for row in rows):
         remove_result(folder)
         with contextlib.suppress(OSError):  # missing, or it contains files that are not ours
             folder.rmdir()

@@ -16,10 +16,27 @@ from llmprune.pruning.context import Run, versions
 from llmprune.pruning.dense_pass import DensePass
 from llmprune.pruning.forecast.forecast import dry_run
 from llmprune.pruning.pipeline import prune_checkpoint
-from llmprune.pruning.sweep.ledger import Record, SweepRow, plan_rows, read_record, remove_runs, require_sweep
+from llmprune.pruning.sweep.ledger import (
+    Record,
+    SweepRow,
+    begin_replacing,
+    plan_rows,
+    read_record,
+    remove_runs,
+    require_sweep,
+    with_outdated,
+)
 from llmprune.recipe.grid import Grid, combine, refuse
 from llmprune.recipe.recipe import Recipe
-from llmprune.storage.folders import expanded, locked, require_free, require_other, require_space
+from llmprune.storage.folders import (
+    MANIFEST_NAME,
+    STAGING_NAME,
+    expanded,
+    locked,
+    require_free,
+    require_other,
+    require_space,
+)
 from llmprune.storage.hub import checkpoint_digest, resolve_model
 
 
@@ -128,7 +145,8 @@ def sweep(
         output: folder of the sweep; each run has a folder in it, named after the settings that differ.
         resume: continue the sweep in `output`. Finished runs are kept, including those of other grids; runs that are
             new in the grid are added.
-        overwrite: replace the sweep in `output`.
+        overwrite: replace the sweep in `output`: each run in the place of one with the same name once it is whole, and
+            the others once all runs are finished.
         watch: told about every step of every run.
 
     Returns:
@@ -149,16 +167,20 @@ def sweep(
     keys = {"source": checkpoint_digest(folder), "version": versions()}
     require_sweep(output, resume=resume, overwrite=overwrite)
     with locked(output):
-        earlier = read_record(output, keys) if resume else []
-        rows = plan_rows(combinations, earlier)
-        if overwrite:
-            remove_runs(output)
-        record = Record(output, keys, [*rows, *earlier])
+        known = read_record(output, keys) if resume else begin_replacing(output) if overwrite else []
+        earlier = [row for row in known if row.state != "replaced"]
+        replaced = [row for row in known if row.state == "replaced"]
+        rows = with_outdated(plan_rows(combinations, earlier), replaced)
+        record = Record(output, keys, [*rows, *earlier, *replaced])
         record.write()
         runs = [(row, one.recipe) for row, one in zip(rows, combinations, strict=True)]
         _run_all(runs, record, str(model), folder, watch)
         every = [record.rows[row.name] for row in rows]
         names = {row.name for row in rows}
+        if all(row.state == "finished" for row in every):
+            gone = [row for row in replaced if row.name not in names]
+            remove_runs(output, gone)
+            record.forget([row.name for row in gone])
         every += [row for row in earlier if row.name not in names and row.state == "finished"]
         return Sweep(str(model), str(output), tuple(every), _compare(output, every, model))
 
@@ -195,7 +217,8 @@ def forecast(
         require_sweep(output, resume=resume, overwrite=overwrite)
         require_free(output)
         if resume:
-            earlier = read_record(output, {"source": checkpoint_digest(folder), "version": versions()})
+            known = read_record(output, {"source": checkpoint_digest(folder), "version": versions()})
+            earlier = [row for row in known if row.state != "replaced"]
     found: list[ForecastRow] = []
     mistakes: list[tuple[dict[str, Any], LlmpruneError]] = []
     for row, combination in zip(plan_rows(combinations, earlier), combinations, strict=True):
@@ -213,8 +236,10 @@ def forecast(
     result = SweepForecast(str(model), tuple(found))
     if output is not None:
         waiting = [output / row.name for row in found if not row.finished]
-        replaced = sum(shard.stat().st_size for path in waiting for shard in path.rglob("*.safetensors"))
-        require_space(output, result.disk_bytes - replaced)
+        held = [sum(shard.stat().st_size for shard in path.rglob("*.safetensors")) for path in waiting]
+        # An earlier result stays until the new one is whole.
+        beside = max(held, default=0) if overwrite else 0
+        require_space(output, result.disk_bytes - sum(held) + beside)
     return result
 
 
@@ -229,7 +254,7 @@ def _run_all(runs: Sequence[tuple[SweepRow, Recipe]], record: Record, model: str
         try:
             run = Run.begin(recipe, _numbered(watch, number, len(runs)), dense)
             with run.watch:
-                prune_checkpoint(run, model, source, record.folder / row.name, resume=True)
+                _prune(run, model, source, record.folder / row.name, row)
         except ResumeError:
             # The user has changed something about an existing run: the record must keep its state.
             record.note(row)
@@ -242,7 +267,13 @@ def _run_all(runs: Sequence[tuple[SweepRow, Recipe]], record: Record, model: str
                 record.note(replace(row, state="interrupted", error=None))
             raise
         else:
-            record.note(replace(row, state="finished", error=None))
+            record.note(replace(row, state="finished", error=None, outdated=False))
+
+
+def _prune(run: Run, model: str, source: Path, folder: Path, row: SweepRow) -> None:
+    """Make or continue one run; what a replaced sweep has begun was removed, so that what has begun is this run."""
+    overwrite = row.outdated and not (folder / STAGING_NAME / MANIFEST_NAME).exists()
+    prune_checkpoint(run, model, source, folder, resume=not overwrite, overwrite=overwrite)
 
 
 def _numbered(watch: Watcher, number: int, total: int) -> Watcher:

@@ -20,7 +20,7 @@ from llmprune.devices import cpu_threads
 from llmprune.errors import CheckpointError, ModelError, NumericsError, RecipeError
 from llmprune.kernels import workspace
 from llmprune.measuring.bench import bench as benching
-from llmprune.measuring.bench import decoding, products
+from llmprune.measuring.bench import decoding, products, record
 from llmprune.measuring.bench.decoding import measure_decoding, resident_bytes
 from llmprune.measuring.bench.machine import Rates, device_name, measure_rates, versions
 from llmprune.measuring.bench.record import gains, grouped, read_results, write_result
@@ -290,6 +290,21 @@ def test_a_dense_checkpoint_is_measured_whole(folder: Path, tmp_path: Path) -> N
     assert "dense" not in result["whole_model"]
     assert "nothing to tune" in shown.stderr
     assert "batch of 1" in shown.stderr
+
+
+@pytest.mark.usefixtures("quick", "plain")
+def test_results_that_cannot_be_written_are_shown_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise CheckpointError("cannot write bench.json: no space left on device")
+
+    monkeypatch.setattr(record, "write_result", full)
+    shown = run("bench", folder / "dense", "--batches", "1", "--output", tmp_path / "bench.json", "--quiet")
+    assert shown.exit_code == 1
+    assert "no space left" in shown.stderr
+    assert "tokens/s" in shown.stdout
+    assert "written to" not in shown.stdout
 
 
 @pytest.mark.usefixtures("quick", "plain")

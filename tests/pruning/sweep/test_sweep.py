@@ -284,6 +284,42 @@ def test_overwriting_replaces_all_runs_and_nothing_else(model: Path, recipe: dic
     assert states(copy) == {"run": "finished"}
 
 
+def test_overwriting_exchanges_each_run_when_the_new_one_is_whole(
+    model: Path, recipe: dict[str, Any], copy: Path
+) -> None:
+    """Ctrl-C in the second run: the first is new, and all others are as they were; the sweep can be resumed."""
+    before = {name: weights_and_texts(copy / name) for name in NAMES}
+    changed, grid = {**recipe, "held_back": 0}, {"pattern": [0.5, "2:4"], "method": ["magnitude", "random"]}
+    with pytest.raises(KeyboardInterrupt):
+        sweep(model, changed, grid, copy, overwrite=True, watch=stop_at("3/4 pruning", 1))
+    assert load_report(copy / NAMES[1]).header["recipe"]["held_back"] == 0
+    for name in (NAMES[0], NAMES[2], NAMES[3]):
+        there = weights_and_texts(copy / name)
+        assert {file: there[file] for file in before[name]} == before[name]
+    assert states(copy) == {
+        NAMES[1]: "finished", "pattern-0.5_random": "finished", NAMES[3]: "interrupted",
+        "pattern-2of4_random": "waiting", NAMES[0]: "replaced", NAMES[2]: "replaced",
+    }  # fmt: skip
+    found = sweep(model, changed, grid, copy, resume=True)
+    new = [NAMES[1], "pattern-0.5_random", NAMES[3], "pattern-2of4_random"]
+    assert [row.name for row in found.rows] == new
+    assert states(copy) == dict.fromkeys(new, "finished")
+    assert sorted(file.name for file in copy.iterdir()) == sorted([*new, "sweep.json"])
+    assert all(load_report(copy / name).header["recipe"]["held_back"] == 0 for name in new)
+
+
+def test_a_sweep_that_fails_removes_nothing_of_the_one_it_was_to_replace(
+    model: Path, recipe: dict[str, Any], copy: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("w5 w6")
+    broken = {**recipe, "calibration": {**recipe["calibration"], "source": str(short)}}
+    before = {name: contents(copy / name) for name in NAMES}
+    found = sweep(model, broken, {"pattern": [0.5], "method": ["wanda", "random"]}, copy, overwrite=True)
+    assert [row.state for row in found.rows] == ["failed", "failed"]
+    assert {name: contents(copy / name) for name in NAMES} == before
+
+
 @pytest.mark.parametrize("option", ["resume", "overwrite"])
 @pytest.mark.parametrize(
     ("content", "said"),
