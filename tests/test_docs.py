@@ -24,7 +24,8 @@ import yaml
 import llmprune
 from llmprune.cli import app
 from llmprune.errors import RecipeError
-from llmprune.recipe.recipe import Experts, Recipe, Rule, bundled_recipes, load_recipe
+from llmprune.recipe.recipe import Recipe, bundled_recipes, load_recipe
+from llmprune.recipe.sections import Experts, Rule
 from llmprune.recipe.structures import SECTIONS, Structures
 from llmprune.text.tokens import TextSpec
 

@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 
 from llmprune.methods import Method
 from llmprune.patterns import Pattern
-from llmprune.recipe.recipe import Experts, Recipe, Rule, load_recipe
+from llmprune.recipe.recipe import Recipe, load_recipe
+from llmprune.recipe.sections import Experts, Rule
 from llmprune.recipe.structures import SECTIONS, Amount, Structures
 from llmprune.text.tokens import TextSpec
 from site_parts.docstrings import attributes, summary

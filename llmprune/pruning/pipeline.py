@@ -184,7 +184,7 @@ def _into(
     with run.stages("write"):
         for left_out in writer.finish():
             run.watch(Progress(left_out))
-    if run.recipe.format != "dense" and not any(layer["layouts"] for layer in target.layers.values()):
+    if run.recipe.format != "dense" and not any(layer.layouts for layer in target.layers.values()):
         run.watch(Progress(nothing_packed(run.recipe.format)))
     smaller = None
     if reduction is not None:

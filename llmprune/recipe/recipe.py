@@ -60,8 +60,8 @@ from llmprune.recipe.fields import (
 from llmprune.recipe.globs import covers, matches_any
 from llmprune.recipe.messages import explain
 from llmprune.recipe.reconstruct import Reconstruct
+from llmprune.recipe.sections import Experts, Rule, StatisticsOptions
 from llmprune.recipe.structures import SECTIONS, Structures
-from llmprune.statistics import TokenWeight
 from llmprune.storage.packed_config import Format, layout_name
 from llmprune.text.tokens import EvaluationSpec, TextSpec
 
@@ -69,58 +69,6 @@ _RECIPE_FORMS = "a bundled recipe's name, the path of a YAML file, YAML text, a 
 
 # The defaults of the section evaluation; its length defaults to that of calibration.
 _EVALUATION = {"samples": 32, "seed": 12345}
-
-
-class Rule(BaseModel):
-    """A different pattern, method, or both for some matrices.
-
-    Attributes:
-        match: shell glob over full matrix names.
-        pattern: None keeps the recipe's.
-        method: None keeps the recipe's.
-    """
-
-    model_config = STRICT
-
-    match: GlobField
-    pattern: PatternField | None = None
-    method: MethodField | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> "Rule":
-        if self.pattern is None and self.method is None:
-            error = RecipeError(
-                f"the rule for {self.match!r} changes nothing",
-                expected="pattern, method or both",
-                fix="add one, or list the glob under exclude if these matrices should stay dense",
-            )
-            raise refusal(error)
-        return self
-
-
-class Experts(BaseModel):
-    """Settings for the experts of MoE layers.
-
-    Attributes:
-        min_tokens: tokens, at least 0, that an expert must receive before its statistics are trusted.
-    """
-
-    model_config = STRICT
-
-    min_tokens: Annotated[int, Field(ge=0, le=MOST)] = 64
-
-
-class StatisticsOptions(BaseModel):
-    """How the inputs of matrices enter the statistics.
-
-    Attributes:
-        token_weight: none; clip (tokens above twice the usual root mean square are scaled down to it); normalise (every
-            token is scaled to the same root mean square).
-    """
-
-    model_config = STRICT
-
-    token_weight: TokenWeight = "none"
 
 
 class Recipe(BaseModel):

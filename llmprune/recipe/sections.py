@@ -1,0 +1,62 @@
+"""The small sections of a recipe: rules, statistics and experts."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field, model_validator
+
+from llmprune.errors import RecipeError
+from llmprune.recipe.document import refusal
+from llmprune.recipe.fields import MOST, STRICT, GlobField, MethodField, PatternField
+from llmprune.statistics import TokenWeight
+
+
+class Rule(BaseModel):
+    """A different pattern, method, or both for some matrices.
+
+    Attributes:
+        match: shell glob over full matrix names.
+        pattern: None keeps the recipe's.
+        method: None keeps the recipe's.
+    """
+
+    model_config = STRICT
+
+    match: GlobField
+    pattern: PatternField | None = None
+    method: MethodField | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Rule":
+        if self.pattern is None and self.method is None:
+            error = RecipeError(
+                f"the rule for {self.match!r} changes nothing",
+                expected="pattern, method or both",
+                fix="add one, or list the glob under exclude if these matrices should stay dense",
+            )
+            raise refusal(error)
+        return self
+
+
+class Experts(BaseModel):
+    """Settings for the experts of MoE layers.
+
+    Attributes:
+        min_tokens: tokens, at least 0, that an expert must receive before its statistics are trusted.
+    """
+
+    model_config = STRICT
+
+    min_tokens: Annotated[int, Field(ge=0, le=MOST)] = 64
+
+
+class StatisticsOptions(BaseModel):
+    """How the inputs of matrices enter the statistics.
+
+    Attributes:
+        token_weight: none; clip (tokens above twice the usual root mean square are scaled down to it); normalise (every
+            token is scaled to the same root mean square).
+    """
+
+    model_config = STRICT
+
+    token_weight: TokenWeight = "none"
