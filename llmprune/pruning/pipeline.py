@@ -17,6 +17,7 @@ from llmprune.models.source import ModelSource, Source
 from llmprune.pages import write_report
 from llmprune.precision import computed_in, dtype_name
 from llmprune.progress import Progress, Watcher, ignore
+from llmprune.pruning.allocating.allocate import allocate
 from llmprune.pruning.card import write_card
 from llmprune.pruning.context import Run, versions
 from llmprune.pruning.deciding import decide_run
@@ -25,6 +26,7 @@ from llmprune.pruning.layers import LayerDriver
 from llmprune.pruning.reporting import compare_sizes, make_report
 from llmprune.pruning.saving import evaluating, save_dense, save_pruned, take_over
 from llmprune.pruning.writing import Writer
+from llmprune.recipe.allocation import Uniform
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.storage.files import write_text
 from llmprune.storage.folders import (
@@ -156,7 +158,7 @@ def _into(
     """Do what is left to do in an open output folder."""
     write_text(target.path / RECIPE_NAME, run.recipe.to_yaml())
     dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
-    decisions = decide_run(run, found, target, texts["calibration"])
+    decisions = decide_run(run, source, found, target, texts["calibration"])
     reduction = None if found is None or decisions is None else Reduction(found, decisions)
     streamed, result = (source, source) if reduction is None else (reduction.source, reduction.result)
     for layer in target.layers.values():
@@ -167,12 +169,13 @@ def _into(
     with run.stages("write"):
         for left_out in writer.finish():
             run.watch(Progress(left_out))
-    smaller = None
+    allocation = None if decisions is None else decisions.evidence.get("allocation")
+    more: dict[str, Any] = {"allocation": allocation} if allocation else {}
     if reduction is not None:
         # The written checkpoint is measured, which also checks that it can be read.
         result = _audited(run, target.path)
-        smaller = compare_sizes(run, source, result, target.decisions, texts["calibration"])
-    report = make_report(run, name, target.keys, result, texts, layers, dense, result.sizes(), smaller)
+        more |= compare_sizes(run, source, result, target.decisions, texts["calibration"])
+    report = make_report(run, name, target.keys, result, texts, layers, dense, result.sizes(), more)
     report.save(target.path)
     write_card(target.path, name, run.recipe, report)
     write_report(target.path)
@@ -233,8 +236,12 @@ def prune_in_memory(
     with evaluating(model):
         texts = run.texts(source, jobs, tokenizer)
         dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
+        more: dict[str, Any] = {}
+        if not isinstance(run.recipe.allocation, Uniform):
+            allocated = allocate(run, source, jobs, texts["calibration"].ids)
+            more, jobs = {"allocation": allocated.record}, plan_jobs(source, run.recipe, allocated.choices)
         layers = LayerDriver(run, source, jobs, texts["calibration"]).drive()
-        report = make_report(run, _name(model), _environment(run, source), source, texts, layers, dense)
+        report = make_report(run, _name(model), _environment(run, source), source, texts, layers, dense, more=more)
     if output is not None:
         save_pruned(model, tokenizer, output, run.recipe, report, overwrite=overwrite)
         _keep_samples(output, texts, tokenizer)

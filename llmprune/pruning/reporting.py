@@ -28,7 +28,7 @@ def make_report(
     layers: PrunedLayers,
     dense: Stream | None,
     sizes: Mapping[str, int] | None = None,
-    smaller: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Report:
     """Measure the pruned model, and assemble the report.
 
@@ -41,7 +41,7 @@ def make_report(
         layers: their results.
         dense: a finished stream of the dense model over the evaluation text; None: perplexity is not measured.
         sizes: bytes of the checkpoint, as `CheckpointSource.sizes` gives them; None for a model in memory.
-        smaller: the result of `compare_sizes`.
+        more: the record of an allocation, and the result of `compare_sizes`.
     """
     evaluation, stage = None, "pruned perplexity"
     if dense is not None:
@@ -58,7 +58,7 @@ def make_report(
         "memory": layers.memory,
         "size": sizes,
         "evaluation": evaluation,
-        **(smaller or {}),
+        **(more or {}),
     }
     return Report(layers.rows, header, layers.structures)
 
