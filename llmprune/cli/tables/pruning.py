@@ -30,6 +30,7 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
         *_evaluation_facts(report),
         *_removal_facts(report),
         *([("sparsity", f"{report.sparsity:.2%} in {_matrices(len(report.rows))}")] if report.rows else []),
+        *_allocation_facts(header.get("allocation")),
         ("relative output error", error),
         ("damping increased", f"for {_matrices(climbed)}"),
         *([("massive activations", massive_line(report.massive))] if report.massive else []),
@@ -43,6 +44,18 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
         ("report", str(folder / "report.json")),
         *([("page", str(folder / "report.html"))] if (folder / "report.html").exists() else []),
     )
+
+
+def _allocation_facts(record: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What an allocation is worth beside uniform; empty without one."""
+    if not record:
+        return []
+    ours, uniform = (
+        "not measured" if record["worse"] is None else "not finite" if record[key] is None else f"{record[key]:.4f}"
+        for key in ("divergence", "uniform_divergence")
+    )
+    facts = [("allocation", f"{record['rule']}: KL divergence {ours}, uniform {uniform}, on held-back text")]
+    return facts + ([("", "worse than uniform: consider allocation: uniform, or search")] if record["worse"] else [])
 
 
 def _removal_facts(report: "Report") -> list[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """The decision: an allocation becomes an exact sparsity for each matrix, and is compared with uniform."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from llmprune.allocation.dlp import dlp, mean_score
 from llmprune.allocation.owl import outlier_share, owl
 from llmprune.allocation.scalars import Evaluate, Position, search
 from llmprune.allocation.switches import Evolution, evolve
+from llmprune.measuring.perplexity import finite
 from llmprune.methods import Wanda
 from llmprune.models.source import Source
 from llmprune.progress import Progress
@@ -88,7 +88,7 @@ def allocate(run: Run, source: Source, jobs: Sequence[Mapping[str, Job]], ids: T
     else:
         ours, uniform = drawn.divergences
     record = _record(allocation, pool, sparsities, drawn.evidence)
-    record |= {"divergence": ours, "uniform_divergence": uniform, "worse": not ours <= uniform}
+    record |= {"divergence": finite(ours), "uniform_divergence": finite(uniform), "worse": not ours <= uniform}
     record["tokens"] = texts[1].numel()
     if record["worse"]:
         run.watch(Progress(warning(record)))
@@ -197,7 +197,10 @@ def _atp(survey: _Survey, rule: Any) -> _Drawn:
     tried = [0.0, *dict.fromkeys(min(max(slope, -limit), limit) for slope in per_layer)]
     found = survey.evaluate("slopes")([offsets(slope) for slope in tried])
     best = min(range(len(tried)), key=lambda place: found[place])
-    evidence = {"slope": tried[best], "tried": list(map(list, zip(tried, found, strict=True)))}
+    evidence = {
+        "slope": tried[best],
+        "tried": [[slope, finite(value)] for slope, value in zip(tried, found, strict=True)],
+    }
     return _Drawn(offsets(tried[best]), evidence, (found[best], found[0]))
 
 
@@ -226,7 +229,7 @@ def _search(survey: _Survey, rule: Any) -> _Drawn:
     # As distances from what the recipe says, which may differ between matrices.
     found = search(positions, 0.0, evaluate, rule.step)
     offsets, ours = found.sparsities, found.divergence
-    evidence: dict[str, Any] = {"tried": [[list(scalars), value] for scalars, value in found.tried]}
+    evidence: dict[str, Any] = {"tried": [[list(scalars), finite(value)] for scalars, value in found.tried]}
     if rule.generations:
         own = [unit.sparsity for unit in pool.units]
         start = [min(max(base + offset, 0.0), 1.0) for base, offset in zip(own, offsets, strict=True)]
@@ -238,7 +241,7 @@ def _search(survey: _Survey, rule: Any) -> _Drawn:
 
         best, ours, course = evolve(start, ours, [unit.size for unit in pool.units], measured, evolution)
         offsets = tuple(level - base for level, base in zip(best, own, strict=True))
-        evidence["generations"] = list(course)
+        evidence["generations"] = list(map(finite, course))
     return _Drawn(offsets, evidence, (ours, found.uniform))
 
 
@@ -267,5 +270,5 @@ def _record(
     return {"rule": allocation.name, "zeros": pool.zeros, "size": pool.size, "units": units, "evidence": dict(evidence)}
 
 
-def _shown(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "not finite"
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"

@@ -36,8 +36,13 @@ def split(ids: Tensor, held_back: int) -> tuple[Tensor, Tensor]:
         ids: calibration tokens, held-back sequences last.
         held_back: how many.
     """
-    aside = max(held_back, min(_MOST_ASIDE, len(ids) // 8), 1)
-    return ids[: max(len(ids) - aside, 1)], ids[-aside:]
+    count = aside(len(ids), held_back)
+    return ids[: max(len(ids) - count, 1)], ids[-count:]
+
+
+def aside(samples: int, held_back: int) -> int:
+    """How many of the sequences are for divergences."""
+    return max(held_back, min(_MOST_ASIDE, samples // 8), 1)
 
 
 def collect(
