@@ -66,5 +66,6 @@ def choose_levels(curves: Mapping[str, DamageCurve], sparsity: float, grid: floa
             raise NumericsError(f"{name}: a damage is not finite", expected="finite divergences")
         ladders.append(LevelCurve(name, damage, [curve.size * (1 - level) for level in levels[name]]))
     kept = (1 - sparsity) * sum(curve.size for curve in curves.values())
-    chosen = allocate(ladders, kept).levels
+    # Sizes are rounded up to a step of the budget each: at most a percent of it in all, whatever the number of curves.
+    chosen = allocate(ladders, kept, max(2000, 100 * len(curves))).levels
     return {name: levels[name][level] for name, level in chosen.items()}
