@@ -28,6 +28,7 @@ ROOMS = (
     ("structures.remove",),
     ("structures.describe",),
     ("structures.choose",),
+    ("allocation",),
     ("measuring", "structures"),
     ("pages",),
     ("pruning",),
@@ -42,6 +43,7 @@ FACE = ""
 
 # The mathematics reads tensors and nothing else. What is not listed here may use any library.
 LIBRARIES = {
+    "allocation": {"torch"},
     "errors": set(),
     "kernels": {"torch", "triton"},
     "losses": {"jaxtyping", "torch"},

@@ -24,6 +24,7 @@ import yaml
 import llmprune
 from llmprune.cli import app
 from llmprune.errors import RecipeError
+from llmprune.recipe.allocation import RULES
 from llmprune.recipe.recipe import Recipe, bundled_recipes, load_recipe
 from llmprune.recipe.sections import Experts, Rule
 from llmprune.recipe.structures import SECTIONS, Structures
@@ -129,6 +130,7 @@ def test_the_navigation_has_every_page() -> None:
         ("## Rules", set(Rule.model_fields)),
         ("## Calibration and evaluation", {field.name for field in fields(TextSpec)}),
         ("## Experts of MoE models", set(Experts.model_fields)),
+        *((f"### `allocation.{name}`", set(rule.model_fields)) for name, rule in RULES.items()),
         *((f"### `structures.{name}`", set(model.model_fields)) for name, model in SECTIONS.items()),
     ],
 )

@@ -8,12 +8,13 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 
 from llmprune.methods import Method
 from llmprune.patterns import Pattern
+from llmprune.recipe.allocation import RULES, Allocation
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.recipe.sections import Experts, Rule
 from llmprune.recipe.structures import SECTIONS, Amount, Structures
@@ -32,7 +33,7 @@ _WORDS: dict[Any, str] = {
     Method: "method",
     NoneType: "`null`",
 }
-_BOUNDS = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Lt: ("lt", "<")}
+_BOUNDS = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
 
 
 def kind(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
@@ -44,6 +45,8 @@ def kind(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     bounds = "".join(f", {sign} {getattr(limit, name):g}" for limit, name, sign in _limits(metadata))
     if annotation == Amount:
         return "fraction below 1, or whole number of at least 1"
+    if annotation is Allocation:
+        return "name, section, or globs"
     if get_origin(annotation) is Annotated:
         inner, *rest = get_args(annotation)
         return kind(inner, (*metadata, *rest)) if inner not in (Pattern, Method) else _WORDS[inner]
@@ -75,6 +78,13 @@ def rule_keys() -> str:
 def expert_keys() -> str:
     """The keys of the section `experts`."""
     return _keys(Experts)
+
+
+def allocation_keys() -> str:
+    """The options of each allocation."""
+    parts = [f"### `allocation.{name}`\n\n{summary(rule)}" for name, rule in RULES.items()]
+    options = [f"\n\n{_keys(rule)}" if rule.model_fields else "" for rule in RULES.values()]
+    return "\n\n".join(map("".join, zip(parts, options, strict=True)))
 
 
 def text_keys() -> str:
@@ -185,6 +195,7 @@ PARTS = {
     "recipe-keys": recipe_keys,
     "rule-keys": rule_keys,
     "expert-keys": expert_keys,
+    "allocation-keys": allocation_keys,
     "text-keys": text_keys,
     "structure-keys": structure_keys,
     "bundled-table": bundled_table,

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from llmprune.pages.allocated import allocation_parts
 from llmprune.pages.beside import Beside, has_weights, read_beside, stored_bytes
 from llmprune.pages.charts import Axis, Series, level, lines, shares
 from llmprune.pages.evidence import evidence_parts
@@ -63,9 +64,11 @@ def report_page(report: Report, beside: Beside, stored_bytes: int | None = None)
     """
     header = report.header
     name = Path(str(header.get("model", "model"))).name
-    evidence = (header.get("decisions") or {}).get("evidence") or {}
+    evidence = dict((header.get("decisions") or {}).get("evidence") or {})
+    evidence.pop("allocation", None)  # has a section of its own
     sections = (
         Section("summary", "Summary", _summary(report, stored_bytes)),
+        Section("allocation", "Allocation", allocation_parts(header.get("allocation"))),
         Section("layers", "Layers", layer_parts(report)),
         Section("structures", "Structures", [*_extent(header), *structure_parts(report)]),
         Section("decisions", "Why these were removed", evidence_parts(evidence)),

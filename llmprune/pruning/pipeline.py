@@ -18,6 +18,7 @@ from llmprune.models.source import ModelSource, Source
 from llmprune.pages import write_report
 from llmprune.precision import computed_in, dtype_name
 from llmprune.progress import Progress, Watcher, ignore
+from llmprune.pruning.allocating.allocate import allocate
 from llmprune.pruning.card import write_card
 from llmprune.pruning.context import Run, versions
 from llmprune.pruning.deciding import decide_run
@@ -27,6 +28,7 @@ from llmprune.pruning.reporting import ask_in_memory, ask_stored, compare_sizes,
 from llmprune.pruning.saving import evaluating, save_dense, save_pruned, take_over
 from llmprune.pruning.tracking import track
 from llmprune.pruning.writing import Writer
+from llmprune.recipe.allocation import Uniform
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.storage.files import write_text
 from llmprune.storage.folders import (
@@ -170,7 +172,7 @@ def _into(
     if found is not None and found.draft_head is not None:
         run.watch(Progress(str(found.draft_head)))
     dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
-    decisions = decide_run(run, found, target, texts["calibration"])
+    decisions = decide_run(run, source, found, target, texts["calibration"])
     reduction = None if found is None or decisions is None else Reduction(found, decisions)
     streamed, result = (source, source) if reduction is None else (reduction.source, reduction.result)
     for layer in target.layers.values():
@@ -186,13 +188,14 @@ def _into(
             run.watch(Progress(left_out))
     if run.recipe.format != "dense" and not any(layer.layouts for layer in target.layers.values()):
         run.watch(Progress(nothing_packed(run.recipe.format)))
-    smaller = None
+    allocation = None if decisions is None else decisions.evidence.get("allocation")
+    more: dict[str, Any] = {"allocation": allocation} if allocation else {}
     if reduction is not None:
         # The written checkpoint is measured, which also checks that it can be read.
         run.watch(Progress("checking the written checkpoint"))
         result = _audited(run, target.path)
-        smaller = compare_sizes(run, source, result, target.decisions, texts["calibration"])
-        smaller["draft_head"] = None if found is None or found.draft_head is None else str(found.draft_head)
+        more |= compare_sizes(run, source, result, target.decisions, texts["calibration"])
+        more["draft_head"] = None if found is None or found.draft_head is None else str(found.draft_head)
     report = make_report(
         run,
         name,
@@ -202,7 +205,7 @@ def _into(
         layers,
         dense,
         result.sizes(),
-        smaller,
+        more,
         lambda: ask_stored(run, source, target.path, tokenizer),
     )
     run.watch(Progress("writing the report"))
@@ -286,10 +289,14 @@ def prune_in_memory(
         texts = run.texts(source, jobs, tokenizer)
         dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
         before = ask_in_memory(run, model, tokenizer)
+        more: dict[str, Any] = {}
+        if not isinstance(run.recipe.allocation, Uniform):
+            allocated = allocate(run, source, jobs, texts["calibration"].ids)
+            more, jobs = {"allocation": allocated.record}, plan_jobs(source, run.recipe, allocated.choices)
         layers = LayerDriver(run, source, jobs, texts["calibration"]).drive()
         ask = partial(ask_in_memory, run, model, tokenizer, before)
         keys = _environment(run, source)
-        report = make_report(run, _name(model), keys, source, texts, layers, dense, ask=ask)
+        report = make_report(run, _name(model), keys, source, texts, layers, dense, more=more, ask=ask)
     if output is not None:
         if not save_pruned(model, tokenizer, output, run.recipe, report, overwrite=overwrite):
             run.watch(Progress(nothing_packed(run.recipe.format)))

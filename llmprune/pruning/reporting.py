@@ -34,7 +34,7 @@ def make_report(
     layers: PrunedLayers,
     dense: Stream | None,
     sizes: Mapping[str, int] | None = None,
-    smaller: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
     ask: Callable[[], Answers | None] = lambda: None,
 ) -> Report:
     """Measure the pruned model, and assemble the report.
@@ -48,7 +48,7 @@ def make_report(
         layers: their results.
         dense: a finished stream of the dense model over the evaluation text; None: perplexity is not measured.
         sizes: bytes of the checkpoint, as `CheckpointSource.sizes` gives them; None for a model in memory.
-        smaller: the result of `compare_sizes`.
+        more: the record of an allocation, and the result of `compare_sizes`.
         ask: gives the answers of both models, after the evaluation; None: nothing is asked.
     """
     evaluation = evaluate(run, source, texts, dense)
@@ -64,7 +64,7 @@ def make_report(
         "size": sizes,
         "evaluation": evaluation,
         **({} if answers is None else {"answers": answers.to_dict()}),
-        **(smaller or {}),
+        **(more or {}),
     }
     return Report(layers.rows, header, layers.structures, layers.matches)
 

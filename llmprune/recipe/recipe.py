@@ -37,6 +37,7 @@ from llmprune.errors import LlmpruneError, RecipeError
 from llmprune.methods import METHODS, STEPS, Chain, Method
 from llmprune.patterns import Pattern
 from llmprune.recipe.aliases import known_assignment, rename_keys
+from llmprune.recipe.allocation import RULES, AllocationField, Uniform, check_allocation
 from llmprune.recipe.document import (
     Document,
     KeyPath,
@@ -82,6 +83,8 @@ class Recipe(BaseModel):
         include: shell globs over full matrix names such as model.layers.3.self_attn.q_proj; other matrices stay dense.
         exclude: globs of included matrices that stay dense nevertheless.
         rules: the first matching rule changes the pattern or method of a matrix.
+        allocation: how sparse each matrix becomes, with the same number of zeros in all: uniform, owl, alpha, dlp, atp,
+            sensitivity, search, one of them with its options, or shell globs with sparsities.
         calibration: the calibration text, on which statistics are collected.
         evaluation: the text on which perplexity is measured, and prompts that both models answer; None skips both.
         batch_size: sequences per forward pass, at least 1; results do not depend on it, up to rounding.
@@ -109,6 +112,7 @@ class Recipe(BaseModel):
     include: tuple[GlobField, ...] = ("*",)
     exclude: tuple[GlobField, ...] = ()
     rules: tuple[Rule, ...] = ()
+    allocation: AllocationField = Uniform()
     calibration: TextField = TextSpec()
     evaluation: EvaluationField | None = Field(default_factory=dict, validate_default=True)
     batch_size: Annotated[int, Field(ge=1, le=MOST)] = 8
@@ -159,6 +163,7 @@ class Recipe(BaseModel):
                 fix="change the format or the pattern",
             )
             raise refusal(error, "format")
+        check_allocation(self.allocation, self.patterns, structures=self.structures is not None)
         self._check_seeds()
         return self
 
@@ -182,8 +187,9 @@ class Recipe(BaseModel):
                 "layers, or both",
             )
             raise refusal(missing)
-        if self.rules or self.format != "dense":
-            key = "rules" if self.rules else "format"
+        given = {"rules": bool(self.rules), "format": self.format != "dense"}
+        given["allocation"] = not isinstance(self.allocation, Uniform)
+        if key := next((key for key, there in given.items() if there), None):
             raise refusal(RecipeError(f"{key} without a pattern and a method", fix="add them, or remove the key"), key)
         self._check_seeds()
 
@@ -350,6 +356,8 @@ def _known_keys(section: KeyPath) -> list[str]:
             return list(Structures.model_fields)
         case ("structures", str(part)) if part in SECTIONS:
             return list(SECTIONS[part].model_fields)
+        case ("allocation", str(name)) if name in RULES:
+            return list(RULES[name].model_fields)
         case ("rules", _):
             return list(Rule.model_fields)
         case (*_, "method", str(name)) | (*_, "method", int(_), str(name)):

@@ -5,8 +5,10 @@ is loaded once, whatever the number of variants, and each variant costs one forw
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Generic, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -74,16 +76,25 @@ class Variants(Generic[Name]):
         self._stream, self._separation = stream, Separation(fix)
         self._states: dict[Name, HiddenStates] = {}
 
-    def advance(self, layer: ResidentLayer) -> None:
+    def advance(
+        self,
+        layer: ResidentLayer,
+        changed: Callable[[Name], AbstractContextManager[None]] = lambda name: nullcontext(),
+    ) -> None:
         """Carry all variants through a layer in its current state.
+
+        Args:
+            layer: the layer.
+            changed: inside what it returns for a variant, the layer is as that variant has it.
 
         Raises:
             ModelError: the layer reads more than the hidden states of earlier layers.
             NumericsError: an output is not finite; names the layer.
         """
         self._separation.check(layer)
-        for states in self._states.values():
-            layer.advance(states)
+        for name, states in self._states.items():
+            with changed(name):
+                layer.advance(states)
 
     def begin(self, name: Name, layer: ResidentLayer, skipped: bool = False) -> None:
         """Start a variant with this layer in its current state, and all earlier layers as the stream had them.
@@ -140,6 +151,26 @@ class Variants(Generic[Name]):
         positions = min(window_positions(source), batch.numel())
         vocabulary = source.model.config.get_text_config(decoder=True).vocab_size
         return max(_LOGIT_BYTES // (4 * positions * vocabulary) - 1, 1)
+
+
+@contextmanager
+def with_weights(layer: ResidentLayer, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Temporarily replace matrices of a resident layer.
+
+    Args:
+        layer: the layer.
+        weights: name -> its matrix [out, in] for the time being.
+    """
+    names = {layer.matrices[name].parameter for name in weights}
+    before = {name: layer.module.get_parameter(name).detach().clone() for name in names}
+    try:
+        for name, weight in weights.items():
+            layer.replace(name, weight)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, values in before.items():
+                layer.module.get_parameter(name).copy_(values)
 
 
 def kl_divergence(dense: Tensor, other: Tensor) -> float:

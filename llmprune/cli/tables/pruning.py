@@ -33,6 +33,7 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
         *_removal_facts(report),
         *([("draft head", dropped)] if (dropped := header.get("draft_head")) else []),
         *([("sparsity", _sparsity(report))] if report.rows else []),
+        *_allocation_facts(header.get("allocation")),
         ("relative output error", error),
         ("dampening increased", f"for {_matrices(climbed)}"),
         *([("massive activations", massive_line(report.massive))] if report.massive else []),
@@ -70,6 +71,18 @@ def _answers(report: "Report") -> list[RenderableType]:
 def _sparsity(report: "Report") -> str:
     overall = "" if report.overall_sparsity is None else f", {report.overall_sparsity:.2%} of all weights"
     return f"{report.sparsity:.2%} in {_matrices(len(report.rows))}{overall}"
+
+
+def _allocation_facts(record: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What an allocation is worth beside uniform; empty without one."""
+    if not record:
+        return []
+    ours, uniform = (
+        "not measured" if record["worse"] is None else "not finite" if record[key] is None else f"{record[key]:.4f}"
+        for key in ("divergence", "uniform_divergence")
+    )
+    facts = [("allocation", f"{record['rule']}: KL divergence {ours}, uniform {uniform}, on held-back text")]
+    return facts + ([("", "worse than uniform: consider allocation: uniform, or search")] if record["worse"] else [])
 
 
 def _removal_facts(report: "Report") -> list[tuple[str, str]]:

@@ -26,11 +26,14 @@ from llmprune.models.decoder import prunable_matrices
 from llmprune.models.sizes import ends_bytes
 from llmprune.patterns import Unstructured
 from llmprune.precision import add_gram, dtype_name, float32_products
+from llmprune.pruning.allocating.cost import allocation_cost
+from llmprune.pruning.allocating.pool import find_pool
 from llmprune.pruning.context import Run
 from llmprune.pruning.forecast.around import measure_around
 from llmprune.pruning.forecast.memory import layer_memory
 from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan, Work
 from llmprune.pruning.jobs import Job, plan_jobs, require_packable
+from llmprune.recipe.allocation import Uniform
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storage.hub import resolve_model
@@ -97,6 +100,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     hidden = look.hidden_bytes
     resident = min(hidden, int(settings.activation_budget))
     largest = max((plan.memory for plan in layers), key=lambda memory: memory.total)
+    rates = measure_rates(device, source.model.dtype)
     return DryRun(
         model=model,
         recipe=settings.to_dict(),
@@ -105,7 +109,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         layers_path=source.layers_path,
         tokens=look.tokens,
         layers=layers,
-        rates=measure_rates(device, source.model.dtype),
+        rates=rates,
         memory=MemoryPlan(ends_bytes(source), resident, look.calls_bytes, largest),
         disk_bytes=_disk_bytes(source, result, found),
         spilled_bytes=hidden - resident,
@@ -113,6 +117,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
             *_notes(settings, source),
             *_outside_notes(source, found),
             *(structure_notes(structures, found.spec) if found else ()),
+            *_allocation_notes(settings, result, jobs, rates.forward),
         ),
         structures=structures,
         around=measure_around(source, settings, device),
@@ -306,6 +311,20 @@ def _matrix_plan(name: str, shape: tuple[int, int], job: Job | None) -> MatrixPl
         return MatrixPlan(name, shape, "dense", None, 0)
     zeros = job.pattern.compared(job.method.scope).zeros(shape)
     return MatrixPlan(name, shape, str(job.pattern), job.method_name, zeros)
+
+
+def _allocation_notes(
+    recipe: Recipe, source: CheckpointSource, jobs: Sequence[Mapping[str, Job]], rate: float
+) -> Iterator[str]:
+    if isinstance(recipe.allocation, Uniform):
+        return
+    yield (
+        f"With allocation {recipe.allocation.name} the sparsity of each matrix is decided during the run; the table "
+        "has that of uniform. The number of zeros is the same."
+    )
+    pool = find_pool(source, jobs)
+    if recipe.structures is None:
+        yield allocation_cost(source, recipe, pool).sentence(rate, int(recipe.activation_budget))
 
 
 def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:

@@ -7,8 +7,7 @@ divergence of the logits is measured. Each structure has its own hidden states f
 costs about structures * layers / 2 forwards of a layer over them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +19,7 @@ from llmprune.models.source import Source, eager_experts
 from llmprune.statistics import Gram
 from llmprune.stream.observation import Group
 from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
-from llmprune.stream.variants import Variants
+from llmprune.stream.variants import Variants, with_weights
 from llmprune.structures.choose.budget import BudgetPlan, Measured, Offer, allowed_size, choose_widths
 from llmprune.structures.remove.block_matrices import loss
 from llmprune.structures.remove.problem import GroupRemoval, RemovalSettings
@@ -138,7 +137,7 @@ class BudgetSurvey:
                 matrix.name: self._solve(shadow, offer, matrix, groups, offer.levels[reference]).weight
                 for matrix in _consumers(shadow, offer)
             }
-        with _in_place(shadow, weights):
+        with with_weights(shadow, weights):
             self._variants.begin(_Variant(shadow.index, offer, curve, reference), shadow)
 
     def _curve(self, shadow: ResidentLayer, offer: Offer, groups: Mapping[str, Group]) -> tuple[float, ...]:
@@ -168,18 +167,3 @@ def _gram(group: Group) -> Tensor:
 def _consumers(layer: ResidentLayer, offer: Offer) -> list[Matrix]:
     """The matrices that read a structure: one, or one per expert."""
     return [matrix for matrix in layer.matrices.values() if matrix.parameter == offer.structure.consumer]
-
-
-@contextmanager
-def _in_place(layer: ResidentLayer, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Temporarily replace weights of a resident layer."""
-    names = {layer.matrices[name].parameter for name in weights}
-    before = {name: layer.module.get_parameter(name).detach().clone() for name in names}
-    try:
-        for name, weight in weights.items():
-            layer.replace(name, weight)
-        yield
-    finally:
-        with torch.no_grad():
-            for name, values in before.items():
-                layer.module.get_parameter(name).copy_(values)

@@ -1,0 +1,190 @@
+"""The sensitivity scan: the error and the KL divergence of each unit alone at several sparsities."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llmprune.allocation.curves import DamageCurve, running_maximum
+from llmprune.errors import CheckpointError, RecipeError
+from llmprune.models.source import Source
+from llmprune.pruning.allocating.measuring import Inputs, collect, diverge
+from llmprune.pruning.allocating.pool import Pool, Unit, masked
+from llmprune.pruning.context import Run
+from llmprune.statistics import ColumnNorm, Gram
+from llmprune.storage.files import read_json
+from llmprune.stream.stream import ResidentLayer
+from llmprune.structures.remove.block_matrices import loss
+
+
+@dataclass(frozen=True, slots=True)
+class UnitScan:
+    """The curves of one kind of matrix in one layer.
+
+    Attributes:
+        layer: number of the decoder layer.
+        kind: name of the matrix inside the layer; of all experts with *.
+        size: weights.
+        levels: sparsities, ascending, in (0, 1).
+        errors: relative output error with the unit's Wanda masks at each level, on the calibration text.
+        divergences: KL(dense || with this unit alone pruned), in nats/token on held-back text; None: not measured.
+    """
+
+    layer: int
+    kind: str
+    size: int
+    levels: tuple[float, ...]
+    errors: tuple[float, ...]
+    divergences: tuple[float | None, ...]
+
+    def curve(self) -> DamageCurve:
+        """The divergences, which between measured levels follow the errors; 0 at sparsity 0."""
+        known = [place for place, value in enumerate(self.divergences) if value is not None]
+        damage = []
+        errors = running_maximum(self.errors)
+        for place, error in enumerate(errors):
+            nearest = min(known, key=lambda other: abs(other - place))
+            reference = self.divergences[nearest]
+            assert reference is not None
+            # A KL divergence of rounding noise can be negative.
+            damage.append(max(reference, 0.0) * (error / errors[nearest] if errors[nearest] > 0 else 1.0))
+        return DamageCurve(self.size, (0.0, *self.levels), (0.0, *damage))
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """The curves of all units.
+
+    Attributes:
+        units: in the order of the layers.
+        norms: column norms of the inputs of every matrix.
+    """
+
+    units: tuple[UnitScan, ...]
+    norms: Mapping[str, ColumnNorm]
+
+
+def scan(
+    run: Run,
+    source: Source,
+    pool: Pool,
+    texts: tuple[Tensor, Tensor],
+    levels: Sequence[Sequence[float]],
+    measured: Sequence[Sequence[float]],
+) -> Scan:
+    """Measure the curves: one pass for all errors, and one for each round of divergences.
+
+    Args:
+        run: the context.
+        source: the dense model; unchanged afterwards.
+        pool: the matrices.
+        texts: tokens for statistics and for divergences, from `split`.
+        levels: of each unit, ascending, in (0, 1).
+        measured: rounds of divergences: each has one of its levels for every unit.
+
+    Raises:
+        ModelError: layers pass more than hidden states to one another.
+        NumericsError: a value is not finite.
+    """
+    places = {(unit.layer, unit.kind): place for place, unit in enumerate(pool.units)}
+    errors: dict[int, list[float]] = {}
+
+    def visit(layer: ResidentLayer, inputs: Inputs) -> None:
+        for unit in pool.in_layer(layer.index):
+            place = places[unit.layer, unit.kind]
+            errors[place] = _errors(layer, pool, unit, inputs, levels[place])
+
+    norms = collect(run, source, pool, texts[0], Gram, visit)
+    found: list[dict[float, float]] = [{} for _ in pool.units]
+    for number, chosen in enumerate(measured, start=1):
+
+        def weights(place: int, layer: ResidentLayer, chosen: Sequence[float] = chosen) -> dict[str, Tensor]:
+            unit = pool.units[place]
+            if unit.layer != layer.index:
+                return {}
+            return {one.name: masked(layer, one, norms[one.name], chosen[place]) for one in pool.named(unit)}
+
+        starts = {place: unit.layer for place, unit in enumerate(pool.units)}
+        stage = f"allocation, sensitivity {number} of {len(measured)}"
+        for place, value in diverge(run, source, texts[1], starts, weights, stage).items():
+            found[place][chosen[place]] = value
+    units = tuple(
+        UnitScan(
+            unit.layer,
+            unit.kind,
+            unit.size,
+            tuple(levels[place]),
+            tuple(errors[place]),
+            tuple(map(found[place].get, levels[place])),
+        )
+        for place, unit in enumerate(pool.units)
+    )
+    return Scan(units, norms)
+
+
+def _errors(layer: ResidentLayer, pool: Pool, unit: Unit, inputs: Inputs, levels: Sequence[float]) -> list[float]:
+    """The relative output error of a unit at each level; of experts, of all together."""
+    lost, total = [0.0] * len(levels), 0.0
+    for place in pool.named(unit):
+        gram = inputs[place.name]
+        assert isinstance(gram, Gram)
+        norms, weight = ColumnNorm(gram.squares, gram.tokens), layer.weight(place.name)
+        total += loss(weight, gram.products)
+        for number, level in enumerate(levels):
+            lost[number] += loss(weight - masked(layer, place, norms, level), gram.products)
+    return [value / total if total > 0 else 0.0 for value in lost]
+
+
+def to_dict(units: Sequence[UnitScan]) -> list[dict[str, Any]]:
+    """The curves as plain data, ready for JSON; what is not finite is null."""
+    return [
+        {key: [_finite(v) for v in value] if isinstance(value, tuple) else value for key, value in asdict(unit).items()}
+        for unit in units
+    ]
+
+
+def read_scan(file: Path, pool: Pool) -> tuple[UnitScan, ...]:
+    """Read the curves of `llmprune sensitivity`, for the units of a pool.
+
+    Raises:
+        RecipeError: there is no such file, or it lacks a unit of this model.
+        CheckpointError: it is damaged.
+    """
+    if not file.is_file():
+        raise RecipeError(
+            f"allocation.sensitivity.file: no file {file}",
+            expected="the sensitivity.json of llmprune sensitivity",
+            fix="run it on this model, or leave out file to measure during the run",
+        )
+    try:
+        units = [
+            UnitScan(
+                one["layer"],
+                one["kind"],
+                one["size"],
+                *(tuple(one[key]) for key in ("levels", "errors", "divergences")),
+            )
+            for one in read_json(file)["units"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} is damaged: {error!r}",
+            expected="what llmprune sensitivity writes",
+            fix="run it again",
+        ) from error
+    known = {(unit.layer, unit.kind, unit.size): unit for unit in units if any(v is not None for v in unit.divergences)}
+    missing = [u for u in pool.units if (u.layer, u.kind, u.size) not in known]
+    if missing:
+        raise RecipeError(
+            f"{file} has no curve of {missing[0].kind} with {missing[0].size:,} weights in layer {missing[0].layer}",
+            expected="curves of every matrix that the recipe prunes",
+            fix="run llmprune sensitivity on this model, with the recipe's include and exclude",
+        )
+    return tuple(known[unit.layer, unit.kind, unit.size] for unit in pool.units)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

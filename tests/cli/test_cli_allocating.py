@@ -1,0 +1,87 @@
+"""llmprune sensitivity: its files, its table, its dry run, and recipes that use the result."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_models
+from command_line import SMALL, make_plain, run
+from folders import contents
+
+LEVELS = ("--levels", "0.3,0.7")
+TEXT = [part for part in SMALL if "evaluation" not in str(part)]
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_plain(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save(tiny_models.build("llama"), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def scanned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("scan")
+    result = run("sensitivity", model, "--output", output, *LEVELS, *SMALL)
+    assert result.exit_code == 0, result.stderr
+    assert "KL, nats/token" in result.stdout
+    assert "mlp.down_proj" in result.stdout
+    assert "allocation, sensitivity 2 of 2" in result.stderr
+    return output
+
+
+def test_every_unit_has_a_rising_curve(scanned: Path) -> None:
+    content = json.loads((scanned / "sensitivity.json").read_text("utf-8"))
+    units = content["units"]
+    assert len(units) == 2 * 7
+    assert {unit["layer"] for unit in units} == {0, 1}
+    for unit in units:
+        assert unit["levels"] == [0.3, 0.7]
+        assert 0 < unit["errors"][0] < unit["errors"][1] < 1
+        assert 0 < unit["divergences"][0] < unit["divergences"][1]
+    assert content["tokens"]["divergences"] > 0
+
+
+def test_the_page_shows_them(scanned: Path) -> None:
+    page = (scanned / "sensitivity.html").read_text("utf-8")
+    assert "http://" not in page.split('id="plotly"')[0].replace("http://www.w3.org", "")
+    assert page.count("<figure>") == 1 + 2 * 7
+    assert "self_attn.q_proj: relative output error" in page
+
+
+def test_a_recipe_uses_the_file(model: Path, scanned: Path, tmp_path: Path) -> None:
+    allocation = f"allocation={{sensitivity: {{file: {scanned / 'sensitivity.json'}}}}}"
+    arguments = ["prune", model, "--recipe", "wanda-50", "--output", tmp_path / "out", *SMALL, "--set", allocation]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "sensitivity: KL divergence" in result.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    units = json.loads((scanned / "sensitivity.json").read_text("utf-8"))["units"]
+    assert report["allocation"]["evidence"]["units"] == units
+    assert "Sparsity of each matrix" in (tmp_path / "out" / "report.html").read_text("utf-8")
+    other = run(*arguments[:4], "--output", tmp_path / "other", *SMALL, "--set", "allocation={sensitivity: {file: no}}")
+    assert other.exit_code == 1
+    assert "no file" in other.stderr
+
+
+def test_dry_runs_state_the_cost(model: Path, tmp_path: Path) -> None:
+    before = contents(tmp_path)
+    plan = run("sensitivity", model, "--output", tmp_path, "--dry-run", *SMALL)
+    assert plan.exit_code == 0, plan.stderr
+    assert "4 over" in plan.stdout.replace("\n", " ")
+    found = json.loads(run("sensitivity", model, "--dry-run", "--json", *SMALL).stdout)
+    assert (found["passes"], found["variants"]) == (4, 14)
+    assert contents(tmp_path) == before
+    pruning = run("prune", model, "--recipe", "wanda-50", "--dry-run", *SMALL, "--set", "allocation=search")
+    assert "up to 7 variants" in pruning.stdout.replace("\n", " ")
+
+
+def test_mistakes_are_refused_before_anything_is_read(model: Path) -> None:
+    assert run("sensitivity", model).exit_code == 2
+    assert run("sensitivity", model, "--dry-run", "--levels", "half").exit_code == 2
+    wrong = run("sensitivity", model, "--dry-run", "--levels", "0.5,1")
+    assert wrong.exit_code == 1
+    assert "levels are 0.5, 1.0" in wrong.stderr
