@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from llmprune import __version__
-from llmprune.cli import checkpoints, evaluating, measuring, pruning, reporting, serving, sweeping
+from llmprune.cli import checkpoints, evaluating, measuring, pruning, reporting, rotating, serving, sweeping
 from llmprune.cli.options import EXIT_CODES
 
 app = typer.Typer(
@@ -45,5 +45,5 @@ def _common(
     pass
 
 
-for _part in (pruning, sweeping, measuring, evaluating, reporting, checkpoints, serving):
+for _part in (pruning, rotating, sweeping, measuring, evaluating, reporting, checkpoints, serving):
     _part.add_commands(app)

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from llmprune.pruning.deciding import decide_run
 from llmprune.pruning.jobs import plan_jobs, require_packable
 from llmprune.pruning.layers import LayerDriver
 from llmprune.pruning.reporting import compare_sizes, make_report
+from llmprune.pruning.rotation.rotating import Rotating, discard_rotated
 from llmprune.pruning.saving import evaluating, save_dense, save_pruned, take_over
 from llmprune.pruning.writing import Writer
 from llmprune.recipe.recipe import Recipe, load_recipe
@@ -40,6 +42,7 @@ from llmprune.storage.folders import (
 from llmprune.storage.hub import checkpoint_digest, resolve_model
 from llmprune.storage.output import OutputFolder
 from llmprune.storage.report import Report, load_report
+from llmprune.stream.stream import Stream
 from llmprune.structures.describe.audit import audit_checkpoint
 from llmprune.structures.reduction import Reduction
 from llmprune.structures.removable import Removable
@@ -123,12 +126,14 @@ def prune_checkpoint(
     require_free(output)
     require_empty(output, resume=resume, overwrite=overwrite)
     source = run.open(folder)
+    rotating = Rotating.begin(run, folder)
     tokenizer = tokenizer_for(run.recipe.texts.values(), folder, source.config)
     run = run.fitted(model_positions(source.config))
     found = None if run.recipe.structures is None else Removable.find(source, run.recipe.structures)
     jobs = plan_jobs(_preview(source, found), run.recipe)
     require_packable(source, run.recipe.format)
-    require_space(output, sum(stored.nbytes for stored in source.stored.values()), resume=resume)
+    nbytes = sum(stored.nbytes for stored in source.stored.values())
+    require_space(output, nbytes if rotating is None else 2 * rotating.nbytes, resume=resume)
     texts = run.texts(source, jobs, tokenizer)
     keys = {
         "recipe": run.recipe.to_dict() | {"description": ""},
@@ -142,7 +147,14 @@ def prune_checkpoint(
         if target.complete:
             return load_report(output)
         _keep_samples(target.path, texts, tokenizer)
-        return _into(target, run, name, source, texts, found)
+        write_text(target.path / RECIPE_NAME, run.recipe.to_yaml())
+        dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
+        if rotating is None:
+            return _into(target, run, name, source, texts, found, dense)
+        rotated, rotation = rotating.rotated(run, name, texts["calibration"], target.path)
+        if found is not None:
+            found = Removable.find(rotated, found.spec)
+        return _into(target, run, name, rotated, texts, found, dense, {"rotation": rotation})
 
 
 def _into(
@@ -152,10 +164,10 @@ def _into(
     source: CheckpointSource,
     texts: Mapping[str, Tokens],
     found: Removable | None,
+    dense: Stream | None,
+    before: Mapping[str, Any] | None = None,
 ) -> Report:
     """Do what is left to do in an open output folder."""
-    write_text(target.path / RECIPE_NAME, run.recipe.to_yaml())
-    dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
     decisions = decide_run(run, found, target, texts["calibration"])
     reduction = None if found is None or decisions is None else Reduction(found, decisions)
     streamed, result = (source, source) if reduction is None else (reduction.source, reduction.result)
@@ -173,9 +185,11 @@ def _into(
         result = _audited(run, target.path)
         smaller = compare_sizes(run, source, result, target.decisions, texts["calibration"])
     report = make_report(run, name, target.keys, result, texts, layers, dense, result.sizes(), smaller)
+    report = replace(report, header={**report.header, **(before or {})})
     report.save(target.path)
     write_card(target.path, name, run.recipe, report)
     write_report(target.path)
+    discard_rotated(target.path)
     target.close()
     return report
 
@@ -218,9 +232,10 @@ def prune_in_memory(
     Raises:
         LlmpruneError: as for `prune`.
     """
-    if output is not None or run.recipe.structures is not None:
+    on_disk = run.recipe.structures is not None or run.recipe.rotation is not None
+    if output is not None or on_disk:
         require_savable(model)
-    if run.recipe.structures is not None:
+    if on_disk:
         return _shrink(run, model, output, tokenizer, overwrite=overwrite)
     if output is not None:
         require_other(output, model.config._name_or_path)
@@ -242,7 +257,7 @@ def prune_in_memory(
 
 
 def _shrink(run: Run, model: PreTrainedModel, output: Path | None, tokenizer: Tokenizer, *, overwrite: bool) -> Report:
-    """Prune a copy on disk, because modules cannot change their size, and load the result into the model."""
+    """Prune a copy on disk, where modules can change their size or be untied, and load the result into the model."""
     _compute_dtype(run, model)
     if output is not None:
         require_other(output, model.config._name_or_path)

@@ -1,1 +1,1 @@
-"""Rotations that concentrate what pruning scores measure: losses, starting points and the search. No models, no files."""
+"""Rotations that concentrate pruning scores: losses, starting points and the search. No models, no files."""

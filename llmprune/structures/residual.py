@@ -68,6 +68,11 @@ class Residual:
     transposed: frozenset[str]
     tied: str | None
 
+    @property
+    def head_sizes(self) -> dict[int, tuple[int, int]]:
+        """Layer -> (KV heads, size of a value), for the layers whose values can be rotated."""
+        return {layer: (len(values.rows), values.rows.shape[1]) for layer, values in self.values.items()}
+
     def folded(self, name: str, tensor: Tensor, gains: Mapping[str, Tensor]) -> Tensor:
         """A parameter with the gain that it reads multiplied into it; a gain becomes 1.
 
@@ -109,7 +114,7 @@ def find_residual(source: CheckpointSource, *, untie: bool = False) -> Residual:
     """
     tied = _tied_head(source.model)
     if tied is not None and not untie:
-        nbytes = format_size(_embedding_bytes(source))
+        nbytes = format_size(embedding_bytes(source))
         raise ModelError(
             f"{type(source.model).__name__} has tied embeddings: the gain of its last norm can be folded into the LM "
             "head, but not into the embeddings",
@@ -270,6 +275,7 @@ def _untied(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _embedding_bytes(source: CheckpointSource) -> int:
+def embedding_bytes(source: CheckpointSource) -> int:
+    """The size of the embeddings, by which a checkpoint grows if they are untied."""
     name = _name_of(source.model, source.model.get_input_embeddings())
     return sum(stored.nbytes for key, stored in source.stored.items() if name in source.targets[key])

@@ -20,6 +20,7 @@ from llmprune.pruning.rotation.report import RotationReport, load_rotation_repor
 from llmprune.pruning.rotation.terms import Terms
 from llmprune.recipe.rotation import RotationOptions
 from llmprune.rotation.search import Rotation, hadamard_rotation, learn, random_rotation
+from llmprune.storage.companions import CONFIG_NAME
 from llmprune.storage.files import read_header, read_json, write_shard
 from llmprune.storage.folders import expanded, locked, require_empty, require_free, require_other, require_space
 from llmprune.storage.hub import checkpoint_digest, resolve_model
@@ -27,7 +28,7 @@ from llmprune.storage.output import OutputFolder
 from llmprune.storage.packed_config import packed_layouts
 from llmprune.stream.guard import MemoryGuard, sampling_needs
 from llmprune.stream.stream import Stream, StreamSettings
-from llmprune.structures.residual import Residual, find_residual
+from llmprune.structures.residual import Residual, embedding_bytes, find_residual
 from llmprune.structures.turning import Turned
 from llmprune.text.loading import load_texts, model_positions, tokenizer_for
 from llmprune.text.tokens import TextSpec, Tokens
@@ -78,37 +79,55 @@ def rotate(
     """
     options = read_options(rotation)
     settings = replace(settings or StreamSettings(), held_back=0)
-    guard = MemoryGuard(settings, watch)
-    with guard:
-        return rotate_checkpoint(
-            str(model),
-            resolve_model(model),
-            expanded(output),
-            Job(options, calibration or TextSpec(), settings, guard),
-            resume=resume,
-            overwrite=overwrite,
-        )
+    job = RotationJob(options, settings, MemoryGuard(settings, watch))
+    with job.watch:
+        folder, target = resolve_model(model), expanded(output)
+        require_other(target, folder)
+        require_free(target)
+        require_empty(target, resume=resume, overwrite=overwrite)
+        rotatable = open_rotatable(folder, job)
+        require_space(target, rotatable.nbytes, resume=resume)
+        tokens = _text(rotatable.source, folder, calibration or TextSpec(), job)
+        return rotate_checkpoint(str(model), rotatable, tokens, target, job, resume=resume, overwrite=overwrite)
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class RotationJob:
     """What is asked for.
 
     Attributes:
         options: of the rotation.
-        calibration: the text.
-        settings: of every stream.
+        settings: of every stream, with nothing held back.
         watch: told about every step.
         decoder_layers: dotted name of the decoder layers; None: they are searched for.
         stages: stopwatch.
     """
 
     options: RotationOptions
-    calibration: TextSpec
     settings: StreamSettings
     watch: MemoryGuard
     decoder_layers: str | None = None
     stages: Stages = field(default_factory=Stages)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rotatable:
+    """A checkpoint that can be rotated.
+
+    Attributes:
+        source: the checkpoint, in float32.
+        residual: its residual stream.
+        untied_bytes: by how many bytes it grows because its LM head gets weights of its own.
+    """
+
+    source: CheckpointSource
+    residual: Residual
+    untied_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the rotated checkpoint."""
+        return sum(stored.nbytes for stored in self.source.stored.values()) + self.untied_bytes
 
 
 def read_options(rotation: RotationOptions | Mapping[str, Any] | None) -> RotationOptions:
@@ -127,40 +146,40 @@ def read_options(rotation: RotationOptions | Mapping[str, Any] | None) -> Rotati
         ) from error
 
 
-def open_rotatable(folder: Path, job: Job) -> tuple[CheckpointSource, Residual]:
+def open_rotatable(folder: Path, job: RotationJob) -> Rotatable:
     """Open a checkpoint in float32, and find its residual stream; no weights are read.
 
     Raises:
         ModelError: a rotation would not be exact.
         CheckpointError: it is packed: a rotation would fill its zeros.
     """
-    if packed_layouts(read_json(folder / "config.json")):
+    if packed_layouts(read_json(folder / CONFIG_NAME)):
         raise CheckpointError(
             f"{folder} is packed, and a rotation would fill its zeros",
             expected="a dense checkpoint",
             fix="rotate the checkpoint that it was pruned from, and prune again",
         )
     source = open_checkpoint(folder, job.settings.device, "float32", job.decoder_layers)
-    return source, find_residual(source, untie=job.options.untie)
-
-
-def untied_bytes(source: CheckpointSource, residual: Residual) -> int:
-    """By how many bytes a checkpoint grows because its LM head gets weights of its own."""
-    if residual.tied is None:
-        return 0
-    shape = source.model.get_input_embeddings().weight.shape
-    names = [name for name, dims in residual.places.items() if source.model.get_parameter(name).shape == shape]
-    return next(t.nbytes for key, t in source.stored.items() if not set(names).isdisjoint(source.targets[key]))
+    residual = find_residual(source, untie=job.options.untie)
+    return Rotatable(source, residual, 0 if residual.tied is None else embedding_bytes(source))
 
 
 def rotate_checkpoint(
-    name: str, folder: Path, output: Path, job: Job, *, resume: bool = False, overwrite: bool = False
+    name: str,
+    rotatable: Rotatable,
+    tokens: Tokens,
+    output: Path,
+    job: RotationJob,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> RotationReport:
-    """Rotate a checkpoint folder into another one.
+    """Rotate a checkpoint into another folder.
 
     Args:
         name: of the model, as the user gave it.
-        folder: the checkpoint.
+        rotatable: the checkpoint.
+        tokens: the calibration text.
         output: where the rotated checkpoint is written.
         job: what is asked for.
         resume: as for `rotate`.
@@ -169,17 +188,11 @@ def rotate_checkpoint(
     Raises:
         LlmpruneError: as for `rotate`.
     """
-    require_other(output, folder)
-    require_free(output)
-    require_empty(output, resume=resume, overwrite=overwrite)
-    source, residual = open_rotatable(folder, job)
-    more = untied_bytes(source, residual)
-    require_space(output, sum(stored.nbytes for stored in source.stored.values()) + more, resume=resume)
-    tokens = _text(source, folder, job)
+    source, residual = rotatable.source, rotatable.residual
     keys: dict[str, Any] = {
         "rotation": job.options.model_dump(mode="json"),
         "tokens": tokens.digest,
-        "source": checkpoint_digest(folder),
+        "source": checkpoint_digest(source.folder),
         "version": versions(),
         "device": describe_device(job.settings.device),
     }
@@ -199,7 +212,7 @@ def rotate_checkpoint(
             residual.size,
             len(source.layers),
             len(rotation.heads),
-            more,
+            rotatable.untied_bytes,
             (losses[0], min(losses)) if losses else None,
             losses.index(min(losses)) if losses else None,
             logits,
@@ -212,8 +225,8 @@ def rotate_checkpoint(
         return report
 
 
-def _text(source: CheckpointSource, folder: Path, job: Job) -> Tokens:
-    spec = job.calibration.fitted(model_positions(source.config), job.settings.device.type)
+def _text(source: CheckpointSource, folder: Path, spec: TextSpec, job: RotationJob) -> Tokens:
+    spec = spec.fitted(model_positions(source.config), job.settings.device.type)
     tokenizer = tokenizer_for([spec], folder, source.config)
     job.watch(Progress("calibration text", step=spec.summary))
     if spec.source == "self":
@@ -223,7 +236,7 @@ def _text(source: CheckpointSource, folder: Path, job: Job) -> Tokens:
 
 
 def _rotation(
-    target: OutputFolder, source: CheckpointSource, residual: Residual, tokens: Tokens, job: Job
+    target: OutputFolder, source: CheckpointSource, residual: Residual, tokens: Tokens, job: RotationJob
 ) -> tuple[Rotation, list[float]]:
     """The rotation of this run, found now or before it was interrupted, and the losses of its search."""
     file = target.path / _KEPT
@@ -237,9 +250,10 @@ def _rotation(
     return rotation, losses
 
 
-def _find(source: CheckpointSource, residual: Residual, tokens: Tokens, job: Job) -> tuple[Rotation, list[float]]:
-    options, device = job.options, job.settings.device
-    heads = {layer: (len(values.rows), values.rows.shape[1]) for layer, values in residual.values.items()}
+def _find(
+    source: CheckpointSource, residual: Residual, tokens: Tokens, job: RotationJob
+) -> tuple[Rotation, list[float]]:
+    options, device, heads = job.options, job.settings.device, residual.head_sizes
     if options.kind != "learned":
         draw = random_rotation if options.kind == "random" else hadamard_rotation
         return draw(residual.size, heads, options.seed), []
@@ -257,7 +271,7 @@ def _find(source: CheckpointSource, residual: Residual, tokens: Tokens, job: Job
     return found.rotation, list(found.losses)
 
 
-def _write(target: OutputFolder, turned: Turned, job: Job) -> None:
+def _write(target: OutputFolder, turned: Turned, job: RotationJob) -> None:
     """Write the layers that are not written yet, and everything else."""
     source, layers = turned.source, len(turned.source.layers)
 

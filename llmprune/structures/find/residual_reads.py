@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmprune.errors import ModelError
 from llmprune.models.decoder import Decoder
 from llmprune.stream.observation import PRODUCTS
 from llmprune.structures.find.discovery import Structure, once
