@@ -125,7 +125,7 @@ def hadamard_rotation(size: int, heads: Mapping[int, tuple[int, int]], seed: int
 
     def draw(width: int) -> Tensor:
         odd = width // (width & -width)
-        matrix = _uniform(odd, random) if odd > 1 else torch.ones(1, 1, dtype=torch.float64)
+        matrix = _uniform(odd, random).contiguous() if odd > 1 else torch.ones(1, 1, dtype=torch.float64)
         step = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5
         while len(matrix) < width:
             matrix = torch.kron(step, matrix)
