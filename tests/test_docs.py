@@ -25,6 +25,7 @@ import llmprune
 from llmprune.cli import app
 from llmprune.errors import RecipeError
 from llmprune.recipe.recipe import Experts, Recipe, Rule, bundled_recipes, load_recipe
+from llmprune.recipe.rotation import RotationOptions
 from llmprune.recipe.structures import SECTIONS, Structures
 from llmprune.text.tokens import TextSpec
 
@@ -128,6 +129,7 @@ def test_the_navigation_has_every_page() -> None:
         ("## Rules", set(Rule.model_fields)),
         ("## Calibration and evaluation", {field.name for field in fields(TextSpec)}),
         ("## Experts of MoE models", set(Experts.model_fields)),
+        ("## Rotation", set(RotationOptions.model_fields)),
         *((f"### `structures.{name}`", set(model.model_fields)) for name, model in SECTIONS.items()),
     ],
 )

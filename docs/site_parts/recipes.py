@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from llmprune.methods import Method
 from llmprune.patterns import Pattern
 from llmprune.recipe.recipe import Experts, Recipe, Rule, load_recipe
+from llmprune.recipe.rotation import RotationOptions
 from llmprune.recipe.structures import SECTIONS, Amount, Structures
 from llmprune.text.tokens import TextSpec
 from site_parts.docstrings import attributes, summary
@@ -74,6 +75,11 @@ def rule_keys() -> str:
 def expert_keys() -> str:
     """The keys of the section `experts`."""
     return _keys(Experts)
+
+
+def rotation_keys() -> str:
+    """The keys of the section `rotation`."""
+    return _keys(RotationOptions)
 
 
 def text_keys() -> str:
@@ -184,6 +190,7 @@ PARTS = {
     "recipe-keys": recipe_keys,
     "rule-keys": rule_keys,
     "expert-keys": expert_keys,
+    "rotation-keys": rotation_keys,
     "text-keys": text_keys,
     "structure-keys": structure_keys,
     "bundled-table": bundled_table,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llmprune.errors import NumericsError
 from llmprune.rotation.concentration import Reader, reader_entropy
-from llmprune.rotation.search import Rotation, hadamard_rotation, learn, random_rotation
+from llmprune.rotation.search import hadamard_rotation, learn, random_rotation
 
 SIZE, HEADS = 12, {1: (2, 6)}
 
@@ -52,12 +52,9 @@ def test_the_search_starts_at_the_identity_and_keeps_the_best() -> None:
     assert is_orthogonal(found.rotation.stream)
     assert is_orthogonal(found.rotation.heads[1])
     assert set(found.rotation.heads) == {1}
-    best = sum(float(mixed_loss(n, found.rotation.stream.float(), h)) for n, h in ((0, None), (1, heads(found.rotation))))
+    stream, own = found.rotation.stream.float(), found.rotation.heads[1].float()
+    best = float(mixed_loss(0, stream, None) + mixed_loss(1, stream, own))
     assert best == pytest.approx(min(found.losses), rel=1e-4)
-
-
-def heads(rotation: Rotation) -> Tensor:
-    return rotation.heads[1].float()
 
 
 def test_the_search_is_repeatable() -> None:

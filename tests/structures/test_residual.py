@@ -118,7 +118,7 @@ def test_what_acts_on_single_channels_is_found_by_its_effect(tmp_path: Path, mon
         return decoder
 
     monkeypatch.setattr(residual, "build_decoder", clipping)
-    with pytest.raises(ModelError, match="logits would differ by .*%"):
+    with pytest.raises(ModelError, match=r"logits would differ by .*%"):
         find_residual(source)
 
 
