@@ -16,7 +16,7 @@ _SAMPLES, _LENGTH = 4, 256
 
 # A rotation rounds every weight anew. The differences of the logits are larger than those of a single rounding, because
 # they pass many layers, but of its order; below float32's own noise nothing is measured.
-_ROUNDINGS, _NOISE = 32, 1e-3
+_ROUNDINGS, _NOISE = 8, 1e-3
 
 
 def compare_logits(

@@ -122,7 +122,7 @@ def test_the_tolerance_is_that_of_the_least_precise_weights(dense: Path) -> None
     assert check.logit_tolerance(source) == 1e-3
     key, stored = next(iter(source.stored.items()))
     source.stored[key] = type(stored)(key, stored.file, stored.shape, torch.bfloat16, stored.span)
-    assert check.logit_tolerance(source) == pytest.approx(0.25)
+    assert check.logit_tolerance(source) == pytest.approx(0.0625)
 
 
 @pytest.mark.parametrize(
