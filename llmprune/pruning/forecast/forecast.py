@@ -29,6 +29,7 @@ from llmprune.pruning.context import Run
 from llmprune.pruning.forecast.memory import layer_memory
 from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan, Work
 from llmprune.pruning.jobs import Job, plan_jobs, require_packable
+from llmprune.pruning.rotation.rotating import Rotating
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storage.hub import resolve_model
@@ -81,6 +82,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     settings, device = run.recipe, run.device
     settings = settings.fitted(model_positions(source.config), device.type)
     check_texts(settings.texts, source)
+    rotating = Rotating.begin(run, source.folder)
     found = Removable.find(source, settings.structures) if settings.structures else None
     reduction = Reduction(found, found.preview()) if found else None
     if found is not None:
@@ -104,9 +106,13 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         layers=layers,
         rates=measure_rates(device, source.model.dtype),
         memory=MemoryPlan(ends_bytes(source), resident, look.calls_bytes, largest),
-        disk_bytes=_disk_bytes(source, result),
+        disk_bytes=_disk_bytes(source, result) + (0 if rotating is None else rotating.nbytes),
         spilled_bytes=hidden - resident,
-        notes=(*_notes(settings, source), *(structure_notes(structures, found.spec) if found else ())),
+        notes=(
+            *_notes(settings, source),
+            *([] if rotating is None else [rotating.note]),
+            *(structure_notes(structures, found.spec) if found else ()),
+        ),
         structures=structures,
     )
 

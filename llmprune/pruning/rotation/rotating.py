@@ -9,6 +9,7 @@ from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.pruning.context import Run
 from llmprune.pruning.rotation.rotate import Rotatable, RotationJob, open_rotatable, rotate_checkpoint
 from llmprune.text.tokens import Tokens
+from llmprune.units import format_size
 
 # It lives as long as the run is unfinished: one that is interrupted goes on with the same rotation.
 _FOLDER = ".rotated"
@@ -43,6 +44,15 @@ class Rotating:
     def nbytes(self) -> int:
         """Size of the rotated checkpoint."""
         return self.rotatable.nbytes
+
+    @property
+    def note(self) -> str:
+        """What a forecast of the run says about the rotation."""
+        return (
+            f"The rotation comes first, and a rotated copy of the checkpoint ({format_size(self.nbytes)}) is in the "
+            "output folder until the run is finished. Its time and memory are not in these figures; "
+            "llmprune rotate --dry-run has them."
+        )
 
     def rotated(self, run: Run, name: str, tokens: Tokens, staging: Path) -> tuple[CheckpointSource, dict[str, Any]]:
         """Rotate into a folder inside the run's own, or find the rotated checkpoint of an interrupted run there.

@@ -10,8 +10,9 @@ from tiny_models import build, marked, random_ids, recipe, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmprune import TextSpec, prune, rotate
+from llmprune import TextSpec, dry_run, prune, rotate
 from llmprune.errors import CheckpointError, LlmpruneError, NumericsError, RecipeError
+from llmprune.pruning import pipeline
 from llmprune.pruning.rotation import check
 from llmprune.pruning.rotation import rotate as rotating
 from llmprune.pruning.rotation.plan import plan_rotation
@@ -173,6 +174,31 @@ def test_a_recipe_rotates_and_then_prunes(dense: Path, tmp_path: Path) -> None:
     first = recipe(evaluation=None)["calibration"]
     rotate(dense, tmp_path / "rotated", {"steps": 3}, TextSpec(**{**first, "samples": 7}))
     assert contents(tmp_path / "pruned").keys() == contents(tmp_path / "rotated").keys()
+
+
+def test_an_interrupted_recipe_goes_on_with_the_same_rotation(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe(rotation={"steps": 2}, method="magnitude")
+
+    def stop(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.LayerDriver, "drive", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune(dense, settings, tmp_path / "out")
+    monkeypatch.setattr(rotating, "learn", None)  # not searched again
+    report = prune(dense, settings, tmp_path / "out", resume=True)
+    assert report.sparsity == pytest.approx(0.5)
+    assert report.header["rotation"]["loss"][1] < report.header["rotation"]["loss"][0]
+
+
+def test_a_dry_run_of_a_recipe_counts_the_rotated_copy(dense: Path) -> None:
+    settings = recipe(method="magnitude")
+    plain, turned = dry_run(dense, settings), dry_run(dense, {**settings, "rotation": {}})
+    assert turned.disk_bytes == 2 * plain.disk_bytes
+    assert any("rotated copy" in note for note in turned.notes)
 
 
 def test_a_model_in_memory_is_rotated_and_pruned(tmp_path: Path) -> None:
