@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmprune.pruning.forecast.forecast import dry_run
     from llmprune.pruning.packing import pack, unpack
     from llmprune.pruning.pipeline import prune
+    from llmprune.pruning.rotation.rotate import rotate
     from llmprune.recipe.recipe import Recipe, load_recipe
     from llmprune.serving.loader import load
     from llmprune.storage.report import Report
@@ -41,6 +42,7 @@ _HOMES = {
     "perplexity": "measuring.perplexity",
     "perplexity_against": "measuring.perplexity",
     "prune": "pruning.pipeline",
+    "rotate": "pruning.rotation.rotate",
     "Recipe": "recipe.recipe",
     "load_recipe": "recipe.recipe",
     "Report": "storage.report",
@@ -56,7 +58,7 @@ _RENAMED = {"evaluate": "perplexity", "evaluate_against": "perplexity_against"}
 __all__ = [
     "METHODS", "NM", "Block", "LlmpruneError", "Recipe", "Report", "Stream", "TextSpec", "Unstructured", "__version__",
     "compare", "dry_run", "inspect_checkpoint", "load", "load_recipe", "pack", "parse", "perplexity",
-    "perplexity_against", "prune", "run_tasks", "unpack", "write_report",
+    "perplexity_against", "prune", "rotate", "run_tasks", "unpack", "write_report",
 ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ install_import_hook(
         "llmprune.patterns",
         "llmprune.statistics",
         "llmprune.methods",
+        "llmprune.rotation",
         "llmprune.storage.formats",
         # Not all of `structures`: its tracing is called for every operation, and has no shapes to check.
         "llmprune.structures.choose.scores",

@@ -19,7 +19,7 @@ ROOMS = (
     ("devices", "patterns", "statistics"),
     ("losses",),
     ("kernels", "storage.formats"),
-    ("methods", "storage"),
+    ("methods", "rotation", "storage"),
     ("models",),
     ("serving", "text"),
     ("stream",),
@@ -50,6 +50,7 @@ LIBRARIES = {
     "methods": {"jaxtyping", "numpy", "torch"},
     "patterns": {"jaxtyping", "numpy", "torch"},
     "precision": {"torch"},
+    "rotation": {"jaxtyping", "torch"},
     "serving.forms": {"torch"},
     "serving.fusion": {"torch"},
     "serving.sparse_linear": {"torch"},
@@ -180,7 +181,8 @@ def test_the_mathematics_imports_no_other_library(part: str) -> None:
 
 @pytest.mark.parametrize(
     "part",
-    ["patterns", "statistics", "losses", "methods", *(part for part in LIBRARIES if part.startswith("structures."))],
+    ["patterns", "statistics", "losses", "methods", "rotation"]
+    + [part for part in LIBRARIES if part.startswith("structures.")],
 )
 def test_the_mathematics_knows_neither_models_nor_files(part: str) -> None:
     modules = [module for module in MODULES if module == part or module.startswith(f"{part}.")]

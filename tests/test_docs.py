@@ -26,6 +26,8 @@ from llmprune.cli import app
 from llmprune.errors import RecipeError
 from llmprune.recipe.allocation import RULES
 from llmprune.recipe.recipe import Recipe, bundled_recipes, load_recipe
+from llmprune.recipe.reconstruct import Reconstruct
+from llmprune.recipe.rotation import RotationOptions
 from llmprune.recipe.sections import Experts, Rule
 from llmprune.recipe.structures import SECTIONS, Structures
 from llmprune.text.tokens import TextSpec
@@ -131,6 +133,8 @@ def test_the_navigation_has_every_page() -> None:
         ("## Calibration and evaluation", {field.name for field in fields(TextSpec)}),
         ("## Experts of MoE models", set(Experts.model_fields)),
         *((f"### `allocation.{name}`", set(rule.model_fields)) for name, rule in RULES.items()),
+        ("## Block matching", set(Reconstruct.model_fields)),
+        ("## Rotation", set(RotationOptions.model_fields)),
         *((f"### `structures.{name}`", set(model.model_fields)) for name, model in SECTIONS.items()),
     ],
 )

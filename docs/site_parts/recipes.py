@@ -16,6 +16,8 @@ from llmprune.methods import Method
 from llmprune.patterns import Pattern
 from llmprune.recipe.allocation import RULES, Allocation
 from llmprune.recipe.recipe import Recipe, load_recipe
+from llmprune.recipe.reconstruct import Reconstruct
+from llmprune.recipe.rotation import RotationOptions
 from llmprune.recipe.sections import Experts, Rule
 from llmprune.recipe.structures import SECTIONS, Amount, Structures
 from llmprune.text.tokens import TextSpec
@@ -85,6 +87,16 @@ def allocation_keys() -> str:
     parts = [f"### `allocation.{name}`\n\n{summary(rule)}" for name, rule in RULES.items()]
     options = [f"\n\n{_keys(rule)}" if rule.model_fields else "" for rule in RULES.values()]
     return "\n\n".join(map("".join, zip(parts, options, strict=True)))
+
+
+def reconstruct_keys() -> str:
+    """The keys of the section `reconstruct`."""
+    return _keys(Reconstruct)
+
+
+def rotation_keys() -> str:
+    """The keys of the section `rotation`."""
+    return _keys(RotationOptions)
 
 
 def text_keys() -> str:
@@ -196,6 +208,8 @@ PARTS = {
     "rule-keys": rule_keys,
     "expert-keys": expert_keys,
     "allocation-keys": allocation_keys,
+    "reconstruct-keys": reconstruct_keys,
+    "rotation-keys": rotation_keys,
     "text-keys": text_keys,
     "structure-keys": structure_keys,
     "bundled-table": bundled_table,

@@ -25,6 +25,7 @@ from llmprune.pruning.deciding import decide_run
 from llmprune.pruning.jobs import nothing_packed, plan_jobs, require_packable
 from llmprune.pruning.layers import LayerDriver
 from llmprune.pruning.reporting import ask_in_memory, ask_stored, compare_sizes, evaluate, make_report, reevaluated
+from llmprune.pruning.rotation.rotating import Rotating, discard_rotated
 from llmprune.pruning.saving import evaluating, save_dense, save_pruned, take_over
 from llmprune.pruning.tracking import track
 from llmprune.pruning.writing import Writer
@@ -45,6 +46,7 @@ from llmprune.storage.hub import checkpoint_digest, resolve_model
 from llmprune.storage.output import OutputFolder
 from llmprune.storage.report import Report, load_report
 from llmprune.storage.source_watch import SourceWatch
+from llmprune.stream.stream import Stream
 from llmprune.structures.describe.audit import audit_checkpoint
 from llmprune.structures.reduction import Reduction
 from llmprune.structures.removable import Removable
@@ -130,6 +132,7 @@ def prune_checkpoint(
     require_empty(output, resume=resume, overwrite=overwrite)
     unchanged = SourceWatch(folder)
     source = run.open(folder)
+    rotating = Rotating.begin(run, folder)
     tokenizer = tokenizer_for(run.recipe.texts.values(), folder, source.config)
     run = run.fitted(model_positions(source.config))
     found = None
@@ -138,7 +141,8 @@ def prune_checkpoint(
         found = Removable.find(source, run.recipe.structures)
     jobs = plan_jobs(_preview(source, found), run.recipe)
     require_packable(jobs, source.linear_key, run.recipe.format)
-    require_space(output, sum(stored.nbytes for stored in source.stored.values()), resume=resume)
+    nbytes = sum(stored.nbytes for stored in source.stored.values())
+    require_space(output, nbytes if rotating is None else 2 * rotating.nbytes, resume=resume)
     texts = run.texts(source, jobs, tokenizer)
     run.watch(Progress("digesting the source"))
     keys = {
@@ -155,7 +159,14 @@ def prune_checkpoint(
         if target.complete:
             return _evaluate_again(target, run, name, source, texts) if target.reevaluated else load_report(output)
         _keep_samples(target.path, texts, tokenizer)
-        return _into(target, run, name, source, texts, found, tokenizer)
+        write_text(target.path / RECIPE_NAME, run.recipe.to_yaml())
+        dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
+        if rotating is None:
+            return _into(target, run, name, source, texts, found, dense, tokenizer)
+        rotated, rotation = rotating.rotated(run, name, texts["calibration"], target.path)
+        if found is not None:
+            found = Removable.find(rotated, found.spec)
+        return _into(target, run, name, rotated, texts, found, dense, tokenizer, {"rotation": rotation})
 
 
 def _into(
@@ -165,13 +176,13 @@ def _into(
     source: CheckpointSource,
     texts: Mapping[str, Tokens],
     found: Removable | None,
+    dense: Stream | None,
     tokenizer: Tokenizer,
+    before: Mapping[str, Any] | None = None,
 ) -> Report:
     """Do what is left to do in an open output folder."""
-    write_text(target.path / RECIPE_NAME, run.recipe.to_yaml())
     if found is not None and found.draft_head is not None:
         run.watch(Progress(str(found.draft_head)))
-    dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
     decisions = decide_run(run, source, found, target, texts["calibration"])
     reduction = None if found is None or decisions is None else Reduction(found, decisions)
     streamed, result = (source, source) if reduction is None else (reduction.source, reduction.result)
@@ -205,13 +216,14 @@ def _into(
         layers,
         dense,
         result.sizes(),
-        more,
+        {**more, **(before or {})},
         lambda: ask_stored(run, source, target.path, tokenizer),
     )
     run.watch(Progress("writing the report"))
     report.save(target.path)
     write_card(target.path, name, run.recipe, report)
     write_report(target.path)
+    discard_rotated(target.path)
     target.close()
     track(run.recipe.report_to, report, target.path)
     return report
@@ -270,9 +282,10 @@ def prune_in_memory(
     Raises:
         LlmpruneError: as for `prune`.
     """
-    if output is not None or run.recipe.structures is not None:
+    on_disk = run.recipe.structures is not None or run.recipe.rotation is not None
+    if output is not None or on_disk:
         require_savable(model)
-    if run.recipe.structures is not None:
+    if on_disk:
         return _shrink(run, model, output, tokenizer, overwrite=overwrite)
     if output is not None:
         require_other(output, model.config._name_or_path)
@@ -306,7 +319,7 @@ def prune_in_memory(
 
 
 def _shrink(run: Run, model: PreTrainedModel, output: Path | None, tokenizer: Tokenizer, *, overwrite: bool) -> Report:
-    """Prune a copy on disk, because modules cannot change their size, and load the result into the model."""
+    """Prune a copy on disk, where modules can change their size or be untied, and load the result into the model."""
     _compute_dtype(run, model)
     if output is not None:
         require_other(output, model.config._name_or_path)

@@ -61,6 +61,7 @@ from llmprune.recipe.fields import (
 from llmprune.recipe.globs import covers, matches_any
 from llmprune.recipe.messages import explain
 from llmprune.recipe.reconstruct import Reconstruct
+from llmprune.recipe.rotation import RotationOptions
 from llmprune.recipe.sections import Experts, Rule, StatisticsOptions
 from llmprune.recipe.structures import SECTIONS, Structures
 from llmprune.storage.packed_config import Format, layout_name
@@ -79,6 +80,7 @@ class Recipe(BaseModel):
         pattern: sparsity pattern of the weights; None, like the method, if only structures are removed.
         method: how the weights to remove are chosen, with its knobs.
         structures: what is removed physically, before weights are pruned; None: nothing.
+        rotation: how the residual stream is rotated before anything is pruned; None: not at all.
         description: one line for people; not part of the digest.
         include: shell globs over full matrix names such as model.layers.3.self_attn.q_proj; other matrices stay dense.
         exclude: globs of included matrices that stay dense nevertheless.
@@ -109,6 +111,7 @@ class Recipe(BaseModel):
     pattern: PatternField | None = None
     method: MethodField | None = None
     structures: Structures | None = None
+    rotation: RotationOptions | None = None
     include: tuple[GlobField, ...] = ("*",)
     exclude: tuple[GlobField, ...] = ()
     rules: tuple[Rule, ...] = ()
@@ -352,6 +355,8 @@ def _known_keys(section: KeyPath) -> list[str]:
             return list(StatisticsOptions.model_fields)
         case ("reconstruct",):
             return list(Reconstruct.model_fields)
+        case ("rotation",):
+            return list(RotationOptions.model_fields)
         case ("structures",):
             return list(Structures.model_fields)
         case ("structures", str(part)) if part in SECTIONS:

@@ -33,6 +33,7 @@ from llmprune.pruning.forecast.around import measure_around
 from llmprune.pruning.forecast.memory import layer_memory
 from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan, Work
 from llmprune.pruning.jobs import Job, plan_jobs, require_packable
+from llmprune.pruning.rotation.rotating import Rotating
 from llmprune.recipe.allocation import Uniform
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.statistics import ColumnNorm, Gram
@@ -87,6 +88,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     settings, device = run.recipe, run.device
     settings = settings.fitted(model_positions(source.config), device.type)
     check_texts(settings.texts, source)
+    rotating = Rotating.begin(run, source.folder)
     found = Removable.find(source, settings.structures) if settings.structures else None
     reduction = Reduction(found, found.preview()) if found else None
     if found is not None:
@@ -111,10 +113,11 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         layers=layers,
         rates=rates,
         memory=MemoryPlan(ends_bytes(source), resident, look.calls_bytes, largest),
-        disk_bytes=_disk_bytes(source, result, found),
+        disk_bytes=_disk_bytes(source, result, found) + (0 if rotating is None else rotating.nbytes),
         spilled_bytes=hidden - resident,
         notes=(
             *_notes(settings, source),
+            *([] if rotating is None else [rotating.note]),
             *_outside_notes(source, found),
             *(structure_notes(structures, found.spec) if found else ()),
             *_allocation_notes(settings, result, jobs, rates.forward),

@@ -102,17 +102,17 @@ def _found(decoder: Decoder, draft: Callable[[Trace], list["_Draft"]]) -> list[l
     with torch.enable_grad(), eagerly(decoder.model):
         # Norms held constant: sharing a norm with a group does not count as being fed by it.
         first = TracedForward(decoder, frozen=True)
-        drafts = first.each(_once(lambda index, trace: draft(trace)))
+        drafts = first.each(once(lambda index, trace: draft(trace)))
         second = TracedForward(decoder, frozen=False)
         # Which layers pass more than hidden states to later ones is known only at the end of a run.
         second.handed_on = first.handed_on
         found: list[list[Structure]] = second.each(
-            _once(lambda index, trace: [done for draft in drafts[index] if (done := _confirm(draft, trace))])
+            once(lambda index, trace: [done for draft in drafts[index] if (done := _confirm(draft, trace))])
         )
     return found
 
 
-def _once(visit: Callable[[int, Trace], Any]) -> Callable[[int, Trace], Any]:
+def once(visit: Callable[[int, Trace], Any]) -> Callable[[int, Trace], Any]:
     """Visit one of several identical layers; the others share its result."""
     known: dict[tuple[object, ...], Any] = {}
 

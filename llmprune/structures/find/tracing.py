@@ -179,7 +179,7 @@ class TracedForward(TorchFunctionMode):
             full = f"{name}.{parameter}"
             if parameter in matrices:
                 # Views of the parameter (an expert's slice, a transpose) share its storage.
-                self._parameter_of[_storage(tensors[full])] = parameter
+                self._parameter_of[storage_of(tensors[full])] = parameter
             else:
                 # A gain or bias of 0, as in a freshly initialised model, would hide its influence.
                 trace.small[parameter] = tensors[full] = self._leaf(tensors[full])
@@ -212,7 +212,7 @@ class TracedForward(TorchFunctionMode):
         """Replace the float tensors of an argument by leaves of the layer's graph; a mapping is updated in place."""
         if isinstance(value, Tensor) and value.is_floating_point():
             # An earlier layer may have returned this very tensor; -1 means that it comes from outside the layers.
-            self.handed_on.add(self._returned.get(_storage(value), -1))
+            self.handed_on.add(self._returned.get(storage_of(value), -1))
             # A mask keeps its values, including -inf; a tensor with NaN or without finite values becomes random.
             unknown = not bool(value.isfinite().any()) or bool(value.isnan().any())
             leaf = torch.randn(value.shape, generator=self._random) if unknown else value.detach().clone().float()
@@ -233,7 +233,7 @@ class TracedForward(TorchFunctionMode):
             # Which outputs matter is known only once a later layer has read them, hence `handed_on` of an earlier run.
             hidden, *others = _floats(output)
             trace.hidden = [hidden]
-            self._returned.update({_storage(tensor): index for tensor in others})
+            self._returned.update({storage_of(tensor): index for tensor in others})
             written = [*(others if index in self.handed_on else ()), *_floats(args[1:]), *_floats(kwargs)]
             trace.other_outputs = [t for t in written if t.requires_grad and not t.is_leaf]
             results.append(visit(index, trace))
@@ -283,8 +283,8 @@ class TracedForward(TorchFunctionMode):
         if not (isinstance(left, Tensor) and isinstance(right, Tensor) and min(left.dim(), right.dim()) > 1):
             return None
         # Which side is the weight: x @ w for most, w @ x for grouped or transposed ones, with inputs along rows (-2).
-        of_left = self._parameter_of.get(_storage(left))
-        parameter = of_left or self._parameter_of.get(_storage(right))
+        of_left = self._parameter_of.get(storage_of(left))
+        parameter = of_left or self._parameter_of.get(storage_of(right))
         if parameter is None:
             return None
         weight, read, dim = (left, right, -2) if of_left else (right.mT, left, -1)
@@ -307,7 +307,7 @@ class TracedForward(TorchFunctionMode):
     def _note_bias(self, trace: Trace, parameter: str, bias: Tensor) -> None:
         """Record a bias: it is removed with its matrix's rows even if it has no influence (keys in a softmax)."""
         for name, leaf in trace.small.items():
-            if _storage(leaf) == _storage(bias) and leaf.shape[-1:] == bias.shape[-1:]:
+            if storage_of(leaf) == storage_of(bias) and leaf.shape[-1:] == bias.shape[-1:]:
                 trace.biases[parameter] = name
                 return
         raise ModelError(f"the bias of {parameter} is not a parameter of its layer")
@@ -344,7 +344,8 @@ def _norm(
     return result if bias is None else result + bias
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """The address of a tensor's memory, by which it is recognised; 0 without any."""
     return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
 
 

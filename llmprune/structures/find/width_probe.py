@@ -76,7 +76,7 @@ def _recognise(name: str, module: nn.Module, shapes: Mapping[str, torch.Size]) -
     for gain, *others in (tuple(shapes), tuple(shapes)[::-1]):
         for centred, offset in itertools.product((False, True), (0, 1)):
             expected = _normalised(x, centred) * (offset + values[gain]) + sum(values[key] for key in others)
-            if len(others) < 2 and _close(output, expected):
+            if len(others) < 2 and is_close(output, expected):
                 return Norm(f"{name}.{gain}", centred, offset)
     # Not a known norm. It may still act on each channel separately (a scale): then the first channel's output does not
     # change when all others become zero.
@@ -122,10 +122,10 @@ def first_deviation(
             # Norms are the exception: they divide by the number of channels, including the zeros.
             restricted = _restricted(after.get_submodule(name), name, narrow, channels)
             stack.callback(before.get_submodule(name).register_forward_hook(restricted).remove)
-        wanted, found = _run(before, full), _run(after, narrow)
+        wanted, found = run_stand_ins(before, full), run_stand_ins(after, narrow)
     if not bool(wanted.isfinite().all() & found.isfinite().all()):
         return "the check on random weights gave non-finite values"
-    if _close(found, wanted):
+    if is_close(found, wanted):
         return None
     error = float((found - wanted).abs().max() / wanted.abs().max())
     return (
@@ -148,14 +148,7 @@ def _stand_ins(
     narrow: dict[str, Tensor] = {}
     for name, parameter in before.named_parameters():
         dims = places.get(name, ())
-        shape = [size if dim in dims else 1 for dim, size in enumerate(parameter.shape)]
-        for dim, size in enumerate(parameter.shape):
-            # A single value along a dimension takes no memory (`expand`); only hidden channels must differ.
-            if torch.Size(shape).numel() * size <= _MOST_RANDOM:
-                shape[dim] = size
-        values = torch.randn(shape, generator=random)
-        # Keep gains away from zero, and the outputs of matmuls about the size of their inputs.
-        values = 1 + 0.2 * values if values.dim() < 2 else values / max(parameter.shape[-2:]) ** 0.5
+        values = stand_in(parameter.shape, dims, random)
         small = values
         for dim in dims:
             small = small.index_select(dim, channels)
@@ -163,6 +156,18 @@ def _stand_ins(
         full[name] = values.expand(parameter.shape)
         narrow[name] = small.expand(after.get_parameter(name).shape)
     return full, narrow
+
+
+def stand_in(shape: Sequence[int], dims: Sequence[int], random: torch.Generator) -> Tensor:
+    """Random values for a parameter, to be expanded to its shape: large ones vary along these dimensions only."""
+    drawn = [size if dim in dims else 1 for dim, size in enumerate(shape)]
+    for dim, size in enumerate(shape):
+        # A single value along a dimension takes no memory (`expand`); only hidden channels must differ.
+        if torch.Size(drawn).numel() * size <= _MOST_RANDOM:
+            drawn[dim] = size
+    values = torch.randn(drawn, generator=random)
+    # Keep gains away from zero, and the outputs of matmuls about the size of their inputs.
+    return 1 + 0.2 * values if values.dim() < 2 else values / max(shape[-2:]) ** 0.5
 
 
 def _restricted(narrow: nn.Module, name: str, tensors: Mapping[str, Tensor], channels: Tensor) -> Callable[..., Tensor]:
@@ -176,7 +181,8 @@ def _restricted(narrow: nn.Module, name: str, tensors: Mapping[str, Tensor], cha
     return hook
 
 
-def _run(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tensor:
+def run_stand_ins(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tensor:
+    """The logits of a few tokens, for a model on the meta device and stand-ins for its parameters."""
     buffers = {name: buffer.detach().cpu() for name, buffer in model.named_buffers()}
     ids = torch.arange(_TOKENS)[None] % model.get_input_embeddings().weight.shape[0]
     with eagerly(model), _Folded():
@@ -184,7 +190,8 @@ def _run(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tensor:
     return output.logits
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
+def is_close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors are equal up to rounding."""
     return found.shape == expected.shape and float((found - expected).abs().max()) <= _TOLERANCE * float(
         expected.abs().max()
     )

@@ -21,12 +21,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.errors import ModelError, NumericsError, PatternError
 from llmprune.models.boundary import one_line
-from llmprune.models.differences import Expected, Shape, differences
+from llmprune.models.differences import Expected, Shape, differences, shape_differences
 from llmprune.models.uneven import UNBUILDABLE, Changes, build_decoder, changed, text_part
 from llmprune.structures.find.width_probe import Norm, find_norms, first_deviation
 
 # If None, they are derived from the hidden size, times this factor.
 _IMPLIED_WIDTHS = {"n_inner": 4, "ffn_hidden_size": 4, "intermediate_size": 4}
+
+# How many narrower models are built in order to see which dimensions are hidden width.
+_MOST_TRIED = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +82,34 @@ def plan_width(config: PretrainedConfig, kept: int, multiple: int = 64, path: st
         raise _refused(config, kept, f"with {_shown(found.changes)}, {deviation}")
     adjusted = _with_epsilon(changed(config, found.changes), search.size / kept, smaller, norms, path)
     return Width(adjusted, search.size, kept, _with_tied_names(search.before, found.places), norms)
+
+
+def hidden_places(config: PretrainedConfig, path: str | None = None) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Find the hidden width of a model, and every dimension of its parameters that is hidden width.
+
+    Args:
+        config: of the model.
+        path: dotted name of the decoder layers; None: they are searched for.
+
+    Returns:
+        The number of hidden channels; and parameter in the whole model -> dimensions, tied parameters under all names.
+
+    Raises:
+        ModelError: no narrower model, which would show them, can be built from the config.
+    """
+    search = _Search(config, path)
+    # Any narrower model shows them: halves first, which most restrictions (heads, groups, multiples) allow.
+    refusal = ""
+    tried = dict.fromkeys([search.size // 2, search.size * 3 // 4, *range(64, search.size, 64), search.size - 1])
+    for kept in itertools.islice((kept for kept in tried if 0 < kept < search.size), _MOST_TRIED):
+        found = search.fit(kept, shapes_only=True)
+        if found.changes and not found.reason:
+            return search.size, _with_tied_names(search.before, found.places)
+        refusal = refusal or found.reason
+    raise ModelError(
+        f"the hidden channels of {type(config).__name__} cannot be told from its other sizes: {refusal}",
+        expected="a model in which a smaller hidden_size changes no other size",
+    )
 
 
 def shrink_width(
@@ -159,8 +190,13 @@ class _Search:
         """The model built from a changed config."""
         return build_decoder(changed(self.config, changes), torch.float32, self._decoder.path).model
 
-    def fit(self, kept: int) -> _Fit:
-        """The first changes that fit, or those with the fewest problems."""
+    def fit(self, kept: int, *, shapes_only: bool = False) -> _Fit:
+        """The first changes that fit, or those with the fewest problems.
+
+        Args:
+            kept: number of hidden channels.
+            shapes_only: whether numbers and buffers (a scale that is derived from the hidden size) may change.
+        """
         best = _Fit({}, {})
         for changes in self._candidates(kept):
             try:
@@ -168,7 +204,7 @@ class _Search:
             except UNBUILDABLE as error:
                 best = best if best.reason else _Fit({}, {}, one_line(error), sys.maxsize)
                 continue
-            places, problems = _compare(self.before, model, self.size, kept)
+            places, problems = _compare(self.before, model, self.size, kept, shapes_only)
             if not problems:
                 return _Fit(changes, places)
             if not best.reason or len(problems) < best.problems:
@@ -202,7 +238,7 @@ def _integers(text: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], int]]:
 
 
 def _compare(
-    before: PreTrainedModel, after: PreTrainedModel, size: int, kept: int
+    before: PreTrainedModel, after: PreTrainedModel, size: int, kept: int, shapes_only: bool
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """The dimensions that are hidden width, and all other differences."""
     places: dict[str, tuple[int, ...]] = {}
@@ -216,7 +252,8 @@ def _compare(
     def same(key: str, value: Any, new: Any) -> bool:
         return value is None or value == new or _narrowed(value, new, size, kept)
 
-    return places, list(differences(before, after, Expected(parameter=narrowed, value=same)))
+    compare = shape_differences if shapes_only else differences
+    return places, list(compare(before, after, Expected(parameter=narrowed, value=same)))
 
 
 def _narrowed(before: Any, after: Any, size: int, kept: int) -> bool:

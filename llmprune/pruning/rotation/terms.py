@@ -1,0 +1,150 @@
+"""What the loss of a rotation is computed from: for each layer its folded weights and the inverses of its Grams.
+
+They are collected in one pass over the calibration text, and kept as far as the activation budget allows; the rest is
+on disk, and read again in every step.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.models.decoder import Matrix
+from llmprune.progress import Progress, Watcher
+from llmprune.rotation.concentration import HeadIndex, Reader, Writer, reader_entropy, writer_entropy
+from llmprune.statistics import Gram
+from llmprune.stream.activations import HiddenStates
+from llmprune.stream.stream import ResidentLayer, Stream
+from llmprune.structures.residual import Residual
+from llmprune.structures.turning import fold_layer, value_columns, value_rows
+
+# As in SparseGPT, a fraction of the mean diagonal.
+_DAMPING = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The numbers of a term's tensors on the shelf."""
+
+    kind: type[Reader] | type[Writer]
+    weight: int
+    scale: int
+    values: HeadIndex | None
+
+
+class Terms:
+    """The terms of every layer's loss.
+
+    Args:
+        residual: of the model.
+        stream: over the calibration text, not started, of layers in float32.
+        watch: told about each layer.
+
+    Attributes:
+        nbytes: of all tensors.
+    """
+
+    def __init__(self, residual: Residual, stream: Stream, watch: Watcher) -> None:
+        self._residual, self._device = residual, stream.settings.device
+        # The same budget as for hidden states: those are gone when the search begins.
+        self._shelf = HiddenStates(stream.settings.activation_budget)
+        self._layers: list[list[_Kept]] = []
+        self.nbytes = 0
+        for layer in stream:
+            watch(Progress("statistics", layer.index, len(stream.source.layers)))
+            fold_layer(residual, layer.module, layer.name)
+            self._layers.append(self._collect(layer))
+        watch(Progress("statistics", len(self._layers), len(self._layers)))
+
+    def loss(self, layer: int, rotation: Tensor, heads: Tensor | None) -> Tensor:
+        """The entropies of one layer's matrices, added up.
+
+        Args:
+            layer: its index.
+            rotation: R, float32, on the device.
+            heads: R2 of its KV heads; None: they are not rotated.
+        """
+        total = rotation.new_zeros(())
+        for kept in self._layers[layer]:
+            weight, scale = (self._shelf[number].to(self._device) for number in (kept.weight, kept.scale))
+            if kept.kind is Reader:
+                total = total + reader_entropy(Reader(weight, scale, kept.values), rotation, heads)
+            else:
+                total = total + writer_entropy(Writer(weight, scale, kept.values), rotation, heads)
+        return total
+
+    def _collect(self, layer: ResidentLayer) -> list[_Kept]:
+        norms = {gain: name for gain, name in self._residual.norms.items() if gain.startswith(f"{layer.name}.")}
+        writers = {name: matrix for name, matrix in layer.matrices.items() if self._writes(layer, matrix)}
+        with ExitStack() as stack:
+            seen: dict[str, Gram] = {}
+            for gain, name in norms.items():
+                module = layer.module.get_submodule(name.removeprefix(f"{layer.name}."))
+                stack.callback(module.register_forward_hook(_summing(seen, gain)).remove)
+            groups = layer.observe(dict.fromkeys(writers, Gram))
+        statistics = {name: group.statistics for group in groups for name in group.names}
+        inverses = {name: _inverse(gram) for name, gram in statistics.items() if isinstance(gram, Gram)}
+        return [*self._readers(layer, seen), *self._writers(layer, writers, inverses)]
+
+    def _readers(self, layer: ResidentLayer, seen: Mapping[str, Gram]) -> Iterator[_Kept]:
+        # Experts share the statistics of all tokens: those of their own would take a Gram matrix each.
+        matrices = {f"{layer.name}.{matrix.parameter}" for matrix in layer.matrices.values()}
+        scales = {gain: self._keep(_inverse(gram)) for gain, gram in seen.items()}
+        values = self._residual.values.get(layer.index)
+        for name, fold in self._residual.folds.items():
+            if name in matrices and fold.gain in scales:
+                inside = name.removeprefix(f"{layer.name}.")
+                weight = layer.module.get_parameter(inside).detach().movedim(fold.dim, -1)
+                own = value_rows(values) if values is not None and values.producer == inside else None
+                number = self._keep(weight.reshape(-1, weight.shape[-1]))
+                yield _Kept(Reader, number, scales[fold.gain], own)
+
+    def _writers(
+        self, layer: ResidentLayer, writers: Mapping[str, Matrix], inverses: Mapping[str, Tensor]
+    ) -> Iterator[_Kept]:
+        values = self._residual.values.get(layer.index)
+        parameters: dict[str, list[str]] = {}
+        for name, matrix in writers.items():
+            parameters.setdefault(matrix.parameter, []).append(name)
+        for parameter, names in parameters.items():
+            weight = torch.stack([layer.weight(name) for name in names])
+            rotated = values is not None and values.consumer == parameter and len(names) == 1
+            if values is not None and rotated:
+                index = value_columns(values)
+                places = index.index.to(weight.device)
+                scale = inverses[names[0]][places[..., :, None], places[..., None, :]]
+            else:
+                index = None
+                scale = torch.stack([inverses[name].diagonal() for name in names])
+            yield _Kept(Writer, self._keep(weight), self._keep(scale), index)
+
+    def _writes(self, layer: ResidentLayer, matrix: Matrix) -> bool:
+        """Whether a matrix writes to the residual stream, and does not read it, too."""
+        name = f"{layer.name}.{matrix.parameter}"
+        return name in self._residual.places and name not in self._residual.folds
+
+    def _keep(self, tensor: Tensor) -> int:
+        number = len(self._shelf)
+        self._shelf[number] = tensor.float().clone()
+        self.nbytes += 4 * tensor.numel()
+        return number
+
+
+def _summing(seen: dict[str, Gram], gain: str) -> Any:
+    """A hook that adds a norm's output to its Gram matrix."""
+
+    def hook(module: nn.Module, args: Sequence[Any], output: Tensor) -> None:
+        rows = output.detach().reshape(-1, output.shape[-1])
+        seen.setdefault(gain, Gram.empty(rows.shape[1], rows.device)).update(rows)
+
+    return hook
+
+
+def _inverse(gram: Gram) -> Tensor:
+    """The inverse of the damped Gram matrix; the identity if there were no tokens."""
+    upper = gram.factor(_DAMPING).upper
+    root = torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
+    return root.mT @ root

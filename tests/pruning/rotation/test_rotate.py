@@ -1,0 +1,209 @@
+"""Rotated checkpoints: stock, with the same logits; interrupted, resumed, refused, and pruned by a recipe."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build, marked, random_ids, recipe, save
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llmprune import TextSpec, dry_run, prune, rotate
+from llmprune.errors import CheckpointError, LlmpruneError, NumericsError, RecipeError
+from llmprune.pruning import pipeline
+from llmprune.pruning.rotation import check
+from llmprune.pruning.rotation import rotate as rotating
+from llmprune.pruning.rotation.plan import plan_rotation
+from llmprune.pruning.rotation.report import load_rotation_report
+from llmprune.storage.files import read_index
+
+TEXT = TextSpec("self", samples=4, length=24)
+
+
+def logits(folder: Path) -> Tensor:
+    """Of the stock model."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        found: Tensor = model(random_ids(3, 20)).logits
+    return found
+
+
+def contents(folder: Path) -> dict[str, Tensor]:
+    return {key: stored[...] for key, stored in read_index(folder).items()}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(build("llama"), tmp_path_factory.mktemp("dense") / "llama")
+
+
+FAMILIES = ["llama", "mixtral", "qwen2", "qwen3", "gemma", "phi3", "deepseek_v3", "gpt_oss", "jetmoe"]
+
+
+@pytest.mark.parametrize("family", marked(FAMILIES))
+def test_the_stock_model_computes_the_same(family: str, tmp_path: Path) -> None:
+    folder = save(build(family), tmp_path / "dense")
+    report = rotate(folder, tmp_path / "rotated", {"kind": "random", "untie": True}, TEXT)
+    torch.testing.assert_close(logits(tmp_path / "rotated"), logits(folder), rtol=1e-4, atol=1e-4)
+    assert report.logits.relative < 1e-5
+    assert report.logits.tokens == 4 * 24
+    before, after = contents(folder), contents(tmp_path / "rotated")
+    assert set(after) >= set(before)
+    embeddings = next(key for key in before if "embed_tokens" in key)
+    assert not torch.allclose(after[embeddings], before[embeddings], atol=0.01)
+    assert {key: tensor.dtype for key, tensor in after.items() if key in before} == {
+        key: tensor.dtype for key, tensor in before.items()
+    }
+
+
+def test_a_learned_rotation_lowers_the_loss(dense: Path, tmp_path: Path) -> None:
+    report = rotate(dense, tmp_path / "one", {"steps": 4}, TEXT)
+    assert report.loss is not None
+    assert report.loss[1] < report.loss[0]
+    assert report.best_step == 4
+    assert report.rotated_values == 2
+    assert load_rotation_report(tmp_path / "one") == report
+    assert {path.name for path in (tmp_path / "one").iterdir() if path.name.startswith(".")} == {".llmprune.json"}
+    rotate(dense, tmp_path / "two", {"steps": 4}, TEXT)
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_sixteen_bits_are_rounded_once(tmp_path: Path) -> None:
+    folder = save(build("llama", torch.bfloat16), tmp_path / "dense")
+    report = rotate(folder, tmp_path / "rotated", {"kind": "hadamard"}, TEXT)
+    assert {tensor.dtype for tensor in contents(tmp_path / "rotated").values()} == {torch.bfloat16}
+    assert 1e-4 < report.logits.relative < report.logits.tolerance
+    # Rotated back, every weight of a matrix is as near as one rounding of numbers of its size.
+    before, after = (contents(path)["model.embed_tokens.weight"].float() for path in (folder, tmp_path / "rotated"))
+    torch.testing.assert_close(after.norm(dim=1), before.norm(dim=1), rtol=4e-3, atol=0)
+
+
+def test_an_interrupted_run_goes_on_with_the_same_rotation(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = rotate(dense, tmp_path / "whole", {"steps": 3}, TEXT)
+    commit = rotating.OutputFolder.commit
+
+    def stop(self: Any, layer: str, *args: Any) -> Path:
+        if layer.endswith(".1"):
+            raise KeyboardInterrupt
+        return commit(self, layer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rotating.OutputFolder, "commit", stop)
+        with pytest.raises(KeyboardInterrupt):
+            rotate(dense, tmp_path / "cut", {"steps": 3}, TEXT)
+    monkeypatch.setattr(rotating, "learn", None)  # not searched again
+    report = rotate(dense, tmp_path / "cut", {"steps": 3}, TEXT, resume=True)
+    assert report.loss == wanted.loss
+    whole, cut = contents(tmp_path / "whole"), contents(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_a_result_with_other_logits_is_refused(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = rotating.random_rotation
+
+    def skewed(*args: Any) -> Any:
+        found = draw(*args)
+        found.stream[0] *= 1.5
+        return found
+
+    monkeypatch.setattr(rotating, "random_rotation", skewed)
+    with pytest.raises(NumericsError, match="logits of the rotated checkpoint differ"):
+        rotate(dense, tmp_path / "rotated", {"kind": "random"}, TEXT)
+    assert not (tmp_path / "rotated" / "config.json").exists()
+
+
+def test_the_tolerance_is_that_of_the_least_precise_weights(dense: Path) -> None:
+    source = check.CheckpointSource(dense)
+    assert check.logit_tolerance(source) == 1e-3
+    key, stored = next(iter(source.stored.items()))
+    source.stored[key] = type(stored)(key, stored.file, stored.shape, torch.bfloat16, stored.span)
+    assert check.logit_tolerance(source) == pytest.approx(0.0625)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"stpes": 3}, "stpes"), ({"steps": 0}, "steps"), ({"kind": "best"}, "kind")]
+)
+def test_unknown_options(options: dict[str, Any], message: str, dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        rotate(dense, tmp_path / "rotated", options, TEXT)
+
+
+def test_a_packed_checkpoint_is_refused(dense: Path, tmp_path: Path) -> None:
+    settings = recipe(pattern="2:4", method="magnitude", format="nm")
+    prune(dense, settings, tmp_path / "packed")
+    with pytest.raises(CheckpointError, match="is packed, and a rotation would fill its zeros"):
+        rotate(tmp_path / "packed", tmp_path / "rotated", None, TEXT)
+
+
+def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:
+    folder = save(build("llama-tied"), tmp_path / "dense")
+    with pytest.raises(LlmpruneError, match="tied embeddings"):
+        rotate(folder, tmp_path / "rotated", None, TEXT)
+    with pytest.raises(LlmpruneError, match="tied embeddings"):
+        prune(folder, recipe(rotation={"steps": 1}), tmp_path / "pruned")
+    assert not (tmp_path / "rotated").exists()
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_the_plan_is_what_is_written(tmp_path: Path) -> None:
+    folder = save(build("llama-tied"), tmp_path / "dense")
+    plan = plan_rotation(folder, {"steps": 2, "untie": True}, TEXT)
+    report = rotate(folder, tmp_path / "rotated", {"steps": 2, "untie": True}, TEXT)
+    assert plan.disk_bytes == sum(stored.nbytes for stored in read_index(tmp_path / "rotated").values())
+    assert plan.untied_bytes == report.untied_bytes == 128 * 32 * 4
+    assert (plan.rotated_values, plan.layers, plan.tokens) == (3, 3, 4 * 24)
+    assert plan.step_operations > 0
+    assert plan_rotation(folder, {"kind": "random", "untie": True}, TEXT).term_bytes == 0
+
+
+def test_a_recipe_rotates_and_then_prunes(dense: Path, tmp_path: Path) -> None:
+    settings = recipe(rotation={"steps": 3}, evaluation={"source": "self", "samples": 2, "length": 16})
+    report = prune(dense, settings, tmp_path / "pruned")
+    assert report.header["rotation"]["loss"][1] < report.header["rotation"]["loss"][0]
+    assert report.sparsity == pytest.approx(0.5)
+    written = json.loads((tmp_path / "pruned" / "report.json").read_text("utf-8"))
+    assert written["rotation"]["logits"]["relative"] < 1e-4
+    assert not list((tmp_path / "pruned").glob(".rotated"))
+    # The same as in two steps.
+    first = recipe(evaluation=None)["calibration"]
+    rotate(dense, tmp_path / "rotated", {"steps": 3}, TextSpec(**{**first, "samples": 7}))
+    assert contents(tmp_path / "pruned").keys() == contents(tmp_path / "rotated").keys()
+
+
+def test_an_interrupted_recipe_goes_on_with_the_same_rotation(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe(rotation={"steps": 2}, method="magnitude")
+
+    def stop(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.LayerDriver, "drive", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune(dense, settings, tmp_path / "out")
+    monkeypatch.setattr(rotating, "learn", None)  # not searched again
+    report = prune(dense, settings, tmp_path / "out", resume=True)
+    assert report.sparsity == pytest.approx(0.5)
+    assert report.header["rotation"]["loss"][1] < report.header["rotation"]["loss"][0]
+
+
+def test_a_dry_run_of_a_recipe_counts_the_rotated_copy(dense: Path) -> None:
+    settings = recipe(method="magnitude")
+    plain, turned = dry_run(dense, settings), dry_run(dense, {**settings, "rotation": {}})
+    assert turned.disk_bytes == 2 * plain.disk_bytes
+    assert any("rotated copy" in note for note in turned.notes)
+
+
+def test_a_model_in_memory_is_rotated_and_pruned(tmp_path: Path) -> None:
+    model = build("llama-tied")
+    prune(model, recipe(method="magnitude", rotation={"kind": "random", "untie": True}))
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert torch.equal(model.model.norm.weight, torch.ones(32))
+    assert float((model.model.layers[0].mlp.up_proj.weight == 0).float().mean()) == pytest.approx(0.5)
