@@ -72,10 +72,15 @@ def method_table() -> str:
     return table(("method", "statistics", "compares over", "what it does"), rows)
 
 
+def step_table() -> str:
+    """The steps that improve a method's result."""
+    return function_table("llmprune.methods.STEPS")
+
+
 def knob_table() -> str:
-    """The parameters of all methods."""
+    """The parameters of all methods and steps."""
     rows = []
-    for name, kind in find("llmprune.methods.METHODS").items():
+    for name, kind in {**find("llmprune.methods.METHODS"), **find("llmprune.methods.STEPS")}.items():
         meanings = attributes(kind)
         for field in fields(kind):
             default = "required" if field.default is MISSING else literal(field.default)
@@ -113,6 +118,7 @@ PARTS = {
     "functions": function_table,
     "errors": error_table,
     "methods": method_table,
+    "steps": step_table,
     "knobs": knob_table,
     "api": api,
 }

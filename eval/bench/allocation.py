@@ -34,7 +34,7 @@ _TEXT: dict[str, Any] = {"length": 256, "order": "text", "layout": "pack-bare"}
 def measure(model: str, method: str, pattern: str, allocation: Any, calibration: Path, heldout: Path) -> dict[str, Any]:
     """Prune the model in memory, in float32, and measure it."""
     folder = resolve_model(model)
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=False)
     recipe = {
         "pattern": pattern,
         "method": method,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmprune.errors import RecipeError
+from llmprune.methods import METHODS, STEPS
 from llmprune.recipe.document import Document, KeyPath, dotted
 
 # The names of other tools -> ours, by the key that they are directly below; "" is the recipe itself.
@@ -12,7 +13,7 @@ _ALIASES: Mapping[str, Mapping[str, str]] = {
     "": {"num_validation": "held_back"},
     "calibration": _TEXT,
     "evaluation": _TEXT,
-    "sparsegpt": {"dampening_frac": "damping"},
+    **{name: {"dampening_frac": "damping"} for name, kind in {**METHODS, **STEPS}.items() if hasattr(kind, "damping")},
 }
 
 

@@ -111,6 +111,8 @@ def test_defaults() -> None:
         "batch_size": 8,
         "held_back": 4,
         "decoder_layers": None,
+        "allocation": "uniform",
+        "report_to": None,
         "reconstruct": None,
         "statistics": {"token_weight": "none"},
         "experts": {"min_tokens": 64},
@@ -187,9 +189,9 @@ words = st.one_of(
 
 
 patterns = st.one_of(
-    st.builds(Unstructured, st.floats(0, 1), st.sampled_from([None, "row", "matrix", "layer"])),
-    st.integers(1, 64).flatmap(lambda of: st.builds(NM, st.integers(0, of), st.just(of))),
-    st.builds(Block, st.floats(0, 1), st.tuples(st.integers(1, 256), st.integers(1, 256))),
+    st.builds(Unstructured, st.floats(0, 0.99), st.sampled_from([None, "row", "matrix", "layer"])),
+    st.integers(1, 64).flatmap(lambda of: st.builds(NM, st.integers(1, of), st.just(of))),
+    st.builds(Block, st.floats(0, 0.99), st.tuples(st.integers(1, 256), st.integers(1, 256))),
 )
 
 
@@ -223,7 +225,9 @@ def test_digest_depends_on_every_key_but_the_description() -> None:
         "batch_size": "3",
         "held_back": "3",
         "decoder_layers": "layers",
+        "allocation": "owl",
         "reconstruct": "{epochs: 3}",
+        "report_to": "wandb",
         "statistics": "{token_weight: clip}",
         "experts": "{min_tokens: 3}",
         "device": "cpu",
@@ -232,7 +236,9 @@ def test_digest_depends_on_every_key_but_the_description() -> None:
         "activation_budget": "3",
     }
     assert set(changes) == set(Recipe.model_fields) - {"description"}
-    others = {load_recipe(SMALL, [f"{key}={value}"]).digest for key, value in changes.items()}
+    # An allocation needs a pattern whose sparsity may differ.
+    further = {"allocation": ["pattern=0.5"]}
+    others = {load_recipe(SMALL, [f"{key}={value}", *further.get(key, [])]).digest for key, value in changes.items()}
     assert len(others | {digest}) == len(changes) + 1
     assert load_recipe(SMALL, ["description=other"]).digest == digest
     assert load_recipe({"method": {"wanda": {}}, "pattern": NM(2, 4), "held_back": 4}).digest == digest
