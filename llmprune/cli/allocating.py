@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from llmprune.cli import console
-from llmprune.cli.options import EXIT_CODES, AsJson, Device, Model, Quiet, explained, quieten
+from llmprune.cli import console, layout
+from llmprune.cli.options import AsJson, Device, Model, Quiet, explained, quieten
 
 _EXAMPLES = """
 Examples:
@@ -20,7 +20,7 @@ llmprune prune org/model --recipe mine.yaml --output out --set "allocation={sens
 
 def add_commands(app: typer.Typer) -> None:
     """Add the command."""
-    app.command(epilog=_EXAMPLES + "\n" + EXIT_CODES)(sensitivity)
+    layout.add(app, sensitivity, layout.MEASURE, _EXAMPLES)
 
 
 def sensitivity(

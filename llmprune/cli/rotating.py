@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmprune.cli import console
-from llmprune.cli.options import EXIT_CODES, AsJson, Device, Model, Quiet, explained, quieten
+from llmprune.cli import console, layout
+from llmprune.cli.options import AsJson, Device, Model, Quiet, explained, quieten
 
 if TYPE_CHECKING:
     from llmprune.stream.stream import StreamSettings
@@ -35,7 +35,7 @@ class Kind(str, Enum):
 
 def add_commands(app: typer.Typer) -> None:
     """Add the command."""
-    app.command(epilog=_EXAMPLES + "\n" + EXIT_CODES)(rotate)
+    layout.add(app, rotate, layout.PRUNE, _EXAMPLES)
 
 
 def rotate(
