@@ -11,7 +11,7 @@ from llmprune.progress import Progress
 from llmprune.pruning.context import Run
 from llmprune.pruning.forecast.memory import LayerMemory, layer_memory, predict_peak
 from llmprune.pruning.jobs import Job
-from llmprune.pruning.solving import solve_layer
+from llmprune.pruning.solving import solve_in_turn, solve_layer
 from llmprune.pruning.targets import Targets
 from llmprune.pruning.writing import Writer
 from llmprune.storage.output import OutputFolder
@@ -147,11 +147,17 @@ class LayerDriver:
             consumers = consumer_shapes(self._reduction.found, layer.index)
             self._memories.append(layer_memory(layer, [], {}, batch_tokens, held_back, consumers))
             cuts, removed = self._reduction.reduce(layer, recipe.experts.min_tokens, tell)
-        tell("statistics")
-        needs = {name: job.method.needs for name, job in jobs.items()}
-        groups = layer.observe(needs, recipe.statistics.token_weight) if jobs else []
-        self._memories.append(layer_memory(layer, groups, jobs, batch_tokens, held_back))
-        rows = solve_layer(layer, groups, jobs, recipe.experts.min_tokens, self._run.stages, tell)
+        if recipe.statistics.sequential and jobs:
+            # The formula for all inputs at once is an upper bound.
+            self._memories.append(layer_memory(layer, None, jobs, batch_tokens, held_back))
+            weight, least = recipe.statistics.token_weight, recipe.experts.min_tokens
+            rows = solve_in_turn(layer, jobs, weight, least, self._run.stages, tell)
+        else:
+            tell("statistics")
+            needs = {name: job.method.needs for name, job in jobs.items()}
+            groups = layer.observe(needs, recipe.statistics.token_weight) if jobs else []
+            self._memories.append(layer_memory(layer, groups, jobs, batch_tokens, held_back))
+            rows = solve_layer(layer, groups, jobs, recipe.experts.min_tokens, self._run.stages, tell)
         matches = [] if states is None else [self._match(layer, states, jobs or layer.matrices, tell)]
         if self._writer is not None:
             tell("writing")

@@ -12,7 +12,7 @@ from llmprune.errors import NumericsError
 from llmprune.methods import Method, Pruned
 from llmprune.patterns import Pattern, Unstructured, layer_shares
 from llmprune.pruning.jobs import Job
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.statistics import ColumnNorm, Gram, TokenWeight
 from llmprune.storage.report import MatrixRow
 from llmprune.stream.observation import Group
 from llmprune.stream.priors import add_priors
@@ -56,6 +56,47 @@ def solve_layer(
                 pattern = shares.get(name, jobs[name].pattern)
                 rows.append(_solve_matrix(layer, group, name, jobs[name], pattern, priors.get(name, 0)))
     return rows
+
+
+def solve_in_turn(
+    layer: ResidentLayer,
+    jobs: Mapping[str, Job],
+    token_weight: TokenWeight,
+    min_tokens: int,
+    stages: Stages,
+    step: Callable[[str], None] = lambda step: None,
+) -> list[MatrixRow]:
+    """Prune the matrices of a resident layer in place, each on the outputs of the pruned matrices before it.
+
+    Args:
+        layer: the layer.
+        jobs: matrix name -> what to do.
+        token_weight: how tokens are weighed in the statistics.
+        min_tokens: as for `solve_layer`.
+        stages: stopwatch.
+        step: told about each step.
+
+    Returns:
+        The report rows, in the order in which the layer uses the matrices.
+
+    Raises:
+        NumericsError: as for `solve_layer`.
+    """
+    rows: list[MatrixRow] = []
+    for names in _turns(layer, layer.observe(dict.fromkeys(jobs), batches=1)):
+        step(f"statistics of {', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
+        groups = layer.observe({name: jobs[name].method.needs for name in names}, token_weight)
+        rows += solve_layer(layer, groups, {name: jobs[name] for name in names}, min_tokens, stages, step)
+    return rows
+
+
+def _turns(layer: ResidentLayer, groups: list[Group]) -> list[list[str]]:
+    """The matrices of each turn: those that share an input, and the same matrix of all experts."""
+    turns: dict[str, list[str]] = {}
+    for group in groups:
+        first = layer.matrices[group.names[0]]
+        turns.setdefault(first.kind or first.name, []).extend(group.names)
+    return list(turns.values())
 
 
 def _solve_matrix(

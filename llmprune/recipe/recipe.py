@@ -152,6 +152,13 @@ class Recipe(BaseModel):
         for number, rule in enumerate(self.rules):
             _check_reachable(rule, self.rules[:number])
         self._check_chains()
+        if self.statistics.sequential and any(getattr(p, "over", None) == "layer" for p in self.patterns):
+            error = RecipeError(
+                "statistics.sequential with a pattern that compares weights over the whole layer",
+                expected="/row or /matrix: a layer's matrices are pruned before all of their scores are known",
+                fix="change the pattern, or set statistics.sequential to false",
+            )
+            raise refusal(error, "statistics", "sequential")
         if self.reconstruct is not None and not self.held_back:
             error = RecipeError(
                 "reconstruct without validation sequences",

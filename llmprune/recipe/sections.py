@@ -55,8 +55,11 @@ class StatisticsOptions(BaseModel):
     Attributes:
         token_weight: none; clip (tokens above twice the usual root mean square are scaled down to it); normalise (every
             token is scaled to the same root mean square).
+        sequential: collect the statistics of a matrix after the matrices before it in its layer are pruned, rather than
+            those of the whole layer at once; the layer is run once for each of its inputs (about four times).
     """
 
     model_config = STRICT
 
     token_weight: TokenWeight = "none"
+    sequential: bool = False

@@ -265,12 +265,13 @@ class ResidentLayer:
         self.matrices: dict[str, Matrix] = {m.name: m for m in prunable_matrices(module, name)}
         self._parameters = dict(module.named_parameters())
 
-    def observe(self, needs: Needs, token_weight: TokenWeight = "none") -> list[Group]:
+    def observe(self, needs: Needs, token_weight: TokenWeight = "none", batches: int | None = None) -> list[Group]:
         """Run the layer over all batches and collect statistics.
 
         Args:
             needs: matrix name -> the statistics it needs; matrices left out are not watched.
             token_weight: how tokens are weighed in the statistics, see `statistics.TokenWeighting`.
+            batches: run only this many, to see which matrices share an input; None: all.
 
         Returns:
             The groups of matrices that share an input, in the order in which the layer uses them.
@@ -283,6 +284,8 @@ class ResidentLayer:
         observer = Observer(self._parameters, watched, needs, self.stream.stages, token_weight)
         with torch.no_grad(), self.stream.stages("forward"):
             for batch in self.stream.told_batches():
+                if batch == batches:
+                    break
                 observer.keep_rows = batch >= self.stream.statistics_batches
                 try:
                     with observer:
