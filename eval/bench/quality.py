@@ -2,6 +2,9 @@
 
     python -m llmprune.eval.bench.quality --calibration calibration.jsonl --heldout heldout.jsonl --json quality.json
 
+--methods takes methods, chains such as "[wanda, swaps, refit]", and bundled recipes such as best, whose settings are kept
+apart from the pattern and the texts.
+
 Protocol: weights and activations in float32; calibration on the first 128 packed sequences of 256 tokens, with a BOS
 token in front of each document but not of each sequence (the layout `pack-bare`, so that the figures compare with
 published tables of this model); perplexity on the first 400 packed sequences of 256 held-out tokens, each token
@@ -12,13 +15,16 @@ matrices on 8 further calibration sequences. All matrices of the decoder layers 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from llmprune.methods import METHODS
 from llmprune.pruning.pipeline import prune
+from llmprune.recipe.recipe import bundled_recipes, load_recipe
 from llmprune.storage.hub import resolve_model
 from llmprune.text.loading import load_tokenizer
 
@@ -31,12 +37,11 @@ def measure(model: str, method: str, pattern: str, calibration: Path, heldout: P
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=False)
     text = {"length": 256, "order": "text", "layout": "pack-bare"}
     recipe = {
+        **_settings(method),
         "pattern": pattern,
-        "method": method,
         "calibration": {"source": str(calibration), "samples": 128, **text},
-        "evaluation": {"source": str(heldout), "samples": 400, **text},
+        "evaluation": {"source": str(heldout), "samples": 400, "prompts": [], **text},
         "held_back": 8,
-        "batch_size": 16,
     }
     report = prune(dense, recipe, tokenizer=load_tokenizer(folder))
     evaluation = report.header["evaluation"]
@@ -48,10 +53,18 @@ def measure(model: str, method: str, pattern: str, calibration: Path, heldout: P
         "kl_divergence": evaluation["kl_divergence"],
         "error": report.mean_error or 0.0,
         "sparsity": report.sparsity,
-        "seconds": sum(report.header["seconds"].get(stage, 0.0) for stage in ("load", "forward", "gram", "solve")),
+        "seconds": sum(report.header["seconds"].get(stage, 0.0) for stage in ("load", "forward", "gram", "solve", "match")),
         "versions": report.header["version"],
         "device": report.header["device"],
     }
+
+
+def _settings(method: str) -> dict[str, Any]:
+    """The settings of a method, a chain, or a bundled recipe."""
+    bundled = dict(bundled_recipes())
+    if method not in bundled or method in METHODS:
+        return {"method": yaml.safe_load(method), "batch_size": 16}
+    return {key: value for key, value in load_recipe(method).to_dict().items() if key not in ("description", "rules")}
 
 
 def main() -> None:
