@@ -271,6 +271,11 @@ def keep_highest(scores: Shaped[Tensor, "groups n"], count: int) -> Bool[Tensor,
     return keep
 
 
+def highest(scores: Shaped[Tensor, "rows n"], count: int) -> Shaped[Tensor, "rows count"]:
+    """The `count` highest scores of each row, in descending order."""
+    return scores.topk(count, dim=-1).values
+
+
 def lowest(scores: Shaped[Tensor, "rows n"], count: int) -> Shaped[Tensor, "rows count"]:
     """The places of the `count` lowest scores of each row, in no particular order."""
     return scores.topk(count, dim=-1, largest=False, sorted=False).indices

@@ -2,8 +2,8 @@
 
     python -m llmprune.eval.bench.quality --calibration calibration.jsonl --heldout heldout.jsonl --json quality.json
 
---methods takes methods, chains such as "[wanda, swaps, refit]", and bundled recipes such as best, whose settings are kept
-apart from the pattern and the texts.
+--methods takes methods, chains such as "[wanda, swaps, refit]", and bundled recipes such as best, whose settings are
+kept apart from the pattern and the texts.
 
 Protocol: weights and activations in float32; calibration on the first 128 packed sequences of 256 tokens, with a BOS
 token in front of each document but not of each sequence (the layout `pack-bare`, so that the figures compare with
@@ -29,6 +29,8 @@ from llmprune.storage.hub import resolve_model
 from llmprune.text.loading import load_tokenizer
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4")
+# What pruning takes, without texts and perplexities.
+STAGES = ("load", "forward", "gram", "solve", "match")
 
 
 def measure(model: str, method: str, pattern: str, calibration: Path, heldout: Path) -> dict[str, float | str]:
@@ -53,7 +55,7 @@ def measure(model: str, method: str, pattern: str, calibration: Path, heldout: P
         "kl_divergence": evaluation["kl_divergence"],
         "error": report.mean_error or 0.0,
         "sparsity": report.sparsity,
-        "seconds": sum(report.header["seconds"].get(stage, 0.0) for stage in ("load", "forward", "gram", "solve", "match")),
+        "seconds": sum(report.header["seconds"].get(stage, 0.0) for stage in STAGES),
         "versions": report.header["version"],
         "device": report.header["device"],
     }

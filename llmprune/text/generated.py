@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import TopPLogitsWarper
 
 from llmprune.errors import NumericsError
+from llmprune.patterns import highest
 from llmprune.storage.files import write_text
 from llmprune.text.openings import Tokenizer, spelled_out
 from llmprune.text.scripts import UNSCRIPTED, Script
@@ -19,6 +19,9 @@ from llmprune.text.tokens import TextSpec
 
 # Sequences that are generated together: the 64 sequences of a CPU's default, and some that are held back.
 SAMPLING_BATCH = 96
+
+# Tokens among which the most likely ones are looked for first.
+_LIKELY = 512
 
 
 @torch.no_grad()
@@ -178,14 +181,29 @@ def draw(
     Raises:
         NumericsError: a logit is not finite.
     """
-    scores = logits.double() / temperature
-    if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)  # it does not look at the ids
-    cumulative = torch.softmax(scores, dim=-1).cumsum(-1)
-    total = cumulative[:, -1:]
-    if not bool(torch.isfinite(total).all()):
+    shares = torch.softmax(logits.double() / temperature, dim=-1)
+    finite = torch.isfinite(shares.sum(-1))
+    if not bool(finite.all()):
         raise NumericsError(
-            f"the logits of {int((~torch.isfinite(total)).sum())} of {len(total)} sequences are not finite",
+            f"the logits of {int((~finite).sum())} of {len(finite)} sequences are not finite",
             fix="check the model's weights and dtype, or raise the temperature",
         )
-    return torch.searchsorted(cumulative, draws[:, None] * total, right=True).squeeze(1)
+    if top_p < 1:
+        shares = torch.where(shares >= _least_likely(shares, top_p), shares, 0)
+    cumulative = shares.cumsum(-1)
+    return torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+
+
+def _least_likely(shares: Float[Tensor, "samples vocabulary"], top_p: float) -> Float[Tensor, "samples 1"]:
+    """For each row, the lowest of the highest shares that are `top_p` together; equal ones are all counted in."""
+    # Sorting a whole vocabulary takes longer than the rest of a draw, and hundreds of tokens are usually enough.
+    found = torch.zeros_like(shares[:, :1])
+    rows, count = torch.arange(len(shares), device=shares.device), min(_LIKELY, shares.shape[1])
+    while len(rows):
+        high = highest(shares[rows], count)
+        sums = high.cumsum(-1)
+        kept = (sums - high < top_p).sum(-1, keepdim=True).clamp_min(1)
+        found[rows] = high.gather(-1, kept - 1)
+        rows = rows[sums[:, -1] < top_p] if count < shares.shape[1] else rows[:0]
+        count = min(8 * count, shares.shape[1])
+    return found
