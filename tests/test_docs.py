@@ -18,8 +18,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import typer
 import yaml
+from tiny_models import build, save
 
 import llmprune
 from llmprune.cli import app
@@ -101,13 +103,42 @@ def rows(text: str) -> set[str]:
 
 
 def test_every_part_is_asked_for_by_some_page(hook: ModuleType) -> None:
-    asked = {mark for name in PAGES for mark in re.findall(r"<!-- generated: (\S+)", (DOCS / name).read_text("utf-8"))}
+    sources = [ROOT / "README.md", *(DOCS / name for name in PAGES)]
+    asked = {mark for source in sources for mark in re.findall(r"<!-- generated: (\S+)", source.read_text("utf-8"))}
     assert asked == set(hook.PARTS)
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_no_mark_is_left(texts: dict[str, str], name: str) -> None:
     assert "generated:" not in texts[name]
+
+
+def test_the_readme_shows_what_is_generated_now(hook: ModuleType, texts: dict[str, str]) -> None:
+    """If not, `python docs/hook.py` fills it in."""
+    readme = texts["README.md"]
+    assert readme.count("<!-- generated: ") == readme.count("<!-- end -->") > 0
+    assert hook.refresh(readme) == readme
+    assert hook.refresh(re.sub(r"(generated: first-run -->\n).*", r"\1old", readme)) == readme
+
+
+def test_the_first_run_is_shown_as_measured(hook: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys.modules["site_parts.figures"], "RESULTS", tmp_path)
+    assert "Not measured yet" in hook.PARTS["first-run"]()
+    row = {"calibration": "self-generated", "perplexity": 12.346, "sparsity": 0.5, "seconds": 90.0}
+    result = {
+        "model": "org/model",
+        "command": "llmprune prune org/model --output DIR",
+        "calibration": {"samples": 3, "length": 24, "dataset": "text.jsonl"},
+        "heldout": {"file": "heldout.jsonl", "samples": 5, "length": 24},
+        "rows": [{"calibration": "dense", "perplexity": 10.0, "sparsity": 0.0}, row],
+        "device": "CPU",
+        "versions": {"torch": "2"},
+    }
+    (tmp_path / "first-run-smollm2.json").write_text(json.dumps(result))
+    shown = hook.PARTS["first-run"]()
+    assert "| dense | 10.00 | 0% |  |" in shown
+    assert "| self-generated | 12.35 | 50% | 1.5 |" in shown
+    assert "3 calibration sequences of 24 tokens" in shown
 
 
 def test_an_unknown_part_stops_the_build(hook: ModuleType) -> None:
@@ -267,6 +298,31 @@ def test_python_compiles_and_names_exist(texts: dict[str, str], name: str) -> No
                 assert all(hasattr(import_module(node.module), alias.name) for alias in node.names), block
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "llmprune":
                 assert node.attr in llmprune.__all__, block
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_hook_that_keeps_zeros_keeps_them(texts: dict[str, str], tmp_path: Path, masked: bool) -> None:
+    (shown,) = blocks(section(texts["after-pruning.md"], "## Fine-tune"), "python")
+    dense = build("llama", torch.float32)
+    with torch.no_grad():
+        for weight in dense.model.layers.parameters():
+            weight[..., ::2] *= 1 if weight.ndim == 1 else 0
+    save(dense, tmp_path / "pruned")
+    code = shown if masked else shown.replace(".register_hook", ".size and (lambda hook: None)")
+    names: dict[str, Any] = {}
+    exec(code.replace('"pruned"', repr(str(tmp_path / "pruned"))), names)
+    model = names["model"]
+    pruned = [weight for weight in model.model.layers.parameters() if weight.ndim > 1]
+    before = [weight == 0 for weight in pruned]
+    kept = [weight[~zeros].clone() for weight, zeros in zip(pruned, before, strict=True)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        ids = torch.arange(24).view(2, 12) + step
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert all(weight[zeros].eq(0).all() for weight, zeros in zip(pruned, before, strict=True)) == masked
+    assert all(not weight[~zeros].equal(old) for weight, zeros, old in zip(pruned, before, kept, strict=True))
 
 
 def test_changelog_and_citation_name_this_version_and_licence() -> None:

@@ -31,6 +31,31 @@ def quality() -> str:
     return f"Dense perplexity {rows[0]['dense_perplexity']:.2f}.\n\n{shown}\n\n{_where(rows[0])}"
 
 
+def first_run() -> str:
+    """A real model pruned with nothing but its name and --output, beside the same run on a dataset."""
+    name = "first-run-smollm2"
+    if not (RESULTS / f"{name}.json").is_file():
+        command = f"python -m llmprune.eval.bench.first_run MODEL --dataset FILE --heldout FILE --json {name}.json"
+        return f"*Not measured yet; run {literal(command)}.*"
+    result = read(name)
+    rows = [
+        (
+            row["calibration"],
+            f"{row['perplexity']:.2f}",
+            f"{row['sparsity']:.0%}",
+            f"{row['seconds'] / 60:.1f}" if "seconds" in row else "",
+        )
+        for row in result["rows"]
+    ]
+    shown = table(("calibration text", "held-out perplexity", "sparsity", "minutes to the report"), rows)
+    text, heldout = result["calibration"], result["heldout"]
+    return (
+        f"{Path(result['model']).name}, {literal(result['command'])}: {text['samples']} calibration sequences of "
+        f"{text['length']} tokens; perplexity on {heldout['samples']} sequences of {heldout['length']} tokens of "
+        f"{literal(heldout['file'])}.\n\n{shown}\n\nMade by `python -m llmprune.eval.bench.first_run`. {_where(result)}"
+    )
+
+
 def pruning_time() -> str:
     """Time by stage and peak memory of SparseGPT on two models and two machines."""
     stages = ("total", "forward", "gram", "solve", "write", "load")
@@ -151,6 +176,7 @@ def _where(result: dict[str, Any]) -> str:
 
 PARTS = {
     "quality": quality,
+    "first-run": first_run,
     "pruning-time": pruning_time,
     "blocks": blocks,
     "structured": structured,

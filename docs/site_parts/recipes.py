@@ -58,7 +58,7 @@ def kind(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return ", ".join(literal(word) for word in get_args(annotation))
     if get_origin(annotation) is tuple:
         return f"list of {kind(get_args(annotation)[0])}s"
-    if isinstance(annotation, type) and (annotation is TextSpec or issubclass(annotation, BaseModel)):
+    if isinstance(annotation, type) and issubclass(annotation, (TextSpec, BaseModel)):
         return "rule" if annotation is Rule else "section"
     return _WORDS[annotation] + bounds
 
