@@ -139,7 +139,7 @@ def bundled_recipes() -> str:
 
 def made_by() -> str:
     """The command that made the figures in the recipes, and the hardware."""
-    (line,) = {_figures(text)["Made by"] for text in sources().values()}
+    (line,) = {made for text in sources().values() if (made := _figures(text).get("Made by"))}
     return "Made by " + re.sub(r"^python -m [\w.]+", lambda command: literal(command[0]), line)
 
 
@@ -191,7 +191,7 @@ def _comments(text: str) -> list[str]:
 
 def _figures(text: str) -> dict[str, str]:
     """The comments with figures: `Testbed` and `Made by` -> their text."""
-    found = {}
+    found = {"Testbed": "not measured yet"}
     for line in _comments(text):
         if match := re.match(r"(Testbed|Made by):? (.+)$", line):
             found[match[1]] = match[2]
