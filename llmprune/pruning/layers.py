@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from llmprune.devices import PeakWatch, map_large_blocks, warm_up
 from llmprune.models.sizes import ends_bytes
 from llmprune.models.source import Source
 from llmprune.progress import Progress
 from llmprune.pruning.context import Run
-from llmprune.pruning.forecast.memory import LayerMemory, layer_memory, predict_peak
+from llmprune.pruning.forecast.memory import LayerMemory, layer_memory, matching_memory, predict_peak
 from llmprune.pruning.jobs import Job
 from llmprune.pruning.solving import solve_layer
 from llmprune.pruning.targets import Targets
@@ -150,9 +150,12 @@ class LayerDriver:
         tell("statistics")
         needs = {name: job.method.needs for name, job in jobs.items()}
         groups = layer.observe(needs, recipe.statistics.token_weight) if jobs else []
-        self._memories.append(layer_memory(layer, groups, jobs, batch_tokens, held_back))
+        memory = layer_memory(layer, groups, jobs, batch_tokens, held_back)
+        fitted = self._fitted(layer, jobs)
+        matching = matching_memory(layer, fitted, recipe.reconstruct, batch_tokens)
+        self._memories.append(replace(memory, matching=matching))
         rows = solve_layer(layer, groups, jobs, recipe.experts.min_tokens, self._run.stages, tell)
-        matches = [] if states is None else [self._match(layer, states, jobs or layer.matrices, tell)]
+        matches = [] if states is None else [self._match(layer, states, fitted, tell)]
         if self._writer is not None:
             tell("writing")
             with self._run.stages("write"):
@@ -160,6 +163,10 @@ class LayerDriver:
         self._matches += matches
         self._rows += rows
         self._structures += removed
+
+    def _fitted(self, layer: ResidentLayer, jobs: Collection[str]) -> Collection[str]:
+        """The matrices that may be trained: those with a job; of a layer that only lost structures, all."""
+        return jobs or (() if self._reduction is None else layer.matrices)
 
     def _match(
         self,
@@ -180,7 +187,9 @@ class LayerDriver:
         return MatchRow(layer.name, options.target, seconds=seconds, **asdict(matched))
 
     def _measured(self, memory: PeakWatch) -> dict[str, int]:
-        held = self._stream.hidden.resident_bytes, self._stream.calls.nbytes
+        fitted = self._run.recipe.reconstruct
+        sets = 1 if fitted is None else fitted.hidden_sets
+        held = sets * self._stream.hidden.resident_bytes, self._stream.calls.nbytes
         return {
             "predicted_bytes": predict_peak(ends_bytes(self._source), *held, self._memories),
             "measured_bytes": memory.peak - memory.baseline,

@@ -202,6 +202,7 @@ def _work_table(plan: "DryRun") -> Table:
         ("two forward passes", work.forward, rates.forward, seconds.forward),
         ("Hessians (Gram matrices)", work.gram, rates.gram, seconds.gram),
         ("solver", work.solve, rates.solve, seconds.solve),
+        *([("block matching", work.matching, rates.forward, seconds.matching)] if work.matching else []),
     ):
         table.add_row(name, f"{done / 1e9:,.1f}", f"{rate / 1e9:,.0f}", format_seconds(duration))
     for name, duration in (("sampling text", plan.around.sampling), ("perplexity", plan.around.evaluation)):
@@ -225,6 +226,7 @@ def _memory_table(plan: "DryRun") -> Table:
         ("held-back (validation) rows", layer.held_back),
         ("forward pass", layer.forward),
         ("solver", layer.solving),
+        *([("block matching", layer.matching)] if layer.matching else []),
     ):
         table.add_row(name, format_size(nbytes))
     table.add_row(Text("predicted peak", "bold"), Text(format_size(memory.peak), "bold"))
