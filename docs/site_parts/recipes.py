@@ -20,7 +20,7 @@ from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.rotation import RotationOptions
 from llmprune.recipe.sections import Experts, Rule
 from llmprune.recipe.structures import SECTIONS, Amount, Structures
-from llmprune.text.tokens import TextSpec
+from llmprune.text.tokens import EvaluationSpec, TextSpec
 from site_parts.docstrings import attributes, summary
 from site_parts.markdown import code, literal, table
 
@@ -58,7 +58,7 @@ def kind(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return ", ".join(literal(word) for word in get_args(annotation))
     if get_origin(annotation) is tuple:
         return f"list of {kind(get_args(annotation)[0])}s"
-    if isinstance(annotation, type) and (annotation is TextSpec or issubclass(annotation, BaseModel)):
+    if isinstance(annotation, type) and issubclass(annotation, (TextSpec, BaseModel)):
         return "rule" if annotation is Rule else "section"
     return _WORDS[annotation] + bounds
 
@@ -109,6 +109,8 @@ def text_keys() -> str:
         both = (_default(getattr(text, field.name)) for text in (filled.calibration, filled.evaluation))
         shown = kind(types[field.name]).removesuffix(" or `null`")
         rows.append((literal(field.name), shown, *both, _in_yaml(meanings[field.name])))
+    prompts = _default(list(filled.evaluation.prompts))
+    rows.append((literal("prompts"), "list of texts", "", prompts, _in_yaml(attributes(EvaluationSpec)["prompts"])))
     return table(("key", "type", "default of calibration", "default of evaluation", "meaning"), rows)
 
 

@@ -1,17 +1,23 @@
 """Runs that fit each layer as a whole: what the report has, and that no interruption shows in the result."""
 
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from folders import tensors, untimed, weights_and_texts
+from rich.console import Console
 from tiny_models import build, recipe, save, tokenizer
 from transformers import AutoModelForCausalLM
 
 from llmprune import Report, prune
+from llmprune.cli.tables.pruning import report_table
 from llmprune.errors import RecipeError
+from llmprune.pages.fitted import fitting_facts
 from llmprune.pruning.writing import Writer
 from llmprune.storage.report import load_report
 
@@ -26,7 +32,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fitting(target: str = "corrected", **changes: Any) -> dict[str, Any]:
-    """Half of the calibration text for training is as much as the rest of the recipe's."""
     return recipe(**{"method": "wanda", "held_back": 2, "reconstruct": {"target": target, **QUICK}, **changes})
 
 
@@ -137,11 +142,10 @@ def test_a_model_in_memory_is_fitted_alike(llama: Path, tmp_path: Path, target: 
 
 def test_correcting_brings_the_last_layer_nearest_to_the_dense_model(llama: Path, tmp_path: Path) -> None:
     """What the targets are for: earlier errors are corrected only where the dense model's states are the target."""
-    more = {"calibration": {"source": "self", "samples": 12, "length": 24}}
     found = {}
     for target in ("local", "corrected"):
-        settings = fitting(target, **more, evaluation={"samples": 4, "length": 24})
-        settings["reconstruct"] = {"target": target, "epochs": 8, "lr": 1e-3, "sequences": 2}
+        settings = fitting(target, evaluation={"samples": 4, "length": 24})
+        settings["reconstruct"] = {"target": target, "epochs": 4, "lr": 2e-3, "sequences": 2}
         report = prune(llama, settings, tmp_path / target)
         found[target] = report.header["evaluation"]["kl_divergence"]
     assert found["corrected"] < found["local"]
@@ -150,3 +154,24 @@ def test_correcting_brings_the_last_layer_nearest_to_the_dense_model(llama: Path
 def test_it_needs_validation_sequences(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="reconstruct without validation sequences"):
         prune(llama, fitting(held_back=0), tmp_path / "out")
+
+
+def test_losses_of_chains_reach_the_report_the_page_and_the_terminal(llama: Path, tmp_path: Path, stopped: Any) -> None:
+    settings = fitting(method=["wanda", "swaps", "refit"])
+    out = tmp_path / "out"
+    stopped(llama, settings, out)
+    report = prune(llama, settings, out, resume=True)
+    for row in report.rows:
+        assert [loss.step for loss in row.losses] == ["", "swaps", "refit"]
+        assert [loss.loss for loss in row.losses] == sorted((loss.loss for loss in row.losses), reverse=True)
+    stored = json.loads((out / "report.json").read_text())["rows"]
+    assert [row["losses"] for row in stored] == [[asdict(loss) for loss in row.losses] for row in report.rows]
+    assert load_report(out).rows == report.rows
+    assert prune(llama, settings, out, resume=True).rows == report.rows
+    shown = StringIO()
+    Console(width=400, file=shown).print(report_table(report, out))
+    for name, line in fitting_facts(report):
+        assert f"{name}" in shown.getvalue()
+        assert line in shown.getvalue()
+        assert line in (out / "report.html").read_text()
+    assert [name for name, _ in fitting_facts(report)] == ["loss after each step", "block matching"]

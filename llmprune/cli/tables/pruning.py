@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmprune.cli.console import facts, new_table
+from llmprune.pages.fitted import fitting_facts
 from llmprune.pages.headline import headline
 from llmprune.pages.labels import massive_line, opened
 from llmprune.units import format_change, format_seconds, format_size, spans
@@ -35,6 +36,7 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
         *([("sparsity", _sparsity(report))] if report.rows else []),
         *_allocation_facts(header.get("allocation")),
         ("relative output error", error),
+        *fitting_facts(report),
         ("dampening increased", f"for {_matrices(climbed)}"),
         *([("massive activations", massive_line(report.massive))] if report.massive else []),
         ("too few tokens", f"for {_matrices(priors)} of experts"),

@@ -147,7 +147,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Work:
         with float32_products("ieee"):
             solve = runs_per_second(lambda: wide @ wide, device)
     operations = 2 * size**3
-    return Work(operations * forward, operations * gram, operations * solve)
+    return Work(operations * forward, operations * gram, operations * solve, operations * forward)
 
 
 class _Look:
