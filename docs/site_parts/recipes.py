@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from llmprune.methods import Method
 from llmprune.patterns import Pattern
 from llmprune.recipe.allocation import RULES, Allocation
+from llmprune.recipe.fields import MOST
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.rotation import RotationOptions
@@ -183,7 +184,8 @@ def _default(value: Any) -> str:
 def _limits(metadata: tuple[Any, ...]) -> Iterator[tuple[Any, str, str]]:
     for entry in metadata:
         for limit in entry.metadata if isinstance(entry, FieldInfo) else (entry,):
-            if type(limit) in _BOUNDS:
+            # What only keeps torch from overflowing tells no reader anything.
+            if type(limit) in _BOUNDS and limit != Le(MOST):
                 yield (limit, *_BOUNDS[type(limit)])
 
 
