@@ -56,5 +56,8 @@ def zeros(tensor: Tensor) -> int:
 def untimed(report: Report) -> dict[str, Any]:
     """A report without what differs between two runs: times and memory."""
     content = report.to_dict()
-    rows = [{key: row[key] for key in row if key not in ("seconds", "peak_bytes")} for row in content.pop("rows")]
-    return {"rows": rows, **{key: content[key] for key in content if key not in ("seconds", "memory", "finished")}}
+    timed = {
+        kind: [{key: row[key] for key in row if key not in ("seconds", "peak_bytes")} for row in content.pop(kind)]
+        for kind in ("rows", "structures", "matches")
+    }
+    return {**timed, **{key: content[key] for key in content if key not in ("seconds", "memory", "speed", "finished")}}

@@ -15,12 +15,13 @@ from pydantic.fields import FieldInfo
 from llmprune.methods import Method
 from llmprune.patterns import Pattern
 from llmprune.recipe.allocation import RULES, Allocation
+from llmprune.recipe.fields import MOST
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.rotation import RotationOptions
 from llmprune.recipe.sections import Experts, Rule
 from llmprune.recipe.structures import SECTIONS, Amount, Structures
-from llmprune.text.tokens import TextSpec
+from llmprune.text.tokens import EvaluationSpec, TextSpec
 from site_parts.docstrings import attributes, summary
 from site_parts.markdown import code, literal, table
 
@@ -109,6 +110,8 @@ def text_keys() -> str:
         both = (_default(getattr(text, field.name)) for text in (filled.calibration, filled.evaluation))
         shown = kind(types[field.name]).removesuffix(" or `null`")
         rows.append((literal(field.name), shown, *both, _in_yaml(meanings[field.name])))
+    prompts = _default(list(filled.evaluation.prompts))
+    rows.append((literal("prompts"), "list of texts", "", prompts, _in_yaml(attributes(EvaluationSpec)["prompts"])))
     return table(("key", "type", "default of calibration", "default of evaluation", "meaning"), rows)
 
 
@@ -181,7 +184,8 @@ def _default(value: Any) -> str:
 def _limits(metadata: tuple[Any, ...]) -> Iterator[tuple[Any, str, str]]:
     for entry in metadata:
         for limit in entry.metadata if isinstance(entry, FieldInfo) else (entry,):
-            if type(limit) in _BOUNDS:
+            # What only keeps torch from overflowing tells no reader anything.
+            if type(limit) in _BOUNDS and limit != Le(MOST):
                 yield (limit, *_BOUNDS[type(limit)])
 
 

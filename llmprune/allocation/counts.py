@@ -1,8 +1,7 @@
 """Exact counts: desired sparsities become whole numbers of zeros, whose total is exactly that of the uniform recipe."""
 
 import math
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llmprune.errors import PatternError
@@ -95,7 +94,8 @@ def distribute(portions: Sequence[Portion], desired: Sequence[float]) -> list[in
             steps[place] += 1
             left -= portions[place].step
     for step, count in _moves({one.step for one in portions}, left).items():
-        _move(portions, exact, steps, step, count)
+        if not _move(portions, exact, steps, step, count):
+            raise _unreachable(left)
     return steps
 
 
@@ -116,44 +116,56 @@ def _shifted(portions: Sequence[Portion], desired: Sequence[float], total: int) 
 
 def _moves(sizes: set[int], left: int) -> dict[int, int]:
     """The fewest steps of these sizes, taken or given back, that add up to what is left: size -> number."""
+    if left % math.gcd(*sizes):
+        raise _unreachable(left)
     # Any sum can be walked in an order that stays within one step of the way from 0 to what is left.
     bound = abs(left) + 2 * max(sizes)
-    came: dict[int, tuple[int, int]] = {0: (0, 0)}
-    waiting = deque([0])
-    while waiting and left not in came:
-        here = waiting.popleft()
-        for size in sorted(sizes):
-            for sign in (1, -1):
-                there = here + sign * size
-                if abs(there) <= bound and there not in came:
-                    came[there] = (size, sign)
-                    waiting.append(there)
-    if left not in came:
-        raise _unreachable(left)
+    steps = [sign * size for size in sorted(sizes) for sign in (1, -1)]
+    # From both ends: where sizes have no common divisor, one end alone would visit every sum in the bound.
+    came: list[dict[int, int]] = [{0: 0}, {left: 0}]
+    edges = [[0], [left]]
+    side = 0
+    while (met := next((here for here in edges[side] if here in came[1 - side]), None)) is None:
+        side = 1 - side
+        edges[side] = list(_beyond(edges[side], steps, came[side], bound))
+        if not edges[side]:
+            raise _unreachable(left)
     moves: dict[int, int] = {}
-    here = left
-    while here:
-        size, sign = came[here]
-        moves[size] = moves.get(size, 0) + sign
-        here -= sign * size
+    for side, direction in ((0, 1), (1, -1)):
+        here = met
+        while step := came[side][here]:
+            moves[abs(step)] = moves.get(abs(step), 0) + (direction if step > 0 else -direction)
+            here -= step
     return moves
 
 
-def _move(portions: Sequence[Portion], exact: Sequence[float], steps: list[int], step: int, count: int) -> None:
-    """Add `count` steps (negative: take them back) where they are nearest to the exact values, in place."""
+def _beyond(edge: Sequence[int], steps: Sequence[int], came: dict[int, int], bound: int) -> Iterator[int]:
+    """The new sums one step away from an edge; notes by which step each was reached."""
+    for here in edge:
+        for step in steps:
+            there = here + step
+            if abs(there) <= bound and there not in came:
+                came[there] = step
+                yield there
+
+
+def _move(portions: Sequence[Portion], exact: Sequence[float], steps: list[int], step: int, count: int) -> bool:
+    """Add `count` steps (negative: take them back) nearest to the exact values; whether there is room."""
     sign = 1 if count > 0 else -1
     for _ in range(abs(count)):
         able = [
             place for place, one in enumerate(portions) if one.step == step and 0 <= steps[place] + sign <= one.steps
         ]
         if not able:
-            raise _unreachable(count * step)
+            return False
         steps[min(able, key=lambda place: sign * (steps[place] - exact[place]))] += sign
+    return True
 
 
 def _unreachable(left: int) -> PatternError:
     return PatternError(
-        f"the allocation cannot be made exact: {abs(left)} zeros are {'left over' if left > 0 else 'too many'}",
+        f"the allocation cannot be made exact: {abs(left)} zero{'s are' if abs(left) > 1 else ' is'} "
+        f"{'left over' if left > 0 else 'too many'}",
         expected="matrices whose rows or blocks add up to the number of zeros that the recipe asks for",
         fix="compare weights over each matrix (for example 0.5/matrix), or set allocation: uniform",
     )

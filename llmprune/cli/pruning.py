@@ -211,10 +211,16 @@ def _dry_run(
             console.show(*dry_run_tables(plan))
 
 
+def _begun(display: console.Display) -> bool:
+    """Whether the run has come to its layers, and so to its output folder; sampling text counts tokens."""
+    progress = display.progress
+    return progress is not None and progress.layers > 0 and progress.unit != "token"
+
+
 def _advice(display: console.Display, command: list[str], *, resume: bool, overwrite: bool) -> str:
     """One line for an interrupted run: where it stopped, and the command that continues it."""
     # The output folder is opened once the text is ready; until then an old checkpoint in it has yet to be replaced.
-    begun = display.progress is not None and display.progress.layers > 0
+    begun = _begun(display)
     option = ["--resume"] if begun or resume else ["--overwrite"] * overwrite
     where = f" ({display.where()})" if display.where() else ""
     verb = "continue" if begun or resume else "nothing was written yet; start again"
@@ -223,5 +229,5 @@ def _advice(display: console.Display, command: list[str], *, resume: bool, overw
 
 def _advice_on_memory(display: console.Display, command: list[str]) -> str:
     """One line for a run that ran out of memory; empty if it had not begun."""
-    begun = display.progress is not None and display.progress.layers > 0
+    begun = _begun(display)
     return f"with more memory, continue with: {shlex.join([*command, '--resume'])}" if begun else ""

@@ -11,6 +11,7 @@ from llmprune.pages.allocated import allocation_parts
 from llmprune.pages.beside import Beside, has_weights, read_beside, stored_bytes
 from llmprune.pages.charts import Axis, Series, level, lines, shares
 from llmprune.pages.evidence import evidence_parts
+from llmprune.pages.fitted import fitting_facts, match_parts
 from llmprune.pages.headline import headline
 from llmprune.pages.labels import divergence, massive_line, repeating_command, short_recipe, text_line, with_error
 from llmprune.pages.layers import LAYER, layer_parts, number, structure_parts
@@ -69,7 +70,7 @@ def report_page(report: Report, beside: Beside, stored_bytes: int | None = None)
     sections = (
         Section("summary", "Summary", _summary(report, stored_bytes)),
         Section("allocation", "Allocation", allocation_parts(header.get("allocation"))),
-        Section("layers", "Layers", layer_parts(report)),
+        Section("layers", "Layers", [*layer_parts(report), *match_parts(report)]),
         Section("structures", "Structures", [*_extent(header), *structure_parts(report)]),
         Section("decisions", "Why these were removed", evidence_parts(evidence)),
         Section("text", "Calibration text", _samples(header)),
@@ -95,6 +96,7 @@ def _summary(report: Report, stored_bytes: int | None) -> list[Part]:
         if evaluation["pruned"].get("nats_stderr") is not None:
             facts.append(("± of perplexity", "one standard error, taking sequences as independent draws"))
     facts += [("note", note) for note in report.notes]
+    facts += fitting_facts(report)
     if climbed:
         facts.append(("dampening increased", f"for {climbed:,} matrices whose factorisation failed at first"))
     if massive := report.massive:

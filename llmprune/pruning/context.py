@@ -1,8 +1,9 @@
 """What all parts of one run share and never change."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,14 +97,8 @@ class Run:
             self.watch.expected = lambda: sampling_needs(source)
         with self.stages("text"):
             texts = self.dense.texts(self.recipe.texts, source, tokenizer, self.device, self.watch)
-        self.watch.expected = _needs(source, jobs, texts, self.settings)
+        self.watch.expected = partial(pruning_needs, source, jobs, texts, self.settings, self.recipe.reconstruct)
         return texts
-
-
-def _needs(
-    source: Source, jobs: Sequence[dict[str, Job]], texts: dict[str, Tokens], settings: StreamSettings
-) -> Callable[[], str]:
-    return lambda: pruning_needs(source, jobs, texts, settings)
 
 
 def versions() -> dict[str, str]:

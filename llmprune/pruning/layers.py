@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from llmprune.devices import PeakWatch, map_large_blocks, warm_up
 from llmprune.models.sizes import ends_bytes
 from llmprune.models.source import Source
 from llmprune.progress import Progress
 from llmprune.pruning.context import Run
-from llmprune.pruning.forecast.memory import LayerMemory, layer_memory, predict_peak
+from llmprune.pruning.forecast.memory import LayerMemory, layer_memory, matching_memory, predict_peak
 from llmprune.pruning.jobs import Job
 from llmprune.pruning.solving import solve_in_turn, solve_layer
 from llmprune.pruning.targets import Targets
@@ -18,6 +18,7 @@ from llmprune.storage.output import OutputFolder
 from llmprune.storage.report import MatchRow, MatrixRow, StructureRow
 from llmprune.stream.activations import HiddenStates
 from llmprune.stream.matching import match_layer
+from llmprune.stream.observation import Group
 from llmprune.stream.stream import ResidentLayer, Stream
 from llmprune.structures.plan import consumer_shapes
 from llmprune.structures.reduction import Reduction
@@ -147,18 +148,9 @@ class LayerDriver:
             consumers = consumer_shapes(self._reduction.found, layer.index)
             self._memories.append(layer_memory(layer, [], {}, batch_tokens, held_back, consumers))
             cuts, removed = self._reduction.reduce(layer, recipe.experts.min_tokens, tell)
-        if recipe.statistics.sequential and jobs:
-            # The formula for all inputs at once is an upper bound.
-            self._memories.append(layer_memory(layer, None, jobs, batch_tokens, held_back))
-            weight, least = recipe.statistics.token_weight, recipe.experts.min_tokens
-            rows = solve_in_turn(layer, jobs, weight, least, self._run.stages, tell)
-        else:
-            tell("statistics")
-            needs = {name: job.method.needs for name, job in jobs.items()}
-            groups = layer.observe(needs, recipe.statistics.token_weight) if jobs else []
-            self._memories.append(layer_memory(layer, groups, jobs, batch_tokens, held_back))
-            rows = solve_layer(layer, groups, jobs, recipe.experts.min_tokens, self._run.stages, tell)
-        matches = [] if states is None else [self._match(layer, states, jobs or layer.matrices, tell)]
+        fitted = self._fitted(layer, jobs)
+        rows = self._solve(layer, jobs, fitted, tell)
+        matches = [] if states is None else [self._match(layer, states, fitted, tell)]
         if self._writer is not None:
             tell("writing")
             with self._run.stages("write"):
@@ -166,6 +158,30 @@ class LayerDriver:
         self._matches += matches
         self._rows += rows
         self._structures += removed
+
+    def _fitted(self, layer: ResidentLayer, jobs: Collection[str]) -> Collection[str]:
+        """The matrices that may be trained: those with a job; of a layer that only lost structures, all."""
+        return jobs or (() if self._reduction is None else layer.matrices)
+
+    def _solve(
+        self, layer: ResidentLayer, jobs: dict[str, Job], fitted: Collection[str], tell: Callable[[str], None]
+    ) -> list[MatrixRow]:
+        """Collect statistics and prune the matrices, all of them at once or in turn."""
+        recipe, stream = self._run.recipe, self._stream
+        weight, least = recipe.statistics.token_weight, recipe.experts.min_tokens
+        batch_tokens = stream.batches[0].numel()
+        held_back = recipe.held_back * stream.batches[0].shape[1]
+        groups: list[Group] | None = None  # in turn: the formula for all inputs at once is an upper bound
+        if not recipe.statistics.sequential:
+            tell("statistics")
+            needs = {name: job.method.needs for name, job in jobs.items()}
+            groups = layer.observe(needs, weight) if jobs else []
+        memory = layer_memory(layer, groups, jobs, batch_tokens, held_back)
+        matching = matching_memory(layer, fitted, recipe.reconstruct, batch_tokens)
+        self._memories.append(replace(memory, matching=matching))
+        if groups is None:
+            return solve_in_turn(layer, jobs, weight, least, self._run.stages, tell) if jobs else []
+        return solve_layer(layer, groups, jobs, least, self._run.stages, tell)
 
     def _match(
         self,
@@ -186,7 +202,9 @@ class LayerDriver:
         return MatchRow(layer.name, options.target, seconds=seconds, **asdict(matched))
 
     def _measured(self, memory: PeakWatch) -> dict[str, int]:
-        held = self._stream.hidden.resident_bytes, self._stream.calls.nbytes
+        fitted = self._run.recipe.reconstruct
+        sets = 1 if fitted is None else fitted.hidden_sets
+        held = sets * self._stream.hidden.resident_bytes, self._stream.calls.nbytes
         return {
             "predicted_bytes": predict_peak(ends_bytes(self._source), *held, self._memories),
             "measured_bytes": memory.peak - memory.baseline,

@@ -23,11 +23,6 @@ class Targets:
         self._dense: HiddenStates | None = None
         self._source: Source | None = None
 
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the dense model's hidden states in memory."""
-        return 0 if self._dense is None else self._dense.resident_bytes
-
     def prepare(self, layer: ResidentLayer) -> tuple[HiddenStates, HiddenStates]:
         """Run a layer that is dense yet; returns what to run the pruned layer on, and what it should return."""
         if self._target == "local":

@@ -23,7 +23,7 @@ class Reconstruct(BaseModel):
             outputs on them), local (on those of the pruned model, the dense layer's outputs on the same), corrected (on
             those of the pruned model, the dense model's outputs: earlier layers' errors are corrected, too).
         epochs: passes over the calibration sequences at most, at least 1; the validation sequences decide.
-        lr: first learning rate of Adam, > 0.
+        lr: first learning rate of Adam, in (0, 1].
         sequences: calibration sequences a step, at least 1.
         train: weights (those that were pruned and kept), norms (their gains), biases.
     """
@@ -32,7 +32,7 @@ class Reconstruct(BaseModel):
 
     target: Target = "corrected"
     epochs: Annotated[int, Field(ge=1)] = 10
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-4
+    lr: Annotated[float, Field(gt=0, le=1)] = 3e-4
     sequences: Annotated[int, Field(ge=1)] = 8
     train: tuple[Trained, ...] = ("weights", "norms", "biases")
 
@@ -45,6 +45,14 @@ class Reconstruct(BaseModel):
             )
             raise refusal(error)
         return value
+
+    @property
+    def hidden_sets(self) -> int:
+        """Sets of hidden states in memory or on disk: the pruned model's, what layers run on, what they should return.
+
+        A layer's outputs replace its inputs only where nobody needs the inputs any more.
+        """
+        return 3 if self.target == "dense" else 2
 
     @property
     def matching(self) -> Matching:

@@ -357,7 +357,7 @@ class _Content(TypedDict):
     version: NotRequired[dict[str, str]]
     texts: NotRequired[dict[str, dict[str, Any]]]
     seconds: NotRequired[dict[str, float]]
-    memory: NotRequired[dict[str, Any]]
+    memory: NotRequired[dict[str, Any] | None]
     size: NotRequired[dict[str, int] | None]
     speed: NotRequired[dict[str, Any] | None]
     evaluation: NotRequired[_Evaluation | None]

@@ -89,7 +89,8 @@ def match_layer(
     fit = _Fit(layer, inputs, targets, options)
     masters = _masters(layer, pruned, options.train)
     if not masters:
-        return Matched(math.nan, math.nan, 0, 0)
+        error = fit.validate({})
+        return Matched(error, error, 0, 0)
     with layer.stream.stages("match"):
         return fit.run(masters, watch)
 
@@ -119,7 +120,7 @@ class _Fit:
 
     def run(self, masters: dict[str, _Master], watch: Callable[[str], None]) -> Matched:
         """Train until the validation error no longer falls; the best state is written into the layer."""
-        before = best = self._validate(masters)
+        before = best = self.validate(masters)
         kept, best_epoch, epoch = {name: m.values.detach().clone() for name, m in masters.items()}, 0, 0
         optimiser = torch.optim.Adam([m.values for m in masters.values()], lr=self._options.lr)
         steps = self._options.epochs * len(self._groups(0))
@@ -131,7 +132,7 @@ class _Fit:
                 self._accumulate(masters, group)
                 optimiser.step()
                 schedule.step()
-            error = self._validate(masters)
+            error = self.validate(masters)
             if error < best:
                 best, best_epoch = error, epoch
                 for name, master in masters.items():
@@ -161,14 +162,15 @@ class _Fit:
             with torch.enable_grad():
                 loss = self._errors(masters, batch).sum() / total
                 loss.backward()
-            if not math.isfinite(float(loss.detach())):
+            value = float(loss.detach())
+            if not math.isfinite(value):
                 raise NumericsError(
-                    f"{self._layer.name}: the loss of block matching is {float(loss)}",
+                    f"{self._layer.name}: the loss of block matching is {value}",
                     expected="a finite loss",
                     fix="lower reconstruct.lr, or set compute_dtype: float32",
                 )
 
-    def _validate(self, masters: dict[str, _Master]) -> float:
+    def validate(self, masters: dict[str, _Master]) -> float:
         """The mean error of a token on the validation sequences."""
         with torch.no_grad():
             sums = [self._errors(masters, batch).double().sum() for batch in self._validation]
@@ -198,7 +200,7 @@ def _masters(layer: ResidentLayer, pruned: Collection[str], train: Collection[Tr
     """The parameters to train, by their names in the layer."""
     matrices = {layer.matrices[name].parameter for name in pruned}
     masters = {}
-    for name, parameter in _trainable(layer, matrices, train):
+    for name, parameter in trained_parameters(layer, pruned, train):
         stored = layer.stream.source.stored_dtype(layer.index, name)
         values = parameter.detach().float().clone().requires_grad_()
         mask = parameter.detach() != 0 if name in matrices else None
@@ -206,9 +208,17 @@ def _masters(layer: ResidentLayer, pruned: Collection[str], train: Collection[Tr
     return masters
 
 
-def _trainable(
-    layer: ResidentLayer, matrices: Collection[str], train: Collection[Trained]
+def trained_parameters(
+    layer: ResidentLayer, pruned: Collection[str], train: Collection[Trained]
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The parameters that fitting a layer trains, with their names in it; they may be on the meta device.
+
+    Args:
+        layer: the layer.
+        pruned: the names of its pruned matrices.
+        train: what is trained.
+    """
+    matrices = {layer.matrices[name].parameter for name in pruned}
     for name, parameter in layer.module.named_parameters():
         last = name.rpartition(".")[2]
         vector = parameter.dim() == 1

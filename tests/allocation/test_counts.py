@@ -1,12 +1,15 @@
 """Desired sparsities become whole steps, whose zeros add up exactly."""
 
 import contextlib
+import math
+import time
+from itertools import product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from llmprune.allocation.counts import Portion, distribute, portion
+from llmprune.allocation.counts import Portion, _moves, distribute, portion
 from llmprune.errors import PatternError
 from llmprune.patterns import Block, Pattern, Unstructured, parse
 
@@ -48,13 +51,38 @@ def test_rows_of_different_lengths_are_exchanged() -> None:
     assert steps[0] < 10 < steps[1]
 
 
+@pytest.mark.parametrize("sizes", [{3, 7}, {4, 6, 10}, {5, 9, 14}])
+def test_moves_are_as_few_as_possible(sizes: set[int]) -> None:
+    """Compared with every combination."""
+    fewest: dict[int, int] = {}
+    for counts in product(range(-6, 7), repeat=len(sizes)):
+        left = sum(count * size for count, size in zip(counts, sorted(sizes), strict=True))
+        fewest[left] = min(sum(map(abs, counts)), fewest.get(left, 99))
+    for left in range(-30, 31):
+        if left % math.gcd(*sizes):
+            with pytest.raises(PatternError, match="cannot be made exact"):
+                _moves(sizes, left)
+            continue
+        moves = _moves(sizes, left)
+        assert sum(size * count for size, count in moves.items()) == left
+        assert sum(map(abs, moves.values())) == fewest[left]
+
+
+def test_awkward_sizes_do_not_take_a_visit_to_every_sum() -> None:
+    sizes = {112_927, 101_113, 40_007, 97_341, 51_909}
+    start = time.process_time()
+    moves = _moves(sizes, 23_457)
+    assert time.process_time() - start < 0.5
+    assert sum(size * count for size, count in moves.items()) == 23_457
+
+
 def test_the_largest_remainder_is_rounded_up() -> None:
     assert distribute([Portion(1, 10, 5)] * 3, [0.33, 0.58, 0.59]) == [3, 6, 6]
 
 
 def test_a_number_that_cannot_be_met_is_refused() -> None:
     matrices = [Portion(7, 3, 3), Portion(3, 2, 0), Portion(5, 2, 0)]
-    with pytest.raises(PatternError, match="cannot be made exact: 6 zeros are left over"):
+    with pytest.raises(PatternError, match="cannot be made exact: 1 zero is left over"):
         distribute(matrices, [0.3, 0.3, 0.6])
 
 

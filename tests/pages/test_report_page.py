@@ -167,7 +167,7 @@ def test_time_and_memory(tmp_path: Path) -> None:
     (time,) = page.figures["chart-time"]["data"]
     assert (time["y"], time["x"]) == (["load", "solve", "write", "other"], [1.0, 6.5, 0.5, 2.0])
     assert "10.0 s in total" in page.text
-    assert "Above a baseline of 1.0 MB (on a CPU the process" in page.text
+    assert "Above a baseline of 1.0 MB (on a CPU what the process" in page.text
     (memory,) = page.figures["chart-memory"]["data"]
     assert (memory["y"], memory["x"]) == (["predicted", "measured"], [9.0, 8.0])
     peaks, predicted = page.figures["chart-peaks"]["data"]

@@ -51,6 +51,10 @@ KEYS: dict[str, tuple[Any, bool]] = {
     "rules": ([{"match": "*.q_proj", "method": "magnitude"}], False),
     "calibration": ({"samples": 5, "length": LENGTH}, False),
     "evaluation": ({"samples": 1}, True),
+    "allocation": ("dlp", False),
+    "rotation": ({"kind": "hadamard"}, False),
+    "reconstruct": ({"epochs": 1}, False),
+    "report_to": (None, True),  # tests/pruning/test_tracking.py has a stand-in for a tracker
     "batch_size": (1, True),
     "held_back": (0, True),
     "decoder_layers": ("model.layers", True),

@@ -303,7 +303,7 @@ def test_another_description_is_no_other_run(whole: Whole, solved: list[str], tm
     [
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
-        ("{}", "cannot be read"),
+        ("{}", "has format None"),
         ('{"format": 99}', "has format 99"),
     ],
 )

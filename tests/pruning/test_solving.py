@@ -42,8 +42,7 @@ def test_a_broken_weight_is_named(tmp_path: Path, name: str, value: float, evalu
     texts = {"calibration": calibration, "evaluation": evaluation and {**calibration, **evaluation}}
     with pytest.raises(NumericsError) as caught:
         prune(source, recipe(**texts), tmp_path / "pruned")
-    named = (f"model.layers.1: the parameter {name}.weight holds 1", f"the weight of model.layers.1.{name} holds 1")
-    assert any(wording in caught.value.what for wording in named)
+    assert f"model.layers.1.{name}.weight contains NaN or infinity" in caught.value.what
     assert caught.value.fix
 
 

@@ -134,7 +134,7 @@ def test_sampling_text_says_that_the_model_is_loaded_whole(
     monkeypatch.setattr("llmprune.text.loading.generate_text", failing(MemoryError(), pytest.fail, 0))
     result = run("prune", model, "--recipe", "demo", "--output", tmp_path / "out", *SMALL)
     assert result.exit_code == 1
-    assert "Error: the memory of this machine ran out: calibration text" in result.stderr
+    assert "Error: the memory of this machine ran out: sampling text, token 1 of 216" in result.stderr
     assert "for the whole dense model, which generates the text" in result.stderr
     assert "continue with" not in result.stderr
     assert "--resume" not in result.stderr

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmprune.cli.console import facts, new_table
+from llmprune.pages.fitted import fitting_facts
 from llmprune.pages.headline import headline
 from llmprune.pages.labels import massive_line, opened
 from llmprune.units import format_change, format_seconds, format_size, spans
@@ -35,6 +36,7 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
         *([("sparsity", _sparsity(report))] if report.rows else []),
         *_allocation_facts(header.get("allocation")),
         ("relative output error", error),
+        *fitting_facts(report),
         ("dampening increased", f"for {_matrices(climbed)}"),
         *([("massive activations", massive_line(report.massive))] if report.massive else []),
         ("too few tokens", f"for {_matrices(priors)} of experts"),
@@ -202,6 +204,7 @@ def _work_table(plan: "DryRun") -> Table:
         ("two forward passes", work.forward, rates.forward, seconds.forward),
         ("Hessians (Gram matrices)", work.gram, rates.gram, seconds.gram),
         ("solver", work.solve, rates.solve, seconds.solve),
+        *([("block matching", work.matching, rates.forward, seconds.matching)] if work.matching else []),
     ):
         table.add_row(name, f"{done / 1e9:,.1f}", f"{rate / 1e9:,.0f}", format_seconds(duration))
     for name, duration in (("sampling text", plan.around.sampling), ("perplexity", plan.around.evaluation)):
@@ -225,6 +228,7 @@ def _memory_table(plan: "DryRun") -> Table:
         ("held-back (validation) rows", layer.held_back),
         ("forward pass", layer.forward),
         ("solver", layer.solving),
+        *([("block matching", layer.matching)] if layer.matching else []),
     ):
         table.add_row(name, format_size(nbytes))
     table.add_row(Text("predicted peak", "bold"), Text(format_size(memory.peak), "bold"))

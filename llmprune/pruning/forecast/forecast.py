@@ -8,9 +8,12 @@ matmuls are counted:
     Gram      2 x tokens x d^2 for each group of width d
     solve     as the methods state (`Method.work`, `Method.shared_work`): for SparseGPT d^3 / 3 for each group's
               factorisation, and 2 x out x d^2 for each matrix
+    matching  if layers are fitted as a whole: 6 x elements x training tokens for each epoch, 2 x elements x validation
+              tokens for each and once before, and one more forward pass of the dense layer
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from llmprune.pruning.allocating.cost import allocation_cost
 from llmprune.pruning.allocating.pool import find_pool
 from llmprune.pruning.context import Run
 from llmprune.pruning.forecast.around import measure_around
-from llmprune.pruning.forecast.memory import layer_memory
+from llmprune.pruning.forecast.memory import layer_memory, matching_memory
 from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan, Work
 from llmprune.pruning.jobs import Job, plan_jobs, require_packable
 from llmprune.pruning.rotation.rotating import Rotating
@@ -100,7 +103,8 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     layers = tuple(look.plan(indices, jobs) for indices in _kinds(source, jobs))
     structures = plan_structures(found)
     hidden = look.hidden_bytes
-    resident = min(hidden, int(settings.activation_budget))
+    sets = 1 if settings.reconstruct is None else settings.reconstruct.hidden_sets
+    resident = sets * min(hidden, int(settings.activation_budget))
     largest = max((plan.memory for plan in layers), key=lambda memory: memory.total)
     rates = measure_rates(device, source.model.dtype)
     return DryRun(
@@ -114,7 +118,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         rates=rates,
         memory=MemoryPlan(ends_bytes(source), resident, look.calls_bytes, largest),
         disk_bytes=_disk_bytes(source, result, found) + (0 if rotating is None else rotating.nbytes),
-        spilled_bytes=hidden - resident,
+        spilled_bytes=sets * hidden - resident,
         notes=(
             *_notes(settings, source),
             *([] if rotating is None else [rotating.note]),
@@ -143,7 +147,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Work:
         with float32_products("ieee"):
             solve = runs_per_second(lambda: wide @ wide, device)
     operations = 2 * size**3
-    return Work(operations * forward, operations * gram, operations * solve)
+    return Work(operations * forward, operations * gram, operations * solve, operations * forward)
 
 
 class _Look:
@@ -192,7 +196,10 @@ class _Look:
             groups = layer.observe(needs) if needs else []
             held_back = self._recipe.held_back * self._length
             consumers = consumer_shapes(self._reduction.found, index) if self._reduction else []
-            memory = layer_memory(layer, groups, jobs[index], max(self._batches) * self._length, held_back, consumers)
+            batch_tokens = max(self._batches) * self._length
+            memory = layer_memory(layer, groups, jobs[index], batch_tokens, held_back, consumers)
+            fitted = jobs[index] or ({} if self._reduction is None else layer.matrices)
+            matching = matching_memory(layer, fitted, self._recipe.reconstruct, batch_tokens)
             left = self._left(layer)
             work = self._work(layer, groups, jobs[index], left)
         finally:
@@ -201,7 +208,7 @@ class _Look:
         matrices = (
             _matrix_plan(name.removeprefix(prefix), shape, jobs[index].get(name)) for name, shape in left.items()
         )
-        return LayerPlan(indices, tuple(matrices), work, memory)
+        return LayerPlan(indices, tuple(matrices), work, replace(memory, matching=matching))
 
     def _left(self, layer: ResidentLayer) -> dict[str, tuple[int, int]]:
         """Matrix -> (out, in) after structures are removed from the layer."""
@@ -233,7 +240,17 @@ class _Look:
             forward += observations(self._reduction.found, layer.index) * dense
             gram, solve = removal_work(self._reduction.found, layer.index, counted)
             products, factors = products + gram, factors + solve
-        return Work(2 * forward * self.tokens, products, factors + solving)
+        return Work(2 * forward * self.tokens, products, factors + solving, self._matching(layer, shares, elements))
+
+    def _matching(self, layer: ResidentLayer, shares: Mapping[str, float], elements: float) -> float:
+        """Operations of fitting the layer, with this many elements left for each token, in all epochs."""
+        options = self._recipe.reconstruct
+        if options is None:
+            return 0.0
+        training, validation = (n * self._length for n in (self._recipe.calibration.sequences, self._recipe.held_back))
+        dense = sum(shares[name] * m.shape[0] * m.shape[1] for name, m in layer.matrices.items())
+        validated = 2 * elements * validation * (options.epochs + 1)
+        return 6 * elements * training * options.epochs + validated + 2 * dense * self.tokens
 
     def _shares(self, layer: ResidentLayer, groups: Sequence[Group]) -> dict[str, float]:
         """The fraction of the tokens that each matrix receives: 1, except for experts."""
@@ -345,5 +362,7 @@ def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
         reason = too_large(source, resolve_device(recipe.device))
         asked = f"left out: {reason}" if reason else "answered by both models, each loaded completely for it"
         yield f"{len(prompts)} prompts (evaluation.prompts) are {asked}."
+    if recipe.reconstruct is not None:
+        yield "Layers are fitted for as many epochs as allowed; most stop earlier, once validation no longer improves."
     if any(isinstance(pattern, Unstructured) and pattern.over == "layer" for pattern in recipe.patterns):
         yield "If scores are compared over a whole layer, the sparsity of each matrix is the layer's average."

@@ -3,11 +3,12 @@
     peak = what the process holds before the first layer
          + max( ends + hidden states + calls,
                 hidden states + calls + max over layers of
-                    ( weights + statistics + held-back rows + max(forward, solving) ) )
+                    ( weights + max(statistics + held-back rows + max(forward, solving), matching) ) )
 
 ends            embeddings, final norm and LM head, while text is embedded; no layer is in memory at that time. Tensors
                 that the model does not read, such as a draft head, are copied 4 MB at a time and take nothing
-hidden states   samples x length x hidden size, at most `activation_budget` (the rest is on disk)
+hidden states   samples x length x hidden size, at most `activation_budget` (the rest is on disk); with block matching
+                two or three sets of them (`Reconstruct.hidden_sets`)
 calls           masks and rotary embeddings that the model passes to its layers; equal ones are stored once
 weights         one decoder layer in the compute dtype
 statistics      4 d^2 bytes for each Gram of width d, 4 d for column norms; shared by matrices with the same input
@@ -17,6 +18,10 @@ forward         batch x length tokens x (6 hidden sizes + 3 widest dimensions) i
                 compute dtype is narrower
 solving         what the method states for the current matrix (`Method.workspace`): for [o, i] 20 o i bytes, and 6 i^2
                 more for SparseGPT
+matching        if layers are fitted as a whole: for each trained parameter 16 bytes (its value in float32, the gradient
+                and both moments of Adam), 4 for the best epoch's, 1 for the mask and one in the compute dtype, which
+                the layer runs with; 12 more for those of the largest matrix; and what the backward pass needs of one
+                batch: inputs and outputs of all matrices that a token visits, and 8 hidden sizes in float32
 
 On a CPU, the measured peak is what the process has for itself, without pages of files: glibc's allocator is told to
 return large blocks at once, and libraries make their first products before the first layer. What is left of both is a
@@ -26,14 +31,16 @@ Not counted: the logits of an evaluation, of as many positions at a time as make
 with their log-softmax for each of two models and the divergence up to 0.8 GB (`stream.guard.scoring_needs`).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from llmprune.models.sizes import ends_bytes
+from llmprune.models.sizes import active_experts, ends_bytes
 from llmprune.models.source import Source
 from llmprune.pruning.jobs import Job
+from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.statistics import Gram
 from llmprune.stream.guard import scoring_needs
+from llmprune.stream.matching import trained_parameters
 from llmprune.stream.observation import HELD_BACK_ROWS, Group
 from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
 from llmprune.text.tokens import Tokens
@@ -50,6 +57,7 @@ class LayerMemory:
         held_back: input rows kept to measure the relative output error.
         forward: activations of one batch.
         solving: workspace of its largest matrix.
+        matching: what it takes to fit it as a whole; 0 if it is not.
         shapes: (out, in) of the matrices that are pruned.
         gram_widths: width of every Gram.
     """
@@ -59,13 +67,15 @@ class LayerMemory:
     held_back: int
     forward: int
     solving: int
+    matching: int = 0
     shapes: tuple[tuple[int, int], ...] = ()
     gram_widths: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
         """Peak while the layer is resident."""
-        return self.weights + self.statistics + self.held_back + max(self.forward, self.solving)
+        pruning = self.statistics + self.held_back + max(self.forward, self.solving)
+        return self.weights + max(pruning, self.matching)
 
 
 def layer_memory(
@@ -119,6 +129,28 @@ def layer_memory(
     )
 
 
+def matching_memory(layer: ResidentLayer, names: Collection[str], fitted: Reconstruct | None, batch_tokens: int) -> int:
+    """What it takes to fit a layer as a whole; 0 if it is not.
+
+    Args:
+        layer: the layer; its parameters may be on the meta device.
+        names: its matrices that are trained.
+        fitted: how; None: it is not.
+        batch_tokens: tokens in a forward pass.
+    """
+    if fitted is None:
+        return 0
+    trained = [parameter for _, parameter in trained_parameters(layer, names, fitted.train)]
+    if not trained:
+        return 0
+    states = sum(parameter.numel() * (21 + parameter.element_size()) for parameter in trained)
+    itemsize = max(parameter.element_size() for parameter in layer.module.parameters())
+    active = active_experts(layer.stream.source.model.config)
+    seen = sum((active if m.routed else 1.0) * sum(m.shape) for m in layer.matrices.values())
+    hidden = max((min(matrix.shape) for matrix in layer.matrices.values()), default=0)
+    return states + 12 * max(p.numel() for p in trained) + round(batch_tokens * (itemsize * seen + 32 * hidden))
+
+
 def predict_peak(ends: int, hidden_states: int, calls: int, layers: Sequence[LayerMemory]) -> int:
     """The formula's peak in bytes, above what the process holds before the first layer.
 
@@ -133,7 +165,11 @@ def predict_peak(ends: int, hidden_states: int, calls: int, layers: Sequence[Lay
 
 
 def pruning_needs(
-    source: Source, jobs: Sequence[dict[str, Job]], texts: Mapping[str, Tokens], settings: StreamSettings
+    source: Source,
+    jobs: Sequence[dict[str, Job]],
+    texts: Mapping[str, Tokens],
+    settings: StreamSettings,
+    fitted: Reconstruct | None = None,
 ) -> str:
     """Say how much memory it takes to prune and to evaluate, before any layer has run.
 
@@ -142,13 +178,19 @@ def pruning_needs(
         jobs: for each layer, what is done to its matrices.
         texts: "calibration", with the held-back samples, and, if perplexity is measured, "evaluation".
         settings: device, batch size and memory.
+        fitted: how layers are fitted as a whole; None: they are not.
     """
     ids = texts["calibration"].ids
     stream = Stream(source, ids, settings)
     batch, held_back = stream.batches[0].numel(), settings.held_back * ids.shape[1]
-    layers = [layer_memory(ResidentLayer(stream, i), None, job, batch, held_back) for i, job in enumerate(jobs)]
+    layers = []
+    for index, job in enumerate(jobs):
+        layer = ResidentLayer(stream, index)
+        memory = layer_memory(layer, None, job, batch, held_back)
+        layers.append(replace(memory, matching=matching_memory(layer, job, fitted, batch)))
+    sets = 1 if fitted is None else fitted.hidden_sets
     hidden = ids.numel() * source.model.config.get_text_config().hidden_size * source.dtype.itemsize
-    peak = predict_peak(ends_bytes(source), min(hidden, settings.activation_budget), 0, layers)
+    peak = predict_peak(ends_bytes(source), sets * min(hidden, settings.activation_budget), 0, layers)
     needs = f"up to {format_size(peak)} for pruning, in addition to the program itself"
     if "evaluation" in texts:
         # Dense and pruned logits of some positions are in memory together to be compared.

@@ -34,16 +34,18 @@ class Work:
         forward: both forward passes of all calibration tokens.
         gram: Gram matrices.
         solve: factorisations and column updates.
+        matching: fitting layers as a whole, if no layer stops early.
     """
 
     forward: float
     gram: float
     solve: float
+    matching: float = 0.0
 
     @property
     def total(self) -> float:
         """The sum."""
-        return self.forward + self.gram + self.solve
+        return self.forward + self.gram + self.solve + self.matching
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +149,16 @@ class DryRun:
             forward=sum(count * work.forward for count, work in counted),
             gram=sum(count * work.gram for count, work in counted),
             solve=sum(count * work.solve for count, work in counted),
+            matching=sum(count * work.matching for count, work in counted),
         )
 
     @property
     def seconds(self) -> Work:
         """The time for the operations at the measured rates: a lower bound, see `notes`."""
         work, rates = self.work, self.rates
-        return Work(work.forward / rates.forward, work.gram / rates.gram, work.solve / rates.solve)
+        # The products of a backward pass are as fast as those of a forward pass.
+        matching = work.matching / rates.forward
+        return Work(work.forward / rates.forward, work.gram / rates.gram, work.solve / rates.solve, matching)
 
     @property
     def total_seconds(self) -> float:

@@ -48,13 +48,14 @@ def expected_shares(
     sampled = sum(sizes[name] for name, spec in recipe.texts.items() if spec.source == "self")
     scored = sizes.get("evaluation", 0)
     observed = sizes["calibration"]
+    fitted = 0 if recipe.reconstruct is None else 1 + 3 * recipe.reconstruct.epochs
     surveyed = 0 if recipe.structures is None else 1
     decoding = _DECODING["cpu" if device.type == "cpu" else "cuda"]
     costs = {
         "sampling text": decoding * sampled * (layers + head),
         "dense perplexity": scored * layers,
         "survey": surveyed * observed * layers,
-        "pruning": 2 * observed * layers + sum(_solving(source, *job, observed) for job in enumerate(jobs)),
+        "pruning": (2 + fitted) * observed * layers + sum(_solving(source, *job, observed) for job in enumerate(jobs)),
         "pruned perplexity": scored * layers,
         "perplexity, head": 2 * _SCORING * scored * head,
     }

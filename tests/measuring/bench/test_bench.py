@@ -374,7 +374,7 @@ def test_a_model_whose_cache_cannot_be_recorded_is_measured_without_graphs(monke
         return f"{model} on {device} in {dtype}"
 
     monkeypatch.setattr("llmprune.serving.loader.load", load)
-    assert benching._load(torch.device("cuda"), "auto", "m", served="dense") == "m on cuda in auto"
+    assert benching._load(torch.device("cuda"), benching.BenchSettings(), "m", served="dense") == "m on cuda in auto"
     assert asked == [(True, {"served": "dense"}), (False, {"served": "dense"})]
-    assert benching._load(torch.device("cpu"), "float32", "m") == "m on cpu in float32"
+    assert benching._load(torch.device("cpu"), benching.BenchSettings(dtype="float32"), "m") == "m on cpu in float32"
     assert len(asked) == 3

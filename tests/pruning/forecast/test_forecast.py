@@ -215,7 +215,12 @@ def test_to_dict_is_json_and_complete(folder: Path) -> None:
         "zeros": 512,
     }
     assert content["memory"]["peak"] == plan.memory.peak
-    assert content["work"] == {"forward": plan.work.forward, "gram": plan.work.gram, "solve": plan.work.solve}
+    assert content["work"] == {
+        "forward": plan.work.forward,
+        "gram": plan.work.gram,
+        "solve": plan.work.solve,
+        "matching": 0.0,
+    }
     assert content["seconds"]["forward"] == plan.seconds.forward
     assert (content["seconds"]["sampling"], content["seconds"]["evaluation"]) == (5.0, 7.0)
     assert content["seconds"]["total"] == plan.total_seconds == plan.seconds.total + 12.0

@@ -62,16 +62,19 @@ import json, sys
 from llmprune import prune
 small = ["calibration.samples=16", "calibration.length=128", "calibration.source=" + sys.argv[1]]
 small += ["batch_size=16", "held_back=2", "evaluation=null", "device=cpu"]
-print(json.dumps(prune("testbed", "wanda-50", sys.argv[2], overrides=small).header["memory"]))
+print(json.dumps(prune("testbed", "wanda-50", sys.argv[2], overrides=small + sys.argv[3:]).header["memory"]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which resident pages belong to files")
-def test_the_peak_of_a_process_of_its_own_is_the_predicted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more", [[], ["reconstruct={epochs: 1}"], ["reconstruct={epochs: 1, target: dense}"]], ids=["", "fitted", "dense"]
+)
+def test_the_peak_of_a_process_of_its_own_is_the_predicted_one(tmp_path: Path, more: list[str]) -> None:
     """The bundled model; what other tests have left in this process's heap would be used again, and go unseen."""
     (tmp_path / "text.txt").write_text(" ".join(f"word {number}" for number in range(4000)))
-    command = [sys.executable, "-c", _PROGRAM, tmp_path / "text.txt", tmp_path / "out"]
+    command = [sys.executable, "-c", _PROGRAM, tmp_path / "text.txt", tmp_path / "out", *more]
     finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     memory = json.loads(finished.stdout.splitlines()[-1])
     assert memory["measured_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.2)

@@ -1,0 +1,79 @@
+"""What chains of steps and block matching have brought, in a line for each."""
+
+from collections.abc import Iterable, Sequence
+
+from llmprune.pages.charts import Axis, Series, lines
+from llmprune.pages.layers import LAYER, number
+from llmprune.pages.page import Chart, Part, Table
+from llmprune.storage.report import MatchRow, MatrixRow, Report
+
+
+def fitting_facts(report: Report) -> list[tuple[str, str]]:
+    """Names and lines for the summary of a run; empty if its recipe has neither chains nor `reconstruct`.
+
+    Args:
+        report: the run's report.
+    """
+    chains: dict[tuple[str, ...], list[MatrixRow]] = {}
+    for row in report.rows:
+        if row.losses:
+            chains.setdefault((row.method, *(part.step for part in row.losses)), []).append(row)
+    facts = [("loss after each step", chain_line(rows)) for rows in chains.values()]
+    if report.matches:
+        facts.append(("block matching", match_line(report.matches)))
+    return facts
+
+
+def chain_line(rows: Sequence[MatrixRow]) -> str:
+    """The mean loss of some matrices after each part of their chain, and how often a step was undone.
+
+    Args:
+        rows: at least one, all pruned by chains of the same parts.
+    """
+    first = rows[0].method.partition(" + ")[0]
+    parts = []
+    for place, part in enumerate(rows[0].losses):
+        losses = [row.losses[place] for row in rows]
+        undone = sum(loss.undone is not None for loss in losses)
+        said = f"{part.step or first} {_mean(loss.loss for loss in losses):.4g}"
+        parts.append(said + (f" (undone for {undone:,} of {len(rows):,} matrices)" if undone else ""))
+    return f"{', '.join(parts)} (means of {len(rows):,} matrices)"
+
+
+def match_line(rows: Sequence[MatchRow]) -> str:
+    """The mean error of the layers before and after they were fitted, and in how many it fell."""
+    before, after = (_mean(getattr(row, which) for row in rows) for which in ("before", "after"))
+    better = sum(row.after < row.before for row in rows)
+    targets = ", ".join(dict.fromkeys(row.target for row in rows))
+    return f"mean error {before:.4g} before, {after:.4g} after ({targets}); lower in {better:,} of {len(rows):,} layers"
+
+
+def match_parts(report: Report) -> list[Part]:
+    """A chart of each layer's error before and after it was fitted; empty if none was."""
+    if not report.matches:
+        return []
+    layers = [number(row.layer) for row in report.matches]
+    series = []
+    for place, which in enumerate(("before", "after")):
+        errors = [getattr(row, which) for row in report.matches]
+        hover = [f"layer {layer}: {error:.4g} {which}" for layer, error in zip(layers, errors, strict=True)]
+        series.append(Series(which, layers, errors, hover, place))
+    rows = tuple(
+        (str(layer), f"{row.before:.4g}", f"{row.after:.4g}", f"{row.best} of {row.epochs}", f"{row.seconds:,.2f}")
+        for layer, row in zip(layers, report.matches, strict=True)
+    )
+    return [
+        Chart(
+            "chart-matching",
+            "Error of each layer before and after block matching",
+            lines(series, LAYER, Axis("relative squared error", log=True, zero=True)),
+            Table(("layer", "before", "after", "epoch kept", "seconds"), rows),
+            "Mean over the tokens of the validation sequences of ||f(h) - T||² / ||T||², T the layer's target. "
+            "Epoch 0: the layer stayed as it was.",
+        )
+    ]
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)

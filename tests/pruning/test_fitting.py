@@ -1,0 +1,177 @@
+"""Runs that fit each layer as a whole: what the report has, and that no interruption shows in the result."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import tensors, untimed, weights_and_texts
+from rich.console import Console
+from tiny_models import build, recipe, save, tokenizer
+from transformers import AutoModelForCausalLM
+
+from llmprune import Report, prune
+from llmprune.cli.tables.pruning import report_table
+from llmprune.errors import RecipeError
+from llmprune.pages.fitted import fitting_facts
+from llmprune.pruning.writing import Writer
+from llmprune.storage.report import load_report
+
+TARGETS = ("dense", "local", "corrected")
+QUICK = {"epochs": 2, "lr": 3e-3, "sequences": 2}
+SMALLER = {"ffn": {"remove": 0.5}, "depth": {"remove": 1}}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(build("llama", num_hidden_layers=4), tmp_path_factory.mktemp("model"))
+
+
+def fitting(target: str = "corrected", **changes: Any) -> dict[str, Any]:
+    return recipe(**{"method": "wanda", "held_back": 2, "reconstruct": {"target": target, **QUICK}, **changes})
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Runs a recipe that is interrupted before the third layer is committed."""
+
+    def run(source: Path, settings: dict[str, Any], folder: Path) -> None:
+        commit, seen = Writer.commit, []
+
+        def stop(self: Writer, *args: Any) -> None:
+            seen.append(args)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            commit(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Writer, "commit", stop)
+            with pytest.raises(KeyboardInterrupt):
+                prune(source, settings, folder)
+
+    return run
+
+
+@pytest.mark.parametrize("structures", [None, SMALLER], ids=["weights", "smaller"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    llama: Path, tmp_path: Path, stopped: Any, target: str, structures: dict[str, Any] | None
+) -> None:
+    settings = fitting(target, structures=structures)
+    whole = prune(llama, settings, tmp_path / "whole")
+    stopped(llama, settings, tmp_path / "resumed")
+    again = prune(llama, settings, tmp_path / "resumed", resume=True)
+    assert weights_and_texts(tmp_path / "resumed") == weights_and_texts(tmp_path / "whole")
+    assert untimed(again) == untimed(whole) == untimed(load_report(tmp_path / "resumed"))
+    layers = [row.layer for row in again.matches]
+    assert layers == [f"model.layers.{number}" for number in range(4 if structures is None else 3)]
+    assert {row.target for row in again.matches} == {target}
+
+
+def test_rows_say_what_it_brought(llama: Path, tmp_path: Path) -> None:
+    report = prune(llama, fitting(), tmp_path / "out")
+    assert all(row.after <= row.before for row in report.matches)
+    assert any(row.after < row.before and row.best > 0 for row in report.matches)
+    assert all(row.epochs >= row.best for row in report.matches)
+    assert report.header["seconds"]["match"] > 0
+    assert load_report(tmp_path / "out").matches == report.matches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_zeros_are_those_of_the_solver(tmp_path: Path, dtype: torch.dtype) -> None:
+    """In the first layer, which is solved on the same inputs with and without."""
+    source = save(build("llama", dtype), tmp_path / "dense")
+    reports = [
+        prune(source, fitting(reconstruct=reconstruct), tmp_path / name)
+        for name, reconstruct in (("fitted", QUICK), ("plain", None))
+    ]
+    fitted, plain = tensors(tmp_path / "fitted"), tensors(tmp_path / "plain")
+    for name in (f"{row.name}.weight" for row in reports[0].rows if row.layer.endswith("0")):
+        assert torch.equal(fitted[name] == 0, plain[name] == 0)
+        assert not torch.equal(fitted[name], plain[name])
+    for row in reports[0].rows:
+        assert row.zeros == int((fitted[f"{row.name}.weight"] == 0).sum())
+    assert reports[0].sparsity == reports[1].sparsity
+
+
+def test_only_pruned_matrices_are_trained(llama: Path, tmp_path: Path) -> None:
+    prune(llama, fitting(include=["*.mlp.*"], exclude=["*.3.*"]), tmp_path / "out")
+    before, after = tensors(llama), tensors(tmp_path / "out")
+    changed = {name for name in before if name.endswith("proj.weight") and not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{i}.mlp.{kind}_proj.weight" for i in range(3) for kind in ("gate", "up", "down")}
+
+
+def test_norms_alone(llama: Path, tmp_path: Path) -> None:
+    plain, normed = fitting(reconstruct=None), fitting(reconstruct={**QUICK, "train": ["norms"]})
+    prune(llama, plain, tmp_path / "plain")
+    prune(llama, normed, tmp_path / "normed")
+    plain, normed = tensors(tmp_path / "plain"), tensors(tmp_path / "normed")
+    first = [name for name in plain if ".layers.0." in name]
+    changed = {name for name in first if not torch.equal(plain[name], normed[name])}
+    assert changed == {f"model.layers.0.{which}_layernorm.weight" for which in ("input", "post_attention")}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_fitted(family: str, tmp_path: Path) -> None:
+    source = save(build(family), tmp_path / "dense")
+    report = prune(source, fitting("local"), tmp_path / "out")
+    assert any(row.after < row.before for row in report.matches)
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def in_memory(folder: Path, settings: dict[str, Any]) -> tuple[Any, Report]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return model, prune(model, settings, tokenizer=tokenizer())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_model_in_memory_is_fitted_alike(llama: Path, tmp_path: Path, target: str) -> None:
+    settings = fitting(target)
+    streamed = prune(llama, settings, tmp_path / "out")
+    model, report = in_memory(llama, settings)
+    stored = tensors(tmp_path / "out")
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+    assert untimed(report)["matches"] == untimed(streamed)["matches"]
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_correcting_brings_the_last_layer_nearest_to_the_dense_model(llama: Path, tmp_path: Path) -> None:
+    """What the targets are for: earlier errors are corrected only where the dense model's states are the target."""
+    found = {}
+    for target in ("local", "corrected"):
+        settings = fitting(target, evaluation={"samples": 4, "length": 24})
+        settings["reconstruct"] = {"target": target, "epochs": 4, "lr": 2e-3, "sequences": 2}
+        report = prune(llama, settings, tmp_path / target)
+        found[target] = report.header["evaluation"]["kl_divergence"]
+    assert found["corrected"] < found["local"]
+
+
+def test_it_needs_validation_sequences(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="reconstruct without validation sequences"):
+        prune(llama, fitting(held_back=0), tmp_path / "out")
+
+
+def test_losses_of_chains_reach_the_report_the_page_and_the_terminal(llama: Path, tmp_path: Path, stopped: Any) -> None:
+    settings = fitting(method=["wanda", "swaps", "refit"])
+    out = tmp_path / "out"
+    stopped(llama, settings, out)
+    report = prune(llama, settings, out, resume=True)
+    for row in report.rows:
+        assert [loss.step for loss in row.losses] == ["", "swaps", "refit"]
+        assert [loss.loss for loss in row.losses] == sorted((loss.loss for loss in row.losses), reverse=True)
+    stored = json.loads((out / "report.json").read_text())["rows"]
+    assert [row["losses"] for row in stored] == [[asdict(loss) for loss in row.losses] for row in report.rows]
+    assert load_report(out).rows == report.rows
+    assert prune(llama, settings, out, resume=True).rows == report.rows
+    shown = StringIO()
+    Console(width=400, file=shown).print(report_table(report, out))
+    for name, line in fitting_facts(report):
+        assert f"{name}" in shown.getvalue()
+        assert line in shown.getvalue()
+        assert line in (out / "report.html").read_text()
+    assert [name for name, _ in fitting_facts(report)] == ["loss after each step", "block matching"]
