@@ -39,7 +39,9 @@ def uninterrupted(folder: Path, layers: int = LAYERS) -> Iterator[Whole]:
     text = " ".join(f"w{number % 120 + 4}" for number in range(700))
     (folder / "text.txt").write_text(text)
     calibration = {"source": str(folder / "text.txt"), "samples": 4, "length": 16}
-    settings = dict(recipe(calibration=calibration, evaluation={"samples": 1, "source": str(folder / "text.txt")}))
+    # No prompts: two whole models would be loaded to answer them, after each of hundreds of kills.
+    evaluation = {"samples": 1, "source": str(folder / "text.txt"), "prompts": []}
+    settings = dict(recipe(calibration=calibration, evaluation=evaluation))
     before = contents(source)
     report = prune(source, settings, folder / "pruned")
     yield Whole(source, settings, folder / "pruned", report)
