@@ -30,7 +30,7 @@ from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.rotation import RotationOptions
 from llmprune.recipe.sections import Experts, Rule
 from llmprune.recipe.structures import SECTIONS, Structures
-from llmprune.text.tokens import TextSpec
+from llmprune.text.tokens import EvaluationSpec
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -130,7 +130,7 @@ def test_the_navigation_has_every_page() -> None:
     [
         ("## All keys", set(Recipe.model_fields)),
         ("## Rules", set(Rule.model_fields)),
-        ("## Calibration and evaluation", {field.name for field in fields(TextSpec)}),
+        ("## Calibration and evaluation", {field.name for field in fields(EvaluationSpec)}),
         ("## Experts of MoE models", set(Experts.model_fields)),
         *((f"### `allocation.{name}`", set(rule.model_fields)) for name, rule in RULES.items()),
         ("## Block matching", set(Reconstruct.model_fields)),

@@ -15,12 +15,13 @@ from pydantic.fields import FieldInfo
 from llmprune.methods import Method
 from llmprune.patterns import Pattern
 from llmprune.recipe.allocation import RULES, Allocation
+from llmprune.recipe.fields import MOST
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.rotation import RotationOptions
 from llmprune.recipe.sections import Experts, Rule
 from llmprune.recipe.structures import SECTIONS, Amount, Structures
-from llmprune.text.tokens import TextSpec
+from llmprune.text.tokens import EvaluationSpec, TextSpec
 from site_parts.docstrings import attributes, summary
 from site_parts.markdown import code, literal, table
 
@@ -58,7 +59,7 @@ def kind(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return ", ".join(literal(word) for word in get_args(annotation))
     if get_origin(annotation) is tuple:
         return f"list of {kind(get_args(annotation)[0])}s"
-    if isinstance(annotation, type) and (annotation is TextSpec or issubclass(annotation, BaseModel)):
+    if isinstance(annotation, type) and issubclass(annotation, TextSpec | BaseModel):
         return "rule" if annotation is Rule else "section"
     return _WORDS[annotation] + bounds
 
@@ -103,10 +104,13 @@ def text_keys() -> str:
     """The keys of `calibration` and `evaluation`."""
     filled = load_recipe({"pattern": 0.5, "method": "magnitude"})
     assert filled.evaluation is not None
-    types, meanings = get_type_hints(TextSpec, include_extras=True), attributes(TextSpec)
+    types, meanings = get_type_hints(EvaluationSpec, include_extras=True), attributes(EvaluationSpec)
     rows = []
-    for field in fields(TextSpec):
-        both = (_default(getattr(text, field.name)) for text in (filled.calibration, filled.evaluation))
+    for field in fields(EvaluationSpec):
+        both = (
+            _default(getattr(text, field.name)) if hasattr(text, field.name) else "not a key"
+            for text in (filled.calibration, filled.evaluation)
+        )
         shown = kind(types[field.name]).removesuffix(" or `null`")
         rows.append((literal(field.name), shown, *both, _in_yaml(meanings[field.name])))
     return table(("key", "type", "default of calibration", "default of evaluation", "meaning"), rows)
@@ -181,7 +185,8 @@ def _default(value: Any) -> str:
 def _limits(metadata: tuple[Any, ...]) -> Iterator[tuple[Any, str, str]]:
     for entry in metadata:
         for limit in entry.metadata if isinstance(entry, FieldInfo) else (entry,):
-            if type(limit) in _BOUNDS:
+            # What no run can reach is no bound for people.
+            if type(limit) in _BOUNDS and limit != Le(MOST):
                 yield (limit, *_BOUNDS[type(limit)])
 
 

@@ -76,8 +76,8 @@ def test_a_run_s_report_says_what_was_done(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "pruned" / "report.json").read_text())
     assert list(written) == [
         "model", "finished", "recipe", "tokens", "source", "version", "device", "compute_dtype",
-        "texts", "host", "parameters", "notes", "seconds", "memory", "size", "evaluation", "answers", "summary", "structures",
-            "matches", "rows",
+        "texts", "host", "parameters", "notes", "seconds", "memory", "size", "evaluation", "answers", "summary",
+        "structures", "matches", "rows",
     ]  # fmt: skip
     assert written["model"] == str(source)
     weights = tensors(source)
