@@ -59,7 +59,7 @@ def kind(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return ", ".join(literal(word) for word in get_args(annotation))
     if get_origin(annotation) is tuple:
         return f"list of {kind(get_args(annotation)[0])}s"
-    if isinstance(annotation, type) and issubclass(annotation, (TextSpec, BaseModel)):
+    if isinstance(annotation, type) and issubclass(annotation, TextSpec | BaseModel):
         return "rule" if annotation is Rule else "section"
     return _WORDS[annotation] + bounds
 
@@ -104,14 +104,15 @@ def text_keys() -> str:
     """The keys of `calibration` and `evaluation`."""
     filled = load_recipe({"pattern": 0.5, "method": "magnitude"})
     assert filled.evaluation is not None
-    types, meanings = get_type_hints(TextSpec, include_extras=True), attributes(TextSpec)
+    types, meanings = get_type_hints(EvaluationSpec, include_extras=True), attributes(EvaluationSpec)
     rows = []
-    for field in fields(TextSpec):
-        both = (_default(getattr(text, field.name)) for text in (filled.calibration, filled.evaluation))
+    for field in fields(EvaluationSpec):
+        both = (
+            _default(getattr(text, field.name)) if hasattr(text, field.name) else "not a key"
+            for text in (filled.calibration, filled.evaluation)
+        )
         shown = kind(types[field.name]).removesuffix(" or `null`")
         rows.append((literal(field.name), shown, *both, _in_yaml(meanings[field.name])))
-    prompts = _default(list(filled.evaluation.prompts))
-    rows.append((literal("prompts"), "list of texts", "", prompts, _in_yaml(attributes(EvaluationSpec)["prompts"])))
     return table(("key", "type", "default of calibration", "default of evaluation", "meaning"), rows)
 
 

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from llmprune.cli import console, layout
+from llmprune.cli import console
+from llmprune.cli.layout import MEASURE, OUTPUT, add
 from llmprune.cli.options import AsJson, Device, Model, Quiet, explained, quieten
 
 _EXAMPLES = """
@@ -17,26 +18,46 @@ llmprune sensitivity org/model --output out --set calibration.source=text.jsonl 
 llmprune prune org/model --recipe mine.yaml --output out --set "allocation={sensitivity: {file: sensitivity.json}}"
 """
 
+# The group of its own options in the help.
+_WHAT = "What to measure"
+
 
 def add_commands(app: typer.Typer) -> None:
     """Add the command."""
-    layout.add(app, sensitivity, layout.MEASURE, _EXAMPLES)
+    add(app, sensitivity, MEASURE, _EXAMPLES)
 
 
 def sensitivity(
     model: Model,
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder for sensitivity.json and its page. Required."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            rich_help_panel=OUTPUT,
+            help="Folder for sensitivity.json and its page. Required.",
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="Which matrices, which kind of pattern and which text; default: all, 0.5."),
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="RECIPE",
+            rich_help_panel=_WHAT,
+            help="Which matrices, which kind of pattern and which text; default: all, 0.5.",
+        ),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", rich_help_panel=_WHAT, help="Override a recipe key; may be repeated."
+        ),
     ] = None,
-    levels: Annotated[str, typer.Option(metavar="S,S,...", help="Sparsities to measure.")] = "0.3,0.5,0.7,0.9",
+    levels: Annotated[
+        str, typer.Option(metavar="S,S,...", rich_help_panel=_WHAT, help="Sparsities to measure.")
+    ] = "0.3,0.5,0.7,0.9",
     device: Device = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what it would cost; DIR is optional.")] = False,
     as_json: AsJson = False,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmprune.cli import console, layout
+from llmprune.cli import console
+from llmprune.cli.layout import OUTPUT, PRUNE, TEXT, add
 from llmprune.cli.options import AsJson, Device, Model, Quiet, explained, quieten
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ llmprune rotate org/model --output out/rotated --calibration text.jsonl --steps 
 llmprune rotate org/model --dry-run
 """
 
+# The group of its own options in the help.
+_ROTATION = "Rotation"
+
 
 class Kind(str, Enum):
     """How the rotation is found."""
@@ -35,24 +39,40 @@ class Kind(str, Enum):
 
 def add_commands(app: typer.Typer) -> None:
     """Add the command."""
-    layout.add(app, rotate, layout.PRUNE, _EXAMPLES)
+    add(app, rotate, PRUNE, _EXAMPLES)
 
 
 def rotate(
     model: Model,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder for the rotated checkpoint. Required."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            rich_help_panel=OUTPUT,
+            help="Folder for the rotated checkpoint. Required.",
+        ),
     ] = None,
     kind: Annotated[
-        Kind, typer.Option(help="learned: pruning scores are concentrated; hadamard and random need no search.")
+        Kind,
+        typer.Option(
+            metavar="KIND",
+            rich_help_panel=_ROTATION,
+            help="learned: pruning scores are concentrated; hadamard and random need no search.",
+        ),
     ] = Kind.learned,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the search.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random and Hadamard rotations.")] = 0,
+    steps: Annotated[
+        int, typer.Option(min=1, metavar="N", rich_help_panel=_ROTATION, help="Steps of the search.")
+    ] = 200,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", rich_help_panel=_ROTATION, help="Seed of random and Hadamard rotations.")
+    ] = 0,
     untie: Annotated[
         bool,
         typer.Option(
             "--untie",
+            rich_help_panel=_ROTATION,
             help="Give the LM head weights of its own if it shares those of the embeddings; the checkpoint grows by "
             "their size.",
         ),
@@ -61,15 +81,26 @@ def rotate(
         str,
         typer.Option(
             metavar="TEXT",
+            rich_help_panel=TEXT,
             help='A .txt, .jsonl or .parquet file, a dataset on the hub, or "self": text sampled from the model.',
         ),
     ] = "self",
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration sequences.")] = None,
-    length: Annotated[int | None, typer.Option(min=2, help="Their length in tokens.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+    samples: Annotated[
+        int | None, typer.Option(min=1, metavar="N", rich_help_panel=TEXT, help="Calibration sequences.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, metavar="N", rich_help_panel=TEXT, help="Their length in tokens.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", rich_help_panel=TEXT, help="Sequences per forward pass.")
+    ] = 8,
     device: Device = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in DIR.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", rich_help_panel=OUTPUT, help="Continue the interrupted run in DIR.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the checkpoint in DIR.")
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Only show the time, memory and disk space that it needs; DIR is optional."),

@@ -370,8 +370,13 @@ def find_contradiction(folder: Path) -> str | None:
     try:
         CheckpointSource(folder)
     except CheckpointError as error:
-        return error.what.removeprefix(f"{folder}: ")
+        return _without(folder, error)
     except ModelError as error:
         # Only what transformers itself could not build is a contradiction; an encoder, for example, is none.
-        return error.what.removeprefix(f"{folder}: ") if error.__cause__ else None
+        return _without(folder, error) if error.__cause__ else None
     return None
+
+
+def _without(folder: Path, error: CheckpointError | ModelError) -> str:
+    """What happened, without the name of the folder in front."""
+    return error.what.removeprefix(str(folder)).removeprefix(":").lstrip()

@@ -10,6 +10,7 @@ quantizer then works on decoder layers that have their own sizes.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ from llmprune.storage.packed_config import (
     with_packing_record,
     without_notice,
 )
+
+# While transformers loads a model, it replaces this method by one that does nothing.
+_tie_weights = PreTrainedModel.tie_weights
 
 # The name under which transformers finds the quantizer for both records.
 _THEN = f"{QUANT_METHOD}, then another"
@@ -99,11 +103,23 @@ class _UnevenLayers(HfQuantizer):  # type: ignore[misc] # transformers is not ty
         from llmprune.models.uneven import apply_per_layer, put_per_layer
 
         if checkpoint_files := options.get("checkpoint_files"):
-            require_consistent(Path(checkpoint_files[0]).parent)
+            with _tying():
+                require_consistent(Path(checkpoint_files[0]).parent)
         if self._per_layer:
             put_per_layer(model.config, self._per_layer)
             apply_per_layer(Decoder.find(model), model.config)
         super()._process_model_before_weight_loading(model, **options)
+
+
+@contextmanager
+def _tying() -> Iterator[None]:
+    """Tie weights again, within the loading of another model: of tied weights, a checkpoint has only one."""
+    disabled = PreTrainedModel.tie_weights
+    PreTrainedModel.tie_weights = _tie_weights
+    try:
+        yield
+    finally:
+        PreTrainedModel.tie_weights = disabled
 
 
 class PackedQuantizer(_UnevenLayers):

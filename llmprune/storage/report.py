@@ -14,7 +14,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from llmprune.errors import CheckpointError, MissingPackageError
 from llmprune.losses import StepLoss
-from llmprune.storage.files import write_json
+from llmprune.storage.files import read_json, write_json
 from llmprune.storage.records import CLOSED, read_as
 from llmprune.units import format_change
 
@@ -383,5 +383,7 @@ def load_report(folder: Path) -> Report:
         expected="the report of a finished run",
         fix="delete it and run again with --resume, which rewrites it",
     )
-    header = {key: value for key, value in content.items() if key not in ("rows", "structures", "matches", "summary")}
+    # As it is in the file, in its order: a report that is read and shown again is the same text.
+    written = read_json(folder / REPORT_NAME)
+    header = {key: value for key, value in written.items() if key not in ("rows", "structures", "matches", "summary")}
     return Report(content["rows"], header, content["structures"], content.get("matches", ()))

@@ -47,7 +47,7 @@ def test_prune_shows_what_it_cost(model: Path, tmp_path: Path) -> None:
     assert f"KL divergence {evaluation['kl_divergence']:.4f} nats/token" in shown
     assert "sparsity 50.00% in 14 matrices" in shown
     assert f"relative output error {report['summary']['mean_error']:.4f} (mean)" in shown
-    assert "damping increased for 0 matrices" in shown
+    assert "dampening increased for 0 matrices" in shown
     assert "too few tokens for 0 matrices of experts" in shown
     assert "predicted" in shown
     assert "measured" in shown
@@ -65,7 +65,7 @@ def test_prune_counts_raised_dampings_and_expert_priors(tmp_path: Path) -> None:
     climbed = sum(len(row["damping_tried"]) > 1 for row in rows)
     assert climbed > 0
     shown = " ".join(run(*arguments, "--resume").stdout.split())
-    assert f"damping increased for {climbed} matrices" in shown
+    assert f"dampening increased for {climbed} matrices" in shown
     assert f"too few tokens for {2 * 4 * 2} matrices of experts" in shown
     assert "perplexity not measured" in shown
 
@@ -338,8 +338,8 @@ def test_version() -> None:
 
 # In their groups: Prune, Measure, Deploy.
 COMMANDS = (
-    "prune", "recipes", "sweep", "perplexity", "bench", "eval", "report", "compare", "inspect", "explain", "pack",
-    "unpack", "generate", "serve",
+    "prune", "recipes", "rotate", "sweep", "sensitivity", "perplexity", "bench", "eval", "report", "compare", "inspect",
+    "explain", "pack", "unpack", "generate", "serve",
 )  # fmt: skip
 
 

@@ -55,6 +55,14 @@ def test_gives_the_outputs_of_the_dense_checkpoint(tmp_path: Path, layout: str, 
     torch.testing.assert_close(logits(packed), logits(dense), rtol=1e-5, atol=1e-5)
 
 
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    folder = save_packed(tmp_path, tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / "packed" / "model.safetensors")
+    packed = load(folder / "packed")
+    assert packed.lm_head.weight is packed.model.embed_tokens.weight
+    assert same(logits(packed), logits(load(folder / "dense")))
+
+
 def test_is_bit_identical_where_it_multiplies_densely(tmp_path: Path) -> None:
     folder = save_packed(tmp_path)
     assert same(logits(load(folder / "packed")), logits(load(folder / "dense")))
