@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ from llmprune.precision import computed_in
 from llmprune.storage.files import INDEX_NAME, SINGLE_NAME, Stored, read_header, read_index, read_json
 from llmprune.storage.formats import Layout
 from llmprune.storage.packed_config import PackedWeight, as_dense, packed_layouts
+
+# Of each matrix, this many runs of this many values are read to see how many are zero.
+_PIECES, _PIECE = 8, 4096
 
 
 class CheckpointSource:
@@ -325,6 +329,23 @@ def open_checkpoint(
     else:
         dtype = getattr(torch, compute_dtype)
     return CheckpointSource(folder, dtype, decoder_layers)
+
+
+def zero_share(source: CheckpointSource) -> float:
+    """The share of exact zeros among the matrices of the decoder layers, estimated from samples of each.
+
+    Raises:
+        CheckpointError: a file has disappeared or was truncated.
+    """
+    zeros = total = 0.0
+    for index in range(len(source.layers)):
+        for stored in (source.stored[key] for key in source.layer_keys(index)):
+            if len(stored.shape) > 1 and stored.dtype.is_floating_point and isinstance(stored, Stored):
+                # Float8 knows no comparison with 0 on every device.
+                values, size = stored.sample(_PIECES, _PIECE).float(), math.prod(stored.shape)
+                zeros += float((values == 0).double().mean()) * size
+                total += size
+    return zeros / total if total else 0.0
 
 
 def positive_zeros(tensor: Tensor) -> Tensor:

@@ -225,7 +225,7 @@ def _into(
     write_report(target.path)
     discard_rotated(target.path)
     target.close()
-    track(run.recipe.report_to, report, target.path)
+    _track(run, report, target.path)
     return report
 
 
@@ -314,8 +314,13 @@ def prune_in_memory(
         if not save_pruned(model, tokenizer, output, run.recipe, report, overwrite=overwrite):
             run.watch(Progress(nothing_packed(run.recipe.format)))
         _keep_samples(output, texts, tokenizer)
-    track(run.recipe.report_to, report, output)
+    _track(run, report, output)
     return report
+
+
+def _track(run: Run, report: Report, output: Path | None) -> None:
+    if failure := track(run.recipe.report_to, report, output):
+        run.watch(Progress(failure))
 
 
 def _shrink(run: Run, model: PreTrainedModel, output: Path | None, tokenizer: Tokenizer, *, overwrite: bool) -> Report:

@@ -19,7 +19,7 @@ from llmprune.pruning.context import Run
 from llmprune.pruning.forecast.forecast import measure_rates
 from llmprune.pruning.jobs import Job, plan_jobs
 from llmprune.recipe.recipe import Recipe, load_recipe
-from llmprune.storage.files import write_json, write_text
+from llmprune.storage.files import require_writable, write_json, write_text
 from llmprune.storage.folders import writing_to
 from llmprune.storage.hub import checkpoint_digest, resolve_model
 from llmprune.text.loading import check_texts, model_positions, tokenizer_for
@@ -57,9 +57,12 @@ def sensitivity(
         What sensitivity.json holds.
 
     Raises:
+        CheckpointError: a file cannot be written in `output`; said before anything is computed.
         LlmpruneError: as for `prune`.
     """
     levels = _checked(levels)
+    for name in (JSON_NAME, PAGE_NAME):
+        require_writable(output / name)
     run, source, jobs, pool = _prepared(model, recipe, overrides, watch)
     with run.watch:
         with writing_to(output):

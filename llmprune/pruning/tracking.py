@@ -10,6 +10,7 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from llmprune.errors import MissingPackageError
+from llmprune.models.boundary import one_line
 from llmprune.pages.layers import cells
 from llmprune.storage.report import Report
 
@@ -26,16 +27,34 @@ def require_tracker(name: str | None) -> None:
         raise MissingPackageError.of(name, f"report_to: {name}")
 
 
-def track(name: str | None, report: Report, folder: Path | None) -> None:
-    """Log a finished run: its recipe, what was measured of each layer, with the layer's number as step, and the totals.
+def track(name: str | None, report: Report, folder: Path | None) -> str:
+    """Log a finished run, if it can be logged: the result is complete, and a service that fails must not hide that.
 
     Args:
         name: of the tracker; None: nothing is logged.
         report: of the run.
         folder: the output, where TensorBoard's files go; None: the current folder.
+
+    Returns:
+        A sentence about what failed; empty if nothing did.
     """
     if name is None:
-        return
+        return ""
+    try:
+        _log(name, report, folder)
+    except Exception as error:  # noqa: BLE001 - whatever a service and its client raise must not end a finished run
+        return f"the result is complete, but report_to: {name} failed: {one_line(error)}"
+    return ""
+
+
+def _log(name: str, report: Report, folder: Path | None) -> None:
+    """Log a run: its recipe, what was measured of each layer, with the layer's number as step, and the totals.
+
+    Args:
+        name: of the tracker.
+        report: of the run.
+        folder: as for `track`.
+    """
     PartialState()  # accelerate's trackers ask it for the main process
     kind: Any = LOGGER_TYPE_TO_CLASS[name]
     located = {"logging_dir": folder or Path()} if kind.requires_logging_directory and name == "tensorboard" else {}

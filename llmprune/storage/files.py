@@ -90,6 +90,26 @@ class Stored:
                     part.copy_(raw)
         return values.view(self.shape)
 
+    def sample(self, pieces: int, elements: int) -> Tensor:
+        """Read some of its values as a vector: a few runs, evenly spaced; all if they are not many more.
+
+        Args:
+            pieces: how many runs, at least 2.
+            elements: values in each.
+
+        Raises:
+            CheckpointError: the file has disappeared or was truncated.
+        """
+        size = math.prod(self.shape)
+        if size <= 2 * pieces * elements:
+            return self[...].flatten()
+        parts = []
+        for piece in range(pieces):
+            start = self.span[0] + (size - elements) * piece // (pieces - 1) * self.dtype.itemsize
+            span = start, start + elements * self.dtype.itemsize
+            parts.append(Stored(self.key, self.file, (elements,), self.dtype, span)[...])
+        return torch.cat(parts)
+
     def get_dtype(self) -> str:
         """The safetensors name of the dtype, for transformers."""
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)

@@ -1,6 +1,7 @@
 """Upload a finished checkpoint to the Hugging Face hub, after what can be checked has been checked early."""
 
 import shlex
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from llmprune.errors import UploadError
 from llmprune.storage.folders import LOCK_NAME
+
+# The hub's client waits without a limit for an answer; a machine behind a firewall may never get one.
+_SECONDS = 60.0
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
@@ -27,10 +31,17 @@ def require_upload(repository: str) -> None:
         raise UploadError(
             f"an upload to {repository} while HF_HUB_OFFLINE is set", fix="unset it, or upload the result later"
         )
-    if get_token() is None:
+    token = get_token()
+    if token is None:
         raise UploadError(f"an upload to {repository} without a token of the hub", fix=_LOGIN)
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise UploadError(
+            f"an upload to {repository} with a token that holds other characters than a token can",
+            expected="letters, digits and _ only",
+            fix=_LOGIN,
+        )
     try:
-        account: dict[str, Any] = HfApi().whoami()
+        account = _account()
     except Exception as error:  # the client's own, its transport's and the system's
         refused = isinstance(error, errors.HfHubHTTPError)
         fix = _LOGIN if refused else "check the connection, or upload the result later with `hf upload`"
@@ -73,6 +84,28 @@ def upload(folder: Path, repository: str) -> str:
 def upload_command(folder: Path, repository: str = "ORG/NAME") -> str:
     """The command that uploads a folder."""
     return shlex.join(["hf", "upload", repository, str(folder)])
+
+
+def _account() -> dict[str, Any]:
+    """What the hub knows about the token, or `TimeoutError`."""
+    answers: list[dict[str, Any]] = []
+    failures: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            answers.append(HfApi().whoami())
+        except Exception as error:  # noqa: BLE001 - raised again by the thread that waits
+            failures.append(error)
+
+    # A daemon, so that a question without an answer does not keep the process from ending.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_SECONDS)
+    if failures:
+        raise failures[0]
+    if not answers:
+        raise TimeoutError(f"no answer in {_SECONDS:.0f} seconds")
+    return answers[0]
 
 
 def _check_name(repository: str) -> None:

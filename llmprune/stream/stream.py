@@ -22,7 +22,7 @@ from llmprune.devices import PeakWatch, return_freed_memory
 from llmprune.errors import ModelError, NumericsError
 from llmprune.models.decoder import Matrix, prunable_matrices
 from llmprune.models.source import Source, eager_experts
-from llmprune.precision import float32_products
+from llmprune.precision import dtype_name, float32_products
 from llmprune.statistics import ColumnNorm, Gram, TokenWeight, check_finite
 from llmprune.stream.activations import HiddenStates, LayerCalls
 from llmprune.stream.observation import EveryMatrixSeenError, Group, Observer
@@ -311,11 +311,17 @@ class ResidentLayer:
         return weight.clone() if weight.data_ptr() == self._view(name).data_ptr() else weight
 
     def replace(self, name: str, weight: Tensor) -> None:
-        """Replace a matrix by another [out, in], rounded to the dtype in which it will be stored."""
+        """Replace a matrix by another [out, in], rounded to the dtype in which it will be stored.
+
+        Raises:
+            NumericsError: a rounded value is NaN or infinite.
+        """
         parameter = self.matrices[name].parameter
         # Rounded now, not on writing: later layers must be calibrated on the weights that will be loaded.
+        rounded = weight.to(self.stream.source.stored_dtype(self.index, parameter))
+        check_finite(rounded, f"{name}, pruned and stored in {dtype_name(rounded.dtype)},")
         with torch.no_grad():
-            self._view(name).copy_(weight.to(self.stream.source.stored_dtype(self.index, parameter)))
+            self._view(name).copy_(rounded)
         self.replaced.add(parameter)
 
     def count_zeros(self, name: str) -> int:
@@ -340,7 +346,8 @@ class ResidentLayer:
             total = ((original @ gram) * original).sum()
         else:
             return None
-        return float(lost / total) if float(total) > 0 else 0.0
+        # A total that is NaN is no 0: the ratio is NaN, too, and refused.
+        return 0.0 if float(total) <= 0 else float(lost / total)
 
     def advance(self, states: HiddenStates | None = None) -> None:
         """Run the layer in its current state; its outputs replace its inputs.

@@ -8,6 +8,14 @@ import tiny_models
 from command_line import SMALL, make_plain, run
 from folders import contents
 
+from llmprune.errors import CheckpointError
+from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.pruning.allocating.pool import Pool, find_pool
+from llmprune.pruning.allocating.scan import read_scan
+from llmprune.pruning.jobs import plan_jobs
+from llmprune.pruning.sensitivity import sensitivity
+from llmprune.recipe.recipe import load_recipe
+
 LEVELS = ("--levels", "0.3,0.7")
 TEXT = [part for part in SMALL if "evaluation" not in str(part)]
 
@@ -31,6 +39,12 @@ def scanned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "mlp.down_proj" in result.stdout
     assert "allocation, sensitivity 2 of 2" in result.stderr
     return output
+
+
+@pytest.fixture
+def pool(model: Path) -> Pool:
+    source = CheckpointSource(model)
+    return find_pool(source, plan_jobs(source, load_recipe(tiny_models.recipe(method="wanda"))))
 
 
 def test_every_unit_has_a_rising_curve(scanned: Path) -> None:
@@ -65,6 +79,33 @@ def test_a_recipe_uses_the_file(model: Path, scanned: Path, tmp_path: Path) -> N
     other = run(*arguments[:4], "--output", tmp_path / "other", *SMALL, "--set", "allocation={sensitivity: {file: no}}")
     assert other.exit_code == 1
     assert "no file" in other.stderr
+
+
+@pytest.mark.parametrize("change", [
+    {"layer": []}, {"levels": "0.3"}, {"levels": []}, {"levels": [0.7, 0.3]}, {"levels": [0.3, 1.7]}, {"errors": [0.1]},
+    {"errors": [None, 0.1]}, {"divergences": [0.1, "x"]}, None,
+])  # fmt: skip
+def test_a_damaged_file_is_refused(change: dict[str, object] | None, scanned: Path, tmp_path: Path, pool: Pool) -> None:
+    content = json.loads((scanned / "sensitivity.json").read_text("utf-8"))
+    content["units"] = [{**unit, **change} for unit in content["units"]] if change else {}
+    (tmp_path / "scan.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(CheckpointError, match=r"scan\.json (is damaged|cannot be read)"):
+        read_scan(tmp_path / "scan.json", pool)
+
+
+def test_curves_of_other_weights_are_used_and_said(scanned: Path, pool: Pool) -> None:
+    file, said = scanned / "sensitivity.json", []
+    digest = json.loads(file.read_text("utf-8"))["source"]
+    for known in (digest, None, "other"):
+        assert len(read_scan(file, pool, known, lambda progress: said.append(progress.stage))) == 2 * 7
+    assert len(said) == 1
+    assert "are of other weights than these" in said[0]
+
+
+def test_a_folder_in_the_place_of_a_result_is_refused_before_the_scan(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "sensitivity.html").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot write .*sensitivity\.html"):
+        sensitivity(model, tmp_path, watch=pytest.fail)
 
 
 def test_dry_runs_state_the_cost(model: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from llmprune import prune
 from llmprune.errors import NumericsError
+from llmprune.methods.magnitude import Magnitude
+from llmprune.methods.method import Pruned
 
 METHODS = ["magnitude", "wanda", "sparsegpt"]
 
@@ -44,6 +46,19 @@ def test_a_broken_weight_is_named(tmp_path: Path, name: str, value: float, evalu
         prune(source, recipe(**texts), tmp_path / "pruned")
     assert f"model.layers.1.{name}.weight contains NaN or infinity" in caught.value.what
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("factor", [1e8, float("nan")])
+def test_a_solution_that_cannot_be_stored_is_named(
+    factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blown_up(self: Magnitude, weight: Tensor, *_: Any) -> Pruned:
+        return Pruned(weight * factor, weight != 0)
+
+    monkeypatch.setattr(Magnitude, "__call__", blown_up)
+    source = save(build("llama", torch.float16), tmp_path / "dense")
+    with pytest.raises(NumericsError, match=r"layers\.0\..*_proj, pruned and stored in float16, holds \d+ values"):
+        prune(source, recipe(method="magnitude", held_back=0), tmp_path / "pruned")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -73,6 +73,24 @@ def test_layers_and_totals_are_logged(recorder: list[tuple[str, Any]], tmp_path:
     assert recorder == []
 
 
+def test_a_service_that_fails_does_not_end_a_finished_run(
+    recorder: list[tuple[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Recorder) -> None:
+        raise RuntimeError("no API key\nconfigured")
+
+    monkeypatch.setattr(Recorder, "start", refuse)
+    said: list[str] = []
+    prune(
+        save(build("llama"), tmp_path / "dense"),
+        recipe(report_to="wandb", method="magnitude"),
+        tmp_path / "out",
+        watch=lambda progress: said.append(progress.stage),
+    )
+    assert (tmp_path / "out" / "report.json").exists()
+    assert said[-1].startswith("the result is complete, but report_to: wandb failed: no API key")
+
+
 def test_what_is_not_finite_is_no_figure() -> None:
     evaluation = {"dense": {"perplexity": 20.0}, "pruned": {"perplexity": None}, "kl_divergence": None}
     found = final_figures(Report((row(),), {"evaluation": evaluation}))

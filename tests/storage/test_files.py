@@ -302,3 +302,10 @@ def test_results_that_could_not_be_kept_are_not_measured(
     result = run(command, folder, *options)
     assert result.exit_code == 1
     assert "is not a writable folder" in " ".join(result.stderr.split())
+
+
+def test_a_sample_of_a_tensor_is_evenly_spaced(tmp_path: Path) -> None:
+    save_file({"few": torch.arange(24.0).view(4, 6), "many": torch.arange(1000.0).view(10, 100)}, tmp_path / "x")
+    few, many = read_header(tmp_path / "x")
+    assert few.sample(3, 4).tolist() == list(range(24))
+    assert many.sample(3, 4).tolist() == [0, 1, 2, 3, 498, 499, 500, 501, 996, 997, 998, 999]

@@ -1,5 +1,6 @@
 """Uploads: what is checked first, what is sent, and what an error leaves behind."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,23 @@ def test_what_stands_against_an_upload(account: dict[str, Any], monkeypatch: pyt
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UploadError, match="HF_HUB_OFFLINE"):
         require_upload("me/model")
+
+
+@pytest.mark.parametrize("token", ["hf_SECRET\x01", "hf_SECR\u00e9T", "hf_SEC RET"])
+def test_a_malformed_token_is_not_repeated(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune.storage.upload.get_token", lambda: token)
+    with pytest.raises(UploadError, match="a token that holds other characters") as caught:
+        require_upload("me/model")
+    assert "SEC" not in str(caught.value)
+
+
+def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(HfApi, "whoami", lambda self: released.wait(30))
+    monkeypatch.setattr("llmprune.storage.upload._SECONDS", 0.01)
+    with pytest.raises(UploadError, match="cannot be reached: no answer in 0 seconds"):
+        require_upload("me/model")
+    released.set()
 
 
 def test_an_upload_sends_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,7 @@ from llmprune.pruning.jobs import Job
 from llmprune.recipe.allocation import Allocation, Alpha, Atp, Dlp, Globs, Owl, Search, Sensitivity
 from llmprune.statistics import ColumnNorm
 from llmprune.storage.folders import expanded
+from llmprune.storage.hub import checkpoint_digest
 from llmprune.stream.stream import ResidentLayer
 from llmprune.structures.decisions import MatrixChoice
 
@@ -207,7 +209,7 @@ def _atp(survey: _Survey, rule: Any) -> _Drawn:
 def _sensitivity(survey: _Survey, rule: Any) -> _Drawn:
     pool = survey.pool
     if rule.file is not None:
-        units: Sequence[UnitScan] = read_scan(expanded(rule.file), pool)
+        units: Sequence[UnitScan] = _read(survey, expanded(rule.file))
     else:
         most = max(rule.most, (1 + pool.sparsity) / 2)
         levels = [
@@ -219,6 +221,12 @@ def _sensitivity(survey: _Survey, rule: Any) -> _Drawn:
     chosen = choose_levels(curves, pool.sparsity, rule.grid)
     offsets = [level - unit.sparsity for level, unit in zip(chosen.values(), pool.units, strict=True)]
     return _Drawn(offsets, {"units": to_dict(units)})
+
+
+def _read(survey: _Survey, file: Path) -> Sequence[UnitScan]:
+    folder = survey.source.folder
+    digest = None if folder is None else checkpoint_digest(folder)
+    return read_scan(file, survey.pool, digest, survey.run.watch)
 
 
 def _search(survey: _Survey, rule: Any) -> _Drawn:

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from llmprune.allocation.curves import DamageCurve, running_maximum
 from llmprune.errors import CheckpointError, RecipeError
 from llmprune.models.source import Source
+from llmprune.progress import Progress, Watcher, ignore
 from llmprune.pruning.allocating.measuring import Inputs, collect, diverge
 from llmprune.pruning.allocating.pool import Pool, Unit, masked
 from llmprune.pruning.context import Run
 from llmprune.statistics import ColumnNorm, Gram
-from llmprune.storage.files import read_json
+from llmprune.storage.records import read_as
 from llmprune.stream.stream import ResidentLayer
 from llmprune.structures.remove.block_matrices import loss
 
@@ -52,6 +54,17 @@ class UnitScan:
             # A KL divergence of rounding noise can be negative.
             damage.append(max(reference, 0.0) * (error / errors[nearest] if errors[nearest] > 0 else 1.0))
         return DamageCurve(self.size, (0.0, *self.levels), (0.0, *damage))
+
+
+_WRITTEN, _AGAIN = "what llmprune sensitivity writes", "run it again"
+
+
+class _Scanned(TypedDict):
+    """The part of sensitivity.json that is read."""
+
+    model: str
+    source: str
+    units: tuple[UnitScan, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +159,14 @@ def to_dict(units: Sequence[UnitScan]) -> list[dict[str, Any]]:
     ]
 
 
-def read_scan(file: Path, pool: Pool) -> tuple[UnitScan, ...]:
+def read_scan(file: Path, pool: Pool, digest: str | None = None, watch: Watcher = ignore) -> tuple[UnitScan, ...]:
     """Read the curves of `llmprune sensitivity`, for the units of a pool.
+
+    Args:
+        file: sensitivity.json.
+        pool: the matrices.
+        digest: of the checkpoint that is pruned; None: it is in memory.
+        watch: told if the file is of a model with other weights, which may be meant: a fine-tuned one, for example.
 
     Raises:
         RecipeError: there is no such file, or it lacks a unit of this model.
@@ -159,23 +178,18 @@ def read_scan(file: Path, pool: Pool) -> tuple[UnitScan, ...]:
             expected="the sensitivity.json of llmprune sensitivity",
             fix="run it on this model, or leave out file to measure during the run",
         )
-    try:
-        units = [
-            UnitScan(
-                one["layer"],
-                one["kind"],
-                one["size"],
-                *(tuple(one[key]) for key in ("levels", "errors", "divergences")),
+    scanned = read_as(file, _Scanned, expected=_WRITTEN, fix=_AGAIN)
+    units = scanned["units"]
+    if digest is not None and scanned["source"] != digest:
+        watch(Progress(f"the curves in {file} are of other weights than these: of {scanned['model']}"))
+    for unit in units:
+        rising = all(low < high for low, high in zip((0.0, *unit.levels), (*unit.levels, 1.0), strict=True))
+        if not unit.levels or not rising or {len(unit.errors), len(unit.divergences)} != {len(unit.levels)}:
+            raise CheckpointError(
+                f"{file} is damaged: the curve of {unit.kind} in layer {unit.layer}", expected=_WRITTEN, fix=_AGAIN
             )
-            for one in read_json(file)["units"]
-        ]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} is damaged: {error!r}",
-            expected="what llmprune sensitivity writes",
-            fix="run it again",
-        ) from error
-    known = {(unit.layer, unit.kind, unit.size): unit for unit in units if any(v is not None for v in unit.divergences)}
+    measured = [unit for unit in units if any(value is not None for value in unit.divergences)]
+    known = {(unit.layer, unit.kind, unit.size): unit for unit in measured}
     missing = [u for u in pool.units if (u.layer, u.kind, u.size) not in known]
     if missing:
         raise RecipeError(

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llmprune.devices import describe_device, return_freed_memory
-from llmprune.errors import CheckpointError, RecipeError
-from llmprune.models.checkpoint_source import CheckpointSource, open_checkpoint, positive_zeros
+from llmprune.errors import CheckpointError, RecipeError, ResumeError
+from llmprune.models.checkpoint_source import CheckpointSource, open_checkpoint, positive_zeros, zero_share
 from llmprune.models.patched_config import patched_config
 from llmprune.precision import float32_products
 from llmprune.progress import Progress, Watcher, ignore
@@ -26,6 +27,7 @@ from llmprune.storage.folders import expanded, locked, require_empty, require_fr
 from llmprune.storage.hub import checkpoint_digest, resolve_model
 from llmprune.storage.output import OutputFolder
 from llmprune.storage.packed_config import packed_layouts
+from llmprune.storage.source_watch import SourceWatch
 from llmprune.stream.guard import MemoryGuard, sampling_needs
 from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.structures.residual import Residual, embedding_bytes, find_residual
@@ -37,6 +39,9 @@ from llmprune.timing import Stages
 # The rotation itself, kept until the result is whole, so that an interrupted run goes on with the same one. Its name
 # begins with a dot: it is no part of the result.
 _KEPT = ".rotation.safetensors"
+
+# Zeros beyond this share of a checkpoint's matrices were pruned: trained weights are hardly ever exactly 0.
+_MOST_ZEROS = 0.05
 
 
 def rotate(
@@ -70,6 +75,7 @@ def rotate(
 
     Raises:
         ModelError: a rotation would change what this architecture computes, or its embeddings are tied.
+        CheckpointError: the model is packed or pruned, changes while it is read, or the result cannot be written.
         NumericsError: the logits of the result differ by more than rounding.
         LlmpruneError: a subclass of it for everything else that a user can fix.
 
@@ -118,11 +124,13 @@ class Rotatable:
         source: the checkpoint, in float32.
         residual: its residual stream.
         untied_bytes: by how many bytes it grows because its LM head gets weights of its own.
+        unchanged: notices when its files change.
     """
 
     source: CheckpointSource
     residual: Residual
     untied_bytes: int
+    unchanged: SourceWatch
 
     @property
     def nbytes(self) -> int:
@@ -147,21 +155,28 @@ def read_options(rotation: RotationOptions | Mapping[str, Any] | None) -> Rotati
 
 
 def open_rotatable(folder: Path, job: RotationJob) -> Rotatable:
-    """Open a checkpoint in float32, and find its residual stream; no weights are read.
+    """Open a checkpoint in float32, and find its residual stream; of each matrix, a few rows are read.
 
     Raises:
         ModelError: a rotation would not be exact.
-        CheckpointError: it is packed: a rotation would fill its zeros.
+        CheckpointError: it is packed or pruned: a rotation would fill its zeros.
     """
     if packed_layouts(read_json(folder / CONFIG_NAME)):
-        raise CheckpointError(
-            f"{folder} is packed, and a rotation would fill its zeros",
-            expected="a dense checkpoint",
-            fix="rotate the checkpoint that it was pruned from, and prune again",
-        )
+        raise _filled(f"{folder} is packed")
+    unchanged = SourceWatch(folder)
     source = open_checkpoint(folder, job.settings.device, "float32", job.decoder_layers)
     residual = find_residual(source, untie=job.options.untie)
-    return Rotatable(source, residual, 0 if residual.tied is None else embedding_bytes(source))
+    if (share := zero_share(source)) > _MOST_ZEROS:
+        raise _filled(f"{folder} is pruned: {share:.1%} of the weights in its decoder layers are 0")
+    return Rotatable(source, residual, 0 if residual.tied is None else embedding_bytes(source), unchanged)
+
+
+def _filled(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what}, and a rotation would fill its zeros",
+        expected="a dense checkpoint",
+        fix="rotate the checkpoint that it was pruned from, and prune again; what is pruned already needs no rotation",
+    )
 
 
 def rotate_checkpoint(
@@ -197,7 +212,7 @@ def rotate_checkpoint(
         "device": describe_device(job.settings.device),
     }
     with locked(output):
-        target = OutputFolder.open(output, keys, resume=resume, overwrite=overwrite)
+        target = OutputFolder.open(output, keys, resume=resume, overwrite=overwrite, source=rotatable.unchanged)
         job.watch.resumable = True
         if target.complete:
             return load_rotation_report(output)
@@ -241,9 +256,16 @@ def _rotation(
     """The rotation of this run, found now or before it was interrupted, and the losses of its search."""
     file = target.path / _KEPT
     if file.exists():
-        tensors = load_file(file)
-        heads = {int(key): tensor for key, tensor in tensors.items() if key.isdigit()}
-        return Rotation(tensors["stream"], heads), tensors["losses"].tolist()
+        try:
+            tensors = load_file(file)
+            heads = {int(key): tensor for key, tensor in tensors.items() if key.isdigit()}
+            return Rotation(tensors["stream"], heads), tensors["losses"].tolist()
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ResumeError(
+                f"{file} is damaged: {error}",
+                expected="the rotation of the interrupted run",
+                fix="start again with --overwrite",
+            ) from error
     rotation, losses = _find(source, residual, tokens, job)
     kept = {str(layer): matrix for layer, matrix in rotation.heads.items()}
     write_shard(file, {"stream": rotation.stream, "losses": torch.tensor(losses, dtype=torch.float64), **kept})

@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmprune import TextSpec, dry_run, prune, rotate
-from llmprune.errors import CheckpointError, LlmpruneError, NumericsError, RecipeError
+from llmprune.errors import CheckpointError, LlmpruneError, NumericsError, RecipeError, ResumeError
 from llmprune.pruning import pipeline
 from llmprune.pruning.rotation import check
 from llmprune.pruning.rotation import rotate as rotating
 from llmprune.pruning.rotation.plan import plan_rotation
 from llmprune.pruning.rotation.report import load_rotation_report
 from llmprune.storage.files import read_index
+from llmprune.storage.folders import STAGING_NAME
 
 TEXT = TextSpec("self", samples=4, length=24)
 
@@ -207,3 +208,44 @@ def test_a_model_in_memory_is_rotated_and_pruned(tmp_path: Path) -> None:
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert torch.equal(model.model.norm.weight, torch.ones(32))
     assert float((model.model.layers[0].mlp.up_proj.weight == 0).float().mean()) == pytest.approx(0.5)
+
+
+def test_a_pruned_source_is_refused_before_any_text(dense: Path, tmp_path: Path) -> None:
+    prune(dense, recipe(method="magnitude", pattern="0.2"), tmp_path / "pruned")
+    for attempt in (
+        lambda: rotate(tmp_path / "pruned", tmp_path / "out", {"kind": "random"}, TEXT),
+        lambda: plan_rotation(tmp_path / "pruned", {"kind": "random"}, TEXT),
+        lambda: prune(tmp_path / "pruned", recipe(rotation={"kind": "random"}), tmp_path / "out"),
+    ):
+        with pytest.raises(CheckpointError, match=r"is pruned: 20\.\d% of .* fill its zeros") as caught:
+            attempt()
+        assert "rotate the checkpoint that it was pruned from" in caught.value.fix
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["source", "rotation"])
+def test_what_changes_between_layers_is_noticed(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(build("llama"), tmp_path / "dense")
+    layer_tensors = rotating.Turned.layer_tensors
+
+    def change(self: Any, index: int) -> Any:
+        found = layer_tensors(self, index)
+        if index == 1 and damage == "source":
+            with (folder / "model.safetensors").open("r+b") as handle:
+                handle.seek(-8, 2)
+                handle.write(bytes(8))
+        elif index == 1:
+            (tmp_path / "out" / STAGING_NAME / rotating._KEPT).write_bytes(b"damaged")
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(rotating.Turned, "layer_tensors", change)
+    if damage == "source":
+        with pytest.raises(CheckpointError, match="has changed while it was read"):
+            rotate(folder, tmp_path / "out", {"kind": "random"}, TEXT)
+        assert not (tmp_path / "out" / "config.json").exists()
+        return
+    with pytest.raises(KeyboardInterrupt):
+        rotate(folder, tmp_path / "out", {"kind": "random"}, TEXT)
+    with pytest.raises(ResumeError, match="is damaged"):
+        rotate(folder, tmp_path / "out", {"kind": "random"}, TEXT, resume=True)
