@@ -151,6 +151,8 @@ class LayerDriver:
         fitted = self._fitted(layer, jobs)
         rows = self._solve(layer, jobs, fitted, tell)
         matches = [] if states is None else [self._match(layer, states, fitted, tell)]
+        if matches:  # a trained weight may round to zero
+            rows = [replace(row, zeros=layer.count_zeros(row.name)) for row in rows]
         if self._writer is not None:
             tell("writing")
             with self._run.stages("write"):
