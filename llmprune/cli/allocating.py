@@ -14,7 +14,7 @@ llmprune sensitivity testbed --output out/sensitivity
 
 llmprune sensitivity org/model --output out --set calibration.source=text.jsonl --levels 0.5,0.7 --dry-run
 
-llmprune prune org/model --recipe mine.yaml --output out --set "allocation={sensitivity: {file: sensitivity.json}}"
+llmprune prune org/model --output pruned --set "allocation={sensitivity: {file: out/sensitivity.json}}"
 """
 
 
@@ -31,7 +31,12 @@ def sensitivity(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="Which matrices, which kind of pattern and which text; default: all, 0.5."),
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="RECIPE",
+            help="Which matrices, which kind of pattern and which text; default: all, 0.5.",
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated.")

@@ -45,10 +45,13 @@ def rotate(
         typer.Option("--output", "-o", metavar="DIR", help="Folder for the rotated checkpoint. Required."),
     ] = None,
     kind: Annotated[
-        Kind, typer.Option(help="learned: pruning scores are concentrated; hadamard and random need no search.")
+        Kind,
+        typer.Option(
+            metavar="KIND", help="learned: pruning scores are concentrated; hadamard and random need no search."
+        ),
     ] = Kind.learned,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the search.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random and Hadamard rotations.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of the search.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of random and Hadamard rotations.")] = 0,
     untie: Annotated[
         bool,
         typer.Option(
@@ -64,9 +67,9 @@ def rotate(
             help='A .txt, .jsonl or .parquet file, a dataset on the hub, or "self": text sampled from the model.',
         ),
     ] = "self",
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration sequences.")] = None,
-    length: Annotated[int | None, typer.Option(min=2, help="Their length in tokens.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+    samples: Annotated[int | None, typer.Option(min=1, metavar="N", help="Calibration sequences.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, metavar="N", help="Their length in tokens.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences per forward pass.")] = 8,
     device: Device = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in DIR.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.")] = False,
