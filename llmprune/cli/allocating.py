@@ -15,7 +15,7 @@ llmprune sensitivity testbed --output out/sensitivity
 
 llmprune sensitivity org/model --output out --set calibration.source=text.jsonl --levels 0.5,0.7 --dry-run
 
-llmprune prune org/model --recipe mine.yaml --output out --set "allocation={sensitivity: {file: sensitivity.json}}"
+llmprune prune org/model --output pruned --set "allocation={sensitivity: {file: out/sensitivity.json}}"
 """
 
 # The group of its own options in the help.

@@ -52,7 +52,10 @@ SparsityFlag = Annotated[
     str | None, _flag("--sparsity", "FRACTION", WHAT, "Prune this fraction of the weights, unstructured: 0.5 or 50%.")
 ]
 MethodFlag = Annotated[
-    str | None, _flag("--method", "METHOD", WHAT, "How weights are chosen: sparsegpt, wanda, magnitude or random.")
+    str | None,
+    _flag(
+        "--method", "METHOD", WHAT, "How weights are chosen: random, magnitude, wanda, ria, sparsegpt, admm or alps."
+    ),
 ]
 Dataset = Annotated[
     str | None,

@@ -84,7 +84,9 @@ def short_recipe(recipe: Mapping[str, Any]) -> str:
     structures = {name: section for name, section in (recipe.get("structures") or {}).items() if section}
     parts = [f"{name} -{_amount(section['remove'])}" for name, section in structures.items() if section.get("remove")]
     if method := recipe.get("method"):
-        parts.append(f"{next(iter(method))} {recipe.get('pattern')}")
+        # A chain is a list of steps, each with its settings like a single method.
+        steps = method if isinstance(method, list) else [method]
+        parts.append(f"{' + '.join(next(iter(step)) for step in steps)} {recipe.get('pattern')}")
     if rules := recipe.get("rules"):
         parts.append(f"{len(rules)} rule{'s' if len(rules) > 1 else ''}")
     if recipe.get("format", "dense") != "dense":

@@ -8,6 +8,7 @@ from report_rows import row
 from synthetic_runs import header, perplexity, smaller
 
 from llmprune.pages.headline import headline
+from llmprune.pages.labels import short_recipe
 from llmprune.storage.report import Report
 
 
@@ -56,3 +57,8 @@ def test_an_infinite_dense_model_has_no_factor() -> None:
     evaluation = {"dense": perplexity(None, "a" * 64), "pruned": perplexity(None, "a" * 64)}
     assert math.isinf(Report((), header(evaluation=evaluation)).dense_perplexity or 0)
     assert "infinite" in headline(Report((row(),), header(evaluation=evaluation)))
+
+
+def test_a_chain_is_named_by_its_steps() -> None:
+    chain = {"pattern": "2:4", "method": [{"wanda": {}}, {"refit": {"damping": 0.01}}]}
+    assert short_recipe(chain) == "wanda + refit 2:4"
