@@ -21,6 +21,7 @@ from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.rotation import RotationOptions
 from llmprune.recipe.sections import Experts, Rule
 from llmprune.recipe.structures import SECTIONS, Amount, Structures
+from llmprune.text.mix import MixPart, TextMix
 from llmprune.text.tokens import EvaluationSpec, TextSpec
 from site_parts.docstrings import attributes, summary
 from site_parts.markdown import code, literal, table
@@ -59,6 +60,8 @@ def kind(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return ", ".join(literal(word) for word in get_args(annotation))
     if get_origin(annotation) is tuple:
         return f"list of {kind(get_args(annotation)[0])}s"
+    if isinstance(annotation, type) and issubclass(annotation, TextMix):
+        return "list of sections"
     if isinstance(annotation, type) and issubclass(annotation, TextSpec | BaseModel):
         return "rule" if annotation is Rule else "section"
     return _WORDS[annotation] + bounds
@@ -113,6 +116,8 @@ def text_keys() -> str:
         )
         shown = kind(types[field.name]).removesuffix(" or `null`")
         rows.append((literal(field.name), shown, *both, _in_yaml(meanings[field.name])))
+    share = next(field for field in fields(MixPart) if field.name == "share")
+    rows.append((literal("share"), kind(types["temperature"]), *2 * ("equal",), attributes(MixPart)[share.name]))
     return table(("key", "type", "default of calibration", "default of evaluation", "meaning"), rows)
 
 

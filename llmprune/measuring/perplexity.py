@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from llmprune.errors import ModelError, NumericsError
-from llmprune.measuring.scoring import Scores
+from llmprune.measuring.scoring import Differences, Scores
 from llmprune.models.checkpoint_source import open_checkpoint
 from llmprune.models.source import Source
 from llmprune.precision import dtype_name
@@ -28,10 +28,10 @@ from llmprune.progress import Progress, Watcher, ignore
 from llmprune.storage.hub import resolve_model
 from llmprune.stream.guard import MemoryGuard, sampling_needs, scoring_needs
 from llmprune.stream.stream import Stream, StreamSettings
-from llmprune.stream.variants import kl_divergence
 from llmprune.stream.windows import Window
 from llmprune.text.loading import load_texts, model_positions, tokenizer_for
-from llmprune.text.tokens import TextSpec, Tokens
+from llmprune.text.mix import Text, by_source
+from llmprune.text.tokens import Tokens
 
 _LARGEST_NATS = math.log(sys.float_info.max)
 
@@ -53,6 +53,7 @@ class Perplexity:
         compute_dtype: of the forward pass, as torch names it; None in measurements from before it was recorded.
         nats_stderr: standard error of `nats`, by sequences; None with a single sequence, and in measurements from
             before it was recorded.
+        sources: the same for each text of a mix; empty for a single text.
     """
 
     perplexity: float
@@ -65,6 +66,7 @@ class Perplexity:
     calibration_error: float | None = None
     compute_dtype: str | None = None
     nats_stderr: float | None = None
+    sources: tuple["Perplexity", ...] = ()
 
     @property
     def stderr(self) -> float | None:
@@ -74,7 +76,9 @@ class Perplexity:
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON, which has no infinity: an infinite perplexity is null, with its nats given."""
         stderr = None if self.stderr is None else finite(self.stderr)
-        return {**asdict(self), "perplexity": finite(self.perplexity), "stderr": stderr, "stride": self.length}
+        content = {**asdict(self), "perplexity": finite(self.perplexity), "stderr": stderr, "stride": self.length}
+        del content["sources"]
+        return {**content, **({"sources": [part.to_dict() for part in self.sources]} if self.sources else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +91,14 @@ class PerplexityComparison:
         kl_divergence: mean KL(dense || pruned) of the next-token distributions, in nats/token; not finite if the pruned
             model gives probability zero (in float32) to a token for which the dense model does not.
         agreement: top-1 agreement: the fraction of positions whose most likely next token is the same.
+        sources: the same for each text of a mix; empty for a single text.
     """
 
     dense: Perplexity
     pruned: Perplexity
     kl_divergence: float
     agreement: float
+    sources: tuple["PerplexityComparison", ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON; a divergence that is not finite is null."""
@@ -101,12 +107,13 @@ class PerplexityComparison:
             "pruned": self.pruned.to_dict(),
             "kl_divergence": finite(self.kl_divergence),
             "agreement": self.agreement,
+            **({"sources": [part.to_dict() for part in self.sources]} if self.sources else {}),
         }
 
 
 def perplexity(
     model: str | Path,
-    text: TextSpec,
+    text: Text,
     settings: StreamSettings | None = None,
     compute_dtype: str = "auto",
     watch: Watcher = ignore,
@@ -115,8 +122,8 @@ def perplexity(
 
     Args:
         model: a hub id, a local checkpoint folder or "testbed".
-        text: which text, and how it is cut into sequences; perplexities on self-generated text cannot be compared
-            between models.
+        text: which text or mix, and how it is cut into sequences; perplexities on self-generated text cannot be
+            compared between models.
         settings: device, batch size and memory; default: the CPU, 8 sequences per forward pass.
         compute_dtype: of the forward pass, as torch names it; "auto": the checkpoint's, or float32 on a CPU without
             instructions for it.
@@ -135,7 +142,7 @@ def perplexity(
         folder = resolve_model(model)
         source = open_checkpoint(folder, settings.device, compute_dtype)
         guard(Progress("text"))
-        if text.source == "self":
+        if any(part.source == "self" for part in text.parts):
             guard.expected = lambda: sampling_needs(source)
         tokenizer = tokenizer_for([text], folder, source.config)
         text = text.fitted(model_positions(source.config), settings.device.type)
@@ -147,7 +154,7 @@ def perplexity(
 def perplexity_against(
     model: str | Path,
     dense: str | Path,
-    text: TextSpec,
+    text: Text,
     settings: StreamSettings | None = None,
     compute_dtype: str = "auto",
     watch: Watcher = ignore,
@@ -157,7 +164,7 @@ def perplexity_against(
     Args:
         model: a hub id, a local checkpoint folder or "testbed".
         dense: the model to compare with, likewise; its tokenizer is used, and self-generated text is sampled from it.
-        text: which text, and how it is cut into sequences.
+        text: which text or mix, and how it is cut into sequences.
         settings: device, batch size and memory; default: the CPU, 8 sequences per forward pass.
         compute_dtype: of both forward passes, as for `perplexity`.
         watch: called for each layer of both.
@@ -182,7 +189,7 @@ def perplexity_against(
                 fix="compare with the model that this one was pruned from",
             )
         guard(Progress("text"))
-        if text.source == "self":
+        if any(part.source == "self" for part in text.parts):
             guard.expected = lambda: sampling_needs(sources[0])
         tokenizer = tokenizer_for([text], folders[0], sources[0].config)
         text = text.fitted(model_positions(sources[0].config), settings.device.type)
@@ -212,7 +219,10 @@ def measure_perplexity(source: Source, tokens: Tokens, settings: StreamSettings,
     for window, logits in stream.logits(stream.hidden, watch=_head(watch)):
         (log_probabilities,), targets, sequences = _predictions(tokens, stream, window, logits)
         scores.add(log_probabilities, targets, sequences)
-    return _summary(scores, tokens, source)
+    whole = _summary(scores, tokens, source)
+    if not tokens.sources:
+        return whole
+    return replace(whole, sources=tuple(_summary(scores.over(rows), part, source) for rows, part in by_source(tokens)))
 
 
 def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens, watch: Watcher = ignore) -> PerplexityComparison:
@@ -225,18 +235,21 @@ def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens, watch: Wat
         tokens: the sequences that both models were run on.
         watch: called for each part of the positions.
     """
-    divergence, same = 0.0, 0
+    differences = Differences(len(tokens.ids))
     scores = (Scores(len(tokens.ids)), Scores(len(tokens.ids)))
     for window, pair in _logits(dense, pruned, _head(watch)):
         (before, after), targets, sequences = _predictions(tokens, dense, window, pair)
         scores[0].add(before, targets, sequences)
         scores[1].add(after, targets, sequences)
-        divergence += kl_divergence(before, after)
-        same += int((before.argmax(-1) == after.argmax(-1)).sum())
-    first, second = (
-        _summary(score, tokens, stream.source) for score, stream in zip(scores, (dense, pruned), strict=True)
-    )
-    return PerplexityComparison(first, second, divergence / first.predicted_tokens, same / first.predicted_tokens)
+        differences.add(before, after, sequences)
+    models = dense.source, pruned.source
+    first, second = (_summary(score, tokens, source) for score, source in zip(scores, models, strict=True))
+    count, parts = first.predicted_tokens, []
+    for rows, part in by_source(tokens) if tokens.sources else ():
+        one, other = (_summary(s.over(rows), part, source) for s, source in zip(scores, models, strict=True))
+        divergence, same = differences.over(rows)
+        parts.append(PerplexityComparison(one, other, divergence / part.predicted, same / part.predicted))
+    return PerplexityComparison(first, second, differences.divergence / count, differences.same / count, tuple(parts))
 
 
 def run_stream(source: Source, ids: Tensor, settings: StreamSettings, watch: Watcher, stage: str) -> Stream:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmprune.stream.variants import kl_divergences
+
 _BINS = 15
 
 
@@ -60,10 +62,18 @@ class Scores:
         residuals = self._losses - self.nats / count * self._counts
         return math.sqrt(sequences / (sequences - 1) * float(residuals.square().sum())) / count
 
+    def over(self, sequences: Tensor) -> "Scores":
+        """The sums over some of the sequences, whose numbers these are; without a calibration error."""
+        part = Scores(len(self._losses))
+        part._losses[sequences], part._counts[sequences] = self._losses[sequences], self._counts[sequences]
+        part.nats = float(part._losses.sum())
+        return part
+
     @property
-    def calibration_error(self) -> float:
+    def calibration_error(self) -> float | None:
         """The expected calibration error; a bin's weight cancels the count that its means are divided by."""
-        assert self._bins is not None
+        if self._bins is None:
+            return None
         hits, confidences = self._bins
         return float((hits - confidences).abs().sum() / self._counts.sum())
 
@@ -75,3 +85,39 @@ class Scores:
         # A matmul, because scatter additions on a GPU run in a different order each time.
         sums = values @ F.one_hot(bins, _BINS).double()
         self._bins = sums if self._bins is None else self._bins + sums
+
+
+class Differences:
+    """How far one model's predictions are from another's, by sequence.
+
+    Args:
+        sequences: how many there are in all.
+
+    Attributes:
+        divergence: sum of KL(first || second) so far, in nats.
+        same: positions so far whose most likely next token is the same.
+    """
+
+    def __init__(self, sequences: int) -> None:
+        self.divergence, self.same = 0.0, 0
+        self._divergences, self._same = torch.zeros(2, sequences, dtype=torch.float64)
+
+    def add(self, first: Tensor, second: Tensor, sequences: Tensor) -> None:
+        """Count positions.
+
+        Args:
+            first: log-probabilities [positions, vocabulary].
+            second: likewise.
+            sequences: [positions], the number of the sequence that each is in.
+        """
+        divergences, same = kl_divergences(first, second), first.argmax(-1) == second.argmax(-1)
+        self.divergence += float(divergences.sum())
+        self.same += int(same.sum())
+        # On the CPU, as in `Scores`.
+        places = sequences.cpu()
+        self._divergences += torch.bincount(places, divergences.cpu(), minlength=len(self._divergences))
+        self._same += torch.bincount(places, same.double().cpu(), minlength=len(self._same))
+
+    def over(self, sequences: Tensor) -> tuple[float, int]:
+        """The divergence and the number of same tokens in some of the sequences."""
+        return float(self._divergences[sequences].sum()), int(self._same[sequences].sum())

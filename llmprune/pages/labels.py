@@ -128,10 +128,18 @@ def opened(text: Mapping[str, Any]) -> str:
     return f", each after {' '.join(map(str, opening))} (not scored)" if opening else ", with nothing in front"
 
 
+def text_name(text: Mapping[str, Any]) -> str:
+    """A text in a few words, by its description in a report; a mix by the names of all its texts."""
+    if "mix" in text:
+        return f"a mix of {', '.join(text_name(part) for part in text['mix'])}"
+    if text["source"] != "self":
+        return str(text["source"])
+    return f"self-generated text that continues {text['continues']}" if text.get("continues") else "self-generated text"
+
+
 def text_line(evaluated: Mapping[str, Any]) -> str:
     """What text a report's perplexity was measured on."""
-    source = evaluated["text"]["source"]
-    text = "self-generated text" if source == "self" else source
+    text = text_name(evaluated["text"])
     protocol = f"in sequences of {evaluated['length']:,}{opened(evaluated['text'])}"
     return f"{evaluated['predicted_tokens']:,} tokens of {text}, {protocol}"
 

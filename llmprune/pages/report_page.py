@@ -13,7 +13,15 @@ from llmprune.pages.charts import Axis, Series, level, lines, shares
 from llmprune.pages.evidence import evidence_parts
 from llmprune.pages.fitted import fitting_facts, match_parts
 from llmprune.pages.headline import headline
-from llmprune.pages.labels import divergence, massive_line, repeating_command, short_recipe, text_line, with_error
+from llmprune.pages.labels import (
+    divergence,
+    massive_line,
+    repeating_command,
+    short_recipe,
+    text_line,
+    text_name,
+    with_error,
+)
 from llmprune.pages.layers import LAYER, layer_parts, number, structure_parts
 from llmprune.pages.measured import evaluation_parts, speed_parts
 from llmprune.pages.page import Chart, Facts, Lead, Listing, Note, Part, Section, Table, Tiles, render
@@ -105,7 +113,27 @@ def _summary(report: Report, stored_bytes: int | None) -> list[Part]:
         facts.append(("too few tokens", f"for {priors:,} matrices of experts"))
     if dropped := header.get("draft_head"):
         facts.append(("draft head", str(dropped)))
-    return [Lead(headline(report)), Tiles(tuple(_tiles(report, stored_bytes))), Facts(tuple(facts))]
+    tiles = Tiles(tuple(_tiles(report, stored_bytes)))
+    return [Lead(headline(report)), tiles, Facts(tuple(facts)), *_sources(evaluation or {})]
+
+
+def _sources(evaluation: Mapping[str, Any]) -> list[Part]:
+    """The figures on each text of a mix."""
+    rows = [
+        (
+            text_name(part["dense"]["text"]),
+            f"{part['dense']['predicted_tokens']:,}",
+            *(
+                with_error(math.inf if (value := part[which]["perplexity"]) is None else value, part[which]["stderr"])
+                for which in ("dense", "pruned")
+            ),
+            divergence(part["kl_divergence"]),
+            f"{part['agreement']:.1%}",
+        )
+        for part in evaluation.get("sources", ())
+    ]
+    names = ("text", "tokens", "dense perplexity", "perplexity", "KL divergence", "top-1 agreement")
+    return [Table(names, tuple(rows), caption="Perplexity by source")] if rows else []
 
 
 def _tiles(report: Report, stored_bytes: int | None) -> list[tuple[str, str, str]]:
@@ -180,7 +208,8 @@ def _extent(header: Mapping[str, Any]) -> list[Part]:
 
 def _samples(header: Mapping[str, Any]) -> list[Part]:
     """The beginnings of some self-generated sequences."""
-    excerpts = ((header.get("texts") or {}).get("calibration") or {}).get("excerpts") or []
+    text = (header.get("texts") or {}).get("calibration") or {}
+    excerpts = [excerpt for part in text.get("mix", [text]) for excerpt in part.get("excerpts") or ()]
     return [Listing(f"Sequence {place}", str(excerpt)) for place, excerpt in enumerate(excerpts, start=1)]
 
 

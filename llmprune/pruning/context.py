@@ -93,7 +93,7 @@ class Run:
         for name, spec in reversed(self.recipe.texts.items()):
             shares = expected_shares(self.recipe, source, jobs, self.device)
             self.watch(Progress(f"{name} text", step=spec.summary, shares=shares))
-        if any(spec.source == "self" for spec in self.recipe.texts.values()):
+        if any(part.source == "self" for spec in self.recipe.texts.values() for part in spec.parts):
             self.watch.expected = lambda: sampling_needs(source)
         with self.stages("text"):
             texts = self.dense.texts(self.recipe.texts, source, tokenizer, self.device, self.watch)

@@ -12,8 +12,9 @@ from llmprune.progress import Progress, Watcher, ignore
 from llmprune.stream.activations import HiddenStates, LayerCalls
 from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.text.loading import load_texts
+from llmprune.text.mix import Text
 from llmprune.text.openings import Tokenizer
-from llmprune.text.tokens import TextSpec, Tokens
+from llmprune.text.tokens import Tokens
 from llmprune.timing import Stages
 
 _STAGE = "dense perplexity"
@@ -34,7 +35,7 @@ class DensePass:
 
     def texts(
         self,
-        specs: Mapping[str, TextSpec],
+        specs: Mapping[str, Text],
         source: Source,
         tokenizer: Tokenizer,
         device: torch.device,
@@ -55,7 +56,10 @@ class DensePass:
         if source.folder is None:
             return load_texts(specs, source, tokenizer, device, watch)
         # Only self-generated text depends on the device.
-        keys = {name: (source.folder, spec, device if spec.source == "self" else None) for name, spec in specs.items()}
+        keys = {
+            name: (source.folder, spec, device if any(part.source == "self" for part in spec.parts) else None)
+            for name, spec in specs.items()
+        }
         missing = {name: specs[name] for name, key in keys.items() if key not in self._tokens}
         for name, tokens in load_texts(missing, source, tokenizer, device, watch).items():
             self._tokens[keys[name]] = tokens

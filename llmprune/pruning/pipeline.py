@@ -53,6 +53,7 @@ from llmprune.structures.removable import Removable
 from llmprune.structures.survey import check_budget
 from llmprune.text.generated import write_samples
 from llmprune.text.loading import model_positions, tokenizer_for
+from llmprune.text.mix import by_source
 from llmprune.text.openings import Tokenizer
 from llmprune.text.tokens import Tokens
 
@@ -339,8 +340,9 @@ def _shrink(run: Run, model: PreTrainedModel, output: Path | None, tokenizer: To
 
 def _keep_samples(output: Path, texts: Mapping[str, Tokens], tokenizer: Tokenizer) -> None:
     """Keep self-generated calibration text with the result: nobody else has it."""
-    if texts["calibration"].description["source"] == "self":
-        write_samples(output / SAMPLES_NAME, texts["calibration"].ids, tokenizer)
+    parts = [part.ids for _, part in by_source(texts["calibration"]) if part.description["source"] == "self"]
+    if parts:
+        write_samples(output / SAMPLES_NAME, torch.cat(parts), tokenizer)
 
 
 def _name(model: PreTrainedModel) -> str:

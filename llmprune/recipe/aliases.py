@@ -13,13 +13,17 @@ _ALIASES: Mapping[str, Mapping[str, str]] = {
     "": {"num_validation": "held_back"},
     "calibration": _TEXT,
     "evaluation": _TEXT,
+    "mix": _TEXT,
     **{name: {"dampening_frac": "damping"} for name, kind in {**METHODS, **STEPS}.items() if hasattr(kind, "damping")},
 }
 
 
 def known_path(path: KeyPath) -> KeyPath:
     """The path of a key with each part under our name."""
-    parents = ("", *path[:-1])
+    # The items of a list are named by their numbers; what is in them belongs to the list.
+    parents = [""]
+    for part in path[:-1]:
+        parents.append(parents[-1] if isinstance(part, int) else part)
     return tuple(_ALIASES.get(str(parent), {}).get(str(part), part) for parent, part in zip(parents, path, strict=True))
 
 

@@ -33,7 +33,7 @@ class Document:
 _MOST_CHARACTERS = 1 << 19
 
 # Keys whose values are paths or prose.
-_TEXT_KEYS = ("source", "description")
+_TEXT_KEYS = ("source", "continues", "description")
 _TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:null")
 
 

@@ -2,25 +2,30 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from typing import Annotated, Any, cast
 
 from pydantic import (
+    BaseModel,
     ConfigDict,
     Field,
+    GetPydanticSchema,
     PlainSerializer,
     PlainValidator,
     TypeAdapter,
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
+from pydantic_core import core_schema
 
 from llmprune.errors import LlmpruneError, RecipeError
 from llmprune.methods import METHODS, STEPS, Chain, Method, Step, method_name
 from llmprune.patterns import NM, Pattern, parse
 from llmprune.recipe.document import did_you_mean, one_of, refusal, shown_value
-from llmprune.text.tokens import EvaluationSpec, TextSpec
+from llmprune.text.mix import EvaluationMix, MixPart, Text, TextMix
+from llmprune.text.tokens import PROMPTS, EvaluationSpec, TextSpec
 
 STRICT = ConfigDict(frozen=True, extra="forbid")
 
@@ -113,12 +118,78 @@ def _read_text_spec(value: Any, build: ValidatorFunctionWrapHandler) -> TextSpec
         raise refusal(error, *_culprit(error, value)) from error
 
 
-def _read_evaluation(value: Any, build: ValidatorFunctionWrapHandler) -> EvaluationSpec:
-    if isinstance(value, Mapping) and isinstance(prompts := value.get("prompts"), list):
-        if "" in prompts:
-            raise refusal(RecipeError("a prompt is empty", expected="a text, or no prompts: []"), "prompts")
+class MixSection(BaseModel):
+    """A section with several texts; `llmprune.text.mix.TextMix` says what its keys are."""
+
+    model_config = STRICT
+
+    samples: int | None = None
+    length: int | None = None
+    mix: tuple[Annotated[MixPart, WrapValidator(_read_text_spec)], ...]
+
+
+class EvaluationMixSection(MixSection):
+    """The same, with what both models are asked."""
+
+    prompts: tuple[str, ...] = PROMPTS
+
+
+def _refuse_beside(value: Mapping[str, object]) -> None:
+    """A mix has no source of its own, and no other option of a single text but samples and length."""
+    options = {field.name for field in dataclass_fields(TextSpec)} - {"samples", "length"}
+    if stray := next((key for key in value if key in options), None):
+        error = RecipeError(f"{stray} beside a mix of texts", expected="it in one of the texts of mix")
+        raise refusal(error, stray)
+
+
+def _read_calibration(value: Any, build: ValidatorFunctionWrapHandler) -> Text:
+    if isinstance(value, Mapping) and "mix" in value:
+        _refuse_beside(value)
+        section = MixSection.model_validate_json(json.dumps(value), strict=True)
+        return _built(lambda: TextMix(section.mix, section.samples, section.length), value)
+    return _read_text_spec(value, build)
+
+
+def _read_evaluation(value: Any, build: ValidatorFunctionWrapHandler) -> Text:
+    if isinstance(value, Mapping) and isinstance(prompts := value.get("prompts"), list) and "" in prompts:
+        raise refusal(RecipeError("a prompt is empty", expected="a text, or no prompts: []"), "prompts")
+    if isinstance(value, Mapping) and "mix" in value:
+        _refuse_beside(value)
+        read = EvaluationMixSection.model_validate_json(json.dumps(value), strict=True)
+        return _built(lambda: EvaluationMix(read.mix, read.samples, read.length, prompts=read.prompts), value)
+    if isinstance(value, Mapping) and isinstance(prompts, list):
         value = {**value, "prompts": tuple(prompts)}
-    return cast(EvaluationSpec, _read_text_spec(value, build))
+    return _read_text_spec(value, build)
+
+
+def _built(build: Callable[[], TextMix], value: Mapping[str, object]) -> TextMix:
+    try:
+        return build()
+    except LlmpruneError as error:
+        raise refusal(error, *_culprit(error, value)) from error
+
+
+def _write_text(text: Text | None) -> dict[str, Any] | None:
+    """A text as recipes write it; in a mix, samples and length are those of all."""
+    if text is None:
+        return None
+    content = asdict(text)
+    if isinstance(text, TextMix):
+        parts = [{key: part[key] for key in part if key not in ("samples", "length")} for part in content.pop("mix")]
+        del content["held_back"]
+        content["mix"] = parts
+    return content
+
+
+def _text_schema(kind: type[TextSpec], read: Callable[[Any, ValidatorFunctionWrapHandler], Text]) -> GetPydanticSchema:
+    """One text is read by the type that it has; which type that is, a union of both would say in every error's path."""
+    return GetPydanticSchema(
+        lambda _, handler: core_schema.no_info_wrap_validator_function(
+            read,
+            handler.generate_schema(kind),
+            serialization=core_schema.plain_serializer_function_ser_schema(_write_text),
+        )
+    )
 
 
 def check_device(name: str) -> str:
@@ -134,5 +205,5 @@ MOST = (1 << 31) - 1
 GlobField = Annotated[str, Field(min_length=1)]
 PatternField = Annotated[Pattern, PlainValidator(_read_pattern), PlainSerializer(str)]
 MethodField = Annotated[Method, PlainValidator(read_method), PlainSerializer(write_method)]
-TextField = Annotated[TextSpec, WrapValidator(_read_text_spec)]
-EvaluationField = Annotated[EvaluationSpec, WrapValidator(_read_evaluation)]
+TextField = Annotated[TextSpec | TextMix, _text_schema(TextSpec, _read_calibration)]
+EvaluationField = Annotated[EvaluationSpec | EvaluationMix, _text_schema(EvaluationSpec, _read_evaluation)]

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
@@ -60,11 +60,13 @@ from llmprune.recipe.fields import (
 )
 from llmprune.recipe.globs import covers, matches_any
 from llmprune.recipe.messages import explain
+from llmprune.recipe.mixes import spread_mixes
 from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.rotation import RotationOptions
 from llmprune.recipe.sections import Experts, Rule, StatisticsOptions
 from llmprune.recipe.structures import SECTIONS, Structures
 from llmprune.storage.packed_config import Format, layout_name
+from llmprune.text.mix import MixPart, Text
 from llmprune.text.tokens import EvaluationSpec, TextSpec
 
 _RECIPE_FORMS = "a bundled recipe's name, the path of a YAML file, YAML text, a mapping or a Recipe"
@@ -87,8 +89,9 @@ class Recipe(BaseModel):
         rules: the first matching rule changes the pattern or method of a matrix.
         allocation: how sparse each matrix becomes, with the same number of zeros in all: uniform, owl, alpha, dlp, atp,
             sensitivity, search, one of them with its options, or shell globs with sparsities.
-        calibration: the calibration text, on which statistics are collected.
-        evaluation: the text on which perplexity is measured, and prompts that both models answer; None skips both.
+        calibration: the calibration text, or a mix of several, on which statistics are collected.
+        evaluation: the text, or a mix, on which perplexity is measured, and prompts that both models answer; None skips
+            both.
         batch_size: sequences per forward pass, at least 1; results do not depend on it, up to rounding.
         held_back: validation sequences: further calibration sequences, at least 0, that only measure the relative
             output error in the report; with 0 it is measured on the rows of the statistics.
@@ -135,10 +138,12 @@ class Recipe(BaseModel):
     def _complete_evaluation(cls, value: object, info: ValidationInfo) -> object:
         if not isinstance(value, Mapping):
             return value
-        calibration: TextSpec = info.data.get("calibration", TextSpec())
-        # Published perplexities are of a text's first sequences; self-generated text has no order to choose.
-        order = {} if value.get("source", "self") == "self" else {"order": "text"}
-        return {"length": calibration.length, **_EVALUATION, **order, **value}
+        calibration: Text = info.data.get("calibration", TextSpec())
+        length, samples = calibration.length, _EVALUATION["samples"]
+        if isinstance(mix := value.get("mix"), Sequence):
+            parts = [_evaluated(part) if isinstance(part, Mapping) else part for part in mix]
+            return {"length": length, "samples": samples, **value, "mix": parts}
+        return {"length": length, "samples": samples, **_evaluated(value)}
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
@@ -204,14 +209,17 @@ class Recipe(BaseModel):
         self._check_seeds()
 
     def _check_seeds(self) -> None:
-        evaluation, calibration = self.evaluation, self.calibration
-        if evaluation and evaluation.source == calibration.source == "self" and evaluation.seed == calibration.seed:
+        seeds = [
+            {part.seed for part in text.parts if part.source == "self"} if text else set()
+            for text in (self.calibration, self.evaluation)
+        ]
+        if both := seeds[0] & seeds[1]:
             error = RecipeError(
-                f"evaluation.seed and calibration.seed are both {evaluation.seed}",
+                f"evaluation.seed and calibration.seed are both {min(both)}",
                 expected="two different seeds; with the same one, perplexity would be measured on the calibration text",
                 fix="change one of them",
             )
-            raise refusal(error, "evaluation", "seed")
+            raise refusal(error, "evaluation", *(["seed"] if isinstance(self.evaluation, EvaluationSpec) else []))
 
     @property
     def patterns(self) -> list[Pattern]:
@@ -219,9 +227,9 @@ class Recipe(BaseModel):
         return [pattern for pattern in (self.pattern, *(rule.pattern for rule in self.rules)) if pattern is not None]
 
     @property
-    def texts(self) -> dict[str, TextSpec]:
+    def texts(self) -> dict[str, Text]:
         """The texts of a run: "calibration", with the validation sequences, and "evaluation", if there is one."""
-        held_back = replace(self.calibration, samples=self.calibration.sequences + self.held_back)
+        held_back = self.calibration.with_held_back(self.held_back)
         return {"calibration": held_back, **({"evaluation": self.evaluation} if self.evaluation else {})}
 
     def fitted(self, positions: int | None, device: str) -> "Recipe":
@@ -279,12 +287,15 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     overrides = [overrides] if isinstance(overrides, str) else overrides
     document = _open(recipe)
     rename_keys(document)
+    spread_mixes(document)
     overrides = [known_assignment(assignment) for assignment in overrides]
     keys = [assignment.partition("=")[0].strip() for assignment in overrides]
     if repeated := [key for key in keys if keys.count(key) > 1]:
         raise RecipeError(f"--set {repeated[0]} is given {keys.count(repeated[0])} times", fix="keep one of them")
     for assignment, _ in sorted(zip(overrides, keys, strict=True), key=lambda pair: pair[1].count(".")):
         override(document, assignment)
+        rename_keys(document)
+        spread_mixes(document)
     _tell_changes(document, overrides)
     try:
         # As JSON, for which pydantic's strict types accept lists as tuples and mappings as dataclasses.
@@ -292,6 +303,13 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     except ValidationError as error:
         cause, refused = explain(error, document, _known_keys)
         raise refused from cause
+
+
+def _evaluated(text: Mapping[str, Any]) -> dict[str, Any]:
+    """A text of the evaluation, with its defaults."""
+    # Published perplexities are of a text's first sequences; self-generated text has no order to choose.
+    order = {} if text.get("source", "self") == "self" else {"order": "text"}
+    return {"seed": _EVALUATION["seed"], **order, **text}
 
 
 def _tell_changes(document: Document, overrides: Sequence[str]) -> None:
@@ -355,7 +373,10 @@ def _known_keys(section: KeyPath) -> list[str]:
     """The keys that a section may have."""
     match section:
         case ("calibration" | "evaluation",):
-            return [knob.name for knob in fields(TextSpec if section == ("calibration",) else EvaluationSpec)]
+            kind = TextSpec if section == ("calibration",) else EvaluationSpec
+            return [*(knob.name for knob in fields(kind)), "mix"]
+        case ("calibration" | "evaluation", "mix", _):
+            return [knob.name for knob in fields(MixPart) if knob.name not in ("samples", "length")]
         case ("experts",):
             return list(Experts.model_fields)
         case ("statistics",):

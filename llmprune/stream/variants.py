@@ -180,7 +180,17 @@ def kl_divergence(dense: Tensor, other: Tensor) -> float:
         dense: log-probabilities [..., positions, vocabulary], float32 or wider.
         other: the same.
     """
-    return float(F.kl_div(other, dense, reduction="none", log_target=True).sum(-1).double().sum())
+    return float(kl_divergences(dense, other).sum())
+
+
+def kl_divergences(dense: Tensor, other: Tensor) -> Tensor:
+    """KL(dense || other) of each position, in nats, float64 [..., positions]; computed in float32.
+
+    Args:
+        dense: log-probabilities [..., positions, vocabulary], float32 or wider.
+        other: the same.
+    """
+    return F.kl_div(other, dense, reduction="none", log_target=True).sum(-1).double()
 
 
 def _sums(window: Window, logits: tuple[Tensor, ...], last_position: bool) -> list[float]:

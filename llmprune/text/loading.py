@@ -18,8 +18,10 @@ from llmprune.models.source import Source, widened
 from llmprune.precision import computed_in
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.storage.files import read_index
+from llmprune.text.continuations import continuations, require_documents
 from llmprune.text.documents import require_source
 from llmprune.text.generated import generate_text
+from llmprune.text.mix import Text, joined
 from llmprune.text.openings import Tokenizer
 from llmprune.text.scripts import scripts_of, template_problem
 from llmprune.text.tokens import TextSpec, Tokens, load_tokens
@@ -31,7 +33,7 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def load_texts(
-    specs: Mapping[str, TextSpec],
+    specs: Mapping[str, Text],
     source: Source,
     tokenizer: Tokenizer,
     device: torch.device,
@@ -40,7 +42,7 @@ def load_texts(
     """Load every text of a run; the dense model is loaded completely, once, only if a text is sampled from it.
 
     Args:
-        specs: name -> text.
+        specs: name -> text, or a mix of several.
         source: the dense model.
         tokenizer: the model's.
         device: where text is sampled.
@@ -51,6 +53,35 @@ def load_texts(
             tokens outside the model's vocabulary.
     """
     check_texts(specs, source)
+    parts = {(name, number): part for name, spec in specs.items() for number, part in enumerate(spec.parts)}
+    loaded = _load_parts(parts, source, tokenizer, device, watch)
+    texts = {
+        name: joined(spec, [loaded[name, number] for number in range(len(spec.parts))]) for name, spec in specs.items()
+    }
+    if (problem := template_problem(tokenizer)) and any(map(_made_up, parts.values())):
+        watch(Progress(f"note: {problem}"))
+        texts = {
+            name: replace(tokens, description=tokens.description | {"note": problem})
+            if any(map(_made_up, specs[name].parts))
+            else tokens
+            for name, tokens in texts.items()
+        }
+    return texts
+
+
+def _made_up(spec: TextSpec) -> bool:
+    """Whether nothing of it is read: the model makes up even how its sequences begin."""
+    return spec.source == "self" and spec.continues is None
+
+
+def _load_parts(
+    specs: Mapping[tuple[str, int], TextSpec],
+    source: Source,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    watch: Watcher,
+) -> dict[tuple[str, int], Tokens]:
+    """Load single texts, and check that the model knows their tokens."""
     folder = source.folder
     dense = source.model if folder is None else None
     # One stage for all of them, because it is one kind of work.
@@ -64,20 +95,13 @@ def load_texts(
             watch(Progress(_SAMPLING, 0, total, "loading the dense model", unit="token"))
             dense = _load_dense(folder, device)
         before = total - sum(waiting)
+        scripts = scripts_of(tokenizer) if spec.continues is None else continuations(spec, tokenizer)
         with widened(dense, computed_in(dense.dtype, dense.device)):
-            ids = generate_text(dense, spec, scripts_of(tokenizer), watch=_teller(before, total, watch))
+            ids = generate_text(dense, spec, scripts, watch=_teller(before, total, watch))
         waiting.pop(0)
         return ids
 
     texts = {name: load_tokens(spec, tokenizer, generate) for name, spec in specs.items()}
-    if (problem := template_problem(tokenizer)) and any(spec.source == "self" for spec in specs.values()):
-        watch(Progress(f"note: {problem}"))
-        texts = {
-            name: replace(tokens, description=tokens.description | {"note": problem})
-            if specs[name].source == "self"
-            else tokens
-            for name, tokens in texts.items()
-        }
     for name, tokens in texts.items():
         _check_vocabulary(tokens, source.model, specs[name].source)
     return texts
@@ -89,7 +113,7 @@ def model_positions(config: PretrainedConfig) -> int | None:
     return next((size for name in _POSITIONS if (size := getattr(text, name, None))), None)
 
 
-def check_texts(specs: Mapping[str, TextSpec], source: Source) -> None:
+def check_texts(specs: Mapping[str, Text], source: Source) -> None:
     """Check what can be checked before any text is read.
 
     Raises:
@@ -103,8 +127,11 @@ def check_texts(specs: Mapping[str, TextSpec], source: Source) -> None:
                 expected=f"a length of at most {positions}",
                 fix=f"set length to {positions} or less",
             )
-        if spec.source != "self":
-            require_source(spec.source)
+        for part in spec.parts:
+            if part.source != "self":
+                require_source(part.source)
+            elif part.continues is not None:
+                require_documents(part.continues)
 
 
 def _check_vocabulary(tokens: Tokens, model: PreTrainedModel, text: str) -> None:
@@ -117,7 +144,7 @@ def _check_vocabulary(tokens: Tokens, model: PreTrainedModel, text: str) -> None
         )
 
 
-def tokenizer_for(specs: Iterable[TextSpec], folder: Path | str, config: PretrainedConfig) -> Tokenizer:
+def tokenizer_for(specs: Iterable[Text], folder: Path | str, config: PretrainedConfig) -> Tokenizer:
     """Read a model's tokenizer; a model without one needs none if all its texts are self-generated.
 
     Args:
@@ -132,7 +159,7 @@ def tokenizer_for(specs: Iterable[TextSpec], folder: Path | str, config: Pretrai
     try:
         return load_tokenizer(folder)
     except MissingTokenizerError:
-        if any(spec.source != "self" for spec in specs):
+        if not all(_made_up(part) for spec in specs for part in spec.parts):
             raise
         return _NoTokenizer(config.get_text_config().bos_token_id)
 

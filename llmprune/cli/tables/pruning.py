@@ -1,5 +1,6 @@
 """Tables of a run, planned and finished, and of the recipes."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,14 @@ from rich.text import Text
 from llmprune.cli.console import facts, new_table
 from llmprune.pages.fitted import fitting_facts
 from llmprune.pages.headline import headline
-from llmprune.pages.labels import massive_line, opened
+from llmprune.pages.labels import divergence, massive_line, opened, text_name
 from llmprune.units import format_change, format_seconds, format_size, spans
 
 if TYPE_CHECKING:
     from llmprune.pruning.forecast.plan import DryRun, LayerPlan
     from llmprune.storage.report import Report
+
+_MODELS = ("dense", "pruned")
 
 
 def report_table(report: "Report", folder: Path) -> RenderableType:
@@ -147,16 +150,25 @@ def _evaluation_facts(report: "Report") -> list[tuple[str, str]]:
         return [("perplexity", "not measured (evaluation: null)")]
     assert report.dense_perplexity is not None
     assert report.pruned_perplexity is not None
-    dense, divergence = evaluation["dense"], evaluation["kl_divergence"]
-    text = "self-generated text" if dense["text"]["source"] == "self" else dense["text"]["source"]
+    dense, kl = evaluation["dense"], evaluation["kl_divergence"]
+    text = text_name(dense["text"])
     return [
         ("perplexity", format_change(report.dense_perplexity, report.pruned_perplexity)),
         *_standard_errors(evaluation),
         ("", f"on {dense['predicted_tokens']:,} tokens of {text}, in sequences of {dense['length']}"),
         *([("", opening.removeprefix(", "))] if (opening := opened(dense["text"])) else []),
-        ("KL divergence", "not finite" if divergence is None else f"{divergence:.4f} nats/token"),
+        ("KL divergence", "not finite" if kl is None else f"{kl:.4f} nats/token"),
         ("top-1 agreement", f"{evaluation['agreement']:.1%}"),
+        *map(_source_fact, evaluation.get("sources", ())),
     ]
+
+
+def _source_fact(part: dict[str, Any]) -> tuple[str, str]:
+    """The figures on one text of a mix."""
+    # JSON has no infinity.
+    perplexities = (math.inf if part[which]["perplexity"] is None else part[which]["perplexity"] for which in _MODELS)
+    change, name = format_change(*perplexities), text_name(part["dense"]["text"])
+    return "perplexity by source", f"{change}, KL {divergence(part['kl_divergence'])}, on {name}"
 
 
 def _standard_errors(evaluation: dict[str, Any]) -> list[tuple[str, str]]:

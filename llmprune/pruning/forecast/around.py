@@ -37,7 +37,7 @@ def measure_around(source: Source, recipe: Recipe, device: torch.device) -> Arou
         Seconds; 0 for what the recipe does not do.
     """
     sampling = 0.0
-    for spec in recipe.texts.values():
+    for spec in (part for text in recipe.texts.values() for part in text.parts):
         if spec.source == "self":
             whole, rest = divmod(spec.sequences, SAMPLING_BATCH)
             for batches, size in ((whole, SAMPLING_BATCH), (1, rest)):

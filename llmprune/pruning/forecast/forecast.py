@@ -54,6 +54,7 @@ from llmprune.structures.reduction import Reduction
 from llmprune.structures.removable import Removable
 from llmprune.structures.survey import check_budget
 from llmprune.text.loading import check_texts, model_positions, tokenizer_for
+from llmprune.text.mix import TextMix
 from llmprune.units import format_size
 
 # Samples and length for probing a layer: few tokens, and sizes that hardly any dimension of a model has, so that a
@@ -354,8 +355,10 @@ def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
         "loading and writing take additional time. The times of sampling and of perplexity are extrapolated from "
         "single steps; sampling leaves out attention to earlier tokens."
     )
-    texts = [text for text in (recipe.calibration, recipe.evaluation) if text is not None]
-    if any(text.source == "self" for text in texts):
+    for name, text in recipe.texts.items():
+        if isinstance(text, TextMix):
+            yield f"The {name} text is a mix of {text.summary}."
+    if any(part.source == "self" for text in recipe.texts.values() for part in text.parts):
         size = sum(stored.nbytes for stored in source.stored.values())
         yield f"For self-generated text, the whole dense model is loaded: {size / 1e9:.2f} GB."
     if recipe.evaluation is not None and (prompts := recipe.evaluation.prompts):

@@ -45,7 +45,8 @@ def expected_shares(
     config = source.model.config.get_text_config(decoder=True)
     head = 2.0 * config.hidden_size * config.vocab_size
     sizes = {name: spec.sequences * spec.tokens for name, spec in recipe.texts.items()}
-    sampled = sum(sizes[name] for name, spec in recipe.texts.items() if spec.source == "self")
+    parts = [part for spec in recipe.texts.values() for part in spec.parts]
+    sampled = sum(part.sequences * part.tokens for part in parts if part.source == "self")
     scored = sizes.get("evaluation", 0)
     observed = sizes["calibration"]
     fitted = 0 if recipe.reconstruct is None else 1 + 3 * recipe.reconstruct.epochs
