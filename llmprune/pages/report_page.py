@@ -82,7 +82,7 @@ def report_page(report: Report, beside: Beside, stored_bytes: int | None = None)
         Section("structures", "Structures", [*_extent(header), *structure_parts(report)]),
         Section("decisions", "Why these were removed", evidence_parts(evidence)),
         Section("text", "Calibration text", _samples(header)),
-        Section("answers", "Answers of both models", _answers(header)),
+        Section("answers", "Answers of both models", [*_generation(header), *_answers(header)]),
         Section("evaluation", "Evaluation", evaluation_parts(beside)),
         Section("speed", "Speed", speed_parts(header, beside)),
         Section("resources", "Time and memory", [*_time(header), *_memory(report)]),
@@ -211,6 +211,21 @@ def _samples(header: Mapping[str, Any]) -> list[Part]:
     text = (header.get("texts") or {}).get("calibration") or {}
     excerpts = [excerpt for part in text.get("mix", [text]) for excerpt in part.get("excerpts") or ()]
     return [Listing(f"Sequence {place}", str(excerpt)) for place, excerpt in enumerate(excerpts, start=1)]
+
+
+def _generation(header: Mapping[str, Any]) -> list[Part]:
+    """How much of what the dense model writes the pruned one writes, too, if that was measured."""
+    if not (found := header.get("generation")):
+        return []
+    if found["skipped"]:
+        return [Note(f"Continuations left out: {found['skipped']}.")]
+    return [
+        Note(
+            f"{found['prompts']} openings of {found['opening']} held-out tokens, continued greedily by "
+            f"{found['tokens']} tokens: {found['agreement']:.1%} agree before the first difference, and "
+            f"{found['identical']} continuations are identical."
+        )
+    ]
 
 
 def _answers(header: Mapping[str, Any]) -> list[Part]:

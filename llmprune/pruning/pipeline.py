@@ -24,7 +24,15 @@ from llmprune.pruning.context import Run, versions
 from llmprune.pruning.deciding import decide_run
 from llmprune.pruning.jobs import nothing_packed, plan_jobs, require_packable
 from llmprune.pruning.layers import LayerDriver
-from llmprune.pruning.reporting import ask_in_memory, ask_stored, compare_sizes, evaluate, make_report, reevaluated
+from llmprune.pruning.reporting import (
+    ask_in_memory,
+    ask_stored,
+    compare_sizes,
+    compare_writing,
+    evaluate,
+    make_report,
+    reevaluated,
+)
 from llmprune.pruning.rotation.rotating import Rotating, discard_rotated
 from llmprune.pruning.saving import evaluating, save_dense, save_pruned, take_over
 from llmprune.pruning.tracking import track
@@ -217,7 +225,7 @@ def _into(
         layers,
         dense,
         result.sizes(),
-        {**more, **(before or {})},
+        {**more, **(before or {}), **compare_writing(run, source, target.path, texts)},
         lambda: ask_stored(run, source, target.path, tokenizer),
     )
     run.watch(Progress("writing the report"))

@@ -7,10 +7,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.devices import describe_host
 from llmprune.measuring.answers import Answers, answer, attempt, stored_model, too_large
+from llmprune.measuring.continuations import (
+    Continuations,
+    compare_continuations,
+    continue_greedily,
+    openings_of,
+)
 from llmprune.measuring.extent import measure_extent
 from llmprune.measuring.layer_speed import compare_speed
 from llmprune.measuring.perplexity import compare_perplexity, run_stream
@@ -92,6 +99,33 @@ def ask_stored(run: Run, dense: CheckpointSource, folder: Path, tokenizer: Token
     source = dense.folder
     with run.stages("answers"):
         return attempt(prompts, lambda: ask("dense", source), lambda: ask("pruned", folder))
+
+
+def compare_writing(run: Run, dense: CheckpointSource, folder: Path, texts: Mapping[str, Tokens]) -> dict[str, Any]:
+    """What the report says about text that both models write, if layers or blocks have been removed; otherwise nothing.
+
+    Args:
+        run: its context.
+        dense: the model that was pruned.
+        folder: the pruned checkpoint.
+        texts: the evaluation text is continued; without one nothing is compared.
+    """
+    spec = run.recipe.structures
+    if spec is None or not (spec.depth or spec.blocks) or "evaluation" not in texts:
+        return {}
+    if reason := too_large(dense, run.device):
+        return {"generation": Continuations(skipped=reason).to_dict()}
+    openings, tokens = openings_of(texts["evaluation"].ids)
+
+    def write(which: str, where: Path) -> Tensor:
+        run.watch(Progress("continuations", step=f"{which} model, {len(openings)} openings"))
+        return continue_greedily(stored_model(where, run.device), openings, tokens)
+
+    assert dense.folder is not None
+    source = dense.folder
+    with run.stages("continuations"):
+        found = compare_continuations(openings, tokens, lambda: write("dense", source), lambda: write("pruned", folder))
+    return {"generation": found.to_dict()}
 
 
 def ask_in_memory(

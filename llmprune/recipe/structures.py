@@ -194,11 +194,12 @@ class ExpertRemoval(_Section):
 
     Attributes:
         remove: a fraction of the experts, or how many.
-        method: reap: those with the lowest mean of gate weight times output norm; frequency: those with the fewest
-            tokens.
+        method: reap: those with the lowest mean of gate weight times output norm; output-norm and output-energy: those
+            with the lowest mean of the norm or the squared norm of their outputs without the gate; frequency: those
+            with the fewest tokens.
     """
 
-    method: Literal["reap", "frequency"] = "reap"
+    method: Literal["reap", "output-norm", "output-energy", "frequency"] = "reap"
 
 
 class Budget(BaseModel):

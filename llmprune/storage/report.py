@@ -350,6 +350,7 @@ class _Content(TypedDict):
     host: NotRequired[dict[str, Any]]
     notes: NotRequired[list[str]]
     answers: NotRequired[dict[str, Any] | None]
+    generation: NotRequired[dict[str, Any]]
     device: NotRequired[str]
     source: NotRequired[str]
     recipe: NotRequired[dict[str, Any]]

@@ -40,7 +40,7 @@ class Target:
     Attributes:
         structure: one that is not refused.
         remove: number of groups, in [0, structure.groups).
-        method: obs, a name in `SCORES`, or reap or frequency for experts.
+        method: obs, a name in `SCORES`, or one of `EXPERT_METHODS` for experts.
         refit: set the kept weights to their least-squares values.
         settings: damping, swaps and partitions.
         compensate: add the mean output of what is removed to the consumer's bias; None: if it has one.

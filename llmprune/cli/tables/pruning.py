@@ -50,11 +50,22 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
         ),
         *([("", f"{format_size(resident)} resident in all, with Python and its libraries")] if resident else []),
         *_size_facts(header["size"]),
+        *_generation_facts(header.get("generation")),
         ("report", str(folder / "report.json")),
         *([("page", str(folder / "report.html"))] if (folder / "report.html").exists() else []),
     )
     lead = Text(headline(report, str(folder)), "bold")
     return Group(lead, Text(), found, *_answers(report), *(Text(f"note: {note}") for note in report.notes))
+
+
+def _generation_facts(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """How much of what the dense model writes the pruned one writes, too; empty where it was not measured."""
+    if not found:
+        return []
+    if found["skipped"]:
+        return [("generation", f"left out: {found['skipped']}")]
+    alike = f"{found['agreement']:.1%} of {found['tokens']} greedy tokens agree before the first difference"
+    return [("generation", f"{alike}; {found['identical']} of {found['prompts']} continuations are identical")]
 
 
 def _answers(report: "Report") -> list[RenderableType]:

@@ -20,7 +20,10 @@ from llmprune.stream.stream import ResidentLayer
 from llmprune.structures.choose.scores import lowest_groups
 from llmprune.structures.find.discovery import Structure
 
-EXPERT_METHODS = ("reap", "frequency")
+EXPERT_METHODS = ("reap", "output-norm", "output-energy", "frequency")
+
+# The methods that measure outputs without the gates.
+_GATE_FREE = ("output-norm", "output-energy")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +44,11 @@ class ExpertScores:
 def expert_scores(layer: ResidentLayer, structures: Sequence[Structure], method: str) -> dict[str, ExpertScores]:
     """Score experts on the current hidden states of a layer.
 
-    * reap: the mean over the tokens routed to an expert of gate * ||output|| (arXiv 2510.13999, equation 9).
+    * reap: the mean over the tokens routed to an expert of gate * ||output|| (arXiv 2510.13999, equation 9). The gate
+      is the one that the model applies: renormalised over the experts of a token where the model does so, as in the
+      authors' code.
+    * output-norm: the mean over these tokens of ||output||, without the gate.
+    * output-energy: the mean over these tokens of ||output||^2, without the gate.
     * frequency: the number of tokens routed to it.
 
     Args:
@@ -129,7 +136,8 @@ class _Tally:
         for expert, (tokens, outputs) in enumerate(self._terms(module, _Call(args, kwargs))):
             self._tokens[expert] += tokens
             if outputs is not None and tokens:
-                norms = outputs.float().norm(dim=-1).sum(dtype=torch.float64)
+                norms = outputs.float().norm(dim=-1).double()
+                norms = (norms.square() if self._method == "output-energy" else norms).sum()
                 check_finite(norms, f"the output of expert {expert} of {self._structure.consumer}")
                 self._norms[expert] += norms.cpu()
 
@@ -141,15 +149,21 @@ class _Tally:
         return ExpertScores(values, self._tokens, -(-int(self._tokens.sum()) // self._seen))
 
     def _terms(self, module: nn.Module, call: "_Call") -> Iterator[tuple[int, Tensor | None]]:
-        """For each expert, the number of its tokens and, if needed, their weighted outputs [tokens, hidden]."""
-        experts, measured = self._structure.groups, self._method == "reap"
+        """For each expert, the number of its tokens and, if needed, their outputs [tokens, hidden].
+
+        The outputs are weighted by the gates unless the method is gate-free.
+        """
+        experts, measured = self._structure.groups, self._method != "frequency"
+        gated = self._method not in _GATE_FREE
         if (places := call.routing()) is not None:
             for expert in range(experts):
                 rows, columns = (places == expert).nonzero(as_tuple=True)
-                outputs = call.run(module, rows, columns) if measured and len(rows) else None
+                outputs = call.run(module, rows, columns, gated) if measured and len(rows) else None
                 yield len(rows), outputs
         elif (inputs := call.lone_tensor()) is not None and len(inputs) == experts * self.positions:
             # Each expert has a row for every token, scaled by its gate, or zero if the token is not routed to it.
+            if measured and not gated:
+                raise self._unknown("the gates scale the experts' inputs, outside their module")
             sent = inputs.any(-1).view(experts, -1)
             terms = module.forward(inputs).view(experts, self.positions, -1) if measured else None
             for expert, own in enumerate(sent):
@@ -165,8 +179,17 @@ class _Tally:
         return ModelError(
             f"the experts of {self._structure.consumer} cannot be scored by {self._method}: {why}",
             expected="a module of experts that is called with hidden states, the routing and its weights",
-            fix="score experts by frequency" if self._method == "reap" else "leave this structure out of the recipe",
+            fix=_FIXES[self._method],
         )
+
+
+# Which method to try if one cannot be applied.
+_FIXES = {
+    "frequency": "leave this structure out of the recipe",
+    "reap": "score experts by frequency",
+    "output-norm": "score experts by reap or frequency",
+    "output-energy": "score experts by reap or frequency",
+}
 
 
 class _Call:
@@ -198,15 +221,18 @@ class _Call:
                 return list(value)
         return None
 
-    def run(self, module: nn.Module, rows: Tensor, columns: Tensor) -> Tensor:
-        """Run one of the experts of each of these tokens: [tokens, hidden], weighted."""
+    def run(self, module: nn.Module, rows: Tensor, columns: Tensor, gated: bool) -> Tensor:
+        """Run one of the experts of each of these tokens: [tokens, hidden], weighted by its gate, or by 1."""
         index = self._index
         assert index is not None, "the routing is known"
 
         def part(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            return value[rows, columns, None] if value.shape == index.shape else value.flatten(0, -2)[rows]
+            if value.shape != index.shape:
+                return value.flatten(0, -2)[rows]
+            own = value[rows, columns, None]
+            return own if gated or not own.is_floating_point() else torch.ones_like(own)
 
         output = module.forward(*map(part, self._args), **{key: part(value) for key, value in self._kwargs.items()})
         return output.reshape(len(rows), -1)

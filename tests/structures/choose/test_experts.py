@@ -143,6 +143,54 @@ def test_scores_are_those_of_the_weights(family: str) -> None:
         assert reap[layer].chosen == int((gates > 0).sum(1).max())
 
 
+GATE_FREE = [family for family in DIRECT if family != "llama4" and known(family)]
+
+
+@pytest.mark.parametrize("family", GATE_FREE)
+def test_gate_free_scores_are_those_of_the_outputs_alone(family: str) -> None:
+    model = build(family).double()
+    structures = with_experts(model)
+    norm, energy = (score(model, method, structures) for method in ("output-norm", "output-energy"))
+    name, gates_of, expert_of = DIRECT[family]
+    layer, own = next(iter(structures.items()))
+    block = Decoder.find(model).layers[layer].get_submodule(name)
+    x = block_inputs(model, layer, name)
+    norms, energies = torch.zeros(2, own[0].groups, dtype=torch.float64)
+    with torch.no_grad():
+        gates = gates_of(block, x)
+        for expert in range(own[0].groups):
+            sent = gates[:, expert] > 0
+            if sent.any():
+                outputs = expert_of(block, expert, x[sent], torch.ones(1, 1, dtype=torch.float64))
+                norms[expert], energies[expert] = outputs.norm(dim=-1).mean(), outputs.square().sum(-1).mean()
+    assert_close(norm[layer].values, norms, rtol=1e-5, atol=1e-9)
+    assert_close(energy[layer].values, energies, rtol=1e-5, atol=1e-9)
+    assert norm[layer].tokens.tolist() == (gates > 0).sum(0).tolist()
+
+
+@pytest.mark.parametrize("renormalised", [False, True])
+def test_reap_weighs_by_gates_as_the_model_normalises_them(renormalised: bool) -> None:
+    model = build("olmoe").double()
+    structures = with_experts(model)
+    block: Any = Decoder.find(model).layers[0].get_submodule("mlp")
+    block.gate.norm_topk_prob = renormalised
+    reap = score(model, "reap", {0: structures[0]})[0]
+    x = block_inputs(model, 0, "mlp")
+    with torch.no_grad():
+        weights, index = F.linear(x, block.gate.weight).softmax(-1).topk(block.gate.top_k, -1)
+        gates = spread(index, weights / weights.sum(-1, keepdim=True) if renormalised else weights, reap.values.numel())
+        for expert, found in enumerate(reap.values.tolist()):
+            sent = gates[:, expert] > 0
+            norms = glu(block, expert, x[sent], gates[sent, expert, None]).norm(dim=-1)
+            assert found == pytest.approx(norms.mean().item() if len(norms) else 0.0, rel=1e-5)
+
+
+def test_gates_that_scale_the_inputs_leave_reap_and_frequency() -> None:
+    model = build("llama4")
+    with pytest.raises(ModelError, match=r"gates scale the experts' inputs.*\n.*\nfix: score experts by reap or freq"):
+        score(model, "output-norm", with_experts(model))
+
+
 ROUTED = ["qwen2_moe", "olmoe", "glm_moe_dsa", "granitemoe", "granitemoehybrid", "jamba", "qwen3_next"]
 
 
