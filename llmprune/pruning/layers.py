@@ -10,6 +10,7 @@ from llmprune.models.source import Source
 from llmprune.progress import Progress
 from llmprune.pruning.context import Run
 from llmprune.pruning.forecast.memory import LayerMemory, layer_memory, predict_peak
+from llmprune.pruning.gradients import DenseGradients
 from llmprune.pruning.jobs import Job
 from llmprune.pruning.solving import solve_in_turn, solve_layer
 from llmprune.pruning.targets import Targets
@@ -55,6 +56,7 @@ class LayerDriver:
         writer: commits layers; None: the model is in memory, and stays there.
         reduction: removes structures from the layers first; None: no structures are removed.
         dense: opens the dense model again, where layers that are fitted may have been committed before.
+        gradients: of the dense model, if methods or statistics read them.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class LayerDriver:
         writer: Writer | None = None,
         reduction: Reduction | None = None,
         dense: Callable[[], Source] | None = None,
+        gradients: DenseGradients | None = None,
     ) -> None:
+        self._gradients = gradients or DenseGradients()
         self._run, self._source, self._jobs, self._writer, self._reduction = run, source, jobs, writer, reduction
         self._stream = Stream(source, tokens.ids, run.settings, run.stages)
         self._memories: list[LayerMemory] = []
@@ -131,6 +135,8 @@ class LayerDriver:
 
     def _prune(self, layer: ResidentLayer, jobs: dict[str, Job]) -> None:
         stream, recipe = self._stream, self._run.recipe
+        jobs, importance = self._gradients.bound(jobs), self._gradients.importance.get(layer.index)
+        copies = 1 if importance is None else 2
         batch_tokens = stream.batches[0].numel()
         held_back = recipe.held_back * stream.batches[0].shape[1]
 
@@ -149,14 +155,14 @@ class LayerDriver:
             cuts, removed = self._reduction.reduce(layer, recipe.experts.min_tokens, tell)
         if recipe.statistics.sequential and jobs:
             # The formula for all inputs at once is an upper bound.
-            self._memories.append(layer_memory(layer, None, jobs, batch_tokens, held_back))
+            self._memories.append(layer_memory(layer, None, jobs, batch_tokens, held_back, copies=copies))
             weight, least = recipe.statistics.token_weight, recipe.experts.min_tokens
-            rows = solve_in_turn(layer, jobs, weight, least, self._run.stages, tell)
+            rows = solve_in_turn(layer, jobs, weight, least, self._run.stages, tell, importance)
         else:
             tell("statistics")
             needs = {name: job.method.needs for name, job in jobs.items()}
-            groups = layer.observe(needs, recipe.statistics.token_weight) if jobs else []
-            self._memories.append(layer_memory(layer, groups, jobs, batch_tokens, held_back))
+            groups = layer.observe(needs, recipe.statistics.token_weight, importance=importance) if jobs else []
+            self._memories.append(layer_memory(layer, groups, jobs, batch_tokens, held_back, copies=copies))
             rows = solve_layer(layer, groups, jobs, recipe.experts.min_tokens, self._run.stages, tell)
         matches = [] if states is None else [self._match(layer, states, jobs or layer.matrices, tell)]
         if self._writer is not None:

@@ -35,7 +35,8 @@ def channels_of(
         structure: one of its structures that is not refused.
         needs: the fields of `Channels` to fill (`scores.NEEDS`); the others are left empty.
         statistics: of the consumer's inputs (from the group of `observe` that contains it): `ColumnNorm` or `Gram` for
-            squares, `Moments` for all but products, `ChannelGram` for all. For a fused consumer, those of the selected expert.
+            squares, `Moments` for all but products, `ChannelGram` for all. For a fused consumer, those of the selected
+            expert.
         gradients: parameter inside the layer -> its gradients; at least those of `matrix_parameters`.
         expert: for a fused consumer, the expert whose channels are scored; None: all experts' weights together.
 

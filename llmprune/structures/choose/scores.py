@@ -18,8 +18,7 @@ from llmprune.errors import PatternError
 from llmprune.patterns import keep_highest
 from llmprune.statistics import check_finite
 
-
-# Outputs are known this well, as a fraction of their variance: what one group determines would have infinite information.
+# Outputs are known this well, as a fraction of their variance: what determines one would have infinite information.
 _NOISE = 1e-6
 
 
