@@ -43,6 +43,7 @@ class Factor:
 
 
 TokenWeight = Literal["none", "clip", "normalise"]
+LossWeight = Literal["none", "tokens"]
 
 # Where clipped tokens are clipped: at this many times the usual root mean square.
 _CLIP = 2.0
@@ -261,6 +262,28 @@ class ChannelGram(Gram):
     def add_prior(self, tokens: int, variance: float) -> None:
         Gram.add_prior(self, tokens, variance)
         self.moments.add_prior(tokens, variance)
+
+
+def mix(plain: ColumnNorm | Gram, weighted: ColumnNorm | Gram, share: float = 0.5) -> None:
+    """Replace sums by a mixture with weighted sums of the same tokens, both divided by their traces first.
+
+    The mixture has the trace of the plain sums, so that counts of tokens keep their meaning.
+
+    Args:
+        plain: changed in place.
+        weighted: of the same kind; left out if it is all zeros.
+        share: of the weighted sums, in [0, 1].
+    """
+    own, other = (float(statistics.squares.sum(dtype=torch.float64)) for statistics in (plain, weighted))
+    if other <= 0:
+        return
+    if isinstance(plain, Gram):
+        assert isinstance(weighted, Gram)
+        plain._factors.clear()
+        plain.sums.mul_(1 - share).add_(weighted.sums, alpha=share * own / other)
+        plain._symmetric = plain._symmetric and weighted._symmetric
+    else:
+        plain.squares.mul_(1 - share).add_(weighted.squares, alpha=share * own / other)
 
 
 def check_finite(values: Tensor, what: str) -> None:

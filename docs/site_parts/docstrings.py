@@ -68,6 +68,8 @@ def method_table() -> str:
     rows = []
     for name, kind in find("llmprune.methods.METHODS").items():
         need = needs[kind.needs and kind.needs.__name__]
+        if hasattr(kind, "gradient"):
+            need = "gradients of the loss"
         rows.append((literal(name), need, f"the {kind.scope}", summary(kind)))
     return table(("method", "statistics", "compares over", "what it does"), rows)
 

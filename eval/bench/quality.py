@@ -33,7 +33,9 @@ PATTERNS = ("0.5", "0.6", "0.7", "2:4")
 STAGES = ("load", "forward", "gram", "solve", "match")
 
 
-def measure(model: str, method: str, pattern: str, calibration: Path, heldout: Path) -> dict[str, float | str]:
+def measure(
+    model: str, method: str, pattern: str, calibration: Path, heldout: Path, loss_weight: str = "none"
+) -> dict[str, float | str]:
     """Prune the model in memory, in float32, and measure it."""
     folder = resolve_model(model)
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=False)
@@ -44,12 +46,14 @@ def measure(model: str, method: str, pattern: str, calibration: Path, heldout: P
         "calibration": {"source": str(calibration), "samples": 128, **text},
         "evaluation": {"source": str(heldout), "samples": 400, "prompts": [], **text},
         "held_back": 8,
+        "statistics": {**_settings(method).get("statistics", {}), "loss_weight": loss_weight},
     }
     report = prune(dense, recipe, tokenizer=load_tokenizer(folder))
     evaluation = report.header["evaluation"]
     return {
         "method": method,
         "pattern": pattern,
+        "loss_weight": loss_weight,
         "dense_perplexity": evaluation["dense"]["perplexity"],
         "perplexity": evaluation["pruned"]["perplexity"],
         "kl_divergence": evaluation["kl_divergence"],
@@ -77,12 +81,15 @@ def main() -> None:
     parser.add_argument("--heldout", type=Path, required=True, help="jsonl with a text column")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS))
+    parser.add_argument("--loss-weight", choices=["none", "tokens"], default="none")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
     cells = {}
     for method in args.methods:
         for pattern in args.patterns:
-            cells[method, pattern] = measure(args.model, method, pattern, args.calibration, args.heldout)
+            cells[method, pattern] = measure(
+                args.model, method, pattern, args.calibration, args.heldout, args.loss_weight
+            )
             print(f"{method} {pattern}: {cells[method, pattern]['perplexity']:.2f}", flush=True)
     dense = next(iter(cells.values()))["dense_perplexity"]
     table = Table("perplexity (error)", *args.patterns, title=f"{args.model}, dense {dense:.2f}")

@@ -5,6 +5,7 @@ A method chooses which weights are removed; steps improve its result. Recipes ch
 
 from llmprune.methods.admm import ADMM
 from llmprune.methods.alps import ALPS
+from llmprune.methods.gradients import Fisher, Gradient, Taylor, gradient_kind, with_gradient
 from llmprune.methods.magnitude import Magnitude
 from llmprune.methods.method import Method, Pruned
 from llmprune.methods.random import Random
@@ -20,6 +21,9 @@ METHODS: dict[str, type[Method]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "ria": RIA,
+    "gradient": Gradient,
+    "taylor": Taylor,
+    "fisher": Fisher,
     "sparsegpt": SparseGPT,
     "admm": ADMM,
     "alps": ALPS,
@@ -39,6 +43,6 @@ def method_name(method: Method) -> str:
 
 
 __all__ = [
-    "ADMM", "ALPS", "METHODS", "RIA", "STEPS", "Chain", "Magnitude", "Method", "Pruned", "Random", "Refit", "SparseGPT",
-    "Step", "Swaps", "Wanda", "method_name",
+    "ADMM", "ALPS", "METHODS", "RIA", "STEPS", "Chain", "Fisher", "Gradient", "Magnitude", "Method", "Pruned", "Random",
+    "Refit", "SparseGPT", "Step", "Swaps", "Taylor", "Wanda", "gradient_kind", "method_name", "with_gradient",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from llmprune.models.source import Source
 from llmprune.progress import Progress
 from llmprune.pruning.context import Run
 from llmprune.pruning.forecast.memory import LayerMemory, layer_memory, matching_memory, predict_peak
+from llmprune.pruning.gradients import DenseGradients
 from llmprune.pruning.jobs import Job
 from llmprune.pruning.solving import solve_in_turn, solve_layer
 from llmprune.pruning.targets import Targets
@@ -56,6 +57,7 @@ class LayerDriver:
         writer: commits layers; None: the model is in memory, and stays there.
         reduction: removes structures from the layers first; None: no structures are removed.
         dense: opens the dense model again, where layers that are fitted may have been committed before.
+        gradients: of the dense model, if methods or statistics read them.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class LayerDriver:
         writer: Writer | None = None,
         reduction: Reduction | None = None,
         dense: Callable[[], Source] | None = None,
+        gradients: DenseGradients | None = None,
     ) -> None:
+        self._gradients = gradients or DenseGradients()
         self._run, self._source, self._jobs, self._writer, self._reduction = run, source, jobs, writer, reduction
         self._stream = Stream(source, tokens.ids, run.settings, run.stages)
         self._memories: list[LayerMemory] = []
@@ -132,6 +136,7 @@ class LayerDriver:
 
     def _prune(self, layer: ResidentLayer, jobs: dict[str, Job]) -> None:
         stream, recipe = self._stream, self._run.recipe
+        jobs = self._gradients.bound(jobs)
         batch_tokens = stream.batches[0].numel()
         held_back = recipe.held_back * stream.batches[0].shape[1]
 
@@ -173,16 +178,18 @@ class LayerDriver:
         weight, least = recipe.statistics.token_weight, recipe.experts.min_tokens
         batch_tokens = stream.batches[0].numel()
         held_back = recipe.held_back * stream.batches[0].shape[1]
+        importance = self._gradients.importance.get(layer.index)
+        copies = 1 if importance is None else 2
         groups: list[Group] | None = None  # in turn: the formula for all inputs at once is an upper bound
         if not recipe.statistics.sequential:
             tell("statistics")
             needs = {name: job.method.needs for name, job in jobs.items()}
-            groups = layer.observe(needs, weight) if jobs else []
-        memory = layer_memory(layer, groups, jobs, batch_tokens, held_back)
+            groups = layer.observe(needs, weight, importance=importance) if jobs else []
+        memory = layer_memory(layer, groups, jobs, batch_tokens, held_back, copies=copies)
         matching = matching_memory(layer, fitted, recipe.reconstruct, batch_tokens)
         self._memories.append(replace(memory, matching=matching))
         if groups is None:
-            return solve_in_turn(layer, jobs, weight, least, self._run.stages, tell) if jobs else []
+            return solve_in_turn(layer, jobs, weight, least, self._run.stages, tell, importance) if jobs else []
         return solve_layer(layer, groups, jobs, least, self._run.stages, tell)
 
     def _match(

@@ -22,6 +22,7 @@ from llmprune.pruning.allocating.allocate import allocate
 from llmprune.pruning.card import write_card
 from llmprune.pruning.context import Run, versions
 from llmprune.pruning.deciding import decide_run
+from llmprune.pruning.gradients import dense_gradients
 from llmprune.pruning.jobs import nothing_packed, plan_jobs, require_packable
 from llmprune.pruning.layers import LayerDriver
 from llmprune.pruning.reporting import (
@@ -194,13 +195,17 @@ def _into(
         run.watch(Progress(str(found.draft_head)))
     decisions = decide_run(run, source, found, target, texts["calibration"])
     reduction = None if found is None or decisions is None else Reduction(found, decisions)
+    # Before what an interrupted run has committed takes the place of dense weights.
+    jobs = plan_jobs(
+        source if reduction is None else reduction.result, run.recipe, {} if decisions is None else decisions.matrices
+    )
+    gradients = dense_gradients(run, source, jobs, texts["calibration"], target.layers, reduction)
     streamed, result = (source, source) if reduction is None else (reduction.source, reduction.result)
     for layer in target.layers.values():
         result.overlay(target.path / layer.shard, target.layouts_of(layer))
-    jobs = plan_jobs(result, run.recipe, {} if decisions is None else decisions.matrices)
     writer = Writer(source, reduction, target, run.recipe.format)
     layers = LayerDriver(
-        run, streamed, jobs, texts["calibration"], writer, reduction, lambda: run.open(source.folder)
+        run, streamed, jobs, texts["calibration"], writer, reduction, lambda: run.open(source.folder), gradients
     ).drive()
     run.watch(Progress("writing what is outside the layers"))
     with run.stages("write"):
@@ -315,7 +320,8 @@ def prune_in_memory(
         if not isinstance(run.recipe.allocation, Uniform):
             allocated = allocate(run, source, jobs, texts["calibration"].ids)
             more, jobs = {"allocation": allocated.record}, plan_jobs(source, run.recipe, allocated.choices)
-        layers = LayerDriver(run, source, jobs, texts["calibration"]).drive()
+        gradients = dense_gradients(run, source, jobs, texts["calibration"])
+        layers = LayerDriver(run, source, jobs, texts["calibration"], gradients=gradients).drive()
         ask = partial(ask_in_memory, run, model, tokenizer, before)
         keys = _environment(run, source)
         report = make_report(run, _name(model), keys, source, texts, layers, dense, more=more, ask=ask)

@@ -65,6 +65,7 @@ def solve_in_turn(
     min_tokens: int,
     stages: Stages,
     step: Callable[[str], None] = lambda step: None,
+    importance: Tensor | None = None,
 ) -> list[MatrixRow]:
     """Prune the matrices of a resident layer in place, each on the outputs of the pruned matrices before it.
 
@@ -75,6 +76,7 @@ def solve_in_turn(
         min_tokens: as for `solve_layer`.
         stages: stopwatch.
         step: told about each step.
+        importance: as for `ResidentLayer.observe`.
 
     Returns:
         The report rows, in the order in which the layer uses the matrices.
@@ -85,7 +87,8 @@ def solve_in_turn(
     rows: list[MatrixRow] = []
     for names in _turns(layer, layer.observe(dict.fromkeys(jobs), batches=1)):
         step(f"statistics of {', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
-        groups = layer.observe({name: jobs[name].method.needs for name in names}, token_weight)
+        needs = {name: jobs[name].method.needs for name in names}
+        groups = layer.observe(needs, token_weight, importance=importance)
         rows += solve_layer(layer, groups, {name: jobs[name] for name in names}, min_tokens, stages, step)
     return rows
 
@@ -151,7 +154,8 @@ def _layer_shares(layer: ResidentLayer, groups: list[Group], jobs: Mapping[str, 
         if isinstance(job.pattern, Unstructured) and job.pattern.over == "layer":
             pools.setdefault((job.pattern.sparsity, job.method), []).append(name)
     shares: dict[str, Pattern] = {}
-    for (sparsity, method), names in pools.items():
-        scores = {name: method.scores(layer.weight(name), statistics[name]) for name in names}
+    for (sparsity, _), names in pools.items():
+        # Each by its own job: equal methods may have been given different gradients.
+        scores = {name: jobs[name].method.scores(layer.weight(name), statistics[name]) for name in names}
         shares.update(layer_shares(scores, sparsity))
     return shares

@@ -34,7 +34,7 @@ from pydantic import (
 )
 
 from llmprune.errors import LlmpruneError, RecipeError
-from llmprune.methods import METHODS, STEPS, Chain, Method
+from llmprune.methods import METHODS, STEPS, Chain, Method, gradient_kind, method_name
 from llmprune.patterns import Pattern
 from llmprune.recipe.aliases import known_assignment, rename_keys
 from llmprune.recipe.allocation import RULES, AllocationField, Uniform, check_allocation
@@ -157,6 +157,7 @@ class Recipe(BaseModel):
         for number, rule in enumerate(self.rules):
             _check_reachable(rule, self.rules[:number])
         self._check_chains()
+        self._check_gradients()
         if self.statistics.sequential and any(getattr(p, "over", None) == "layer" for p in self.patterns):
             error = RecipeError(
                 "statistics.sequential with a pattern that compares weights over the whole layer",
@@ -192,6 +193,19 @@ class Recipe(BaseModel):
                     method.check(pattern)
                 except LlmpruneError as error:
                     raise refusal(error, *(("method",) if number is None else ("rules", number))) from error
+
+    def _check_gradients(self) -> None:
+        """Refuse scores by gradients for matrices that will have another size."""
+        if self.structures is None:
+            return
+        for number, method in [(None, self.method), *((n, rule.method) for n, rule in enumerate(self.rules))]:
+            if method is not None and gradient_kind(method) is not None:
+                error = RecipeError(
+                    f"{method_name(method)} with structures: its gradients are those of the model at full size",
+                    expected="a method that reads no gradients, after structures are removed",
+                    fix="use another method, or remove the structures in a run before this one",
+                )
+                raise refusal(error, *(("method",) if number is None else ("rules", number)))
 
     def _check_without_weights(self, absent: Sequence[str]) -> None:
         """A recipe that prunes no weights must remove structures, and say nothing about weights."""

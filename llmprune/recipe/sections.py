@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, model_validator
 from llmprune.errors import RecipeError
 from llmprune.recipe.document import refusal
 from llmprune.recipe.fields import MOST, STRICT, GlobField, MethodField, PatternField
-from llmprune.statistics import TokenWeight
+from llmprune.statistics import LossWeight, TokenWeight
 
 
 class Rule(BaseModel):
@@ -55,6 +55,8 @@ class StatisticsOptions(BaseModel):
     Attributes:
         token_weight: none; clip (tokens above twice the usual root mean square are scaled down to it); normalise (every
             token is scaled to the same root mean square).
+        loss_weight: none; tokens (the statistics are half plain, and half weighted by how much the loss depends on a
+            layer's output at each token; takes a backward pass of the dense model).
         sequential: collect the statistics of a matrix after the matrices before it in its layer are pruned, rather than
             those of the whole layer at once; the layer is run once for each of its inputs (about four times).
     """
@@ -62,4 +64,5 @@ class StatisticsOptions(BaseModel):
     model_config = STRICT
 
     token_weight: TokenWeight = "none"
+    loss_weight: LossWeight = "none"
     sequential: bool = False

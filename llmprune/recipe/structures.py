@@ -41,6 +41,7 @@ GroupScore = Literal[
     "wanda",
     "channel-norm",
     "flap",
+    "mutual-information",
     "taylor",
     "fisher",
 ]

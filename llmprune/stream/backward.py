@@ -47,11 +47,14 @@ class LayerGradients:
         index: its position in the stream.
         module: the layer itself, on the device until the next one is requested.
         gradients: parameter inside the layer -> gradients of the loss, float32 or wider, on the device.
+        token_squares: mean square of the gradient of each sample's summed loss with respect to the layer's output at
+            each token, float32 [samples, length], in CPU memory; None if it was not asked for.
     """
 
     index: int
     module: nn.Module
     gradients: dict[str, Gradients]
+    token_squares: Tensor | None = None
 
 
 class BackwardStream:
@@ -70,6 +73,7 @@ class BackwardStream:
             disk.
         names: layer -> its parameters whose gradients are wanted; only these layers are yielded, and there is no
             backward pass through the layers before the first of them.
+        outputs: layers whose gradients with respect to the output at each token are wanted; they are yielded too.
         stages: stopwatch; a new one by default.
         watch: called with what is done and its number of steps taken and in total: layers "forward", samples at the
             "head", layers "backward".
@@ -87,9 +91,10 @@ class BackwardStream:
         names: Mapping[int, Collection[str]],
         stages: Stages | None = None,
         watch: Callable[[str, int, int], None] = lambda what, done, total: None,
+        outputs: Collection[int] = (),
     ) -> None:
         settings = settings or StreamSettings()
-        self.source, self.device, self._names = source, settings.device, names
+        self.source, self.device, self._names, self._outputs = source, settings.device, names, outputs
         self._ids, self._watch = ids[: len(ids) - settings.held_back], watch
         # Half of the memory for the inputs of all layers, half for the hidden states or gradients in transit.
         budget = settings.activation_budget // 2
@@ -99,7 +104,7 @@ class BackwardStream:
 
     def __iter__(self) -> Iterator[LayerGradients]:
         """Run the forward pass, then yield the layers from last to first."""
-        wanted = [index for index, own in self._names.items() if own]
+        wanted = [*(index for index, own in self._names.items() if own), *self._outputs]
         if not wanted:
             return
         self._forward(min(wanted))
@@ -111,9 +116,10 @@ class BackwardStream:
                 self.source.load_layer(index, self.device)
                 try:
                     with self._stream.stages("forward"):
+                        squares = self._token_squares() if index in self._outputs else None
                         gradients = self._backward(index)
-                    if gradients:
-                        yield LayerGradients(index, self.source.layers[index], gradients)
+                    if gradients or squares is not None:
+                        yield LayerGradients(index, self.source.layers[index], gradients, squares)
                 finally:
                     self.source.free_layer(index)
                     return_freed_memory()
@@ -158,6 +164,11 @@ class BackwardStream:
                 window.cut(gradient).copy_(torch.autograd.grad(loss, part)[0])
             del logits, loss
         return gradient
+
+    def _token_squares(self) -> Tensor:
+        """Of the gradients at the outputs of the layer that comes next."""
+        above = (self._stream.hidden[sample].float() for sample in range(len(self._ids)))
+        return torch.stack([gradient.reshape(-1, *gradient.shape[-2:]).square().mean((0, -1)) for gradient in above])
 
     def _backward(self, index: int) -> dict[str, Gradients]:
         """Propagate every sample's gradient from the layer's outputs to its inputs; returns those of its weights."""

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from llmprune.errors import ModelError
 from llmprune.models.decoder import Matrix
 from llmprune.patterns import keep_highest
-from llmprune.statistics import ColumnNorm, Gram, TokenWeight, TokenWeighting
+from llmprune.statistics import ColumnNorm, Gram, TokenWeight, TokenWeighting, mix
 from llmprune.timing import Stages
 
 # Functions that multiply two of their arguments -> index of the first of the two.
@@ -45,6 +45,7 @@ class Group:
         held_back: input rows [rows, in] that are excluded from the statistics.
         energies: mean square of each row that entered the statistics, before it was weighed.
         weighting: how rows are weighed.
+        weighted: the same sums with each token weighted by its importance for the loss, until `finish` mixes them in.
     """
 
     names: list[str]
@@ -52,6 +53,7 @@ class Group:
     held_back: list[Tensor] = field(default_factory=list)
     energies: list[Tensor] = field(default_factory=list)
     weighting: TokenWeighting = field(default_factory=TokenWeighting)
+    weighted: ColumnNorm | Gram | None = None
 
     @property
     def top_tokens(self) -> float | None:
@@ -73,7 +75,14 @@ class Observer(TorchFunctionMode):
         needs: matrix name -> the statistics to collect.
         stages: stopwatch, to which the time for the sums is added.
         token_weight: how tokens are weighed in the statistics.
+
+    Attributes:
+        importance: for each token of the current batch, its weight for the loss (`gradients.importance`), [tokens];
+            the statistics become mixtures. None before the first batch: they do not. Routed experts, whose inputs are
+            some of the tokens in an order of the model's own, keep the plain ones.
     """
+
+    importance: Tensor | None = None
 
     def __init__(
         self,
@@ -145,6 +154,10 @@ class Observer(TorchFunctionMode):
             )
         for matrix in unused:
             self._new_group(matrix)
+        for group in self.groups:
+            if group.statistics is not None and group.weighted is not None:
+                mix(group.statistics, group.weighted)
+            group.weighted = None
 
     def _see(self, x: Tensor, weight: Tensor) -> None:
         """Inspect a matmul of inputs [..., in] and a weight [..., out, in]."""
@@ -179,7 +192,10 @@ class Observer(TorchFunctionMode):
                     energies = rows.float().square().mean(-1)
                     group.energies.append(energies)
                     first = x.shape[-2] if x.dim() > 2 else len(rows)
-                    group.statistics.update(group.weighting(rows, energies, first))
+                    rows = group.weighting(rows, energies, first)
+                    group.statistics.update(rows)
+                    if group.weighted is not None:
+                        group.weighted.update(self._by_importance(matrix, rows))
 
     def _join(self, matrix: Matrix, x: Tensor) -> Group:
         # The input is kept alive until the batch ends, so that its address is not reused by another tensor.
@@ -202,9 +218,21 @@ class Observer(TorchFunctionMode):
         need = self._needs[matrix.name]
         statistics = None if need is None else need.empty(matrix.shape[1], self._device)
         group = Group([matrix.name], statistics, weighting=TokenWeighting(self._token_weight))
+        if need is not None and self.importance is not None and not matrix.routed:
+            group.weighted = need.empty(matrix.shape[1], self._device)
         self._group_of[matrix.name] = group
         self.groups.append(group)
         return group
+
+    def _by_importance(self, matrix: Matrix, rows: Tensor) -> Tensor:
+        assert self.importance is not None
+        if len(rows) != len(self.importance):
+            raise ModelError(
+                f"{matrix.name} has {len(rows)} inputs for the {len(self.importance)} tokens of a batch",
+                expected="one input for each token, where statistics.loss_weight is tokens",
+                fix=f"set statistics.loss_weight: none, or leave such matrices dense: {_exclude(matrix)}",
+            )
+        return (rows.float() * self.importance.to(rows.device).sqrt()[:, None]).to(rows.dtype)
 
     def _keep(self, group: Group, rows: Tensor) -> None:
         room = HELD_BACK_ROWS - sum(len(kept) for kept in group.held_back)

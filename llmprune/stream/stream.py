@@ -265,12 +265,19 @@ class ResidentLayer:
         self.matrices: dict[str, Matrix] = {m.name: m for m in prunable_matrices(module, name)}
         self._parameters = dict(module.named_parameters())
 
-    def observe(self, needs: Needs, token_weight: TokenWeight = "none", batches: int | None = None) -> list[Group]:
+    def observe(
+        self,
+        needs: Needs,
+        token_weight: TokenWeight = "none",
+        batches: int | None = None,
+        importance: Tensor | None = None,
+    ) -> list[Group]:
         """Run the layer over all batches and collect statistics.
 
         Args:
             needs: matrix name -> the statistics it needs; matrices left out are not watched.
             token_weight: how tokens are weighed in the statistics, see `statistics.TokenWeighting`.
+            importance: weight of each token [samples, length] for the loss; None: all count the same.
             batches: run only this many, to see which matrices share an input; None: all.
 
         Returns:
@@ -280,18 +287,18 @@ class ResidentLayer:
             NumericsError: an activation is NaN or infinite; names the matrix.
             ModelError: a matrix was not used in any matmul.
         """
-        watched = [self.matrices[name] for name in needs]
-        observer = Observer(self._parameters, watched, needs, self.stream.stages, token_weight)
+        watched, stages = [self.matrices[name] for name in needs], self.stream.stages
+        observer = Observer(self._parameters, watched, needs, stages, token_weight)
         with torch.no_grad(), self.stream.stages("forward"):
             for batch in self.stream.told_batches():
                 if batch == batches:
                     break
                 observer.keep_rows = batch >= self.stream.statistics_batches
-                try:
-                    with observer:
-                        self.forward(self.stream.hidden[batch], batch)
-                except EveryMatrixSeenError:
-                    pass
+                if importance is not None:
+                    first, samples = batch * self.stream.settings.batch_size, len(self.stream.batches[batch])
+                    observer.importance = importance[first : first + samples].flatten()
+                with contextlib.suppress(EveryMatrixSeenError), observer:
+                    self.forward(self.stream.hidden[batch], batch)
                 observer.end_batch()
         observer.finish()
         for group in observer.groups:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from llmprune.models.decoder import prunable_matrices
 from llmprune.recipe.structures import Depth, Groups, Structures, SubBlockRemoval
+from llmprune.structures.choose.scores import needs_gram
 from llmprune.structures.decisions import label
 from llmprune.structures.find.discovery import Structure
 from llmprune.structures.removable import Removable
@@ -71,7 +72,7 @@ def removal_work(removable: Removable, layer: int, tokens: int) -> tuple[float, 
     by_name = {m.parameter: m for m in prunable_matrices(removable.dense.layers[layer], "")}
     gram = solve = 0.0
     for structure, section in removable.structures[layer]:
-        if not isinstance(section, Groups) or not (section.refitted or section.method == "obs"):
+        if not isinstance(section, Groups) or not (section.refitted or needs_gram(section.method)):
             continue
         matrix = by_name[structure.consumer]
         rows, width = matrix.shape

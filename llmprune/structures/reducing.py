@@ -23,7 +23,7 @@ from llmprune.stream.priors import add_priors
 from llmprune.stream.stream import Needs, ResidentLayer
 from llmprune.structures.choose.channels import channels_of
 from llmprune.structures.choose.experts import expert_scores, lowest_experts
-from llmprune.structures.choose.scores import NEEDS, SCORES, lowest_groups
+from llmprune.structures.choose.scores import NEEDS, SCORES, lowest_groups, needs_gram
 from llmprune.structures.find.discovery import Structure
 from llmprune.structures.remove.cuts import Cut, mask, routed_without
 from llmprune.structures.remove.fused import experts_of, last_groups, permute_channels, removed_last
@@ -114,7 +114,7 @@ def _channels(
 ) -> list[tuple[Cut, StructureRow]]:
     matrices = {id(target): _consumers(layer, target) for target in targets}
     needs: Needs = {
-        matrix.name: ChannelGram if target.refit or target.method == "obs" else Moments
+        matrix.name: ChannelGram if target.refit or needs_gram(target.method) else Moments
         for target in targets
         for matrix in matrices[id(target)]
     }
@@ -184,7 +184,8 @@ def _solve(layer: ResidentLayer, target: Target, matrix: Matrix, group: Group) -
 
 def _removal(layer: ResidentLayer, target: Target, matrix: Matrix, group: Group, weight: Tensor) -> GroupRemoval:
     size = target.structure.columns
-    gram = group.statistics.products if isinstance(group.statistics, Gram) else None
+    refit = target.refit or target.method == "obs"
+    gram = group.statistics.products if refit and isinstance(group.statistics, Gram) else None
     if target.method == "obs" and target.removed is None and gram is not None:
         return remove_groups(weight, gram, size, target.remove, target.settings)
     removed = _choose(layer, target, matrix, group).to(weight.device)

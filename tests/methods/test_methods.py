@@ -14,14 +14,40 @@ from torch import Tensor
 
 from llmprune import methods
 from llmprune.errors import NumericsError, PatternError
-from llmprune.methods import Chain, Method, Pruned, Random, Refit, SparseGPT
+from llmprune.methods import Chain, Method, Pruned, Random, Refit, SparseGPT, gradient_kind, with_gradient
 from llmprune.patterns import Block, Pattern, parse
 from llmprune.statistics import ColumnNorm, Gram
 
 SHAPE = (24, 48)
+
+
+def given_gradients(method: Method) -> Method:
+    """The method; if it reads gradients, with some that depend on the weight at their place, and move with it."""
+    return method if gradient_kind(method) is None else WithGradients(method)
+
+
+class WithGradients:
+    """Gives a method a gradient for whichever weight it is called with."""
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._method, name)
+
+    def _bound(self, weight: Tensor) -> Method:
+        return with_gradient(self._method, lambda: (3 * weight.double()).cos() ** 2 + 0.01)
+
+    def scores(self, weight: Tensor, statistics: ColumnNorm | Gram | None) -> Tensor:
+        return self._bound(weight).scores(weight, statistics)
+
+    def __call__(self, weight: Tensor, statistics: ColumnNorm | Gram | None, pattern: Pattern) -> Pruned:
+        return self._bound(weight)(weight, statistics, pattern)
+
+
 # Every method, and a chain whose steps work with every pattern.
 METHODS: dict[str, Callable[[], Method]] = {
-    **methods.METHODS,
+    **{name: (lambda kind=kind: given_gradients(kind())) for name, kind in methods.METHODS.items()},
     "sparsegpt + refit": lambda: Chain(SparseGPT(), (("refit", Refit()),)),
 }
 PATTERNS = [
@@ -33,7 +59,7 @@ PATTERNS = [
 DENSE = [text for text in PATTERNS if parse(text).sparsity == 0]
 EMPTY = [text for text in PATTERNS if parse(text).sparsity == 1]
 # Methods that promise not to touch the weights that stay.
-SELECTING = ["random", "magnitude", "wanda", "ria"]
+SELECTING = ["random", "magnitude", "wanda", "ria", "gradient", "taylor", "fisher"]
 # Methods that end with a least-squares fit.
 REFITTED = ["alps", "sparsegpt + refit"]
 CALIBRATED = [name for name, method in METHODS.items() if method().needs]

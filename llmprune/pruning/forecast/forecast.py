@@ -33,6 +33,7 @@ from llmprune.pruning.allocating.cost import allocation_cost
 from llmprune.pruning.allocating.pool import find_pool
 from llmprune.pruning.context import Run
 from llmprune.pruning.forecast.around import measure_around
+from llmprune.pruning.forecast.backward import BackwardPlan, plan_backward
 from llmprune.pruning.forecast.memory import layer_memory, matching_memory
 from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan, Work
 from llmprune.pruning.jobs import Job, plan_jobs, require_packable
@@ -101,6 +102,8 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     jobs = plan_jobs(result, settings)
     require_packable(jobs, source.linear_key, settings.format)
     look = _Look(source, settings, device, reduction)
+    backward = plan_backward(source, settings, jobs, look.hidden_bytes)
+    look.set_backward(backward)
     layers = tuple(look.plan(indices, jobs) for indices in _kinds(source, jobs))
     structures = plan_structures(found)
     hidden = look.hidden_bytes
@@ -117,7 +120,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         tokens=look.tokens,
         layers=layers,
         rates=rates,
-        memory=MemoryPlan(ends_bytes(source), resident, look.calls_bytes, largest),
+        memory=MemoryPlan(ends_bytes(source), resident, look.calls_bytes, largest, backward.kept, backward.peak),
         disk_bytes=_disk_bytes(source, result, found) + (0 if rotating is None else rotating.nbytes),
         spilled_bytes=sets * hidden - resident,
         notes=(
@@ -125,6 +128,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
             *([] if rotating is None else [rotating.note]),
             *_outside_notes(source, found),
             *(structure_notes(structures, found.spec) if found else ()),
+            *([backward.note] if backward.passes else []),
             *_allocation_notes(settings, result, jobs, rates.forward),
         ),
         structures=structures,
@@ -168,6 +172,11 @@ class _Look:
         self._stream = Stream(source, ids, StreamSettings(device, _SAMPLES))
         self._stream.capture()
         self._seen = ids.numel()
+        self._backward = 0
+
+    def set_backward(self, plan: BackwardPlan) -> None:
+        """Count the passes over the layers before the first one is pruned."""
+        self._backward = plan.passes
 
     @property
     def hidden_bytes(self) -> int:
@@ -197,8 +206,9 @@ class _Look:
             groups = layer.observe(needs) if needs else []
             held_back = self._recipe.held_back * self._length
             consumers = consumer_shapes(self._reduction.found, index) if self._reduction else []
+            copies = 1 if self._recipe.statistics.loss_weight == "none" else 2
             batch_tokens = max(self._batches) * self._length
-            memory = layer_memory(layer, groups, jobs[index], batch_tokens, held_back, consumers)
+            memory = layer_memory(layer, groups, jobs[index], batch_tokens, held_back, consumers, copies)
             fitted = jobs[index] or ({} if self._reduction is None else layer.matrices)
             matching = matching_memory(layer, fitted, self._recipe.reconstruct, batch_tokens)
             left = self._left(layer)
@@ -235,7 +245,7 @@ class _Look:
             factors += max(jobs[name].method.shared_work(width) for name in group.names)
         solving = sum(job.method.work(left[name]) for name, job in jobs.items())
         elements = sum(shares[name] * rows * columns for name, (rows, columns) in left.items())
-        forward = (1 + bool(jobs)) * elements
+        forward = (1 + bool(jobs)) * elements + self._backward * elements
         if self._reduction is not None:
             dense = sum(shares[name] * m.shape[0] * m.shape[1] for name, m in layer.matrices.items())
             forward += observations(self._reduction.found, layer.index) * dense

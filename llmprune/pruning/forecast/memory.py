@@ -11,7 +11,8 @@ hidden states   samples x length x hidden size, at most `activation_budget` (the
                 two or three sets of them (`Reconstruct.hidden_sets`)
 calls           masks and rotary embeddings that the model passes to its layers; equal ones are stored once
 weights         one decoder layer in the compute dtype
-statistics      4 d^2 bytes for each Gram of width d, 4 d for column norms; shared by matrices with the same input
+statistics      4 d^2 bytes for each Gram of width d, 4 d for column norms; shared by matrices with the same input;
+                twice that while a layer is observed if they are weighted by the loss
 held-back rows  up to 1,024 rows of each group's input
 forward         batch x length tokens x (6 hidden sizes + 3 widest dimensions) in the compute dtype; where statistics
                 are collected, plus the squares of the widest input in float32, and a float32 copy of it if the
@@ -85,6 +86,7 @@ def layer_memory(
     batch_tokens: int,
     held_back_tokens: int,
     consumers: Sequence[tuple[int, int]] = (),
+    copies: int = 1,
 ) -> LayerMemory:
     """Apply the formula to a layer; its parameters may be on the meta device.
 
@@ -97,6 +99,7 @@ def layer_memory(
         held_back_tokens: tokens that are excluded from the statistics.
         consumers: (out, in) of matrices from whose inputs groups are removed first; their statistics are freed before
             weights are pruned.
+        copies: of the statistics in memory: 2 if they are weighted by the loss, else 1.
     """
     if groups is None:
         widths = [(layer.matrices[name].shape[1], job.method.needs is Gram) for name, job in jobs.items()]
@@ -118,7 +121,7 @@ def layer_memory(
     return LayerMemory(
         weights=sum(parameter.nbytes for parameter in parameters),
         statistics=max(
-            sum(4 * width**2 if gram else 4 * width for width, gram in widths),
+            copies * sum(4 * width**2 if gram else 4 * width for width, gram in widths),
             sum(4 * width**2 for _, width in consumers),
         ),
         held_back=kept_rows * max(sum(width for width, _ in widths), sum(width for _, width in consumers)),

@@ -92,17 +92,22 @@ class MemoryPlan:
         hidden_states: in memory; at most the recipe's activation_budget.
         calls: masks and rotary embeddings.
         layer: the layer that takes most.
+        kept: what a backward pass of the dense model leaves in memory; 0 without one.
+        backward: the peak of that pass, which is over before layers are pruned.
     """
 
     ends: int
     hidden_states: int
     calls: int
     layer: LayerMemory
+    kept: int = 0
+    backward: int = 0
 
     @property
     def peak(self) -> int:
         """The predicted peak, above what the process holds before the first layer."""
-        return predict_peak(self.ends, self.hidden_states, self.calls, [self.layer])
+        pruning = predict_peak(self.ends, self.hidden_states, self.calls, [self.layer])
+        return max(self.kept + pruning, self.backward)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,8 @@ def channels_of(
         structure: one of its structures that is not refused.
         needs: the fields of `Channels` to fill (`scores.NEEDS`); the others are left empty.
         statistics: of the consumer's inputs (from the group of `observe` that contains it): `ColumnNorm` or `Gram` for
-            squares, `Moments` or `ChannelGram` for all. For a fused consumer, those of the selected expert.
+            squares, `Moments` for all but products, `ChannelGram` for all. For a fused consumer, those of the selected
+            expert.
         gradients: parameter inside the layer -> its gradients; at least those of `matrix_parameters`.
         expert: for a fused consumer, the expert whose channels are scored; None: all experts' weights together.
 
@@ -46,7 +47,7 @@ def channels_of(
     Raises:
         PatternError: the structure consists of experts, which have no input channels to score.
     """
-    if {"reading", "squares", "sums", "active"} & set(needs) and not structure.columns:
+    if {"reading", "squares", "sums", "active", "products"} & set(needs) and not structure.columns:
         raise PatternError(
             f"{structure.consumer}: {structure.groups} experts cannot be scored by channel activations",
             expected="for experts: reap, frequency, or a score of weights or gradients",
@@ -99,4 +100,6 @@ def _sums(statistics: ColumnNorm | Gram) -> dict[str, Any]:
     known: dict[str, Any] = {"tokens": max(moments.tokens, 1), "squares": moments.squares}
     if isinstance(moments, Moments):
         known |= {"sums": moments.totals, "active": moments.active}
+    if isinstance(statistics, ChannelGram):
+        known["products"] = statistics.products
     return known

@@ -18,6 +18,9 @@ from llmprune.errors import PatternError
 from llmprune.patterns import keep_highest
 from llmprune.statistics import check_finite
 
+# Outputs are known this well, as a fraction of their variance: what determines one would have infinite information.
+_NOISE = 1e-6
+
 
 @dataclass(frozen=True, slots=True)
 class Channels:
@@ -31,6 +34,7 @@ class Channels:
         sums: [channels], sum over tokens of the activation.
         squares: [channels], sum over tokens of its square.
         active: [channels], number of tokens with an activation above zero.
+        products: [channels, channels], sum over tokens of the products of two activations.
         gradients: of the loss, averaged over samples; one [*, channels] for each of `matrices`.
         squared_gradients: their squares, averaged over samples; one [*, channels] for each of `matrices`.
         gains: of the norms applied to the channels, each [channels].
@@ -43,6 +47,7 @@ class Channels:
     sums: Float[Tensor, " channels"] | None = None
     squares: Float[Tensor, " channels"] | None = None
     active: Float[Tensor, " channels"] | None = None
+    products: Float[Tensor, "channels channels"] | None = None
     gradients: Sequence[Float[Tensor, "_ _"]] = ()
     squared_gradients: Sequence[Float[Tensor, "_ _"]] = ()
     gains: Sequence[Float[Tensor, " channels"]] = ()
@@ -91,6 +96,29 @@ def fluctuation(channels: Channels) -> Float[Tensor, " groups"]:
     return _grouped(variance * energy, channels.groups)
 
 
+def mutual_information(channels: Channels) -> Float[Tensor, " groups"]:
+    """Sum over the layer's outputs of I(x_g; y_i) in nats, x_g the group's channels and y = W x, for Gaussian inputs.
+
+    For Gaussians I(x_g; y_i) = -log(1 - R^2) / 2, R^2 the fraction of the variance of y_i that x_g explains by linear
+    regression (Gelfand and Yaglom 1957); for one channel, R is the correlation. Each output counts by itself: their
+    joint information would be infinite, because y is a function of x. Choosing what shares the most information with
+    the next layer's activations is MIPP's idea (arXiv 2411.00147), which estimates it without a Gaussian model.
+    """
+    assert channels.sums is not None, "mutual information needs sums of the activations"
+    assert channels.products is not None, "mutual information needs the activations' Gram matrix"
+    mean = channels.sums.double() / channels.tokens
+    covariance = channels.products.double() / channels.tokens - torch.outer(mean, mean)
+    weight = _reading(channels).double()
+    check_finite(covariance, "the covariance of the channels")
+    shared = weight @ covariance
+    variance = (shared * weight).sum(1).clamp(min=0)
+    size = len(mean) // channels.groups
+    blocks = covariance.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    own = shared.unflatten(1, (-1, size)).permute(1, 2, 0)
+    explained = (own * _regressed(blocks, own)).sum(1) / variance.clamp(min=torch.finfo(variance.dtype).tiny)
+    return -0.5 * torch.log1p(-explained.clamp(0, 1 - _NOISE)).sum(1)
+
+
 def taylor(channels: Channels) -> Float[Tensor, " groups"]:
     """Sum of |g w| over the group's weights (first order; LLM-Pruner, arXiv 2305.11627)."""
     pairs = zip(channels.gradients, channels.matrices, strict=True)
@@ -116,6 +144,7 @@ SCORES: dict[str, Callable[[Channels], Tensor]] = {
     "wanda": wanda,
     "channel-norm": channel_norm,
     "flap": fluctuation,
+    "mutual-information": mutual_information,
     "taylor": taylor,
     "fisher": fisher,
     "norm-gain": norm_gain,
@@ -130,10 +159,16 @@ NEEDS: dict[str, frozenset[str]] = {
     "wanda": frozenset({"reading", "tokens", "squares"}),
     "channel-norm": frozenset({"reading", "tokens", "squares"}),
     "flap": frozenset({"reading", "tokens", "sums", "squares"}),
+    "mutual-information": frozenset({"reading", "tokens", "sums", "products"}),
     "taylor": frozenset({"matrices", "gradients"}),
     "fisher": frozenset({"matrices", "squared_gradients"}),
     "norm-gain": frozenset({"gains"}),
 }
+
+
+def needs_gram(method: str) -> bool:
+    """Whether a method reads the Gram matrix of the channels."""
+    return method == "obs" or "products" in NEEDS.get(method, ())
 
 
 def lowest_groups(scores: Float[Tensor, " groups"], remove: int, partitions: int = 1) -> Int[Tensor, " removed"]:
@@ -168,6 +203,15 @@ def _reading(channels: Channels) -> Tensor:
 def _mean_squares(channels: Channels) -> Tensor:
     assert channels.squares is not None, "this score needs sums of squares of the activations"
     return channels.squares.double() / channels.tokens
+
+
+def _regressed(blocks: Tensor, targets: Tensor) -> Tensor:
+    """Solve blocks [groups, size, size] x = targets [groups, size, out]; channels that never vary are left out."""
+    diagonal = blocks.diagonal(dim1=1, dim2=2)
+    # Relative to the group's mean variance: rounding may make the covariance of redundant channels indefinite.
+    ridge = 1e-6 * diagonal.mean(1, keepdim=True).clamp(min=0)
+    damped = blocks + torch.diag_embed(ridge + (diagonal <= 0).to(blocks.dtype))
+    return torch.linalg.solve(damped, targets)
 
 
 def _total(channels: Channels, weighed: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """Scores against loops over single channels in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,11 +30,20 @@ def example() -> tuple[Channels, Tensor]:
         sums=inputs.sum(0),
         squares=inputs.square().sum(0),
         active=(inputs > 0).sum(0).float(),
+        products=inputs.T @ inputs,
         gradients=(draw(5, 12), draw(7, 4)),
         squared_gradients=(draw(5, 12).square(), draw(7, 4).square()),
         gains=(draw(12), draw(12)),
     )
     return channels, inputs.double()
+
+
+def information(inputs: Tensor, reading: Tensor, columns: list[int]) -> float:
+    """In nats, summed over outputs: from the residual of a regression of each output on the group's channels."""
+    known = torch.cat([inputs[:, columns], torch.ones(len(inputs), 1, dtype=torch.float64)], 1)
+    outputs = inputs @ reading.T
+    left = outputs - known @ torch.linalg.lstsq(known, outputs).solution
+    return float(0.5 * (outputs.var(0, unbiased=False) / left.var(0, unbiased=False)).log().sum())
 
 
 def slow(name: str, channels: Channels, inputs: Tensor, group: int) -> float:
@@ -61,6 +71,7 @@ def slow(name: str, channels: Channels, inputs: Tensor, group: int) -> float:
         "wanda": sum(float(reading[:, j].double().abs().sum()) * math.sqrt(mean_square[j]) for j in columns),
         "channel-norm": math.sqrt(sum(norm[j] * mean_square[j] for j in columns)),
         "flap": sum(float(inputs[:, j].var(unbiased=False)) * norm[j] for j in columns),
+        "mutual-information": information(inputs, reading.double(), list(columns)),
         "taylor": sum(abs(g * w) for w, g, _ in weights),
         "fisher": sum(w * w * f / 2 for w, _, f in weights),
         "norm-gain": sum(abs(float(gain[j])) for gain in channels.gains for j in columns),
@@ -121,3 +132,32 @@ def test_the_lowest_go() -> None:
 def test_numbers_that_do_not_fit(remove: int, partitions: int) -> None:
     with pytest.raises(PatternError, match="partitions"):
         lowest_groups(torch.rand(8), remove, partitions)
+
+
+def test_information_does_not_depend_on_the_scale_of_outputs_or_the_mean_of_inputs() -> None:
+    channels, inputs = example()
+    assert channels.reading is not None
+    moved = inputs + 3
+    other = replace(
+        channels,
+        reading=channels.reading * torch.tensor([1.0, 2.0, 5.0, 0.1, 7.0])[:, None],
+        sums=moved.sum(0).float(),
+        products=(moved.T @ moved).float(),
+    )
+    score = SCORES["mutual-information"]
+    torch.testing.assert_close(score(other), score(channels), rtol=1e-3, atol=0)
+
+
+def test_information_of_channels_that_never_vary_is_zero_and_of_copies_finite() -> None:
+    inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    inputs[:, :2] = 1.5
+    inputs[:, 3] = inputs[:, 2]
+    reading = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    reading[2] = torch.tensor([0.0, 0, 1, 1, 0, 0])
+    channels = Channels(
+        groups=3, reading=reading, tokens=40, sums=inputs.sum(0), products=inputs.double().T @ inputs.double()
+    )
+    first, copies, rest = SCORES["mutual-information"](channels).tolist()
+    assert first == pytest.approx(0, abs=1e-6)
+    # One output is a function of the copies alone.
+    assert rest < copies < 30
