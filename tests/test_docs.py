@@ -27,7 +27,8 @@ import llmprune
 from llmprune.cli import app
 from llmprune.errors import RecipeError
 from llmprune.recipe.allocation import RULES
-from llmprune.recipe.recipe import Recipe, bundled_recipes, load_recipe
+from llmprune.recipe.bundled import bundled_recipes
+from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.rotation import RotationOptions
 from llmprune.recipe.sections import Experts, Rule

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM
 
 from llmprune.methods import METHODS
 from llmprune.pruning.pipeline import prune
-from llmprune.recipe.recipe import bundled_recipes, load_recipe
+from llmprune.recipe.bundled import bundled_recipes
+from llmprune.recipe.recipe import load_recipe
 from llmprune.storage.hub import resolve_model
 from llmprune.text.loading import load_tokenizer
 

@@ -26,7 +26,7 @@ from llmprune.devices import describe_device, resolve_device
 from llmprune.errors import ModelError, PatternError, RecipeError
 from llmprune.progress import Progress
 from llmprune.pruning.pipeline import prune
-from llmprune.recipe.recipe import bundled_recipes
+from llmprune.recipe.bundled import bundled_recipes
 from llmprune.storage.files import write_json
 from llmprune.units import format_change
 

@@ -167,7 +167,8 @@ def recipes(
     """List the bundled recipes, or print a recipe with every default filled in."""
     with explained(as_json):
         from llmprune.cli.tables.pruning import recipes_table
-        from llmprune.recipe.recipe import bundled_recipes, load_recipe
+        from llmprune.recipe.bundled import bundled_recipes
+        from llmprune.recipe.recipe import load_recipe
 
         if recipe is not None:
             resolved = load_recipe(recipe)

@@ -332,11 +332,7 @@ def open_checkpoint(
 
 
 def zero_share(source: CheckpointSource) -> float:
-    """The share of exact zeros among the matrices of the decoder layers, estimated from samples of each.
-
-    Raises:
-        CheckpointError: a file has disappeared or was truncated.
-    """
+    """The share of exact zeros among the matrices of the decoder layers, estimated from samples of each."""
     zeros = total = 0.0
     for index in range(len(source.layers)):
         for stored in (source.stored[key] for key in source.layer_keys(index)):

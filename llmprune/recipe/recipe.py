@@ -17,7 +17,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from fnmatch import fnmatchcase
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -38,6 +37,7 @@ from llmprune.methods import METHODS, STEPS, Chain, Method, gradient_kind, metho
 from llmprune.patterns import Pattern
 from llmprune.recipe.aliases import known_assignment, rename_keys
 from llmprune.recipe.allocation import RULES, AllocationField, Uniform, check_allocation
+from llmprune.recipe.bundled import recipe_texts
 from llmprune.recipe.document import (
     Document,
     KeyPath,
@@ -335,11 +335,6 @@ def _tell_changes(document: Document, overrides: Sequence[str]) -> None:
         document.data["description"] = f"{described}; changed: {', '.join(changes)}"
 
 
-def bundled_recipes() -> list[tuple[str, str]]:
-    """List the recipes that come with the package as (name, description), sorted by name."""
-    return [(name, str(parse_document(text, name).data.get("description", ""))) for name, text in _bundled().items()]
-
-
 def _check_reachable(rule: Rule, earlier: Sequence[Rule]) -> None:
     for other in earlier:
         if covers(other.match, rule.match):
@@ -348,14 +343,6 @@ def _check_reachable(rule: Rule, earlier: Sequence[Rule]) -> None:
                 fix="put the narrower rule first",
             )
             raise refusal(error, "rules", len(earlier))
-
-
-def _bundled() -> dict[str, str]:
-    """The text of each bundled recipe."""
-    entries = sorted(files("llmprune.recipes").iterdir(), key=lambda entry: entry.name.removesuffix(".yaml"))
-    return {
-        entry.name.removesuffix(".yaml"): entry.read_text("utf-8") for entry in entries if entry.name.endswith(".yaml")
-    }
 
 
 def _open(recipe: str | Path | Mapping[str, Any] | Recipe) -> Document:
@@ -367,7 +354,7 @@ def _open(recipe: str | Path | Mapping[str, Any] | Recipe) -> Document:
         raise RecipeError(f"a recipe of type {type(recipe).__name__}", expected=_RECIPE_FORMS, fix="pass one of these")
     if isinstance(recipe, str) and "\n" in recipe:
         return parse_document(recipe, "recipe")
-    bundled = _bundled()
+    bundled = recipe_texts()
     if isinstance(recipe, str) and recipe in bundled:
         return parse_document(bundled[recipe], f"{recipe}.yaml")
     try:

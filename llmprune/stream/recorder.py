@@ -1,9 +1,12 @@
 """Record how a model's own code calls its decoder layers."""
 
+import contextlib
+import functools
 import inspect
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmprune.errors import ModelError
 
@@ -56,3 +59,20 @@ class Recorder:
                 expected="layers that are called in order, and whose output is passed to the next one unchanged",
                 fix="this architecture cannot be streamed layer by layer",
             )
+
+
+@contextlib.contextmanager
+def replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace every layer's `forward(...)` with `forward(index, ...)`."""
+    # A model dispatched by accelerate keeps its hooks in an instance attribute `forward`.
+    before = [vars(layer).get("forward") for layer in layers]
+    for index, layer in enumerate(layers):
+        layer.forward = functools.partial(forward, index)
+    try:
+        yield
+    finally:
+        for layer, original in zip(layers, before, strict=True):
+            if original is None:
+                del layer.forward
+            else:
+                layer.forward = original

@@ -10,7 +10,6 @@ one, so that every layer is calibrated on the outputs of the pruned layers befor
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +25,7 @@ from llmprune.precision import dtype_name, float32_products
 from llmprune.statistics import ColumnNorm, Gram, TokenWeight, check_finite
 from llmprune.stream.activations import HiddenStates, LayerCalls
 from llmprune.stream.observation import EveryMatrixSeenError, Group, Observer
-from llmprune.stream.recorder import CapturedError, Recorder
+from llmprune.stream.recorder import CapturedError, Recorder, replaced
 from llmprune.stream.windows import LOGIT_BYTES, Window, window_positions, windows
 from llmprune.timing import Stages
 
@@ -198,7 +197,7 @@ class Stream:
             calls.append((args, kwargs))
             raise CapturedError
 
-        with _replaced(self.source.layers, note), contextlib.suppress(CapturedError):
+        with replaced(self.source.layers, note), contextlib.suppress(CapturedError):
             self._run_model(ids)
         if not calls:
             raise self._uncalled(0)
@@ -206,7 +205,7 @@ class Stream:
 
     def _record(self, batch: int, ids: Tensor) -> None:
         recorder = Recorder(self, batch)
-        with _replaced(self.source.layers, recorder.forward), contextlib.suppress(CapturedError):
+        with replaced(self.source.layers, recorder.forward), contextlib.suppress(CapturedError):
             self._run_model(ids)
         self.calls.end_batch()
         if recorder.expected != len(self.source.layers):
@@ -230,7 +229,7 @@ class Stream:
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
             return self.calls.stand_in(index, final)
 
-        with _replaced(self.source.layers, stand_in):
+        with replaced(self.source.layers, stand_in):
             logits = self._run_model(ids).logits
         self.calls.end_batch()
         return logits
@@ -386,20 +385,3 @@ class ResidentLayer:
             for name, parameter in self._parameters.items():
                 check_finite(parameter, f"{self.name}: the parameter {name}")
             raise error.at(self.name) from None
-
-
-@contextlib.contextmanager
-def _replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace every layer's `forward(...)` with `forward(index, ...)`."""
-    # A model dispatched by accelerate keeps its hooks in an instance attribute `forward`.
-    before = [vars(layer).get("forward") for layer in layers]
-    for index, layer in enumerate(layers):
-        layer.forward = functools.partial(forward, index)
-    try:
-        yield
-    finally:
-        for layer, original in zip(layers, before, strict=True):
-            if original is None:
-                del layer.forward
-            else:
-                layer.forward = original

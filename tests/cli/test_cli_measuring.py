@@ -12,7 +12,8 @@ from command_line import SMALL, make_plain, run, spawn
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from llmprune.recipe.recipe import bundled_recipes, load_recipe
+from llmprune.recipe.bundled import bundled_recipes
+from llmprune.recipe.recipe import load_recipe
 
 TESTBED = Path(__file__).parents[2] / "eval" / "testbed"
 

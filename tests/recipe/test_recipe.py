@@ -15,8 +15,9 @@ from llmprune.methods import METHODS, Chain, Random, Refit, SparseGPT, Swaps, Wa
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.patterns import NM, Block, Pattern, Unstructured
 from llmprune.pruning.jobs import plan_jobs
+from llmprune.recipe.bundled import bundled_recipes
 from llmprune.recipe.grid import read_grid
-from llmprune.recipe.recipe import Recipe, bundled_recipes, load_recipe
+from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.storage.hub import resolve_model
 from llmprune.text.tokens import PROMPTS, EvaluationSpec, TextSpec
 

@@ -9,7 +9,8 @@ import pytest
 
 from llmprune.eval.bench import recipes
 from llmprune.progress import Progress
-from llmprune.recipe.recipe import bundled_recipes, load_recipe
+from llmprune.recipe.bundled import bundled_recipes
+from llmprune.recipe.recipe import load_recipe
 
 RESULTS = Path(__file__).parents[2] / "eval" / "bench" / "results" / "recipes-testbed-cpu.json"
 ROWS: dict[str, dict[str, Any]] = {row["recipe"]: row for row in json.loads(RESULTS.read_text())}

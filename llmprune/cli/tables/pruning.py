@@ -40,9 +40,9 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
         *_allocation_facts(header.get("allocation")),
         ("relative output error", error),
         *fitting_facts(report),
-        ("dampening increased", f"for {_matrices(climbed)}"),
+        *([("dampening increased", f"for {_matrices(climbed)}")] if climbed else []),
         *([("massive activations", massive_line(report.massive))] if report.massive else []),
-        ("too few tokens", f"for {_matrices(priors)} of experts"),
+        *([("too few tokens", f"for {_matrices(priors)} of experts")] if priors else []),
         ("seconds", f"{format_seconds(header['seconds']['total'])}: {', '.join(stages)}"),
         (
             "peak memory",
