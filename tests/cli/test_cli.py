@@ -47,8 +47,8 @@ def test_prune_shows_what_it_cost(model: Path, tmp_path: Path) -> None:
     assert f"KL divergence {evaluation['kl_divergence']:.4f} nats/token" in shown
     assert "sparsity 50.00% in 14 matrices" in shown
     assert f"relative output error {report['summary']['mean_error']:.4f} (mean)" in shown
-    assert "dampening increased for 0 matrices" in shown
-    assert "too few tokens for 0 matrices of experts" in shown
+    assert "dampening increased" not in shown
+    assert "too few tokens" not in shown
     assert "predicted" in shown
     assert "measured" in shown
     assert str(tmp_path / "out" / "report.json") in "".join(result.stdout.split())
