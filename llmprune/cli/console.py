@@ -108,7 +108,9 @@ class Display:
             if self._live or self._silent or self._closed.is_set() or now - self._printed < _SILENT_SECONDS - 1:
                 return
             what = "starting" if self.progress is None else _whole(self.progress)
-            self._print(f"{what}, {now - self._changed:.0f} s so far", now)
+            waited = now - self._changed
+            # Of a counter that moves, the seconds since its last step say nothing.
+            self._print(f"{what}, {waited:.0f} s so far" if waited >= _SILENT_SECONDS / 2 else what, now)
 
     def _beat(self) -> None:
         while not self._closed.wait(_TICK_SECONDS):

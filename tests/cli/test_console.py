@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import pty
+import re
 import sys
 import time
 import unicodedata
@@ -73,7 +74,8 @@ def test_live_display_on_a_terminal(model: Path, tmp_path: Path) -> None:
     shown = b"".join(_pieces(controller)).decode()
     stdout, _ = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert "layer 2 of 2" in shown
+    # The display is drawn a few times a second, and such a layer may be over before that.
+    assert re.search(r"layer [12] of 2", shown)
     assert ": layer" not in shown
     # What was live is gone at the end, and the results are plain.
     assert "\x1b[2K" in shown
