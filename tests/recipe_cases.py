@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 
 from llmprune.errors import RecipeError
-from llmprune.methods import Magnitude, Random, SparseGPT, Wanda
+from llmprune.methods import ALPS, Magnitude, Random, SparseGPT, Wanda
 from llmprune.patterns import NM, Unstructured
 from llmprune.recipe.recipe import load_recipe
 
 EXPECTED = {
+    "best": (NM(2, 4), ALPS()),
+    "best-fast": (NM(2, 4), ALPS()),
     "demo": (Unstructured(0.5), SparseGPT()),
     "magnitude-50": (Unstructured(0.5), Magnitude()),
     "random-50": (Unstructured(0.5), Random()),

@@ -162,7 +162,7 @@ def test_the_navigation_has_every_page() -> None:
     [
         ("## All keys", set(Recipe.model_fields)),
         ("## Rules", set(Rule.model_fields)),
-        ("## Calibration and evaluation", {field.name for field in fields(EvaluationSpec)}),
+        ("## Calibration and evaluation", {field.name for field in fields(EvaluationSpec)} | {"share"}),
         ("## Experts of MoE models", set(Experts.model_fields)),
         *((f"### `allocation.{name}`", set(rule.model_fields)) for name, rule in RULES.items()),
         ("## Block matching", set(Reconstruct.model_fields)),

@@ -39,7 +39,8 @@ def test_figures_are_of_this_recipe(name: str) -> None:
     assert ("parameters" in row) == (recipe.structures is not None)
     assert row["perplexity"] > row["dense_perplexity"] > 1
     same = [other for other in ROWS.values() if other.get("tokens") == row["tokens"]]
-    assert {other["dense_perplexity"] for other in same} == {row["dense_perplexity"]}
+    # Another batch size rounds differently in the last digit.
+    assert {round(other["dense_perplexity"], 9) for other in same} == {round(row["dense_perplexity"], 9)}
 
 
 def test_writing_figures_replaces_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,14 +79,17 @@ def test_a_watcher_hears_which_run_of_how_many(model: Path, recipe: dict[str, An
     sweep(model, recipe, {"pattern": [0.5, 0.6]}, tmp_path / "grid", watch=lambda p: heard.append(p.stage))
     assert list(dict.fromkeys(heard)) == [
         *("run 1 of 2: pattern-0.5", "1/2 evaluation text", "1/2 calibration text", "1/2 digesting the source"),
-        *("1/2 dense perplexity", "1/2 pruning", "1/2 pruned perplexity", "1/2 perplexity, head", "1/2 answers"),
+        *("1/2 dense perplexity", "1/2 pruning", "1/2 writing what is outside the layers"),
+        *("1/2 pruned perplexity", "1/2 perplexity, head", "1/2 answers", "1/2 writing the report"),
         *("run 2 of 2: pattern-0.6", "2/2 evaluation text", "2/2 calibration text", "2/2 digesting the source"),
         *(
             "2/2 dense perplexity: the same as in an earlier run",
             "2/2 pruning",
+            "2/2 writing what is outside the layers",
             "2/2 pruned perplexity",
             "2/2 perplexity, head",
             "2/2 answers",
+            "2/2 writing the report",
         ),
     ]
 
