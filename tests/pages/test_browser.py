@@ -78,7 +78,8 @@ def test_everything_is_drawn_and_nothing_fetched(browser: Any, large: Path, tmp_
     with Visit(browser, file) as visit:
         assert visit.complaints == []
         charts = visit.page.locator("figure").count()
-        assert charts == (11 if kind == "report" else 2)
+        # Both runs store as many bytes: that is a sentence instead of a chart.
+        assert charts == (11 if kind == "report" else 1)
         assert visit.page.locator("figure .plot:has(.cartesianlayer .trace)").count() == charts
         assert visit.page.locator("#failure").is_hidden()
         assert [url for url in visit.requests if not url.startswith(("file:", "blob:", "data:"))] == []
@@ -139,7 +140,7 @@ def test_a_phone_shows_titles_and_legends_whole(browser: Any, large: Path, tmp_p
     })"""
     with Visit(browser, file, **_PHONE) as visit:
         assert visit.complaints == []
-        assert visit.page.locator(".plot .xtitle").count() > 1
+        assert visit.page.locator(".plot .xtitle").count() >= 1
         assert visit.page.locator(".plot").evaluate_all(cut) == []
 
 
