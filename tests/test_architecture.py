@@ -264,3 +264,10 @@ def test_only_patterns_selects() -> None:
 )
 def test_selections_are_recognised(source: str, found: bool) -> None:
     assert bool(selections(source)) == found
+
+
+def test_every_room_is_installed() -> None:
+    """An editable installation finds them anyway, a wheel does not."""
+    listed = (ROOT / "pyproject.toml").read_text("utf-8")
+    rooms = [path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in PACKAGE.rglob("__init__.py")]
+    assert [room for room in rooms if f'"{room}"' not in listed] == []
