@@ -54,7 +54,10 @@ SparsityFlag = Annotated[
 MethodFlag = Annotated[
     str | None,
     _flag(
-        "--method", "METHOD", WHAT, "How weights are chosen: random, magnitude, wanda, ria, sparsegpt, admm or alps."
+        "--method",
+        "METHOD",
+        WHAT,
+        "How weights are chosen: random, magnitude, wanda, ria, gradient, taylor, fisher, sparsegpt, admm or alps.",
     ),
 ]
 Dataset = Annotated[

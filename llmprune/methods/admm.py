@@ -5,6 +5,7 @@ alternating direction method of multipliers: B solves the regression with a pull
 what the pattern allows, and U adds up the differences. Sparsity rises along a cubic ramp; then the mask is frozen.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -20,8 +21,48 @@ from llmprune.precision import float32_products
 from llmprune.statistics import ColumnNorm, Gram, check_finite, damped
 
 
+class Alternating(ABC):
+    """A method that alternates between a regression, scaled to a unit diagonal, and the pattern.
+
+    Attributes:
+        damping: added to the diagonal of the scaled Gram, >= 0.
+    """
+
+    damping: float
+    needs: ClassVar[type[Gram]] = Gram
+    scope: ClassVar[Scope] = "matrix"
+
+    @abstractmethod
+    def solve(self, problem: "Scaled", pattern: Pattern) -> tuple[Tensor, Tensor]:
+        """The scaled weights and their mask, both [out, in]; the pattern removes at least one weight."""
+
+    def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
+        """SparseGPT's: the error of removing one weight."""
+        assert isinstance(statistics, Gram), "ADMM needs the inputs' Gram matrix"
+        return removal_scores(weight, statistics, 0.01)
+
+    def __call__(
+        self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None, pattern: Pattern
+    ) -> Pruned:
+        """Scale, solve, and scale back; a pattern without zeros changes nothing."""
+        assert isinstance(statistics, Gram), "ADMM needs the inputs' Gram matrix"
+        shape = (weight.shape[0], weight.shape[1])
+        pattern.check(shape)
+        check_finite(weight, "the weight")
+        pattern = pattern.compared(self.scope)
+        problem = Scaled.of(weight, statistics, self.damping)
+        if not pattern.zeros(shape):
+            return select(weight, weight, pattern)
+        values, mask = self.solve(problem, pattern)
+        return Pruned(problem.unscaled(values, mask), mask, self.damping, (self.damping,))
+
+    def shared_work(self, width: int) -> float:
+        """One factorisation, for the scores."""
+        return width**3 / 3
+
+
 @dataclass(frozen=True)
-class ADMM:
+class ADMM(Alternating):
     """Prune and update by the alternating direction method of multipliers.
 
     Attributes:
@@ -33,8 +74,6 @@ class ADMM:
     damping: float = 0.1
     iterations: int = 20
     ramp: int = 15
-    needs: ClassVar[type[Gram]] = Gram
-    scope: ClassVar[Scope] = "matrix"
 
     def __post_init__(self) -> None:
         if not self.damping >= 0:
@@ -45,22 +84,8 @@ class ADMM:
                 expected="at least one iteration, and a ramp within them",
             )
 
-    def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
-        """SparseGPT's: the error of removing one weight."""
-        assert isinstance(statistics, Gram), "ADMM needs the inputs' Gram matrix"
-        return removal_scores(weight, statistics, 0.01)
-
-    def __call__(
-        self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None, pattern: Pattern
-    ) -> Pruned:
-        """Alternate between the regression and the projection."""
-        assert isinstance(statistics, Gram), "ADMM needs the inputs' Gram matrix"
-        pattern.check((weight.shape[0], weight.shape[1]))
-        check_finite(weight, "the weight")
-        pattern = pattern.compared(self.scope)
-        problem = Scaled.of(weight, statistics, self.damping)
-        if not pattern.zeros((weight.shape[0], weight.shape[1])):
-            return select(weight, weight, pattern)
+    def solve(self, problem: "Scaled", pattern: Pattern) -> tuple[Tensor, Tensor]:
+        """Alternate between the regression and the projection; the mask is frozen once the ramp has ended."""
         solve = problem.inverse(1.0)
         weights, target = problem.weight, problem.target
         multipliers = torch.zeros_like(weights)
@@ -75,16 +100,12 @@ class ADMM:
                 projected = shifted * mask
                 multipliers = shifted - projected
                 current = (target + projected - multipliers) @ solve
-        return Pruned(problem.unscaled(projected, mask), mask, self.damping, (self.damping,))
+        return projected, mask
 
     def work(self, shape: tuple[int, int]) -> float:
         """2 out in^2 an iteration, and one inverse."""
         rows, width = shape
         return 2.0 * rows * width**2 * (self.iterations + 1) + width**3
-
-    def shared_work(self, width: int) -> float:
-        """One factorisation, for the scores."""
-        return width**3 / 3
 
     def workspace(self, shape: tuple[int, int]) -> int:
         """The matrices, five more of their shape, and three square ones: the scaled Gram, its factor and inverse."""

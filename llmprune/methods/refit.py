@@ -2,7 +2,7 @@
 
 Each row v minimises (w - v) G (w - v)^T over the weights that its mask keeps. That is one linear system a row, with a
 different submatrix of G each; conjugate gradient needs only products with the whole G, whose masked results are those
-of the submatrices (the second stage of ALPS, Meng et al. 2024, arXiv 2406.07831, algorithm 2).
+of the submatrices (the second stage of ALPS, Meng et al. 2024, arXiv 2406.07831).
 """
 
 from dataclasses import dataclass, replace

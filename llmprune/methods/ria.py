@@ -1,4 +1,4 @@
-"""RIA: relative importance and activations (Zhang et al. 2024, "Plug-and-play", ICLR 2024, equation 3)."""
+"""RIA: relative importance and activations (Zhang et al. 2024, "Plug-and-Play", ICLR 2024)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

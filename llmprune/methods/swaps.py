@@ -1,6 +1,6 @@
 """Swaps: exchange a kept weight for a removed one while the loss falls, many rows at once.
 
-The exact change of the loss by a swap is known in closed form (SparseSwaps, Zimmer et al. 2025). Here it is extended to
+The exact change of the loss by a swap is known in closed form (SparseSwaps). Here it is extended to
 weights that have been updated, and the restored weight gets its best value instead of its dense one: with d = w - v the
 error of a row and c = G d, removing weight i and restoring weight j with the value x changes the loss d G d^T by
 

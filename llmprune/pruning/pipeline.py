@@ -207,12 +207,7 @@ def _into(
     layers = LayerDriver(
         run, streamed, jobs, texts["calibration"], writer, reduction, lambda: run.open(source.folder), gradients
     ).drive()
-    run.watch(Progress("writing what is outside the layers"))
-    with run.stages("write"):
-        for left_out in writer.finish():
-            run.watch(Progress(left_out))
-    if run.recipe.format != "dense" and not any(layer.layouts for layer in target.layers.values()):
-        run.watch(Progress(nothing_packed(run.recipe.format)))
+    _complete(run, writer)
     allocation = None if decisions is None else decisions.evidence.get("allocation")
     more: dict[str, Any] = {"allocation": allocation} if allocation else {}
     if reduction is not None:
@@ -241,6 +236,16 @@ def _into(
     target.close()
     _track(run, report, target.path)
     return report
+
+
+def _complete(run: Run, writer: Writer) -> None:
+    """Write what is outside the layers, so that the files can be loaded, and say what was left out."""
+    run.watch(Progress("writing what is outside the layers"))
+    with run.stages("write"):
+        for left_out in writer.finish():
+            run.watch(Progress(left_out))
+    if run.recipe.format != "dense" and not any(layer.layouts for layer in writer.target.layers.values()):
+        run.watch(Progress(nothing_packed(run.recipe.format)))
 
 
 def _evaluate_again(

@@ -13,6 +13,7 @@ from command_line import make_plain, run
 from llmprune.cli.console import Display
 from llmprune.cli.shortcuts import DEFAULT_RECIPE, Wanted
 from llmprune.errors import LlmpruneError, RecipeError
+from llmprune.methods import METHODS
 from llmprune.progress import Progress
 from llmprune.recipe.recipe import Recipe, load_recipe
 
@@ -22,6 +23,11 @@ SHORT = ["--num-samples", "6", "--max-seq-length", "24", "--set", "evaluation.sa
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     make_plain(monkeypatch)
+
+
+def test_the_help_names_every_method() -> None:
+    shown = " ".join(run("prune", "--help").stdout.replace("│", " ").split())
+    assert f"How weights are chosen: {', '.join([*METHODS][:-1])} or {[*METHODS][-1]}." in shown
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def test_gains_that_are_stored_less_one(tmp_path: Path) -> None:
                 ("starcoder2", "subtracts the mean"),
                 ("glm4", "is added to the residual stream"),
                 ("zaya", "something acts on single hidden channels"),
-                ("olmoe", "cannot be told from its other sizes"),
+                ("olmoe", "cannot be told apart from its other sizes"),
             )
         ),
     ],

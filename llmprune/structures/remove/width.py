@@ -107,7 +107,7 @@ def hidden_places(config: PretrainedConfig, path: str | None = None) -> tuple[in
             return search.size, _with_tied_names(search.before, found.places)
         refusal = refusal or found.reason
     raise ModelError(
-        f"the hidden channels of {type(config).__name__} cannot be told from its other sizes: {refusal}",
+        f"the hidden channels of {type(config).__name__} cannot be told apart from its other sizes: {refusal}",
         expected="a model in which a smaller hidden_size changes no other size",
     )
 
