@@ -20,7 +20,7 @@ _RATE_SECONDS = 0.08
 
 # glibc's number of the option, and the size from which a block gets pages of its own. With a smaller one, the system
 # would clear pages for every small activation.
-_M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 1 << 20
+_M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 256 << 10
 
 # How most of PyTorch reports a lack of memory, as plain RuntimeErrors: its CPU allocator, and the CUDA libraries.
 _PHRASES = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")

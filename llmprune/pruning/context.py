@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from llmprune import __version__
-from llmprune.devices import resolve_device
+from llmprune.devices import map_large_blocks, resolve_device
 from llmprune.models.checkpoint_source import CheckpointSource, open_checkpoint
 from llmprune.models.source import Source
 from llmprune.progress import Progress, Watcher, ignore
@@ -49,7 +49,7 @@ class Run:
 
     @classmethod
     def begin(cls, recipe: Recipe, watch: Watcher = ignore, dense: DensePass | None = None) -> "Run":
-        """Start the clock.
+        """Start the clock, and prepare the process for large blocks of memory.
 
         Args:
             recipe: what to do.
@@ -62,6 +62,9 @@ class Run:
         """
         device = resolve_device(recipe.device)
         require_tracker(recipe.report_to)
+        if device.type == "cpu":
+            # Before the first text is sampled: what the heap has grown to once, it takes large blocks from.
+            map_large_blocks()
         settings = StreamSettings(device, recipe.batch_size, recipe.held_back, int(recipe.activation_budget))
         return cls(recipe, settings, MemoryGuard(settings, watch), dense or DensePass())
 

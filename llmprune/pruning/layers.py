@@ -4,12 +4,12 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from llmprune.devices import PeakWatch, map_large_blocks, warm_up
+from llmprune.devices import PeakWatch, warm_up
 from llmprune.models.sizes import ends_bytes
 from llmprune.models.source import Source
 from llmprune.progress import Progress
 from llmprune.pruning.context import Run
-from llmprune.pruning.forecast.memory import LayerMemory, layer_memory, matching_memory, predict_peak
+from llmprune.pruning.forecast.memory import LayerMemory, layer_memory, library_bytes, matching_memory, predict_peak
 from llmprune.pruning.gradients import DenseGradients
 from llmprune.pruning.jobs import Job
 from llmprune.pruning.solving import solve_in_turn, solve_layer
@@ -91,7 +91,6 @@ class LayerDriver:
         """
         self._report(self._step)
         if self._run.device.type == "cpu":
-            map_large_blocks()
             # Libraries keep some memory from their first products on: it is no part of what the layers take.
             warm_up(self._source.dtype)
         with PeakWatch(self._run.device) as memory:
@@ -215,7 +214,9 @@ class LayerDriver:
         sets = 1 if fitted is None else fitted.hidden_sets
         held = sets * self._stream.hidden.resident_bytes, self._stream.calls.nbytes
         return {
-            "predicted_bytes": predict_peak(ends_bytes(self._source), *held, self._memories),
+            "predicted_bytes": predict_peak(
+                ends_bytes(self._source), *held, self._memories, library_bytes(self._run.device)
+            ),
             "measured_bytes": memory.peak - memory.baseline,
             "baseline_bytes": memory.baseline,
             "resident_bytes": memory.resident,

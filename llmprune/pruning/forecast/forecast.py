@@ -34,7 +34,7 @@ from llmprune.pruning.allocating.pool import find_pool
 from llmprune.pruning.context import Run
 from llmprune.pruning.forecast.around import measure_around
 from llmprune.pruning.forecast.backward import BackwardPlan, plan_backward
-from llmprune.pruning.forecast.memory import layer_memory, matching_memory
+from llmprune.pruning.forecast.memory import layer_memory, library_bytes, matching_memory
 from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan, Work
 from llmprune.pruning.jobs import Job, plan_jobs, require_packable
 from llmprune.pruning.rotation.rotating import Rotating
@@ -120,7 +120,15 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         tokens=look.tokens,
         layers=layers,
         rates=rates,
-        memory=MemoryPlan(ends_bytes(source), resident, look.calls_bytes, largest, backward.kept, backward.peak),
+        memory=MemoryPlan(
+            ends_bytes(source),
+            resident,
+            look.calls_bytes,
+            largest,
+            library_bytes(run.device),
+            backward.kept,
+            backward.peak,
+        ),
         disk_bytes=_disk_bytes(source, result, found) + (0 if rotating is None else rotating.nbytes),
         spilled_bytes=sets * hidden - resident,
         notes=(

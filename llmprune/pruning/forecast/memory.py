@@ -1,10 +1,13 @@
 """How much memory a run will take: a formula for its peak.
 
     peak = what the process holds before the first layer
+         + libraries
          + max( ends + hidden states + calls,
                 hidden states + calls + max over layers of
                     ( weights + max(statistics + held-back rows + max(forward, solving), matching) ) )
 
+libraries       3 MB on a CPU: what kernels keep for their threads from the first products of a kind on, and what the
+                heap holds in small pieces
 ends            embeddings, final norm and LM head, while text is embedded; no layer is in memory at that time. Tensors
                 that the model does not read, such as a draft head, are copied 4 MB at a time and take nothing
 hidden states   samples x length x hidden size, at most `activation_budget` (the rest is on disk); with block matching
@@ -24,9 +27,9 @@ matching        if layers are fitted as a whole: for each trained parameter 16 b
                 the layer runs with; 12 more for those of the largest matrix; and what the backward pass needs of one
                 batch: inputs and outputs of all matrices that a token visits, and 8 hidden sizes in float32
 
-On a CPU, the measured peak is what the process has for itself, without pages of files: glibc's allocator is told to
-return large blocks at once, and libraries make their first products before the first layer. What is left of both is a
-few megabytes.
+On a CPU, the measured peak is what the process has for itself, without pages of files: glibc's allocator is told from
+the start to give blocks of 256 KB and more pages of their own, and libraries make their first products before the first
+layer.
 
 Not counted: the logits of an evaluation, of as many positions at a time as make 128 MB in float32 (`stream.windows`),
 with their log-softmax for each of two models and the divergence up to 0.8 GB (`stream.guard.scoring_needs`).
@@ -34,6 +37,8 @@ with their log-softmax for each of two models and the divergence up to 0.8 GB (`
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import torch
 
 from llmprune.models.sizes import active_experts, ends_bytes
 from llmprune.models.source import Source
@@ -154,7 +159,12 @@ def matching_memory(layer: ResidentLayer, names: Collection[str], fitted: Recons
     return states + 12 * max(p.numel() for p in trained) + round(batch_tokens * (itemsize * seen + 32 * hidden))
 
 
-def predict_peak(ends: int, hidden_states: int, calls: int, layers: Sequence[LayerMemory]) -> int:
+def library_bytes(device: torch.device) -> int:
+    """What libraries and the heap take of the peak, whatever the model."""
+    return 3 << 20 if device.type == "cpu" else 0
+
+
+def predict_peak(ends: int, hidden_states: int, calls: int, layers: Sequence[LayerMemory], libraries: int) -> int:
     """The formula's peak in bytes, above what the process holds before the first layer.
 
     Args:
@@ -162,8 +172,9 @@ def predict_peak(ends: int, hidden_states: int, calls: int, layers: Sequence[Lay
         hidden_states: bytes of them in memory.
         calls: bytes that the model passes to its layers.
         layers: all of them, or only the one that takes most.
+        libraries: bytes that they take.
     """
-    between = hidden_states + calls
+    between = hidden_states + calls + libraries
     return between + max([ends, *(layer.total for layer in layers)])
 
 
@@ -193,7 +204,8 @@ def pruning_needs(
         layers.append(replace(memory, matching=matching_memory(layer, job, fitted, batch)))
     sets = 1 if fitted is None else fitted.hidden_sets
     hidden = ids.numel() * source.model.config.get_text_config().hidden_size * source.dtype.itemsize
-    peak = predict_peak(ends_bytes(source), sets * min(hidden, settings.activation_budget), 0, layers)
+    held = sets * min(hidden, settings.activation_budget)
+    peak = predict_peak(ends_bytes(source), held, 0, layers, library_bytes(settings.device))
     needs = f"up to {format_size(peak)} for pruning, in addition to the program itself"
     if "evaluation" in texts:
         # Dense and pruned logits of some positions are in memory together to be compared.

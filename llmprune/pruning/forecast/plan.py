@@ -92,6 +92,7 @@ class MemoryPlan:
         hidden_states: in memory; at most the recipe's activation_budget.
         calls: masks and rotary embeddings.
         layer: the layer that takes most.
+        libraries: what they and the heap keep.
         kept: what a backward pass of the dense model leaves in memory; 0 without one.
         backward: the peak of that pass, which is over before layers are pruned.
     """
@@ -100,13 +101,14 @@ class MemoryPlan:
     hidden_states: int
     calls: int
     layer: LayerMemory
+    libraries: int
     kept: int = 0
     backward: int = 0
 
     @property
     def peak(self) -> int:
         """The predicted peak, above what the process holds before the first layer."""
-        pruning = predict_peak(self.ends, self.hidden_states, self.calls, [self.layer])
+        pruning = predict_peak(self.ends, self.hidden_states, self.calls, [self.layer], self.libraries)
         return max(self.kept + pruning, self.backward)
 
 

@@ -16,7 +16,7 @@ from llmprune.methods import SparseGPT, Wanda
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.source import ModelSource
 from llmprune.patterns import NM
-from llmprune.pruning.forecast.memory import LayerMemory, layer_memory, predict_peak
+from llmprune.pruning.forecast.memory import LayerMemory, layer_memory, library_bytes, predict_peak
 from llmprune.pruning.jobs import Job
 from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
 
@@ -34,7 +34,7 @@ LARGE = LayerMemory(weights=10, statistics=40, held_back=20, forward=5, solving=
     ],
 )
 def test_the_peak_is_the_larger_of_two_moments(ends: int, hidden: int, layers: list[LayerMemory], peak: int) -> None:
-    assert predict_peak(ends, hidden, 3, layers) == peak
+    assert predict_peak(ends, hidden, 3, layers, 50) == 50 + peak
 
 
 def test_a_large_vocabulary_is_never_in_memory_beside_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ def test_a_large_vocabulary_is_never_in_memory_beside_a_layer(tmp_path: Path, mo
     settings: Any = recipe(calibration={"samples": 1, "length": 8}, held_back=0, method="magnitude")
     report = prune(source, settings, tmp_path / "out")
     predicted = report.header["memory"]["predicted_bytes"]
-    assert max(resident) <= predicted <= 1.01 * max(resident)
+    assert max(resident) <= predicted - library_bytes(torch.device("cpu")) <= 1.01 * max(resident)
     assert dry_run(source, settings).memory.peak == predicted
 
 
@@ -77,7 +77,7 @@ def test_the_peak_of_a_process_of_its_own_is_the_predicted_one(tmp_path: Path, m
     command = [sys.executable, "-c", _PROGRAM, tmp_path / "text.txt", tmp_path / "out", *more]
     finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     memory = json.loads(finished.stdout.splitlines()[-1])
-    assert memory["measured_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.2)
+    assert memory["measured_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.15)
     assert memory["resident_bytes"] >= memory["baseline_bytes"] + memory["measured_bytes"]
 
 
