@@ -58,6 +58,7 @@ def perplexity(
         str,
         typer.Option(
             "--text",
+            "--dataset",
             metavar="TEXT",
             rich_help_panel=TEXT,
             help='A .txt, .jsonl or .parquet file, a dataset on the hub, or "self": text sampled from the dense model, '
@@ -71,6 +72,8 @@ def perplexity(
     length: Annotated[
         int | None,
         typer.Option(
+            "--length",
+            "--max-seq-length",
             min=2,
             metavar="N",
             rich_help_panel=TEXT,
@@ -81,6 +84,8 @@ def perplexity(
     samples: Annotated[
         int,
         typer.Option(
+            "--samples",
+            "--num-samples",
             min=1,
             metavar="N",
             rich_help_panel=TEXT,

@@ -80,16 +80,24 @@ def rotate(
     calibration: Annotated[
         str,
         typer.Option(
+            "--calibration",
+            "--dataset",
             metavar="TEXT",
             rich_help_panel=TEXT,
             help='A .txt, .jsonl or .parquet file, a dataset on the hub, or "self": text sampled from the model.',
         ),
     ] = "self",
     samples: Annotated[
-        int | None, typer.Option(min=1, metavar="N", rich_help_panel=TEXT, help="Calibration sequences.")
+        int | None,
+        typer.Option(
+            "--samples", "--num-samples", min=1, metavar="N", rich_help_panel=TEXT, help="Calibration sequences."
+        ),
     ] = None,
     length: Annotated[
-        int | None, typer.Option(min=2, metavar="N", rich_help_panel=TEXT, help="Their length in tokens.")
+        int | None,
+        typer.Option(
+            "--length", "--max-seq-length", min=2, metavar="N", rich_help_panel=TEXT, help="Their length in tokens."
+        ),
     ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, metavar="N", rich_help_panel=TEXT, help="Sequences per forward pass.")

@@ -99,7 +99,11 @@ def _unknown(name: object, kinds: Mapping[str, type], what: str) -> RecipeError:
             f"{name} improves the result of a method, and there is none before it",
             expected=f"a list such as [wanda, {name}], which begins with {one_of(METHODS)}",
         )
-    return RecipeError(f"unknown {what} {name!r}{did_you_mean(str(name), kinds)}", expected=one_of(kinds))
+    return RecipeError(
+        f"unknown {what} {name!r}{did_you_mean(str(name), kinds)}",
+        expected=one_of(kinds),
+        fix=f"write one of these as the {what}",
+    )
 
 
 def write_method(method: Method) -> dict[str, Any] | list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Upload a finished checkpoint to the Hugging Face hub, after what can be checked has been checked early."""
 
+import glob
 import shlex
 import threading
 from pathlib import Path
@@ -9,7 +10,7 @@ from huggingface_hub import HfApi, constants, errors, get_token
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # public, but not in __all__
 
 from llmprune.errors import UploadError
-from llmprune.storage.folders import LOCK_NAME
+from llmprune.storage.exchange import earlier_files
 
 # The hub's client waits without a limit for an answer; a machine behind a firewall may never get one.
 _SECONDS = 60.0
@@ -54,7 +55,7 @@ def require_upload(repository: str) -> None:
 
 
 def upload(folder: Path, repository: str) -> str:
-    """Upload a folder to a model repository, which is created if it does not exist.
+    """Upload the files of a result to a model repository, which is created if it does not exist.
 
     Args:
         folder: with the finished checkpoint.
@@ -73,7 +74,8 @@ def upload(folder: Path, repository: str) -> str:
             repo_id=repository,
             folder_path=folder,
             commit_message="Upload a model pruned by llmprune",
-            ignore_patterns=[LOCK_NAME],
+            # Nothing else that lies there, such as notes and adapters of the user's own.
+            allow_patterns=[glob.escape(name) for name in sorted(earlier_files(folder))],
         )
     except Exception as error:  # the client's own, its transport's and the system's
         later = f"the result is complete; upload it later with: {upload_command(folder, repository)}"

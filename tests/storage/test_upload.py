@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import filter_repo_objects
 
 from llmprune.errors import UploadError
 from llmprune.storage.upload import require_upload, upload, upload_command
@@ -69,13 +70,19 @@ def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPa
     released.set()
 
 
-def test_an_upload_sends_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_sends_the_files_of_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("config.json", ".llmprune.json", "vocab[1].json", "secret_notes.md"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / ".llmprune.json").write_text('{"files": ["vocab[1].json"]}')
     sent: list[tuple[str, Any]] = []
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **options: sent.append((name, options)))
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: sent.append((options["repo_id"], options)))
     assert upload(tmp_path, "me/model").endswith("/me/model")
     assert sent[0] == ("me/model", {"exist_ok": True})
     assert (sent[1][0], sent[1][1]["folder_path"]) == ("me/model", tmp_path)
+    names = [file.name for file in tmp_path.iterdir()]
+    chosen = set(filter_repo_objects(names, allow_patterns=sent[1][1]["allow_patterns"]))
+    assert chosen == {"config.json", ".llmprune.json", "vocab[1].json"}
 
 
 @pytest.mark.parametrize("error", [ConnectionError("gone"), RuntimeError("lfs"), ValueError("odd")])

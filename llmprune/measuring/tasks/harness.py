@@ -4,6 +4,7 @@ import contextlib
 import gc
 import hashlib
 import io
+import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -89,9 +90,20 @@ def run_tasks(
         runs.append(_run(name, source, loaded, settings, folder))
     result = _result(names, settings, runs)
     if output:
+        _keep(result, output)
+    return result
+
+
+def _keep(result: EvaluationResult, output: Path) -> None:
+    try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, result.to_dict())
-    return result
+    except (OSError, CheckpointError) as error:
+        # A disk that has filled meanwhile must not cost the hours of measuring.
+        raise EvaluationError(
+            f"the result could not be written: {error}",
+            fix=f"make room, and keep what was measured: {json.dumps(result.to_dict())}",
+        ) from error
 
 
 def _result(names: list[str], settings: HarnessSettings, runs: list["_Evaluation"]) -> EvaluationResult:

@@ -1,5 +1,6 @@
 """lm-eval on our checkpoints: what it scores, what it keeps, and what it says when something is wrong."""
 
+import errno
 import gc
 import json
 import math
@@ -114,6 +115,19 @@ def test_results_that_cannot_be_written_are_an_error(llama: Path, tasks: tuple[s
     (tmp_path / "eval").write_text("a file in the folder's place")
     with pytest.raises(CheckpointError, match="could not write its results"):
         run_tasks(llama, tasks[:1], settings=ON_CPU, output=tmp_path / "eval.json")
+
+
+def test_figures_outlive_a_disk_that_fills_while_they_are_measured(
+    llama: Path, tasks: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, content: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("llmprune.measuring.tasks.harness.write_json", full)
+    with pytest.raises(EvaluationError, match="could not be written") as caught:
+        run_tasks(llama, tasks[:1], settings=ON_CPU, output=tmp_path / "eval.json")
+    kept = json.loads((caught.value.fix or "").partition("measured: ")[2])
+    assert kept["rows"][0]["value"] is not None
 
 
 def count_forwards(monkeypatch: pytest.MonkeyPatch, most: float = math.inf) -> list[int]:
