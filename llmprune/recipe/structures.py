@@ -173,10 +173,15 @@ class Depth(_Section):
             consecutive layers that changes it least; kl: one layer at a time, whichever increases the measured KL
             divergence least.
         protect: how many of the last layers are always kept.
+        replace: linear: the MLP of the kept layer before a run of removed ones is multiplied by a linear map, fitted by
+            least squares, that stands for the run (ReplaceMe). The first layer is then kept. None: nothing does.
+        damping: of that fit, towards the layer as it is.
     """
 
     method: Literal["block-influence", "angular", "kl"] = "block-influence"
     protect: Annotated[int, Field(ge=0)] = 0
+    replace: Literal["linear"] | None = None
+    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
 
 
 class SubBlockRemoval(_Section):
@@ -286,6 +291,7 @@ class Structures(BaseModel):
             raise refusal(RecipeError("structures is empty: nothing would be removed", fix="remove the key"))
         if self.budget is not None:
             self._check_budget()
+        self._check_replace()
         for name, section in self.sections.items():
             if section.remove is None and not (self.budget and name in BUDGETED):
                 error = RecipeError(
@@ -295,6 +301,16 @@ class Structures(BaseModel):
                 )
                 raise refusal(error, name)
         return self
+
+    def _check_replace(self) -> None:
+        """A map that stands for removed layers needs the MLP in front of them."""
+        if self.depth is not None and self.depth.replace and self.mlp is not None:
+            error = RecipeError(
+                "depth.replace together with mlp",
+                expected="every MLP that might take up the linear map",
+                fix="remove depth.replace, or leave mlp out",
+            )
+            raise refusal(error, "depth", "replace")
 
     def _check_budget(self) -> None:
         """The budget alone decides how much is removed, and it needs the error curves of obs."""

@@ -82,6 +82,27 @@ def removal_work(removable: Removable, layer: int, tokens: int) -> tuple[float, 
     return gram, solve
 
 
+def replacing_work(removable: Removable, tokens: int, counted: int) -> tuple[float, float, float]:
+    """Passes over a layer, FLOPs of Gram matrices, and of solving, for letting kept layers stand for removed ones.
+
+    Which layers these are is not known yet: every layer gets its share of the removed ones, each of which is taken to
+    have a kept layer of its own before it. That one runs once, twice more on the calibration sequences and twice on the
+    validation sequences; the removed one runs once.
+
+    Args:
+        removable: what is removed.
+        tokens: of the calibration text, with the validation sequences.
+        counted: without them.
+    """
+    depth = removable.spec.depth
+    if depth is None or depth.replace is None:
+        return 0.0, 0.0, 0.0
+    layers, size = len(removable.dense.layers), removable.dense.config.get_text_config(decoder=True).hidden_size
+    share = depth.count(layers) / layers
+    passes = (2 * counted + 2 * (tokens - counted)) / tokens + 2
+    return share * passes, share * 4.0 * counted * size**2, share * 8.0 / 3.0 * size**3
+
+
 def _columns(structure: Structure, counts: Mapping[str, int]) -> int:
     """Number of the consumer's columns that are removed; half of them if a budget decides."""
     gone = counts.get(label(structure), structure.groups // 2)
@@ -92,6 +113,8 @@ def structure_notes(plans: Sequence[StructurePlan], spec: Structures) -> Iterato
     """What a dry run cannot predict about structures."""
     if any(plan.kind in ("layers", "attention", "mlp") for plan in plans):
         yield "Which layers or blocks are removed depends on the calibration text; the table shows all of them."
+    if spec.depth is not None and spec.depth.replace is not None:
+        yield "Each kept layer before a run of removed ones is multiplied by a linear map that stands for the run."
     if spec.budget is not None:
         yield "The budget sets the widths from the calibration text; sizes and seconds are those of the full layers."
     if any(plan.method == "kl" for plan in plans):

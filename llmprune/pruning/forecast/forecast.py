@@ -34,7 +34,7 @@ from llmprune.pruning.allocating.pool import find_pool
 from llmprune.pruning.context import Run
 from llmprune.pruning.forecast.around import measure_around
 from llmprune.pruning.forecast.backward import BackwardPlan, plan_backward
-from llmprune.pruning.forecast.memory import layer_memory, matching_memory
+from llmprune.pruning.forecast.memory import hidden_sets, layer_memory, matching_memory, replacing_memory
 from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan, Work
 from llmprune.pruning.jobs import Job, plan_jobs, require_packable
 from llmprune.pruning.rotation.rotating import Rotating
@@ -49,6 +49,7 @@ from llmprune.structures.plan import (
     observations,
     plan_structures,
     removal_work,
+    replacing_work,
     structure_notes,
 )
 from llmprune.structures.reduction import Reduction
@@ -107,7 +108,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     layers = tuple(look.plan(indices, jobs) for indices in _kinds(source, jobs))
     structures = plan_structures(found)
     hidden = look.hidden_bytes
-    sets = 1 if settings.reconstruct is None else settings.reconstruct.hidden_sets
+    sets = hidden_sets(settings)
     resident = sets * min(hidden, int(settings.activation_budget))
     largest = max((plan.memory for plan in layers), key=lambda memory: memory.total)
     rates = measure_rates(device, source.model.dtype)
@@ -212,6 +213,8 @@ class _Look:
             fitted = jobs[index] or ({} if self._reduction is None else layer.matrices)
             matching = matching_memory(layer, fitted, self._recipe.reconstruct, batch_tokens)
             left = self._left(layer)
+            found = None if self._reduction is None else self._reduction.found
+            replacing = replacing_memory(layer, found, self._recipe.reconstruct, memory, batch_tokens)
             work = self._work(layer, groups, jobs[index], left)
         finally:
             self._source.free_layer(index)
@@ -219,7 +222,7 @@ class _Look:
         matrices = (
             _matrix_plan(name.removeprefix(prefix), shape, jobs[index].get(name)) for name, shape in left.items()
         )
-        return LayerPlan(indices, tuple(matrices), work, replace(memory, matching=matching))
+        return LayerPlan(indices, tuple(matrices), work, replace(memory, matching=matching, replacing=replacing))
 
     def _left(self, layer: ResidentLayer) -> dict[str, tuple[int, int]]:
         """Matrix -> (out, in) after structures are removed from the layer."""
@@ -251,6 +254,8 @@ class _Look:
             forward += observations(self._reduction.found, layer.index) * dense
             gram, solve = removal_work(self._reduction.found, layer.index, counted)
             products, factors = products + gram, factors + solve
+            passes, gram, solve = replacing_work(self._reduction.found, self.tokens, counted)
+            forward, products, factors = forward + passes * dense, products + gram, factors + solve
         return Work(2 * forward * self.tokens, products, factors + solving, self._matching(layer, shares, elements))
 
     def _matching(self, layer: ResidentLayer, shares: Mapping[str, float], elements: float) -> float:
@@ -376,6 +381,6 @@ def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
         asked = f"left out: {reason}" if reason else "answered by both models, each loaded completely for it"
         yield f"{len(prompts)} prompts (evaluation.prompts) are {asked}."
     if recipe.reconstruct is not None:
-        yield "Layers are fitted for as many epochs as allowed; most stop earlier, once validation no longer improves."
+        yield "Layers are fitted for as many epochs as allowed; some stop earlier, once validation no longer improves."
     if any(isinstance(pattern, Unstructured) and pattern.over == "layer" for pattern in recipe.patterns):
         yield "If scores are compared over a whole layer, the sparsity of each matrix is the layer's average."
