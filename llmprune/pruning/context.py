@@ -92,7 +92,8 @@ class Run:
         # The calibration text last: it is the one that is read or sampled first.
         for name, spec in reversed(self.recipe.texts.items()):
             shares = expected_shares(self.recipe, source, jobs, self.device)
-            self.watch(Progress(f"{name} text", step=spec.summary, shares=shares))
+            held_back = f", with {self.recipe.held_back} held back" if name == "calibration" else ""
+            self.watch(Progress(f"{name} text", step=spec.summary + held_back, shares=shares))
         if any(part.source == "self" for spec in self.recipe.texts.values() for part in spec.parts):
             self.watch.expected = lambda: sampling_needs(source)
         with self.stages("text"):

@@ -260,6 +260,7 @@ def _evaluate_again(
     write_card(target.path, name, run.recipe, report)
     write_report(target.path)
     target.evaluated_again()
+    _track(run, report, target.path)
     return report
 
 

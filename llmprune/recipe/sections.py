@@ -63,6 +63,6 @@ class StatisticsOptions(BaseModel):
 
     model_config = STRICT
 
-    token_weight: TokenWeight = "none"
+    token_weight: TokenWeight = "normalise"
     loss_weight: LossWeight = "none"
     sequential: bool = False

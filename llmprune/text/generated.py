@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from llmprune.errors import NumericsError
 from llmprune.patterns import highest
 from llmprune.storage.files import write_text
+from llmprune.text.decoding import grouped_attention, with_room
 from llmprune.text.openings import Tokenizer, spelled_out
 from llmprune.text.scripts import UNSCRIPTED, Script
 from llmprune.text.tokens import TextSpec
 
-# Sequences that are generated together: the 64 sequences of a CPU's default, and some that are held back.
+# Sequences that are generated together: either text of a run on a CPU by default.
 SAMPLING_BATCH = 96
 
 # Tokens among which the most likely ones are looked for first.
@@ -44,8 +45,8 @@ def generate_text(
         model: a transformers causal LM, in memory.
         spec: samples, length (at most the model's positions), seed, temperature and top_p are used.
         scripts: how sequences begin and go on, dealt out to them in turn; see `scripts.scripts_of`.
-        batch: sequences that are generated together; bounds the memory of the key-value cache. The default takes the 64
-            sequences of a CPU's default, and some that are held back, in one go.
+        batch: sequences that are generated together; bounds the memory of the key-value cache. The default takes each
+            text of a CPU's default run in one go.
         watch: called with the number of tokens so far, after every position of a batch.
 
     Returns:
@@ -63,7 +64,8 @@ def generate_text(
         for part in draws.split(batch):
             first = sum(map(len, parts))
             own = [scripts[(first + row) % len(scripts)] for row in range(len(part))]
-            parts.append(_sample(model, part, own, spec, _after(watch, first * spec.tokens)))
+            with grouped_attention():
+                parts.append(_sample(model, part, own, spec, _after(watch, first * spec.tokens)))
     except NumericsError as error:
         raise _located(error, model) from error
     finally:
@@ -141,7 +143,7 @@ def _next(
     output = model(input_ids=unread.to(device), use_cache=True, **cache)
     state = getattr(output, "past_key_values", None)
     cache.clear()
-    cache.update({} if state is None else {"past_key_values": state})
+    cache.update({} if state is None else {"past_key_values": with_room(state, ids.shape[1])})
     return draw(output.logits[:, -1], draws[:, position], spec.temperature, spec.top_p)
 
 

@@ -101,7 +101,9 @@ def _load_parts(
         waiting.pop(0)
         return ids
 
-    texts = {name: load_tokens(spec, tokenizer, generate) for name, spec in specs.items()}
+    # What is read comes first: a text that is too short must not be found after minutes of sampling.
+    order = sorted(specs, key=lambda name: specs[name].source == "self")
+    texts = {name: load_tokens(specs[name], tokenizer, generate) for name in order}
     for name, tokens in texts.items():
         _check_vocabulary(tokens, source.model, specs[name].source)
     return texts

@@ -38,7 +38,7 @@ Order = Literal["text", "shuffled"]
 
 # How much text is used where nothing says so: (sequences, sequence length). Generating and reading 128 x 2,048 tokens
 # takes seconds on a GPU; on a CPU it takes over an hour even for a model of 135 million parameters.
-_DEFAULTS = {"cuda": (128, 2048), "cpu": (64, 512)}
+_DEFAULTS = {"cuda": (128, 2048), "cpu": (32, 512)}
 
 # Options without effect: on self-generated text, and on text that is read.
 _UNUSED_BY_SELF = ("config", "split", "column", "layout", "order")
@@ -63,7 +63,7 @@ class TextSpec:
         split: split of the dataset; may be a slice such as "train[:10%]".
         column: the field or column that holds the text; or conversations, usually "messages" or "conversations", which
             the model's chat template turns into text.
-        samples: number of sequences, at least 1. None: 128 on a GPU, 64 on a CPU.
+        samples: number of sequences, at least 1. None: 128 on a GPU, 32 on a CPU.
         length: sequence length in tokens, including BOS tokens, at least 2. None: 2,048 on a GPU, 512 on a CPU, or
             the model's positions if there are fewer.
         layout: "pack", "truncate" or "pack-bare", see the module.

@@ -316,7 +316,7 @@ def test_dry_run_as_json(model: Path) -> None:
     length = ["--set", "calibration.length=64"]
     content = json.loads(run("prune", model, "--recipe", "wanda-2of4", *length, "--dry-run", "--json").stdout)
     assert content["sparsity"] == 0.5
-    assert content["tokens"] == (64 + 4) * 64
+    assert content["tokens"] == (32 + 4) * 64
     assert {matrix["pattern"] for matrix in content["layers"][0]["matrices"]} == {"2:4"}
 
 

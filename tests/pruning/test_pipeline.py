@@ -58,7 +58,7 @@ KEYS: dict[str, tuple[Any, bool]] = {
     "batch_size": (1, True),
     "held_back": (0, True),
     "decoder_layers": ("model.layers", True),
-    "statistics": ({"token_weight": "normalise"}, False),
+    "statistics": ({"token_weight": "none"}, False),
     "experts": ({"min_tokens": 1000}, True),
     "device": ("cpu" if torch.cuda.is_available() else "auto", True),
     "format": ("bitmask", True),

@@ -33,7 +33,8 @@ def test_errors_are_measured_on_the_right_rows(
     dense: Path, words: Path, tmp_path: Path, held_back: int, layer: int, matrix: str
 ) -> None:
     """On the held-back samples, as the pruned prefix and the still dense layer hand them to the matrix."""
-    report = prune(dense, on_text(words, held_back=held_back), tmp_path / "pruned")
+    settings = on_text(words, held_back=held_back, statistics={"token_weight": "none"})
+    report = prune(dense, settings, tmp_path / "pruned")
     before, after = tensors(dense), tensors(tmp_path / "pruned")
     name = f"model.layers.{layer}.{matrix}"
     prefix = {key: after[key] for key in after if layer and key.startswith("model.layers.0.")}

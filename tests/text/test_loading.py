@@ -76,6 +76,16 @@ def test_a_missing_evaluation_text_is_noticed_before_the_calibration_text_is_wri
         prune(folder, recipe(evaluation={"source": "heldout.txt"}), tmp_path / "output")
 
 
+def test_a_short_evaluation_text_is_noticed_before_the_calibration_text_is_written(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llmprune.text.loading, "generate_text", lambda *_: pytest.fail("text was sampled"))
+    folder = save(build("llama"), tmp_path / "model")
+    evaluation = {"source": text, "samples": 100_000, "length": 16}
+    with pytest.raises(CalibrationError, match="give 325 of 100000 sequences"):
+        prune(folder, recipe(evaluation=evaluation), tmp_path / "output")
+
+
 @pytest.mark.parametrize("use", [by_prune, by_perplexity])
 def test_tokens_that_the_model_does_not_know(use: Use, text: str, tmp_path: Path) -> None:
     folder = save(build("llama", vocab_size=64), tmp_path / "model")
@@ -103,7 +113,7 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_even_where_none_is_needed(tm
         prune(folder, recipe(), tmp_path / "pruned")
 
 
-@pytest.mark.parametrize(("device", "sizes"), [("cpu", (64, 512)), ("cuda", (128, 2048))])
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", (32, 512)), ("cuda", (128, 2048))])
 def test_what_a_text_leaves_open_suits_the_device(device: str, sizes: tuple[int, int]) -> None:
     fitted = TextSpec().fitted(None, device)
     assert (fitted.samples, fitted.length) == sizes
