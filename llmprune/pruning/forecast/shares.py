@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from llmprune.measuring.answers import TOKENS
 from llmprune.models.decoder import prunable_matrices
 from llmprune.models.sizes import active_experts, flops, layer_size
 from llmprune.models.source import Source
@@ -18,6 +19,9 @@ from llmprune.statistics import Gram
 
 # A token that is sampled, in a batch, costs so many in a forward pass: all weights are read for every step.
 _DECODING = {"cpu": 6.0, "cuda": 30.0}
+
+# A token of one sequence alone, likewise: what is read for it is not shared by a batch.
+_ANSWERING = {"cpu": 10.0, "cuda": 300.0}
 
 # Products of float32 sums, and in float32.
 _GRAM, _SOLVING = 2.0, 3.0
@@ -51,14 +55,16 @@ def expected_shares(
     observed = sizes["calibration"]
     fitted = 0 if recipe.reconstruct is None else 1 + 3 * recipe.reconstruct.epochs
     surveyed = 0 if recipe.structures is None else 1
-    decoding = _DECODING["cpu" if device.type == "cpu" else "cuda"]
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    prompts = 0 if recipe.evaluation is None else len(recipe.evaluation.prompts)
     costs = {
-        "sampling text": decoding * sampled * (layers + head),
+        "sampling text": _DECODING[kind] * sampled * (layers + head),
         "dense perplexity": scored * layers,
         "survey": surveyed * observed * layers,
         "pruning": (2 + fitted) * observed * layers + sum(_solving(source, *job, observed) for job in enumerate(jobs)),
         "pruned perplexity": scored * layers,
         "perplexity, head": 2 * _SCORING * scored * head,
+        "answers": _ANSWERING[kind] * 2 * prompts * TOKENS * (layers + head),
     }
     return {stage: cost for stage, cost in costs.items() if cost}
 
