@@ -82,6 +82,16 @@ def removal_work(removable: Removable, layer: int, tokens: int) -> tuple[float, 
     return gram, solve
 
 
+def kept_share(removable: Removable) -> float:
+    """The fraction of the layers that are kept.
+
+    Args:
+        removable: what is removed.
+    """
+    depth, layers = removable.spec.depth, len(removable.dense.layers)
+    return 1.0 if depth is None else 1 - depth.count(layers) / layers
+
+
 def replacing_work(removable: Removable, tokens: int, counted: int) -> tuple[float, float, float]:
     """Passes over a layer, FLOPs of Gram matrices, and of solving, for letting kept layers stand for removed ones.
 

@@ -46,6 +46,7 @@ from llmprune.stream.observation import Group
 from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
 from llmprune.structures.plan import (
     consumer_shapes,
+    kept_share,
     observations,
     plan_structures,
     removal_work,
@@ -259,14 +260,18 @@ class _Look:
         return Work(2 * forward * self.tokens, products, factors + solving, self._matching(layer, shares, elements))
 
     def _matching(self, layer: ResidentLayer, shares: Mapping[str, float], elements: float) -> float:
-        """Operations of fitting the layer, with this many elements left for each token, in all epochs."""
+        """Operations of fitting the layer, with this many elements left for each token, in all epochs.
+
+        Which layers are removed is not known yet: each counts for as much of itself as is kept on average.
+        """
         options = self._recipe.reconstruct
         if options is None:
             return 0.0
         training, validation = (n * self._length for n in (self._recipe.calibration.sequences, self._recipe.held_back))
         dense = sum(shares[name] * m.shape[0] * m.shape[1] for name, m in layer.matrices.items())
         validated = 2 * elements * validation * (options.epochs + 1)
-        return 6 * elements * training * options.epochs + validated + 2 * dense * self.tokens
+        kept = 1.0 if self._reduction is None else kept_share(self._reduction.found)
+        return kept * (6 * elements * training * options.epochs + validated) + 2 * dense * self.tokens
 
     def _shares(self, layer: ResidentLayer, groups: Sequence[Group]) -> dict[str, float]:
         """The fraction of the tokens that each matrix receives: 1, except for experts."""

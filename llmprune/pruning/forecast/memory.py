@@ -232,7 +232,8 @@ def pruning_needs(
     for index, job in enumerate(jobs):
         layer = ResidentLayer(stream, index)
         memory = layer_memory(layer, None, job, batch, held_back)
-        layers.append(replace(memory, matching=matching_memory(layer, job, recipe.reconstruct, batch)))
+        fitted = job or (() if recipe.structures is None else layer.matrices)
+        layers.append(replace(memory, matching=matching_memory(layer, fitted, recipe.reconstruct, batch)))
     hidden = ids.numel() * source.model.config.get_text_config().hidden_size * source.dtype.itemsize
     peak = predict_peak(ends_bytes(source), hidden_sets(recipe) * min(hidden, settings.activation_budget), 0, layers)
     needs = f"up to {format_size(peak)} for pruning, in addition to the program itself"
