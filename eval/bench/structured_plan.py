@@ -120,8 +120,8 @@ def matched_rows(source: CheckpointSource) -> list[Row]:
     }
     rows = [row for removed, structures in exact.items() for row in _fitted(removed, "obs", structures)]
     removed = f"{count} of {layers} layers"
-    for label, replaced in (("block-influence", {}), ("block-influence + linear map", {"replace": "linear"})):
-        rows += _fitted(removed, label, {"depth": {"remove": count, **replaced}})
+    for label, replaced in (("", {}), (" + linear map", {"replace": "linear"}), (" + merge", {"replace": "merge"})):
+        rows += _fitted(removed, f"block-influence{label}", {"depth": {"remove": count, **replaced}})
     return rows
 
 

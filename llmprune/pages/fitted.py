@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from llmprune.pages.charts import Axis, Series, lines
 from llmprune.pages.layers import LAYER, number
 from llmprune.pages.page import Chart, Part, Table
-from llmprune.storage.report import MatchRow, MatrixRow, Report
+from llmprune.storage.report import STANDING, MatchRow, MatrixRow, Report
 
 
 def fitting_facts(report: Report) -> list[tuple[str, str]]:
@@ -19,9 +19,9 @@ def fitting_facts(report: Report) -> list[tuple[str, str]]:
         if row.losses:
             chains.setdefault((row.method, *(part.step for part in row.losses)), []).append(row)
     facts = [("loss after each step", chain_line(rows)) for rows in chains.values()]
-    linear, matched = _divided(report.matches)
-    if linear:
-        facts.append(("standing for removed layers", match_line(linear)))
+    standing, matched = _divided(report.matches)
+    if standing:
+        facts.append(("standing for removed layers", match_line(standing)))
     if matched:
         facts.append(("block matching", match_line(matched)))
     return facts
@@ -79,8 +79,9 @@ def match_parts(report: Report) -> list[Part]:
 
 
 def _divided(rows: Sequence[MatchRow]) -> tuple[list[MatchRow], list[MatchRow]]:
-    """The rows of linear maps, and those of block matching."""
-    return [row for row in rows if row.target == "linear"], [row for row in rows if row.target != "linear"]
+    """The rows of layers that stand for removed ones, and those of block matching."""
+    standing = [row for row in rows if row.target in STANDING]
+    return standing, [row for row in rows if row.target not in STANDING]
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -173,14 +173,15 @@ class Depth(_Section):
             consecutive layers that changes it least; kl: one layer at a time, whichever increases the measured KL
             divergence least.
         protect: how many of the last layers are always kept.
-        replace: linear: the MLP of the kept layer before a run of removed ones is multiplied by a linear map, fitted by
-            least squares, that stands for the run (ReplaceMe). The first layer is then kept. None: nothing does.
-        damping: of that fit, towards the layer as it is.
+        replace: what stands for a run of removed layers; the first layer is then kept. linear: the MLP of the kept
+            layer before the run is multiplied by a linear map, fitted by least squares (ReplaceMe). merge: the heads
+            and FFN channels of the run compete with that layer's own for its places (FlattenGPT). None: nothing does.
+        damping: of these fits: for linear towards the layer as it is.
     """
 
     method: Literal["block-influence", "angular", "kl"] = "block-influence"
     protect: Annotated[int, Field(ge=0)] = 0
-    replace: Literal["linear"] | None = None
+    replace: Literal["linear", "merge"] | None = None
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
 
 
@@ -303,14 +304,21 @@ class Structures(BaseModel):
         return self
 
     def _check_replace(self) -> None:
-        """A map that stands for removed layers needs the MLP in front of them."""
-        if self.depth is not None and self.depth.replace and self.mlp is not None:
-            error = RecipeError(
-                "depth.replace together with mlp",
-                expected="every MLP that might take up the linear map",
-                fix="remove depth.replace, or leave mlp out",
-            )
-            raise refusal(error, "depth", "replace")
+        """What stands for removed layers needs the MLP in front of them; layers are merged whole, at full width."""
+        if self.depth is None or self.depth.replace is None:
+            return
+        others = {
+            "mlp": self.mlp,
+            **({"attention": self.attention, "width": self.width} if self.depth.replace == "merge" else {}),
+        }
+        for name, section in others.items():
+            if section is not None:
+                error = RecipeError(
+                    f"depth.replace together with {name}",
+                    expected="layers that lose nothing of it before they stand for removed ones",
+                    fix=f"remove depth.replace, or leave {name} out",
+                )
+                raise refusal(error, "depth", "replace")
 
     def _check_budget(self) -> None:
         """The budget alone decides how much is removed, and it needs the error curves of obs."""

@@ -20,6 +20,7 @@ from llmprune.stream.stream import ResidentLayer
 from llmprune.structures.decisions import Decisions, label
 from llmprune.structures.find.discovery import Structure
 from llmprune.structures.find.subblocks import SubBlock, without
+from llmprune.structures.merging import merge_run
 from llmprune.structures.narrowed_source import WidthSource
 from llmprune.structures.reducing import Target, reduce_layer
 from llmprune.structures.removable import Removable
@@ -88,8 +89,9 @@ class Reduction:
 
     @property
     def replaces(self) -> bool:
-        """Whether kept layers get a linear map that stands for the removed ones after them."""
-        return bool(self.found.mlps)
+        """Whether kept layers are changed so that they stand for the removed ones after them."""
+        depth = self.found.spec.depth
+        return depth is not None and depth.replace is not None
 
     def replace(self, layer: ResidentLayer, inputs: HiddenStates, targets: HiddenStates) -> MatchRow:
         """Let a resident layer, still at full size, stand for the removed layers after it.
@@ -101,7 +103,11 @@ class Reduction:
         """
         depth = self.found.spec.depth
         assert depth is not None
-        row = replace_run(layer, self.found.mlps[layer.index], inputs, targets, depth.damping)
+        if self.found.mergeable is not None:
+            settings, removed = RemovalSettings(depth.damping), self.removed_after(layer.index)
+            row = merge_run(layer, removed, self.found.mergeable, inputs, targets, settings)
+        else:
+            row = replace_run(layer, self.found.mlps[layer.index], inputs, targets, depth.damping)
         return replace(row, layer=self.result.layer_name(self.numbers[layer.index]))
 
     def replay(self, layer: ResidentLayer) -> None:

@@ -20,6 +20,7 @@ from llmprune.structures.describe.configuration import smaller_config, uneven_co
 from llmprune.structures.describe.depth import drop_layers, without_blocks
 from llmprune.structures.draft_head import DraftHead, find_draft_head
 from llmprune.structures.find.discovery import Structure, find_query_heads, find_structures
+from llmprune.structures.find.mergeable import Mergeable, find_mergeable
 from llmprune.structures.find.mlp_outputs import MlpOutput, find_mlp_outputs
 from llmprune.structures.find.subblocks import Part, SubBlock, SubBlocks, find_subblocks
 from llmprune.structures.remove.cuts import Cut
@@ -40,7 +41,9 @@ class Removable:
         blocks: for each layer, its attention and MLP; empty if no blocks are to be removed.
         width: how the hidden width is narrowed; None if it is not.
         draft_head: dropped, because it would not fit the smaller model; None if there is none.
-        mlps: for each layer, what writes its MLP's output, if that is to stand for removed layers; otherwise empty.
+        mlps: for each layer, what writes its MLP's output, if a map of that is to stand for removed layers; otherwise
+            empty.
+        mergeable: what it takes to merge layers; None if none are merged.
     """
 
     dense: CheckpointSource
@@ -50,6 +53,7 @@ class Removable:
     width: Width | None
     draft_head: DraftHead | None = None
     mlps: Sequence[MlpOutput] = ()
+    mergeable: Mergeable | None = None
 
     @classmethod
     def find(cls, dense: CheckpointSource, spec: Structures) -> "Removable":
@@ -63,14 +67,16 @@ class Removable:
         draft_head = find_draft_head(dense, spec)
         found = find_structures(dense.decoder)
         blocks = find_subblocks(dense.decoder, found) if spec.blocks else []
-        mlps = _mlp_outputs(dense, found) if spec.depth and spec.depth.replace else []
+        replaced = spec.depth.replace if spec.depth else None
+        mlps = _mlp_outputs(dense, found) if replaced == "linear" else []
+        mergeable = find_mergeable(dense, found) if replaced == "merge" else None
         if spec.heads and spec.heads.unit == "query-head":
             found = _query_heads(dense, found)
         sections = [[(structure, _section(dense, spec, structure)) for structure in own] for own in found]
         structures = tuple(tuple((s, section) for s, section in own if section is not None) for own in sections)
         _require_structures(dense, spec, structures)
         _require_layers_and_blocks(dense, spec, blocks)
-        return cls(dense, spec, structures, blocks, _plan_width(dense, spec.width), draft_head, mlps)
+        return cls(dense, spec, structures, blocks, _plan_width(dense, spec.width), draft_head, mlps, mergeable)
 
     def preview(self) -> Decisions:
         """What is known before any text is read: how much is removed, but not which.

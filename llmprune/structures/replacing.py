@@ -36,10 +36,10 @@ def replace_run(
     """
     start = time.perf_counter()
     with torch.no_grad(), layer.stream.stages("solve"):
-        before = _error(layer, inputs, targets)
+        before = relative_error(layer, inputs, targets)
         kept = {name: parameter.detach().clone() for name, parameter in _written(layer, output).items()}
         absorb(layer, output, _fitted(layer, output, inputs, targets, damping))
-        after = _error(layer, inputs, targets)
+        after = relative_error(layer, inputs, targets)
         better = after < before
         if not better:
             for name, parameter in _written(layer, output).items():
@@ -86,8 +86,14 @@ def absorb(layer: ResidentLayer, output: MlpOutput, linear: Tensor) -> None:
         layer.replaced.add(name)
 
 
-def _error(layer: ResidentLayer, inputs: HiddenStates, targets: HiddenStates) -> float:
-    """The mean of ||y - t||^2 / ||t||^2 over the tokens of the validation sequences."""
+def relative_error(layer: ResidentLayer, inputs: HiddenStates, targets: HiddenStates) -> float:
+    """The mean of ||y - t||^2 / ||t||^2 over the tokens of the validation sequences; of all, if none are held back.
+
+    Args:
+        layer: resident.
+        inputs: what it is run on, a tensor [samples, length, hidden] a batch.
+        targets: t, likewise.
+    """
     stream = layer.stream
     batches = range(stream.statistics_batches, len(stream.batches)) or range(len(stream.batches))
     total, tokens = 0.0, 0

@@ -26,7 +26,8 @@ matching        if layers are fitted as a whole: for each trained parameter 16 b
 replacing       if layers stand for removed ones (structures.depth with `replace` or block matching): one of these, in
                 the compute dtype, or the fit of `replace`: 40 d^2 bytes for the hidden size d, the matrices that take
                 up the map (once more, and 12 bytes for each value of the largest), and four hidden states of a batch in
-                float32; and a batch's forward
+                float32; and a batch's forward. To merge two layers: the second one, a copy of the first, and for the
+                matrices side by side, [o, i], 24 i^2 bytes and 12 o i, or 4 i^2 and what they read in a batch, twice
 
 On a CPU, the measured peak is what the process has for itself, without pages of files: glibc's allocator is told to
 return large blocks at once, and libraries make their first products before the first layer. What is left of both is a
@@ -49,6 +50,7 @@ from llmprune.stream.guard import scoring_needs
 from llmprune.stream.matching import trained_parameters
 from llmprune.stream.observation import HELD_BACK_ROWS, Group
 from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.structures.plan import merged_shapes
 from llmprune.structures.removable import Removable
 from llmprune.text.tokens import Tokens
 from llmprune.units import format_size
@@ -174,8 +176,12 @@ def replacing_memory(
         memory: of the layer otherwise.
         batch_tokens: tokens in a forward pass.
     """
-    if found is None or found.spec.depth is None or not (found.mlps or fitted):
+    if found is None or found.spec.depth is None or not (found.spec.depth.replace or fitted):
         return 0
+    if found.mergeable is not None:
+        shapes = merged_shapes(found.mergeable, layer.module)
+        merging = max(max(24 * i**2 + 12 * o * i, 4 * i**2 + 8 * i * batch_tokens) for o, i in shapes)
+        return 2 * memory.weights + merging + memory.forward
     if not found.mlps:
         return memory.weights + memory.forward
     output, parameters = found.mlps[layer.index], dict(layer.module.named_parameters())
