@@ -3,6 +3,7 @@
     python -m llmprune.eval.bench.structured quality --text FOLDER --json FILE
     python -m llmprune.eval.bench.structured budget --text FOLDER --json FILE
     python -m llmprune.eval.bench.structured depth --text FOLDER --json FILE
+    python -m llmprune.eval.bench.structured matched --text FOLDER --json FILE
     python -m llmprune.eval.bench.structured speed --json FILE
     python -m llmprune.eval.bench.structured solver --json FILE
 
@@ -11,15 +12,17 @@
 | quality | every score of heads and FFN channels, with and without a refit |
 | budget | one budget for all layers, compared with every uniform choice of the same number of parameters |
 | depth | layers, attention and MLP blocks, hidden channels |
+| matched | what block matching and a linear map make up for |
 | speed | a random Llama without half of its channels and heads: prefill and decode, alternating with the dense one |
 | solver | exact group removal at 2816 x 1024: seconds, and FLOP/s by the documented operation count |
 
-Protocol of the first three: weights and activations in float32; calibration on the first 128 packed sequences of 256
+Protocol of the first four: weights and activations in float32; calibration on the first 128 packed sequences of 256
 tokens of calibration.jsonl, with 8 more for validation; perplexity on the first 400 packed sequences of 256 tokens of
 heldout.jsonl, each token predicted from its own sequence, and KL divergence as the mean KL(dense || pruned) on the
-same, in nats/token. FFN widths are not aligned. There is no recovery training.
+same, in nats/token. FFN widths are not aligned. There is no recovery training. `matched` also has rows with more
+calibration text.
 
-The file is written after every row; rows of the first three parts that it already has are not run again. The figures in
+The file is written after every row; rows of the first four parts that it already has are not run again. The figures in
 LOG.md are from results/structured-PART-testbed-cpu.json, those of the last two from results/structured-PART-cpu.json.
 """
 
@@ -36,7 +39,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmprune.devices import describe_device
-from llmprune.eval.bench.structured_plan import Row, budget_rows, depth_rows, quality_rows
+from llmprune.eval.bench.structured_plan import Row, budget_rows, depth_rows, matched_rows, quality_rows
 from llmprune.eval.bench.structured_speed import SOLVER_COLUMNS, SPEED_COLUMNS, solver_rows, speed_rows
 from llmprune.measuring.bench.machine import commit
 from llmprune.measuring.perplexity import compare_perplexity, run_stream
@@ -57,7 +60,10 @@ PLANS: dict[str, Callable[[CheckpointSource], list[Row]]] = {
     "quality": quality_rows,
     "budget": budget_rows,
     "depth": depth_rows,
+    "matched": matched_rows,
 }
+# What pruning takes, without texts and perplexities.
+STAGES = ("load", "forward", "gram", "solve", "match", "write")
 Figures = dict[str, Any]
 
 
@@ -111,13 +117,16 @@ class Bench:
 
     def measure(self, row: Row) -> Figures:
         """Prune by one row and compare the result with the dense model."""
-        calibration = self._spec("calibration", self._protocol.samples)
+        calibration = self._spec("calibration", row.samples or self._protocol.samples)
+        fitted = row.reconstruct or {}
         recipe = {
             "structures": row.structures,
+            "reconstruct": row.reconstruct,
             "calibration": asdict(calibration),
             "evaluation": None,
             "held_back": self._protocol.held_back,
-            "batch_size": self._protocol.batch_size,
+            # A step of training takes whole batches.
+            "batch_size": min(self._protocol.batch_size, fitted.get("sequences", self._protocol.batch_size)),
             "device": "cpu",
         }
         report = prune(str(self._folder), recipe, self._output, overwrite=True)
@@ -137,6 +146,10 @@ class Bench:
             "flops": extent["pruned"]["flops_per_token"] / extent["dense"]["flops_per_token"],
             "kept": _kept(report) if "budget" in row.structures else None,
             "structures": row.structures,
+            "reconstruct": row.reconstruct,
+            "samples": calibration.samples,
+            "seconds": sum(report.header["seconds"].get(stage, 0.0) for stage in STAGES),
+            "matches": [[match.layer, match.target, match.before, match.after] for match in report.matches],
             "versions": versions(),
             "device": describe_device(CPU),
         }
@@ -165,7 +178,8 @@ def perplexity_rows(
     known: dict[str, Figures] = {_name(row): row for row in _read(path)}
     wanted = [row for row in rows if any(fnmatchcase(row.name, glob) for glob in only)]
     for number, row in enumerate(wanted):
-        if known.get(row.name, {}).get("structures") == row.structures:
+        last = known.get(row.name, {})
+        if last and all(last.get(key) == getattr(row, key) for key in ("structures", "reconstruct")):
             continue
         known[row.name] = bench.measure(row) | {"commit": code}
         order = [row.name for row in rows]

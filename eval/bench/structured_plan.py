@@ -14,6 +14,9 @@ from llmprune.structures.find.discovery import Structure, find_structures
 SCORES: tuple[str, ...] = get_args(GroupScore)
 FRACTIONS = (0.125, 0.25, 0.375, 0.5)
 WIDTH_SCORES = ("energy", "activation-norm", "norm-gain", "magnitude-l1", "magnitude-l2")
+# Chosen on other text (LOG.md). With four times the text, a quarter of the epochs are as many steps.
+MATCHING = {"epochs": 8, "lr": 1.0e-3, "sequences": 4}
+MORE, MATCHING_MORE = 512, {**MATCHING, "epochs": 2}
 # A budget keeps multiples of these numbers of FFN channels, and may remove 640 of 704, which 64 divides.
 MULTIPLES, MOST = (64, 16, 1), 0.91
 
@@ -26,11 +29,15 @@ class Row:
         removed: what is removed; a column of the table.
         label: how it is chosen; a row of the table.
         structures: the section of the recipe.
+        reconstruct: likewise; None: layers are not fitted as a whole.
+        samples: calibration sequences; None: those of the protocol.
     """
 
     removed: str
     label: str
     structures: Mapping[str, Any]
+    reconstruct: Mapping[str, Any] | None = None
+    samples: int | None = None
 
     @property
     def name(self) -> str:
@@ -99,6 +106,29 @@ def depth_rows(source: CheckpointSource) -> list[Row]:
         "25% of the hidden channels": hidden,
     }
     return [Row(removed, name, structures) for removed, own in parts.items() for name, structures in own.items()]
+
+
+def matched_rows(source: CheckpointSource) -> list[Row]:
+    """What block matching adds to exact removal and to removed layers, with two amounts of calibration text."""
+    heads, layers = _structures(source)["heads"].groups, len(source.layers)
+    count = max(layers // 4, 1)
+    parts: dict[str, dict[str, Any]] = {f"{part:.1%} FFN": {"ffn": part} for part in (0.25, 0.5)}
+    parts[f"25.0% FFN + 1 of {heads} heads"] = {"heads": 1, "ffn": 0.25}
+    exact = {
+        removed: {kind: _section(kind, amount, {"method": "obs"}) for kind, amount in amounts.items()}
+        for removed, amounts in parts.items()
+    }
+    rows = [row for removed, structures in exact.items() for row in _fitted(removed, "obs", structures)]
+    removed = f"{count} of {layers} layers"
+    for label, replaced in (("", {}), (" + linear map", {"replace": "linear"}), (" + merge", {"replace": "merge"})):
+        rows += _fitted(removed, f"block-influence{label}", {"depth": {"remove": count, **replaced}})
+    return rows
+
+
+def _fitted(removed: str, label: str, structures: Mapping[str, Any]) -> Iterator[Row]:
+    yield Row(removed, label, structures)
+    yield Row(removed, f"{label} + block matching", structures, MATCHING)
+    yield Row(removed, f"{label} + block matching, {MORE} samples", structures, MATCHING_MORE, MORE)
 
 
 def _choices(amounts: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 from llmprune.pages.charts import Axis, Series, lines
 from llmprune.pages.layers import LAYER, number
 from llmprune.pages.page import Chart, Part, Table
-from llmprune.storage.report import MatchRow, MatrixRow, Report
+from llmprune.storage.report import STANDING, MatchRow, MatrixRow, Report
 
 
 def fitting_facts(report: Report) -> list[tuple[str, str]]:
-    """Names and lines for the summary of a run; empty if its recipe has neither chains nor `reconstruct`.
+    """Names and lines for the summary of a run; empty if its recipe has neither chains nor `reconstruct` nor `replace`.
 
     Args:
         report: the run's report.
@@ -19,8 +19,11 @@ def fitting_facts(report: Report) -> list[tuple[str, str]]:
         if row.losses:
             chains.setdefault((row.method, *(part.step for part in row.losses)), []).append(row)
     facts = [("loss after each step", chain_line(rows)) for rows in chains.values()]
-    if report.matches:
-        facts.append(("block matching", match_line(report.matches)))
+    standing, matched = _divided(report.matches)
+    if standing:
+        facts.append(("standing for removed layers", match_line(standing)))
+    if matched:
+        facts.append(("block matching", match_line(matched)))
     return facts
 
 
@@ -50,17 +53,18 @@ def match_line(rows: Sequence[MatchRow]) -> str:
 
 def match_parts(report: Report) -> list[Part]:
     """A chart of each layer's error before and after it was fitted; empty if none was."""
-    if not report.matches:
+    _, matched = _divided(report.matches)
+    if not matched:
         return []
-    layers = [number(row.layer) for row in report.matches]
+    layers = [number(row.layer) for row in matched]
     series = []
     for place, which in enumerate(("before", "after")):
-        errors = [getattr(row, which) for row in report.matches]
+        errors = [getattr(row, which) for row in matched]
         hover = [f"layer {layer}: {error:.4g} {which}" for layer, error in zip(layers, errors, strict=True)]
         series.append(Series(which, layers, errors, hover, place))
     rows = tuple(
         (str(layer), f"{row.before:.4g}", f"{row.after:.4g}", f"{row.best} of {row.epochs}", f"{row.seconds:,.2f}")
-        for layer, row in zip(layers, report.matches, strict=True)
+        for layer, row in zip(layers, matched, strict=True)
     )
     return [
         Chart(
@@ -72,6 +76,12 @@ def match_parts(report: Report) -> list[Part]:
             "Epoch 0: the layer stayed as it was.",
         )
     ]
+
+
+def _divided(rows: Sequence[MatchRow]) -> tuple[list[MatchRow], list[MatchRow]]:
+    """The rows of layers that stand for removed ones, and those of block matching."""
+    standing = [row for row in rows if row.target in STANDING]
+    return standing, [row for row in rows if row.target not in STANDING]
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -5,15 +5,24 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from llmprune.devices import PeakWatch, warm_up
+from llmprune.errors import ModelError
 from llmprune.models.sizes import ends_bytes
 from llmprune.models.source import Source
 from llmprune.progress import Progress
 from llmprune.pruning.context import Run
-from llmprune.pruning.forecast.memory import LayerMemory, layer_memory, library_bytes, matching_memory, predict_peak
+from llmprune.pruning.forecast.memory import (
+    LayerMemory,
+    hidden_sets,
+    layer_memory,
+    library_bytes,
+    matching_memory,
+    predict_peak,
+    replacing_memory,
+)
 from llmprune.pruning.gradients import DenseGradients
 from llmprune.pruning.jobs import Job
 from llmprune.pruning.solving import solve_in_turn, solve_layer
-from llmprune.pruning.targets import Targets
+from llmprune.pruning.targets import Targets, advance_removed
 from llmprune.pruning.writing import Writer
 from llmprune.storage.output import OutputFolder
 from llmprune.storage.report import MatchRow, MatrixRow, StructureRow
@@ -142,20 +151,27 @@ class LayerDriver:
         def tell(step: str) -> None:
             self._tell(layer, step)
 
+        after = self._ahead(layer)
         states = None
         if self._targets is not None:
             tell("dense outputs")
-            states = self._targets.prepare(layer)
+            states = self._targets.prepare(layer, after)
+        matches = self._replace(layer, after, states, tell)
         cuts: list[Cut] = []
         removed: list[StructureRow] = []
         if self._reduction is not None:
             consumers = consumer_shapes(self._reduction.found, layer.index)
-            self._memories.append(layer_memory(layer, [], {}, batch_tokens, held_back, consumers))
+            sizes = layer_memory(layer, [], {}, batch_tokens, held_back, consumers)
+            if after:
+                replacing = replacing_memory(layer, self._reduction.found, recipe.reconstruct, sizes, batch_tokens)
+                sizes = replace(sizes, replacing=replacing)
+            self._memories.append(sizes)
             cuts, removed = self._reduction.reduce(layer, recipe.experts.min_tokens, tell)
         fitted = self._fitted(layer, jobs)
         rows = self._solve(layer, jobs, fitted, tell)
-        matches = [] if states is None else [self._match(layer, states, fitted, tell)]
-        if matches:  # a trained weight may round to zero
+        if states is not None:
+            matches.append(self._match(layer, states, fitted, tell))
+            # A trained weight may round to zero.
             rows = [replace(row, zeros=layer.count_zeros(row.name)) for row in rows]
         if self._writer is not None:
             tell("writing")
@@ -164,6 +180,37 @@ class LayerDriver:
         self._matches += matches
         self._rows += rows
         self._structures += removed
+
+    def _ahead(self, layer: ResidentLayer) -> tuple[int, ...]:
+        """The removed layers directly after a kept one, whose outputs it should give; as far as they can be run now."""
+        if self._reduction is None:
+            return ()
+        # What layers pass each other is known as each has run: those ahead would read, and then drop, too much of it.
+        linked = self._stream.calls.linked
+        if linked and self._reduction.replaces:
+            raise ModelError(
+                f"{layer.name} cannot stand for removed layers: layers pass each other more than hidden states",
+                expected="layers that pass each other only hidden states",
+                fix="leave replace out of structures.depth",
+            )
+        return () if linked else self._reduction.removed_after(layer.index)
+
+    def _replace(
+        self,
+        layer: ResidentLayer,
+        removed: Sequence[int],
+        states: tuple[HiddenStates, HiddenStates] | None,
+        tell: Callable[[str], None],
+    ) -> list[MatchRow]:
+        """Let a dense layer stand for the removed ones after it, before anything is removed from itself."""
+        if not removed or self._reduction is None or not self._reduction.replaces:
+            return []
+        tell(f"replacing {len(removed)} removed layers")
+        if states is None:
+            states = self._stream.hidden, self._stream.hidden.copy()
+            layer.advance(states[1])
+            advance_removed(self._stream, removed, states[1])
+        return [self._reduction.replace(layer, *states)]
 
     def _fitted(self, layer: ResidentLayer, jobs: Collection[str]) -> Collection[str]:
         """The matrices that may be trained: those with a job; of a layer that only lost structures, all."""
@@ -210,9 +257,7 @@ class LayerDriver:
         return MatchRow(layer.name, options.target, seconds=seconds, **asdict(matched))
 
     def _measured(self, memory: PeakWatch) -> dict[str, int]:
-        fitted = self._run.recipe.reconstruct
-        sets = 1 if fitted is None else fitted.hidden_sets
-        held = sets * self._stream.hidden.resident_bytes, self._stream.calls.nbytes
+        held = hidden_sets(self._run.recipe) * self._stream.hidden.resident_bytes, self._stream.calls.nbytes
         return {
             "predicted_bytes": predict_peak(
                 ends_bytes(self._source), *held, self._memories, library_bytes(self._run.device)

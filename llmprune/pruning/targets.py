@@ -1,7 +1,8 @@
 """What each layer is to return when it is fitted as a whole, and what it is run on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from llmprune.devices import return_freed_memory
 from llmprune.models.source import Source
 from llmprune.recipe.reconstruct import Target
 from llmprune.stream.activations import HiddenStates
@@ -22,16 +23,28 @@ class Targets:
         self._target, self._stream, self._open = target, stream, dense
         self._dense: HiddenStates | None = None
         self._source: Source | None = None
+        self._ahead = -1
 
-    def prepare(self, layer: ResidentLayer) -> tuple[HiddenStates, HiddenStates]:
-        """Run a layer that is dense yet; returns what to run the pruned layer on, and what it should return."""
+    def prepare(self, layer: ResidentLayer, removed: Sequence[int] = ()) -> tuple[HiddenStates, HiddenStates]:
+        """Run a layer that is dense yet, and the removed layers that it is to stand for.
+
+        Args:
+            layer: resident.
+            removed: the layers directly after it that are removed.
+
+        Returns:
+            What to run the pruned layer on, and what it should return.
+        """
         if self._target == "local":
             outputs = self._stream.hidden.copy()
             layer.advance(outputs)
+            advance_removed(self._stream, removed, outputs)
             return self._stream.hidden, outputs
         states = self._states()
         inputs = states.copy() if self._target == "dense" else self._stream.hidden
         layer.advance(states)
+        advance_removed(self._stream, removed, states)
+        self._ahead = max(self._ahead, *removed, layer.index)
         return inputs, states
 
     def follow(self, layer: ResidentLayer, *, dense: bool) -> None:
@@ -41,7 +54,7 @@ class Targets:
             layer: resident.
             dense: whether its weights are the dense model's; otherwise they are read again.
         """
-        if self._target == "local":
+        if self._target == "local" or layer.index <= self._ahead:
             return
         states = self._states()
         if dense:
@@ -63,3 +76,21 @@ class Targets:
         if self._dense is None:
             self._dense = self._stream.hidden.copy()
         return self._dense
+
+
+def advance_removed(stream: Stream, removed: Sequence[int], states: HiddenStates) -> None:
+    """Run hidden states through layers that are ahead of the stream's own; each is loaded and freed.
+
+    Args:
+        stream: of the run.
+        removed: numbers of the layers, in order.
+        states: replaced by the outputs of the last one.
+    """
+    for index in removed:
+        with stream.stages("load"):
+            stream.source.load_layer(index, stream.settings.device)
+        try:
+            ResidentLayer(stream, index).advance(states)
+        finally:
+            stream.source.free_layer(index)
+            return_freed_memory()

@@ -23,7 +23,7 @@ class Reconstruct(BaseModel):
             outputs on them), local (on those of the pruned model, the dense layer's outputs on the same), corrected (on
             those of the pruned model, the dense model's outputs: earlier layers' errors are corrected, too).
         epochs: passes over the calibration sequences at most, at least 1; the validation sequences decide.
-        lr: first learning rate of Adam, in (0, 1].
+        lr: highest learning rate of Adam, in (0, 1]; reached after a tenth of the steps, then it falls along a cosine.
         sequences: calibration sequences a step, at least 1.
         train: weights (those that were pruned and kept), norms (their gains), biases.
     """

@@ -173,10 +173,16 @@ class Depth(_Section):
             consecutive layers that changes it least; kl: one layer at a time, whichever increases the measured KL
             divergence least.
         protect: how many of the last layers are always kept.
+        replace: what stands for a run of removed layers; the first layer is then kept. linear: the MLP of the kept
+            layer before the run is multiplied by a linear map, fitted by least squares (ReplaceMe). merge: the heads
+            and FFN channels of the run compete with that layer's own for its places (FlattenGPT). None: nothing does.
+        damping: of these fits: for linear towards the layer as it is.
     """
 
     method: Literal["block-influence", "angular", "kl"] = "block-influence"
     protect: Annotated[int, Field(ge=0)] = 0
+    replace: Literal["linear", "merge"] | None = None
+    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
 
 
 class SubBlockRemoval(_Section):
@@ -286,6 +292,7 @@ class Structures(BaseModel):
             raise refusal(RecipeError("structures is empty: nothing would be removed", fix="remove the key"))
         if self.budget is not None:
             self._check_budget()
+        self._check_replace()
         for name, section in self.sections.items():
             if section.remove is None and not (self.budget and name in BUDGETED):
                 error = RecipeError(
@@ -295,6 +302,23 @@ class Structures(BaseModel):
                 )
                 raise refusal(error, name)
         return self
+
+    def _check_replace(self) -> None:
+        """What stands for removed layers needs the MLP in front of them; layers are merged whole, at full width."""
+        if self.depth is None or self.depth.replace is None:
+            return
+        others = {
+            "mlp": self.mlp,
+            **({"attention": self.attention, "width": self.width} if self.depth.replace == "merge" else {}),
+        }
+        for name, section in others.items():
+            if section is not None:
+                error = RecipeError(
+                    f"depth.replace together with {name}",
+                    expected="layers that lose nothing of it before they stand for removed ones",
+                    fix=f"remove depth.replace, or leave {name} out",
+                )
+                raise refusal(error, "depth", "replace")
 
     def _check_budget(self) -> None:
         """The budget alone decides how much is removed, and it needs the error curves of obs."""

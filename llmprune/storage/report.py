@@ -118,13 +118,18 @@ class StructureRow:
         return dataclasses.asdict(self)
 
 
+# Targets of layers that stand for removed ones.
+STANDING = ("linear", "merge")
+
+
 @dataclass(frozen=True, slots=True)
 class MatchRow:
-    """One layer that was fitted as a whole after its matrices were solved (block matching).
+    """One layer that was fitted as a whole after its matrices were solved, or to stand for removed ones before.
 
     Attributes:
         layer: dotted name of the decoder layer.
-        target: what it was fitted to, as in the recipe: dense, local or corrected.
+        target: what it was fitted to, as in the recipe: dense, local or corrected. "linear": a map of its MLP's output,
+            fitted to the outputs of the removed layers after it; "merge": those layers were merged into it.
         before: mean over the tokens of the validation sequences of ||f(h) - T||^2 / ||T||^2, before.
         after: the same afterwards; never higher.
         epochs: epochs that were run.

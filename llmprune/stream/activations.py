@@ -156,6 +156,11 @@ class LayerCalls:
         self._seen.clear()
 
     @property
+    def linked(self) -> bool:
+        """Whether a layer reads what an earlier one returns besides hidden states."""
+        return bool(self._last_use)
+
+    @property
     def nbytes(self) -> int:
         """Bytes held by the stored tensors."""
         tensors = {id(t): t for t in _leaves((list(self._calls.values()), list(self._carried.values())), Tensor)}

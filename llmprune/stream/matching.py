@@ -23,10 +23,10 @@ from llmprune.stream.stream import ResidentLayer
 
 Trained = Literal["weights", "norms", "biases"]
 
-# Epochs without a lower validation error before training ends.
-_PATIENCE = 2
-# The learning rate ends at this share of its first value, along a cosine.
-_LAST = 0.1
+# The learning rate rises along a line during this share of all steps, then falls along a cosine to this share of `lr`.
+_WARM_UP, _LAST = 0.1, 0.02
+# Epochs after the warm-up without a lower validation error than any before them, before training ends.
+_PATIENCE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Matching:
 
     Attributes:
         epochs: passes over the calibration sequences, at most.
-        lr: first learning rate of Adam, > 0.
+        lr: highest learning rate of Adam, > 0.
         sequences: calibration sequences a step, at least; whole forward batches.
         train: what is trained: weights (those that were pruned and kept), norms (their gains), biases.
         seed: of the order of the batches.
@@ -87,12 +87,11 @@ def match_layer(
         NumericsError: the loss is not finite.
     """
     fit = _Fit(layer, inputs, targets, options)
-    masters = _masters(layer, pruned, options.train)
-    if not masters:
-        error = fit.validate({})
-        return Matched(error, error, 0, 0)
     with layer.stream.stages("match"):
-        return fit.run(masters, watch)
+        masters = _masters(layer, pruned, options.train)
+        error = fit.validate(masters)
+        # Layers before the first change have nothing to make up for.
+        return fit.run(masters, error, watch) if masters and error else Matched(error, error, 0, 0)
 
 
 @dataclass(slots=True)
@@ -118,13 +117,16 @@ class _Fit:
         batches, counted = len(layer.stream.batches), layer.stream.statistics_batches
         self._training, self._validation = list(range(counted)), list(range(counted, batches))
 
-    def run(self, masters: dict[str, _Master], watch: Callable[[str], None]) -> Matched:
+    def run(self, masters: dict[str, _Master], before: float, watch: Callable[[str], None]) -> Matched:
         """Train until the validation error no longer falls; the best state is written into the layer."""
-        before = best = self.validate(masters)
+        best = before
         kept, best_epoch, epoch = {name: m.values.detach().clone() for name, m in masters.items()}, 0, 0
         optimiser = torch.optim.Adam([m.values for m in masters.values()], lr=self._options.lr)
         steps = self._options.epochs * len(self._groups(0))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _cosine(step / max(steps, 1)))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _factor(step, steps))
+        # A high learning rate first makes an error worse that ends much lower: what falls from epoch to epoch goes on,
+        # even where it is not below that of the untrained layer yet.
+        trained, waited = math.inf, 0
         for epoch in range(1, self._options.epochs + 1):
             watch(f"matching, epoch {epoch} of {self._options.epochs}")
             for group in self._groups(epoch):
@@ -137,7 +139,9 @@ class _Fit:
                 best, best_epoch = error, epoch
                 for name, master in masters.items():
                     kept[name].copy_(master.values.detach())
-            elif epoch - best_epoch >= _PATIENCE:
+            waited = 0 if error < trained or epoch <= _WARM_UP * self._options.epochs else waited + 1
+            trained = min(trained, error)
+            if waited >= _PATIENCE:
                 break
         for name, master in masters.items():
             master.values.data.copy_(kept[name])
@@ -230,6 +234,9 @@ def trained_parameters(
             yield name, parameter
 
 
-def _cosine(share: float) -> float:
-    """The learning rate's factor after this share of all steps."""
-    return _LAST + (1 - _LAST) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+def _factor(step: int, steps: int) -> float:
+    """The learning rate's factor in a step, counted from 0."""
+    rising = math.ceil(_WARM_UP * steps)
+    if step < rising:
+        return (step + 1) / rising
+    return _LAST + (1 - _LAST) * (1 + math.cos(math.pi * min((step - rising) / max(steps - rising, 1), 1.0))) / 2

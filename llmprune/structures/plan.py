@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from llmprune.models.decoder import prunable_matrices
 from llmprune.recipe.structures import Depth, Groups, Structures, SubBlockRemoval
 from llmprune.structures.choose.scores import needs_gram
 from llmprune.structures.decisions import label
 from llmprune.structures.find.discovery import Structure
+from llmprune.structures.find.mergeable import Mergeable
 from llmprune.structures.removable import Removable
 
 
@@ -82,6 +85,53 @@ def removal_work(removable: Removable, layer: int, tokens: int) -> tuple[float, 
     return gram, solve
 
 
+def kept_share(removable: Removable) -> float:
+    """The fraction of the layers that are kept.
+
+    Args:
+        removable: what is removed.
+    """
+    depth, layers = removable.spec.depth, len(removable.dense.layers)
+    return 1.0 if depth is None else 1 - depth.count(layers) / layers
+
+
+def replacing_work(removable: Removable, tokens: int, counted: int) -> tuple[float, float, float]:
+    """Passes over a layer, FLOPs of Gram matrices, and of solving, for letting kept layers stand for removed ones.
+
+    Which layers these are is not known yet: every layer gets its share of the removed ones, each of which is taken to
+    have a kept layer of its own before it. That one runs once, twice more on the calibration sequences (to merge both:
+    their attentions twice, their MLPs once) and twice on the validation sequences; the removed one runs once.
+
+    Args:
+        removable: what is removed.
+        tokens: of the calibration text, with the validation sequences.
+        counted: without them.
+    """
+    depth = removable.spec.depth
+    if depth is None or depth.replace is None:
+        return 0.0, 0.0, 0.0
+    layers, size = len(removable.dense.layers), removable.dense.config.get_text_config(decoder=True).hidden_size
+    share = depth.count(layers) / layers
+    if removable.mergeable is not None:
+        shapes = merged_shapes(removable.mergeable, removable.dense.layers[0])
+        gram = sum(2.0 * counted * width**2 for _, width in shapes)
+        solve = sum(width**3 + 2.0 * width**2 * rows + 3.0 * width**3 for rows, width in shapes)
+        return share * ((3 * counted + 2 * (tokens - counted)) / tokens + 2), share * gram, share * solve
+    passes = (2 * counted + 2 * (tokens - counted)) / tokens + 2
+    return share * passes, share * 4.0 * counted * size**2, share * 8.0 / 3.0 * size**3
+
+
+def merged_shapes(found: Mergeable, layer: nn.Module) -> list[tuple[int, int]]:
+    """(out, in) of the matrices from which groups are removed to merge two layers.
+
+    Args:
+        found: of their model.
+        layer: either of them.
+    """
+    consumers = [layer.get_parameter(structure.consumer) for structure in found.groups.values()]
+    return [(weight.shape[0], 2 * weight.shape[1]) for weight in consumers]
+
+
 def _columns(structure: Structure, counts: Mapping[str, int]) -> int:
     """Number of the consumer's columns that are removed; half of them if a budget decides."""
     gone = counts.get(label(structure), structure.groups // 2)
@@ -92,6 +142,10 @@ def structure_notes(plans: Sequence[StructurePlan], spec: Structures) -> Iterato
     """What a dry run cannot predict about structures."""
     if any(plan.kind in ("layers", "attention", "mlp") for plan in plans):
         yield "Which layers or blocks are removed depends on the calibration text; the table shows all of them."
+    if spec.depth is not None and spec.depth.replace == "linear":
+        yield "Each kept layer before a run of removed ones is multiplied by a linear map that stands for the run."
+    if spec.depth is not None and spec.depth.replace == "merge":
+        yield "Each kept layer before a run of removed ones takes up the best of the heads and channels of all of them."
     if spec.budget is not None:
         yield "The budget sets the widths from the calibration text; sizes and seconds are those of the full layers."
     if any(plan.method == "kl" for plan in plans):

@@ -6,6 +6,7 @@ is moved into the result's layer, which replaces it from then on: it is pruned f
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,19 @@ from torch import Tensor, nn
 from llmprune.errors import CheckpointError, ModelError
 from llmprune.models.source import Smaller, StoredSource
 from llmprune.recipe.structures import Groups, GroupSection
-from llmprune.storage.report import StructureRow
+from llmprune.storage.report import MatchRow, StructureRow
+from llmprune.stream.activations import HiddenStates
 from llmprune.stream.stream import ResidentLayer
 from llmprune.structures.decisions import Decisions, label
 from llmprune.structures.find.discovery import Structure
 from llmprune.structures.find.subblocks import SubBlock, without
+from llmprune.structures.merging import merge_run
 from llmprune.structures.narrowed_source import WidthSource
 from llmprune.structures.reducing import Target, reduce_layer
 from llmprune.structures.removable import Removable
 from llmprune.structures.remove.cuts import Cut, removed_indices, shrink
 from llmprune.structures.remove.problem import RemovalSettings
+from llmprune.structures.replacing import replace_run
 
 
 class Reduction:
@@ -77,6 +81,34 @@ class Reduction:
         layer.become(small, name)
         self.source.free_layer(layer.index)  # the kept tensors are shared
         return cuts, rows
+
+    def removed_after(self, index: int) -> tuple[int, ...]:
+        """The removed layers directly after a kept one."""
+        last = next((kept for kept in self.decisions.layers if kept > index), len(self.dense.layers))
+        return tuple(range(index + 1, last))
+
+    @property
+    def replaces(self) -> bool:
+        """Whether kept layers are changed so that they stand for the removed ones after them."""
+        depth = self.found.spec.depth
+        return depth is not None and depth.replace is not None
+
+    def replace(self, layer: ResidentLayer, inputs: HiddenStates, targets: HiddenStates) -> MatchRow:
+        """Let a resident layer, still at full size, stand for the removed layers after it.
+
+        Args:
+            layer: one that `removed_after` names layers for.
+            inputs: what it is run on.
+            targets: the outputs of the last of these layers.
+        """
+        depth = self.found.spec.depth
+        assert depth is not None
+        if self.found.mergeable is not None:
+            settings, removed = RemovalSettings(depth.damping), self.removed_after(layer.index)
+            row = merge_run(layer, removed, self.found.mergeable, inputs, targets, settings)
+        else:
+            row = replace_run(layer, self.found.mlps[layer.index], inputs, targets, depth.damping)
+        return replace(row, layer=self.result.layer_name(self.numbers[layer.index]))
 
     def replay(self, layer: ResidentLayer) -> None:
         """Replace a resident layer by its committed result."""

@@ -14,12 +14,14 @@ from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.sizes import active_experts
 from llmprune.recipe.structures import Channels, Groups, GroupSection, Structures
 from llmprune.recipe.structures import Width as WidthSection
-from llmprune.structures.choose.depth_scores import check_count
+from llmprune.structures.choose.depth_scores import check_count, layer_candidates
 from llmprune.structures.decisions import Decisions, aligned, label, some_cut
 from llmprune.structures.describe.configuration import smaller_config, uneven_config
 from llmprune.structures.describe.depth import drop_layers, without_blocks
 from llmprune.structures.draft_head import DraftHead, find_draft_head
 from llmprune.structures.find.discovery import Structure, find_query_heads, find_structures
+from llmprune.structures.find.mergeable import Mergeable, find_mergeable
+from llmprune.structures.find.mlp_outputs import MlpOutput, find_mlp_outputs
 from llmprune.structures.find.subblocks import Part, SubBlock, SubBlocks, find_subblocks
 from llmprune.structures.remove.cuts import Cut
 from llmprune.structures.remove.width import Width, plan_width
@@ -39,6 +41,9 @@ class Removable:
         blocks: for each layer, its attention and MLP; empty if no blocks are to be removed.
         width: how the hidden width is narrowed; None if it is not.
         draft_head: dropped, because it would not fit the smaller model; None if there is none.
+        mlps: for each layer, what writes its MLP's output, if a map of that is to stand for removed layers; otherwise
+            empty.
+        mergeable: what it takes to merge layers; None if none are merged.
     """
 
     dense: CheckpointSource
@@ -47,6 +52,8 @@ class Removable:
     blocks: Sequence[SubBlocks]
     width: Width | None
     draft_head: DraftHead | None = None
+    mlps: Sequence[MlpOutput] = ()
+    mergeable: Mergeable | None = None
 
     @classmethod
     def find(cls, dense: CheckpointSource, spec: Structures) -> "Removable":
@@ -60,13 +67,16 @@ class Removable:
         draft_head = find_draft_head(dense, spec)
         found = find_structures(dense.decoder)
         blocks = find_subblocks(dense.decoder, found) if spec.blocks else []
+        replaced = spec.depth.replace if spec.depth else None
+        mlps = _mlp_outputs(dense, found) if replaced == "linear" else []
+        mergeable = find_mergeable(dense, found) if replaced == "merge" else None
         if spec.heads and spec.heads.unit == "query-head":
             found = _query_heads(dense, found)
         sections = [[(structure, _section(dense, spec, structure)) for structure in own] for own in found]
         structures = tuple(tuple((s, section) for s, section in own if section is not None) for own in sections)
         _require_structures(dense, spec, structures)
         _require_layers_and_blocks(dense, spec, blocks)
-        return cls(dense, spec, structures, blocks, _plan_width(dense, spec.width), draft_head)
+        return cls(dense, spec, structures, blocks, _plan_width(dense, spec.width), draft_head, mlps, mergeable)
 
     def preview(self) -> Decisions:
         """What is known before any text is read: how much is removed, but not which.
@@ -115,6 +125,19 @@ class Removable:
         if decisions.blocks:
             config = without_blocks(config, decisions.blocks, path)
         return drop_layers(config, decisions.layers, path)
+
+
+def _mlp_outputs(dense: CheckpointSource, found: Sequence[Sequence[Structure]]) -> list[MlpOutput]:
+    """What writes the output of each layer's MLP, any of which may have to stand for removed layers."""
+    outputs = find_mlp_outputs(dense.decoder, found)
+    for index, output in enumerate(outputs[:-1]):
+        if output.refusal is not None:
+            raise ModelError(
+                f"{dense.layer_name(index)} cannot stand for removed layers: {output.refusal}",
+                expected="an MLP whose output is added to the residual stream as its last matrix gives it",
+                fix="leave replace out of structures.depth; `reconstruct` also makes up for removed layers",
+            )
+    return outputs
 
 
 def _query_heads(dense: CheckpointSource, found: Sequence[Sequence[Structure]]) -> list[list[Structure]]:
@@ -193,7 +216,8 @@ def _require_layers_and_blocks(dense: CheckpointSource, spec: Structures, found:
     layers, gone = len(dense.layers), 0
     if spec.depth is not None:
         gone = spec.depth.count(layers)
-        check_count(gone, layers - spec.depth.protect, layers, "layers")
+        candidates = layer_candidates(layers, spec.depth.protect, first=bool(spec.depth.replace))
+        check_count(gone, len(candidates), layers, "layers")
     for part, section in spec.blocks.items():
         _require_blocks(dense, part, [blocks[part] for blocks in found], section.count(layers - gone))
 

@@ -120,11 +120,12 @@ class _Surveys:
         if section is None:
             return decisions
         count = section.count(self._layers)
-        candidates = layer_candidates(self._layers, section.protect)
+        first = bool(section.replace)  # nothing in front of the first layer could stand for it
+        candidates = layer_candidates(self._layers, section.protect, first=first)
         if self._depth is None:
             removal = self._greedy(candidates, count)
         elif section.method == "angular":
-            removal = remove_run(self._depth.angles, count, section.protect)
+            removal = remove_run(self._depth.angles, count, section.protect, first=first)
         else:
             removal = remove_lowest(self._depth.influence, candidates, count)
         kept = tuple(layer for layer in range(self._layers) if layer not in removal.layers)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llmprune.eval.bench import structured, structured_speed
 from llmprune.eval.bench.structured import Bench, Protocol, figures_table, perplexity_rows, perplexity_table
-from llmprune.eval.bench.structured_plan import SCORES, Row, budget_rows, depth_rows, quality_rows
+from llmprune.eval.bench.structured_plan import SCORES, Row, budget_rows, depth_rows, matched_rows, quality_rows
 from llmprune.eval.bench.structured_speed import Turns, documented_flops, solver_rows, speed_rows
 from llmprune.pruning.pipeline import prune
 from llmprune.recipe.recipe import load_recipe
@@ -57,7 +58,9 @@ class Counted:
         self.measured.append(row.name)
         if len(self.measured) == self._fails_at:
             raise KeyboardInterrupt
-        return figures(row.removed, row.label, float(len(self.measured))) | {"structures": row.structures}
+        return figures(row.removed, row.label, float(len(self.measured))) | {
+            "structures": row.structures, "reconstruct": row.reconstruct,
+        }  # fmt: skip
 
 
 def figures(removed: str, label: str, perplexity: float | None) -> dict[str, Any]:
@@ -164,6 +167,31 @@ def test_depth_rows_run(bench: Bench) -> None:
         "1 of 3 layers", "1 attention blocks", "1 MLP blocks", "25% of the hidden channels",
     }  # fmt: skip
     assert bench.measure(found["1 of 3 layers: kl"])["parameters"] < 0.8
+
+
+def test_matched_rows_are_fitted(bench: Bench) -> None:
+    found = {row.name: row for row in matched_rows(bench.source)}
+    for row in found.values():
+        load_recipe({"structures": row.structures, "reconstruct": row.reconstruct})
+    assert {row.removed for row in found.values()} == {
+        "25.0% FFN", "50.0% FFN", "25.0% FFN + 1 of 2 heads", "1 of 3 layers",
+    }  # fmt: skip
+    plain, fitted = (found[f"1 of 3 layers: block-influence{added}"] for added in ("", " + block matching"))
+    assert plain.structures == fitted.structures
+    assert bench.measure(plain)["matches"] == []
+    quick = replace(fitted, reconstruct={"epochs": 3, "lr": 3e-3, "sequences": 1}, samples=6)
+    figures = bench.measure(quick)
+    assert [match[:2] for match in figures["matches"]] == [[f"model.layers.{n}", "corrected"] for n in range(2)]
+    assert any(after < before for _, _, before, after in figures["matches"])
+    assert (figures["reconstruct"], figures["samples"]) == (quick.reconstruct, 6)
+
+
+def test_rows_that_are_fitted_otherwise_are_measured_again(tmp_path: Path) -> None:
+    (row,), path = rows("obs"), tmp_path / "rows.json"
+    for wanted, measured in ((row, 1), (row, 0), (replace(row, reconstruct={"epochs": 1}), 1)):
+        bench = Counted()
+        measure(bench, [wanted], path)
+        assert len(bench.measured) == measured
 
 
 def test_the_command_writes_the_file_and_the_table(

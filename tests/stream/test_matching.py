@@ -101,8 +101,48 @@ def test_a_layer_that_does_not_improve_stays_as_it_was() -> None:
     layer = case()
     matched = layer.match(Matching(epochs=9, lr=1.0, sequences=2))
     assert matched.before == matched.after == pytest.approx(layer.validation, rel=1e-4)
-    assert (matched.epochs, matched.best) == (2, 0), "two epochs without improvement end it"
+    assert (matched.epochs, matched.best) == (4, 0), "three epochs without improvement end it"
     assert layer.changed == set()
+
+
+def test_a_layer_without_an_error_is_not_trained() -> None:
+    run = stream(build("llama"), IDS, held_back=2)
+    run.capture()
+    layer = ResidentLayer(run, 0)
+    targets = run.hidden.copy()
+    layer.advance(targets)
+    assert match_layer(layer, run.hidden, targets, list(layer.matrices), QUICK) == Matched(0.0, 0.0, 0, 0)
+    assert not layer.replaced
+
+
+def test_what_is_worse_at_first_but_falls_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five epochs above the error of the untrained layer, each lower than the one before, then two below it."""
+    errors = iter([1.0, 9.0, 8.0, 6.0, 4.0, 2.0, 0.9, 0.8, *[0.85] * 90])
+    monkeypatch.setattr("llmprune.stream.matching._Fit.validate", lambda self, masters: next(errors))
+    matched = case().match(Matching(epochs=40, lr=1e-4, sequences=2))
+    assert (matched.before, matched.after, matched.best, matched.epochs) == (1.0, 0.8, 7, 10)
+
+
+def test_patience_waits_for_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = iter([1.0, *[2.0] * 10, 0.5, *[0.6] * 90])
+    monkeypatch.setattr("llmprune.stream.matching._Fit.validate", lambda self, masters: next(errors))
+    matched = case().match(Matching(epochs=90, lr=1e-4, sequences=6))
+    assert (matched.best, matched.epochs) == (11, 14)
+
+
+def test_the_learning_rate_rises_then_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, step = [], torch.optim.Adam.step
+
+    def noted(self: torch.optim.Adam, closure: None = None) -> None:
+        rates.append(self.param_groups[0]["lr"])
+        step(self, closure)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    case().match(Matching(epochs=20, lr=1e-4, sequences=2))
+    assert rates[:6] == pytest.approx([1e-4 * (n + 1) / 6 for n in range(6)])
+    assert rates[6:] == sorted(rates[6:], reverse=True)
+    assert len(rates) == 60
+    assert rates[-1] == pytest.approx(2e-6, rel=0.1)
 
 
 def test_the_best_epoch_is_kept_not_the_last() -> None:

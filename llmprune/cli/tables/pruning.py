@@ -252,6 +252,7 @@ def _memory_table(plan: "DryRun") -> Table:
         ("forward pass", layer.forward),
         ("solver", layer.solving),
         *([("block matching", layer.matching)] if layer.matching else []),
+        *([("standing for removed layers", layer.replacing)] if layer.replacing else []),
     ):
         table.add_row(name, format_size(nbytes))
     table.add_row(Text("predicted peak", "bold"), Text(format_size(memory.peak), "bold"))

@@ -34,7 +34,13 @@ from llmprune.pruning.allocating.pool import find_pool
 from llmprune.pruning.context import Run
 from llmprune.pruning.forecast.around import measure_around
 from llmprune.pruning.forecast.backward import BackwardPlan, plan_backward
-from llmprune.pruning.forecast.memory import layer_memory, library_bytes, matching_memory
+from llmprune.pruning.forecast.memory import (
+    hidden_sets,
+    layer_memory,
+    library_bytes,
+    matching_memory,
+    replacing_memory,
+)
 from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan, Work
 from llmprune.pruning.jobs import Job, plan_jobs, require_packable
 from llmprune.pruning.rotation.rotating import Rotating
@@ -46,9 +52,11 @@ from llmprune.stream.observation import Group
 from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
 from llmprune.structures.plan import (
     consumer_shapes,
+    kept_share,
     observations,
     plan_structures,
     removal_work,
+    replacing_work,
     structure_notes,
 )
 from llmprune.structures.reduction import Reduction
@@ -107,7 +115,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     layers = tuple(look.plan(indices, jobs) for indices in _kinds(source, jobs))
     structures = plan_structures(found)
     hidden = look.hidden_bytes
-    sets = 1 if settings.reconstruct is None else settings.reconstruct.hidden_sets
+    sets = hidden_sets(settings)
     resident = sets * min(hidden, int(settings.activation_budget))
     largest = max((plan.memory for plan in layers), key=lambda memory: memory.total)
     rates = measure_rates(device, source.model.dtype)
@@ -220,6 +228,8 @@ class _Look:
             fitted = jobs[index] or ({} if self._reduction is None else layer.matrices)
             matching = matching_memory(layer, fitted, self._recipe.reconstruct, batch_tokens)
             left = self._left(layer)
+            found = None if self._reduction is None else self._reduction.found
+            replacing = replacing_memory(layer, found, self._recipe.reconstruct, memory, batch_tokens)
             work = self._work(layer, groups, jobs[index], left)
         finally:
             self._source.free_layer(index)
@@ -227,7 +237,7 @@ class _Look:
         matrices = (
             _matrix_plan(name.removeprefix(prefix), shape, jobs[index].get(name)) for name, shape in left.items()
         )
-        return LayerPlan(indices, tuple(matrices), work, replace(memory, matching=matching))
+        return LayerPlan(indices, tuple(matrices), work, replace(memory, matching=matching, replacing=replacing))
 
     def _left(self, layer: ResidentLayer) -> dict[str, tuple[int, int]]:
         """Matrix -> (out, in) after structures are removed from the layer."""
@@ -259,17 +269,23 @@ class _Look:
             forward += observations(self._reduction.found, layer.index) * dense
             gram, solve = removal_work(self._reduction.found, layer.index, counted)
             products, factors = products + gram, factors + solve
+            passes, gram, solve = replacing_work(self._reduction.found, self.tokens, counted)
+            forward, products, factors = forward + passes * dense, products + gram, factors + solve
         return Work(2 * forward * self.tokens, products, factors + solving, self._matching(layer, shares, elements))
 
     def _matching(self, layer: ResidentLayer, shares: Mapping[str, float], elements: float) -> float:
-        """Operations of fitting the layer, with this many elements left for each token, in all epochs."""
+        """Operations of fitting the layer, with this many elements left for each token, in all epochs.
+
+        Which layers are removed is not known yet: each counts for as much of itself as is kept on average.
+        """
         options = self._recipe.reconstruct
         if options is None:
             return 0.0
         training, validation = (n * self._length for n in (self._recipe.calibration.sequences, self._recipe.held_back))
         dense = sum(shares[name] * m.shape[0] * m.shape[1] for name, m in layer.matrices.items())
         validated = 2 * elements * validation * (options.epochs + 1)
-        return 6 * elements * training * options.epochs + validated + 2 * dense * self.tokens
+        kept = 1.0 if self._reduction is None else kept_share(self._reduction.found)
+        return kept * (6 * elements * training * options.epochs + validated) + 2 * dense * self.tokens
 
     def _shares(self, layer: ResidentLayer, groups: Sequence[Group]) -> dict[str, float]:
         """The fraction of the tokens that each matrix receives: 1, except for experts."""
@@ -384,6 +400,6 @@ def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
         asked = f"left out: {reason}" if reason else "answered by both models, each loaded completely for it"
         yield f"{len(prompts)} prompts (evaluation.prompts) are {asked}."
     if recipe.reconstruct is not None:
-        yield "Layers are fitted for as many epochs as allowed; most stop earlier, once validation no longer improves."
+        yield "Layers are fitted for as many epochs as allowed; some stop earlier, once validation no longer improves."
     if any(isinstance(pattern, Unstructured) and pattern.over == "layer" for pattern in recipe.patterns):
         yield "If scores are compared over a whole layer, the sparsity of each matrix is the layer's average."

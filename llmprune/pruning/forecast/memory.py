@@ -4,14 +4,14 @@
          + libraries
          + max( ends + hidden states + calls,
                 hidden states + calls + max over layers of
-                    ( weights + max(statistics + held-back rows + max(forward, solving), matching) ) )
+                    ( weights + max(statistics + held-back rows + max(forward, solving), matching, replacing) ) )
 
 libraries       3 MB on a CPU: what kernels keep for their threads from the first products of a kind on, and what the
                 heap holds in small pieces
 ends            embeddings, final norm and LM head, while text is embedded; no layer is in memory at that time. Tensors
                 that the model does not read, such as a draft head, are copied 4 MB at a time and take nothing
 hidden states   samples x length x hidden size, at most `activation_budget` (the rest is on disk); with block matching
-                two or three sets of them (`Reconstruct.hidden_sets`)
+                two or three sets of them (`Reconstruct.hidden_sets`), two where layers stand for removed ones
 calls           masks and rotary embeddings that the model passes to its layers; equal ones are stored once
 weights         one decoder layer in the compute dtype
 statistics      4 d^2 bytes for each Gram of width d, 4 d for column norms; shared by matrices with the same input;
@@ -26,6 +26,11 @@ matching        if layers are fitted as a whole: for each trained parameter 16 b
                 and both moments of Adam), 4 for the best epoch's, 1 for the mask and one in the compute dtype, which
                 the layer runs with; 12 more for those of the largest matrix; and what the backward pass needs of one
                 batch: inputs and outputs of all matrices that a token visits, and 8 hidden sizes in float32
+replacing       if layers stand for removed ones (structures.depth with `replace` or block matching): one of these, in
+                the compute dtype, or the fit of `replace`: 40 d^2 bytes for the hidden size d, the matrices that take
+                up the map (once more, and 12 bytes for each value of the largest), and four hidden states of a batch in
+                float32; and a batch's forward. To merge two layers: the second one, a copy of the first, and for the
+                matrices side by side, [o, i], 24 i^2 bytes and 12 o i, or 4 i^2 and what they read in a batch, twice
 
 On a CPU, the measured peak is what the process has for itself, without pages of files: glibc's allocator is told from
 the start to give blocks of 256 KB and more pages of their own, and libraries make their first products before the first
@@ -43,12 +48,15 @@ import torch
 from llmprune.models.sizes import active_experts, ends_bytes
 from llmprune.models.source import Source
 from llmprune.pruning.jobs import Job
+from llmprune.recipe.recipe import Recipe
 from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.statistics import Gram
 from llmprune.stream.guard import scoring_needs
 from llmprune.stream.matching import trained_parameters
 from llmprune.stream.observation import HELD_BACK_ROWS, Group
 from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.structures.plan import merged_shapes
+from llmprune.structures.removable import Removable
 from llmprune.text.tokens import Tokens
 from llmprune.units import format_size
 
@@ -64,6 +72,7 @@ class LayerMemory:
         forward: activations of one batch.
         solving: workspace of its largest matrix.
         matching: what it takes to fit it as a whole; 0 if it is not.
+        replacing: what it takes to let it stand for removed layers; 0 if it does not.
         shapes: (out, in) of the matrices that are pruned.
         gram_widths: width of every Gram.
     """
@@ -74,6 +83,7 @@ class LayerMemory:
     forward: int
     solving: int
     matching: int = 0
+    replacing: int = 0
     shapes: tuple[tuple[int, int], ...] = ()
     gram_widths: tuple[int, ...] = ()
 
@@ -81,7 +91,7 @@ class LayerMemory:
     def total(self) -> int:
         """Peak while the layer is resident."""
         pruning = self.statistics + self.held_back + max(self.forward, self.solving)
-        return self.weights + max(pruning, self.matching)
+        return self.weights + max(pruning, self.matching, self.replacing)
 
 
 def layer_memory(
@@ -164,6 +174,44 @@ def library_bytes(device: torch.device) -> int:
     return 3 << 20 if device.type == "cpu" else 0
 
 
+def replacing_memory(
+    layer: ResidentLayer, found: Removable | None, fitted: Reconstruct | None, memory: LayerMemory, batch_tokens: int
+) -> int:
+    """What it takes to let a layer stand for removed ones; 0 if the recipe does not ask for it.
+
+    Args:
+        layer: the layer; its parameters may be on the meta device.
+        found: what is removed; None: nothing.
+        fitted: how the layer is fitted as a whole; None: it is not.
+        memory: of the layer otherwise.
+        batch_tokens: tokens in a forward pass.
+    """
+    if found is None or found.spec.depth is None or not (found.spec.depth.replace or fitted):
+        return 0
+    if found.mergeable is not None:
+        shapes = merged_shapes(found.mergeable, layer.module)
+        merging = max(max(24 * i**2 + 12 * o * i, 4 * i**2 + 8 * i * batch_tokens) for o, i in shapes)
+        return 2 * memory.weights + merging + memory.forward
+    if not found.mlps:
+        return memory.weights + memory.forward
+    output, parameters = found.mlps[layer.index], dict(layer.module.named_parameters())
+    written = [parameters[name] for name in output.matrices]
+    hidden = found.dense.config.get_text_config(decoder=True).hidden_size
+    kept = sum(parameter.nbytes for parameter in written)
+    largest = max(
+        (m.shape[0] * m.shape[1] for m in layer.matrices.values() if m.parameter in output.matrices), default=0
+    )
+    fitting = 40 * hidden**2 + kept + 12 * largest + 16 * hidden * batch_tokens
+    return max(memory.weights, fitting) + memory.forward
+
+
+def hidden_sets(recipe: Recipe) -> int:
+    """Sets of hidden states of all samples that a run keeps, each within the activation budget."""
+    depth = None if recipe.structures is None else recipe.structures.depth
+    replaced = depth is not None and depth.replace is not None
+    return max(1 if recipe.reconstruct is None else recipe.reconstruct.hidden_sets, 1 + replaced)
+
+
 def predict_peak(ends: int, hidden_states: int, calls: int, layers: Sequence[LayerMemory], libraries: int) -> int:
     """The formula's peak in bytes, above what the process holds before the first layer.
 
@@ -183,7 +231,7 @@ def pruning_needs(
     jobs: Sequence[dict[str, Job]],
     texts: Mapping[str, Tokens],
     settings: StreamSettings,
-    fitted: Reconstruct | None = None,
+    recipe: Recipe,
 ) -> str:
     """Say how much memory it takes to prune and to evaluate, before any layer has run.
 
@@ -192,7 +240,7 @@ def pruning_needs(
         jobs: for each layer, what is done to its matrices.
         texts: "calibration", with the held-back samples, and, if perplexity is measured, "evaluation".
         settings: device, batch size and memory.
-        fitted: how layers are fitted as a whole; None: they are not.
+        recipe: of the run.
     """
     ids = texts["calibration"].ids
     stream = Stream(source, ids, settings)
@@ -201,10 +249,10 @@ def pruning_needs(
     for index, job in enumerate(jobs):
         layer = ResidentLayer(stream, index)
         memory = layer_memory(layer, None, job, batch, held_back)
-        layers.append(replace(memory, matching=matching_memory(layer, job, fitted, batch)))
-    sets = 1 if fitted is None else fitted.hidden_sets
+        fitted = job or (() if recipe.structures is None else layer.matrices)
+        layers.append(replace(memory, matching=matching_memory(layer, fitted, recipe.reconstruct, batch)))
     hidden = ids.numel() * source.model.config.get_text_config().hidden_size * source.dtype.itemsize
-    held = sets * min(hidden, settings.activation_budget)
+    held = hidden_sets(recipe) * min(hidden, settings.activation_budget)
     peak = predict_peak(ends_bytes(source), held, 0, layers, library_bytes(settings.device))
     needs = f"up to {format_size(peak)} for pruning, in addition to the program itself"
     if "evaluation" in texts:

@@ -77,9 +77,9 @@ class DepthRemoval:
         }
 
 
-def layer_candidates(layers: int, protect: int = 0) -> list[DepthUnit]:
-    """All decoder layers except the last `protect`."""
-    return [DepthUnit(layer, "layer") for layer in range(layers - protect)]
+def layer_candidates(layers: int, protect: int = 0, *, first: bool = False) -> list[DepthUnit]:
+    """All decoder layers except the last `protect`, and except the first if that is kept."""
+    return [DepthUnit(layer, "layer") for layer in range(int(first), layers - protect)]
 
 
 def block_candidates(blocks: Sequence[SubBlocks], parts: Iterable[Part], protect: int = 0) -> list[DepthUnit]:
@@ -110,23 +110,24 @@ def remove_lowest(scores: Mapping[DepthUnit, float], candidates: Sequence[DepthU
     return DepthRemoval("block-influence", tuple(sorted(ranked[:count])), dict(scores))
 
 
-def remove_run(angles: Sequence[float], count: int, protect: int = 0) -> DepthRemoval:
+def remove_run(angles: Sequence[float], count: int, protect: int = 0, *, first: bool = False) -> DepthRemoval:
     """Choose the run of consecutive layers that rotates the hidden states least; on ties, the earlier run.
 
     Args:
         angles: for each layer, the angle of the run of `count` layers that begins there.
         count: number of layers in a run.
         protect: how many of the last layers to keep.
+        first: whether to keep the first layer.
 
     Raises:
         RecipeError: no run fits.
         NumericsError: an angle is not finite.
     """
     layers = len(angles) + count - 1
-    check_count(count, layers - protect, layers)
+    check_count(count, layers - protect - first, layers)
     scores = {DepthUnit(layer, "layer"): angle for layer, angle in enumerate(angles)}
     _check_finite(scores)
-    start = min(range(len(angles) - protect), key=lambda layer: (angles[layer], layer))
+    start = min(range(int(first), len(angles) - protect), key=lambda layer: (angles[layer], layer))
     removed = tuple(DepthUnit(layer, "layer") for layer in range(start, start + count))
     return DepthRemoval("angular-distance", removed, scores)
 

@@ -1,19 +1,25 @@
 """What the dry run says about fitting layers as a whole, beside a run."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from tiny_models import build, recipe, save
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmprune import dry_run, prune
 from llmprune.cli.tables.pruning import dry_run_tables
+from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.pruning import layers
 from llmprune.pruning.forecast.forecast import measure_rates
-from llmprune.pruning.forecast.memory import LayerMemory
+from llmprune.pruning.forecast.memory import LayerMemory, pruning_needs
 from llmprune.pruning.forecast.plan import Around, Work
+from llmprune.recipe.recipe import load_recipe
+from llmprune.stream.stream import StreamSettings
+from llmprune.text.tokens import Tokens
 
 LENGTH, TRAINING, VALIDATION = 24, 6, 2
 
@@ -104,6 +110,30 @@ def test_the_tables_have_lines_for_it(tmp_path: Path, capsys: pytest.CaptureFixt
     Console(width=80).print(*dry_run_tables(dry_run(source, fitting())))
     shown = capsys.readouterr().out
     assert shown.count("block matching") == 2
-    assert "most stop earlier" in shown
+    assert "some stop earlier" in shown
     Console(width=80).print(*dry_run_tables(dry_run(source, {**fitting(), "reconstruct": None})))
     assert "block matching" not in capsys.readouterr().out
+
+
+def test_only_kept_layers_are_fitted(tmp_path: Path) -> None:
+    """Every layer of the dense model still runs once for what the kept ones should return."""
+    source = save(build("llama", num_hidden_layers=4), tmp_path / "dense")
+    depth = {"pattern": None, "method": None, "structures": {"depth": {"remove": 1}}}
+    elements = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48
+    one, three = (dry_run(source, fitting(reconstruct={"epochs": n}, **depth)).work.matching for n in (1, 3))
+    epoch = 6 * elements * TRAINING * LENGTH + 2 * elements * VALIDATION * LENGTH
+    assert three - one == 3 * 2 * epoch
+    first = 3 * 2 * elements * VALIDATION * LENGTH
+    assert one == 3 * epoch + first + 4 * 2 * elements * (TRAINING + VALIDATION) * LENGTH
+
+
+def test_the_need_counts_the_fit_of_layers_that_only_lose_structures(tmp_path: Path) -> None:
+    source = CheckpointSource(save(build("llama"), tmp_path / "dense"))
+    texts = {"calibration": Tokens(torch.zeros(8, LENGTH, dtype=torch.long), "", {})}
+    structures = {"ffn": {"remove": 0.25, "multiple": 1}}
+    wanted = load_recipe(fitting(pattern=None, method=None, reconstruct={"train": ["weights"]}, structures=structures))
+    needs = pruning_needs(source, [{}, {}], texts, StreamSettings(batch_size=1), wanted)
+    said = re.match(r"up to ([\d.]+) kB for pruning", needs)
+    assert said is not None
+    elements = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48
+    assert float(said[1]) * 1000 > (21 + 4) * elements
