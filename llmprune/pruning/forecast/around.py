@@ -74,7 +74,8 @@ def _step_seconds(source: Source, batch: int, top_p: float, device: torch.device
     hidden, head, scale = _head(source, batch, device)
     draws = torch.rand(batch, dtype=torch.float64, device=device)
     vocabulary = round(len(head) * scale)
-    # As certain as language models are of text (about 3 nats): how many tokens top_p keeps decides how long a draw takes.
+    # As certain as language models are of text (about 3 nats): how many tokens top_p keeps decides how long a
+    # draw takes.
     logits = 4 * torch.randn(batch, vocabulary, device=device)
     with torch.no_grad():
         product = runs_per_second(lambda: F.linear(hidden, head), device)
