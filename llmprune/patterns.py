@@ -281,6 +281,19 @@ def lowest(scores: Shaped[Tensor, "rows n"], count: int) -> Shaped[Tensor, "rows
     return scores.topk(count, dim=-1, largest=False, sorted=False).indices
 
 
+def ranks(scores: Shaped[Tensor, " n"]) -> Shaped[Tensor, " n"]:
+    """The place of each score in ascending order, from 0; among ties the lower index comes first."""
+    order = scores.sort(stable=True).indices
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return places
+
+
+def kept_first(mask: Bool[Tensor, "rows n"]) -> Shaped[Tensor, "rows n"]:
+    """For each row the places where it is True, in ascending order, and then those where it is False."""
+    return mask.sort(dim=1, descending=True, stable=True).indices
+
+
 def _keep_highest_of_all(scores: Tensor, count: int) -> Tensor:
     """`keep_highest` with the whole matrix as one group; a transposed matrix is read in memory order."""
     if scores.is_contiguous():

@@ -57,7 +57,8 @@ MethodFlag = Annotated[
         "--method",
         "METHOD",
         WHAT,
-        "How weights are chosen: random, magnitude, wanda, ria, gradient, taylor, fisher, sparsegpt, admm or alps.",
+        "How weights are chosen: random, magnitude, wanda, ria, gradient, taylor, fisher, sparsegpt, obs, admm or "
+        "alps.",
     ),
 ]
 Dataset = Annotated[

@@ -5,9 +5,10 @@ A method chooses which weights are removed; steps improve its result. Recipes ch
 
 from llmprune.methods.admm import ADMM
 from llmprune.methods.alps import ALPS
+from llmprune.methods.block_obs import BlockOBS
 from llmprune.methods.gradients import Fisher, Gradient, Taylor, gradient_kind, with_gradient
 from llmprune.methods.magnitude import Magnitude
-from llmprune.methods.method import Method, Pruned
+from llmprune.methods.method import Method, Pruned, check_pattern
 from llmprune.methods.random import Random
 from llmprune.methods.refit import Refit
 from llmprune.methods.ria import RIA
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "taylor": Taylor,
     "fisher": Fisher,
     "sparsegpt": SparseGPT,
+    "obs": BlockOBS,
     "admm": ADMM,
     "alps": ALPS,
 }
@@ -43,6 +45,7 @@ def method_name(method: Method) -> str:
 
 
 __all__ = [
-    "ADMM", "ALPS", "METHODS", "RIA", "STEPS", "Chain", "Fisher", "Gradient", "Magnitude", "Method", "Pruned", "Random",
-    "Refit", "SparseGPT", "Step", "Swaps", "Taylor", "Wanda", "gradient_kind", "method_name", "with_gradient",
+    "ADMM", "ALPS", "METHODS", "RIA", "STEPS", "BlockOBS", "Chain", "Fisher", "Gradient", "Magnitude", "Method",
+    "Pruned", "Random", "Refit", "SparseGPT", "Step", "Swaps", "Taylor", "Wanda", "check_pattern", "gradient_kind",
+    "method_name", "with_gradient",
 ]  # fmt: skip

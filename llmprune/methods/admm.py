@@ -36,6 +36,10 @@ class Alternating(ABC):
     def solve(self, problem: "Scaled", pattern: Pattern) -> tuple[Tensor, Tensor]:
         """The scaled weights and their mask, both [out, in]; the pattern removes at least one weight."""
 
+    def refuses(self, pattern: Pattern) -> str:
+        """Nothing: every pattern will do."""
+        return ""
+
     def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
         """SparseGPT's: the error of removing one weight."""
         assert isinstance(statistics, Gram), "ADMM needs the inputs' Gram matrix"
@@ -102,7 +106,7 @@ class ADMM(Alternating):
                 current = (target + projected - multipliers) @ solve
         return projected, mask
 
-    def work(self, shape: tuple[int, int]) -> float:
+    def work(self, shape: tuple[int, int], pattern: Pattern) -> float:
         """2 out in^2 an iteration, and one inverse."""
         rows, width = shape
         return 2.0 * rows * width**2 * (self.iterations + 1) + width**3

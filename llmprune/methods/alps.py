@@ -75,7 +75,7 @@ class ALPS(Alternating):
                 solve, seen = problem.inverse(penalty), mask
         return projected, mask
 
-    def work(self, shape: tuple[int, int]) -> float:
+    def work(self, shape: tuple[int, int], pattern: Pattern) -> float:
         """2 out in^2 an iteration and in^3 a look, for 40 iterations (27 to 42 on the bundled model), and the refit."""
         rows, width = shape
         usual = min(self.iterations, 40)

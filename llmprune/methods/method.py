@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from llmprune.errors import PatternError
 from llmprune.losses import StepLoss
 from llmprune.patterns import Pattern, Scope
 from llmprune.statistics import ColumnNorm, Gram, check_finite
@@ -44,6 +45,9 @@ class Method(Protocol):
     def scope(self) -> Scope:
         """The weights among which an unstructured pattern compares scores, unless the pattern specifies it."""
 
+    def refuses(self, pattern: Pattern) -> str:
+        """Why it cannot work with a pattern; empty if it can."""
+
     def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
         """The importance of each weight, in the same units for all matrices of a layer."""
 
@@ -58,11 +62,11 @@ class Method(Protocol):
             pattern: which zeros are legal.
 
         Raises:
-            PatternError: the pattern does not fit the shape.
+            PatternError: the pattern does not fit the shape, or is one that the method refuses.
             NumericsError: a value is not finite, or the factorisation fails with every damping.
         """
 
-    def work(self, shape: tuple[int, int]) -> float:
+    def work(self, shape: tuple[int, int], pattern: Pattern) -> float:
         """Floating-point operations for one matrix of this shape (out, in), excluding `shared_work`.
 
         Only matmuls and factorisations are counted. A method that runs several others in sequence returns their sum.
@@ -93,7 +97,11 @@ class Selection(ABC):
         """Zero the weights with the lowest scores; the rest are unchanged."""
         return select(weight, self.scores(weight, statistics), pattern.compared(self.scope))
 
-    def work(self, shape: tuple[int, int]) -> float:
+    def refuses(self, pattern: Pattern) -> str:
+        """Nothing: scores can be compared under any pattern."""
+        return ""
+
+    def work(self, shape: tuple[int, int], pattern: Pattern) -> float:
         """Zero: scoring and selecting involve no matmuls."""
         return 0.0
 
@@ -104,6 +112,15 @@ class Selection(ABC):
     def workspace(self, shape: tuple[int, int]) -> int:
         """Bytes of the matrix and of everything that has its shape."""
         return matrix_workspace(shape)
+
+
+def check_pattern(method: Method, pattern: Pattern) -> None:
+    """Raise `PatternError` if a method cannot work with a pattern."""
+    if reason := method.refuses(pattern):
+        raise PatternError(
+            f"the pattern {pattern} cannot be reached by this method: {reason}",
+            fix="change the method or the pattern, or give these matrices another one with a rule",
+        )
 
 
 def matrix_workspace(shape: tuple[int, int]) -> int:

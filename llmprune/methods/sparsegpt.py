@@ -49,6 +49,10 @@ class SparseGPT:
         if self.block_size < 1:
             raise RecipeError(f"sparsegpt.block_size is {self.block_size}", expected="a number of columns, >= 1")
 
+    def refuses(self, pattern: Pattern) -> str:
+        """Nothing: every pattern will do."""
+        return ""
+
     def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
         """w^2 R_kk^2: the error of removing one weight when all later columns adjust (the paper's w^2 / U_kk^2)."""
         assert isinstance(statistics, Gram), "SparseGPT needs the inputs' Gram matrix"
@@ -72,7 +76,7 @@ class SparseGPT:
         del columns  # frees its sums before the result is transposed
         return Pruned(values.T.contiguous(), keep.T, factor.damping, factor.tried)
 
-    def work(self, shape: tuple[int, int]) -> float:
+    def work(self, shape: tuple[int, int], pattern: Pattern) -> float:
         """2 out in^2, for the matmuls of the column updates."""
         rows, width = shape
         return float(2 * rows * width**2)

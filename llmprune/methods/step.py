@@ -7,9 +7,8 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from llmprune.errors import PatternError
 from llmprune.losses import StepLoss, relative_loss
-from llmprune.methods.method import Method, Pruned
+from llmprune.methods.method import Method, Pruned, check_pattern
 from llmprune.patterns import Pattern, Scope
 from llmprune.statistics import ColumnNorm, Gram
 
@@ -62,14 +61,11 @@ class Chain:
         """The method's."""
         return self.method.scope
 
-    def check(self, pattern: Pattern) -> None:
-        """Raise `PatternError` if a step cannot work with the pattern."""
-        for name, step in self.steps:
-            if reason := step.refuses(pattern):
-                raise PatternError(
-                    f"the step {name} cannot work with the pattern {pattern}: {reason}",
-                    fix=f"remove {name} from the method, or give these matrices another pattern or method with a rule",
-                )
+    def refuses(self, pattern: Pattern) -> str:
+        """Why the method or one of the steps cannot work with a pattern; empty if all can."""
+        reasons = ((f"the step {name}", step.refuses(pattern)) for name, step in self.steps)
+        refused = (f"{part}: {reason}" for part, reason in reasons if reason)
+        return self.method.refuses(pattern) or next(refused, "")
 
     def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
         """The method's."""
@@ -80,7 +76,7 @@ class Chain:
     ) -> Pruned:
         """Choose, then improve; the losses after each step are in the result."""
         assert isinstance(statistics, Gram), "the steps of a chain need the inputs' Gram matrix"
-        self.check(pattern)
+        check_pattern(self, pattern)
         pattern = pattern.compared(self.scope)
         pruned = self.method(weight, statistics, pattern)
         losses = [StepLoss("", relative_loss(weight, pruned.weight, statistics))]
@@ -93,11 +89,11 @@ class Chain:
                 pruned = replace(improved, damping=pruned.damping, tried=pruned.tried)
         return replace(pruned, losses=tuple(losses))
 
-    def work(self, shape: tuple[int, int]) -> float:
+    def work(self, shape: tuple[int, int], pattern: Pattern) -> float:
         """The sum of its parts, and of the losses between them."""
         rows, width = shape
         measuring = 2.0 * rows * width**2 * (len(self.steps) + 2)
-        return self.method.work(shape) + sum(step.work(shape) for _, step in self.steps) + measuring
+        return self.method.work(shape, pattern) + sum(step.work(shape) for _, step in self.steps) + measuring
 
     def shared_work(self, width: int) -> float:
         """The method's."""

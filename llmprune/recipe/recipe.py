@@ -32,8 +32,8 @@ from pydantic import (
     model_validator,
 )
 
-from llmprune.errors import LlmpruneError, RecipeError
-from llmprune.methods import METHODS, STEPS, Chain, Method, gradient_kind, method_name
+from llmprune.errors import RecipeError
+from llmprune.methods import METHODS, STEPS, Method
 from llmprune.patterns import Pattern
 from llmprune.recipe.aliases import known_assignment, rename_keys
 from llmprune.recipe.allocation import RULES, AllocationField, Uniform, check_allocation
@@ -62,6 +62,7 @@ from llmprune.recipe.globs import covers, matches_any
 from llmprune.recipe.messages import explain
 from llmprune.recipe.mixes import spread_mixes
 from llmprune.recipe.reconstruct import Reconstruct
+from llmprune.recipe.refusals import check_methods
 from llmprune.recipe.rotation import RotationOptions
 from llmprune.recipe.sections import Experts, Rule, StatisticsOptions
 from llmprune.recipe.structures import SECTIONS, Structures
@@ -156,8 +157,7 @@ class Recipe(BaseModel):
             raise refusal(RecipeError("exclude covers all of include: nothing would be pruned"), "exclude")
         for number, rule in enumerate(self.rules):
             _check_reachable(rule, self.rules[:number])
-        self._check_chains()
-        self._check_gradients()
+        check_methods(self.pattern, self.method, self.rules, structures=self.structures is not None)
         if self.statistics.sequential and any(getattr(p, "over", None) == "layer" for p in self.patterns):
             error = RecipeError(
                 "statistics.sequential with a pattern that compares weights over the whole layer",
@@ -182,30 +182,6 @@ class Recipe(BaseModel):
         check_allocation(self.allocation, self.patterns, structures=self.structures is not None)
         self._check_seeds()
         return self
-
-    def _check_chains(self) -> None:
-        """Refuse patterns that a step of their method cannot work with."""
-        for number, rule in [(None, None), *enumerate(self.rules)]:
-            pattern = (rule and rule.pattern) or self.pattern
-            method = (rule and rule.method) or self.method
-            if isinstance(method, Chain) and pattern is not None:
-                try:
-                    method.check(pattern)
-                except LlmpruneError as error:
-                    raise refusal(error, *(("method",) if number is None else ("rules", number))) from error
-
-    def _check_gradients(self) -> None:
-        """Refuse scores by gradients for matrices that will have another size."""
-        if self.structures is None:
-            return
-        for number, method in [(None, self.method), *((n, rule.method) for n, rule in enumerate(self.rules))]:
-            if method is not None and gradient_kind(method) is not None:
-                error = RecipeError(
-                    f"{method_name(method)} with structures: its gradients are those of the model at full size",
-                    expected="a method that reads no gradients, after structures are removed",
-                    fix="use another method, or remove the structures in a run before this one",
-                )
-                raise refusal(error, *(("method",) if number is None else ("rules", number)))
 
     def _check_without_weights(self, absent: Sequence[str]) -> None:
         """A recipe that prunes no weights must remove structures, and say nothing about weights."""

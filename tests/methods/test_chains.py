@@ -92,7 +92,7 @@ def test_a_step_that_raises_the_loss_is_undone() -> None:
 
 def test_swaps_refuse_blocks() -> None:
     weight, gram, _ = case()
-    with pytest.raises(PatternError, match="step swaps cannot work with the pattern"):
+    with pytest.raises(PatternError, match="step swaps: it swaps single weights"):
         chain("swaps")(weight, gram, parse("0.5@8x8"))
 
 
@@ -114,5 +114,5 @@ def test_names_and_needs_are_those_of_the_parts() -> None:
     assert method_name(whole) == "magnitude + swaps + refit"
     assert whole.needs is Gram
     assert whole.scope == "matrix"
-    assert whole.work((8, 16)) > sum(step.work((8, 16)) for _, step in whole.steps)
+    assert whole.work((8, 16), parse("2:4")) > sum(step.work((8, 16)) for _, step in whole.steps)
     assert whole.workspace((8, 16)) == max(step.workspace((8, 16)) for _, step in whole.steps)

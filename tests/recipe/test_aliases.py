@@ -67,5 +67,5 @@ def test_names_of_other_sections_stay_unknown() -> None:
 def test_every_method_with_a_damping_has_the_other_name() -> None:
     for name, method in METHODS.items():
         if "damping" in getattr(method, "__dataclass_fields__", {}):
-            theirs = {"pattern": "0.5", "method": {name: {"dampening_frac": 0.5}}}
-            assert load_recipe(theirs) == load_recipe({"pattern": "0.5", "method": {name: {"damping": 0.5}}})
+            theirs = {"pattern": "0.5@16x16", "method": {name: {"dampening_frac": 0.5}}}
+            assert load_recipe(theirs) == load_recipe({"pattern": "0.5@16x16", "method": {name: {"damping": 0.5}}})

@@ -321,7 +321,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
 
 def test_every_method_writes_all_its_knobs() -> None:
     for name, method in METHODS.items():
-        recipe = load_recipe({**SMALL, "method": name})
+        pattern = "0.5@16x16" if name == "obs" else "2:4"
+        recipe = load_recipe({**SMALL, "method": name, "pattern": pattern})
         assert recipe.method == method()
         assert recipe.to_dict()["method"] == {name: asdict(recipe.method)}
 

@@ -261,7 +261,7 @@ class _Look:
                 products += 2 * counted * shares[group.names[0]] * width**2
             # Matrices with one input share its factorisation; the most expensive one is counted.
             factors += max(jobs[name].method.shared_work(width) for name in group.names)
-        solving = sum(job.method.work(left[name]) for name, job in jobs.items())
+        solving = sum(job.method.work(left[name], job.pattern) for name, job in jobs.items())
         elements = sum(shares[name] * rows * columns for name, (rows, columns) in left.items())
         forward = (1 + bool(jobs)) * elements + self._backward * elements
         if self._reduction is not None:

@@ -78,7 +78,7 @@ def _solving(source: Source, index: int, jobs: Mapping[str, Job], tokens: int) -
         job = jobs.get(matrix.name)
         if job is not None:
             inputs.setdefault((matrix.name.rpartition(".")[0], matrix.shape[1]), job)
-            operations += _SOLVING * job.method.work(matrix.shape)
+            operations += _SOLVING * job.method.work(matrix.shape, job.pattern)
     for (_, width), job in inputs.items():
         operations += _SOLVING * job.method.shared_work(width)
         operations += _GRAM * 2 * tokens * width**2 * (job.method.needs is Gram)

@@ -1,0 +1,50 @@
+"""Methods of a recipe that cannot do what it asks of them."""
+
+from collections.abc import Iterator, Sequence
+
+from llmprune.errors import LlmpruneError, RecipeError
+from llmprune.methods import Method, check_pattern, gradient_kind, method_name
+from llmprune.patterns import Pattern
+from llmprune.recipe.document import refusal
+from llmprune.recipe.sections import Rule
+
+
+def check_methods(pattern: Pattern | None, method: Method | None, rules: Sequence[Rule], *, structures: bool) -> None:
+    """Refuse patterns that their method cannot work with, and methods that cannot work with a smaller model.
+
+    Args:
+        pattern: of the recipe.
+        method: of the recipe.
+        rules: of the recipe; what they leave out is the recipe's.
+        structures: whether structures are removed first.
+
+    Raises:
+        RecipeError: at the key of the method, or of the rule.
+    """
+    for where, own_pattern, own_method in _used(pattern, method, rules):
+        if own_method is None:
+            continue
+        try:
+            if own_pattern is not None:
+                check_pattern(own_method, own_pattern)
+            if structures:
+                _check_structures(own_method)
+        except LlmpruneError as error:
+            raise refusal(error, *where) from error
+
+
+def _used(
+    pattern: Pattern | None, method: Method | None, rules: Sequence[Rule]
+) -> Iterator[tuple[tuple[str | int, ...], Pattern | None, Method | None]]:
+    yield ("method",), pattern, method
+    for number, rule in enumerate(rules):
+        yield ("rules", number), rule.pattern or pattern, rule.method or method
+
+
+def _check_structures(method: Method) -> None:
+    if gradient_kind(method) is not None:
+        raise RecipeError(
+            f"{method_name(method)} with structures: its gradients are those of the model at full size",
+            expected="a method that reads no gradients, after structures are removed",
+            fix="use another method, or remove the structures in a run before this one",
+        )
