@@ -118,6 +118,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     sets = hidden_sets(settings)
     resident = sets * min(hidden, int(settings.activation_budget))
     largest = max((plan.memory for plan in layers), key=lambda memory: memory.total)
+    libraries = library_bytes(device)
     rates = measure_rates(device, source.model.dtype)
     return DryRun(
         model=model,
@@ -129,13 +130,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         layers=layers,
         rates=rates,
         memory=MemoryPlan(
-            ends_bytes(source),
-            resident,
-            look.calls_bytes,
-            largest,
-            library_bytes(run.device),
-            backward.kept,
-            backward.peak,
+            ends_bytes(source), resident, look.calls_bytes, largest, libraries, backward.kept, backward.peak
         ),
         disk_bytes=_disk_bytes(source, result, found) + (0 if rotating is None else rotating.nbytes),
         spilled_bytes=sets * hidden - resident,
