@@ -132,7 +132,7 @@ def test_the_need_counts_the_fit_of_layers_that_only_lose_structures(tmp_path: P
     texts = {"calibration": Tokens(torch.zeros(8, LENGTH, dtype=torch.long), "", {})}
     structures = {"ffn": {"remove": 0.25, "multiple": 1}}
     wanted = load_recipe(fitting(pattern=None, method=None, reconstruct={"train": ["weights"]}, structures=structures))
-    needs = pruning_needs(source, [{}, {}], texts, StreamSettings(batch_size=1), wanted)
+    needs = pruning_needs(source, [{}, {}], texts, StreamSettings(torch.device("meta"), batch_size=1), wanted)
     said = re.match(r"up to ([\d.]+) kB for pruning", needs)
     assert said is not None
     elements = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48
