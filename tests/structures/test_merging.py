@@ -171,7 +171,8 @@ def test_the_dry_run_knows_what_it_takes(llama: Path, reconstruct: Any, tmp_path
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("gemma2", "the gains of its norms do not fold|its attention is of another type"),
+        ("gemma2", "layer_types in the config is not the same"),
+        ("smollm3", "(no_rope_layers|layer_types) in the config is not the same"),
         ("qwen3", "all its groups share self_attn.[qk]_norm.weight"),
         ("gpt2", "the gains of its norms do not fold|does not belong to a linear layer"),
         ("mixtral", "experts"),
