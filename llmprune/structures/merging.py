@@ -25,8 +25,8 @@ from llmprune.storage.report import MatchRow
 from llmprune.stream.activations import HiddenStates
 from llmprune.stream.stream import ResidentLayer, Stream
 from llmprune.structures.find.discovery import Structure
-from llmprune.structures.find.mergeable import Mergeable, bias_of
 from llmprune.structures.find.subblocks import PARTS, Part, without
+from llmprune.structures.mergeable import Mergeable, bias_of
 from llmprune.structures.remove.problem import RemovalSettings
 from llmprune.structures.remove.solver import remove_groups
 from llmprune.structures.replacing import relative_error

@@ -10,7 +10,7 @@ from llmprune.recipe.structures import Depth, Groups, Structures, SubBlockRemova
 from llmprune.structures.choose.scores import needs_gram
 from llmprune.structures.decisions import label
 from llmprune.structures.find.discovery import Structure
-from llmprune.structures.find.mergeable import Mergeable
+from llmprune.structures.mergeable import Mergeable
 from llmprune.structures.removable import Removable
 
 

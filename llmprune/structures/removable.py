@@ -20,9 +20,9 @@ from llmprune.structures.describe.configuration import smaller_config, uneven_co
 from llmprune.structures.describe.depth import drop_layers, without_blocks
 from llmprune.structures.draft_head import DraftHead, find_draft_head
 from llmprune.structures.find.discovery import Structure, find_query_heads, find_structures
-from llmprune.structures.find.mergeable import Mergeable, find_mergeable
 from llmprune.structures.find.mlp_outputs import MlpOutput, find_mlp_outputs
 from llmprune.structures.find.subblocks import Part, SubBlock, SubBlocks, find_subblocks
+from llmprune.structures.mergeable import Mergeable, find_mergeable
 from llmprune.structures.remove.cuts import Cut
 from llmprune.structures.remove.width import Width, plan_width
 

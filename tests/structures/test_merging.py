@@ -26,7 +26,16 @@ QUICK = {"epochs": 2, "lr": 3e-3, "sequences": 2}
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(build("llama", num_hidden_layers=4), tmp_path_factory.mktemp("model"))
+    return save(calm(build("llama", num_hidden_layers=4)), tmp_path_factory.mktemp("model"))
+
+
+def calm(model: PreTrainedModel) -> PreTrainedModel:
+    """Layers that change the hidden states little, as trained ones do: then the next one reads nearly the same."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                parameter.mul_(0.1)
+    return model
 
 
 def settings(depth: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -68,7 +77,7 @@ def side_by_side(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def test_what_fits_into_one_layer_is_merged_exactly(tmp_path: Path) -> None:
-    model = build("llama", num_hidden_layers=3)
+    model = calm(build("llama", num_hidden_layers=3))
     halved(model)
     # Its successor is protected: the second layer is merged into the first.
     report = prune(save(model, tmp_path / "dense"), settings({"protect": 1}), tmp_path / "out")
@@ -162,7 +171,8 @@ def test_the_dry_run_knows_what_it_takes(llama: Path, reconstruct: Any, tmp_path
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("gemma2", "the gains of its norms do not fold|its attention is of another type"),
+        ("gemma2", "layer_types in the config is not the same"),
+        ("smollm3", "(no_rope_layers|layer_types) in the config is not the same"),
         ("qwen3", "all its groups share self_attn.[qk]_norm.weight"),
         ("gpt2", "the gains of its norms do not fold|does not belong to a linear layer"),
         ("mixtral", "experts"),
@@ -171,9 +181,8 @@ def test_the_dry_run_knows_what_it_takes(llama: Path, reconstruct: Any, tmp_path
 )
 def test_what_cannot_be_merged_is_refused_before_anything_runs(family: str, reason: str, tmp_path: Path) -> None:
     source = save(build(family), tmp_path / "dense")
-    with pytest.raises(ModelError, match="cannot be merged with its neighbour") as raised:
+    with pytest.raises(ModelError, match=f"cannot be merged with its neighbour: .*({reason})"):
         dry_run(source, settings())
-    assert any(words in str(raised.value) or pytest.approx(1) == 0 for words in reason.split("|"))
 
 
 @pytest.mark.parametrize("other", ["mlp", "attention", "width"])

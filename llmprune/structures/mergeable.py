@@ -58,9 +58,11 @@ def find_mergeable(dense: CheckpointSource, found: Sequence[Sequence[Structure]]
                 raise _refusal(dense, index, f"its {own.kind} are not those of the first layer")
             if not isinstance(layer.get_submodule(own.consumer.rpartition(".")[0]), nn.Linear):
                 raise _refusal(dense, index, f"{own.consumer} does not belong to a linear layer")
-    types = getattr(dense.config.get_text_config(decoder=True), "layer_types", None)
-    if types and len(set(types)) > 1:
-        raise _refusal(dense, types.index(next(t for t in types if t != types[0])), "its attention is of another type")
+    for name, values in dense.config.get_text_config(decoder=True).to_dict().items():
+        # Attention types, layers without positions: what a group computes depends on the layer it is in.
+        if isinstance(values, list) and len(values) == len(dense.layers) and any(v != values[0] for v in values):
+            index = next(index for index, value in enumerate(values) if value != values[0])
+            raise _refusal(dense, index, f"{name} in the config is not the same for all layers")
     try:
         residual = find_residual(dense, untie=True)  # only the layers are folded: embeddings may stay tied
     except ModelError as error:
