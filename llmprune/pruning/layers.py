@@ -1,8 +1,7 @@
 """Drive a stream through all decoder layers: prune each, or replay what an interrupted run has committed."""
 
-import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from llmprune.devices import PeakWatch, warm_up
 from llmprune.errors import ModelError
@@ -10,6 +9,7 @@ from llmprune.models.sizes import ends_bytes
 from llmprune.models.source import Source
 from llmprune.progress import Progress
 from llmprune.pruning.context import Run
+from llmprune.pruning.fitting import Fitting
 from llmprune.pruning.forecast.memory import (
     LayerMemory,
     hidden_sets,
@@ -22,12 +22,11 @@ from llmprune.pruning.forecast.memory import (
 from llmprune.pruning.gradients import DenseGradients
 from llmprune.pruning.jobs import Job
 from llmprune.pruning.solving import solve_in_turn, solve_layer
-from llmprune.pruning.targets import Targets, advance_removed
+from llmprune.pruning.targets import advance_removed
 from llmprune.pruning.writing import Writer
 from llmprune.storage.output import OutputFolder
 from llmprune.storage.report import MatchRow, MatrixRow, StructureRow
 from llmprune.stream.activations import HiddenStates
-from llmprune.stream.matching import match_layer
 from llmprune.stream.observation import Group
 from llmprune.stream.stream import ResidentLayer, Stream
 from llmprune.structures.plan import consumer_shapes
@@ -88,7 +87,7 @@ class LayerDriver:
         self._structures: list[StructureRow] = []
         self._matches: list[MatchRow] = []
         options = run.recipe.reconstruct
-        self._targets = None if options is None else Targets(options.target, self._stream, dense)
+        self._fitting = None if options is None else Fitting(options, self._stream, dense)
         self._place, self._step = 0, "embeddings"
         self._stream.tell = lambda words: self._report(f"{self._step}, {words}")
 
@@ -107,8 +106,8 @@ class LayerDriver:
             for layer in self._stream:
                 number = layer.index if self._reduction is None else self._reduction.numbers.get(layer.index)
                 if number is None:
-                    if self._targets is not None:
-                        self._targets.follow(layer, dense=True)
+                    if self._fitting is not None:
+                        self._fitting.follow(layer, dense=True)
                     layer.skipped = True
                     continue
                 name = f"{self._source.layers_path}.{number}"
@@ -133,8 +132,8 @@ class LayerDriver:
     def _replay(self, layer: ResidentLayer, target: OutputFolder, name: str) -> None:
         """Reuse what an interrupted run has committed."""
         self._tell(layer, "replaying")
-        if self._targets is not None:
-            self._targets.follow(layer, dense=self._reduction is not None)
+        if self._fitting is not None:
+            self._fitting.follow(layer, dense=self._reduction is not None)
         if self._reduction is not None:
             self._reduction.replay(layer)
         committed = target.layers[name]
@@ -153,9 +152,9 @@ class LayerDriver:
 
         after = self._ahead(layer)
         states = None
-        if self._targets is not None:
+        if self._fitting is not None:
             tell("dense outputs")
-            states = self._targets.prepare(layer, after)
+            states = self._fitting.prepare(layer, after)
         matches = self._replace(layer, after, states, tell)
         cuts: list[Cut] = []
         removed: list[StructureRow] = []
@@ -169,8 +168,8 @@ class LayerDriver:
             cuts, removed = self._reduction.reduce(layer, recipe.experts.min_tokens, tell)
         fitted = self._fitted(layer, jobs)
         rows = self._solve(layer, jobs, fitted, tell)
-        if states is not None:
-            matches.append(self._match(layer, states, fitted, tell))
+        if self._fitting is not None and states is not None:
+            matches += self._fitting.match(layer, states, fitted, tell)
             # A trained weight may round to zero.
             rows = [replace(row, zeros=layer.count_zeros(row.name)) for row in rows]
         if self._writer is not None:
@@ -231,30 +230,13 @@ class LayerDriver:
             tell("statistics")
             needs = {name: job.method.needs for name, job in jobs.items()}
             groups = layer.observe(needs, weight, importance=importance) if jobs else []
+        parts = None if self._fitting is None else self._fitting.parts(layer.index)
         memory = layer_memory(layer, groups, jobs, batch_tokens, held_back, copies=copies)
-        matching = matching_memory(layer, fitted, recipe.reconstruct, batch_tokens)
+        matching = matching_memory(layer, fitted, recipe.reconstruct, batch_tokens, parts)
         self._memories.append(replace(memory, matching=matching))
         if groups is None:
             return solve_in_turn(layer, jobs, weight, least, self._run.stages, tell, importance) if jobs else []
         return solve_layer(layer, groups, jobs, least, self._run.stages, tell)
-
-    def _match(
-        self,
-        layer: ResidentLayer,
-        states: tuple[HiddenStates, HiddenStates],
-        names: Collection[str],
-        tell: Callable[[str], None],
-    ) -> MatchRow:
-        """Fit a layer that has been solved."""
-        options = self._run.recipe.reconstruct
-        assert options is not None
-        start = time.perf_counter()
-        zeros = {name: layer.count_zeros(name) for name in names}
-        matched = match_layer(layer, *states, names, options.matching, tell)
-        changed = [name for name in names if layer.count_zeros(name) < zeros[name]]
-        assert not changed, f"block matching revived zeros of {changed}"
-        seconds = time.perf_counter() - start
-        return MatchRow(layer.name, options.target, seconds=seconds, **asdict(matched))
 
     def _measured(self, memory: PeakWatch) -> dict[str, int]:
         held = hidden_sets(self._run.recipe) * self._stream.hidden.resident_bytes, self._stream.calls.nbytes

@@ -22,6 +22,7 @@ from llmprune.pruning.allocating.allocate import allocate
 from llmprune.pruning.card import write_card
 from llmprune.pruning.context import Run, versions
 from llmprune.pruning.deciding import decide_run
+from llmprune.pruning.fitting import find_parts
 from llmprune.pruning.gradients import dense_gradients
 from llmprune.pruning.jobs import nothing_packed, plan_jobs, require_packable
 from llmprune.pruning.layers import LayerDriver
@@ -151,6 +152,7 @@ def prune_checkpoint(
         found = Removable.find(source, run.recipe.structures)
     jobs = plan_jobs(_preview(source, found), run.recipe)
     require_packable(jobs, source.linear_key, run.recipe.format)
+    find_parts(source, run.recipe.reconstruct)
     nbytes = sum(stored.nbytes for stored in source.stored.values())
     require_space(output, nbytes if rotating is None else 2 * rotating.nbytes, resume=resume)
     texts = run.texts(source, jobs, tokenizer)
@@ -315,6 +317,7 @@ def prune_in_memory(
     run = run.fitted(model_positions(model.config))
     source = ModelSource(model, run.recipe.decoder_layers, _compute_dtype(run, model))
     jobs = plan_jobs(source, run.recipe)
+    find_parts(source, run.recipe.reconstruct)
     if output is not None:
         saved = saved_linear_keys(model)
         require_packable(jobs, lambda name: key if (key := f"{name}.weight") in saved else None, run.recipe.format)

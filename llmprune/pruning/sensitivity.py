@@ -16,7 +16,7 @@ from llmprune.pruning.allocating.measuring import split
 from llmprune.pruning.allocating.pool import Pool, find_pool
 from llmprune.pruning.allocating.scan import scan, to_dict
 from llmprune.pruning.context import Run
-from llmprune.pruning.forecast.forecast import measure_rates
+from llmprune.pruning.forecast.rates import measure_rates
 from llmprune.pruning.jobs import Job, plan_jobs
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.storage.files import require_writable, write_json, write_text

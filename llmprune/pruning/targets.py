@@ -47,6 +47,12 @@ class Targets:
         self._ahead = max(self._ahead, *removed, layer.index)
         return inputs, states
 
+    def between(self, layer: ResidentLayer) -> HiddenStates:
+        """What a layer that is dense yet, run without its MLP, should return; to be called before `prepare`."""
+        outputs = (self._stream.hidden if self._target == "local" else self._states()).copy()
+        layer.advance(outputs)
+        return outputs
+
     def follow(self, layer: ResidentLayer, *, dense: bool) -> None:
         """Keep up with a layer that is not fitted in this run.
 

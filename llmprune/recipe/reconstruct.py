@@ -13,12 +13,16 @@ from llmprune.recipe.fields import STRICT
 from llmprune.stream.matching import Matching, Trained
 
 Target = Literal["dense", "local", "corrected"]
+Windowed = Literal["layer", "attention+mlp"]
 
 
 class Reconstruct(BaseModel):
     """Block matching.
 
     Attributes:
+        window: layer (all that is trained at once, on the layer's output) or attention+mlp (what lies in the attention
+            first, on the layer's output without its MLP, then the rest, on the layer's output: less memory, and an
+            error a part).
         target: what a layer is fitted to: dense (run on the dense model's hidden states, reproduce the dense layer's
             outputs on them), local (on those of the pruned model, the dense layer's outputs on the same), corrected (on
             those of the pruned model, the dense model's outputs: earlier layers' errors are corrected, too).
@@ -30,6 +34,7 @@ class Reconstruct(BaseModel):
 
     model_config = STRICT
 
+    window: Windowed = "layer"
     target: Target = "corrected"
     epochs: Annotated[int, Field(ge=1)] = 10
     lr: Annotated[float, Field(gt=0, le=1)] = 3e-4
@@ -52,7 +57,7 @@ class Reconstruct(BaseModel):
 
         A layer's outputs replace its inputs only where nobody needs the inputs any more.
         """
-        return 3 if self.target == "dense" else 2
+        return (3 if self.target == "dense" else 2) + (self.window == "attention+mlp")
 
     @property
     def matching(self) -> Matching:

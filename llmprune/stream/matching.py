@@ -72,6 +72,7 @@ def match_layer(
     pruned: Collection[str],
     options: Matching,
     watch: Callable[[str], None] = lambda step: None,
+    among: Callable[[str], bool] = lambda name: True,
 ) -> Matched:
     """Fit a resident layer in place; zeros stay zero, and trained weights are rounded to the dtype they are stored in.
 
@@ -82,13 +83,14 @@ def match_layer(
         pruned: the names of its pruned matrices.
         options: how.
         watch: told about each epoch.
+        among: whether a parameter, by its name in the layer, may be trained.
 
     Raises:
         NumericsError: the loss is not finite.
     """
     fit = _Fit(layer, inputs, targets, options)
     with layer.stream.stages("match"):
-        masters = _masters(layer, pruned, options.train)
+        masters = _masters(layer, pruned, options.train, among)
         error = fit.validate(masters)
         # Layers before the first change have nothing to make up for.
         return fit.run(masters, error, watch) if masters and error else Matched(error, error, 0, 0)
@@ -200,11 +202,15 @@ class _Fit:
                 self._layer.replaced.add(name)
 
 
-def _masters(layer: ResidentLayer, pruned: Collection[str], train: Collection[Trained]) -> dict[str, _Master]:
+def _masters(
+    layer: ResidentLayer, pruned: Collection[str], train: Collection[Trained], among: Callable[[str], bool]
+) -> dict[str, _Master]:
     """The parameters to train, by their names in the layer."""
     matrices = {layer.matrices[name].parameter for name in pruned}
     masters = {}
     for name, parameter in trained_parameters(layer, pruned, train):
+        if not among(name):
+            continue
         stored = layer.stream.source.stored_dtype(layer.index, name)
         values = parameter.detach().float().clone().requires_grad_()
         mask = parameter.detach() != 0 if name in matrices else None

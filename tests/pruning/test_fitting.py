@@ -14,7 +14,7 @@ from rich.console import Console
 from tiny_models import build, recipe, save, tokenizer
 from transformers import AutoModelForCausalLM
 
-from llmprune import Report, prune
+from llmprune import Report, dry_run, prune
 from llmprune.cli.tables.pruning import report_table
 from llmprune.errors import RecipeError
 from llmprune.pages.fitted import fitting_facts
@@ -70,6 +70,34 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     layers = [row.layer for row in again.matches]
     assert layers == [f"model.layers.{number}" for number in range(4 if structures is None else 3)]
     assert {row.target for row in again.matches} == {target}
+
+
+def test_attention_first_then_the_rest(llama: Path, tmp_path: Path, stopped: Any) -> None:
+    """Both parts are fitted, neither gets worse, and an interruption does not show."""
+    settings = fitting(reconstruct={**QUICK, "window": "attention+mlp"})
+    whole = prune(llama, settings, tmp_path / "whole")
+    stopped(llama, settings, tmp_path / "resumed")
+    prune(llama, settings, tmp_path / "resumed", resume=True)
+    assert weights_and_texts(tmp_path / "resumed") == weights_and_texts(tmp_path / "whole")
+    names = [row.layer for row in whole.matches]
+    assert names == [f"model.layers.{number}{part}" for number in range(4) for part in (".self_attn", "")]
+    for kind in (".self_attn", ""):
+        rows = [row for row in whole.matches if row.layer.endswith(kind)]
+        assert all(row.after <= row.before for row in rows)
+        assert any(row.after < row.before for row in rows)
+    assert sum(row.zeros for row in whole.rows) == sum(
+        row.zeros for row in prune(llama, fitting(), tmp_path / "layers").rows
+    )
+
+
+def test_layers_without_both_parts_are_refused_before_any_text_is_read(tmp_path: Path) -> None:
+    source = save(build("bloom"), tmp_path / "dense")
+    settings = fitting(reconstruct={**QUICK, "window": "attention+mlp"})
+    for run in (lambda: prune(source, settings, tmp_path / "out"), lambda: dry_run(source, settings)):
+        with pytest.raises(
+            RecipeError, match=r"reconstruct.window is attention\+mlp, and layer 0 has no attention by itself"
+        ):
+            run()
 
 
 def test_rows_say_what_it_brought(llama: Path, tmp_path: Path) -> None:

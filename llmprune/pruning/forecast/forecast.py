@@ -18,20 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from llmprune.devices import describe_device, resolve_device, runs_per_second
+from llmprune.devices import describe_device, resolve_device
 from llmprune.measuring.answers import too_large
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.decoder import prunable_matrices
 from llmprune.models.sizes import ends_bytes
 from llmprune.patterns import Unstructured
-from llmprune.precision import add_gram, dtype_name, float32_products
+from llmprune.precision import dtype_name
 from llmprune.pruning.allocating.cost import allocation_cost
 from llmprune.pruning.allocating.pool import find_pool
 from llmprune.pruning.context import Run
+from llmprune.pruning.fitting import find_parts, repeated_share
 from llmprune.pruning.forecast.around import measure_around
 from llmprune.pruning.forecast.backward import BackwardPlan, plan_backward
 from llmprune.pruning.forecast.memory import (
@@ -42,6 +42,7 @@ from llmprune.pruning.forecast.memory import (
     replacing_memory,
 )
 from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan, Work
+from llmprune.pruning.forecast.rates import measure_rates
 from llmprune.pruning.jobs import Job, plan_jobs, require_packable
 from llmprune.pruning.rotation.rotating import Rotating
 from llmprune.recipe.allocation import Uniform
@@ -69,9 +70,6 @@ from llmprune.units import format_size
 # Samples and length for probing a layer: few tokens, and sizes that hardly any dimension of a model has, so that a
 # tensor's shape shows which of its dimensions grow with the batch and with the length.
 _SAMPLES, _LENGTH = 2, 61
-
-# The size of the square matrices used to measure rates.
-_RATE_SIZES = {"cpu": 1024, "cuda": 4096}
 
 
 def dry_run(
@@ -147,25 +145,6 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     )
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype) -> Work:
-    """Measure how fast a device multiplies matrices, in operations per second.
-
-    Args:
-        device: where to measure.
-        dtype: of the forward pass, from which Grams are computed; solving is in float32.
-    """
-    size = _RATE_SIZES.get(device.type, 1024)
-    narrow = torch.randn(size, size, device=device).to(dtype)
-    wide, total = narrow.float(), torch.zeros(size, size, device=device)
-    with torch.no_grad():
-        forward = runs_per_second(lambda: F.linear(narrow, narrow), device)
-        gram = runs_per_second(lambda: add_gram(total, narrow), device)
-        with float32_products("ieee"):
-            solve = runs_per_second(lambda: wide @ wide, device)
-    operations = 2 * size**3
-    return Work(operations * forward, operations * gram, operations * solve, operations * forward)
-
-
 class _Look:
     """Probes single layers with a few random tokens, and extrapolates to a run over all layers."""
 
@@ -184,6 +163,7 @@ class _Look:
         self._stream.capture()
         self._seen = ids.numel()
         self._backward = 0
+        self._parts = find_parts(source, recipe.reconstruct)
 
     def set_backward(self, plan: BackwardPlan) -> None:
         """Count the passes over the layers before the first one is pruned."""
@@ -221,7 +201,8 @@ class _Look:
             batch_tokens = max(self._batches) * self._length
             memory = layer_memory(layer, groups, jobs[index], batch_tokens, held_back, consumers, copies)
             fitted = jobs[index] or ({} if self._reduction is None else layer.matrices)
-            matching = matching_memory(layer, fitted, self._recipe.reconstruct, batch_tokens)
+            parts = None if self._parts is None else self._parts[index]
+            matching = matching_memory(layer, fitted, self._recipe.reconstruct, batch_tokens, parts)
             left = self._left(layer)
             found = None if self._reduction is None else self._reduction.found
             replacing = replacing_memory(layer, found, self._recipe.reconstruct, memory, batch_tokens)
@@ -280,7 +261,8 @@ class _Look:
         dense = sum(shares[name] * m.shape[0] * m.shape[1] for name, m in layer.matrices.items())
         validated = 2 * elements * validation * (options.epochs + 1)
         kept = 1.0 if self._reduction is None else kept_share(self._reduction.found)
-        return kept * (6 * elements * training * options.epochs + validated) + 2 * dense * self.tokens
+        again = 1 + repeated_share(layer, None if self._parts is None else self._parts[layer.index])
+        return again * (kept * (6 * elements * training * options.epochs + validated) + 2 * dense * self.tokens)
 
     def _shares(self, layer: ResidentLayer, groups: Sequence[Group]) -> dict[str, float]:
         """The fraction of the tokens that each matrix receives: 1, except for experts."""

@@ -22,10 +22,10 @@ forward         batch x length tokens x (6 hidden sizes + 3 widest dimensions) i
                 compute dtype is narrower
 solving         what the method states for the current matrix (`Method.workspace`): for [o, i] 20 o i bytes, and 6 i^2
                 more for SparseGPT
-matching        if layers are fitted as a whole: for each trained parameter 16 bytes (its value in float32, the gradient
-                and both moments of Adam), 4 for the best epoch's, 1 for the mask and one in the compute dtype, which
-                the layer runs with; 12 more for those of the largest matrix; and what the backward pass needs of one
-                batch: inputs and outputs of all matrices that a token visits, and 8 hidden sizes in float32
+matching        if layers are fitted as a whole: for each parameter trained at a time 16 bytes (float32 values, the
+                gradient and both moments of Adam), 4 for the best epoch's, 1 for the mask and one in the compute dtype,
+                which the layer runs with; 12 more for those of the largest matrix; and what the backward pass needs of
+                one batch: inputs and outputs of all matrices that a token visits, and 8 hidden sizes in float32
 replacing       if layers stand for removed ones (structures.depth with `replace` or block matching): one of these, in
                 the compute dtype, or the fit of `replace`: 40 d^2 bytes for the hidden size d, the matrices that take
                 up the map (once more, and 12 bytes for each value of the largest), and four hidden states of a batch in
@@ -44,9 +44,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from llmprune.models.sizes import active_experts, ends_bytes
 from llmprune.models.source import Source
+from llmprune.pruning.fitting import attention_names
 from llmprune.pruning.jobs import Job
 from llmprune.recipe.recipe import Recipe
 from llmprune.recipe.reconstruct import Reconstruct
@@ -55,6 +57,7 @@ from llmprune.stream.guard import scoring_needs
 from llmprune.stream.matching import trained_parameters
 from llmprune.stream.observation import HELD_BACK_ROWS, Group
 from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.structures.find.subblocks import SubBlocks
 from llmprune.structures.plan import merged_shapes
 from llmprune.structures.removable import Removable
 from llmprune.text.tokens import Tokens
@@ -147,7 +150,13 @@ def layer_memory(
     )
 
 
-def matching_memory(layer: ResidentLayer, names: Collection[str], fitted: Reconstruct | None, batch_tokens: int) -> int:
+def matching_memory(
+    layer: ResidentLayer,
+    names: Collection[str],
+    fitted: Reconstruct | None,
+    batch_tokens: int,
+    parts: SubBlocks | None = None,
+) -> int:
     """What it takes to fit a layer as a whole; 0 if it is not.
 
     Args:
@@ -155,18 +164,25 @@ def matching_memory(layer: ResidentLayer, names: Collection[str], fitted: Recons
         names: its matrices that are trained.
         fitted: how; None: it is not.
         batch_tokens: tokens in a forward pass.
+        parts: of the layer, if its attention is trained before the rest; None: all at once, which takes most.
     """
     if fitted is None:
         return 0
-    trained = [parameter for _, parameter in trained_parameters(layer, names, fitted.train)]
-    if not trained:
+    first = () if parts is None else attention_names(parts)
+    windows: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+    for name, parameter in trained_parameters(layer, names, fitted.train):
+        windows[name.startswith(first)].append(parameter)
+    if not any(windows):
         return 0
-    states = sum(parameter.numel() * (21 + parameter.element_size()) for parameter in trained)
+    states = max(
+        sum(p.numel() * (21 + p.element_size()) for p in trained) + 12 * max((p.numel() for p in trained), default=0)
+        for trained in windows
+    )
     itemsize = max(parameter.element_size() for parameter in layer.module.parameters())
     active = active_experts(layer.stream.source.model.config)
     seen = sum((active if m.routed else 1.0) * sum(m.shape) for m in layer.matrices.values())
     hidden = max((min(matrix.shape) for matrix in layer.matrices.values()), default=0)
-    return states + 12 * max(p.numel() for p in trained) + round(batch_tokens * (itemsize * seen + 32 * hidden))
+    return states + round(batch_tokens * (itemsize * seen + 32 * hidden))
 
 
 def library_bytes(device: torch.device) -> int:

@@ -10,7 +10,7 @@ import torch
 from llmprune.devices import describe_device
 from llmprune.models.decoder import prunable_matrices
 from llmprune.models.sizes import ends_bytes
-from llmprune.pruning.forecast.forecast import measure_rates
+from llmprune.pruning.forecast.rates import measure_rates
 from llmprune.pruning.rotation.rotate import Rotatable, RotationJob, open_rotatable, read_options
 from llmprune.recipe.rotation import RotationOptions
 from llmprune.storage.hub import resolve_model

@@ -12,8 +12,9 @@ from llmprune.cli.tables.pruning import dry_run_tables
 from llmprune.devices import describe_device
 from llmprune.errors import DeviceError, PatternError, RecipeError
 from llmprune.models.checkpoint_source import CheckpointSource
-from llmprune.pruning.forecast.forecast import dry_run, measure_rates
+from llmprune.pruning.forecast.forecast import dry_run
 from llmprune.pruning.forecast.plan import Around, DryRun, Work
+from llmprune.pruning.forecast.rates import measure_rates
 
 # Of the recipe of tiny_models: 6 samples and one held back, 24 tokens each.
 COUNTED, TOKENS = 6 * 24, 7 * 24

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from llmprune import dry_run, prune
 from llmprune.cli.tables.pruning import dry_run_tables
 from llmprune.models.checkpoint_source import CheckpointSource
-from llmprune.pruning import layers
-from llmprune.pruning.forecast.forecast import measure_rates
+from llmprune.pruning import fitting as fit
 from llmprune.pruning.forecast.memory import LayerMemory, pruning_needs
 from llmprune.pruning.forecast.plan import Around, Work
+from llmprune.pruning.forecast.rates import measure_rates
 from llmprune.recipe.recipe import load_recipe
 from llmprune.stream.stream import StreamSettings
 from llmprune.text.tokens import Tokens
@@ -54,14 +54,17 @@ def test_the_predicted_peak_is_that_of_the_run(family: str, changes: dict[str, A
     assert plan.memory.peak == pytest.approx(report.header["memory"]["predicted_bytes"], rel=0.01)
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_operations_are_those_that_a_run_counts(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("family", "window"), [("llama", "layer"), ("mixtral", "layer"), ("llama", "attention+mlp")])
+def test_operations_are_those_that_a_run_counts(
+    family: str, window: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PyTorch counts attention as well, which the forecast leaves out."""
     source = save(build(family), tmp_path / "dense")
     settings = fitting(batch_size=6)
+    settings["reconstruct"]["window"] = window
     plan = dry_run(source, settings)
     counted = []
-    match_layer = layers.match_layer
+    match_layer = fit.match_layer
 
     def count(*arguments: Any) -> Any:
         with FlopCounterMode(display=False) as counter:
@@ -70,7 +73,7 @@ def test_operations_are_those_that_a_run_counts(family: str, tmp_path: Path, mon
         counted.append(counter.get_total_flops())
         return matched
 
-    monkeypatch.setattr(layers, "match_layer", count)
+    monkeypatch.setattr(fit, "match_layer", count)
     prune(source, settings, tmp_path / "out")
     without = dry_run(source, {**settings, "reconstruct": None})
     assert without.work.matching == 0
@@ -87,6 +90,19 @@ def test_operations_of_a_dense_model(tmp_path: Path) -> None:
     epoch = 6 * elements * TRAINING * LENGTH + 2 * elements * VALIDATION * LENGTH
     assert three - one == 2 * 2 * epoch
     assert one == 2 * (epoch + 2 * elements * VALIDATION * LENGTH + 2 * elements * (TRAINING + VALIDATION) * LENGTH)
+
+
+def test_parts_fitted_in_turn_take_less_memory_and_more_work(tmp_path: Path) -> None:
+    """An attention of 3,072 elements runs once more for its own fit; the other 4,608, and norms, are trained then."""
+    source = save(build("llama"), tmp_path / "dense")
+    plans = [
+        dry_run(source, fitting(reconstruct={"window": window, "train": ["weights"]}))
+        for window in ("layer", "attention+mlp")
+    ]
+    assert plans[1].work.matching == pytest.approx(plans[0].work.matching * (1 + 3072 / 7680))
+    saved = plans[0].memory.layer.matching - plans[1].memory.layer.matching
+    assert saved == 3072 * (21 + 4)
+    assert plans[1].memory.hidden_states == 1.5 * plans[0].memory.hidden_states
 
 
 def test_every_set_of_hidden_states_has_a_budget_of_its_own(tmp_path: Path) -> None:
