@@ -26,6 +26,19 @@ def format_change(dense: float, pruned: float) -> str:
     return f"{dense:,.2f} -> {pruned:,.2f}{factor}"
 
 
+def factor_stderr(dense: float, pruned: float, change_stderr: float | None) -> str:
+    """The standard error of the factor between two perplexities (delta method); empty if it is unknown.
+
+    Args:
+        dense: the perplexity before.
+        pruned: the perplexity after.
+        change_stderr: standard error of the difference in nats, paired.
+    """
+    if change_stderr is None or not (math.isfinite(dense) and math.isfinite(pruned)):
+        return ""
+    return f"{pruned / dense * change_stderr:.2g}"
+
+
 def format_size(nbytes: float) -> str:
     """Bytes in powers of 1,000."""
     if nbytes < 1000:

@@ -91,6 +91,9 @@ class PerplexityComparison:
         kl_divergence: mean KL(dense || pruned) of the next-token distributions, in nats/token; not finite if the pruned
             model gives probability zero (in float32) to a token for which the dense model does not.
         agreement: top-1 agreement: the fraction of positions whose most likely next token is the same.
+        change_stderr: standard error of pruned.nats - dense.nats, paired by sequences, and so that of the logarithm of
+            the factor between both perplexities; None with a single sequence, and in measurements from before it was
+            recorded.
         sources: the same for each text of a mix; empty for a single text.
     """
 
@@ -98,6 +101,7 @@ class PerplexityComparison:
     pruned: Perplexity
     kl_divergence: float
     agreement: float
+    change_stderr: float | None = None
     sources: tuple["PerplexityComparison", ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,6 +111,7 @@ class PerplexityComparison:
             "pruned": self.pruned.to_dict(),
             "kl_divergence": finite(self.kl_divergence),
             "agreement": self.agreement,
+            "change_stderr": self.change_stderr,
             **({"sources": [part.to_dict() for part in self.sources]} if self.sources else {}),
         }
 
@@ -246,10 +251,13 @@ def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens, watch: Wat
     first, second = (_summary(score, tokens, source) for score, source in zip(scores, models, strict=True))
     count, parts = first.predicted_tokens, []
     for rows, part in by_source(tokens) if tokens.sources else ():
-        one, other = (_summary(s.over(rows), part, source) for s, source in zip(scores, models, strict=True))
-        divergence, same = differences.over(rows)
-        parts.append(PerplexityComparison(one, other, divergence / part.predicted, same / part.predicted))
-    return PerplexityComparison(first, second, differences.divergence / count, differences.same / count, tuple(parts))
+        own = scores[0].over(rows), scores[1].over(rows)
+        one, other = (_summary(score, part, source) for score, source in zip(own, models, strict=True))
+        divergence, same = (value / part.predicted for value in differences.over(rows))
+        parts.append(PerplexityComparison(one, other, divergence, same, own[0].difference_stderr(own[1])))
+    divergence, same = differences.divergence / count, differences.same / count
+    stderr = scores[0].difference_stderr(scores[1])
+    return PerplexityComparison(first, second, divergence, same, stderr, tuple(parts))
 
 
 def run_stream(source: Source, ids: Tensor, settings: StreamSettings, watch: Watcher, stage: str) -> Stream:

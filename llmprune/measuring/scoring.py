@@ -4,6 +4,8 @@ The mean negative log-likelihood m = L / N of all tokens is a ratio of two sums 
 depend on one another, so the standard error takes sequences, not tokens, as independent draws: with L_s and n_s those
 of sequence s of S, it is sqrt(S / (S - 1) * sum_s (L_s - m n_s)^2) / N (the ratio estimator of Cochran 1977, Sampling
 Techniques, section 6.4). With equal n_s it is the usual standard error of the mean of the sequences.
+Two models that read the same sequences find the same ones hard, so the standard error of the difference of their means
+is that of the paired losses: the same formula, with the difference of both L_s in the place of L_s.
 
 The expected calibration error (ECE) measures how far a model's confidence is from its accuracy (Guo et al. 2017, On
 Calibration of Modern Neural Networks, section 2): predictions fall into 15 bins of equal width by the probability of
@@ -56,11 +58,15 @@ class Scores:
     @property
     def stderr(self) -> float | None:
         """Standard error of the mean negative log-likelihood per token; None with fewer than two sequences."""
-        count, sequences = float(self._counts.sum()), int((self._counts > 0).sum())
-        if sequences < 2:
-            return None
-        residuals = self._losses - self.nats / count * self._counts
-        return math.sqrt(sequences / (sequences - 1) * float(residuals.square().sum())) / count
+        return _stderr(self._losses, self._counts)
+
+    def difference_stderr(self, other: "Scores") -> float | None:
+        """Standard error of the difference of both means, paired by sequences; None with fewer than two sequences.
+
+        Args:
+            other: another model's scores of the same tokens.
+        """
+        return _stderr(other._losses - self._losses, self._counts)
 
     def over(self, sequences: Tensor) -> "Scores":
         """The sums over some of the sequences, whose numbers these are; without a calibration error."""
@@ -85,6 +91,15 @@ class Scores:
         # A matmul, because scatter additions on a GPU run in a different order each time.
         sums = values @ F.one_hot(bins, _BINS).double()
         self._bins = sums if self._bins is None else self._bins + sums
+
+
+def _stderr(losses: Tensor, counts: Tensor) -> float | None:
+    """Standard error of the mean loss per token, from each sequence's sum and its number of tokens."""
+    count, sequences = float(counts.sum()), int((counts > 0).sum())
+    if sequences < 2:
+        return None
+    residuals = losses - float(losses.sum()) / count * counts
+    return math.sqrt(sequences / (sequences - 1) * float(residuals.square().sum())) / count
 
 
 class Differences:

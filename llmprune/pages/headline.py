@@ -56,7 +56,7 @@ def _advice(report: Report, folder: str) -> str:
     compared = shlex.join([folder, "--against", model])
     dense, pruned = report.dense_perplexity, report.pruned_perplexity
     if dense is None or pruned is None:
-        return f"measure it with `llmprune perplexity {compared}`"
+        return f"measure it with `llmprune perplexity {compared} --text FILE`"
     ratio = pruned / dense if math.isfinite(pruned) and math.isfinite(dense) else math.inf
     if ratio > _LARGE:
         return _repair(report)

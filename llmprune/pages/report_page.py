@@ -27,7 +27,7 @@ from llmprune.pages.measured import evaluation_parts, speed_parts
 from llmprune.pages.page import Chart, Facts, Lead, Listing, Note, Part, Section, Table, Tiles, render
 from llmprune.storage.files import require_writable, write_text
 from llmprune.storage.report import PAGE_NAME, Report, load_report
-from llmprune.units import format_seconds, format_size
+from llmprune.units import factor_stderr, format_seconds, format_size
 
 _MEGA = 1e6
 # Time that belongs to no stage: inspecting the model, planning, small steps in between.
@@ -102,7 +102,8 @@ def _summary(report: Report, stored_bytes: int | None) -> list[Part]:
     if evaluation := header.get("evaluation"):
         facts.append(("perplexity on", text_line(evaluation["dense"])))
         if evaluation["pruned"].get("nats_stderr") is not None:
-            facts.append(("± of perplexity", "one standard error, taking sequences as independent draws"))
+            paired = "; of the factor, paired: both models read the same" if evaluation.get("change_stderr") else ""
+            facts.append(("± of perplexity", f"one standard error, taking sequences as independent draws{paired}"))
     facts += [("note", note) for note in report.notes]
     facts += fitting_facts(report)
     if climbed:
@@ -166,7 +167,9 @@ def _quality(report: Report) -> list[tuple[str, str, str]]:
     dense, pruned = report.dense_perplexity, report.pruned_perplexity
     assert dense is not None
     assert pruned is not None
-    factor = f" (x{pruned / dense:.2f})" if math.isfinite(dense) and math.isfinite(pruned) else ""
+    error = factor_stderr(dense, pruned, evaluation.get("change_stderr"))
+    known = f" ± {error}" if error else ""
+    factor = f" (x{pruned / dense:.2f}{known})" if math.isfinite(dense) and math.isfinite(pruned) else ""
     shown = [
         with_error(value, evaluation[which].get("stderr")) for which, value in (("dense", dense), ("pruned", pruned))
     ]

@@ -48,6 +48,7 @@ from llmprune.storage.packed_config import (
     without_packing_record,
 )
 from llmprune.storage.report import REPORT_NAME, load_report
+from llmprune.units import format_size
 
 # The files that say how llmprune made a checkpoint.
 _HISTORY = (REPORT_NAME, RECIPE_NAME, SAMPLES_NAME, CARD_NAME)
@@ -109,6 +110,11 @@ class PackReport:
     def ratio(self) -> float:
         """Packed bytes per dense byte of the packed matrices: 0.5625 for 2:4 in bfloat16."""
         return self.packed_bytes / max(1, self.dense_bytes)
+
+    def __repr__(self) -> str:
+        packed = sum(row.layout != "dense" for row in self.rows)
+        sizes = f"{format_size(self.dense_checkpoint_bytes)} dense, {format_size(self.packed_checkpoint_bytes)} packed"
+        return f"PackReport({self.folder}, {packed} matrices packed, {sizes})"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types: totals, and the rows under "matrices"."""

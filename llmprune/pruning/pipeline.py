@@ -53,7 +53,7 @@ from llmprune.storage.folders import (
     require_space,
 )
 from llmprune.storage.hub import checkpoint_digest, resolve_model
-from llmprune.storage.output import OutputFolder
+from llmprune.storage.output import OutputFolder, require_resumable
 from llmprune.storage.report import Report, load_report
 from llmprune.storage.source_watch import SourceWatch
 from llmprune.stream.stream import Stream
@@ -155,20 +155,22 @@ def prune_checkpoint(
     find_parts(source, run.recipe.reconstruct)
     nbytes = sum(stored.nbytes for stored in source.stored.values())
     require_space(output, nbytes if rotating is None else 2 * rotating.nbytes, resume=resume)
+    recipe = {"recipe": run.recipe.to_dict() | {"description": "", "report_to": None}}
+    environment = _environment(run, source)
+    if resume:
+        require_resumable(output, recipe | environment)
     texts = run.texts(source, jobs, tokenizer)
     run.watch(Progress("digesting the source"))
-    keys = {
-        "recipe": run.recipe.to_dict() | {"description": "", "report_to": None},
-        "tokens": {text: tokens.digest for text, tokens in texts.items()},
-        "source": checkpoint_digest(folder),
-        **_environment(run, source),
-    }
+    digests = {text: tokens.digest for text, tokens in texts.items()}
+    keys = {**recipe, "tokens": digests, "source": checkpoint_digest(folder), **environment}
     with locked(output):
         target = OutputFolder.open(output, keys, resume=resume, overwrite=overwrite, source=unchanged)
         run.watch.resumable = True
         if target.reevaluated:
             run.watch(Progress(f"evaluated again, not pruned again: {'; '.join(target.reevaluated)}"))
         if target.complete:
+            if not target.reevaluated:
+                run.watch(Progress("nothing to do: the run in this folder is finished"))
             return _evaluate_again(target, run, name, source, texts) if target.reevaluated else load_report(output)
         _keep_samples(target.path, texts, tokenizer)
         write_text(target.path / RECIPE_NAME, run.recipe.to_yaml())

@@ -128,8 +128,7 @@ class OutputFolder:
         require_empty(output, resume=resume, overwrite=overwrite)
         complete_exchange(output)
         folder = cls(output, output / STAGING_NAME, json.loads(json.dumps(keys)), source=source)
-        manifests = (place / MANIFEST_NAME for place in (folder.path, output))
-        found = next((manifest for manifest in manifests if manifest.exists()), None) if resume else None
+        found = _manifest_of(output) if resume else None
         if found is not None:
             folder._continue(found)
             return folder
@@ -252,16 +251,7 @@ class OutputFolder:
     def _continue(self, file: Path) -> None:
         """Go on from the manifest of an interrupted run, or of a finished one, which may have been damaged since."""
         manifest = _read_manifest(file)
-        for key, value in self.keys.items():
-            before = manifest.keys.get(key)
-            if _pruned_by(before) != _pruned_by(value):
-                raise ResumeError(
-                    f"{self.output} cannot be resumed: {_difference(key, _pruned_by(before), _pruned_by(value))}",
-                    expected="the interrupted run, so that the result is bit-identical; only the evaluation may change",
-                    fix="undo the change, or start again with --overwrite",
-                )
-            if before != value:
-                self.reevaluated.append(_difference(key, before, value))
+        self.reevaluated += _changes(self.output, manifest, self.keys)
         for name, layer in manifest.layers.items():
             # A missing or damaged shard is written again, and so is every layer after it.
             if self._found(layer) is None:
@@ -318,6 +308,38 @@ class OutputFolder:
             "layers": {name: asdict(layer) for name, layer in self.layers.items()},
         }
         write_json(self.path / MANIFEST_NAME, content)
+
+
+def require_resumable(output: Path, keys: Mapping[str, Any]) -> None:
+    """Refuse to resume a run that has changed, as soon as some of its keys are known.
+
+    Raises:
+        ResumeError: the keys differ from those of the run in the folder, or its manifest is damaged.
+    """
+    if (found := _manifest_of(output)) is not None:
+        _changes(output, _read_manifest(found), json.loads(json.dumps(keys)))
+
+
+def _manifest_of(output: Path) -> Path | None:
+    """The manifest of an unfinished run in the folder, or else of a finished one."""
+    files = (place / MANIFEST_NAME for place in (output / STAGING_NAME, output))
+    return next((file for file in files if file.exists()), None)
+
+
+def _changes(output: Path, manifest: _Manifest, keys: Mapping[str, Any]) -> list[str]:
+    """What has changed in the evaluation since the manifest was written; any other change is an error."""
+    found = []
+    for key, value in keys.items():
+        before = manifest.keys.get(key)
+        if _pruned_by(before) != _pruned_by(value):
+            raise ResumeError(
+                f"{output} cannot be resumed: {_difference(key, _pruned_by(before), _pruned_by(value))}",
+                expected="the interrupted run, so that the result is bit-identical; only the evaluation may change",
+                fix="undo the change, or start again with --overwrite",
+            )
+        if before != value:
+            found.append(_difference(key, before, value))
+    return found
 
 
 def _read_manifest(file: Path) -> _Manifest:

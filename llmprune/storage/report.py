@@ -378,10 +378,13 @@ def load_report(folder: Path) -> Report:
         CheckpointError: it is missing or damaged.
     """
     if not (folder / REPORT_NAME).exists():
+        runs = any(folder.glob(f"*/{REPORT_NAME}"))
         raise CheckpointError(
             f"{folder} has no {REPORT_NAME}" if folder.exists() else f"there is no folder {folder}",
             expected="the output folder of a finished run",
-            fix="check the path; finish an interrupted run with --resume",
+            fix=f"name the runs in it: {folder}/*"
+            if runs
+            else "check the path; finish an interrupted run with --resume",
         )
     content = read_as(
         folder / REPORT_NAME,

@@ -203,6 +203,31 @@ def test_sequences_of_different_lengths_count_by_their_tokens() -> None:
     assert scores.nats == 20
 
 
+def test_the_standard_error_of_the_change_pairs_the_sequences(tmp_path: Path, text: TextSpec) -> None:
+    """Against the textbook: the difference of each sequence, from two measurements of one model and the other."""
+    dense, pruned = logits_of(30.0, tmp_path / "dense"), logits_of(29.0, tmp_path / "pruned")
+    means = []
+    for folder in (dense, pruned):
+        words = [int(word[1:]) for word in Path(text.source).read_text().split()]
+        ids = torch.tensor(words)[:64].view(4, 16)
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits.double()
+        picked = -logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])
+        means.append(picked.mean((1, 2)))
+    wanted = statistics.stdev((means[1] - means[0]).tolist()) / 4**0.5
+    result = perplexity_against(pruned, dense, text, StreamSettings(batch_size=3))
+    assert result.change_stderr == pytest.approx(wanted, rel=1e-3)
+    assert result.dense.nats_stderr is not None
+    assert result.change_stderr is not None
+    assert result.change_stderr < result.dense.nats_stderr
+    assert result.to_dict()["change_stderr"] == result.change_stderr
+    assert perplexity_against(pruned, dense, replace(text, samples=1)).change_stderr is None
+    shown = run(
+        "perplexity", str(pruned), "--against", str(dense), "--text", text.source, "--length", "16", "--samples", "4"
+    )
+    assert "standard error, paired" in shown.stdout, shown.stderr
+
+
 def test_both_models_of_a_comparison_are_calibrated(tmp_path: Path) -> None:
     source = tiny_models.save(tiny_models.build("llama"), tmp_path / "dense")
     settings: Any = tiny_models.recipe(pattern=0.9, method="random", evaluation={"samples": 2})

@@ -43,9 +43,8 @@ def test_methods_that_look_at_no_input_are_the_first_to_go() -> None:
 
 def test_what_was_not_measured_is_measured_next() -> None:
     found = headline(Report((row(),), header(evaluation=None)))
-    assert (
-        "its perplexity was not measured. Next: measure it with `llmprune perplexity DIR --against org/model`" in found
-    )
+    advice = "measure it with `llmprune perplexity DIR --against org/model --text FILE`"
+    assert f"its perplexity was not measured. Next: {advice}" in found
 
 
 def test_structures_are_counted_in_parameters() -> None:

@@ -76,6 +76,7 @@ def test_two_of_four_takes_nine_sixteenths(dense: Path, tmp_path: Path) -> None:
     assert len(packed) == 14
     assert all(row.packed_bytes == 0.5625 * row.dense_bytes for row in packed)
     assert report.ratio == 0.5625
+    assert repr(report).startswith(f"PackReport({tmp_path / 'packed'}, 14 matrices packed, ")
     assert report.dense_bytes == sum(tensor.nbytes for key, tensor in tensors(dense).items() if "proj.weight" in key)
     sizes = tensor_bytes(dense), tensor_bytes(tmp_path / "packed")
     assert (report.dense_checkpoint_bytes, report.packed_checkpoint_bytes) == sizes

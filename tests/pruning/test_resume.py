@@ -53,10 +53,12 @@ def test_a_finished_run_is_not_done_again(whole: Whole, solved: list[str], monke
     before = contents(whole.folder)
     monkeypatch.setattr(pipeline.CheckpointSource, "load_layer", None)
     monkeypatch.setattr(pipeline.CheckpointSource, "load_ends", None)
-    report = prune(whole.source, whole.recipe, whole.folder, resume=True)
+    told = list[Progress]()
+    report = prune(whole.source, whole.recipe, whole.folder, resume=True, watch=told.append)
     assert report == whole.report
     assert solved == []
     assert contents(whole.folder) == before
+    assert told[-1].stage == "nothing to do: the run in this folder is finished"
 
 
 def test_resume_begins_where_there_is_nothing(whole: Whole, tmp_path: Path) -> None:
@@ -195,6 +197,17 @@ def test_a_changed_run_is_refused_by_name(
         text.write_text(original)
     assert "--overwrite" in caught.value.fix
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("change", [{"recipe": {"pattern": "2:4"}}, {"version": {"llmprune": "9"}}], ids=str)
+def test_a_changed_run_is_refused_before_its_text_is_read(
+    whole: Whole, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    known = pipeline.versions() | change.get("version", {})
+    monkeypatch.setattr(pipeline, "versions", lambda: known)
+    monkeypatch.setattr(pipeline.Run, "texts", None)
+    with pytest.raises(ResumeError, match="cannot be resumed"):
+        prune(whole.source, {**whole.recipe, **change.get("recipe", {})}, whole.folder, resume=True)
 
 
 @pytest.mark.parametrize("layers", [1, None], ids=["interrupted", "finished"])

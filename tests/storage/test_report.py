@@ -53,6 +53,15 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=what) as caught:
             load_report(folder)
         assert caught.value.expected == "the output folder of a finished run"
+        assert "--resume" in caught.value.fix
+
+
+def test_a_folder_of_runs_is_told_from_a_run(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "report.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has no report") as caught:
+        load_report(tmp_path)
+    assert caught.value.fix == f"name the runs in it: {tmp_path}/*"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"rows": [{}], "summary": {}}', '{"rows": []}'])

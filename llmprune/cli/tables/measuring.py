@@ -11,7 +11,7 @@ from llmprune.cli.console import facts, new_table
 from llmprune.cli.tables.folding import by_layer
 from llmprune.measuring.bench.record import grouped, tokens_a_second
 from llmprune.pages.labels import opened
-from llmprune.units import format_change, format_seconds, format_size, spans
+from llmprune.units import factor_stderr, format_change, format_seconds, format_size, spans
 
 if TYPE_CHECKING:
     from llmprune.measuring.explain import DenseRow, Explanation, PackedRow
@@ -33,11 +33,13 @@ def perplexity_table(result: "Perplexity", run: dict[str, Any]) -> RenderableTyp
 def comparison_table(result: "PerplexityComparison", run: dict[str, Any]) -> RenderableType:
     """A model against its dense base, and how both were measured."""
     dense, pruned = result.dense, result.pruned
+    factor = factor_stderr(dense.perplexity, pruned.perplexity, result.change_stderr)
     return facts(
         ("model", run["model"]),
         ("against", run["against"]),
         ("perplexity", format_change(dense.perplexity, pruned.perplexity)),
         *([("", f"dense{_plus_minus(dense)}, pruned{_plus_minus(pruned)}")] if _plus_minus(pruned) else []),
+        *([("", f"factor ± {factor} (standard error, paired: both models read the same text)")] if factor else []),
         ("KL divergence", f"{result.kl_divergence:.5f} nats/token"),
         ("top-1 agreement", f"{result.agreement:.2%}"),
         *_protocol(pruned, run),

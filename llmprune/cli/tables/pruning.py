@@ -13,7 +13,7 @@ from llmprune.cli.console import facts, new_table
 from llmprune.pages.fitted import fitting_facts
 from llmprune.pages.headline import headline
 from llmprune.pages.labels import divergence, massive_line, opened, text_name
-from llmprune.units import format_change, format_seconds, format_size, spans
+from llmprune.units import factor_stderr, format_change, format_seconds, format_size, spans
 
 if TYPE_CHECKING:
     from llmprune.pruning.forecast.plan import DryRun, LayerPlan
@@ -183,9 +183,16 @@ def _source_fact(part: dict[str, Any]) -> tuple[str, str]:
 
 
 def _standard_errors(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
-    """The standard errors of both perplexities; empty if unknown."""
-    found = [evaluation[which].get("stderr") for which in ("dense", "pruned")]
-    return [] if None in found else [("", f"standard errors {found[0]:.2g} and {found[1]:.2g}, by sequences")]
+    """The standard errors of both perplexities and of the factor between them; empty if unknown."""
+    found = [evaluation[which].get("stderr") for which in _MODELS]
+    if None in found:
+        return []
+    dense, pruned = (evaluation[which]["perplexity"] for which in _MODELS)
+    factor = factor_stderr(dense, pruned, evaluation.get("change_stderr"))
+    return [
+        ("", f"standard errors {found[0]:.2g} and {found[1]:.2g}, by sequences"),
+        *([("", f"of the factor {factor}: both models read the same text")] if factor else []),
+    ]
 
 
 def _removal_table(plan: "DryRun") -> Table:
