@@ -63,7 +63,9 @@ def main() -> None:
     rows = []
     for model in options.models:
         name = str(deep_model(options.work / model)) if model == "deep" else model
-        rows.append({**measure(name, options.recipe, options.samples, options.length), "model": model})
+        # A folder of this machine tells others nothing.
+        shown = Path(model).name if Path(model).is_dir() else model
+        rows.append({**measure(name, options.recipe, options.samples, options.length), "model": shown})
         print(json.dumps(rows[-1]), flush=True)
     if options.output is not None:
         settings = {name: getattr(options, name) for name in ("recipe", "samples", "length")}
