@@ -11,6 +11,9 @@ from llmprune.units import format_change
 # Ratios of pruned to dense perplexity: below the first, the loss is small; above the second, it is large.
 _SMALL, _LARGE = 1.1, 1.5
 
+# A smaller change, in standard errors of the logarithm of the factor, may be chance.
+_ERRORS = 2
+
 # Methods that look at no input.
 _SIMPLE_METHODS = ("random", "magnitude")
 
@@ -48,7 +51,11 @@ def _cost(report: Report) -> str:
     if not math.isfinite(pruned):
         return "its perplexity is infinite"
     verb = "rises" if pruned > dense else "falls" if pruned < dense else "stays"
-    return f"perplexity {verb}: {format_change(dense, pruned)}"
+    said = f"perplexity {verb}: {format_change(dense, pruned)}"
+    error = (report.header.get("evaluation") or {}).get("change_stderr")
+    if error and math.isfinite(dense) and abs(math.log(pruned / dense)) < _ERRORS * error:
+        said += f", less than {_ERRORS} standard errors: this little text cannot tell it from no change"
+    return said
 
 
 def _advice(report: Report, folder: str) -> str:

@@ -36,6 +36,17 @@ def test_the_advice_follows_from_the_loss(pruned: float | None, cost: str, advic
     assert "\n" not in found
 
 
+def test_a_change_within_its_error_is_called_so() -> None:
+    """Factors 1.04 and 1.30 with an error of 0.03 in the logarithm."""
+    evaluation = {**header()["evaluation"], "change_stderr": 0.03}
+    found = [
+        headline(Report((row(),), header(evaluation={**evaluation, "pruned": perplexity(pruned, "a" * 64)})))
+        for pruned in (20.8, 26.0)
+    ]
+    assert "(x1.04), less than 2 standard errors: this little text cannot tell it from no change. Next" in found[0]
+    assert "standard errors" not in found[1]
+
+
 def test_methods_that_look_at_no_input_are_the_first_to_go() -> None:
     assert "use sparsegpt or wanda instead of magnitude" in said(80.0, row(method="magnitude"), row())
     assert "instead of" not in said(20.5, row(method="magnitude"))
