@@ -31,7 +31,7 @@ from llmprune.recipe.bundled import bundled_recipes
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.rotation import RotationOptions
-from llmprune.recipe.sections import Experts, Rule
+from llmprune.recipe.sections import Experts, Rule, StatisticsOptions
 from llmprune.recipe.structures import SECTIONS, Structures
 from llmprune.text.tokens import EvaluationSpec
 
@@ -163,6 +163,7 @@ def test_the_navigation_has_every_page() -> None:
         ("## All keys", set(Recipe.model_fields)),
         ("## Rules", set(Rule.model_fields)),
         ("## Calibration and evaluation", {field.name for field in fields(EvaluationSpec)} | {"share"}),
+        ("## Statistics", set(StatisticsOptions.model_fields)),
         ("## Experts of MoE models", set(Experts.model_fields)),
         *((f"### `allocation.{name}`", set(rule.model_fields)) for name, rule in RULES.items()),
         ("## Block matching", set(Reconstruct.model_fields)),

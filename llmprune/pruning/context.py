@@ -98,7 +98,7 @@ class Run:
             self.watch.expected = lambda: sampling_needs(source)
         with self.stages("text"):
             texts = self.dense.texts(self.recipe.texts, source, tokenizer, self.device, self.watch)
-        self.watch.expected = partial(pruning_needs, source, jobs, texts, self.settings, self.recipe.reconstruct)
+        self.watch.expected = partial(pruning_needs, source, jobs, texts, self.settings, self.recipe)
         return texts
 
 

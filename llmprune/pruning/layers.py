@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from llmprune.devices import PeakWatch, map_large_blocks, warm_up
 from llmprune.models.sizes import ends_bytes
@@ -20,6 +21,7 @@ from llmprune.storage.report import MatchRow, MatrixRow, StructureRow
 from llmprune.stream.activations import HiddenStates
 from llmprune.stream.matching import match_layer
 from llmprune.stream.observation import Group
+from llmprune.stream.paired import frozen
 from llmprune.stream.stream import ResidentLayer, Stream
 from llmprune.structures.plan import consumer_shapes
 from llmprune.structures.reduction import Reduction
@@ -78,8 +80,9 @@ class LayerDriver:
         self._rows: list[MatrixRow] = []
         self._structures: list[StructureRow] = []
         self._matches: list[MatchRow] = []
-        options = run.recipe.reconstruct
-        self._targets = None if options is None else Targets(options.target, self._stream, dense)
+        options, self._alpha = run.recipe.reconstruct, run.recipe.statistics.alpha
+        target = None if options is None else options.target
+        self._targets = Targets(target, self._stream, dense, paired=self._alpha > 0)
         self._place, self._step = 0, "embeddings"
         self._stream.tell = lambda words: self._report(f"{self._step}, {words}")
 
@@ -99,8 +102,7 @@ class LayerDriver:
             for layer in self._stream:
                 number = layer.index if self._reduction is None else self._reduction.numbers.get(layer.index)
                 if number is None:
-                    if self._targets is not None:
-                        self._targets.follow(layer, dense=True)
+                    self._targets.follow(layer, dense=True)
                     layer.skipped = True
                     continue
                 name = f"{self._source.layers_path}.{number}"
@@ -125,8 +127,7 @@ class LayerDriver:
     def _replay(self, layer: ResidentLayer, target: OutputFolder, name: str) -> None:
         """Reuse what an interrupted run has committed."""
         self._tell(layer, "replaying")
-        if self._targets is not None:
-            self._targets.follow(layer, dense=self._reduction is not None)
+        self._targets.follow(layer, dense=self._reduction is not None)
         if self._reduction is not None:
             self._reduction.replay(layer)
         committed = target.layers[name]
@@ -143,9 +144,12 @@ class LayerDriver:
         def tell(step: str) -> None:
             self._tell(layer, step)
 
+        # The dense layer runs once more after its matrices have been compared, if they are.
+        dense = frozen(layer) if self._alpha and jobs else None
         states = None
-        if self._targets is not None:
-            tell("dense outputs")
+        if dense is None:
+            if recipe.hidden_sets > 1:
+                tell("dense outputs")
             states = self._targets.prepare(layer)
         cuts: list[Cut] = []
         removed: list[StructureRow] = []
@@ -154,7 +158,10 @@ class LayerDriver:
             self._memories.append(layer_memory(layer, [], {}, batch_tokens, held_back, consumers))
             cuts, removed = self._reduction.reduce(layer, recipe.experts.min_tokens, tell)
         fitted = self._fitted(layer, jobs)
-        rows = self._solve(layer, jobs, fitted, tell)
+        rows = self._solve(layer, jobs, fitted, tell, dense)
+        if dense is not None:
+            tell("dense outputs")
+            states, dense = self._targets.prepare(dense), None
         matches = [] if states is None else [self._match(layer, states, fitted, tell)]
         if matches:  # a trained weight may round to zero
             rows = [replace(row, zeros=layer.count_zeros(row.name)) for row in rows]
@@ -171,26 +178,33 @@ class LayerDriver:
         return jobs or (() if self._reduction is None else layer.matrices)
 
     def _solve(
-        self, layer: ResidentLayer, jobs: dict[str, Job], fitted: Collection[str], tell: Callable[[str], None]
+        self,
+        layer: ResidentLayer,
+        jobs: dict[str, Job],
+        fitted: Collection[str],
+        tell: Callable[[str], None],
+        dense: ResidentLayer | None,
     ) -> list[MatrixRow]:
-        """Collect statistics and prune the matrices, all of them at once or in turn."""
+        """Collect statistics and prune the matrices, all of them at once or in turn; `dense` stays as it is."""
         recipe, stream = self._run.recipe, self._stream
         weight, least = recipe.statistics.token_weight, recipe.experts.min_tokens
         batch_tokens = stream.batches[0].numel()
         held_back = recipe.held_back * stream.batches[0].shape[1]
         importance = self._gradients.importance.get(layer.index)
-        copies = 1 if importance is None else 2
+        paired = None if dense is None else partial(self._targets.rows, dense)
         groups: list[Group] | None = None  # in turn: the formula for all inputs at once is an upper bound
         if not recipe.statistics.sequential:
             tell("statistics")
             needs = {name: job.method.needs for name, job in jobs.items()}
-            groups = layer.observe(needs, weight, importance=importance) if jobs else []
-        memory = layer_memory(layer, groups, jobs, batch_tokens, held_back, copies=copies)
+            compared = None if paired is None else paired(jobs)
+            groups = layer.observe(needs, weight, importance=importance, dense=compared) if jobs else []
+        memory = layer_memory(layer, groups, jobs, batch_tokens, held_back, options=recipe.statistics)
         matching = matching_memory(layer, fitted, recipe.reconstruct, batch_tokens)
         self._memories.append(replace(memory, matching=matching))
         if groups is None:
-            return solve_in_turn(layer, jobs, weight, least, self._run.stages, tell, importance) if jobs else []
-        return solve_layer(layer, groups, jobs, least, self._run.stages, tell)
+            given = weight, least, self._run.stages, tell, importance, paired, self._alpha
+            return solve_in_turn(layer, jobs, *given) if jobs else []
+        return solve_layer(layer, groups, jobs, least, self._run.stages, tell, self._alpha)
 
     def _match(
         self,
@@ -211,8 +225,7 @@ class LayerDriver:
         return MatchRow(layer.name, options.target, seconds=seconds, **asdict(matched))
 
     def _measured(self, memory: PeakWatch) -> dict[str, int]:
-        fitted = self._run.recipe.reconstruct
-        sets = 1 if fitted is None else fitted.hidden_sets
+        sets = self._run.recipe.hidden_sets
         held = sets * self._stream.hidden.resident_bytes, self._stream.calls.nbytes
         return {
             "predicted_bytes": predict_peak(ends_bytes(self._source), *held, self._memories),

@@ -8,17 +8,17 @@
 ends            embeddings, final norm and LM head, while text is embedded; no layer is in memory at that time. Tensors
                 that the model does not read, such as a draft head, are copied 4 MB at a time and take nothing
 hidden states   samples x length x hidden size, at most `activation_budget` (the rest is on disk); with block matching
-                two or three sets of them (`Reconstruct.hidden_sets`)
+                or corrected targets (`statistics.alpha`) two or three sets of them (`Recipe.hidden_sets`)
 calls           masks and rotary embeddings that the model passes to its layers; equal ones are stored once
-weights         one decoder layer in the compute dtype
+weights         one decoder layer in the compute dtype; twice with corrected targets, for which the dense one is kept
 statistics      4 d^2 bytes for each Gram of width d, 4 d for column norms; shared by matrices with the same input;
-                twice that while a layer is observed if they are weighted by the loss
+                twice that while a layer is observed if they are weighted by the loss, and twice with corrected targets
 held-back rows  up to 1,024 rows of each group's input
 forward         batch x length tokens x (6 hidden sizes + 3 widest dimensions) in the compute dtype; where statistics
                 are collected, plus the squares of the widest input in float32, and a float32 copy of it if the
-                compute dtype is narrower
+                compute dtype is narrower; with corrected targets, plus the inputs of all matrices
 solving         what the method states for the current matrix (`Method.workspace`): for [o, i] 20 o i bytes, and 6 i^2
-                more for SparseGPT
+                more for SparseGPT; 4 o i + 4 i^2 more with corrected targets
 matching        if layers are fitted as a whole: for each trained parameter 16 bytes (its value in float32, the gradient
                 and both moments of Adam), 4 for the best epoch's, 1 for the mask and one in the compute dtype, which
                 the layer runs with; 12 more for those of the largest matrix; and what the backward pass needs of one
@@ -35,10 +35,13 @@ with their log-softmax for each of two models and the divergence up to 0.8 GB (`
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from llmprune.methods.correction import correction_bytes
 from llmprune.models.sizes import active_experts, ends_bytes
 from llmprune.models.source import Source
 from llmprune.pruning.jobs import Job
+from llmprune.recipe.recipe import Recipe
 from llmprune.recipe.reconstruct import Reconstruct
+from llmprune.recipe.sections import StatisticsOptions
 from llmprune.statistics import Gram
 from llmprune.stream.guard import scoring_needs
 from llmprune.stream.matching import trained_parameters
@@ -86,7 +89,7 @@ def layer_memory(
     batch_tokens: int,
     held_back_tokens: int,
     consumers: Sequence[tuple[int, int]] = (),
-    copies: int = 1,
+    options: StatisticsOptions | None = None,
 ) -> LayerMemory:
     """Apply the formula to a layer; its parameters may be on the meta device.
 
@@ -99,8 +102,11 @@ def layer_memory(
         held_back_tokens: tokens that are excluded from the statistics.
         consumers: (out, in) of matrices from whose inputs groups are removed first; their statistics are freed before
             weights are pruned.
-        copies: of the statistics in memory: 2 if they are weighted by the loss, else 1.
+        options: of the statistics, as in the recipe; default: its defaults.
     """
+    options = options or StatisticsOptions()
+    corrected = bool(options.alpha and jobs)
+    copies = (1 + (options.loss_weight != "none")) * (1 + corrected)
     if groups is None:
         widths = [(layer.matrices[name].shape[1], job.method.needs is Gram) for name, job in jobs.items()]
     else:
@@ -115,11 +121,14 @@ def layer_memory(
     kept_rows = itemsize * min(HELD_BACK_ROWS, held_back_tokens)
     observed = bool(consumers) or any(job.method.needs is not None for job in jobs.values())
     activations = itemsize * (6 * hidden + 3 * widest) + observed * (8 if itemsize < 4 else 4) * widest
-    solving = [job.method.workspace(layer.matrices[name].shape) for name, job in jobs.items()]
+    activations += corrected * itemsize * sum(width for width, _ in widths)
+    targets = [corrected * correction_bytes(layer.matrices[name].shape) for name in jobs]
+    spaces = [job.method.workspace(layer.matrices[name].shape) for name, job in jobs.items()]
+    solving = [space + target for space, target in zip(spaces, targets, strict=True)]
     # About five square matrices of this width (structures.remove.solver), and three float32 copies of the matrix.
     removing = [20 * width**2 + 12 * rows * width for rows, width in consumers]
     return LayerMemory(
-        weights=sum(parameter.nbytes for parameter in parameters),
+        weights=(1 + corrected) * sum(parameter.nbytes for parameter in parameters),
         statistics=max(
             copies * sum(4 * width**2 if gram else 4 * width for width, gram in widths),
             sum(4 * width**2 for _, width in consumers),
@@ -172,7 +181,7 @@ def pruning_needs(
     jobs: Sequence[dict[str, Job]],
     texts: Mapping[str, Tokens],
     settings: StreamSettings,
-    fitted: Reconstruct | None = None,
+    recipe: Recipe,
 ) -> str:
     """Say how much memory it takes to prune and to evaluate, before any layer has run.
 
@@ -181,7 +190,7 @@ def pruning_needs(
         jobs: for each layer, what is done to its matrices.
         texts: "calibration", with the held-back samples, and, if perplexity is measured, "evaluation".
         settings: device, batch size and memory.
-        fitted: how layers are fitted as a whole; None: they are not.
+        recipe: how statistics are collected, and layers fitted as a whole.
     """
     ids = texts["calibration"].ids
     stream = Stream(source, ids, settings)
@@ -189,11 +198,10 @@ def pruning_needs(
     layers = []
     for index, job in enumerate(jobs):
         layer = ResidentLayer(stream, index)
-        memory = layer_memory(layer, None, job, batch, held_back)
-        layers.append(replace(memory, matching=matching_memory(layer, job, fitted, batch)))
-    sets = 1 if fitted is None else fitted.hidden_sets
+        memory = layer_memory(layer, None, job, batch, held_back, options=recipe.statistics)
+        layers.append(replace(memory, matching=matching_memory(layer, job, recipe.reconstruct, batch)))
     hidden = ids.numel() * source.model.config.get_text_config().hidden_size * source.dtype.itemsize
-    peak = predict_peak(ends_bytes(source), sets * min(hidden, settings.activation_budget), 0, layers)
+    peak = predict_peak(ends_bytes(source), recipe.hidden_sets * min(hidden, settings.activation_budget), 0, layers)
     needs = f"up to {format_size(peak)} for pruning, in addition to the program itself"
     if "evaluation" in texts:
         # Dense and pruned logits of some positions are in memory together to be compared.
