@@ -185,6 +185,7 @@ def test_the_defaults_are_those_of_the_code(texts: dict[str, str]) -> None:
     assert f"| `batch_size` | whole number, ≥ 1 | `{Recipe.model_fields['batch_size'].default}` |" in keys
     assert "| `activation_budget` | bytes, or text such as `4GiB` | `4.0GiB` |" in keys
     assert load_recipe({"pattern": 0.5, "method": "wanda", "activation_budget": "4.0GiB"}).activation_budget == 4 << 30
+    assert "| `sequential` | `true` or `false` | `false` |" in section(texts["recipes.md"], "## Statistics")
     text = section(texts["recipes.md"], "## Calibration and evaluation")
     assert "| `samples` | whole number | none | `32` |" in text
 

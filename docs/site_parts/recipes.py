@@ -189,6 +189,8 @@ def _default(value: Any) -> str:
         return "none"
     if isinstance(value, dict):
         return "see below"
+    if isinstance(value, bool):  # as YAML writes it
+        return literal(str(value).lower())
     return literal(str(list(value)).replace("'", '"') if isinstance(value, list | tuple) else value)
 
 
