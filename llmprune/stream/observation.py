@@ -141,6 +141,7 @@ class Observer(TorchFunctionMode):
         self._stoppable = len(counts) == len(self._needs) and set(counts.values()) == {1}
         self._calls_in_batch = {}
         self._inputs.clear()
+        self.dense = MappingProxyType({})
 
     def finish(self) -> None:
         """Give every matrix a group; experts that received no token get empty statistics.

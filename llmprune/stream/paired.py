@@ -36,11 +36,13 @@ def dense_rows(layer: ResidentLayer, states: HiddenStates, calls: LayerCalls, na
     recorder = InputRecorder(parameters, watched, {matrix.name: None for matrix in watched}, stages)
 
     def rows(batch: int) -> Mapping[str, Sequence[Tensor]]:
-        recorder.rows = {}
+        found: dict[str, list[Tensor]] = {}
+        recorder.rows = found
         with torch.no_grad(), calling(layer.stream, calls), contextlib.suppress(EveryMatrixSeenError), recorder:
             layer.forward(states[batch], batch)
         recorder.end_batch()
-        return recorder.rows
+        recorder.rows = {}  # what is returned is freed by whoever gets it
+        return found
 
     return rows
 

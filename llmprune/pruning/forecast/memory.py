@@ -16,7 +16,8 @@ statistics      4 d^2 bytes for each Gram of width d, 4 d for column norms; shar
 held-back rows  up to 1,024 rows of each group's input
 forward         batch x length tokens x (6 hidden sizes + 3 widest dimensions) in the compute dtype; where statistics
                 are collected, plus the squares of the widest input in float32, and a float32 copy of it if the
-                compute dtype is narrower; with corrected targets, plus the inputs of all matrices
+                compute dtype is narrower; with corrected targets, plus the inputs of all matrices, and errors of the
+                widest, as they are and weighed, in float32
 solving         what the method states for the current matrix (`Method.workspace`): for [o, i] 20 o i bytes, and 6 i^2
                 more for SparseGPT; 4 o i + 4 i^2 more with corrected targets
 matching        if layers are fitted as a whole: for each trained parameter 16 bytes (its value in float32, the gradient
@@ -121,7 +122,7 @@ def layer_memory(
     kept_rows = itemsize * min(HELD_BACK_ROWS, held_back_tokens)
     observed = bool(consumers) or any(job.method.needs is not None for job in jobs.values())
     activations = itemsize * (6 * hidden + 3 * widest) + observed * (8 if itemsize < 4 else 4) * widest
-    activations += corrected * itemsize * sum(width for width, _ in widths)
+    activations += corrected * (itemsize * sum(width for width, _ in widths) + 8 * widest)
     targets = [corrected * correction_bytes(layer.matrices[name].shape) for name in jobs]
     spaces = [job.method.workspace(layer.matrices[name].shape) for name, job in jobs.items()]
     solving = [space + target for space, target in zip(spaces, targets, strict=True)]

@@ -52,7 +52,7 @@ def test_what_comes_on_top_in_memory(llama: Path) -> None:
     plain, corrected = (dry_run(llama, correcting(alpha)).memory.layer for alpha in (0.0, 0.5))
     assert corrected.weights == 2 * plain.weights
     assert corrected.statistics == 2 * plain.statistics
-    assert corrected.forward - plain.forward == 2 * LENGTH * 4 * (3 * 32 + 48)
+    assert corrected.forward - plain.forward == 2 * LENGTH * (4 * (3 * 32 + 48) + 8 * 48)
     assert 0 < corrected.solving - plain.solving <= correction_bytes((32, 48))
 
 
