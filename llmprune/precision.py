@@ -71,6 +71,21 @@ def add_gram(total: Tensor, x: Tensor) -> None:
                 total[start:, start:stop].addmm_(left, right)
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T right to `total` in place, computed as `add_gram` does.
+
+    Args:
+        total: [in, in], float32 or float64.
+        left: [tokens, in], any floating dtype.
+        right: [tokens, in], of the same dtype.
+    """
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16) and total.dtype == torch.float32:
+        total += torch.mm(left.T, right, out_dtype=torch.float32)
+        return
+    with float32_products("bf16" if left.dtype == torch.bfloat16 and not left.is_cuda else "ieee"):
+        total.addmm_(left.to(total.dtype).T, right.to(total.dtype))
+
+
 def mirror_lower(total: Tensor) -> None:
     """Make a matrix whose lower triangle was summed by `add_gram` exactly symmetric, in place."""
     for start in range(0, len(total), _PANEL):

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmprune.errors import NumericsError
-from llmprune.precision import add_gram, float32_products, mirror_lower
+from llmprune.precision import add_gram, add_product, float32_products, mirror_lower
 
 # The larger dampings to try when a factorisation fails.
 _LADDER = (0.01, 0.1, 1.0)
@@ -178,10 +178,13 @@ class Gram:
         sums: [width, width], float32 (exact products, float32 sums) or float64 in references; between updates only its
             lower triangle counts, so read `products`.
         tokens: rows seen.
+        errors: D, sum of (x - x') x'^T over rows x' of the inputs and x of what the dense model has in their place; of
+            the shape of `sums`. None: not collected.
     """
 
     sums: Float[Tensor, "width width"]
     tokens: int = 0
+    errors: Float[Tensor, "width width"] | None = None
     _symmetric: bool = field(default=True, repr=False)
     _factors: dict[float, Factor] = field(default_factory=dict, repr=False)
 
@@ -207,9 +210,22 @@ class Gram:
         self.tokens += len(x)
         self._symmetric = False
 
+    def add_errors(self, error: Float[Tensor, "tokens width"], x: Float[Tensor, "tokens width"]) -> None:
+        """Add rows to `errors`; the first call begins them.
+
+        Args:
+            error: what the dense model has in place of x, minus x.
+            x: rows of the inputs, in the same dtype.
+        """
+        if self.errors is None:
+            self.errors = torch.zeros_like(self.sums)
+        add_product(self.errors, error, x)
+
     def merge(self, other: "Gram") -> None:
         self._factors.clear()
         self.sums += other.sums
+        if other.errors is not None:
+            self.errors = other.errors.clone() if self.errors is None else self.errors + other.errors
         self.tokens += other.tokens
         self._symmetric = self._symmetric and other._symmetric
 
@@ -281,6 +297,8 @@ def mix(plain: ColumnNorm | Gram, weighted: ColumnNorm | Gram, share: float = 0.
         assert isinstance(weighted, Gram)
         plain._factors.clear()
         plain.sums.mul_(1 - share).add_(weighted.sums, alpha=share * own / other)
+        if plain.errors is not None and weighted.errors is not None:
+            plain.errors.mul_(1 - share).add_(weighted.errors, alpha=share * own / other)
         plain._symmetric = plain._symmetric and weighted._symmetric
     else:
         plain.squares.mul_(1 - share).add_(weighted.squares, alpha=share * own / other)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llmprune import prune
 from llmprune.pruning import layers
+from llmprune.pruning.writing import Writer
 from llmprune.storage.files import INDEX_NAME, read_index
 from llmprune.storage.folders import MANIFEST_NAME
 from llmprune.storage.report import Report, load_report
@@ -60,6 +61,22 @@ def note_solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(layers, "solve_layer", note)
     return names
+
+
+def stop_early(monkeypatch: pytest.MonkeyPatch, source: Path, settings: dict[str, Any], folder: Path) -> None:
+    """Run a recipe, and interrupt it before the third layer is committed."""
+    commit, seen = Writer.commit, list[Any]()
+
+    def stop(self: Writer, *args: Any) -> None:
+        seen.append(args)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        commit(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "commit", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune(source, settings, folder)
 
 
 def assert_equal_to(whole: Whole, folder: Path, report: Report) -> None:

@@ -31,7 +31,7 @@ from llmprune.recipe.bundled import bundled_recipes
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.rotation import RotationOptions
-from llmprune.recipe.sections import Experts, Rule
+from llmprune.recipe.sections import Experts, Rule, StatisticsOptions
 from llmprune.recipe.structures import SECTIONS, Structures
 from llmprune.text.tokens import EvaluationSpec
 
@@ -163,6 +163,7 @@ def test_the_navigation_has_every_page() -> None:
         ("## All keys", set(Recipe.model_fields)),
         ("## Rules", set(Rule.model_fields)),
         ("## Calibration and evaluation", {field.name for field in fields(EvaluationSpec)} | {"share"}),
+        ("## Statistics", set(StatisticsOptions.model_fields)),
         ("## Experts of MoE models", set(Experts.model_fields)),
         *((f"### `allocation.{name}`", set(rule.model_fields)) for name, rule in RULES.items()),
         ("## Block matching", set(Reconstruct.model_fields)),
@@ -184,6 +185,7 @@ def test_the_defaults_are_those_of_the_code(texts: dict[str, str]) -> None:
     assert f"| `batch_size` | whole number, ≥ 1 | `{Recipe.model_fields['batch_size'].default}` |" in keys
     assert "| `activation_budget` | bytes, or text such as `4GiB` | `4.0GiB` |" in keys
     assert load_recipe({"pattern": 0.5, "method": "wanda", "activation_budget": "4.0GiB"}).activation_budget == 4 << 30
+    assert "| `sequential` | `true` or `false` | `false` |" in section(texts["recipes.md"], "## Statistics")
     text = section(texts["recipes.md"], "## Calibration and evaluation")
     assert "| `samples` | whole number | none | `32` |" in text
 

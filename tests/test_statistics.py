@@ -311,3 +311,20 @@ def test_a_gram_wider_than_one_panel_is_whole_and_symmetric_to_the_bit(dtype: to
     half.update(x[:30])
     half.merge(gram)
     assert relative_error(half.products, exact + x[:30].double().T @ x[:30].double()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_errors_of_the_inputs_add_up_over_batches_and_shards(dtype: torch.dtype, x: Tensor) -> None:
+    error = (0.1 * correlated_inputs(500, 40, seed=9)).to(dtype)
+    x = x.to(dtype)
+    shards = [Gram.empty(40), Gram.empty(40)]
+    for shard, part in ((0, slice(0, 1)), (1, slice(1, 100)), (1, slice(100, 500))):
+        shards[shard].update(x[part])
+        shards[shard].add_errors(error[part], x[part])
+    whole = Gram.empty(40)
+    for shard in shards:
+        whole.merge(shard)
+    assert whole.errors is not None
+    exact = error.double().T @ x.double()
+    assert float((whole.errors - exact).norm() / exact.norm()) < 1e-5
+    assert whole.tokens == 500

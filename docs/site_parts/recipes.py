@@ -19,7 +19,7 @@ from llmprune.recipe.fields import MOST
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.rotation import RotationOptions
-from llmprune.recipe.sections import Experts, Rule
+from llmprune.recipe.sections import Experts, Rule, StatisticsOptions
 from llmprune.recipe.structures import SECTIONS, Amount, Structures
 from llmprune.text.mix import MixPart, TextMix
 from llmprune.text.tokens import EvaluationSpec, TextSpec
@@ -84,6 +84,11 @@ def rule_keys() -> str:
 def expert_keys() -> str:
     """The keys of the section `experts`."""
     return _keys(Experts)
+
+
+def statistics_keys() -> str:
+    """The keys of the section `statistics`."""
+    return _keys(StatisticsOptions)
 
 
 def allocation_keys() -> str:
@@ -184,6 +189,8 @@ def _default(value: Any) -> str:
         return "none"
     if isinstance(value, dict):
         return "see below"
+    if isinstance(value, bool):  # as YAML writes it
+        return literal(str(value).lower())
     return literal(str(list(value)).replace("'", '"') if isinstance(value, list | tuple) else value)
 
 
@@ -219,6 +226,7 @@ PARTS = {
     "expert-keys": expert_keys,
     "allocation-keys": allocation_keys,
     "reconstruct-keys": reconstruct_keys,
+    "statistics-keys": statistics_keys,
     "rotation-keys": rotation_keys,
     "text-keys": text_keys,
     "structure-keys": structure_keys,

@@ -1,7 +1,8 @@
-"""What chains of steps and block matching have brought, in a line for each."""
+"""What chains of steps, corrected targets and block matching have brought, in a line for each."""
 
 from collections.abc import Iterable, Sequence
 
+from llmprune.methods.correction import LARGEST
 from llmprune.pages.charts import Axis, Series, lines
 from llmprune.pages.layers import LAYER, number
 from llmprune.pages.page import Chart, Part, Table
@@ -9,7 +10,7 @@ from llmprune.storage.report import STANDING, MatchRow, MatrixRow, Report
 
 
 def fitting_facts(report: Report) -> list[tuple[str, str]]:
-    """Names and lines for the summary of a run; empty if its recipe has neither chains nor `reconstruct` nor `replace`.
+    """Names and lines for the summary; empty if a recipe has nothing of the kind: chains, `alpha`, `reconstruct`, `replace`.
 
     Args:
         report: the run's report.
@@ -19,6 +20,8 @@ def fitting_facts(report: Report) -> list[tuple[str, str]]:
         if row.losses:
             chains.setdefault((row.method, *(part.step for part in row.losses)), []).append(row)
     facts = [("loss after each step", chain_line(rows)) for rows in chains.values()]
+    if corrections := [row.correction for row in report.rows if row.correction is not None]:
+        facts.append(("error correction", correction_line(corrections)))
     standing, matched = _divided(report.matches)
     if standing:
         facts.append(("standing for removed layers", match_line(standing)))
@@ -41,6 +44,20 @@ def chain_line(rows: Sequence[MatrixRow]) -> str:
         said = f"{part.step or first} {_mean(loss.loss for loss in losses):.4g}"
         parts.append(said + (f" (undone for {undone:,} of {len(rows):,} matrices)" if undone else ""))
     return f"{', '.join(parts)} (means of {len(rows):,} matrices)"
+
+
+def correction_line(corrections: Sequence[float]) -> str:
+    """How far targets are from the dense weights, and for how many matrices that was too far.
+
+    Args:
+        corrections: of all matrices whose errors were collected, at least one.
+    """
+    large = sum(correction > LARGEST for correction in corrections)
+    said = (
+        f"targets differ from the dense weights by {_mean(corrections):.3g} on average, {max(corrections):.3g} at most"
+    )
+    left_out = f"; above {LARGEST}, and left out, for {large:,} of {len(corrections):,} matrices"
+    return said + (left_out if large else "")
 
 
 def match_line(rows: Sequence[MatchRow]) -> str:

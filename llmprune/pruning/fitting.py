@@ -22,15 +22,15 @@ class Fitting:
 
     Args:
         options: as in the recipe.
+        targets: what layers are to return, and what they are run on.
         stream: of the run; its hidden states are those of the pruned model.
-        dense: opens the dense model again, for layers that an interrupted run has committed.
 
     Raises:
         RecipeError: attention and MLP are to be fitted in turn, and a layer has no such parts.
     """
 
-    def __init__(self, options: Reconstruct, stream: Stream, dense: Callable[[], Source] | None = None) -> None:
-        self._options, self._targets = options, Targets(options.target, stream, dense)
+    def __init__(self, options: Reconstruct, targets: Targets, stream: Stream) -> None:
+        self._options, self._targets = options, targets
         self._blocks = find_parts(stream.source, options)
         self._between: HiddenStates | None = None
 
@@ -38,7 +38,7 @@ class Fitting:
         """The attention and the MLP of a layer, if they are fitted in turn."""
         return None if self._blocks is None else self._blocks[index]
 
-    def prepare(self, layer: ResidentLayer, removed: Sequence[int] = ()) -> tuple[HiddenStates, HiddenStates]:
+    def prepare(self, layer: ResidentLayer, removed: Sequence[int] = ()) -> tuple[HiddenStates, HiddenStates] | None:
         """Run a layer that is dense yet, and the removed layers that it is to stand for.
 
         Args:
@@ -52,10 +52,6 @@ class Fitting:
             with self._without_mlp(layer):
                 self._between = self._targets.between(layer)
         return self._targets.prepare(layer, removed)
-
-    def follow(self, layer: ResidentLayer, *, dense: bool) -> None:
-        """Keep up with a layer that is not fitted in this run; its weights are the dense model's, or read again."""
-        self._targets.follow(layer, dense=dense)
 
     def match(
         self,

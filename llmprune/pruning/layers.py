@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from llmprune.devices import PeakWatch, warm_up
 from llmprune.errors import ModelError
@@ -12,7 +13,6 @@ from llmprune.pruning.context import Run
 from llmprune.pruning.fitting import Fitting
 from llmprune.pruning.forecast.memory import (
     LayerMemory,
-    hidden_sets,
     layer_memory,
     library_bytes,
     matching_memory,
@@ -22,12 +22,13 @@ from llmprune.pruning.forecast.memory import (
 from llmprune.pruning.gradients import DenseGradients
 from llmprune.pruning.jobs import Job
 from llmprune.pruning.solving import solve_in_turn, solve_layer
-from llmprune.pruning.targets import advance_removed
+from llmprune.pruning.targets import Targets, advance_removed
 from llmprune.pruning.writing import Writer
 from llmprune.storage.output import OutputFolder
 from llmprune.storage.report import MatchRow, MatrixRow, StructureRow
 from llmprune.stream.activations import HiddenStates
 from llmprune.stream.observation import Group
+from llmprune.stream.paired import frozen
 from llmprune.stream.stream import ResidentLayer, Stream
 from llmprune.structures.plan import consumer_shapes
 from llmprune.structures.reduction import Reduction
@@ -86,8 +87,10 @@ class LayerDriver:
         self._rows: list[MatrixRow] = []
         self._structures: list[StructureRow] = []
         self._matches: list[MatchRow] = []
-        options = run.recipe.reconstruct
-        self._fitting = None if options is None else Fitting(options, self._stream, dense)
+        options, self._alpha = run.recipe.reconstruct, run.recipe.statistics.alpha
+        target = None if options is None else options.target
+        self._targets = Targets(target, self._stream, dense, paired=self._alpha > 0)
+        self._fitting = None if options is None else Fitting(options, self._targets, self._stream)
         self._place, self._step = 0, "embeddings"
         self._stream.tell = lambda words: self._report(f"{self._step}, {words}")
 
@@ -106,8 +109,7 @@ class LayerDriver:
             for layer in self._stream:
                 number = layer.index if self._reduction is None else self._reduction.numbers.get(layer.index)
                 if number is None:
-                    if self._fitting is not None:
-                        self._fitting.follow(layer, dense=True)
+                    self._targets.follow(layer, dense=True)
                     layer.skipped = True
                     continue
                 name = f"{self._source.layers_path}.{number}"
@@ -132,8 +134,7 @@ class LayerDriver:
     def _replay(self, layer: ResidentLayer, target: OutputFolder, name: str) -> None:
         """Reuse what an interrupted run has committed."""
         self._tell(layer, "replaying")
-        if self._fitting is not None:
-            self._fitting.follow(layer, dense=self._reduction is not None)
+        self._targets.follow(layer, dense=self._reduction is not None)
         if self._reduction is not None:
             self._reduction.replay(layer)
         committed = target.layers[name]
@@ -151,10 +152,13 @@ class LayerDriver:
             self._tell(layer, step)
 
         after = self._ahead(layer)
+        # The dense layer runs once more after its matrices have been compared, if they are.
+        dense = frozen(layer) if self._alpha and jobs else None
         states = None
-        if self._fitting is not None:
-            tell("dense outputs")
-            states = self._fitting.prepare(layer, after)
+        if dense is None:
+            if recipe.hidden_sets > 1:
+                tell("dense outputs")
+            states = self._prepare(layer, after)
         matches = self._replace(layer, after, states, tell)
         cuts: list[Cut] = []
         removed: list[StructureRow] = []
@@ -167,7 +171,10 @@ class LayerDriver:
             self._memories.append(sizes)
             cuts, removed = self._reduction.reduce(layer, recipe.experts.min_tokens, tell)
         fitted = self._fitted(layer, jobs)
-        rows = self._solve(layer, jobs, fitted, tell)
+        rows = self._solve(layer, jobs, fitted, tell, dense)
+        if dense is not None:
+            tell("dense outputs")
+            states, dense = self._prepare(dense, after), None
         if self._fitting is not None and states is not None:
             matches += self._fitting.match(layer, states, fitted, tell)
             # A trained weight may round to zero.
@@ -179,6 +186,10 @@ class LayerDriver:
         self._matches += matches
         self._rows += rows
         self._structures += removed
+
+    def _prepare(self, layer: ResidentLayer, removed: Sequence[int]) -> tuple[HiddenStates, HiddenStates] | None:
+        """Run a layer that is dense yet; what to run the pruned one on, and what it should return, if it is fitted."""
+        return (self._targets if self._fitting is None else self._fitting).prepare(layer, removed)
 
     def _ahead(self, layer: ResidentLayer) -> tuple[int, ...]:
         """The removed layers directly after a kept one, whose outputs it should give; as far as they can be run now."""
@@ -216,30 +227,37 @@ class LayerDriver:
         return jobs or (() if self._reduction is None else layer.matrices)
 
     def _solve(
-        self, layer: ResidentLayer, jobs: dict[str, Job], fitted: Collection[str], tell: Callable[[str], None]
+        self,
+        layer: ResidentLayer,
+        jobs: dict[str, Job],
+        fitted: Collection[str],
+        tell: Callable[[str], None],
+        dense: ResidentLayer | None,
     ) -> list[MatrixRow]:
-        """Collect statistics and prune the matrices, all of them at once or in turn."""
+        """Collect statistics and prune the matrices, all of them at once or in turn; `dense` stays as it is."""
         recipe, stream = self._run.recipe, self._stream
         weight, least = recipe.statistics.token_weight, recipe.experts.min_tokens
         batch_tokens = stream.batches[0].numel()
         held_back = recipe.held_back * stream.batches[0].shape[1]
         importance = self._gradients.importance.get(layer.index)
-        copies = 1 if importance is None else 2
+        paired = None if dense is None else partial(self._targets.rows, dense)
         groups: list[Group] | None = None  # in turn: the formula for all inputs at once is an upper bound
         if not recipe.statistics.sequential:
             tell("statistics")
             needs = {name: job.method.needs for name, job in jobs.items()}
-            groups = layer.observe(needs, weight, importance=importance) if jobs else []
+            compared = None if paired is None else paired(jobs)
+            groups = layer.observe(needs, weight, importance=importance, dense=compared) if jobs else []
         parts = None if self._fitting is None else self._fitting.parts(layer.index)
-        memory = layer_memory(layer, groups, jobs, batch_tokens, held_back, copies=copies)
+        memory = layer_memory(layer, groups, jobs, batch_tokens, held_back, options=recipe.statistics)
         matching = matching_memory(layer, fitted, recipe.reconstruct, batch_tokens, parts)
         self._memories.append(replace(memory, matching=matching))
         if groups is None:
-            return solve_in_turn(layer, jobs, weight, least, self._run.stages, tell, importance) if jobs else []
-        return solve_layer(layer, groups, jobs, least, self._run.stages, tell)
+            given = weight, least, self._run.stages, tell, importance, paired, self._alpha
+            return solve_in_turn(layer, jobs, *given) if jobs else []
+        return solve_layer(layer, groups, jobs, least, self._run.stages, tell, self._alpha)
 
     def _measured(self, memory: PeakWatch) -> dict[str, int]:
-        held = hidden_sets(self._run.recipe) * self._stream.hidden.resident_bytes, self._stream.calls.nbytes
+        held = self._run.recipe.hidden_sets * self._stream.hidden.resident_bytes, self._stream.calls.nbytes
         return {
             "predicted_bytes": predict_peak(
                 ends_bytes(self._source), *held, self._memories, library_bytes(self._run.device)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -10,13 +10,14 @@ from torch import Tensor
 from llmprune.devices import return_freed_memory
 from llmprune.errors import NumericsError
 from llmprune.methods import Method, Pruned
+from llmprune.methods.correction import corrected
 from llmprune.patterns import Pattern, Unstructured, layer_shares
 from llmprune.pruning.jobs import Job
 from llmprune.statistics import ColumnNorm, Gram, TokenWeight
 from llmprune.storage.report import MatrixRow
 from llmprune.stream.observation import Group
 from llmprune.stream.priors import add_priors
-from llmprune.stream.stream import ResidentLayer
+from llmprune.stream.stream import DenseRows, ResidentLayer
 from llmprune.timing import Stages
 
 
@@ -27,6 +28,7 @@ def solve_layer(
     min_tokens: int,
     stages: Stages,
     step: Callable[[str], None] = lambda step: None,
+    alpha: float = 0.0,
 ) -> list[MatrixRow]:
     """Prune the matrices of a resident layer in place.
 
@@ -37,6 +39,7 @@ def solve_layer(
         min_tokens: experts with fewer tokens are topped up to this many with synthetic, uncorrelated ones.
         stages: stopwatch.
         step: told about each step.
+        alpha: part of the inputs' errors that is corrected, where the statistics have them (`methods.correction`).
 
     Returns:
         The report rows, in the order in which the layer uses the matrices.
@@ -47,14 +50,14 @@ def solve_layer(
     priors = add_priors(layer, groups, min_tokens)
     with torch.no_grad(), stages("solve"):
         return_freed_memory()  # what the forward pass has freed, before the workspaces of the solvers are allocated
-        shares = _layer_shares(layer, groups, jobs)
+        shares = _layer_shares(layer, groups, jobs, alpha)
         rows: list[MatrixRow] = []
         while groups:
             group = groups.pop(0)
             for name in group.names:
                 step(f"solving {name.removeprefix(layer.name + '.')}")
                 pattern = shares.get(name, jobs[name].pattern)
-                rows.append(_solve_matrix(layer, group, name, jobs[name], pattern, priors.get(name, 0)))
+                rows.append(_solve_matrix(layer, group, name, jobs[name], pattern, priors.get(name, 0), alpha))
     return rows
 
 
@@ -66,6 +69,8 @@ def solve_in_turn(
     stages: Stages,
     step: Callable[[str], None] = lambda step: None,
     importance: Tensor | None = None,
+    dense: Callable[[Collection[str]], DenseRows] | None = None,
+    alpha: float = 0.0,
 ) -> list[MatrixRow]:
     """Prune the matrices of a resident layer in place, each on the outputs of the pruned matrices before it.
 
@@ -77,6 +82,8 @@ def solve_in_turn(
         stages: stopwatch.
         step: told about each step.
         importance: as for `ResidentLayer.observe`.
+        dense: gives what `ResidentLayer.observe` takes, for the matrices of a turn.
+        alpha: as for `solve_layer`.
 
     Returns:
         The report rows, in the order in which the layer uses the matrices.
@@ -88,8 +95,9 @@ def solve_in_turn(
     for names in _turns(layer, layer.observe(dict.fromkeys(jobs), batches=1)):
         step(f"statistics of {', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
         needs = {name: jobs[name].method.needs for name in names}
-        groups = layer.observe(needs, token_weight, importance=importance)
-        rows += solve_layer(layer, groups, {name: jobs[name] for name in names}, min_tokens, stages, step)
+        paired = None if dense is None else dense(names)
+        groups = layer.observe(needs, token_weight, importance=importance, dense=paired)
+        rows += solve_layer(layer, groups, {name: jobs[name] for name in names}, min_tokens, stages, step, alpha)
     return rows
 
 
@@ -103,14 +111,15 @@ def _turns(layer: ResidentLayer, groups: list[Group]) -> list[list[str]]:
 
 
 def _solve_matrix(
-    layer: ResidentLayer, group: Group, name: str, job: Job, pattern: Pattern, prior_tokens: int
+    layer: ResidentLayer, group: Group, name: str, job: Job, pattern: Pattern, prior_tokens: int, alpha: float
 ) -> MatrixRow:
     start = time.perf_counter()
     original = layer.weight(name)
-    pruned = _apply(job.method, original, group.statistics, pattern, name)
+    target, correction = _target(original, group.statistics, alpha, name)
+    pruned = _apply(job.method, target, group.statistics, pattern, name)
     damping, tried, losses = pruned.damping, pruned.tried, pruned.losses
     layer.replace(name, pruned.weight)
-    del pruned  # freed before the difference is computed
+    del pruned, target  # freed before the difference is computed
     statistics = group.statistics
     error = layer.output_error(group, name, original)
     if error is not None and not math.isfinite(error):
@@ -136,6 +145,7 @@ def _solve_matrix(
         seconds=time.perf_counter() - start,
         peak_bytes=layer.stream.peak_bytes,
         losses=losses,
+        correction=correction,
     )
 
 
@@ -146,7 +156,21 @@ def _apply(method: Method, weight: Tensor, statistics: ColumnNorm | Gram | None,
         raise error.at(name) from error
 
 
-def _layer_shares(layer: ResidentLayer, groups: list[Group], jobs: Mapping[str, Job]) -> dict[str, Pattern]:
+def _target(
+    original: Tensor, statistics: ColumnNorm | Gram | None, alpha: float, name: str
+) -> tuple[Tensor, float | None]:
+    """What to solve for, and how far it is from the original; None if there is nothing to correct."""
+    if not alpha or not isinstance(statistics, Gram) or statistics.errors is None:
+        return original, None
+    try:
+        return corrected(original, statistics, alpha)
+    except NumericsError as error:
+        raise error.at(name) from error
+
+
+def _layer_shares(
+    layer: ResidentLayer, groups: list[Group], jobs: Mapping[str, Job], alpha: float
+) -> dict[str, Pattern]:
     """Resolve patterns that compare scores over the whole layer into one count per matrix."""
     statistics = {name: group.statistics for group in groups for name in group.names}
     pools: dict[tuple[float, Method], list[str]] = {}
@@ -156,6 +180,7 @@ def _layer_shares(layer: ResidentLayer, groups: list[Group], jobs: Mapping[str, 
     shares: dict[str, Pattern] = {}
     for (sparsity, _), names in pools.items():
         # Each by its own job: equal methods may have been given different gradients.
-        scores = {name: jobs[name].method.scores(layer.weight(name), statistics[name]) for name in names}
+        targets = ((name, _target(layer.weight(name), statistics[name], alpha, name)[0]) for name in names)
+        scores = {name: jobs[name].method.scores(target, statistics[name]) for name, target in targets}
         shares.update(layer_shares(scores, sparsity))
     return shares

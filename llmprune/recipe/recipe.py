@@ -157,7 +157,7 @@ class Recipe(BaseModel):
             raise refusal(RecipeError("exclude covers all of include: nothing would be pruned"), "exclude")
         for number, rule in enumerate(self.rules):
             _check_reachable(rule, self.rules[:number])
-        check_methods(self.pattern, self.method, self.rules, structures=self.structures is not None)
+        check_methods(self.pattern, self.method, self.rules, self.statistics, structures=self.structures is not None)
         if self.statistics.sequential and any(getattr(p, "over", None) == "layer" for p in self.patterns):
             error = RecipeError(
                 "statistics.sequential with a pattern that compares weights over the whole layer",
@@ -215,6 +215,16 @@ class Recipe(BaseModel):
     def patterns(self) -> list[Pattern]:
         """The patterns of the recipe and of its rules."""
         return [pattern for pattern in (self.pattern, *(rule.pattern for rule in self.rules)) if pattern is not None]
+
+    @property
+    def hidden_sets(self) -> int:
+        """Sets of hidden states in memory or on disk: the pruned model's, and those that layers are compared with."""
+        sets = 1 if self.reconstruct is None else self.reconstruct.hidden_sets
+        # The dense model's are kept once for both.
+        shared = self.reconstruct is not None and self.reconstruct.target != "local"
+        depth = None if self.structures is None else self.structures.depth
+        replaced = depth is not None and depth.replace is not None
+        return max(sets + (self.statistics.alpha > 0 and not shared), 1 + replaced)
 
     @property
     def texts(self) -> dict[str, Text]:

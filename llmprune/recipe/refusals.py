@@ -6,21 +6,37 @@ from llmprune.errors import LlmpruneError, RecipeError
 from llmprune.methods import Method, check_pattern, gradient_kind, method_name
 from llmprune.patterns import Pattern
 from llmprune.recipe.document import refusal
-from llmprune.recipe.sections import Rule
+from llmprune.recipe.sections import Rule, StatisticsOptions
+from llmprune.statistics import Gram
 
 
-def check_methods(pattern: Pattern | None, method: Method | None, rules: Sequence[Rule], *, structures: bool) -> None:
-    """Refuse patterns that their method cannot work with, and methods that cannot work with a smaller model.
+def check_methods(
+    pattern: Pattern | None,
+    method: Method | None,
+    rules: Sequence[Rule],
+    statistics: StatisticsOptions,
+    *,
+    structures: bool,
+) -> None:
+    """Refuse patterns that their method cannot work with, and methods that the rest of a recipe leaves without inputs.
 
     Args:
         pattern: of the recipe.
         method: of the recipe.
         rules: of the recipe; what they leave out is the recipe's.
+        statistics: of the recipe.
         structures: whether structures are removed first.
 
     Raises:
         RecipeError: at the key of the method, or of the rule.
     """
+    if statistics.alpha and structures:
+        error = RecipeError(
+            "statistics.alpha with structures: the inputs of a smaller model have other sizes than the dense model's",
+            expected="one of them",
+            fix="set statistics.alpha to 0, or remove the structures in a run before this one",
+        )
+        raise refusal(error, "statistics", "alpha")
     for where, own_pattern, own_method in _used(pattern, method, rules):
         if own_method is None:
             continue
@@ -29,6 +45,8 @@ def check_methods(pattern: Pattern | None, method: Method | None, rules: Sequenc
                 check_pattern(own_method, own_pattern)
             if structures:
                 _check_structures(own_method)
+            if statistics.alpha:
+                _check_corrected(own_method)
         except LlmpruneError as error:
             raise refusal(error, *where) from error
 
@@ -47,4 +65,15 @@ def _check_structures(method: Method) -> None:
             f"{method_name(method)} with structures: its gradients are those of the model at full size",
             expected="a method that reads no gradients, after structures are removed",
             fix="use another method, or remove the structures in a run before this one",
+        )
+
+
+def _check_corrected(method: Method) -> None:
+    if method.needs is not Gram:
+        name = method_name(method)
+        raise RecipeError(
+            f"{name} with statistics.alpha: the corrected weights are solved for with a Gram matrix, which {name} "
+            "does not collect",
+            expected="a solver, or a chain with a step such as refit",
+            fix=f"set method to [{name}, refit], or statistics.alpha to 0",
         )

@@ -59,6 +59,9 @@ class StatisticsOptions(BaseModel):
             layer's output at each token; takes a backward pass of the dense model).
         sequential: collect the statistics of a matrix after the matrices before it in its layer are pruned, rather than
             those of the whole layer at once; the layer is run once for each of its inputs (about four times).
+        alpha: part of the errors of earlier matrices that solvers correct, in [0, 1]: with X the inputs in the dense
+            model and X' those in the pruned one, they aim at W + alpha W (X - X') X'^T (X' X'^T)^-1 instead of W. Takes
+            a second set of hidden states. Routed experts, whose tokens differ between both models, keep W.
     """
 
     model_config = STRICT
@@ -66,3 +69,4 @@ class StatisticsOptions(BaseModel):
     token_weight: TokenWeight = "normalise"
     loss_weight: LossWeight = "none"
     sequential: bool = False
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.0

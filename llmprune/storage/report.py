@@ -45,6 +45,8 @@ class MatrixRow:
         top_tokens: the share of the squared inputs that the largest 1 % of the tokens have, before they were weighed;
             None without statistics, and in reports from before it was recorded.
         losses: of a chain, after each of its parts; empty for other methods.
+        correction: ||W' - W|| / ||W||, with W' what corrects earlier errors (`statistics.alpha`) and was solved for in
+            place of the dense W; above 0.3, W was. None if errors were not collected.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = CLOSED
@@ -65,6 +67,7 @@ class MatrixRow:
     peak_bytes: int
     top_tokens: float | None = None
     losses: tuple[StepLoss, ...] = ()
+    correction: float | None = None
 
     @property
     def sparsity(self) -> float:

@@ -1,9 +1,11 @@
 """What is passed between decoder layers: hidden states (in CPU memory up to a budget, then on disk), and the rest."""
 
+import copy
 import math
 import shutil
 import tempfile
 import weakref
+from collections import UserDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,18 @@ class LayerCalls:
             self._carried.pop((link, batch), None)
         return hidden
 
+    def fork(self) -> "LayerCalls":
+        """The same calls for another model: its layers return other values, and write others into mappings.
+
+        All tensors that are there by now are shared.
+        """
+        other, copies = copy.copy(self), dict[int, Any]()
+        other._calls = {
+            key: (_forked(args, copies), _forked(kwargs, copies)) for key, (args, kwargs) in self._calls.items()
+        }
+        other._carried = dict(self._carried)
+        return other
+
     def end_batch(self) -> None:
         """Forget the identities of the objects of the batch that has ended."""
         self._seen.clear()
@@ -205,6 +219,20 @@ class LayerCalls:
                 return known
         candidates.append(here)
         return here
+
+
+def _forked(value: Any, copies: dict[int, Any]) -> Any:
+    """A copy of nested containers with the same leaves; `copies`, by id, so that what was one mapping stays one."""
+    if not isinstance(value, dict | list | tuple | UserDict):
+        return value
+    if id(value) not in copies:
+        if isinstance(value, UserDict):  # in transformers: keys and values that layers share
+            copies[id(value)] = copy.copy(value)
+        elif isinstance(value, dict):
+            copies[id(value)] = {key: _forked(item, copies) for key, item in value.items()}
+        else:
+            copies[id(value)] = type(value)(_forked(item, copies) for item in value)
+    return copies[id(value)]
 
 
 def _leaves(tree: Any, kind: type) -> list[Any]:

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -80,9 +81,12 @@ class Observer(TorchFunctionMode):
         importance: for each token of the current batch, its weight for the loss (`gradients.importance`), [tokens];
             the statistics become mixtures. None before the first batch: they do not. Routed experts, whose inputs are
             some of the tokens in an order of the model's own, keep the plain ones.
+        dense: for the current batch, matrix name -> its inputs in the dense model, a tensor of rows for each of its
+            matmuls; the Grams of these matrices then collect the inputs' errors (`Gram.errors`).
     """
 
     importance: Tensor | None = None
+    dense: Mapping[str, Sequence[Tensor]] = MappingProxyType({})
 
     def __init__(
         self,
@@ -137,6 +141,7 @@ class Observer(TorchFunctionMode):
         self._stoppable = len(counts) == len(self._needs) and set(counts.values()) == {1}
         self._calls_in_batch = {}
         self._inputs.clear()
+        self.dense = MappingProxyType({})
 
     def finish(self) -> None:
         """Give every matrix a group; experts that received no token get empty statistics.
@@ -192,10 +197,27 @@ class Observer(TorchFunctionMode):
                     energies = rows.float().square().mean(-1)
                     group.energies.append(energies)
                     first = x.shape[-2] if x.dim() > 2 else len(rows)
+                    error = self._error(matrix, rows)
+                    if error is not None:
+                        error = group.weighting(error, energies, first)
                     rows = group.weighting(rows, energies, first)
-                    group.statistics.update(rows)
+                    _add(group.statistics, rows, error)
                     if group.weighted is not None:
-                        group.weighted.update(self._by_importance(matrix, rows))
+                        error = None if error is None else self._by_importance(matrix, error)
+                        _add(group.weighted, self._by_importance(matrix, rows), error)
+
+    def _error(self, matrix: Matrix, rows: Tensor) -> Tensor | None:
+        """What the dense model has in place of these rows, minus them, in their dtype; None if it is not known."""
+        if matrix.name not in self.dense:
+            return None
+        dense = self.dense[matrix.name][self._calls_in_batch[matrix.name] - 1]
+        if dense.shape != rows.shape:
+            raise ModelError(
+                f"{matrix.name} has {len(rows)} inputs in a batch, and {len(dense)} in the dense model",
+                expected="the same tokens in both models, where statistics.alpha is above 0",
+                fix=f"set statistics.alpha: 0, or leave such matrices dense: {_exclude(matrix)}",
+            )
+        return (dense.float() - rows.float()).to(rows.dtype)
 
     def _join(self, matrix: Matrix, x: Tensor) -> Group:
         # The input is kept alive until the batch ends, so that its address is not reused by another tensor.
@@ -240,6 +262,27 @@ class Observer(TorchFunctionMode):
             # Spread over the batch, since neighbouring tokens are similar.
             step = max(len(rows) // room, 1)
             group.held_back.append(rows[::step][:room].clone())
+
+
+class InputRecorder(Observer):
+    """Keeps the inputs of matrices while a decoder layer runs inside it.
+
+    Attributes:
+        rows: for the current batch, matrix name -> the input rows of each of its matmuls, views of the layer's tensors.
+    """
+
+    rows: dict[str, list[Tensor]]
+
+    def _take(self, matrix: Matrix, stride: tuple[int, ...], x: Tensor, weight: Tensor) -> None:
+        self._calls_in_batch[matrix.name] = self._calls_in_batch.get(matrix.name, 0) + 1
+        self.rows.setdefault(matrix.name, []).append(x.detach().reshape(-1, x.shape[-1]))
+
+
+def _add(statistics: ColumnNorm | Gram, rows: Tensor, error: Tensor | None) -> None:
+    """Add rows to statistics, and to those of the inputs' errors if they are known."""
+    statistics.update(rows)
+    if error is not None and isinstance(statistics, Gram):
+        statistics.add_errors(error, rows)
 
 
 def _address(weight: Tensor) -> tuple[int, int]:

@@ -10,7 +10,7 @@ one, so that every layer is calibrated on the outputs of the pruned layers befor
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from llmprune.stream.windows import LOGIT_BYTES, Window, window_positions, windo
 from llmprune.timing import Stages
 
 Needs = Mapping[str, type[ColumnNorm] | type[Gram] | None]
+DenseRows = Callable[[int], Mapping[str, Sequence[Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +271,7 @@ class ResidentLayer:
         token_weight: TokenWeight = "none",
         batches: int | None = None,
         importance: Tensor | None = None,
+        dense: DenseRows | None = None,
     ) -> list[Group]:
         """Run the layer over all batches and collect statistics.
 
@@ -278,6 +280,8 @@ class ResidentLayer:
             token_weight: how tokens are weighed in the statistics, see `statistics.TokenWeighting`.
             importance: weight of each token [samples, length] for the loss; None: all count the same.
             batches: run only this many, to see which matrices share an input; None: all.
+            dense: gives the inputs in the dense model for a batch (`paired.dense_rows`), of which Grams then collect
+                the differences; None: they do not.
 
         Returns:
             The groups of matrices that share an input, in the order in which the layer uses them.
@@ -296,6 +300,8 @@ class ResidentLayer:
                 if importance is not None:
                     first, samples = batch * self.stream.settings.batch_size, len(self.stream.batches[batch])
                     observer.importance = importance[first : first + samples].flatten()
+                if dense is not None and not observer.keep_rows:
+                    observer.dense = dense(batch)
                 with contextlib.suppress(EveryMatrixSeenError), observer:
                     self.forward(self.stream.hidden[batch], batch)
                 observer.end_batch()

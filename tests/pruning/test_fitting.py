@@ -1,8 +1,8 @@
 """Runs that fit each layer as a whole: what the report has, and that no interruption shows in the result."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import pytest
 import torch
 from folders import tensors, untimed, weights_and_texts
 from rich.console import Console
+from runs import stop_early
 from tiny_models import build, recipe, save, tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +19,6 @@ from llmprune import Report, dry_run, prune
 from llmprune.cli.tables.pruning import report_table
 from llmprune.errors import RecipeError
 from llmprune.pages.fitted import fitting_facts
-from llmprune.pruning.writing import Writer
 from llmprune.storage.report import load_report
 
 TARGETS = ("dense", "local", "corrected")
@@ -36,24 +36,8 @@ def fitting(target: str = "corrected", **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def stopped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Runs a recipe that is interrupted before the third layer is committed."""
-
-    def run(source: Path, settings: dict[str, Any], folder: Path) -> None:
-        commit, seen = Writer.commit, []
-
-        def stop(self: Writer, *args: Any) -> None:
-            seen.append(args)
-            if len(seen) == 3:
-                raise KeyboardInterrupt
-            commit(self, *args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Writer, "commit", stop)
-            with pytest.raises(KeyboardInterrupt):
-                prune(source, settings, folder)
-
-    return run
+def stopped(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return partial(stop_early, monkeypatch)
 
 
 @pytest.mark.parametrize("structures", [None, SMALLER], ids=["weights", "smaller"])

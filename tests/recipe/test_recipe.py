@@ -116,7 +116,7 @@ def test_defaults() -> None:
         "allocation": "uniform",
         "report_to": None,
         "reconstruct": None,
-        "statistics": {"token_weight": "normalise", "loss_weight": "none", "sequential": False},
+        "statistics": {"token_weight": "normalise", "loss_weight": "none", "sequential": False, "alpha": 0.0},
         "experts": {"min_tokens": 64},
         "device": "auto",
         "format": "dense",

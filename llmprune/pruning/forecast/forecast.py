@@ -5,7 +5,8 @@ random tokens, which shows which matrices share an input and what fraction of th
 matmuls are counted:
 
     forward   2 x elements x tokens for each matrix of a layer, in two forward passes: to observe the layer, to advance
-    Gram      2 x tokens x d^2 for each group of width d
+    Gram      2 x tokens x d^2 for each group of width d; twice that with corrected targets, which take two more
+              forward passes
     solve     as the methods state (`Method.work`, `Method.shared_work`): for SparseGPT d^3 / 3 for each group's
               factorisation, and 2 x out x d^2 for each matrix
     matching  if layers are fitted as a whole: 6 x elements x training tokens for each epoch, 2 x elements x validation
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from llmprune.devices import describe_device, resolve_device
 from llmprune.measuring.answers import too_large
+from llmprune.methods.correction import correction_work
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.decoder import prunable_matrices
 from llmprune.models.sizes import ends_bytes
@@ -35,7 +37,6 @@ from llmprune.pruning.fitting import find_parts, repeated_share
 from llmprune.pruning.forecast.around import measure_around
 from llmprune.pruning.forecast.backward import BackwardPlan, plan_backward
 from llmprune.pruning.forecast.memory import (
-    hidden_sets,
     layer_memory,
     library_bytes,
     matching_memory,
@@ -113,7 +114,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     layers = tuple(look.plan(indices, jobs) for indices in _kinds(source, jobs))
     structures = plan_structures(found)
     hidden = look.hidden_bytes
-    sets = hidden_sets(settings)
+    sets = settings.hidden_sets
     resident = sets * min(hidden, int(settings.activation_budget))
     largest = max((plan.memory for plan in layers), key=lambda memory: memory.total)
     libraries = library_bytes(device)
@@ -197,9 +198,9 @@ class _Look:
             groups = layer.observe(needs) if needs else []
             held_back = self._recipe.held_back * self._length
             consumers = consumer_shapes(self._reduction.found, index) if self._reduction else []
-            copies = 1 if self._recipe.statistics.loss_weight == "none" else 2
+            options = self._recipe.statistics
             batch_tokens = max(self._batches) * self._length
-            memory = layer_memory(layer, groups, jobs[index], batch_tokens, held_back, consumers, copies)
+            memory = layer_memory(layer, groups, jobs[index], batch_tokens, held_back, consumers, options)
             fitted = jobs[index] or ({} if self._reduction is None else layer.matrices)
             parts = None if self._parts is None else self._parts[index]
             matching = matching_memory(layer, fitted, self._recipe.reconstruct, batch_tokens, parts)
@@ -230,16 +231,18 @@ class _Look:
     ) -> Work:
         shares = self._shares(layer, groups)
         counted = self._recipe.calibration.sequences * self._length
-        products = factors = 0.0
+        products = factors = solving = 0.0
         for group in groups:
             width = left[group.names[0]][1]
             if isinstance(group.statistics, Gram):
-                products += 2 * counted * shares[group.names[0]] * width**2
+                corrected = self._corrects(layer, group)
+                products += (1 + corrected) * 2 * counted * shares[group.names[0]] * width**2
+                solving += corrected * sum(correction_work(left[name]) for name in group.names)
             # Matrices with one input share its factorisation; the most expensive one is counted.
             factors += max(jobs[name].method.shared_work(width) for name in group.names)
-        solving = sum(job.method.work(left[name], job.pattern) for name, job in jobs.items())
+        solving += sum(job.method.work(left[name], job.pattern) for name, job in jobs.items())
         elements = sum(shares[name] * rows * columns for name, (rows, columns) in left.items())
-        forward = (1 + bool(jobs)) * elements + self._backward * elements
+        forward = (1 + bool(jobs) + self._compared(jobs)) * elements + self._backward * elements
         if self._reduction is not None:
             dense = sum(shares[name] * m.shape[0] * m.shape[1] for name, m in layer.matrices.items())
             forward += observations(self._reduction.found, layer.index) * dense
@@ -248,6 +251,17 @@ class _Look:
             passes, gram, solve = replacing_work(self._reduction.found, self.tokens, counted)
             forward, products, factors = forward + passes * dense, products + gram, factors + solve
         return Work(2 * forward * self.tokens, products, factors + solving, self._matching(layer, shares, elements))
+
+    def _corrects(self, layer: ResidentLayer, group: Group) -> bool:
+        """Whether the inputs of a group are compared with the dense model's."""
+        return self._recipe.statistics.alpha > 0 and not layer.matrices[group.names[0]].routed
+
+    def _compared(self, jobs: Mapping[str, Job]) -> int:
+        """Forward passes of the dense layer for that: to observe it, and to advance, unless block matching does."""
+        if not self._recipe.statistics.alpha:
+            return 0
+        options = self._recipe.reconstruct
+        return bool(jobs) + (options is None or options.target == "local")
 
     def _matching(self, layer: ResidentLayer, shares: Mapping[str, float], elements: float) -> float:
         """Operations of fitting the layer, with this many elements left for each token, in all epochs.

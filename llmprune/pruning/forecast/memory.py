@@ -10,18 +10,20 @@ libraries       3 MB on a CPU: what kernels keep for their threads from the firs
                 heap holds in small pieces
 ends            embeddings, final norm and LM head, while text is embedded; no layer is in memory at that time. Tensors
                 that the model does not read, such as a draft head, are copied 4 MB at a time and take nothing
-hidden states   samples x length x hidden size, at most `activation_budget` (the rest is on disk); with block matching
-                two or three sets of them (`Reconstruct.hidden_sets`), two where layers stand for removed ones
+hidden states   samples x length x hidden size, at most `activation_budget` (the rest is on disk); with block matching,
+                corrected targets (`statistics.alpha`) or layers that stand for removed ones two to four sets of them
+                (`Recipe.hidden_sets`)
 calls           masks and rotary embeddings that the model passes to its layers; equal ones are stored once
-weights         one decoder layer in the compute dtype
+weights         one decoder layer in the compute dtype; twice with corrected targets, for which the dense one is kept
 statistics      4 d^2 bytes for each Gram of width d, 4 d for column norms; shared by matrices with the same input;
-                twice that while a layer is observed if they are weighted by the loss
+                twice that while a layer is observed if they are weighted by the loss, and twice with corrected targets
 held-back rows  up to 1,024 rows of each group's input
 forward         batch x length tokens x (6 hidden sizes + 3 widest dimensions) in the compute dtype; where statistics
                 are collected, plus the squares of the widest input in float32, and a float32 copy of it if the
-                compute dtype is narrower
+                compute dtype is narrower; with corrected targets, plus the inputs of all matrices, and errors of the
+                widest, as they are and weighed, in float32
 solving         what the method states for the current matrix (`Method.workspace`): for [o, i] 20 o i bytes, and 6 i^2
-                more for SparseGPT
+                more for SparseGPT; 4 o i + 4 i^2 more with corrected targets
 matching        if layers are fitted as a whole: for each parameter trained at a time 16 bytes (float32 values, the
                 gradient and both moments of Adam), 4 for the best epoch's, 1 for the mask and one in the compute dtype,
                 which the layer runs with; 12 more for those of the largest matrix; and what the backward pass needs of
@@ -46,12 +48,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from llmprune.methods.correction import correction_bytes
 from llmprune.models.sizes import active_experts, ends_bytes
 from llmprune.models.source import Source
 from llmprune.pruning.fitting import attention_names
 from llmprune.pruning.jobs import Job
 from llmprune.recipe.recipe import Recipe
 from llmprune.recipe.reconstruct import Reconstruct
+from llmprune.recipe.sections import StatisticsOptions
 from llmprune.statistics import Gram
 from llmprune.stream.guard import scoring_needs
 from llmprune.stream.matching import trained_parameters
@@ -104,7 +108,7 @@ def layer_memory(
     batch_tokens: int,
     held_back_tokens: int,
     consumers: Sequence[tuple[int, int]] = (),
-    copies: int = 1,
+    options: StatisticsOptions | None = None,
 ) -> LayerMemory:
     """Apply the formula to a layer; its parameters may be on the meta device.
 
@@ -117,8 +121,11 @@ def layer_memory(
         held_back_tokens: tokens that are excluded from the statistics.
         consumers: (out, in) of matrices from whose inputs groups are removed first; their statistics are freed before
             weights are pruned.
-        copies: of the statistics in memory: 2 if they are weighted by the loss, else 1.
+        options: of the statistics, as in the recipe; default: its defaults.
     """
+    options = options or StatisticsOptions()
+    corrected = bool(options.alpha and jobs)
+    copies = (1 + (options.loss_weight != "none")) * (1 + corrected)
     if groups is None:
         widths = [(layer.matrices[name].shape[1], job.method.needs is Gram) for name, job in jobs.items()]
     else:
@@ -133,11 +140,14 @@ def layer_memory(
     kept_rows = itemsize * min(HELD_BACK_ROWS, held_back_tokens)
     observed = bool(consumers) or any(job.method.needs is not None for job in jobs.values())
     activations = itemsize * (6 * hidden + 3 * widest) + observed * (8 if itemsize < 4 else 4) * widest
-    solving = [job.method.workspace(layer.matrices[name].shape) for name, job in jobs.items()]
+    activations += corrected * (itemsize * sum(width for width, _ in widths) + 8 * widest)
+    targets = [corrected * correction_bytes(layer.matrices[name].shape) for name in jobs]
+    spaces = [job.method.workspace(layer.matrices[name].shape) for name, job in jobs.items()]
+    solving = [space + target for space, target in zip(spaces, targets, strict=True)]
     # About five square matrices of this width (structures.remove.solver), and three float32 copies of the matrix.
     removing = [20 * width**2 + 12 * rows * width for rows, width in consumers]
     return LayerMemory(
-        weights=sum(parameter.nbytes for parameter in parameters),
+        weights=(1 + corrected) * sum(parameter.nbytes for parameter in parameters),
         statistics=max(
             copies * sum(4 * width**2 if gram else 4 * width for width, gram in widths),
             sum(4 * width**2 for _, width in consumers),
@@ -221,13 +231,6 @@ def replacing_memory(
     return max(memory.weights, fitting) + memory.forward
 
 
-def hidden_sets(recipe: Recipe) -> int:
-    """Sets of hidden states of all samples that a run keeps, each within the activation budget."""
-    depth = None if recipe.structures is None else recipe.structures.depth
-    replaced = depth is not None and depth.replace is not None
-    return max(1 if recipe.reconstruct is None else recipe.reconstruct.hidden_sets, 1 + replaced)
-
-
 def predict_peak(ends: int, hidden_states: int, calls: int, layers: Sequence[LayerMemory], libraries: int) -> int:
     """The formula's peak in bytes, above what the process holds before the first layer.
 
@@ -264,11 +267,11 @@ def pruning_needs(
     layers = []
     for index, job in enumerate(jobs):
         layer = ResidentLayer(stream, index)
-        memory = layer_memory(layer, None, job, batch, held_back)
+        memory = layer_memory(layer, None, job, batch, held_back, options=recipe.statistics)
         fitted = job or (() if recipe.structures is None else layer.matrices)
         layers.append(replace(memory, matching=matching_memory(layer, fitted, recipe.reconstruct, batch)))
     hidden = ids.numel() * source.model.config.get_text_config().hidden_size * source.dtype.itemsize
-    held = hidden_sets(recipe) * min(hidden, settings.activation_budget)
+    held = recipe.hidden_sets * min(hidden, settings.activation_budget)
     peak = predict_peak(ends_bytes(source), held, 0, layers, library_bytes(settings.device))
     needs = f"up to {format_size(peak)} for pruning, in addition to the program itself"
     if "evaluation" in texts:

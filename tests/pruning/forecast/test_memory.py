@@ -69,7 +69,14 @@ print(json.dumps(prune("testbed", "wanda-50", sys.argv[2], overrides=small + sys
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which resident pages belong to files")
 @pytest.mark.parametrize(
-    "more", [[], ["reconstruct={epochs: 1}"], ["reconstruct={epochs: 1, target: dense}"]], ids=["", "fitted", "dense"]
+    "more",
+    [
+        [],
+        ["reconstruct={epochs: 1}"],
+        ["reconstruct={epochs: 1, target: dense}"],
+        ["method=[wanda, refit]", "statistics.alpha=0.5"],
+    ],
+    ids=["", "fitted", "dense", "corrected"],
 )
 def test_the_peak_of_a_process_of_its_own_is_the_predicted_one(tmp_path: Path, more: list[str]) -> None:
     """The bundled model; what other tests have left in this process's heap would be used again, and go unseen."""
