@@ -10,7 +10,7 @@ from llmprune.storage.report import STANDING, MatchRow, MatrixRow, Report
 
 
 def fitting_facts(report: Report) -> list[tuple[str, str]]:
-    """Names and lines for the summary; empty if a recipe has nothing of the kind: chains, `alpha`, `reconstruct`, `replace`.
+    """Names and lines for the summary; empty if a recipe has no chains, `alpha`, `reconstruct` or `replace`.
 
     Args:
         report: the run's report.
