@@ -88,8 +88,7 @@ class StructureRow:
         method: how they were chosen.
         refit: whether the kept weights were refitted.
         compensated: whether the mean of the removed outputs was added to the consumer's bias (FLAP).
-        error: relative output error ||(W - V) X||^2 / ||W X||^2 of the consumer on held-out rows, averaged over the
-            experts of an MoE layer; None if it could not be measured.
+        error: relative output error of the consumer on held-out rows, a mean over experts; None: not measured.
         damping: the largest damping used; None without a refit.
         swaps: exchanges made after the greedy search.
         tokens: input rows in the statistics.
