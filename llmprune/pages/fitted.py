@@ -61,11 +61,12 @@ def correction_line(corrections: Sequence[float]) -> str:
 
 
 def match_line(rows: Sequence[MatchRow]) -> str:
-    """The mean error of the layers before and after they were fitted, and in how many it fell."""
+    """The mean error of layers, and of their attentions, before and after they were fitted; in how many it fell."""
     before, after = (_mean(getattr(row, which) for row in rows) for which in ("before", "after"))
     better = sum(row.after < row.before for row in rows)
     targets = ", ".join(dict.fromkeys(row.target for row in rows))
-    return f"mean error {before:.4g} before, {after:.4g} after ({targets}); lower in {better:,} of {len(rows):,} layers"
+    fits = "layers" if all(row.part == "layer" for row in rows) else "fits of attentions and layers"
+    return f"mean error {before:.4g} before, {after:.4g} after ({targets}); lower in {better:,} of {len(rows):,} {fits}"
 
 
 def match_parts(report: Report) -> list[Part]:
@@ -73,16 +74,23 @@ def match_parts(report: Report) -> list[Part]:
     _, matched = _divided(report.matches)
     if not matched:
         return []
-    layers = [number(row.layer) for row in matched]
-    series = []
-    for place, which in enumerate(("before", "after")):
-        errors = [getattr(row, which) for row in matched]
-        hover = [f"layer {layer}: {error:.4g} {which}" for layer, error in zip(layers, errors, strict=True)]
-        series.append(Series(which, layers, errors, hover, place))
+    series = list[Series]()
+    parts = dict.fromkeys(row.part for row in matched)
+    for part in parts:
+        own = [row for row in matched if row.part == part]
+        layers = [number(row.layer) for row in own]
+        of = "" if len(parts) == 1 else f" ({part})"
+        for which in ("before", "after"):
+            errors = [getattr(row, which) for row in own]
+            hover = [f"layer {layer}{of}: {error:.4g} {which}" for layer, error in zip(layers, errors, strict=True)]
+            series.append(Series(which + of, layers, errors, hover, len(series)))
     rows = tuple(
-        (str(layer), f"{row.before:.4g}", f"{row.after:.4g}", f"{row.best} of {row.epochs}", f"{row.seconds:,.2f}")
-        for layer, row in zip(layers, matched, strict=True)
-    )
+        (
+            f"{number(row.layer)}{'' if row.part == 'layer' else f' {row.part}'}",
+            f"{row.before:.4g}", f"{row.after:.4g}", f"{row.best} of {row.epochs}", f"{row.seconds:,.2f}",
+        )
+        for row in matched
+    )  # fmt: skip
     return [
         Chart(
             "chart-matching",

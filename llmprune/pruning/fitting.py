@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 
 from llmprune.errors import RecipeError
 from llmprune.models.decoder import Decoder
@@ -69,26 +69,22 @@ class Fitting:
             tell: told about each epoch.
         """
         if self._blocks is None:
-            return [self._match(layer, layer.name, states, names, tell)]
+            return [self._match(layer, states, names, tell)]
         modules = attention_names(self._blocks[layer.index])
         assert self._between is not None, "targets are prepared before a layer is pruned"
         halfway, self._between = (states[0], self._between), None
         with self._without_mlp(layer):
-            label = f"{layer.name}.{modules[0].removesuffix('.')}"
-            first = self._match(layer, label, halfway, names, tell, lambda name: name.startswith(modules))
-        rest = self._match(layer, layer.name, states, names, tell, lambda name: not name.startswith(modules))
-        return [first, rest]
+            first = self._match(layer, halfway, names, tell, lambda name: name.startswith(modules))
+        rest = self._match(layer, states, names, tell, lambda name: not name.startswith(modules))
+        return [replace(first, part="attention"), rest]
 
-    def _without_mlp(self, layer: ResidentLayer) -> ExitStack:
+    def _without_mlp(self, layer: ResidentLayer) -> AbstractContextManager[None]:
         assert self._blocks is not None, "only where parts are fitted in turn"
-        stack = ExitStack()
-        stack.enter_context(without(layer.module, layer.index, [self._blocks[layer.index]["mlp"]]))
-        return stack
+        return without(layer.module, layer.index, [self._blocks[layer.index]["mlp"]])
 
     def _match(
         self,
         layer: ResidentLayer,
-        label: str,
         states: tuple[HiddenStates, HiddenStates],
         names: Collection[str],
         tell: Callable[[str], None],
@@ -99,7 +95,7 @@ class Fitting:
         matched = match_layer(layer, *states, names, self._options.matching, tell, among)
         changed = [name for name in names if layer.count_zeros(name) < zeros[name]]
         assert not changed, f"block matching revived zeros of {changed}"
-        return MatchRow(label, self._options.target, seconds=time.perf_counter() - start, **asdict(matched))
+        return MatchRow(layer.name, self._options.target, seconds=time.perf_counter() - start, **asdict(matched))
 
 
 def repeated_share(layer: ResidentLayer, parts: SubBlocks | None) -> float:

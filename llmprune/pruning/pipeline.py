@@ -152,7 +152,7 @@ def prune_checkpoint(
         found = Removable.find(source, run.recipe.structures)
     jobs = plan_jobs(_preview(source, found), run.recipe)
     require_packable(jobs, source.linear_key, run.recipe.format)
-    find_parts(source, run.recipe.reconstruct)
+    find_parts(source, run.recipe.reconstruct)  # refused now, if at all
     nbytes = sum(stored.nbytes for stored in source.stored.values())
     require_space(output, nbytes if rotating is None else 2 * rotating.nbytes, resume=resume)
     recipe = {"recipe": run.recipe.to_dict() | {"description": "", "report_to": None}}

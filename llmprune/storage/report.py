@@ -137,6 +137,7 @@ class MatchRow:
         epochs: epochs that were run.
         best: the epoch that was kept; 0: the layer stays as it was.
         seconds: spent on it.
+        part: layer: its output; attention: what it returns without its MLP, fitted first (`reconstruct.window`).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = CLOSED
@@ -148,6 +149,7 @@ class MatchRow:
     epochs: int
     best: int
     seconds: float
+    part: str = "layer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,13 +382,11 @@ def load_report(folder: Path) -> Report:
         CheckpointError: it is missing or damaged.
     """
     if not (folder / REPORT_NAME).exists():
-        runs = any(folder.glob(f"*/{REPORT_NAME}"))
+        runs, fix = any(folder.glob(f"*/{REPORT_NAME}")), "check the path; finish an interrupted run with --resume"
         raise CheckpointError(
             f"{folder} has no {REPORT_NAME}" if folder.exists() else f"there is no folder {folder}",
             expected="the output folder of a finished run",
-            fix=f"name the runs in it: {folder}/*"
-            if runs
-            else "check the path; finish an interrupted run with --resume",
+            fix=f"name the runs in it: {folder}/*" if runs else fix,
         )
     content = read_as(
         folder / REPORT_NAME,

@@ -11,7 +11,7 @@ are folded first: then all layers read the same.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -157,11 +157,8 @@ class _Merge:
             hook.remove()
         return seen[0].flatten(0, -2).float()
 
-    @contextmanager
-    def _without(self, member: ResidentLayer, part: Part) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(without(member.module, member.index, [self._found.blocks[member.index][part]]))
-            yield
+    def _without(self, member: ResidentLayer, part: Part) -> AbstractContextManager[None]:
+        return without(member.module, member.index, [self._found.blocks[member.index][part]])
 
     @staticmethod
     def _columns(matrix: Tensor, order: Tensor, size: int) -> Tensor:

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from llmprune import Report, dry_run, prune
 from llmprune.cli.tables.pruning import report_table
 from llmprune.errors import RecipeError
-from llmprune.pages.fitted import fitting_facts
+from llmprune.pages.fitted import fitting_facts, match_parts
+from llmprune.pages.page import Chart
 from llmprune.storage.report import load_report
 
 TARGETS = ("dense", "local", "corrected")
@@ -63,15 +64,19 @@ def test_attention_first_then_the_rest(llama: Path, tmp_path: Path, stopped: Any
     stopped(llama, settings, tmp_path / "resumed")
     prune(llama, settings, tmp_path / "resumed", resume=True)
     assert weights_and_texts(tmp_path / "resumed") == weights_and_texts(tmp_path / "whole")
-    names = [row.layer for row in whole.matches]
-    assert names == [f"model.layers.{number}{part}" for number in range(4) for part in (".self_attn", "")]
-    for kind in (".self_attn", ""):
-        rows = [row for row in whole.matches if row.layer.endswith(kind)]
+    names = [(row.layer, row.part) for row in whole.matches]
+    assert names == [(f"model.layers.{number}", part) for number in range(4) for part in ("attention", "layer")]
+    for kind in ("attention", "layer"):
+        rows = [row for row in whole.matches if row.part == kind]
         assert all(row.after <= row.before for row in rows)
         assert any(row.after < row.before for row in rows)
     assert sum(row.zeros for row in whole.rows) == sum(
         row.zeros for row in prune(llama, fitting(), tmp_path / "layers").rows
     )
+    assert "of 8 fits of attentions and layers" in dict(fitting_facts(whole))["block matching"]
+    (chart,) = match_parts(whole)
+    assert isinstance(chart, Chart)
+    assert [row[0] for row in chart.table.rows[:3]] == ["0 attention", "0", "1 attention"]
 
 
 def test_layers_without_both_parts_are_refused_before_any_text_is_read(tmp_path: Path) -> None:

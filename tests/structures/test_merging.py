@@ -8,6 +8,7 @@ import pytest
 import torch
 from folders import tensors, weights_and_texts
 from rich.console import Console
+from runs import stop_early
 from tiny_models import build, recipe, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -16,7 +17,6 @@ from llmprune import Report, dry_run, prune
 from llmprune.cli.tables.pruning import dry_run_tables
 from llmprune.errors import ModelError, RecipeError
 from llmprune.pages.fitted import fitting_facts
-from llmprune.pruning.writing import Writer
 from llmprune.recipe.recipe import load_recipe
 from llmprune.structures import merging
 from llmprune.structures.merging import placed
@@ -130,18 +130,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 ) -> None:
     wanted = settings(reconstruct=QUICK, pattern="2:4", method="wanda")
     whole = prune(llama, wanted, tmp_path / "whole")
-    commit, seen = Writer.commit, []
-
-    def stop(self: Writer, *args: Any) -> None:
-        seen.append(args)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        commit(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Writer, "commit", stop)
-        with pytest.raises(KeyboardInterrupt):
-            prune(llama, wanted, tmp_path / "resumed")
+    stop_early(monkeypatch, llama, wanted, tmp_path / "resumed")
     again = prune(llama, wanted, tmp_path / "resumed", resume=True)
     assert weights_and_texts(tmp_path / "resumed") == weights_and_texts(tmp_path / "whole")
     assert rows(again) == rows(whole)

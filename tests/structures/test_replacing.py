@@ -9,6 +9,7 @@ import pytest
 import torch
 from folders import tensors, weights_and_texts
 from rich.console import Console
+from runs import stop_early
 from tiny_models import build, recipe, save
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +18,6 @@ from llmprune.cli.tables.pruning import dry_run_tables
 from llmprune.errors import ModelError, RecipeError
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.pages.fitted import fitting_facts, match_parts
-from llmprune.pruning.writing import Writer
 from llmprune.recipe.recipe import load_recipe
 from llmprune.text.loading import load_texts, load_tokenizer
 
@@ -99,18 +99,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         reconstruct=reconstruct, structures={"depth": LINEAR, "ffn": {"remove": 0.5}}, pattern="2:4", method="wanda"
     )
     whole = prune(llama, wanted, tmp_path / "whole")
-    commit, seen = Writer.commit, []
-
-    def stop(self: Writer, *args: Any) -> None:
-        seen.append(args)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        commit(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Writer, "commit", stop)
-        with pytest.raises(KeyboardInterrupt):
-            prune(llama, wanted, tmp_path / "resumed")
+    stop_early(monkeypatch, llama, wanted, tmp_path / "resumed")
     again = prune(llama, wanted, tmp_path / "resumed", resume=True)
     assert weights_and_texts(tmp_path / "resumed") == weights_and_texts(tmp_path / "whole")
     assert [(row.layer, row.target, row.after) for row in again.matches] == [
