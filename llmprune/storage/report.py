@@ -9,13 +9,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import ConfigDict, with_config
-from typing_extensions import NotRequired, TypedDict
+from pydantic import ConfigDict
+from typing_extensions import NotRequired
 
 from llmprune.errors import CheckpointError, MissingPackageError
 from llmprune.losses import StepLoss
 from llmprune.storage.files import read_json, write_json
 from llmprune.storage.records import CLOSED, read_as
+from llmprune.storage.report_header import Header
 from llmprune.units import format_change
 
 REPORT_NAME = "report.json"
@@ -322,57 +323,11 @@ class Report:
         return math.inf if perplexity is None else perplexity
 
 
-@with_config(ConfigDict(extra="allow"))
-class _Evaluated(TypedDict):
-    perplexity: float | None
-    tokens_digest: NotRequired[str]
-
-
-@with_config(ConfigDict(extra="allow"))
-class _Evaluation(TypedDict):
-    dense: _Evaluated
-    pruned: _Evaluated
-
-
-@with_config(ConfigDict(extra="allow"))
-class _Size(TypedDict):
-    layers: int
-    hidden_size: int
-
-
-@with_config(ConfigDict(extra="allow"))
-class _Extent(TypedDict):
-    dense: _Size
-    pruned: _Size
-
-
-@with_config(ConfigDict(extra="allow"))
-class _Content(TypedDict):
-    """What a report on disk must hold, and the types of what summaries and pages take from it."""
-
+class _Content(Header):
     rows: tuple[MatrixRow, ...]
     structures: tuple[StructureRow, ...]
     matches: NotRequired[tuple[MatchRow, ...]]
     summary: dict[str, Any]
-    model: NotRequired[str]
-    parameters: NotRequired[int]
-    host: NotRequired[dict[str, Any]]
-    notes: NotRequired[list[str]]
-    answers: NotRequired[dict[str, Any] | None]
-    generation: NotRequired[dict[str, Any]]
-    device: NotRequired[str]
-    source: NotRequired[str]
-    recipe: NotRequired[dict[str, Any]]
-    tokens: NotRequired[dict[str, str]]
-    version: NotRequired[dict[str, str]]
-    texts: NotRequired[dict[str, dict[str, Any]]]
-    seconds: NotRequired[dict[str, float]]
-    memory: NotRequired[dict[str, Any] | None]
-    size: NotRequired[dict[str, int] | None]
-    speed: NotRequired[dict[str, Any] | None]
-    evaluation: NotRequired[_Evaluation | None]
-    extent: NotRequired[_Extent | None]
-    decisions: NotRequired[dict[str, Any] | None]
 
 
 def load_report(folder: Path) -> Report:

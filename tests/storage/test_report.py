@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from folders import contents, tensors, zeros
@@ -14,6 +15,19 @@ from llmprune.errors import CheckpointError, MissingPackageError
 from llmprune.pages import Comparison
 from llmprune.storage.report import load_report
 from llmprune.text.tokens import TextSpec
+
+
+def header(**changes: Any) -> dict[str, Any]:
+    """What pages take from a report, in as few words as possible."""
+    side = {"perplexity": 1.5, "tokens_digest": "a", "text": {"source": "self"}, "predicted_tokens": 3, "length": 4}
+    return {
+        "recipe": {"method": "wanda"},
+        "seconds": {"total": 1.0},
+        "memory": {"predicted_bytes": 1, "measured_bytes": 2, "baseline_bytes": 3},
+        "size": {"stored_bytes": 1, "dense_bytes": 2},
+        "evaluation": {"dense": dict(side), "pruned": dict(side), "kl_divergence": 0.1, "agreement": 0.9},
+        **changes,
+    }
 
 
 def evaluated(dense: float, pruned: float) -> Report:
@@ -188,3 +202,39 @@ def test_notebooks_show_a_table() -> None:
     assert "<th>sparsity</th><td>" in shown
     assert "of the weights in the pruned matrices" in shown
     assert Report((), {})._repr_html_() == "<table><tr><th>model</th><td></td></tr></table>"
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("recipe", "method"), 5),
+        (("recipe", "structures"), "ffn"),
+        (("recipe", "structures"), {"ffn": 5}),
+        (("recipe", "rules"), True),
+        (("seconds",), {"load": 1.0}),
+        (("memory", "baseline_bytes"), None),
+        (("memory", "measured_bytes"), "8 MB"),
+        (("size",), {"stored_bytes": 1}),
+        (("answers",), {"prompts": ["a"], "dense": [], "pruned": ["b"], "skipped": ""}),
+        (("answers",), {"prompts": ["a"], "dense": [5], "pruned": ["b"], "skipped": ""}),
+        (("answers",), {"prompts": ["a"]}),
+        (("evaluation", "agreement"), None),
+        (("evaluation", "kl_divergence"), []),
+        (("evaluation", "dense", "text"), {}),
+        (("evaluation", "dense", "text"), {"source": "self", "opening": 5}),
+        (("evaluation", "dense", "length"), "long"),
+        (("evaluation", "dense", "stderr"), {}),
+    ],
+    ids=str,
+)
+def test_a_header_that_no_page_could_show_is_a_typed_error(tmp_path: Path, keys: tuple[str, ...], value: Any) -> None:
+    content = header(answers={"prompts": ["a"], "dense": ["b"], "pruned": ["c"], "skipped": ""})
+    Report((), content).save(tmp_path)
+    load_report(tmp_path)
+    part = content
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
+    Report((), content).save(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"report\.json cannot be read: {keys[0]}"):
+        load_report(tmp_path)
