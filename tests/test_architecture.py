@@ -16,7 +16,7 @@ FILES = [path for folder in (PACKAGE, KERNELS) for path in sorted(folder.rglob("
 # above it; never from another room of its own line, and never from below.
 ROOMS = (
     ("errors", "precision", "progress", "timing", "units"),
-    ("devices", "patterns", "statistics"),
+    ("devices", "paths", "patterns", "statistics"),
     ("losses",),
     ("kernels", "storage.formats"),
     ("methods", "rotation", "storage"),

@@ -56,11 +56,13 @@ def inspect(
     """
     with explained(as_json):
         from llmprune.cli.tables.checkpoints import inspection_tables
+        from llmprune.errors import ModelError
         from llmprune.measuring.inspection import inspect_checkpoint
+        from llmprune.paths import user_path
         from llmprune.storage.hub import resolve_model
 
         # Any folder with safetensors files will do, even one that cannot be pruned.
-        folder = Path(model).expanduser()
+        folder = user_path(model, ModelError)
         inspection = inspect_checkpoint(folder if folder.is_dir() else resolve_model(model))
         if as_json:
             console.show_json(inspection.to_dict())

@@ -94,7 +94,9 @@ def evaluate(
         raise typer.BadParameter(f"{limit:g}: give a whole number, or a fraction below 1", param_hint="--limit")
     with explained(as_json):
         from llmprune.cli.tables.evaluating import evaluation_tables
+        from llmprune.errors import CheckpointError
         from llmprune.measuring.tasks import OFFLINE_TASKS, HarnessSettings, run_tasks
+        from llmprune.paths import user_path
 
         quieten(quiet)
         names = tuple(tasks.split(",")) if tasks else OFFLINE_TASKS
@@ -112,7 +114,7 @@ def evaluate(
             log_samples=log_samples,
             device_map=device_map,
         )
-        target = output.expanduser() if output else None
+        target = user_path(output, CheckpointError) if output else None
         result = run_tasks(model, names, against, settings, target, lambda step: _tell(step, quiet))
         if as_json:
             console.show_json(result.to_dict())

@@ -202,13 +202,15 @@ def bench(
     display = console.Display(quiet=quiet)
     with explained(as_json):
         from llmprune.cli.tables.measuring import bench_tables
+        from llmprune.errors import CheckpointError
         from llmprune.measuring.bench import bench as benching
         from llmprune.measuring.bench.record import BENCH_NAME, read_results, write_result
+        from llmprune.paths import user_path
         from llmprune.storage.files import require_writable
         from llmprune.timing import Effort
 
         checkpoint = _existing(folder)
-        target = output.expanduser() if output else checkpoint / BENCH_NAME
+        target = user_path(output, CheckpointError) if output else checkpoint / BENCH_NAME
         # Fail now, not after minutes of measuring, if the file cannot be added to.
         read_results(target)
         require_writable(target)
@@ -238,8 +240,9 @@ def bench(
 
 def _existing(folder: Path) -> Path:
     from llmprune.errors import ModelError
+    from llmprune.paths import user_path
 
-    folder = folder.expanduser()
+    folder = user_path(folder, ModelError)
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} has no config.json" if folder.is_dir() else f"no folder {folder}",

@@ -37,9 +37,11 @@ def report(
     folder.
     """
     with explained(as_json=False):
+        from llmprune.errors import CheckpointError
         from llmprune.pages import write_report
+        from llmprune.paths import user_path
 
-        page = write_report(folder.expanduser())
+        page = write_report(user_path(folder, CheckpointError))
         console.show(f"written to {page}")
     if sys.stdout.isatty() if open_it is None else open_it:
         import webbrowser
@@ -64,15 +66,18 @@ def compare(
     """
     with explained(as_json):
         from llmprune.cli.tables.comparing import comparison_tables
+        from llmprune.errors import CheckpointError
         from llmprune.pages import compare as compare_runs
         from llmprune.pages import write_comparison
+        from llmprune.paths import user_path
         from llmprune.storage.files import require_writable
 
         if html is not None:
-            require_writable(html.expanduser())
+            html = user_path(html, CheckpointError)
+            require_writable(html)
         comparison = compare_runs(folders, against)
         if html is not None:
-            page = write_comparison(comparison, html.expanduser())
+            page = write_comparison(comparison, html)
             console.tell(f"written to {page}")
         if as_json:
             console.show_json(comparison.to_dict())

@@ -17,7 +17,7 @@ from llmprune.models.boundary import load_stock_model, one_line, read_stock_conf
 from llmprune.models.skeleton import quiet_transformers
 from llmprune.models.source import Source
 from llmprune.precision import computed_in
-from llmprune.text.openings import Tokenizer
+from llmprune.text.openings import Tokenizer, encoded
 from llmprune.text.scripts import template_problem
 
 # New tokens of an answer, at most.
@@ -94,7 +94,7 @@ def _answer(model: PreTrainedModel, tokenizer: Any, prompt: str) -> str:
     if chats:
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    ids = list(tokenizer([prompt], add_special_tokens=not chats, verbose=False)["input_ids"][0])
+    ids = encoded(tokenizer, [prompt], special=not chats)[0]
     inputs = torch.tensor([ids], device=model.device)
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     settings = GenerationConfig(do_sample=False, max_new_tokens=TOKENS, eos_token_id=ends, pad_token_id=_pad(ends))

@@ -100,7 +100,8 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         raise _no_tokenizer(folder)
     tekken = Path(folder, "tekken.json").is_file() and not is_mistral_common_available()
     try:
-        with explained(f"no tokenizer in {folder}", **_tokenizer_advice(Path(folder))):
+        expected, fix = _tokenizer_advice(Path(folder))
+        with explained(f"no tokenizer in {folder}", expected=expected, fix=fix):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except ModelError as error:
         if tekken:
@@ -124,22 +125,28 @@ def auto_class_for(config: PretrainedConfig) -> type[AutoModelForCausalLM] | Non
 
 
 @contextlib.contextmanager
-def explained(what: str, *, expected: str, fix: str) -> Iterator[None]:
-    """Turn whatever transformers raises while it reads foreign files into a `ModelError` that names the cause.
+def explained(what: str, *, expected: str, fix: str, raised: type[LlmpruneError] = ModelError) -> Iterator[None]:
+    """Turn whatever a library raises while it reads foreign files into an error of ours that names the cause.
 
     What it raises for a wrong value depends on the value: its own and its libraries' errors, and every built-in one.
-    Running out of memory is not the files' fault.
+    Running out of memory is not the files' fault, and neither is a reader of our output who has left.
+
+    Args:
+        what: what failed, for the error.
+        expected: for the error.
+        fix: for the error.
+        raised: the class of the error.
     """
     try:
         yield
-    except (LlmpruneError, MemoryError, torch.OutOfMemoryError):
+    except (LlmpruneError, MemoryError, BrokenPipeError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         if is_shortage(error):
             raise DeviceError(
                 f"{what}: {one_line(error)}", fix="free memory; check the sizes in config.json"
             ) from error
-        raise ModelError(f"{what}: {one_line(error)}", expected=expected, fix=fix) from error
+        raise raised(f"{what}: {one_line(error)}", expected=expected, fix=fix) from error
 
 
 @contextlib.contextmanager
@@ -180,20 +187,20 @@ def _auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM]:
     return auto_class_for(config) or AutoModelForCausalLM
 
 
-def _tokenizer_advice(folder: Path) -> dict[str, str]:
+def _tokenizer_advice(folder: Path) -> tuple[str, str]:
     """What to expect and to do if the tokenizer in a folder cannot be read."""
     own = False
     with contextlib.suppress(CheckpointError):  # reading the tokenizer says what is wrong with the file
         own = bool(read_json(folder / "tokenizer_config.json").get("auto_map"))
     if own:
-        return {
-            "expected": "a tokenizer that transformers has; this one brings its own code, which llmprune never runs",
-            "fix": "use a checkpoint of this model with a tokenizer.json for transformers' own classes",
-        }
-    return {
-        "expected": "the tokenizer's files next to the weights, and the packages that it needs",
-        "fix": "install the package that the message names; else save the model's tokenizer into the folder again",
-    }
+        return (
+            "a tokenizer that transformers has; this one brings its own code, which llmprune never runs",
+            "use a checkpoint of this model with a tokenizer.json for transformers' own classes",
+        )
+    return (
+        "the tokenizer's files next to the weights, and the packages that it needs",
+        "install the package that the message names; else save the model's tokenizer into the folder again",
+    )
 
 
 def _lacks_tokenizer(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from llmprune.measuring.perplexity import finite
 from llmprune.pages import labels
 from llmprune.pages.beside import Beside, Evaluation, count_parameters, has_weights, read_beside, stored_bytes
 from llmprune.pages.page import Table
+from llmprune.paths import user_path
 from llmprune.storage.hub import checkpoint_digest, resolve_model
 from llmprune.storage.report import Report, load_report
 from llmprune.units import format_size
@@ -172,7 +173,7 @@ def compare(folders: Iterable[str | Path], against: str | Path | None = None) ->
         >>> compare(["out/a", "out/b"], against="testbed").to_frame()  # doctest: +SKIP
     """
     # A shell's DIR/* also matches files, such as the record of a sweep.
-    paths = [path for path in (Path(folder).expanduser() for folder in folders) if not path.is_file()]
+    paths = [path for path in (user_path(folder, CheckpointError) for folder in folders) if not path.is_file()]
     if not paths:
         raise CheckpointError("no folders to compare", expected="the output folder of at least one run")
     runs = [(path, load_report(path), read_beside(path)) for path in paths]

@@ -114,7 +114,10 @@ def _build(loader: _RecipeLoader, node: yaml.Node, path: KeyPath, lines: dict[Ke
         lines.update({(*path, index): item.start_mark.line + 1 for index, item in enumerate(node.value)})
         return [_build(loader, item, (*path, index), lines) for index, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
+        try:
+            return loader.construct_object(node)
+        except ValueError as error:  # an integer of thousands of digits
+            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
     content: dict[str, Any] = {}
     for key_node, value in node.value:
         key, inside = key_node.value, (*path, key_node.value)

@@ -34,6 +34,7 @@ from pydantic import (
 
 from llmprune.errors import RecipeError
 from llmprune.methods import METHODS, STEPS, Method
+from llmprune.paths import user_path
 from llmprune.patterns import Pattern
 from llmprune.recipe.aliases import known_assignment, rename_keys
 from llmprune.recipe.allocation import RULES, AllocationField, Uniform, check_allocation
@@ -344,16 +345,13 @@ def _open(recipe: str | Path | Mapping[str, Any] | Recipe) -> Document:
     if isinstance(recipe, str) and recipe in bundled:
         return parse_document(bundled[recipe], f"{recipe}.yaml")
     try:
-        return parse_document(Path(recipe).read_text("utf-8"), str(recipe))
+        return parse_document(user_path(recipe, RecipeError).read_text("utf-8"), str(recipe))
     except FileNotFoundError as error:
         hint = did_you_mean(Path(recipe).name.removesuffix(".yaml"), bundled)
         raise RecipeError(f"no recipe {str(recipe)!r}{hint}", expected=f"a YAML file, or {one_of(bundled)}") from error
     except (OSError, UnicodeError) as error:
-        raise RecipeError(
-            f"{recipe} cannot be read: {error}",
-            expected="a YAML file in UTF-8",
-            fix="check the path, or save the file as UTF-8 text",
-        ) from error
+        fix = "check the path, or save the file as UTF-8 text"
+        raise RecipeError(f"{recipe} cannot be read: {error}", expected="a YAML file in UTF-8", fix=fix) from error
 
 
 def _known_keys(section: KeyPath) -> list[str]:

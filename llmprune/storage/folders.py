@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from llmprune.errors import CheckpointError, ResumeError
+from llmprune.paths import user_path
 from llmprune.storage.files import INDEX_NAME
 from llmprune.units import format_size
 
@@ -19,9 +20,6 @@ LOCK_NAME = ".llmprune.lock"
 STAGING_NAME = ".llmprune-new"
 RECIPE_NAME = "recipe.yaml"
 SAMPLES_NAME = "calibration.jsonl"
-
-# The most characters of a path that cannot be used which a message shows.
-_SHOWN = 120
 
 # Allowance for everything but the weights: tokenizer, report and its page.
 _BESIDE_BYTES = 20_000_000
@@ -81,23 +79,7 @@ def expanded(path: str | Path) -> Path:
         raise ResumeError(
             f"output folder {path!r}", expected="the path of a folder", fix="pass one, such as out/pruned"
         )
-    try:
-        found = Path(path).expanduser()
-    except RuntimeError as error:
-        raise ResumeError(
-            f"{path} starts with an unknown home folder: {error}",
-            expected="an output folder",
-            fix="write the path in full, or ./~ for a folder of that name",
-        ) from error
-    try:
-        found.resolve().exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a null character
-        raise ResumeError(
-            f"{str(path)[:_SHOWN]!r} is not a path that this machine can have: {str(error)[:_SHOWN]}",
-            expected="the path of a folder",
-            fix="choose another output folder",
-        ) from error
-    return found
+    return user_path(path, ResumeError, expected="the path of a folder", fix="choose another output folder")
 
 
 def require_other(path: Path, source: str | Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 
 from llmprune.errors import CheckpointError, LlmpruneError, ModelError
+from llmprune.paths import user_path
 from llmprune.storage.files import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -32,9 +33,6 @@ TESTBED = "testbed"
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
-
-# The most characters of a name that cannot be used which a message shows.
-_SHOWN = 120
 
 _SAMPLE_BYTES = 1 << 20
 _TENSOR_SAMPLE_BYTES = 1 << 12
@@ -64,17 +62,9 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
             expected=f'"{TESTBED}", a local folder or a hub id',
             fix="pass one of these; only `prune` and `Stream` accept a transformers model in memory",
         )
-    try:
-        local = not isinstance(model, str) or model == TESTBED or _looks_local(model)
-        folder = _bundled() if model == TESTBED else Path(model).expanduser()
-        folder.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown home folder, a null character
-        raise ModelError(
-            f"{str(model)[:_SHOWN]!r} names no model: {str(error)[:_SHOWN]}",
-            expected=f'"{TESTBED}", a folder, or a hub id such as org/name',
-            fix="check the spelling",
-        ) from error
-    if not local:
+    named = user_path(model, ModelError, expected=f'"{TESTBED}", a folder, or a hub id such as org/name')
+    folder = _bundled() if model == TESTBED else named
+    if not (isinstance(model, Path) or model == TESTBED or _looks_local(model)):
         return _from_hub(str(model), revision)
     if revision is not None:
         raise ModelError(

@@ -50,13 +50,13 @@ def rendered(documents: Iterable[str | Conversation], tokenizer: Tokenizer) -> I
 
 
 def _message(turn: Any, where: str) -> dict[str, str]:
-    turn = turn if isinstance(turn, Mapping) else {}
-    role = turn.get("role") or _ROLES.get(str(turn.get("from")), turn.get("from"))
-    content = turn.get("content", turn.get("value"))
+    given = turn if isinstance(turn, Mapping) else {}
+    role = given.get("role") or _ROLES.get(str(given.get("from")), given.get("from"))
+    content = given.get("value") if given.get("content") is None else given["content"]
     if isinstance(content, list):
         # Parts, as for models that see pictures: text is what a language model reads.
-        kinds = {part.get("type") for part in content if isinstance(part, Mapping)}
-        content = "".join(str(part["text"]) for part in content) if kinds == {"text"} else None
+        parts = [_text_of(part) for part in content]
+        content = "".join(map(str, parts)) if parts and None not in parts else None
     if not isinstance(role, str) or not isinstance(content, str):
         raise CalibrationError(
             f"{where} has a turn that is not a message: {str(turn)[:80]}",
@@ -64,6 +64,12 @@ def _message(turn: Any, where: str) -> dict[str, str]:
             fix="set column to the one that has the text, or convert the conversations",
         )
     return {"role": role, "content": content}
+
+
+def _text_of(part: Any) -> str | None:
+    """The text of a part of a message; None if it is something else."""
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+    return text if isinstance(text, str) else None
 
 
 def _render(conversation: Conversation, tokenizer: Tokenizer) -> str:

@@ -11,7 +11,7 @@ import torch
 from llmprune.errors import CalibrationError
 from llmprune.text.chats import rendered
 from llmprune.text.documents import has_columns, read_documents, require_source
-from llmprune.text.openings import Tokenizer, opening_of
+from llmprune.text.openings import Tokenizer, encoded, opening_of
 from llmprune.text.scripts import Script
 from llmprune.text.tokens import TextSpec
 
@@ -68,6 +68,6 @@ def require_documents(source: str) -> None:
 def _beginnings(texts: list[str], tokenizer: Tokenizer, most: int) -> list[tuple[int, ...]]:
     """The first tokens of each text, after what the tokenizer puts in front of it."""
     opening = opening_of(tokenizer)
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    opened = (tuple(ids) if tuple(ids[: len(opening)]) == opening else (*opening, *ids) for ids in encoded)
+    plain = encoded(tokenizer, texts)
+    opened = (tuple(ids) if tuple(ids[: len(opening)]) == opening else (*opening, *ids) for ids in plain)
     return [ids[:most] for ids in opened]

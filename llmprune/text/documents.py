@@ -7,9 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmprune.errors import CalibrationError
+from llmprune.models.boundary import explained, one_line
+from llmprune.paths import user_path
 from llmprune.text.chats import CHAT_COLUMNS, Conversation
 
 _COLUMN = "set column to the one that holds the text"
+_FOLDER_FIX = (
+    "name one .txt, .jsonl or .parquet file, or a folder with such files alone, of the same columns; of a dataset that "
+    "was saved to disk, load_from_disk(FOLDER).to_parquet(FILE) writes one; check config and split"
+)
 _LAST_FIX = "check the name, config and split (datasets.load_dataset may say more), or use a local file"
 
 # A dataset id may contain dots (airoboros-2.2.1), so only these suffixes identify a file.
@@ -29,7 +35,7 @@ def read_documents(source: str, config: str | None, split: str, column: str) -> 
         CalibrationError: there is no such source, or it cannot be read.
     """
     require_source(source)
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.is_file():
         return _file_documents(path, column)
     return _dataset_documents(str(path), config, split, column)
@@ -41,7 +47,7 @@ def require_source(source: str) -> None:
     Raises:
         CalibrationError: says what can be read.
     """
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.is_file() and path.suffix.lower() not in _FILE_READERS:
         raise CalibrationError(
             f"{path}: unknown text format",
@@ -59,7 +65,7 @@ def require_source(source: str) -> None:
 
 def is_single_file(source: str) -> bool:
     """Whether a source is a single file that is read here and not by the datasets library."""
-    path = Path(source).expanduser()
+    path = _path(source)
     return path.suffix.lower() in _FILE_READERS and not path.is_dir()
 
 
@@ -68,19 +74,25 @@ def has_columns(source: str) -> bool:
     return not (is_single_file(source) and Path(source).suffix.lower() == ".txt")
 
 
+def _path(source: str) -> Path:
+    return user_path(source, CalibrationError, expected="a file, a folder of data files, or a dataset id")
+
+
 def _file_documents(path: Path, column: str) -> Iterator[str | Conversation]:
-    try:
-        yield from _FILE_READERS[path.suffix.lower()](path, column)
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a damaged parquet file
-        raise CalibrationError(
-            f"{path} cannot be read: {error}",
-            expected="a readable file, with text in UTF-8",
-            fix="fix its permissions or its encoding (for example: iconv -f LATIN1 -t UTF-8)",
-        ) from error
+    suffix = path.suffix.lower()
+    encoding = "fix its permissions or its encoding (for example: iconv -f LATIN1 -t UTF-8)"
+    with explained(
+        f"{path} cannot be read",
+        expected="a readable file, with text in UTF-8",
+        fix="fix its permissions, or write or download it again" if suffix == ".parquet" else encoding,
+        raised=CalibrationError,
+    ):
+        yield from _FILE_READERS[suffix](path, column)
 
 
 def _read_text(path: Path, column: str) -> Iterator[str]:
-    yield path.read_text(encoding="utf-8")
+    # A byte-order mark, as Windows writes it, is no text.
+    yield path.read_text(encoding="utf-8-sig")
 
 
 def _read_json_lines(path: Path, column: str) -> Iterator[str | Conversation]:
@@ -91,7 +103,7 @@ def _read_json_lines(path: Path, column: str) -> Iterator[str | Conversation]:
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise CalibrationError(
                     f"{where} is not JSON: {error}",
                     expected="a JSON object on each line, in UTF-8",
@@ -125,24 +137,27 @@ _FILE_READERS: dict[str, Callable[[Path, str], Iterator[str | Conversation]]] = 
 
 def _dataset_documents(name: str, config: str | None, split: str, column: str) -> Iterator[str | Conversation]:
     import datasets  # slow to import, and few runs need it
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined] # of httpx, whichever version the hub uses
 
     try:
         with _quiet_retries():
             dataset = datasets.load_dataset(name, config, split=split, streaming=False)
-    except (datasets.exceptions.DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         fixes = {
             FileNotFoundError: "check the name or path; a gated or private dataset needs accepted terms and a login",
             ConnectionError: "connect to the hub, or use a local file or folder",
             ValueError: "check config and split",
         }
+        fix = next((fix for kind, fix in fixes.items() if isinstance(error, kind)), _LAST_FIX)
+        # Of a file that it cannot read, the library says what is wrong only in the cause.
+        said = one_line(error) + (f": {one_line(error.__cause__)}" if error.__cause__ is not None else "")
         raise CalibrationError(
-            f"dataset {name} (config {config}, split {split}) cannot be loaded: {error}",
-            fix=next((fix for kind, fix in fixes.items() if isinstance(error, kind)), _LAST_FIX),
+            f"dataset {name} (config {config}, split {split}) cannot be loaded: {said}",
+            fix=_FOLDER_FIX if Path(name).exists() else fix,
         ) from error
     _check_column(column, dataset.column_names, f"dataset {name}, split {split}")
     batches = (batch[column] for batch in dataset.select_columns([column]).iter(1000))
-    yield from _rows(batches, column, f"dataset {name}")
+    with explained(f"dataset {name} cannot be read", expected="text", fix=_COLUMN, raised=CalibrationError):
+        yield from _rows(batches, column, f"dataset {name}")
 
 
 @contextmanager

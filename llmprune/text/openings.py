@@ -9,6 +9,8 @@ a text when it adds its special tokens. lm-eval (`add_special_tokens`) and llama
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from llmprune.models.boundary import explained
+
 # Any text will do whose tokens are found again when special tokens are added around them.
 _PROBE = "a"
 
@@ -23,16 +25,37 @@ class Tokenizer(Protocol):
         """Encode a batch of documents; `input_ids` has a list of ids for each."""
 
 
+def encoded(tokenizer: Tokenizer, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+    """The ids of each text.
+
+    Args:
+        tokenizer: any callable like a transformers tokenizer.
+        texts: any.
+        special: whether the tokenizer adds its special tokens.
+
+    Raises:
+        ModelError: the tokenizer fails. A damaged one does so only now, with whatever its library raises.
+    """
+    with explained(
+        f"the tokenizer {getattr(tokenizer, 'name_or_path', '')} cannot encode a text",
+        expected="a tokenizer that encodes any text",
+        fix="download the tokenizer's files again, or correct the value in tokenizer_config.json",
+    ):
+        # verbose=False: texts longer than the model's context are expected here; they are cut later.
+        ids = tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
+        return [list(row) for row in ids["input_ids"]]
+
+
 def opening_of(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens that a tokenizer puts in front of a text, such as BOS; empty if it puts nothing there.
 
     Args:
         tokenizer: any callable like a transformers tokenizer.
     """
-    plain, whole = (_encoded(tokenizer, _PROBE, special=special) for special in (False, True))
+    plain, whole = (encoded(tokenizer, [_PROBE], special=special)[0] for special in (False, True))
     if not plain:
         # The vocabulary lacks the probe: whatever is added to an empty text comes before it.
-        return tuple(_encoded(tokenizer, "", special=True))
+        return tuple(encoded(tokenizer, [""], special=True)[0])
     places = (start for start in range(len(whole) - len(plain) + 1) if whole[start : start + len(plain)] == plain)
     return tuple(whole[: next(places, 0)])
 
@@ -47,8 +70,3 @@ def spelled_out(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The text of these ids, special tokens included; the ids themselves if the tokenizer cannot decode."""
     decode = getattr(tokenizer, "decode", None)
     return str(decode(list(ids))) if decode else " ".join(map(str, ids))
-
-
-def _encoded(tokenizer: Tokenizer, text: str, *, special: bool) -> list[int]:
-    options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
-    return list(tokenizer([text], **options)["input_ids"][0])

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from llmprune.text.openings import Tokenizer, opening_of
+from llmprune.text.openings import Tokenizer, encoded, opening_of
 
 # How vocabularies spell what separates documents in pretraining, where fine-tuning has given the model another EOS.
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
@@ -86,7 +86,7 @@ def _conversation(tokenizer: Tokenizer) -> Script | None:
     after = answered.partition(_ANSWER)[2]
 
     def encode(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"][0]) if text else ()
+        return tuple(encoded(tokenizer, [text])[0]) if text else ()
 
     first, answer = encode(before), encode(between)
     # The end of an answer is sampled; what the template writes after it comes before the next conversation.

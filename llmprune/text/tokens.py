@@ -31,7 +31,7 @@ from torch import Tensor
 from llmprune.errors import CalibrationError
 from llmprune.text.chats import rendered
 from llmprune.text.documents import has_columns, is_single_file, read_documents
-from llmprune.text.openings import Tokenizer, named, opening_of, spelled_out
+from llmprune.text.openings import Tokenizer, encoded, named, opening_of, spelled_out
 
 SampleLayout = Literal["pack", "truncate", "pack-bare"]
 Order = Literal["text", "shuffled"]
@@ -295,9 +295,7 @@ class _Reader:
             documents: number of documents still wanted.
         """
         while texts := self._take(tokens, documents):
-            # verbose=False: documents longer than the model's context are expected here; they are cut later.
-            encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            batch = [self._opened(ids) for ids in encoded["input_ids"] if ids]
+            batch = [self._opened(ids) for ids in encoded(self._tokenizer, texts) if ids]
             self.empty += len(texts) - len(batch)
             self.tokens += sum(map(len, batch))
             if batch:

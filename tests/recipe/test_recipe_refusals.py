@@ -218,3 +218,8 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     for text, shown in (("", "null"), ("- 1", "[1]"), ("2:4", '"2:4"')):
         assert refusal(written(tmp_path, text)).what.endswith(f"recipe.yaml holds {shown}")
     assert "special characters" in refusal("pattern: \x07\n").what
+
+
+def test_a_number_too_long_to_be_read_is_named_with_its_line() -> None:
+    error = refusal("method: wanda\npattern: " + "9" * 5000 + "\n")
+    assert error.what.startswith("recipe:2: Exceeds the limit")

@@ -83,7 +83,10 @@ def test_the_error_names_the_column(tmp_path: Path, tokenizer: PreTrainedTokeniz
 @pytest.mark.parametrize(
     "turns",
     [["hello"], [{"role": "user"}], [{"role": 3, "content": "x"}], [{"content": "x"}], [{"role": "user", "content": 5}],
-     [{"role": "user", "content": [{"type": "image", "url": "x"}]}]],
+     [{"role": "user", "content": [{"type": "image", "url": "x"}]}], [{"role": "user", "content": []}],
+     *([{"role": "user", "content": [part]}] for part in (
+         {"type": "text"}, {"type": "text", "text": None}, {"type": "text", "text": {}}, {"type": []}, "x", 5, None)),
+     [{"role": "user", "content": [{"type": "text", "text": "x"}, "y"]}]],
 )  # fmt: skip
 def test_what_is_no_message_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, turns: Any) -> None:
     path = written(tmp_path / "chats.jsonl", "messages", turns)
@@ -100,3 +103,11 @@ def test_a_model_without_a_template_or_with_one_that_fails(tmp_path: Path, token
     with pytest.raises(CalibrationError, match="no chat template") as caught:
         load_tokens(spec(path, "messages", 4), tokenizer)
     assert "set column" in caught.value.fix
+
+
+def test_a_cell_of_another_form_is_null_in_a_table(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    # A table that holds turns of both forms has a column for each key, null where a turn lacks it.
+    turns = [{"role": None, "content": None, **turn} for turn in SHARED]
+    expected = [BOS, *tokenizer(TEXT, add_special_tokens=False)["input_ids"]]
+    path = written(tmp_path / "chats.parquet", "conversations", turns)
+    assert load_tokens(spec(path, "conversations", len(expected)), tokenizer).ids.tolist() == [expected]

@@ -9,7 +9,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from llmprune.errors import CalibrationError
+from llmprune.errors import CalibrationError, ModelError
 from llmprune.text.tokens import TextSpec, load_tokens
 
 
@@ -194,3 +194,59 @@ def test_options_without_effect_are_refused(source, changed):
     (name,) = changed
     with pytest.raises(CalibrationError, match=f"^{name} .*\nexpected: no {name}"):
         TextSpec(source, **changed)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"text": "a", "other": ' + "[" * 100_000], ids=["all", "inside"])
+def test_a_line_nested_without_end_is_named(tmp_path, tokenizer, line):
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n' + line)
+    with pytest.raises(CalibrationError, match="line 2 is not JSON"):
+        load_tokens(TextSpec(str(tmp_path / "text.jsonl"), samples=1, length=4), tokenizer)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer):
+    ids = []
+    for name, encoding in (("plain.txt", "utf-8"), ("marked.txt", "utf-8-sig")):
+        (tmp_path / name).write_text("A sentence with some words in it.", encoding=encoding)
+        ids.append(load_tokens(TextSpec(str(tmp_path / name), samples=1, length=4, order="text"), tokenizer).ids)
+    assert ids[0].equal(ids[1])
+
+
+def test_a_damaged_table_is_not_said_to_be_badly_encoded(tmp_path, tokenizer):
+    write_parquet(tmp_path / "text.parquet", DOCUMENTS)
+    content = (tmp_path / "text.parquet").read_bytes()
+    (tmp_path / "text.parquet").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CalibrationError, match="cannot be read") as caught:
+        load_tokens(TextSpec(str(tmp_path / "text.parquet"), samples=1, length=4), tokenizer)
+    assert "download it again" in caught.value.fix
+
+
+def test_a_folder_s_error_names_the_cause(tmp_path, tokenizer, dataset_cache):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "text.jsonl").write_text("{nope")
+    with pytest.raises(CalibrationError, match=r"cannot be loaded: .*: .*JSON parse error") as caught:
+        load_tokens(TextSpec(str(tmp_path / "data"), samples=1, length=4), tokenizer)
+    assert "a folder with such files alone" in caught.value.fix
+    saved = datasets.Dataset.from_dict({"text": ["a"]})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(CalibrationError, match="save_to_disk") as caught:
+        load_tokens(TextSpec(str(tmp_path / "saved"), samples=1, length=4), tokenizer)
+    assert "to_parquet" in caught.value.fix
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), AttributeError("x"), NotImplementedError("x"), TypeError("x")])
+def test_whatever_the_library_raises_is_a_typed_error(tokenizer, monkeypatch, error):
+    def refuse(*args, **options):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(CalibrationError, match="dataset a/b"):
+        load_tokens(TextSpec("a/b"), tokenizer)
+
+
+@pytest.mark.parametrize("layout", ["pack", "truncate"])
+def test_a_damaged_tokenizer_is_a_typed_error(tmp_path, layout):
+    path = write_jsonl(tmp_path / "text.jsonl", DOCUMENTS)
+    damaged = AutoTokenizer.from_pretrained(TESTBED)
+    damaged.model_max_length = "many"  # as tokenizer_config.json may say
+    with pytest.raises(ModelError, match="cannot encode a text: '>' not supported"):
+        load_tokens(TextSpec(str(path), samples=1, length=4, layout=layout), damaged)

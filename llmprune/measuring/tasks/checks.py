@@ -8,6 +8,7 @@ from typing import Any
 from llmprune.measuring.tasks.errors import EvaluationError
 from llmprune.measuring.tasks.result import HarnessSettings
 from llmprune.models.boundary import load_tokenizer
+from llmprune.paths import user_path
 
 
 def require_settings(settings: HarnessSettings, output: Path | None) -> None:
@@ -20,7 +21,7 @@ def require_settings(settings: HarnessSettings, output: Path | None) -> None:
         raise EvaluationError(
             "log_samples without an output file", expected="a place for the samples", fix="add --output FILE"
         )
-    if settings.include_path is not None and not settings.include_path.expanduser().is_dir():
+    if settings.include_path is not None and not user_path(settings.include_path, EvaluationError).is_dir():
         raise EvaluationError(
             f"no folder {settings.include_path}",
             expected="the folder that holds the YAML files of further tasks",

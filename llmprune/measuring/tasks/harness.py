@@ -20,6 +20,7 @@ from llmprune.measuring.tasks.checks import generation_options, require_settings
 from llmprune.measuring.tasks.errors import EvaluationError, require_harness
 from llmprune.measuring.tasks.result import EvaluationResult, HarnessSettings
 from llmprune.measuring.tasks.significance import compare_results
+from llmprune.paths import user_path
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.serving.placement import require_placement
 from llmprune.storage.files import require_writable, write_json
@@ -51,7 +52,7 @@ def run_tasks(
         against: the dense model to compare with.
         settings: how lm-eval is run; default: all documents, the checkpoint's dtype, the first GPU or the CPU.
         output: JSON file for the comparison; lm-eval writes its own files to a folder of the same name next to it.
-        watch: called for each model.
+        watch: called for the tasks, and for each model.
 
     Raises:
         EvaluationError: lm-eval is not installed, a task is unknown, its data is unavailable, or a setting has no
@@ -63,6 +64,7 @@ def run_tasks(
         'acc'
     """
     require_harness()
+    watch(Progress("reading the tasks of lm-eval"))
     from llmprune.measuring.tasks.tasks import Tasks
 
     settings = settings or HarnessSettings()
@@ -76,7 +78,7 @@ def run_tasks(
     if output:
         require_writable(output)
     with _kept_apart(settings.quiet):
-        loaded = Tasks(tasks, settings.include_path and settings.include_path.expanduser())
+        loaded = Tasks(tasks, settings.include_path and user_path(settings.include_path, EvaluationError))
     if settings.gen_kwargs is not None and not loaded.generating:
         raise EvaluationError(
             "gen_kwargs for tasks that generate no text",
@@ -200,7 +202,7 @@ def _answers(source: Path, settings: HarnessSettings) -> str | None:
     digest.update(f"\0{settings.device_map}".encode() if settings.device_map else b"")
     for file in sorted({file for pattern in _ANSWERING for file in source.glob(pattern) if file.is_file()}):
         digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
-    return str(settings.cache.expanduser() / digest.hexdigest()[:32])
+    return str(user_path(settings.cache, EvaluationError) / digest.hexdigest()[:32])
 
 
 @contextlib.contextmanager
