@@ -64,7 +64,9 @@ def add_commands(app: typer.Typer) -> None:
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help='Text to continue; "-": from stdin.')],
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to generate.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Most tokens to generate, within the model's positions.")
+    ] = 128,
     temperature: Annotated[
         float | None,
         typer.Option(min=0.0, metavar="T", help="0 for greedy decoding. Default: the model's generation config."),
@@ -86,12 +88,16 @@ def generate(
 ) -> None:
     """Generate from a prompt, streaming to stdout; speed goes to stderr."""
     with explained(as_json):
+        from llmprune.models.boundary import read_stock_config
         from llmprune.models.skeleton import quiet_transformers
-        from llmprune.serving.loader import Sampling, encode, load, load_tokenizer, write
+        from llmprune.serving.loader import Sampling, encode, load, load_tokenizer, require_room, write
+        from llmprune.storage.hub import resolve_model
+        from llmprune.text.loading import model_positions
 
         quieten(quiet)
         tokenizer = load_tokenizer(model, chat_template)
         ids = encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat=chat or chat_template is not None)
+        room = require_room(ids, model_positions(read_stock_config(resolve_model(model))))
         with console.Display(quiet=quiet) as display, quiet_transformers():
             display(Progress(f"loading {model}"))
             loaded = load(
@@ -102,7 +108,7 @@ def generate(
                 graphs=graphs,
                 device_map=device_map,
             )
-        sampling = Sampling(max_new_tokens, temperature, seed)
+        sampling = Sampling(min(max_new_tokens, room or max_new_tokens), temperature, seed)
         written = write(loaded, tokenizer, ids, sampling, _ignore if as_json else _say)
         if as_json:
             console.show_json({"model": model, **written.to_dict()})

@@ -16,6 +16,9 @@ Fields = dict[str, Any]
 # What the handlers would obey.
 _OPERATORS = ("chat_template", "generation_config")
 
+# The most objects and lists inside one another: whoever reads them calls itself for each.
+_DEPTH = 64
+
 # Stop strings are compared with every token of the vocabulary: OpenAI's limits.
 _STOPS, _STOP_LENGTH = 4, 500
 
@@ -35,9 +38,16 @@ def read_fields(body: bytes) -> Fields:
         json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ServingError(f"a body that is not valid JSON: {error}", expected="an object in UTF-8") from error
+    if _deeper(fields, _DEPTH):
+        raise ServingError("a body with objects or lists nested too deep", expected=f"at most {_DEPTH} levels")
     if not isinstance(fields, dict):
         raise ServingError(f"a body that is a {type(fields).__name__}", expected="a JSON object")
     return fields
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (levels == 0 or any(_deeper(each, levels - 1) for each in inner))
 
 
 def check_completion(fields: Fields) -> Fields:

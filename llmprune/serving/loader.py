@@ -24,6 +24,7 @@ from llmprune.models import boundary
 from llmprune.models.checkpoint_source import require_consistent
 from llmprune.models.headers import require_finite
 from llmprune.models.skeleton import read_config
+from llmprune.paths import user_path
 from llmprune.precision import computed_in
 from llmprune.serving.decode_graphs import DecodeGraphs
 from llmprune.serving.forms import Fragments, Served
@@ -113,7 +114,7 @@ def load_tokenizer(model: str | Path, chat_template: Path | None = None) -> PreT
     tokenizer = boundary.load_tokenizer(resolve_model(model))
     if chat_template is not None:
         try:
-            tokenizer.chat_template = chat_template.expanduser().read_text(encoding="utf-8")
+            tokenizer.chat_template = user_path(chat_template, ModelError).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"the chat template {chat_template} cannot be read: {error}") from error
     return tokenizer
@@ -173,13 +174,42 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> Te
                 message, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
     else:
-        encoded = tokenizer(prompt, return_tensors="pt")
+        with boundary.explained(
+            f"the tokenizer {tokenizer.name_or_path} cannot encode the prompt",
+            expected="a tokenizer that encodes any text",
+            fix="download the tokenizer's files again, or correct the value in tokenizer_config.json",
+        ):
+            encoded = tokenizer(prompt, return_tensors="pt", verbose=False)
     ids: Tensor = encoded["input_ids"].long()
     if ids.numel() == 0:
         if tokenizer.bos_token_id is None:
             raise ModelError("the prompt is empty, and the tokenizer has no BOS token", fix="give a prompt")
         ids = torch.tensor([[tokenizer.bos_token_id]])
     return ids
+
+
+def require_room(ids: Tensor, positions: int | None) -> int | None:
+    """Refuse a prompt that leaves no position for an answer.
+
+    Args:
+        ids: the prompt, [1, length].
+        positions: the most tokens, prompt and answer together, that the model can read; None: no limit.
+
+    Returns:
+        How many tokens may follow; None: no limit.
+
+    Raises:
+        ModelError: the prompt is too long.
+    """
+    if positions is None:
+        return None
+    if ids.shape[-1] >= positions:
+        raise ModelError(
+            f"a prompt of {ids.shape[-1]:,} tokens for a model with {positions:,} positions",
+            expected=f"at most {positions - 1:,}, so that one is left for the answer",
+            fix="shorten the prompt",
+        )
+    return positions - ids.shape[-1]
 
 
 def missing_template(name: str) -> ModelError:
@@ -228,16 +258,32 @@ def write(
         ids: the prompt, [1, length].
         sampling: how to generate.
         say: called with each piece of text as it is generated.
+
+    Raises:
+        ModelError: `generate` fails, as it does for wrong values in generation_config.json.
     """
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     streamer = _Streamer(tokenizer, say)
     ids = ids.to(input_device(model))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # A stop string is looked for in the tokenizer's own spelling.
+    stops: Any = {"tokenizer": tokenizer} if getattr(model.generation_config, "stop_strings", None) else {}
     interrupted = False
     try:
-        mask = torch.ones_like(ids)
-        model.generate(ids, attention_mask=mask, streamer=streamer, pad_token_id=pad, **sampling.options())
+        with boundary.explained(
+            f"{model.name_or_path} cannot generate",
+            expected="settings with which transformers' generate writes one text, piece by piece",
+            fix="correct the value in generation_config.json, or move the file out of the folder",
+        ):
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=streamer,
+                pad_token_id=pad,
+                **stops,
+                **sampling.options(),
+            )
     except KeyboardInterrupt:
         interrupted = True
         streamer.end()

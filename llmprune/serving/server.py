@@ -30,12 +30,15 @@ from transformers.utils.import_utils import is_serve_available
 from llmprune.errors import ServingError
 from llmprune.serving.fields import Fields, check_chat, check_completion, read_fields
 from llmprune.serving.gate import LEFT, Gate
-from llmprune.serving.loader import missing_template
+from llmprune.serving.loader import Sampling, encode, missing_template, write
 
 ENDPOINTS = {"/v1/chat/completions": "POST", "/v1/completions": "POST", "/v1/models": "GET", "/health": "GET"}
 
 # No token of any tokenizer stands for more characters: longer prompts are refused without tokenizing them.
 _CHARACTERS_PER_TOKEN = 256
+
+# Any text will do.
+_PROBE = "a"
 
 # For models whose config sets no limit.
 _POSITIONS = 1 << 17
@@ -62,6 +65,7 @@ def serve(
 
     Raises:
         ServingError: a package that the server needs is not installed, or the port is taken.
+        ModelError: the model cannot generate.
         KeyboardInterrupt: by Ctrl-C, after the server has shut down.
     """
     require_server()
@@ -70,6 +74,8 @@ def serve(
     import uvicorn
 
     tokenizer, model = load_tokenizer(), load_model()
+    # One token, by the settings that requests will meet: what is wrong with them is said now, not to every client.
+    write(model, tokenizer, encode(tokenizer, _PROBE, chat=False), Sampling(max_new_tokens=1))
     state = _State(positions(model.config) or _POSITIONS)
     gate = Gate(build_app(model, tokenizer, name, state), ENDPOINTS, host)
 
@@ -205,14 +211,14 @@ class _Generation(GenerateManager):  # type: ignore[misc]
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *rest: Any, **named: Any
     ) -> Any:
         """As transformers does it."""
-        fitted = self._fitted(inputs, gen_config)
+        fitted = self._fitted(model, inputs, gen_config)
         return super().generate_streaming(model, processor, fitted, gen_config, *rest, **named)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *rest: Any, **named: Any
     ) -> Any:
         """As transformers does it."""
-        fitted = self._fitted(inputs, gen_config)
+        fitted = self._fitted(model, inputs, gen_config)
         return await super().generate_non_streaming(model, processor, fitted, gen_config, *rest, **named)
 
     def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -254,7 +260,7 @@ class _Generation(GenerateManager):  # type: ignore[misc]
 
         return run
 
-    def _fitted(self, inputs: Any, gen_config: Any) -> dict[str, Any]:
+    def _fitted(self, model: Any, inputs: Any, gen_config: Any) -> dict[str, Any]:
         """The inputs, and what ends generation; the configuration is limited in place."""
         from fastapi import HTTPException
 
@@ -262,6 +268,10 @@ class _Generation(GenerateManager):  # type: ignore[misc]
         if not 0 < length < self._positions:
             expected = f"1 to {self._positions - 1:,}, so that one of {self._positions:,} positions is left"
             raise HTTPException(400, f"a prompt of {length:,} tokens\nexpected: {expected}")
+        if (largest := int(inputs["input_ids"].max())) >= (known := model.get_input_embeddings().weight.shape[0]):
+            raise HTTPException(
+                400, f"the prompt has token {largest}\nexpected: one of the model's {known:,} embeddings"
+            )
         most = self._positions - length
         gen_config.max_new_tokens = min(gen_config.max_new_tokens or most, most)
         return {**inputs, "stopping_criteria": StoppingCriteriaList([_Left(LEFT.get())])}
@@ -289,7 +299,6 @@ def _template_arguments(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 def _guard_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Turn what a chat template refuses into answers; the handlers would fail."""
     from fastapi import HTTPException
-    from jinja2 import TemplateError
 
     apply = tokenizer.apply_chat_template
 
@@ -298,7 +307,7 @@ def _guard_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             raise HTTPException(400, str(missing_template(name)))
         try:
             return apply(*args, **kwargs)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except Exception as error:  # a template is a program of the checkpoint's, and may raise anything
             raise HTTPException(400, f"the chat template of {name} refuses these messages: {error}") from error
 
     tokenizer.apply_chat_template = guarded

@@ -27,7 +27,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_names_that_no_file_can_have(source: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(ResumeError, match="not a path that this machine can have"):
         prune(source, recipe(), tmp_path / name)
-    with pytest.raises(ModelError, match=r"names no model|no folder"):
+    with pytest.raises(ModelError, match=r"not a path that this machine can have|no folder"):
         prune(str(tmp_path / name), recipe(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -122,3 +122,43 @@ def test_names_outside_the_terminal_s_encoding_are_escaped(tmp_path: Path) -> No
     assert b"Traceback" not in done.stderr
     assert b"\\u6a21" in done.stderr
     json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["report", "NAME"],
+        ["compare", "NAME"],
+        ["compare", ".", "--html", "NAME"],
+        ["inspect", "NAME"],
+        ["explain", "NAME"],
+        ["pack", "NAME"],
+        ["perplexity", "testbed", "--text", "NAME.txt"],
+        ["prune", "testbed", "--recipe", "NAME", "--output", "out"],
+        ["generate", "testbed", "--prompt", "x", "--chat-template", "NAME"],
+        ["bench", "MODEL", "--output", "NAME"],
+        ["eval", "testbed", "--output", "NAME"],
+        ["eval", "testbed", "--include-path", "NAME"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-at-all/x"], ids=["long", "home"])
+def test_paths_that_no_file_can_have_end_in_a_message(source: Path, command: list[str], name: str) -> None:
+    done = run(*(part.replace("NAME", name).replace("MODEL", str(source)) for part in command))
+    assert done.exit_code == 1
+    assert "fix:" in done.stderr
+
+
+def test_a_prompt_beyond_the_positions_is_refused_before_the_model_is_loaded(source: Path) -> None:
+    done = run("generate", source, "--prompt", " ".join(["w5"] * 5000))
+    assert done.exit_code == 1
+    assert "a prompt of 5,000 tokens for a model with" in done.stderr
+    assert "loading" not in done.stderr
+
+
+def test_no_more_is_generated_than_there_are_positions(source: Path) -> None:
+    positions = json.loads((source / "config.json").read_text())["max_position_embeddings"]
+    prompt = " ".join(["w5"] * (positions - 3))
+    done = run("generate", source, "--prompt", prompt, "--max-new-tokens", 50, "--temperature", 0, "--json", "--quiet")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["tokens"] <= 3

@@ -111,3 +111,12 @@ def test_what_is_right_passes() -> None:
 def test_nulls_are_left_out_and_next_to_greedy_is_greedy() -> None:
     fields = {"prompt": "", "stop": None, "generation_config": None, "temperature": 1e-7, "logit_bias": {}}
     assert check_completion(fields) == {"prompt": "", "temperature": 0.0}
+
+
+@pytest.mark.parametrize("many", [65, 900])
+def test_endless_nesting_is_refused_before_anyone_follows_it(many: int) -> None:
+    nested = "[" * many + "]" * many
+    for body in (nested, f'{{"tools": [{nested}]}}', f'{{"messages": [{{"content": {nested}}}]}}'):
+        with pytest.raises(ServingError, match="nested too deep"):
+            read_fields(body.encode())
+    assert read_fields(b'{"tools": ' + b"[" * 60 + b"]" * 60 + b"}")

@@ -20,7 +20,7 @@ from llmprune.errors import DeviceError, ModelError
 from llmprune.serving import loader
 from llmprune.serving.decode_graphs import DecodeGraphs
 from llmprune.serving.forms import Fragments
-from llmprune.serving.loader import Sampling, encode, load, load_tokenizer, write
+from llmprune.serving.loader import Sampling, encode, load, load_tokenizer, require_room, write
 from llmprune.serving.quantizer import sparse_layers
 
 IDS = random_ids(2, 12)
@@ -265,3 +265,51 @@ def test_loads_models_of_all_kinds(tmp_path: Path) -> None:
         stock = build(family)
         model = load(save(stock, tmp_path / family), device="cpu")
         torch.testing.assert_close(logits(model), logits(stock), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"eos_token_id": "x"},
+        {"do_sample": True, "temperature": 0.0},
+        {"do_sample": True, "top_k": "5"},
+        {"num_beams": 4},
+        {"num_return_sequences": 3, "do_sample": True},
+        {"bad_words_ids": [[10**9]]},
+        {"repetition_penalty": 0.0},
+        {"dola_layers": "high"},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_generate_are_named(folder: Path, setting: dict[str, Any]) -> None:
+    model = load(folder / "dense", device="cpu")
+    for name, value in setting.items():
+        setattr(model.generation_config, name, value)
+    with pytest.raises(ModelError, match="cannot generate: ") as caught:
+        write(model, tokenizer(), IDS[:1], Sampling(2))
+    assert "generation_config.json" in caught.value.fix
+
+
+def test_stop_strings_of_the_generation_config_are_obeyed() -> None:
+    model, words = load("testbed", device="cpu"), load_tokenizer("testbed")
+    ids = encode(words, "import numpy as", chat=False)
+    whole = write(model, words, ids, Sampling(8, temperature=0))
+    model.generation_config.stop_strings = [whole.text[:2]]
+    stopped = write(model, words, ids, Sampling(8, temperature=0))
+    assert whole.text.startswith(stopped.text)
+    assert stopped.tokens < whole.tokens
+
+
+def test_a_reader_who_leaves_is_not_the_model_s_fault(folder: Path) -> None:
+    def gone(text: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        write(load(folder / "dense", device="cpu"), tokenizer(), IDS[:1], Sampling(8), gone)
+
+
+@pytest.mark.parametrize(("positions", "left"), [(None, None), (13, 1), (100, 88)])
+def test_room_for_an_answer(positions: int | None, left: int | None) -> None:
+    assert require_room(IDS[:1], positions) == left
+    with pytest.raises(ModelError, match="a prompt of 12 tokens for a model with 12 positions"):
+        require_room(IDS[:1], 12)

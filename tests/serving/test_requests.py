@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,10 @@ from asking import Client, ask
 from tiny_models import build, save
 from transformers.utils.import_utils import is_serve_available
 
+from llmprune.errors import ModelError
 from llmprune.serving.gate import Gate
 from llmprune.serving.loader import load, load_tokenizer
-from llmprune.serving.server import ENDPOINTS, _State, build_app
+from llmprune.serving.server import ENDPOINTS, _State, build_app, serve
 
 pytestmark = pytest.mark.skipif(not is_serve_available(), reason="the extra llmprune[serve] is not installed")
 
@@ -186,3 +188,34 @@ def test_generation_ends_with_its_client_or_server(folder: Any, path: str, promp
             assert later.status == 200
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 // 0 }}", "{{ range(999999999) }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ messages + 1 }}"],
+)
+def test_whatever_a_template_raises_is_the_client_s_answer(folder: Any, template: str) -> None:
+    answer = Served(folder, POSITIONS, template).ask(CHAT, messages=HELLO)
+    assert answer.status == 400, answer.text
+    assert "the chat template of tiny refuses these messages" in answer.detail
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_token_that_the_model_does_not_know_is_refused(tmp_path: Path, stream: bool) -> None:
+    save(build("llama"), tmp_path)
+    words = load_tokenizer(tmp_path)
+    words.add_tokens(["beyond"])
+    words.save_pretrained(tmp_path)
+    answer = Served(tmp_path, POSITIONS).ask(TEXT, prompt="beyond", stream=stream)
+    assert answer.status == 400, answer.text
+    assert answer.detail.startswith(f"the prompt has token {len(words) - 1}\nexpected: one of the model's ")
+
+
+def test_settings_that_cannot_generate_keep_a_server_from_starting(folder: Any) -> None:
+    model = load(folder, device="cpu")
+    model.generation_config.bad_words_ids = [[10**9]]
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(ModelError, match="cannot generate: ") as caught:
+        serve(lambda: model, lambda: load_tokenizer(folder), "tiny", port=port)
+    assert "generation_config.json" in caught.value.fix
