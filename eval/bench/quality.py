@@ -8,12 +8,17 @@ kept apart from the pattern and the texts.
 Protocol: weights and activations in float32; calibration on the first 128 packed sequences of 256 tokens, with a BOS
 token in front of each document but not of each sequence (the layout `pack-bare`, so that the figures compare with
 published tables of this model); perplexity on the first 400 packed sequences of 256 held-out tokens, each token
-predicted from its own sequence. The error is the mean relative output error, ||(W - V) X||^2 / ||W X||^2, of all
-matrices on 8 further calibration sequences. All matrices of the decoder layers are pruned; the LM head stays dense.
+predicted from its own sequence. --samples, --length, --heldout-samples and --dtype state another. The error is the
+mean relative output error, ||(W - V) X||^2 / ||W X||^2, of all matrices on 8 further calibration sequences. All
+matrices of the decoder layers are pruned; the LM head stays dense.
+
+The JSON is written after each cell. Cells that it holds already are not measured again: an interrupted table goes on,
+and a larger one keeps what it has.
 """
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +39,61 @@ PATTERNS = ("0.5", "0.6", "0.7", "2:4")
 STAGES = ("load", "forward", "gram", "solve", "match")
 
 
-def measure(
-    model: str, method: str, pattern: str, calibration: Path, heldout: Path, loss_weight: str = "none"
-) -> dict[str, float | str]:
-    """Prune the model in memory, in float32, and measure it."""
-    folder = resolve_model(model)
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=False)
-    text = {"length": 256, "order": "text", "layout": "pack-bare"}
+@dataclass(frozen=True)
+class Protocol:
+    """The model and the texts that all cells of a table share.
+
+    Attributes:
+        model: folder or name.
+        calibration: JSON lines.
+        heldout: JSON lines.
+        samples: calibration sequences.
+        heldout_samples: sequences that the perplexity is measured on.
+        length: tokens a sequence.
+        loss_weight: of the statistics, as in a recipe.
+        dtype: of weights and activations.
+    """
+
+    model: str
+    calibration: Path
+    heldout: Path
+    samples: int = 128
+    heldout_samples: int = 400
+    length: int = 256
+    loss_weight: str = "none"
+    dtype: str = "float32"
+
+    def facts(self) -> dict[str, Any]:
+        """What tells the cells of one protocol from those of another."""
+        return {
+            "model": Path(self.model).name,
+            "calibration": f"{self.calibration.name}, {self.samples} x {self.length}",
+            "heldout": f"{self.heldout.name}, {self.heldout_samples} x {self.length}",
+            "loss_weight": self.loss_weight,
+            "dtype": self.dtype,
+        }
+
+
+def measure(protocol: Protocol, method: str, pattern: str) -> dict[str, Any]:
+    """Prune the model in memory and measure it."""
+    folder = resolve_model(protocol.model)
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=protocol.dtype, trust_remote_code=False)
+    text = {"length": protocol.length, "order": "text", "layout": "pack-bare"}
+    settings = _settings(method)
     recipe = {
-        **_settings(method),
+        **settings,
         "pattern": pattern,
-        "calibration": {"source": str(calibration), "samples": 128, **text},
-        "evaluation": {"source": str(heldout), "samples": 400, "prompts": [], **text},
+        "calibration": {"source": str(protocol.calibration), "samples": protocol.samples, **text},
+        "evaluation": {"source": str(protocol.heldout), "samples": protocol.heldout_samples, "prompts": [], **text},
         "held_back": 8,
-        "statistics": {**_settings(method).get("statistics", {}), "loss_weight": loss_weight},
+        "statistics": {**settings.get("statistics", {}), "loss_weight": protocol.loss_weight},
     }
     report = prune(dense, recipe, tokenizer=load_tokenizer(folder))
     evaluation = report.header["evaluation"]
     return {
         "method": method,
         "pattern": pattern,
-        "loss_weight": loss_weight,
+        **protocol.facts(),
         "dense_perplexity": evaluation["dense"]["perplexity"],
         "perplexity": evaluation["pruned"]["perplexity"],
         "kl_divergence": evaluation["kl_divergence"],
@@ -82,24 +121,45 @@ def main() -> None:
     parser.add_argument("--heldout", type=Path, required=True, help="jsonl with a text column")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS))
+    parser.add_argument("--samples", type=int, default=128, help="calibration sequences")
+    parser.add_argument("--heldout-samples", type=int, default=400)
+    parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
     parser.add_argument("--loss-weight", choices=["none", "tokens"], default="none")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--json", type=Path, help="where to write the figures, and to find those measured before")
     args = parser.parse_args()
-    cells = {}
+    protocol = Protocol(
+        args.model,
+        args.calibration,
+        args.heldout,
+        args.samples,
+        args.heldout_samples,
+        args.length,
+        args.loss_weight,
+        args.dtype,
+    )
+    cells = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    table = Table("perplexity (error)", *args.patterns, title=f"{args.model}, {protocol.facts()['heldout']}")
     for method in args.methods:
-        for pattern in args.patterns:
-            cells[method, pattern] = measure(
-                args.model, method, pattern, args.calibration, args.heldout, args.loss_weight
-            )
-            print(f"{method} {pattern}: {cells[method, pattern]['perplexity']:.2f}", flush=True)
-    dense = next(iter(cells.values()))["dense_perplexity"]
-    table = Table("perplexity (error)", *args.patterns, title=f"{args.model}, dense {dense:.2f}")
-    for method in args.methods:
-        row = [cells[method, pattern] for pattern in args.patterns]
+        row = [_cell(protocol, method, pattern, cells, args.json) for pattern in args.patterns]
         table.add_row(method, *(f"{cell['perplexity']:.2f} ({cell['error']:.4f})" for cell in row))
     Console().print(table)
-    if args.json:
-        args.json.write_text(json.dumps(list(cells.values()), indent=2) + "\n")
+
+
+def _cell(
+    protocol: Protocol, method: str, pattern: str, cells: list[dict[str, Any]], file: Path | None
+) -> dict[str, Any]:
+    """A cell as it was measured before, or measured now and kept in the file."""
+    wanted = {"method": method, "pattern": pattern, **protocol.facts()}
+    found = [cell for cell in cells if wanted.items() <= cell.items()]
+    if found:
+        return found[0]
+    cell = measure(protocol, method, pattern)
+    print(f"{method} {pattern}: {cell['perplexity']:.2f} (dense {cell['dense_perplexity']:.2f})", flush=True)
+    cells.append(cell)
+    if file is not None:
+        file.write_text(json.dumps(cells, indent=2) + "\n")
+    return cell
 
 
 if __name__ == "__main__":
