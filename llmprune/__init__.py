@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmprune.pruning.pipeline import prune
     from llmprune.pruning.rotation.rotate import rotate
     from llmprune.recipe.recipe import Recipe, load_recipe
+    from llmprune.recovery.keeping import keep_zeros
     from llmprune.serving.loader import load
     from llmprune.storage.report import Report
     from llmprune.stream.stream import Stream
@@ -43,6 +44,7 @@ _HOMES = {
     "perplexity_against": "measuring.perplexity",
     "prune": "pruning.pipeline",
     "rotate": "pruning.rotation.rotate",
+    "keep_zeros": "recovery.keeping",
     "Recipe": "recipe.recipe",
     "load_recipe": "recipe.recipe",
     "Report": "storage.report",
@@ -57,7 +59,7 @@ _RENAMED = {"evaluate": "perplexity", "evaluate_against": "perplexity_against"}
 
 __all__ = [
     "METHODS", "NM", "Block", "LlmpruneError", "Recipe", "Report", "Stream", "TextSpec", "Unstructured", "__version__",
-    "compare", "dry_run", "inspect_checkpoint", "load", "load_recipe", "pack", "parse", "perplexity",
+    "compare", "dry_run", "inspect_checkpoint", "keep_zeros", "load", "load_recipe", "pack", "parse", "perplexity",
     "perplexity_against", "prune", "rotate", "run_tasks", "unpack", "write_report",
 ]  # fmt: skip
 

@@ -31,6 +31,7 @@ ROOMS = (
     ("allocation",),
     ("measuring", "structures"),
     ("pages",),
+    ("recovery",),
     ("pruning",),
     ("cli",),
     ("evaluation",),  # an old name, until 0.2

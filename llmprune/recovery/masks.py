@@ -1,0 +1,123 @@
+"""Which weights of a model are pruned: read from the model once, kept in a file, counted again.
+
+A mask is never read from a model that has been trained: a kept weight may be exactly zero by then.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from llmprune.errors import CheckpointError, RecoveryError
+from llmprune.storage.files import listed, reading, write_shard
+from llmprune.storage.formats.layout import from_bytes, to_bytes
+
+MASKS_NAME = "masks.safetensors"
+
+# Name of a parameter -> bool in its shape, True where the weight is pruned.
+Masks = Mapping[str, Tensor]
+
+
+def weights_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that pruning zeroes: matrices, embeddings and experts, but no biases or norms; each tied one once.
+
+    Raises:
+        RecoveryError: they are not in memory, or only a part of each is.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or not parameter.is_floating_point():
+            continue
+        if parameter.is_meta or hasattr(parameter.data, "device_mesh"):
+            raise RecoveryError(
+                f"{name} is " + ("not in memory" if parameter.is_meta else "distributed over several devices"),
+                expected="a model whose weights are whole in memory, on one device or copied to each (DDP)",
+                fix="load it without offloading, and make its masks before it is sharded; FSDP, DeepSpeed and tensor "
+                "parallelism are not supported",
+            )
+        yield name, parameter
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """The zeros of a pruned model; matrices without any are left out.
+
+    Args:
+        model: as it was pruned, before any training.
+
+    Raises:
+        RecoveryError: its weights are not whole in memory.
+    """
+    found = ((name, weight.detach() == 0) for name, weight in weights_of(model))
+    return {name: zeros for name, zeros in found if bool(zeros.any())}
+
+
+def save_masks(file: Path, masks: Masks) -> str:
+    """Write masks, one bit for each weight; returns the sha256 of the file.
+
+    Under a parameter's name the file has uint8 [rows, ceil(columns / 8)], rows being all dimensions but the last. Bit
+    j % 8, from the lowest, of byte j // 8 is set if column j is kept. The names are sorted.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    return write_shard(file, {name: to_bytes(~mask.cpu().flatten(0, -2)) for name, mask in sorted(masks.items())})
+
+
+def load_masks(file: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Read the masks that `save_masks` wrote.
+
+    Args:
+        file: written for this model.
+        model: gives the shapes.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is of another model.
+    """
+    with reading(file):
+        stored = load_file(file)
+    weights = dict(weights_of(model))
+    if unknown := sorted(set(stored) - set(weights)):
+        raise _of_another(file, f"it has {listed(unknown)}, which the model lacks")
+    masks = {}
+    for name, bits in stored.items():
+        shape = weights[name].shape
+        expected = (weights[name].numel() // shape[-1], -(-shape[-1] // 8))
+        kept = from_bytes(bits, shape[-1]) if tuple(bits.shape) == expected and bits.element_size() == 1 else None
+        if kept is None:
+            raise _of_another(file, f"{name} is no mask of {' x '.join(map(str, shape))} weights")
+        masks[name] = ~kept.view(shape).to(weights[name].device)
+    return masks
+
+
+def count_zeros(masks: Masks) -> dict[str, int]:
+    """How many weights of each matrix are pruned."""
+    return {name: int(mask.sum()) for name, mask in masks.items()}
+
+
+def revived(model: nn.Module, masks: Masks) -> dict[str, int]:
+    """How many pruned weights of each matrix are not zero; matrices without any are left out."""
+    weights = dict(weights_of(model))
+    found = {name: int((weights[name].detach() != 0).logical_and_(mask).sum()) for name, mask in masks.items()}
+    return {name: count for name, count in found.items() if count}
+
+
+def require_zeros(model: nn.Module, masks: Masks) -> None:
+    """Refuse a model in which pruned weights are not zero.
+
+    Raises:
+        RecoveryError: names the matrices.
+    """
+    if lost := revived(model, masks):
+        raise RecoveryError(
+            f"{sum(lost.values())} pruned weights are not zero, in {listed(list(lost))}",
+            expected=f"zero in all {sum(count_zeros(masks).values())} pruned weights",
+            fix="load the pruned checkpoint again; nothing but the optimizer may change the weights while they train",
+        )
+
+
+def _of_another(file: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file} does not fit the model: {why}",
+        expected="the masks of this model",
+        fix="use the file that was written beside it",
+    )

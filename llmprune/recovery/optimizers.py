@@ -1,0 +1,64 @@
+"""Optimizers that would bring pruned weights back, and why.
+
+With the gradients of pruned weights masked, an optimizer that treats each weight by itself leaves them at zero: its
+moments stay zero there, and weight decay multiplies. SGD, Adam and their relatives do, and so do Lion, APOLLO and
+Adafactor, whose factors only scale the gradient. One that multiplies the matrix of gradients by another mixes its
+weights, so that the update is not zero where the gradient is. Masking afterwards would keep the zeros, but what remains
+of such an update is no longer the optimizer's.
+"""
+
+from torch.optim import Optimizer
+
+from llmprune.errors import RecoveryError
+
+# The beginning of a class's or a Trainer option's name, in lower case -> what it does to a masked gradient.
+_MIXING = {
+    "muon": "it orthogonalises the update of a whole matrix",
+    "galore": "it projects gradients onto a space of low rank, and the update back",
+    "shampoo": "it multiplies gradients by preconditioners from both sides",
+    "distributedshampoo": "it multiplies gradients by preconditioners from both sides",
+    "soap": "it runs Adam in the rotated space of Shampoo's preconditioners",
+}
+
+_EXPECTED = "an optimizer that treats each weight by itself: SGD, Adam, AdamW, Adafactor, Lion and their relatives"
+
+
+def require_keeping(optimizer: Optimizer) -> None:
+    """Refuse optimizers that are known to bring pruned weights back.
+
+    Raises:
+        RecoveryError: says why.
+    """
+    for kind in type(optimizer).__mro__:
+        require_known(kind.__name__)
+
+
+def require_known(name: str) -> None:
+    """Refuse the name of an optimizer, or of an option of transformers' `optim`, as `require_keeping` does."""
+    plain = name.lower().replace("_", "")
+    if reason := next((reason for start, reason in _MIXING.items() if plain.startswith(start)), ""):
+        raise RecoveryError(
+            f"the optimizer {name} would bring pruned weights back: {reason}", expected=_EXPECTED, fix="use AdamW"
+        )
+
+
+def revived_by(optimizer: Optimizer, count: int, *, had_state: bool) -> RecoveryError:
+    """The error for an optimizer whose step has moved pruned weights.
+
+    Args:
+        optimizer: as it is after the step.
+        count: how many weights it has moved.
+        had_state: whether it had taken steps before the zeros were kept.
+    """
+    kind = type(optimizer).__name__
+    if had_state:
+        return RecoveryError(
+            f"{kind} moved {count} pruned weights, which are zero again: its state dates from before they were masked",
+            expected="an optimizer that has seen masked gradients only",
+            fix="make a new optimizer after pruning, or begin keep_zeros before its first step",
+        )
+    return RecoveryError(
+        f"{kind} moved {count} pruned weights, which are zero again: it mixes the weights of a matrix",
+        expected=_EXPECTED,
+        fix="use AdamW",
+    )
