@@ -5,14 +5,27 @@ More keys than these are let through, and only what summaries and pages cannot d
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, with_config
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, with_config
 from typing_extensions import NotRequired, TypedDict
 
 
 @with_config(ConfigDict(extra="allow"))
-class _ReportedText(TypedDict):
+class _SingleText(TypedDict):
     source: str
     opening: NotRequired[list[str]]
+
+
+@with_config(ConfigDict(extra="allow"))
+class _MixedText(TypedDict):
+    mix: Annotated[list[_SingleText], Field(min_length=1)]
+    opening: NotRequired[list[str]]
+
+
+def _kind(text: object) -> str:
+    return "mix" if isinstance(text, dict) and "mix" in text else "text"
+
+
+_ReportedText = Annotated[Annotated[_SingleText, Tag("text")] | Annotated[_MixedText, Tag("mix")], Discriminator(_kind)]
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -66,11 +79,15 @@ _Answers = Annotated[_AnswerLists, AfterValidator(_require_answers)]
 
 
 @with_config(ConfigDict(extra="allow"))
-class _Evaluation(TypedDict):
+class _Compared(TypedDict):
     dense: _Evaluated
     pruned: _Evaluated
     kl_divergence: float | None
     agreement: float
+
+
+class _Evaluation(_Compared):
+    sources: NotRequired[list[_Compared]]
 
 
 @with_config(ConfigDict(extra="allow"))

@@ -182,7 +182,7 @@ def joined(spec: Text, parts: Sequence[Tokens]) -> Tokens:
     ]
     description: dict[str, object] = {"samples": spec.sequences, "length": spec.tokens, "mix": mix}
     openings = [part.description.get("opening") for part in parts]
-    if all(opening == openings[0] for opening in openings):
+    if openings[0] is not None and all(opening == openings[0] for opening in openings):
         description["opening"] = openings[0]
     # One tokenizer opens all of them alike; only pack-bare is scored everywhere when it stands alone.
     opening = tuple(dict.fromkeys(token for part in parts for token in part.opening))
