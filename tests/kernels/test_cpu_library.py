@@ -1,0 +1,196 @@
+"""What the CPU kernels refuse, and where their library comes from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from cpu_matrices import error, make, needs_kernels
+
+from llmprune.kernels import cpu
+from llmprune.kernels.cpu import compiler, finding
+
+TYPES = tuple(cpu.TYPES)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """No library found yet, and an empty cache."""
+    monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(finding, "INSTALLED", tmp_path / "none.so")
+    finding._found.cache_clear()
+    yield tmp_path / "cpu"
+    finding._found.cache_clear()
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [
+        ("bitmask", lambda mask: mask.fill_(255)),
+        ("bitmask", lambda mask: mask.fill_(0)),
+        ("bitmask", lambda mask: mask[0].bitwise_xor_(1)),
+        ("bitmask", lambda mask: mask[:, -1].bitwise_or_(0x80)),
+        ("nm", lambda meta: meta.fill_(0)),
+        ("nm", lambda meta: meta.fill_(255)),
+        ("nm", lambda meta: meta[-1, 0].fill_(0b0001_0100)),
+        ("nm", lambda meta: meta[0, -1].bitwise_or_(0x40)),
+    ],
+)
+def test_damaged_masks_are_refused(kind, bits):
+    matrix = make(kind, (17, 36), torch.bfloat16)
+    damaged = matrix.bits.clone()
+    bits(damaged)
+    with pytest.raises(cpu.CorruptMatrixError, match="damaged"):
+        cpu.pack(kind, (17, 36), damaged, matrix.values)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", tuple(cpu.KINDS))
+def test_any_damage_on_disk_is_refused_or_is_another_matrix(kind):
+    """No content of mask or meta leads out of a tensor: `eval/bench/cpu_addresses.py` runs this to see it."""
+    matrix, generator = make(kind, (35, 100), torch.bfloat16), torch.Generator().manual_seed(0)
+    x, packed = torch.randn(3, 100).bfloat16(), 0
+    for _ in range(200):
+        bits = matrix.bits.clone()
+        places = torch.randint(bits.numel(), (2,), generator=generator)
+        noise = torch.randint(256, (2,), generator=generator, dtype=torch.uint8)
+        bits.view(-1)[places] ^= noise
+        try:
+            damaged = cpu.pack(kind, (35, 100), bits, matrix.values)
+        except cpu.CorruptMatrixError:
+            continue
+        packed += 1
+        found, values = cpu.unpack(damaged)
+        assert torch.equal(found, bits)
+        assert torch.equal(values, matrix.values)
+        assert error(cpu.linear(x, [damaged], None, [35]), x, cpu.dense(damaged)) <= 3
+    assert 0 < packed < 200
+
+
+@needs_kernels
+def test_tensors_of_other_sizes_are_refused():
+    matrix = make("nm", (16, 32), torch.bfloat16)
+    with pytest.raises(ValueError, match="weights for a nm matrix"):
+        cpu.pack("nm", (16, 32), matrix.bits, matrix.values[:-1])
+    with pytest.raises(ValueError, match="weights for a nm matrix"):
+        cpu.pack("nm", (16, 32), matrix.bits[:-1], matrix.values)
+    with pytest.raises(ValueError, match="no nm matrix"):
+        cpu.pack("nm", (16, 30), matrix.bits, matrix.values)
+    with pytest.raises(ValueError, match="no bitmask matrix"):
+        cpu.library().pack("bitmask", (1 << 32, 1 << 32), 0, matrix.bits, matrix.values, torch.bfloat16)
+
+
+@needs_kernels
+@pytest.mark.parametrize("place", range(10))
+def test_damaged_headers_are_refused(place):
+    matrix = make("bitmask", (64, 64), torch.bfloat16)
+    damaged = matrix.packed.clone()
+    damaged.view(torch.int64)[place] += 1 << 20
+    for call in (cpu.unpack, cpu.dense, lambda packed: cpu.linear(torch.ones(1, 64).bfloat16(), [packed], None, [64])):
+        with pytest.raises(cpu.CorruptMatrixError):
+            call(damaged)
+
+
+@needs_kernels
+def test_cut_and_misaligned_matrices_are_refused():
+    packed, x = make("bitmask", (64, 64), torch.bfloat16).packed, torch.ones(1, 64).bfloat16()
+    with pytest.raises(cpu.CorruptMatrixError):
+        cpu.linear(x, [packed[:-1]], None, [64])
+    with pytest.raises(cpu.CorruptMatrixError):
+        cpu.linear(x, [packed[:32]], None, [64])
+    for elements in (1, 16):
+        moved = torch.cat([packed[:elements], packed])[elements:]
+        with pytest.raises(ValueError, match="not aligned"):
+            cpu.linear(x, [moved], None, [64])
+
+
+@needs_kernels
+def test_operands_that_do_not_fit_are_refused():
+    one, other = make("bitmask", (64, 64), torch.bfloat16).packed, make("nm", (64, 64), torch.bfloat16).packed
+    x = torch.ones(1, 64).bfloat16()
+    with pytest.raises(TypeError, match="float32"):
+        cpu.linear(x.float(), [one], None, [64])
+    with pytest.raises(TypeError, match="float32"):
+        cpu.linear(x, [one], torch.ones(64), [64])
+    with pytest.raises(ValueError, match="bias"):
+        cpu.linear(x, [one], torch.ones(63).bfloat16(), [64])
+    for packed, sizes, some in (([one, other], [64, 64], x), ([one], [63], x), ([one], [64], x[:, 1:])):
+        with pytest.raises(ValueError, match="does not go together"):
+            cpu.linear(some, packed, None, sizes)
+    with pytest.raises(ValueError, match="meta"):
+        cpu.linear(x.to("meta"), [one], None, [64])
+
+
+def test_without_a_compiler_it_says_so(fresh, monkeypatch):
+    monkeypatch.setenv("PATH", str(fresh))
+    monkeypatch.delenv("CXX", raising=False)
+    assert "install g++" in str(cpu.unavailable())
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+        cpu.library()
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    finding._found.cache_clear()
+    assert "$CXX is 'no-such-compiler'" in str(cpu.unavailable())
+
+
+def test_a_compiler_that_fails_is_quoted(fresh, monkeypatch, tmp_path):
+    script = tmp_path / "cxx"
+    script.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "kernels.cpp:1: error: no such thing" >&2\nexit 1\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    assert "error: no such thing" in str(cpu.unavailable())
+    assert list(fresh.iterdir()) == []
+
+
+def test_they_can_be_disabled_and_need_their_processor(fresh, monkeypatch):
+    monkeypatch.setattr(finding.platform, "machine", lambda: "aarch64")
+    assert "not aarch64" in str(cpu.unavailable())
+    finding._found.cache_clear()
+    monkeypatch.setenv("LLMPRUNE_CPU_KERNELS", "0")
+    assert "unset LLMPRUNE_CPU_KERNELS" in str(cpu.unavailable())
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_it_is_compiled_once_with_a_message(fresh, monkeypatch, capfd):
+    assert cpu.unavailable() is None
+    assert str(fresh) in capfd.readouterr().err
+    (made,) = fresh.iterdir()
+    assert made.name.startswith(compiler.source_hash())
+    finding._found.cache_clear()
+    monkeypatch.setattr(finding, "compile_library", lambda *args: pytest.fail("compiled twice"))
+    assert cpu.unavailable() is None
+    # Found without the compiler too.
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    finding._found.cache_clear()
+    assert cpu.unavailable() is None
+    assert capfd.readouterr().err == ""
+    # What an installation put there comes first, unless its sources have changed.
+    monkeypatch.setattr(finding, "INSTALLED", made)
+    monkeypatch.setattr(finding, "_compiled", lambda: pytest.fail("the installed one was not taken"))
+    finding._found.cache_clear()
+    assert cpu.unavailable() is None
+    monkeypatch.setattr(finding, "source_hash", lambda: "another")
+    assert finding._load_installed() is None
+
+
+@needs_kernels
+def test_a_library_with_wrong_results_is_not_used(fresh, monkeypatch):
+    real = finding.Library.multiply
+    monkeypatch.delenv("LLMPRUNE_CACHE")
+    monkeypatch.setattr(finding.Library, "multiply", lambda *args: (real(*args), args[-1].add_(1)))
+    assert "wrong results" in str(cpu.unavailable())
+
+
+@needs_kernels
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"])
+def test_limiting_torch_limits_the_kernels(capability, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert finding.Library(finding._compiled()).level == 1
+
+
+def test_the_sources_are_installed():
+    listed = (Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8")
+    assert '"llmprune.kernels.cpu" = ["source/*"]' in listed
+    assert all(f'"llmprune.kernels.{room}"' in listed for room in ("cpu", "nm_linear", "block_linear", "obs_sweep"))

@@ -1,0 +1,39 @@
+"""Products of packed weights on a CPU, in C: bitmask and 2:4, few tokens.
+
+Decode is bound by the bytes of the weights. A bitmask of 50 % sparsity reads 0.5625 of the dense bytes in bfloat16, and
+2:4 as much. The weights are packed in memory in tiles of 16 rows (source/matrix.h), which a vector of sums reads in one
+pass for up to 16 tokens; sums are float32. The result does not depend on the number of threads.
+
+Many tokens are bound by arithmetic: the dense rows are expanded into scratch memory of at most 64 MiB at a time, and
+multiplied by torch. From which number of tokens on, is measured: see `choices`.
+
+float32 weights that bfloat16 holds exactly, such as those of a bfloat16 checkpoint on a processor without instructions
+for it, are stored as bfloat16: their bytes, not their values, are halved.
+
+The weights are constants. Gradients flow to x and the bias, through the dense matrix.
+"""
+
+from .choices import dense_from, measured_limit, shape_key
+from .finding import library, unavailable
+from .library import KINDS, LEVELS, TYPES, CorruptMatrixError
+from .measuring import measure_dense_from
+from .operator import dense, expanded_linear, linear, pack, packed_bytes, unpack
+
+__all__ = [
+    "KINDS",
+    "LEVELS",
+    "TYPES",
+    "CorruptMatrixError",
+    "dense",
+    "dense_from",
+    "expanded_linear",
+    "library",
+    "linear",
+    "measure_dense_from",
+    "measured_limit",
+    "pack",
+    "packed_bytes",
+    "shape_key",
+    "unavailable",
+    "unpack",
+]

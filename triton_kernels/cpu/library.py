@@ -1,0 +1,195 @@
+"""The functions of the compiled library, over the addresses of tensors."""
+
+import ctypes
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KINDS = {"bitmask": 0, "nm": 1}
+_KIND_NAMES = tuple(KINDS)
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_DTYPES = tuple(TYPES)
+
+# The instruction sets by number; the rest of this module passes the number.
+LEVELS = ("none", "AVX2", "AVX-512 with BF16")
+
+# One thread for each of these bytes: below, waking another one costs more than it reads.
+_THREAD_BYTES = 128 << 10
+
+_REFUSALS = {
+    1: "a shape, a type or a number of matrices that does not go together",
+    2: "a packed matrix that is damaged",
+    3: "a tensor whose address is not aligned",
+    4: "not enough memory",
+    5: "no kernels for this processor",
+}
+_CORRUPT = 2
+
+_address, _size, _number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES = {
+    "source": (ctypes.c_char_p, ()),
+    "level": (_number, ()),
+    "bytes": (_size, (_number, _number, _size, _size, _size)),
+    "pack": (_number, (_number, _number, _size, _size, _size, _address, _address, _address, _number)),
+    "unpack": (_number, (_address, _size, _address, _address, _number)),
+    "scratch": (_size, (_address, _size, _number, _size, _number)),
+    "describe": (_number, (_address, _size, _address)),
+    "multiply": (
+        _number,
+        (_address, _address, _size, _number, _address, _size, _size, *[_address] * 2, _size, _address, *[_number] * 2),
+    ),
+    "expand": (_number, (_address, _size, _size, _size, _address, _number, _number)),
+    "stream": (ctypes.c_float, (_address, _size, _number)),
+}
+
+
+class CorruptMatrixError(ValueError):
+    """The packed tensors contradict each other."""
+
+
+class Described(NamedTuple):
+    """A packed matrix.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        dtype: of the stored weights.
+        shape: (out, in).
+        nonzeros: stored weights of a bitmask; 0 for 2:4.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    nonzeros: int
+
+
+class Library:
+    """The functions of the compiled library; tensors are contiguous, on the CPU, and of the sizes that are named.
+
+    Args:
+        path: of the shared library.
+
+    Attributes:
+        level: the best instruction set of this processor that torch uses as well, as an index of `LEVELS`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        for openmp in sorted(Path(torch.__file__).parent.glob("lib/lib[gi]*omp*.so*")):
+            ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)  # loaded already; its threads become visible
+        shared = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(shared, f"llmprune_{name}")
+            function.restype, function.argtypes = result, arguments
+            setattr(self, f"_{name}", function)
+        self.source: str = shared.llmprune_source().decode()
+        # Whoever limits torch to AVX2 means all of the process.
+        limited = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+        self.level: int = min(shared.llmprune_level(), 1 if limited else 2)
+
+    def pack(
+        self, kind: str, shape: tuple[int, int], nonzeros: int, bits: Tensor, values: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Pack the tensors on disk.
+
+        Args:
+            kind: a key of `KINDS`.
+            shape: (out, in).
+            nonzeros: the number of values of a bitmask; 0 for 2:4.
+            bits: uint8, the mask or the meta.
+            values: the stored weights.
+            dtype: to view the result in; its size divides 64.
+
+        Raises:
+            CorruptMatrixError: mask or meta is not as its layout says.
+            ValueError: there is no such matrix, or a tensor has another size.
+        """
+        bits, values = bits.contiguous(), values.contiguous()
+        size = self._bytes(KINDS[kind], TYPES[values.dtype], *shape, nonzeros)
+        if size < 0:
+            raise ValueError(f"no {kind} matrix of {shape} with {nonzeros} stored weights")
+        stored = nonzeros if kind == "bitmask" else shape[0] * shape[1] // 2
+        if bits.dtype != torch.uint8 or (bits.numel(), values.numel()) != (shape[0] * -(-shape[1] // 8), stored):
+            found = f"{bits.numel()} x {bits.dtype} and {values.numel()} weights"
+            raise ValueError(f"{found} for a {kind} matrix of {shape} with {stored} stored weights")
+        packed = torch.empty(size, dtype=torch.uint8, device=values.device)
+        threads = self.threads(size)
+        self._require(
+            self._pack(
+                KINDS[kind], TYPES[values.dtype], *shape, nonzeros, bits.data_ptr(), values.data_ptr(),
+                packed.data_ptr(), threads,
+            )
+        )  # fmt: skip
+        return packed.view(dtype)
+
+    def size(self, kind: str, shape: tuple[int, int], nonzeros: int, dtype: torch.dtype) -> int:
+        """Bytes of a packed matrix."""
+        return int(self._bytes(KINDS[kind], TYPES[dtype], *shape, nonzeros))
+
+    def describe(self, packed: Tensor) -> Described:
+        """What a packed matrix is, whatever dtype it is viewed in."""
+        found = (_size * 5)()
+        self._require(self._describe(packed.data_ptr(), packed.nbytes, ctypes.addressof(found)))
+        kind, dtype, out, columns, nonzeros = found
+        return Described(_KIND_NAMES[kind], _DTYPES[dtype], (out, columns), nonzeros)
+
+    def unpack(self, packed: Tensor, bits: Tensor, values: Tensor) -> None:
+        """Write the tensors on disk; `bits` is zero before."""
+        threads = self.threads(packed.nbytes)
+        self._require(self._unpack(packed.data_ptr(), packed.nbytes, bits.data_ptr(), values.data_ptr(), threads))
+
+    def multiply(
+        self, packed: list[Tensor], x: Tensor, bias: Tensor | None, y: Tensor, level: int | None = None
+    ) -> None:
+        """Write x times the transposed matrices, plus the bias, to y.
+
+        Args:
+            packed: matrices of the same layout, type and columns.
+            x: [tokens, in], bfloat16, float16 or float32.
+            bias: [out] of all matrices, of x's dtype, or None.
+            y: [tokens, out] of all matrices, of x's dtype; overwritten.
+            level: the instruction set; None: the best.
+        """
+        level = self.level if level is None else level
+        count, kind, tokens = len(packed), TYPES[x.dtype], len(x)
+        addresses, sizes = (_address * count)(), (_size * count)()
+        for place, matrix in enumerate(packed):
+            addresses[place], sizes[place] = matrix.data_ptr(), matrix.nbytes
+        needed = self._scratch(addresses[0], sizes[0], kind, tokens, level)
+        if needed < 0:
+            self._require(-needed)
+        scratch = torch.empty(needed, dtype=torch.uint8, device=x.device) if needed else None
+        if scratch is None and x.data_ptr() % 16:
+            x = x.clone()
+        result = self._multiply(
+            addresses, sizes, count, kind, x.data_ptr(), tokens, x.shape[1], _pointer(bias), y.data_ptr(), y.shape[1],
+            _pointer(scratch), level, self.threads(sum(sizes)),
+        )  # fmt: skip
+        if result:
+            self._require(result)
+
+    def expand(self, packed: Tensor, rows: range, dense: Tensor, level: int | None = None) -> None:
+        """Write rows of the dense matrix, of the stored type; they begin and end at multiples of 16, or at the end."""
+        level = self.level if level is None else level
+        threads = self.threads(dense.nbytes)
+        self._require(
+            self._expand(packed.data_ptr(), packed.nbytes, rows.start, rows.stop, dense.data_ptr(), level, threads)
+        )
+
+    def stream(self, floats: Tensor) -> float:
+        """Read memory as fast as possible: the sum of float32 numbers."""
+        return float(self._stream(floats.data_ptr(), floats.numel(), torch.get_num_threads()))
+
+    def threads(self, nbytes: int) -> int:
+        """How many threads read this many bytes: torch's, or fewer where that would cost more than it saves."""
+        return min(torch.get_num_threads(), 1 + nbytes // _THREAD_BYTES)
+
+    def _require(self, result: int) -> None:
+        if result:
+            error = CorruptMatrixError if result == _CORRUPT else ValueError
+            raise error(f"the CPU kernels were given {_REFUSALS[result]}")
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

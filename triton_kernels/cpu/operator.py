@@ -1,0 +1,192 @@
+"""The operation: opaque to `torch.compile`, and called directly, past torch's dispatcher, where nothing needs that."""
+
+import math
+import threading
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .choices import FEWEST_TOKENS, dense_from
+from .finding import library
+from .library import TYPES
+
+# Bytes of the dense rows that are expanded and multiplied at a time: copying results together costs more than memory.
+_SLAB = 64 << 20
+_scratch = threading.local()
+
+
+def pack(kind: str, shape: tuple[int, int], bits: Tensor, values: Tensor) -> Tensor:
+    """Pack the tensors on disk for the CPU.
+
+    Args:
+        kind: "bitmask" or "nm" (2:4).
+        shape: (out, in); for 2:4 a multiple of 4 columns.
+        bits: uint8, the mask or the meta of the layout.
+        values: bfloat16, float16 or float32, its stored weights.
+
+    Returns:
+        One tensor of the values' dtype, whose numbers mean nothing; on the meta device, an empty one of the same size.
+
+    Raises:
+        CorruptMatrixError: mask or meta is not as its layout says.
+        ValueError: a shape is not as above.
+    """
+    nonzeros = values.numel() if kind == "bitmask" else 0
+    if values.is_meta:
+        nbytes = library().size(kind, shape, nonzeros, values.dtype)
+        return torch.empty(nbytes // values.itemsize, dtype=values.dtype, device="meta")
+    return library().pack(kind, shape, nonzeros, bits, _narrowed(values), values.dtype)
+
+
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The tensors on disk, bits and values, bit for bit; the inverse of `pack`."""
+    found = library().describe(packed)
+    out, columns = found.shape
+    bits = torch.zeros(out, -(-columns // 8), dtype=torch.uint8, device=packed.device)
+    count = (out, columns // 2) if found.kind == "nm" else (found.nonzeros,)
+    values = torch.empty(count, dtype=found.dtype, device=packed.device)
+    library().unpack(packed, bits, values)
+    return bits, values.to(packed.dtype)
+
+
+def packed_bytes(kind: str, shape: tuple[int, int], nonzeros: int, dtype: torch.dtype) -> int:
+    """The size of a packed matrix."""
+    return library().size(kind, shape, nonzeros, dtype)
+
+
+def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> Tensor:
+    """Compute x @ W.T + bias for packed matrices that are stacked along the output dimension.
+
+    Args:
+        x: [..., in] on the CPU, of the matrices' dtype.
+        packed: from `pack`, of the same kind, dtype and columns.
+        bias: [sum of sizes], of x's dtype, or None.
+        sizes: the rows of each matrix.
+
+    Returns:
+        [..., sum of sizes], of x's dtype.
+
+    Raises:
+        TypeError: x or the bias is not of the matrices' dtype.
+        ValueError: a shape or an address is not as above, or a packed tensor is damaged.
+    """
+    # The dispatcher costs several times what the call itself does, more than a small matrix.
+    plain = type(x) is Tensor and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    if plain and not (torch.is_grad_enabled() and _differentiable(x, bias)):
+        return _linear(x, packed, bias, sizes)
+    y: Tensor = _operator(x, packed, bias, sizes)
+    return y
+
+
+def dense(packed: Tensor) -> Tensor:
+    """The dense matrix [out, in], of the dtype of `packed`."""
+    found = library().describe(packed)
+    rows = torch.empty(found.shape, dtype=found.dtype, device=packed.device)
+    library().expand(packed, range(found.shape[0]), rows)
+    return rows.to(packed.dtype)
+
+
+@torch.library.custom_op("llmprune::cpu_linear", mutates_args=())
+def _operator(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> Tensor:
+    return _linear(x, packed, bias, sizes)
+
+
+@_operator.register_fake
+def _(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> Tensor:
+    return x.new_empty(*x.shape[:-1], sum(sizes))
+
+
+@torch.library.custom_op("llmprune::cpu_dense", mutates_args=())
+def _dense_operator(packed: Tensor, out: int, columns: int) -> Tensor:
+    return dense(packed)
+
+
+@_dense_operator.register_fake
+def _(packed: Tensor, out: int, columns: int) -> Tensor:
+    return packed.new_empty(out, columns)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, _, ctx.sizes = inputs
+    ctx.columns = x.shape[-1]
+    ctx.save_for_backward(*packed)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    parts = gradient.split(ctx.sizes, dim=-1)
+    towards_x = None
+    if ctx.needs_input_grad[0]:
+        matrices = zip(parts, ctx.saved_tensors, ctx.sizes, strict=True)
+        towards_x = torch.stack([part @ _dense_operator(m, size, ctx.columns) for part, m, size in matrices]).sum(0)
+    towards_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+    return towards_x, [None] * len(ctx.saved_tensors), towards_bias, None
+
+
+_operator.register_autograd(_gradients, setup_context=_remember)
+
+
+def _linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> Tensor:
+    _check(x, packed, bias, sizes)
+    tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    count = len(tokens)
+    if count >= FEWEST_TOKENS and count >= dense_from(packed, sizes):
+        y = expanded_linear(tokens, packed, bias, sizes)
+    else:
+        y = x.new_empty(count, sum(sizes))
+        library().multiply(packed, tokens, bias, y)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def expanded_linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> Tensor:
+    """X @ W.T + bias, [tokens, out], for X [tokens, in]: the dense rows are expanded and multiplied by the library."""
+    columns, stored = x.shape[1], library().describe(packed[0]).dtype
+    step = max(16, _SLAB // max(1, columns * x.itemsize) // 16 * 16)
+    if sum(sizes) <= step:
+        weight = _scratch_rows(sum(sizes), columns, stored)
+        for matrix, size, rows in zip(packed, sizes, weight.split(sizes), strict=True):
+            library().expand(matrix, range(size), rows)
+        return F.linear(x, weight.to(x.dtype), bias)
+    first, y = 0, x.new_empty(len(x), sum(sizes))
+    for matrix, size in zip(packed, sizes, strict=True):
+        slab = _scratch_rows(min(step, size), columns, stored)
+        for start in range(0, size, step):
+            rows = range(start, min(start + step, size))
+            library().expand(matrix, rows, slab)
+            place = slice(first + rows.start, first + rows.stop)
+            y[:, place] = F.linear(x, slab[: len(rows)].to(x.dtype), None if bias is None else bias[place])
+        first += size
+    return y
+
+
+def _scratch_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Rows of this thread's scratch memory: new memory for each product would cost more time than expanding them."""
+    count = rows * columns * dtype.itemsize
+    held: Tensor | None = getattr(_scratch, "bytes", None)
+    if held is None or held.nbytes < count:
+        held = _scratch.bytes = torch.empty(count, dtype=torch.uint8, device="cpu")
+    return held[:count].view(dtype).view(rows, columns)
+
+
+def _narrowed(values: Tensor) -> Tensor:
+    """The values as bfloat16 if it holds every bit of them."""
+    if values.dtype != torch.float32 or bool((values.contiguous().view(torch.int32) & 0xFFFF).any()):
+        return values
+    # The upper halves as they are: a conversion would change the bits of some NaNs.
+    return values.contiguous().view(torch.bfloat16).view(*values.shape, 2)[..., 1].contiguous()
+
+
+def _differentiable(x: Tensor, bias: Tensor | None) -> bool:
+    return x.requires_grad or (bias is not None and bias.requires_grad)
+
+
+def _check(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> None:
+    dtype = packed[0].dtype
+    if x.dtype is not dtype or (bias is not None and bias.dtype is not dtype) or dtype not in TYPES:
+        found = x.dtype if bias is None or x.dtype is not dtype else bias.dtype
+        raise TypeError(f"cpu_linear: x or bias is {found}; expected {dtype}, the weights' dtype")
+    if x.device.type != "cpu":
+        raise ValueError(f"cpu_linear: x on {x.device}; expected the CPU")
+    if bias is not None and (bias.shape != (sum(sizes),) or not bias.is_contiguous()):
+        raise ValueError(f"cpu_linear: bias is {list(bias.shape)}; expected [{sum(sizes)}], contiguous")

@@ -1,0 +1,373 @@
+// Products y = x W^T + bias of packed sparse weights W on a CPU, with float32 sums: few tokens, bound by the bytes of W.
+//
+// A plain C interface, without any header of torch.
+#include "disk.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define HAVE_KERNELS 1
+#include <immintrin.h>
+#include "avx2.h"
+#include "avx512.h"
+#else
+#define HAVE_KERNELS 0
+#endif
+
+#ifndef SOURCE_HASH
+#define SOURCE_HASH ""
+#endif
+
+// The instruction sets, in ascending order. (AMX, for 16 tokens and more, would be the next.)
+enum Level : int { NONE = 0, AVX2 = 1, AVX512 = 2 };
+
+// The form in which the kernels read activations. `pairs`: they stay bfloat16 and are multiplied in pairs.
+struct Activations {
+  bool pairs;
+  int64_t element, unit, columns;  // bytes, elements, and columns padded to whole steps
+  Activations(const Matrix& m, int32_t type, int level)
+      : pairs(level == AVX512 && m.type == BFLOAT16 && type == BFLOAT16), element(pairs ? 2 : 4),
+        unit(m.kind == BITMASK ? (pairs ? 2 : 1) : 4), columns(m.steps * (m.kind == BITMASK ? 2 : COLUMNS)) {}
+};
+
+#if HAVE_KERNELS
+typedef void (*Kernel)(const Matrix&, int64_t tile, const void* x, float* out);
+
+// A matrix, or several with the same columns and layout, whose rows follow one another in y.
+struct Job {
+  const Matrix* const* matrices;
+  int64_t count;
+  const char* x;       // in blocks of tokens: see `arrange`
+  int64_t x_bytes;     // of one token
+  int64_t tokens, outputs;
+  char* y;
+  const char* bias;
+  int32_t type;        // of y and the bias
+  Kernel kernels[5];   // for 1, 2, 4, 8 and 16 tokens
+  int most;            // tokens in a block, as a power of two
+};
+
+static int block(int64_t left, int most) {
+  int power = most;
+  while (INT64_C(1) << power > left) power--;
+  return power;
+}
+
+// ------------------------------------------------------------------------------------------------- which kernel
+template <class Stored512, class Stored2, int M>
+static Kernel choose(int level, int32_t kind) {
+  if (level == AVX512) return kind == BITMASK ? avx512::mask_floats<Stored512, M> : avx512::group_floats<Stored512, M>;
+  if constexpr (M <= 4) return kind == BITMASK ? avx2::mask_floats<Stored2, M> : avx2::group_floats<Stored2, M>;
+  return nullptr;
+}
+template <int M>
+static Kernel choose(int level, int32_t kind, int32_t stored, bool pairs) {
+  if (pairs) return kind == BITMASK ? avx512::mask_pairs<M> : avx512::group_pairs<M>;
+  if (stored == BFLOAT16) return choose<avx512::BFloat16, avx2::BFloat16, M>(level, kind);
+  if (stored == FLOAT16) return choose<avx512::Float16, avx2::Float16, M>(level, kind);
+  return choose<avx512::Float32, avx2::Float32, M>(level, kind);
+}
+
+// ------------------------------------------------------------------------------------------------- activations
+// x [tokens][columns] becomes blocks of M = 1, 2, 4, 8 or 16 tokens, each [units][M][elements of a unit], so that one
+// pointer walks through all of them: token rows 2^n bytes apart would fall into one set of the L1 cache. A unit is what
+// one instruction broadcasts. Columns are padded with zeros to whole steps.
+template <int64_t Bytes>
+static void place_units(const char* row, int64_t count, int64_t stride, char* to) {
+  for (int64_t i = 0; i < count; i++) memcpy(to + i * stride, row + i * Bytes, Bytes);
+}
+
+// `row`: room for one token.
+static void arrange(const Job& job, const Activations& a, const char* x, int64_t given, float* row, char* to) {
+  const int64_t unit = a.unit * a.element, units = a.columns / a.unit;
+  for (int64_t t0 = 0; t0 < job.tokens;) {
+    const int64_t m = INT64_C(1) << block(job.tokens - t0, job.most);
+    for (int64_t t = 0; t < m; t++) {
+      const char* from = x + (t0 + t) * given * item(job.type);
+      if (a.pairs) memcpy(row, from, given * a.element);
+      else avx2::to_floats(from, job.type, given, row);
+      memset((char*)row + given * a.element, 0, (a.columns - given) * a.element);
+      char* place = to + t0 * a.columns * a.element + t * unit;
+      if (m == 1) memcpy(place, row, a.columns * a.element);
+      else if (unit == 4) place_units<4>((const char*)row, units, m * unit, place);
+      else if (unit == 8) place_units<8>((const char*)row, units, m * unit, place);
+      else place_units<16>((const char*)row, units, m * unit, place);
+    }
+    t0 += m;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- products
+static int64_t bytes_before(const Matrix& m, int64_t tile) {
+  return tile * m.steps * step_bytes(m) + (m.kind == BITMASK ? first_of(m)[tile] * item(m.type) : 0);
+}
+
+// The tile, counted through all matrices, at which a thread's share of the bytes begins.
+static int64_t share(const Job& job, int64_t part, int64_t parts) {
+  int64_t total = 0, tile = 0;
+  for (int64_t i = 0; i < job.count; i++) total += bytes_before(*job.matrices[i], tiles(*job.matrices[i]));
+  int64_t wanted = total / parts * part;
+  for (int64_t i = 0; i < job.count; i++) {
+    const Matrix& m = *job.matrices[i];
+    const int64_t all = bytes_before(m, tiles(m));
+    if (part == parts || wanted > all) {
+      wanted -= all, tile += tiles(m);
+      continue;
+    }
+    int64_t low = 0, high = tiles(m);
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (bytes_before(m, middle) < wanted) low = middle + 1;
+      else high = middle;
+    }
+    return tile + low;
+  }
+  return tile;
+}
+
+static void multiply_tile(const Job& job, const Matrix& m, int64_t tile, int64_t offset) {
+  alignas(64) float out[16 * ROWS], bias[ROWS] = {};
+  const int64_t size = item(job.type), row = ROWS * tile, width = m.rows - row < ROWS ? m.rows - row : ROWS;
+  if (job.bias) avx2::to_floats(job.bias + (offset + row) * size, job.type, width, bias);
+  for (int64_t t0 = 0; t0 < job.tokens;) {
+    const int power = block(job.tokens - t0, job.most);
+    job.kernels[power](m, tile, job.x + t0 * job.x_bytes, out);
+    for (int64_t t = 0; t < INT64_C(1) << power; t++) {
+      for (int64_t n = 0; job.bias && n < ROWS; n++) out[ROWS * t + n] += bias[n];
+      avx2::from_floats(out + ROWS * t, job.type, width, job.y + ((t0 + t) * job.outputs + offset + row) * size);
+    }
+    t0 += INT64_C(1) << power;
+  }
+}
+
+static void multiply_share(void* data) {
+  const Job& job = *(const Job*)data;
+  int me;
+  const int parts = team(&me);
+  int64_t tile = share(job, me, parts), offset = 0, before = 0;
+  const int64_t end = share(job, me + 1, parts);
+  for (int64_t i = 0; i < job.count; i++) {
+    const Matrix& m = *job.matrices[i];
+    for (; tile < end && tile < before + tiles(m); tile++) multiply_tile(job, m, tile - before, offset);
+    before += tiles(m), offset += m.rows;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- dense rows
+struct Dense {
+  const Matrix* m;
+  int64_t from, to;  // tiles
+  char* out;
+  int level;
+};
+
+template <class T>
+static void expand_groups(const Matrix& m, int64_t tile, char* out) {
+  for (int64_t r = 0; r < ROWS && ROWS * tile + r < m.rows; r++) {
+    T* row = (T*)out + r * m.columns;
+    for (int64_t g = 0; g < m.columns / 4; g++) {
+      const uint32_t* codes = (const uint32_t*)step_of(m, tile, g / 8);
+      const T* stored = (const T*)(codes + ROWS) + 32 * (g % 8);
+      const uint32_t code = codes[r] >> 4 * (g % 8);
+      T four[4] = {};
+      four[code & 3] = stored[place(m.type, r, 0)], four[code >> 2 & 3] = stored[place(m.type, r, 1)];
+      memcpy(row + 4 * g, four, sizeof four);
+    }
+  }
+}
+
+static void expand_share(void* data) {
+  const Dense& d = *(const Dense*)data;
+  const Matrix& m = *d.m;
+  int me;
+  const int parts = team(&me);
+  const bool wide = d.level == AVX512;
+  for (int64_t t = d.from + (d.to - d.from) * me / parts; t < d.from + (d.to - d.from) * (me + 1) / parts; t++) {
+    char* out = d.out + ROWS * (t - d.from) * m.columns * item(m.type);
+    if (m.kind == TWO_OF_FOUR) m.type == FLOAT32 ? expand_groups<uint32_t>(m, t, out) : expand_groups<uint16_t>(m, t, out);
+    else if (m.type == FLOAT32) wide ? avx512::expand_mask<avx512::Float32>(m, t, out) : avx2::expand_mask<avx2::Float32>(m, t, out);
+    else wide ? avx512::expand_mask<avx512::BFloat16>(m, t, out) : avx2::expand_mask<avx2::BFloat16>(m, t, out);
+  }
+}
+struct Stream {
+  const float* from;
+  int64_t n;
+  float sums[256];  // of threads; more than that share
+};
+
+static void stream_share(void* data) {
+  Stream& s = *(Stream*)data;
+  int me;
+  const int parts = team(&me);
+  const int64_t from = s.n / 64 * me / parts * 64, to = s.n / 64 * (me + 1) / parts * 64;
+  s.sums[me % 256] = avx2::sum(s.from + from, to - from);
+}
+#endif  // HAVE_KERNELS
+
+// Asks for huge pages, before the first access: each page of 4 KB that a product walks through costs a look-up, which in
+// a virtual machine takes a fifth of the time of one token. Only whole ones inside; a refusal changes nothing else.
+static void ask_for_huge_pages(const void* address, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = 2 << 20, from = ((uintptr_t)address + page - 1) / page * page, to = ((uintptr_t)address + bytes) / page * page;
+  if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
+#endif
+}
+
+static bool misaligned(const void* p, int64_t size) { return (uintptr_t)p % size != 0; }
+
+// ------------------------------------------------------------------------------------------------- the interface
+extern "C" {
+// The hash of the sources that this library was made of.
+const char* llmprune_source() { return SOURCE_HASH; }
+
+// The best instruction set of this processor: 0 none, 1 AVX2, 2 AVX-512 with VBMI2 and BF16.
+int llmprune_level() {
+#if HAVE_KERNELS
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return NONE;
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
+    return AVX512;
+  return AVX2;
+#else
+  return NONE;
+#endif
+}
+
+// Bytes of a packed matrix; -1 if there is no such matrix.
+int64_t llmprune_bytes(int kind, int type, int64_t rows, int64_t columns, int64_t nonzeros) {
+  Matrix m;
+  return describe(m, kind, type, rows, columns, nonzeros) ? m.bytes : -1;
+}
+
+// From the tensors on disk: `bits` is the mask or the meta, both contiguous. `to` has llmprune_bytes bytes.
+int llmprune_pack(int kind, int type, int64_t rows, int64_t columns, int64_t nonzeros, const uint8_t* bits,
+                  const void* values, void* to, int threads) {
+  Matrix described;
+  if (!describe(described, kind, type, rows, columns, nonzeros)) return REFUSED;
+  if (misaligned(to, 64) || misaligned(values, item(type))) return MISALIGNED;
+  ask_for_huge_pages(to, described.bytes);
+  Matrix& m = *(Matrix*)to = described;
+  // What no section covers is zero: equal matrices have equal bytes.
+  const int64_t stored = kind == BITMASK ? nonzeros * item(type) : 0, units = m.units + tiles(m) * m.steps * step_bytes(m);
+  memset(at(m, m.first), 0, m.units - m.first);
+  memset(at(m, units), 0, m.values - units);
+  memset(at(m, m.values + stored), 0, m.bytes - m.values - stored);
+  int64_t* before = nullptr;
+  if (kind == BITMASK) {
+    before = (int64_t*)malloc(8 * (rows + 1));
+    if (!before) return NO_MEMORY;
+    const int result = count_rows(bits, rows, columns, nonzeros, before);
+    for (int64_t t = 0; !result && t <= tiles(m); t++) first_of(m)[t] = before[ROWS * t < rows ? ROWS * t : rows];
+    if (result) return free(before), result;
+  }
+  Packing packing{&m, (uint8_t*)bits, (void*)values, before, true, DONE};
+  in_threads(pack_share, &packing, threads);
+  free(before);
+  return packing.failed;
+}
+
+// Back to the tensors on disk, bit for bit; `bits` is zero before.
+int llmprune_unpack(const void* from, int64_t bytes, uint8_t* bits, void* values, int threads) {
+  if (const int result = check(from, bytes)) return result;
+  Matrix& m = *(Matrix*)from;
+  if (misaligned(values, item(m.type))) return MISALIGNED;
+  int64_t* before = nullptr;
+  if (m.kind == BITMASK) {
+    before = (int64_t*)malloc(8 * (tiles(m) * ROWS + 1));
+    if (!before) return NO_MEMORY;
+    count_from_tiles(m, before);
+  }
+  Packing packing{&m, bits, values, before, false, DONE};
+  in_threads(pack_share, &packing, threads);
+  free(before);
+  return DONE;
+}
+
+// Scratch that llmprune_multiply needs for x, in bytes: 0 if it reads x as it is; negative: why the matrix is refused.
+int64_t llmprune_scratch(const void* matrix, int64_t bytes, int type, int64_t tokens, int level) {
+  if (const int result = check(matrix, bytes)) return -result;
+  const Matrix& m = *(const Matrix*)matrix;
+  const Activations a(m, type, level);
+  if (tokens == 1 && a.columns == m.columns && (a.pairs || type == FLOAT32)) return 0;
+  return (tokens + 1) * a.columns * a.element;
+}
+
+// What a packed matrix is: kind, type, rows, columns, stored weights.
+int llmprune_describe(const void* matrix, int64_t bytes, int64_t* found) {
+  if (const int result = check(matrix, bytes)) return result;
+  const Matrix& m = *(const Matrix*)matrix;
+  found[0] = m.kind, found[1] = m.type, found[2] = m.rows, found[3] = m.columns, found[4] = m.nonzeros;
+  return DONE;
+}
+
+// y [tokens][outputs] = x [tokens][columns] times the transposed matrices, plus the bias [outputs] or null; of one
+// type. Several matrices have the same columns, layout and type.
+int llmprune_multiply(const void* const* matrices, const int64_t* bytes, int64_t count, int type, const void* x,
+                      int64_t tokens, int64_t columns, const void* bias, void* y, int64_t outputs, void* scratch,
+                      int level, int threads) {
+#if HAVE_KERNELS
+  Job job{(const Matrix* const*)matrices, count, (const char*)x, 0, tokens, 0, (char*)y, (const char*)bias, type, {}, 0};
+  if (level < AVX2 || level > llmprune_level()) return UNSUPPORTED;
+  if (type < BFLOAT16 || type > FLOAT32 || count < 1 || tokens < 0) return REFUSED;
+  for (int64_t i = 0; i < count; i++) {
+    if (const int result = check(matrices[i], bytes[i])) return result;
+    const Matrix &m = *job.matrices[i], &first = *job.matrices[0];
+    if (m.kind != first.kind || m.type != first.type || m.columns != columns) return REFUSED;
+    job.outputs += m.rows;
+  }
+  if (job.outputs != outputs) return REFUSED;
+  if (misaligned(x, item(type)) || misaligned(y, item(type)) || misaligned(bias, item(type)) || misaligned(scratch, 4))
+    return MISALIGNED;
+  const Matrix& m = *job.matrices[0];
+  const Activations a(m, type, level);
+  job.x_bytes = a.columns * a.element;
+  job.most = level == AVX512 ? 4 : 2;
+  job.kernels[0] = choose<1>(level, m.kind, m.type, a.pairs);
+  job.kernels[1] = choose<2>(level, m.kind, m.type, a.pairs);
+  job.kernels[2] = choose<4>(level, m.kind, m.type, a.pairs);
+  job.kernels[3] = choose<8>(level, m.kind, m.type, a.pairs);
+  job.kernels[4] = choose<16>(level, m.kind, m.type, a.pairs);
+  if (llmprune_scratch(&m, m.bytes, type, tokens, level)) {
+    if (!scratch) return REFUSED;
+    job.x = (char*)scratch + job.x_bytes;
+    arrange(job, a, (const char*)x, m.columns, (float*)scratch, (char*)job.x);
+  } else if (misaligned(x, 16)) {
+    return MISALIGNED;
+  }
+  if (tokens && job.outputs) in_threads(multiply_share, &job, threads);
+  return DONE;
+#else
+  return UNSUPPORTED;
+#endif
+}
+
+// Rows [from, to) of the dense matrix, of the stored type; `from` is a multiple of 16, `to` too or the last row.
+int llmprune_expand(const void* matrix, int64_t bytes, int64_t from, int64_t to, void* out, int level, int threads) {
+#if HAVE_KERNELS
+  if (const int result = check(matrix, bytes)) return result;
+  const Matrix& m = *(const Matrix*)matrix;
+  if (level < AVX2 || level > llmprune_level()) return UNSUPPORTED;
+  if (from < 0 || from > to || to > m.rows || from % ROWS || (to % ROWS && to != m.rows)) return REFUSED;
+  if (misaligned(out, item(m.type))) return MISALIGNED;
+  Dense dense{&m, from / ROWS, (to + ROWS - 1) / ROWS, (char*)out, level};
+  in_threads(expand_share, &dense, threads);
+  return DONE;
+#else
+  return UNSUPPORTED;
+#endif
+}
+
+// The sum of n floats: what reading memory as fast as possible costs. For benchmarks.
+float llmprune_stream(const float* from, int64_t n, int threads) {
+#if HAVE_KERNELS
+  Stream stream{from, n, {}};
+  in_threads(stream_share, &stream, threads);
+  float total = 0;
+  for (float sum : stream.sums) total += sum;
+  return total;
+#else
+  return 0;
+#endif
+}
+}

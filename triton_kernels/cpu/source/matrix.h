@@ -1,0 +1,78 @@
+// A packed matrix in memory: one block of bytes, which describes itself.
+//
+// A header of 128 bytes, then the sections that it points to, each at a multiple of 64 bytes. Rows are padded to tiles
+// of 16, since a vector of 16 sums is what the kernels add to.
+//
+// bitmask   first   int64 [tiles + 1]       the number of stored weights before each tile
+//           units   uint32 [tiles][steps]   a bit for each weight of two columns in 16 rows
+//           values  [nonzeros]              the stored weights in the order of their bits, and 128 bytes of padding,
+//                                           because a load takes a whole register
+// 2:4       units   [tiles][steps]          a step is 32 columns: uint32 [16], the codes of its eight groups of four
+//                                           (i0 | i1 << 2, the first group lowest), then for each group the two stored
+//                                           weights of 16 rows
+//
+// The order of the 32 weights in two columns, or in a group of 2:4, follows from how a register is converted to float:
+// bfloat16 goes row by row (weight 2 r + c), float16 and float32 column by column (weight 16 c + r).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+enum Kind : int32_t { BITMASK = 0, TWO_OF_FOUR = 1 };
+enum Type : int32_t { BFLOAT16 = 0, FLOAT16 = 1, FLOAT32 = 2 };
+// What the functions of the interface return.
+enum Result : int { DONE = 0, REFUSED = 1, CORRUPT = 2, MISALIGNED = 3, NO_MEMORY = 4, UNSUPPORTED = 5 };
+
+constexpr uint64_t MAGIC = 0x31757063'6e75726cULL;
+constexpr int64_t ROWS = 16;     // of a tile
+constexpr int64_t COLUMNS = 32;  // of a step of 2:4
+constexpr int64_t PADDING = 128;
+
+struct Matrix {
+  uint64_t magic;
+  int32_t kind, type;
+  int64_t rows, columns, nonzeros;
+  int64_t steps;                         // of each tile
+  int64_t first, units, values, bytes;   // where the sections begin, and the size of everything
+  int64_t unused[6];
+};
+static_assert(sizeof(Matrix) == 128, "the header is part of the layout");
+
+static inline int64_t item(int32_t type) { return type == FLOAT32 ? 4 : 2; }
+static inline int64_t tiles(const Matrix& m) { return (m.rows + ROWS - 1) / ROWS; }
+static inline int64_t step_bytes(const Matrix& m) { return m.kind == BITMASK ? 4 : 4 * ROWS + COLUMNS / 2 * ROWS * item(m.type); }
+static inline int64_t round_up(int64_t n) { return (n + 63) / 64 * 64; }
+static inline char* at(const Matrix& m, int64_t offset) { return (char*)&m + offset; }
+static inline int64_t* first_of(const Matrix& m) { return (int64_t*)at(m, m.first); }
+static inline uint32_t* bits_of(const Matrix& m, int64_t tile) { return (uint32_t*)at(m, m.units) + tile * m.steps; }
+static inline char* step_of(const Matrix& m, int64_t tile, int64_t step) {
+  return at(m, m.units) + (tile * m.steps + step) * step_bytes(m);
+}
+// Where weight (r, c) of two columns, or of the two stored in a group, lies among 32.
+static inline int64_t place(int32_t type, int64_t r, int64_t c) { return type == BFLOAT16 ? 2 * r + c : ROWS * c + r; }
+
+// The header of a matrix; sizes that would overflow are refused.
+static inline bool describe(Matrix& m, int32_t kind, int32_t type, int64_t rows, int64_t columns, int64_t nonzeros) {
+  const int64_t most = INT64_C(1) << 40;
+  if (kind < BITMASK || kind > TWO_OF_FOUR || type < BFLOAT16 || type > FLOAT32) return false;
+  if (rows < 0 || columns < 0 || rows > most || columns > most || (columns && rows > most / columns)) return false;
+  if (nonzeros < 0 || nonzeros > rows * columns || (kind == TWO_OF_FOUR && columns % 4)) return false;
+  memset(&m, 0, sizeof m);
+  m.magic = MAGIC, m.kind = kind, m.type = type, m.rows = rows, m.columns = columns, m.nonzeros = nonzeros;
+  m.steps = kind == BITMASK ? (columns + 1) / 2 : (columns + COLUMNS - 1) / COLUMNS;
+  m.first = sizeof(Matrix);
+  m.units = m.first + (kind == BITMASK ? round_up(8 * (tiles(m) + 1)) : 0);
+  m.values = m.units + round_up(tiles(m) * m.steps * step_bytes(m));
+  m.bytes = round_up(m.values + (kind == BITMASK ? nonzeros * item(type) : 0) + PADDING);
+  return true;
+}
+
+// The matrix at an address, if it is one, whole and aligned. What the sections contain was checked when it was packed.
+static inline int check(const void* address, int64_t bytes) {
+  if ((uintptr_t)address % 64) return MISALIGNED;
+  if (bytes < (int64_t)sizeof(Matrix)) return CORRUPT;
+  const Matrix& m = *(const Matrix*)address;
+  Matrix wanted;
+  if (m.magic != MAGIC || !describe(wanted, m.kind, m.type, m.rows, m.columns, m.nonzeros)) return CORRUPT;
+  return memcmp(&m, &wanted, sizeof m) || m.bytes > bytes ? CORRUPT : DONE;
+}
