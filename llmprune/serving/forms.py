@@ -7,6 +7,8 @@ that does not fit gives a reason, which `llmprune explain` shows.
     fragments   2:4 in the order of the sparse tensor cores (NVIDIA, 8.0 and up): decode reads 0.5625 of the bytes
     portable    2:4 as on disk, expanded inside the kernel: other GPUs
     blocks      block-sparse
+    cpu-bitmask unstructured, on a CPU: decode reads 0.5625 of the bytes at 50 % sparsity
+    cpu-nm      2:4 on a CPU: decode reads 0.5625 of the bytes
     dense       an ordinary weight: if no sparse form is faster
     unpacked    as on disk, unpacked on each call: least memory, and slowest; only on request
 """
@@ -22,11 +24,15 @@ from torch.nn import functional as F
 
 from llmprune.kernels import block_linear, nm_linear
 from llmprune.kernels.nm_linear.fragments import from_fragments, to_fragments
+from llmprune.serving import dense_product
+from llmprune.serving.cpu_forms import CPU_FORMS, NOT_TWO_OF_FOUR
 from llmprune.storage.formats import BlockLayout, Layout, NMLayout
 
 Served = Literal["auto", "packed", "dense", "cusparselt"]
 
-# Below this sparsity a CPU multiplies the dense matrix faster (eval/bench/LOG.md).
+NOT_A_GPU = "made for a GPU"
+
+# Below this sparsity in blocks a CPU multiplies the dense matrix faster (eval/bench/LOG.md).
 CPU_BLOCK_SPARSITY = 0.9
 
 # With smaller blocks or smaller matrices, the dense matmul is faster too (same log).
@@ -190,7 +196,7 @@ class Dense:
         return layout.pack(held["weight"])
 
     def multiply(self, layout: Layout, held: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, held["weight"], bias)
+        return dense_product.linear(x, held["weight"], bias)
 
 
 class Unpacked(_AsOnDisk):
@@ -206,7 +212,7 @@ class Unpacked(_AsOnDisk):
         return F.linear(x, layout.unpack(held), bias)
 
 
-FORMS: tuple[Form, ...] = (Cusparselt(), Fragments(), Portable(), BlockForm(), Dense(), Unpacked())
+FORMS: tuple[Form, ...] = (Cusparselt(), Fragments(), Portable(), BlockForm(), *CPU_FORMS, Dense(), Unpacked())
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +257,7 @@ def multiply_fragments(a: Tensor, e: Tensor, x: Tensor, bias: Tensor | None, sha
 def _not_two_of_four(layout: Layout) -> str | None:
     if isinstance(layout, NMLayout) and (layout.keep, layout.of) == (2, 4):
         return None if layout.shape[1] % 8 == 0 else "the input dimension is not a multiple of 8"
-    return "not 2:4"
+    return NOT_TWO_OF_FOUR
 
 
 def _too_dense_for_a_cpu(layout: BlockLayout) -> str | None:
@@ -271,7 +277,7 @@ def _no_kernel(device: torch.device, dtype: torch.dtype, served: Served) -> str 
     if served == "dense":
         return "dense weights were requested"
     if device.type == "cpu":
-        return "a CPU has no sparse kernel that is faster than the dense matmul"
+        return NOT_A_GPU
     if dtype not in _HALF:
         return f"the kernels support bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if device.type == "cuda" and not torch.utils._triton.has_triton():

@@ -1,16 +1,18 @@
 """Layers that read the same input multiply it in one kernel launch: q, k and v; gate and up.
 
-Decode is bound by the bytes of the weights and by kernel launches. Which layers share an input is observed in one
-forward pass of a token, not inferred from their names.
+Decode is bound by the bytes of the weights and by kernel launches; on a CPU, by the waking of threads. Which layers
+share an input is observed in one forward pass of a token, not inferred from their names.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmprune.kernels import nm_linear
+from llmprune.kernels import cpu, nm_linear
+from llmprune.serving.cpu_forms import CpuForm
 from llmprune.serving.forms import Fragments, multiply_fragments
 from llmprune.serving.sparse_linear import SparseLinear
 
@@ -22,26 +24,20 @@ class Fusion:
     """One matmul for several layers, computed when the first of them is called, and shared with the others.
 
     Args:
-        layers: settled as fragments, with the same input dimension and dtype; afterwards their weights are views of
-            the fused one.
+        layers: settled in the same form, with the same input dimension and dtype.
+
+    Attributes:
+        sizes: the output dimension of each layer.
+        shape: (out, in) of all layers together.
+        bias: of all layers, [out], or None.
     """
 
-    def __init__(self, layers: list[SparseLinear]) -> None:
+    def __init__(self, layers: Sequence[SparseLinear]) -> None:
         self.sizes = [layer.out_features for layer in layers]
         self.shape = sum(self.sizes), layers[0].in_features
-        nm_linear.reserve(layers[0].device, *self.shape)
-        # Tiles of rows are stored in sequence, so concatenating them stacks the matrices. The layers keep views of the
-        # result: a fusion takes no more memory than they did.
-        self.a = torch.cat([layer.held["a"] for layer in layers])
-        self.e = torch.cat([layer.held["e"] for layer in layers])
-        self.bias = self._fused_bias(layers)
+        self.bias = _fused_bias(layers)
         self._x: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
-        first = 0
-        for place, layer in enumerate(layers):
-            last = first + layer.out_features // _TILE
-            layer.join(self, place, {"a": self.a[first:last], "e": self.e[first:last]})
-            first = last
 
     def multiply(self, x: Tensor, place: int) -> Tensor:
         """The result for the layer at index `place`; x [..., in] is the same object for all layers.
@@ -51,24 +47,56 @@ class Fusion:
         # By identity: comparing values would wait for the GPU. The input is kept alive, so that its address is not
         # reused, but only until all results are taken, so that activations live no longer than without a fusion.
         if x is not self._x or place not in self._waiting:
-            product = multiply_fragments(self.a, self.e, x, self.bias, self.shape)
-            self._x, self._waiting = x, dict(enumerate(product.split(self.sizes, dim=-1)))
+            self._x, self._waiting = x, dict(enumerate(self.product(x).split(self.sizes, dim=-1)))
         result = self._waiting.pop(place)
         if not self._waiting:
             self._x = None
         return result
 
-    @staticmethod
-    def _fused_bias(layers: list[SparseLinear]) -> Tensor | None:
-        if all(layer.bias is None for layer in layers):
-            return None
-        zeros = layers[0].held["a"].new_zeros
-        return torch.cat([zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers])
+    def product(self, x: Tensor) -> Tensor:
+        """The results of all layers for x [..., in], one after another: [..., out]."""
+        raise NotImplementedError
+
+
+class FragmentFusion(Fusion):
+    """2:4 on sparse tensor cores: afterwards the layers' weights are views of the fused one."""
+
+    def __init__(self, layers: Sequence[SparseLinear]) -> None:
+        super().__init__(layers)
+        nm_linear.reserve(layers[0].device, *self.shape)
+        # Tiles of rows are stored in sequence, so concatenating them stacks the matrices. The layers keep views of the
+        # result: a fusion takes no more memory than they did.
+        self.a = torch.cat([layer.held["a"] for layer in layers])
+        self.e = torch.cat([layer.held["e"] for layer in layers])
+        first = 0
+        for place, layer in enumerate(layers):
+            last = first + layer.out_features // _TILE
+            layer.join(self, place, {"a": self.a[first:last], "e": self.e[first:last]})
+            first = last
+
+    def product(self, x: Tensor) -> Tensor:
+        """The results of all layers."""
+        return multiply_fragments(self.a, self.e, x, self.bias, self.shape)
+
+
+class CpuFusion(Fusion):
+    """Matrices for the CPU kernels, which multiply any number of them at once: threads are woken once."""
+
+    def __init__(self, layers: Sequence[SparseLinear]) -> None:
+        super().__init__(layers)
+        for place, layer in enumerate(layers):
+            layer.join(self, place, layer.held)
+        # The layers' own parameters, so that a copy of both has one copy of the weights.
+        self.packed = [layer.held["packed"] for layer in layers]
+
+    def product(self, x: Tensor) -> Tensor:
+        """The results of all layers."""
+        return cpu.linear(x, self.packed, self.bias, self.sizes)
 
 
 @torch.no_grad()
 def fuse(model: nn.Module, **example: Any) -> list[list[str]]:
-    """Fuse the 2:4 layers that read the same tensor.
+    """Fuse the layers that read the same tensor and are in a form that can be fused: 2:4 on a GPU, any on a CPU.
 
     Args:
         model: loaded and settled.
@@ -81,15 +109,38 @@ def fuse(model: nn.Module, **example: Any) -> list[list[str]]:
     names = {layer: name for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
     fused = []
     for layers in readers:
-        fitting = [layer for layer in layers if _fits(layer)]
-        if len(fitting) > 1:
-            Fusion(fitting)
-            fused.append([names[layer] for layer in fitting])
+        fitting: dict[object, list[SparseLinear]] = defaultdict(list)
+        for layer in layers:
+            if layer.fusion is None and (kind := _kind(layer)) is not None:
+                fitting[kind].append(layer)
+        for some in fitting.values():
+            if len(some) > 1:
+                (FragmentFusion if type(some[0].form) is Fragments else CpuFusion)(some)
+                fused.append([names[layer] for layer in some])
     return fused
 
 
-def _fits(layer: SparseLinear) -> bool:
-    return type(layer.form) is Fragments and layer.out_features % _TILE == 0 and layer.fusion is None
+def can_fuse(model: nn.Module) -> bool:
+    """Whether a layer of a model is in a form that can be fused."""
+    return any(isinstance(layer, SparseLinear) and _kind(layer) is not None for layer in model.modules())
+
+
+def _kind(layer: SparseLinear) -> object:
+    """What has to be equal for layers to be multiplied together; None if the layer cannot be."""
+    if type(layer.form) is Fragments:
+        return Fragments.name if layer.out_features % _TILE == 0 else None
+    if isinstance(layer.form, CpuForm):
+        return layer.form.name, cpu.library().describe(layer.held["packed"]).dtype
+    return None
+
+
+def _fused_bias(layers: Sequence[SparseLinear]) -> Tensor | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    return torch.cat([
+        torch.zeros(layer.out_features, dtype=layer.dtype, device=layer.device) if layer.bias is None else layer.bias
+        for layer in layers
+    ])  # fmt: skip
 
 
 def _readers(model: nn.Module, example: dict[str, Any]) -> list[list[SparseLinear]]:

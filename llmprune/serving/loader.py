@@ -26,11 +26,11 @@ from llmprune.models.headers import require_finite
 from llmprune.models.skeleton import read_config
 from llmprune.paths import user_path
 from llmprune.precision import computed_in
+from llmprune.serving.cpu_forms import measure_products
 from llmprune.serving.decode_graphs import DecodeGraphs
-from llmprune.serving.forms import Fragments, Served
-from llmprune.serving.fusion import fuse
+from llmprune.serving.forms import Served
+from llmprune.serving.fusion import can_fuse, fuse
 from llmprune.serving.placement import DeviceMap, input_device, map_for, require_placement
-from llmprune.serving.quantizer import sparse_layers
 from llmprune.storage.hub import resolve_model
 from llmprune.storage.packed_config import is_recorded
 
@@ -53,7 +53,7 @@ def load(
         dtype: of the weights, also by name; "auto": the checkpoint's, or float32 on a CPU without instructions for it.
         served: how packed matrices are held. "auto": in the fastest form; "packed": in the least memory; "dense":
             as ordinary weights; "cusparselt": as auto, with a second copy of 2:4 matrices for prefill with cuSPARSELt.
-        fused: use one kernel launch for 2:4 matrices that read the same input; not with a device map.
+        fused: use one kernel launch for packed matrices that read the same input; not with a device map.
         graphs: use a static cache and CUDA graphs for `generate`: see `serving.decode_graphs`.
             `model.decode_graphs.warm` records them in advance.
         device_map: shares the model out over several devices, in place of `device`: "auto", "balanced",
@@ -94,8 +94,9 @@ def load(
     loaded = boundary.load_stock_model(folder, config, dtype=dtype, device_map=map_for(target, device_map))
     if not packed:
         require_finite(folder, loaded.named_parameters())
-    if fused and device_map is None and any(type(layer.form) is Fragments for _, layer in sparse_layers(loaded)):
+    if fused and device_map is None and can_fuse(loaded):
         fuse(loaded, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=target))
+    measure_products(loaded)
     if graphs:
         DecodeGraphs(loaded)
     return loaded

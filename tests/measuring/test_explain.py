@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 import torch
 import typer
+from cpu_matrices import needs_kernels
 from packed_models import save_packed
 from typer.testing import CliRunner
 
@@ -16,7 +17,7 @@ from llmprune.measuring import explain as explaining
 from llmprune.measuring.bench.machine import device_name
 from llmprune.measuring.bench.record import BENCH_NAME, write_result
 from llmprune.measuring.explain import Explanation, explain
-from llmprune.serving import forms
+from llmprune.serving import cpu_forms, forms
 from llmprune.storage.files import Stored, read_index
 from llmprune.storage.formats import layout_from_dict
 
@@ -24,6 +25,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIZES = {"hidden_size": 64, "intermediate_size": 320}
 # Sizes that fragments need not pad.
 WHOLE = {"hidden_size": 256, "intermediate_size": 512}
+NO_COMPILER = "no C++ compiler: install g++"
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +42,12 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TERM", "GITHUB_ACTIONS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU for which nothing can be compiled."""
+    monkeypatch.setattr(cpu_forms.cpu, "unavailable", lambda: NO_COMPILER)
 
 
 @pytest.fixture
@@ -67,19 +75,33 @@ def only(found: Explanation) -> tuple[set[str], set[str]]:
 @pytest.mark.parametrize(
     ("layout", "pattern", "reason"),
     [
-        ("nm", "2:4", "a CPU has no sparse kernel that is faster than the dense matmul"),
+        ("nm", "2:4", NO_COMPILER),
         ("nm", "1:4", "only 2:4 has a kernel"),
-        ("bitmask", "0.7", "no kernel gains from unstructured zeros: it only saves disk space"),
+        ("bitmask", "0.7", NO_COMPILER),
+        ("bitmask", "0.2", "a CPU is faster with the dense matrix if a bitmask takes more than 75% of its bytes"),
         ("block", "0.5@16x16", "a CPU is faster with the dense matrix below 85% block sparsity"),
     ],
 )
-def test_a_cpu_gains_nothing_from_these(tmp_path: Path, layout: str, pattern: str, reason: str) -> None:
+def test_a_cpu_gains_nothing_from_these(
+    tmp_path: Path, no_compiler: None, layout: str, pattern: str, reason: str
+) -> None:
     found = explain(save_packed(tmp_path, layout, pattern, **SIZES) / "packed", CPU)
     assert len(found.packed) == 14
     assert only(found) == ({"dense"}, {reason})
     assert {row.limit for row in found.packed} == {1.0}
     assert found.limit == 1.0
     assert all(row.packed_bytes < row.dense_bytes == row.served_bytes for row in found.packed)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("layout", "pattern", "form"), [("nm", "2:4", "cpu-nm"), ("bitmask", "0.7", "cpu-bitmask")])
+def test_a_cpu_gains_from_what_it_has_kernels_for(tmp_path: Path, layout: str, pattern: str, form: str) -> None:
+    found = explain(save_packed(tmp_path, layout, pattern, **WHOLE) / "packed", CPU)
+    assert only(found) == ({form}, {""})
+    for row in found.packed:
+        # A header and room to read beyond the last weight come with each matrix.
+        assert row.packed_bytes < row.served_bytes <= row.packed_bytes + 1024
+        assert row.limit == row.dense_bytes / row.served_bytes > 1.7
 
 
 def test_a_cpu_gains_from_few_blocks(tmp_path: Path) -> None:
@@ -163,14 +185,14 @@ def test_gains_are_those_of_this_device(tmp_path: Path) -> None:
     assert "0.75 at 256" in shown
 
 
-def test_the_table_joins_equal_layers_and_explains_in_footnotes(tmp_path: Path) -> None:
+def test_the_table_joins_equal_layers_and_explains_in_footnotes(tmp_path: Path, no_compiler: None) -> None:
     folder = save_packed(tmp_path, num_hidden_layers=3, **SIZES) / "packed"
     lines = run(folder).stdout.splitlines()
     assert max(len(line) for line in lines) <= 80
     assert sum("model.layers.0-2" in line for line in lines) == 1
     (row,) = [line.split() for line in lines if "mlp.down_proj" in line]
     assert row == ["mlp.down_proj", "64x320", "2:4", "dense", "[1]", "56.2%", "1.00", "none"]
-    assert "[1] a CPU has no sparse kernel that is faster than the dense matmul" in lines
+    assert f"[1] {NO_COMPILER}" in lines
     assert any(line.startswith("max speed-up") and "1.00x in decode" in line for line in lines)
 
 

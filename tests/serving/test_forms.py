@@ -65,9 +65,7 @@ def test_without_triton_weights_are_dense(monkeypatch: pytest.MonkeyPatch) -> No
     assert "Triton" in dict(choose_form(TWO_OF_FOUR, CUDA, torch.bfloat16).refused)["portable"]
 
 
-def test_a_cpu_multiplies_densely_unless_hardly_a_block_is_left() -> None:
-    assert name(TWO_OF_FOUR, CPU) == "dense"
-    assert name(TWO_OF_FOUR, CPU, "packed") == "unpacked"
+def test_a_cpu_multiplies_blocks_densely_unless_hardly_one_is_left() -> None:
     sparse, dense, finer, smaller = (
         BlockLayout((size, size), block, round(kept * (size // block) ** 2), balanced=False)
         for size, block, kept in ((1024, 64, 0.1), (1024, 64, 0.5), (1024, 16, 0.1), (512, 64, 0.1))
@@ -80,8 +78,8 @@ def test_a_cpu_multiplies_densely_unless_hardly_a_block_is_left() -> None:
 
 
 def test_every_form_but_the_chosen_one_has_a_reason() -> None:
-    choice = choose_form(TWO_OF_FOUR, CPU, torch.bfloat16)
-    assert [form for form, _ in choice.refused] == ["fragments", "portable", "blocks"]
+    choice = choose_form(TWO_OF_FOUR, CPU, torch.bfloat16, "dense")
+    assert [form for form, _ in choice.refused] == ["fragments", "portable", "blocks", "cpu-bitmask", "cpu-nm"]
     assert all(reason for _, reason in choice.refused)
 
 

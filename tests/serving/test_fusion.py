@@ -1,9 +1,11 @@
 """Layers that read the same input are multiplied together, with the results that each gives alone."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from cpu_matrices import needs_kernels
 from folders import same, tensors
 from packed_models import save_packed
 from tiny_models import random_ids
@@ -135,6 +137,41 @@ def test_moving_to_where_the_model_is_keeps_the_fusion(model: PreTrainedModel) -
         before = layer.fusion
         layer.to("cpu")
         assert layer.fusion is before
+
+
+@needs_kernels
+@pytest.mark.parametrize(("layout", "pattern"), [("nm", "2:4"), ("bitmask", "0.5")])
+def test_a_cpu_multiplies_several_packed_matrices_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, pattern: str
+) -> None:
+    folder = save_packed(tmp_path, layout, pattern, **SIZES, attention_bias=True)
+    model = AutoModelForCausalLM.from_pretrained(folder / "packed").eval()
+    before = logits(model)
+    assert len(fuse(model, input_ids=IDS[:1, :1])) == 4
+    rows = []
+    real = fusion.cpu.linear
+    monkeypatch.setattr(
+        fusion.cpu, "linear", lambda x, packed, bias, sizes: rows.append(sizes) or real(x, packed, bias, sizes)
+    )
+    assert same(logits(model), before)
+    assert rows[:4] == [[64, 32, 32], [64], [96, 96], [64]]
+    layers = [layer for _, layer in sparse_layers(model)][:3]
+    twins = copy.deepcopy(layers)
+    assert twins[0].fusion is twins[1].fusion is not layers[0].fusion
+    assert [id(matrix) for matrix in twins[0].fusion.packed] == [id(twin.held["packed"]) for twin in twins]
+    assert same(torch.compile(model, backend="eager", fullgraph=True)(IDS).logits, before)
+    saved = tensors(tmp_path / "packed")
+    assert all(same(saved[key], tensor) for key, tensor in model.state_dict().items() if key in saved)
+
+
+@needs_kernels
+def test_a_cpu_does_not_multiply_different_layouts_at_once(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_packed(tmp_path / "nm", **SIZES) / "packed").eval()
+    other = AutoModelForCausalLM.from_pretrained(save_packed(tmp_path / "b", "bitmask", "0.5", **SIZES) / "packed")
+    model.model.layers[0].self_attn.k_proj = other.model.layers[0].self_attn.k_proj
+    before = logits(model)
+    assert fuse(model, input_ids=IDS[:1, :1])[0] == [f"model.layers.0.self_attn.{name}_proj" for name in "qv"]
+    assert same(logits(model), before)
 
 
 def test_leaves_out_what_does_not_fill_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from llmprune.cli import app
 from llmprune.errors import DeviceError, ModelError
-from llmprune.serving import loader
+from llmprune.serving import cpu_forms, loader
 from llmprune.serving.decode_graphs import DecodeGraphs
 from llmprune.serving.forms import Fragments
 from llmprune.serving.loader import Sampling, encode, load, load_tokenizer, require_room, write
@@ -38,6 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_packed(tmp_path_factory.mktemp("models"), hidden_size=64, intermediate_size=96, eos_token_id=None)
 
 
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without sparse kernels: what it computes is then that of the dense model, bit for bit."""
+    monkeypatch.setattr(cpu_forms.cpu, "unavailable", lambda: "no compiler")
+
+
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.inference_mode():
         return model(IDS).logits
@@ -48,7 +54,7 @@ def forms(model: PreTrainedModel) -> set[str]:
 
 
 @pytest.mark.parametrize(("served", "names"), [("auto", {"dense"}), ("packed", {"unpacked"}), ("dense", {"dense"})])
-def test_loads_packed_checkpoints_as_asked(folder: Path, served: Any, names: set[str]) -> None:
+def test_loads_packed_checkpoints_as_asked(folder: Path, no_kernels: None, served: Any, names: set[str]) -> None:
     model = load(folder / "packed", device="cpu", dtype="bfloat16", served=served)
     assert not model.training
     assert forms(model) == names

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, pipe
 
 import llmprune  # noqa: F401 - registers with transformers
 from llmprune.errors import CheckpointError, FormatError, ModelError, NumericsError
-from llmprune.serving import forms
+from llmprune.serving import cpu_forms, forms
 from llmprune.serving.quantizer import replace_linear, settle, sparse_layers
 from llmprune.serving.sparse_linear import SparseLinear
 from llmprune.storage.formats import NMLayout
@@ -68,7 +68,8 @@ def test_is_bit_identical_where_it_multiplies_densely(tmp_path: Path) -> None:
     assert same(logits(load(folder / "packed")), logits(load(folder / "dense")))
 
 
-def test_packed_serving_holds_only_packed_bytes(tmp_path: Path) -> None:
+def test_packed_serving_holds_only_packed_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_forms.cpu, "unavailable", lambda: "no compiler")
     model = served(save_packed(tmp_path) / "packed", "packed")
     _, layer = next(iter(sparse_layers(model)))
     assert set(layer.held) == {"values", "meta"}
@@ -99,7 +100,8 @@ def test_takes_another_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = save_packed(tmp_path)
     dense, packed = load(folder / "dense", dtype=dtype), load(folder / "packed", dtype=dtype)
     assert {layer.dtype for _, layer in sparse_layers(packed)} == {dtype}
-    assert same(logits(packed), logits(dense))
+    # A CPU's kernels add in another order.
+    torch.testing.assert_close(logits(packed), logits(dense), rtol=0, atol=16 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("options", [{"device_map": "auto"}, {"device_map": "cpu"}, {"low_cpu_mem_usage": True}])

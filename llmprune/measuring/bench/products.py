@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmprune.measuring.bench.machine import Rates
+from llmprune.serving import dense_product
 from llmprune.serving.quantizer import sparse_layers
 from llmprune.serving.sparse_linear import SparseLinear
 from llmprune.storage.formats import BitmaskLayout, BlockLayout, Layout
@@ -156,6 +157,7 @@ def compare_product(
     served = served_bytes(layers)
     sparse = _copies(lambda: copy.deepcopy(list(layers)), list(layers), effort.copies(served, device))
     dense = _copies(lambda: weight.clone(), weight, effort.copies(weight.nbytes, device))
+    dense_product.choose(dense)  # on a CPU: the faster one, as a dense model is loaded
     for count in tokens:
         x = random_inputs(count, weight)
         exact = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
@@ -227,7 +229,7 @@ def _copies(another: Callable[[], Any], first: Any, count: int) -> list[Any]:
 
 
 def _dense_call(weight: Tensor, bias: Tensor | None, x: Tensor) -> Callable[[], object]:
-    return lambda: F.linear(x, weight, bias)
+    return lambda: dense_product.linear(x, weight, bias)
 
 
 def _sparse_call(layers: Sequence[SparseLinear], x: Tensor) -> Callable[[], object]:

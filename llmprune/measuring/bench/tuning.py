@@ -27,6 +27,7 @@ from llmprune.measuring.bench.products import (
     served_bytes,
     sparse_candidate,
 )
+from llmprune.serving.fusion import FragmentFusion
 from llmprune.serving.sparse_linear import SparseLinear
 from llmprune.storage.files import listed
 from llmprune.timing import Effort, time_calls
@@ -345,9 +346,9 @@ def _rotated(layers: tuple[SparseLinear, ...], effort: Effort) -> list[SparseLin
 
 def _fragments(layer: SparseLinear) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands a, e and bias of a layer, or of the fusion that it belongs to."""
-    fusion = layer.fusion
-    a, e, bias = (fusion.a, fusion.e, fusion.bias) if fusion else (layer.held["a"], layer.held["e"], layer.bias)
-    return a.view(torch.int32), e, bias
+    if isinstance(layer.fusion, FragmentFusion):
+        return layer.fusion.a.view(torch.int32), layer.fusion.e, layer.fusion.bias
+    return layer.held["a"].view(torch.int32), layer.held["e"], layer.bias
 
 
 def _call(kernel: Kernel, layer: SparseLinear, x: Tensor, configuration: Any) -> Callable[[], object]:

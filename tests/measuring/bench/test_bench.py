@@ -177,7 +177,7 @@ def test_what_is_served_dense_is_measured_where_there_is_a_kernel(tmp_path: Path
     assert candidate[0].form is not None
     assert candidate[0].form.name == "blocks"
     torch.testing.assert_close(candidate[0].unpack(), half.layers[0].unpack())
-    pairs = products.packed_products(load(save_packed(tmp_path / "b", **SIZES) / "packed"))[0]
+    pairs = products.packed_products(load(save_packed(tmp_path / "b", "nm", "1:4", **SIZES) / "packed"))[0]
     assert products.sparse_candidate(pairs) is None
 
 

@@ -1,0 +1,191 @@
+"""The sparse kernels of a CPU against its dense products, one shape and number of tokens after another.
+
+    python -m llmprune.eval.bench.cpu --json cpu.json
+
+Weights are random, in bfloat16. Every product rotates through copies that exceed the last-level cache, and all take
+turns, so that other load on the machine affects them alike; a wrong result is not timed. Dense: F.linear, as
+transformers calls it, torch's own product (F.linear without oneDNN), and oneDNN's with weights in its own order.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmprune.kernels import cpu
+from llmprune.measuring.bench.machine import commit, device_name, versions
+from llmprune.measuring.bench.products import is_right, relative_error
+from llmprune.patterns import NM, Unstructured
+from llmprune.serving.dense_product import own_product
+from llmprune.storage.files import write_json
+from llmprune.storage.formats import fit_layout
+from llmprune.timing import Timing, rotated_bytes
+
+Call = Callable[[Tensor], Tensor]
+DENSE = ("linear", "own", "prepacked")
+
+# Floats that the streaming read goes through.
+_STREAMED = 32 << 20
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure every combination, print it, and write JSON."""
+    args = _parse(arguments)
+    if reason := cpu.unavailable():
+        raise SystemExit(reason)
+    torch.manual_seed(0)
+    bandwidth = measure_stream(args.seconds)
+    print(f"streaming read: {bandwidth / 1e9:.1f} GB/s")
+    rows = [
+        row for shape in args.shapes for row in measure(shape, args.tokens, args.sparsities, args.seconds, bandwidth)
+    ]
+    for row in rows:
+        print(_line(row))
+    if args.json:
+        header = {
+            "threads": torch.get_num_threads(),
+            "device": device_name(torch.device("cpu")),
+            "versions": versions(),
+            "commit": commit(),
+        }
+        kernels = cpu.LEVELS[cpu.library().level]
+        write_json(args.json, {**header, "kernels": kernels, "stream_bytes_per_second": bandwidth, "rows": rows})
+
+
+def measure_stream(seconds: float) -> float:
+    """Bytes per second of a plain read of memory, in all threads."""
+    parts = [torch.ones(_STREAMED) for _ in range(2)]
+    calls = {"stream": [lambda x, part=part: torch.tensor(cpu.library().stream(part)) for part in parts]}
+    return parts[0].nbytes / _timed(calls, torch.empty(0), seconds)["stream"].median
+
+
+@torch.inference_mode()
+def measure(
+    shape: tuple[int, int], tokens: Sequence[int], sparsities: Sequence[str], seconds: float, bandwidth: float
+) -> list[dict[str, Any]]:
+    """Measure one shape (out, in): one row for each number of tokens."""
+    made = {"dense": (torch.randn(shape) / shape[1] ** 0.5).bfloat16()}
+    made |= {sparsity: pruned(made["dense"], sparsity) for sparsity in sparsities}
+    products, sizes = {}, {}
+    for name in (*DENSE, *sparsities):
+        weight = made.get(name, made["dense"])
+        products[name], sizes[name] = _copies(name, weight)
+    rows = []
+    for count in tokens:
+        x = torch.randn(count, shape[1]).bfloat16()
+        errors = _errors(products, made, x)
+        right = {name: calls for name, calls in products.items() if errors[name] is not None}
+        times = _timed(right, x, seconds)
+        best = min(times[name].median for name in DENSE if name in times)
+        found = {
+            name: {
+                **timing.to_dict(),
+                "bytes": sizes[name],
+                "error": errors[name],
+                "share": round(sizes[name] / timing.median / bandwidth, 3),
+                "over_best_dense": round(best / timing.median, 3),
+                "over_linear": round(times["linear"].median / timing.median, 3),
+            }
+            for name, timing in times.items()
+        }
+        rows.append(
+            {"shape": list(shape), "tokens": count, "products": found, "wrong": sorted(set(products) - set(right))}
+        )
+    return rows
+
+
+def pruned(weight: Tensor, sparsity: str) -> Tensor:
+    """A weight with zeros at random places: "2:4", or a fraction such as "0.5"."""
+    scores = torch.rand(weight.shape)
+    pattern = NM(2, 4) if sparsity == "2:4" else Unstructured(float(sparsity))
+    return weight * pattern.mask(scores)
+
+
+def _copies(name: str, weight: Tensor) -> tuple[list[Call], int]:
+    """Products over different memory, and the bytes that each reads."""
+    if name in DENSE:
+        held, call = weight, {"linear": _linear, "own": _own, "prepacked": _prepacked}[name]
+    else:
+        kind = "nm" if name == "2:4" else "bitmask"
+        layout = fit_layout(kind, weight, NM(2, 4) if kind == "nm" else Unstructured(float(name)))
+        stored = layout.pack(weight)
+        held, call = cpu.pack(kind, layout.shape, stored["meta" if kind == "nm" else "mask"], stored["values"]), _sparse
+    count = -(-rotated_bytes(torch.device("cpu")) // held.nbytes) + 1
+    return [call(held.clone()) for _ in range(count)], held.nbytes
+
+
+def _linear(weight: Tensor) -> Call:
+    return lambda x: F.linear(x, weight)
+
+
+def _own(weight: Tensor) -> Call:
+    return lambda x: own_product(x, weight, None)
+
+
+def _prepacked(weight: Tensor) -> Call:
+    ordered = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, ordered, None, "none", [], "")
+
+
+def _sparse(packed: Tensor) -> Call:
+    size = cpu.library().describe(packed).shape[0]
+    return lambda x: cpu.linear(x, [packed], None, [size])
+
+
+def _errors(products: dict[str, list[Call]], made: dict[str, Tensor], x: Tensor) -> dict[str, float | None]:
+    """The relative error of every product; None if it is wrong."""
+    found: dict[str, float | None] = {}
+    for name, calls in products.items():
+        weight = made.get(name, made["dense"])
+        exact = F.linear(x.float(), weight.float())
+        error = relative_error(calls[0](x), exact)
+        allowed = relative_error(F.linear(x, weight), exact)
+        found[name] = error if is_right(error, allowed, x.dtype) else None
+    return found
+
+
+def _timed(products: dict[str, list[Call]], x: Tensor, seconds: float) -> dict[str, Timing]:
+    """Time all products in turns."""
+    times: dict[str, list[float]] = {name: [] for name in products}
+    for calls in products.values():
+        calls[-1](x)
+    started, turn = time.perf_counter(), 0
+    while turn < 12 or time.perf_counter() - started < seconds * len(products):
+        for name, calls in products.items():
+            before = time.perf_counter()
+            calls[turn % len(calls)](x)
+            times[name].append(time.perf_counter() - before)
+        turn += 1
+    return {name: Timing.of(measured) for name, measured in times.items()}
+
+
+def _line(row: dict[str, Any]) -> str:
+    shown = [
+        f"{name} {found['median_us'] / 1e3:.3f} ms, {found['over_best_dense']:.2f}x ({found['share']:.0%})"
+        for name, found in row["products"].items()
+    ]
+    return f"{row['shape'][0]}x{row['shape'][1]}, {row['tokens']} tokens: " + "; ".join(shown)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shapes = ((4096, 4096), (14336, 4096))
+    parser.add_argument("--shapes", type=_list(lambda text: tuple(map(int, text.split("x")))), default=shapes)
+    parser.add_argument("--tokens", type=_list(int), default=(1, 4))
+    parser.add_argument("--sparsities", type=_list(str), default=("0.5", "0.6", "2:4"))
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each product")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    return parser.parse_args(arguments)
+
+
+def _list(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    return lambda text: tuple(kind(part) for part in text.split(","))
+
+
+if __name__ == "__main__":
+    main()
