@@ -166,6 +166,7 @@ def _dense(model: nn.Module) -> Iterator[Tensor]:
     """The weights of linear layers on a CPU."""
     for layer in model.modules():
         weight = layer._parameters.get("weight")
-        is_linear = isinstance(layer, nn.Linear) or hasattr(layer, "layout")
-        if is_linear and weight is not None and weight.device.type == "cpu":
+        is_linear = type(layer) in (nn.Linear, dense_product.DenseLinear) or hasattr(layer, "layout")
+        # Weights of a library that quantises may be tensors of a type of its own, with products of their own.
+        if is_linear and weight is not None and weight.device.type == "cpu" and type(weight.data) is Tensor:
             yield weight

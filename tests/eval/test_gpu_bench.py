@@ -12,10 +12,16 @@ import torch
 
 from llmprune.eval.bench import blocks, gpu, gpu_checks, gpu_model, gpu_products, peers
 from llmprune.eval.bench.gpu_plan import SHAPES, Plan, rehearsal
-from llmprune.serving import forms
+from llmprune.serving import cpu_forms, forms
 from llmprune.storage.formats import NMLayout
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rehearsal stands for a GPU, to which the kernels of a CPU do not belong."""
+    monkeypatch.setattr(cpu_forms.cpu, "unavailable", lambda: "a rehearsal")
 
 
 class Clock:

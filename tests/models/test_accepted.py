@@ -121,7 +121,7 @@ def test_records_by_which_nothing_is_quantised_are_accepted(record: dict[str, An
     assert torch.equal(logits(load(tmp_path / "sparse", dtype="float32")), expected)
     assert perplexity(tmp_path / "sparse", TextSpec(samples=1, length=16)).samples == 1
     pack(tmp_path / "sparse", tmp_path / "packed")
-    assert torch.equal(logits(load(tmp_path / "packed", dtype="float32")), expected)
+    torch.testing.assert_close(logits(load(tmp_path / "packed", dtype="float32")), expected, rtol=1e-5, atol=1e-5)
     prune(tmp_path / "sparse", recipe(), tmp_path / "again")
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
