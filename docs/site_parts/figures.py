@@ -94,6 +94,32 @@ def blocks() -> str:
     return f"{table(columns, body)}\n\n{_where(result)}"
 
 
+def cpu_kernels() -> str:
+    """Time of the sparse kernels of a CPU, and their speed-up over its dense products."""
+    result = read("cpu-kernels-cpu")
+    names = {
+        "linear": "`F.linear`",
+        "own": "torch's own",
+        "own-huge": "torch's own, huge pages",
+        "prepacked": "oneDNN, prepacked",
+        "2:4": "2:4",
+    }
+    body = []
+    for row in result["rows"]:
+        for name, found in row["products"].items():
+            low, middle, high = (f"{found[f'{part}_us'] / 1e3:.2f}" for part in ("low", "median", "high"))
+            times = f"{middle} ({low} to {high})"
+            ratios = (f"{found[over]:.2f}" for over in ("over_best_dense", "over_linear"))
+            shown = names.get(name) or f"bitmask, {float(name):.0%}"
+            body.append(
+                ("x".join(map(str, row["shape"])), f"{row['tokens']}", shown, times, f"{found['share']:.0%}", *ratios)
+            )
+    columns = ("matrix", "tokens", "product", "ms", "of the bandwidth", "over the best dense", "over `F.linear`")
+    rates = [row["stream_bytes_per_second"] / 1e9 for row in result["rows"]]
+    note = f"A plain read of memory reaches {min(rates):.0f} to {max(rates):.0f} GB/s; {result['threads']} threads."
+    return f"{table(columns, body)}\n\n{note} {_where(result)}"
+
+
 def structured(part: str) -> str:
     """Results of structured pruning: what was removed, how it was chosen, what it cost."""
     columns = {
@@ -179,6 +205,7 @@ PARTS = {
     "first-run": first_run,
     "pruning-time": pruning_time,
     "blocks": blocks,
+    "cpu-kernels": cpu_kernels,
     "structured": structured,
     "structured-speed": structured_speed,
     "structured-solver": structured_solver,

@@ -3,13 +3,17 @@
     python -m llmprune.eval.bench.cpu --json cpu.json
 
 Weights are random, in bfloat16. Every product rotates through copies that exceed the last-level cache, and all take
-turns, so that other load on the machine affects them alike; a wrong result is not timed. Dense: F.linear, as
-transformers calls it, torch's own product (F.linear without oneDNN), and oneDNN's with weights in its own order.
+turns with a plain read of memory, so that other load on the machine affects them alike; a wrong result is not timed.
+Dense: F.linear, as transformers calls it; torch's own product (F.linear without oneDNN), also with its weights in huge
+pages, in which packed matrices are; and oneDNN's with weights in its own order.
 """
 
 import argparse
+import ctypes
+import mmap
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +31,12 @@ from llmprune.storage.formats import fit_layout
 from llmprune.timing import Timing, rotated_bytes
 
 Call = Callable[[Tensor], Tensor]
-DENSE = ("linear", "own", "prepacked")
+DENSE = ("linear", "own", "own-huge", "prepacked")
 
-# Floats that the streaming read goes through.
-_STREAMED = 32 << 20
+# Floats in each of the parts that the plain read goes through.
+_STREAMED = 16 << 20
+
+_HUGE_PAGE = 2 << 20
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,11 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if reason := cpu.unavailable():
         raise SystemExit(reason)
     torch.manual_seed(0)
-    bandwidth = measure_stream(args.seconds)
-    print(f"streaming read: {bandwidth / 1e9:.1f} GB/s")
-    rows = [
-        row for shape in args.shapes for row in measure(shape, args.tokens, args.sparsities, args.seconds, bandwidth)
-    ]
+    rows = [row for shape in args.shapes for row in measure(shape, args.tokens, args.sparsities, args.seconds)]
     for row in rows:
         print(_line(row))
     if args.json:
@@ -54,25 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "commit": commit(),
         }
         kernels = cpu.LEVELS[cpu.library().level]
-        write_json(args.json, {**header, "kernels": kernels, "stream_bytes_per_second": bandwidth, "rows": rows})
-
-
-def measure_stream(seconds: float) -> float:
-    """Bytes per second of a plain read of memory, in all threads."""
-    parts = [torch.ones(_STREAMED) for _ in range(2)]
-    calls = {"stream": [lambda x, part=part: torch.tensor(cpu.library().stream(part)) for part in parts]}
-    return parts[0].nbytes / _timed(calls, torch.empty(0), seconds)["stream"].median
+        write_json(args.json, {**header, "kernels": kernels, "rows": rows})
 
 
 @torch.inference_mode()
 def measure(
-    shape: tuple[int, int], tokens: Sequence[int], sparsities: Sequence[str], seconds: float, bandwidth: float
+    shape: tuple[int, int], tokens: Sequence[int], sparsities: Sequence[str], seconds: float
 ) -> list[dict[str, Any]]:
     """Measure one shape (out, in): one row for each number of tokens."""
     made = {"dense": (torch.randn(shape) / shape[1] ** 0.5).bfloat16()}
     made |= {sparsity: pruned(made["dense"], sparsity) for sparsity in sparsities}
     products, sizes = {}, {}
-    for name in (*DENSE, *sparsities):
+    for name in (*dense_products(), *sparsities):
         weight = made.get(name, made["dense"])
         products[name], sizes[name] = _copies(name, weight)
     rows = []
@@ -80,8 +75,9 @@ def measure(
         x = torch.randn(count, shape[1]).bfloat16()
         errors = _errors(products, made, x)
         right = {name: calls for name, calls in products.items() if errors[name] is not None}
-        times = _timed(right, x, seconds)
-        best = min(times[name].median for name in DENSE if name in times)
+        times = _timed({"stream": _reads(), **right}, x, seconds)
+        bandwidth = 4 * _STREAMED / times.pop("stream").median
+        best = min(times[name].median for name in dense_products() if name in times)
         found = {
             name: {
                 **timing.to_dict(),
@@ -93,10 +89,14 @@ def measure(
             }
             for name, timing in times.items()
         }
-        rows.append(
-            {"shape": list(shape), "tokens": count, "products": found, "wrong": sorted(set(products) - set(right))}
-        )
+        row = {"shape": list(shape), "tokens": count, "stream_bytes_per_second": round(bandwidth)}
+        rows.append({**row, "products": found, "wrong": sorted(set(products) - set(right))})
     return rows
+
+
+def dense_products() -> tuple[str, ...]:
+    """The dense products that this processor has; oneDNN orders weights only where it multiplies bfloat16."""
+    return DENSE if torch.ops.mkldnn._is_mkldnn_bf16_supported() else DENSE[:-1]
 
 
 def pruned(weight: Tensor, sparsity: str) -> Tensor:
@@ -109,14 +109,33 @@ def pruned(weight: Tensor, sparsity: str) -> Tensor:
 def _copies(name: str, weight: Tensor) -> tuple[list[Call], int]:
     """Products over different memory, and the bytes that each reads."""
     if name in DENSE:
-        held, call = weight, {"linear": _linear, "own": _own, "prepacked": _prepacked}[name]
+        call = {"linear": _linear, "own": _own, "own-huge": _own, "prepacked": _prepacked}[name]
+        nbytes, another = weight.nbytes, (lambda: in_huge_pages(weight)) if name == "own-huge" else weight.clone
     else:
         kind = "nm" if name == "2:4" else "bitmask"
         layout = fit_layout(kind, weight, NM(2, 4) if kind == "nm" else Unstructured(float(name)))
         stored = layout.pack(weight)
-        held, call = cpu.pack(kind, layout.shape, stored["meta" if kind == "nm" else "mask"], stored["values"]), _sparse
-    count = -(-rotated_bytes(torch.device("cpu")) // held.nbytes) + 1
-    return [call(held.clone()) for _ in range(count)], held.nbytes
+        bits, call = stored["meta" if kind == "nm" else "mask"], _sparse
+        nbytes = cpu.packed_bytes(kind, layout.shape, stored["values"].numel(), weight.dtype)
+        another = partial(cpu.pack, kind, layout.shape, bits, stored["values"])
+    count = -(-rotated_bytes(torch.device("cpu")) // nbytes) + 1
+    return [call(another()) for _ in range(count)], nbytes
+
+
+def in_huge_pages(weight: Tensor) -> Tensor:
+    """A copy in huge pages, where the system has them."""
+    room = torch.empty(weight.nbytes + _HUGE_PAGE, dtype=torch.uint8)
+    first = -room.data_ptr() % _HUGE_PAGE
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(room.data_ptr() + first), ctypes.c_size_t(weight.nbytes), mmap.MADV_HUGEPAGE)
+    return room[first : first + weight.nbytes].view(weight.dtype).view(weight.shape).copy_(weight)
+
+
+def _reads() -> list[Call]:
+    """Plain reads of memory in all threads."""
+    parts = [torch.ones(_STREAMED) for _ in range(3)]
+    return [lambda x, part=part: torch.tensor(cpu.library().stream(part)) for part in parts]
 
 
 def _linear(weight: Tensor) -> Call:
@@ -169,7 +188,8 @@ def _line(row: dict[str, Any]) -> str:
         f"{name} {found['median_us'] / 1e3:.3f} ms, {found['over_best_dense']:.2f}x ({found['share']:.0%})"
         for name, found in row["products"].items()
     ]
-    return f"{row['shape'][0]}x{row['shape'][1]}, {row['tokens']} tokens: " + "; ".join(shown)
+    read = f"{row['stream_bytes_per_second'] / 1e9:.1f} GB/s"
+    return f"{row['shape'][0]}x{row['shape'][1]}, {row['tokens']} tokens, {read} read: " + "; ".join(shown)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
