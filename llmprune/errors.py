@@ -73,6 +73,10 @@ class DeviceError(LlmpruneError):
     """A device that this machine does not have."""
 
 
+class PeerError(LlmpruneError):
+    """Another process of the run has ended; it says why, this one need not."""
+
+
 class ServingError(LlmpruneError):
     """A server that cannot start, or a request that it refuses."""
 

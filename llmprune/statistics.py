@@ -5,7 +5,7 @@ A damped Gram matrix is also factorised here, for solvers that process columns f
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -42,52 +42,6 @@ class Factor:
     tried: tuple[float, ...]
 
 
-TokenWeight = Literal["none", "clip", "normalise"]
-LossWeight = Literal["none", "tokens"]
-
-# Where clipped tokens are clipped: at this many times the usual root mean square.
-_CLIP = 2.0
-
-
-@dataclass(slots=True)
-class TokenWeighting:
-    """Weighs the tokens of one input before they enter its statistics.
-
-    A few tokens, such as BOS, carry activations that are hundreds of times larger than all others (Sun et al. 2024,
-    Massive Activations in Large Language Models, arXiv 2402.17762). In sums of squares nothing else counts: the solver
-    then serves a handful of tokens whose outputs hardly matter.
-
-    Attributes:
-        kind: "none"; "clip": tokens above twice the usual root mean square are scaled down to it; "normalise": every
-            token is scaled to a root mean square of 1.
-        usual: median root mean square of the first sequence, where clipping needs it; the same for every batch size.
-    """
-
-    kind: TokenWeight = "none"
-    usual: float | None = None
-
-    def __call__(
-        self, rows: Float[Tensor, "tokens width"], energies: Float[Tensor, " tokens"], first: int
-    ) -> Float[Tensor, "tokens width"]:
-        """Scale rows, in their dtype.
-
-        Args:
-            rows: the inputs.
-            energies: mean square of each row, float32.
-            first: how many of the rows belong to the first sequence, if these are the first rows.
-        """
-        if self.kind == "none" or not len(rows):
-            return rows
-        sizes = energies.sqrt()
-        if self.kind == "normalise":
-            factors = 1 / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
-        else:
-            if self.usual is None:
-                self.usual = float(sizes[:first].median())
-            factors = (_CLIP * self.usual / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)).clamp_max(1.0)
-        return (rows.float() * factors[:, None]).to(rows.dtype)
-
-
 @runtime_checkable  # so that annotations that name it can be executed in the tests
 class Statistics(Protocol):
     """Sums over calibration tokens of one matrix's inputs."""
@@ -103,6 +57,12 @@ class Statistics(Protocol):
 
     def merge(self, other: Any) -> None:
         """Add another shard's sums, of the same kind; exact up to rounding, whatever the order."""
+
+    def tensors(self) -> list[Tensor]:
+        """All sums; whoever adds those of other shards to them, in place, calls `summed`."""
+
+    def summed(self, tokens: int) -> None:
+        """Take note of sums that `tensors` gave and that have been replaced, and of the tokens of all shards."""
 
     def add_prior(self, tokens: int, variance: float) -> None:
         """Add `tokens` imaginary tokens with uncorrelated features of this mean square."""
@@ -136,6 +96,12 @@ class ColumnNorm:
         self.squares += other.squares
         self.tokens += other.tokens
 
+    def tensors(self) -> list[Tensor]:
+        return [self.squares]
+
+    def summed(self, tokens: int) -> None:
+        self.tokens = tokens
+
     def add_prior(self, tokens: int, variance: float) -> None:
         self.squares += tokens * variance
         self.tokens += tokens
@@ -168,6 +134,9 @@ class Moments(ColumnNorm):
         ColumnNorm.merge(self, other)
         self.totals += other.totals
         self.active += other.active
+
+    def tensors(self) -> list[Tensor]:
+        return [self.squares, self.totals, self.active]
 
 
 @dataclass(slots=True)
@@ -229,6 +198,13 @@ class Gram:
         self.tokens += other.tokens
         self._symmetric = self._symmetric and other._symmetric
 
+    def tensors(self) -> list[Tensor]:
+        return [self.sums, *([] if self.errors is None else [self.errors])]
+
+    def summed(self, tokens: int) -> None:
+        self._factors.clear()
+        self.tokens, self._symmetric = tokens, False
+
     def add_prior(self, tokens: int, variance: float) -> None:
         self._factors.clear()
         self.sums.diagonal().add_(tokens * variance)
@@ -274,6 +250,13 @@ class ChannelGram(Gram):
         assert isinstance(other, ChannelGram)
         Gram.merge(self, other)
         self.moments.merge(other.moments)
+
+    def tensors(self) -> list[Tensor]:
+        return [*Gram.tensors(self), *self.moments.tensors()]
+
+    def summed(self, tokens: int) -> None:
+        Gram.summed(self, tokens)
+        self.moments.summed(tokens)
 
     def add_prior(self, tokens: int, variance: float) -> None:
         Gram.add_prior(self, tokens, variance)

@@ -18,7 +18,7 @@ from llmprune.pruning.writing import Writer
 from llmprune.storage.files import INDEX_NAME, read_index
 from llmprune.storage.folders import MANIFEST_NAME
 from llmprune.storage.report import Report, load_report
-from llmprune.stream.stream import ResidentLayer
+from llmprune.stream.resident import ResidentLayer
 
 LAYERS = 3
 

@@ -14,7 +14,8 @@ from llmprune.models.decoder import Decoder, prunable_matrices
 from llmprune.models.source import ModelSource
 from llmprune.statistics import Gram
 from llmprune.stream.observation import Group
-from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream, StreamSettings
 
 IDS = random_ids(5, 12)
 

@@ -15,8 +15,8 @@ FILES = [path for folder in (PACKAGE, KERNELS) for path in sorted(folder.rglob("
 # The rooms in their order. A module imports from its own room, where nothing goes round in a circle, and from the lines
 # above it; never from another room of its own line, and never from below.
 ROOMS = (
-    ("errors", "precision", "progress", "timing", "units"),
-    ("devices", "paths", "patterns", "statistics"),
+    ("errors", "precision", "progress", "timing", "torchrun", "units"),
+    ("devices", "paths", "patterns", "ranks", "statistics"),
     ("losses",),
     ("kernels", "storage.formats"),
     ("methods", "rotation", "storage"),
@@ -34,6 +34,7 @@ ROOMS = (
     ("recovery",),
     ("pruning",),
     ("cli",),
+    ("__main__",),
     ("evaluation",),  # an old name, until 0.2
 )
 LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from llmprune.cli import console
-from llmprune.errors import DeviceError, LlmpruneError
+from llmprune.errors import DeviceError, LlmpruneError, PeerError
+from llmprune.torchrun import alone_in_failing, follows
 
 EXIT_CODES = (
     "Exit codes: 0 success; 1 an error (the message says how to fix it) or a closed pipe; 2 usage error; 130 Ctrl-C."
@@ -68,7 +69,13 @@ def explained(
     """
     try:
         yield
+    except PeerError as error:
+        if not follows():
+            console.show_error(error)
+        raise typer.Exit(1) from None
     except LlmpruneError as error:
+        if not alone_in_failing():
+            raise typer.Exit(1) from None
         console.show_error(error)
         if isinstance(error, DeviceError) and (advice := out_of_memory()):
             console.tell(advice)
@@ -79,7 +86,8 @@ def explained(
             )
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        console.tell(interrupted())
+        if not follows():
+            console.tell(interrupted())
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmprune.cli import console, uploading
+from llmprune.cli import console, launching, uploading
 from llmprune.cli.layout import OUTPUT, PRUNE, WHAT, add
 from llmprune.cli.options import AsJson, Device, Model, Quiet, explained, quieten
 from llmprune.cli.shortcuts import (
@@ -21,6 +21,7 @@ from llmprune.cli.shortcuts import (
     Wanted,
 )
 from llmprune.cli.uploading import PushToHub
+from llmprune.torchrun import follows
 
 _PRUNE_EXAMPLES = """
 Examples:
@@ -100,6 +101,16 @@ def prune(
             "--dry-run", help="Only show the plan, and the time, memory and disk space that it needs; DIR is optional."
         ),
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes",
+            min=1,
+            metavar="N",
+            help="Share the calibration text out over N processes of this machine, each with a GPU of its own or with "
+            "some of the CPU's cores; for several machines use torchrun.",
+        ),
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -112,6 +123,8 @@ def prune(
         raise typer.BadParameter("missing; only --dry-run works without it", param_hint="--output")
     if resume and overwrite:
         raise typer.BadParameter("--resume continues the run in DIR, --overwrite replaces it: give only one of them")
+    if not dry_run:
+        launching.launch(processes)
     wanted = Wanted.read(
         recipe,
         overrides,
@@ -130,9 +143,10 @@ def prune(
         return
     options = [part for key, value in chosen.items() if value for part in (f"--{key}", value)]
     options += ["--push-to-hub", push_to_hub] if push_to_hub else []
+    options += ["--processes", str(processes)] if processes else []
     options += [*["--json"] * as_json, *["--quiet"] * quiet]
     command = ["llmprune", "prune", model, *wanted.words(output), *options]
-    display = console.Display(quiet=quiet)
+    display = console.Display(quiet=quiet or follows())
     advice = (
         lambda: _advice(display, command, resume=resume, overwrite=overwrite),
         lambda: _advice_on_memory(display, command),
@@ -150,6 +164,8 @@ def prune(
             report = pipeline.prune(
                 model, wanted.name, output, overrides=settings, resume=resume, overwrite=overwrite, watch=display
             )
+        if follows():
+            return
         if not as_json:
             console.show(report_table(report, expanded(output)))
         uploading.finish(expanded(output), push_to_hub, quiet=quiet or as_json)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from llmprune.errors import CalibrationError, RecipeError
 from llmprune.models.source import Source, eager_experts
-from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream, StreamSettings
 
 
 @dataclass(frozen=True, slots=True)

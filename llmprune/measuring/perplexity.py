@@ -247,6 +247,9 @@ def compare_perplexity(dense: Stream, pruned: Stream, tokens: Tokens, watch: Wat
         scores[0].add(before, targets, sequences)
         scores[1].add(after, targets, sequences)
         differences.add(before, after, sequences)
+    if (ranks := pruned.settings.ranks).size > 1:
+        for sums in (*scores, differences):
+            sums.collect(ranks)
     models = dense.source, pruned.source
     first, second = (_summary(score, tokens, source) for score, source in zip(scores, models, strict=True))
     count, parts = first.predicted_tokens, []

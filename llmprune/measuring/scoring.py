@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmprune.ranks import Ranks
 from llmprune.stream.variants import kl_divergences
 
 _BINS = 15
@@ -54,6 +55,14 @@ class Scores:
         self._losses += torch.bincount(places, losses.cpu(), minlength=len(self._losses))
         self._counts += torch.bincount(places, minlength=len(self._counts))
         self._calibrate(log_probabilities, targets)
+
+    def collect(self, ranks: Ranks) -> None:
+        """Add what the other processes have scored."""
+        for sums in (self._losses, self._counts):
+            ranks.total(sums)
+        self.nats = sum(ranks.gather(self.nats))
+        bins = [found for found in ranks.gather(self._bins) if found is not None]
+        self._bins = torch.stack([found.cpu() for found in bins]).sum(0) if bins else None
 
     @property
     def stderr(self) -> float | None:
@@ -132,6 +141,12 @@ class Differences:
         places = sequences.cpu()
         self._divergences += torch.bincount(places, divergences.cpu(), minlength=len(self._divergences))
         self._same += torch.bincount(places, same.double().cpu(), minlength=len(self._same))
+
+    def collect(self, ranks: Ranks) -> None:
+        """Add what the other processes have compared."""
+        for sums in (self._divergences, self._same):
+            ranks.total(sums)
+        self.divergence, self.same = sum(ranks.gather(self.divergence)), sum(ranks.gather(self.same))
 
     def over(self, sequences: Tensor) -> tuple[float, int]:
         """The divergence and the number of same tokens in some of the sequences."""

@@ -19,6 +19,7 @@ from llmprune.pruning.forecast.memory import pruning_needs
 from llmprune.pruning.forecast.shares import expected_shares
 from llmprune.pruning.jobs import Job
 from llmprune.pruning.tracking import require_tracker
+from llmprune.ranks import SINGLE, Ranks
 from llmprune.recipe.recipe import Recipe
 from llmprune.stream.guard import MemoryGuard, sampling_needs
 from llmprune.stream.stream import StreamSettings
@@ -38,6 +39,7 @@ class Run:
         dense: results of earlier runs on the same dense model.
         stages: stopwatch.
         started: when the run began, by `time.perf_counter`.
+        ranks: the processes of the run.
     """
 
     recipe: Recipe
@@ -46,15 +48,19 @@ class Run:
     dense: DensePass
     stages: Stages = field(default_factory=Stages)
     started: float = field(default_factory=time.perf_counter)
+    ranks: Ranks = SINGLE
 
     @classmethod
-    def begin(cls, recipe: Recipe, watch: Watcher = ignore, dense: DensePass | None = None) -> "Run":
+    def begin(
+        cls, recipe: Recipe, watch: Watcher = ignore, dense: DensePass | None = None, ranks: Ranks = SINGLE
+    ) -> "Run":
         """Start the clock, and prepare the process for large blocks of memory.
 
         Args:
             recipe: what to do.
             watch: told about every step.
             dense: shared by runs on one dense model; default: not shared.
+            ranks: the processes of the run, of which only the first is watched.
 
         Raises:
             DeviceError: the recipe's device is not available.
@@ -66,7 +72,13 @@ class Run:
             # Before the first text is sampled: what the heap has grown to once, it takes large blocks from.
             map_large_blocks()
         settings = StreamSettings(device, recipe.batch_size, recipe.held_back, int(recipe.activation_budget))
-        return cls(recipe, settings, MemoryGuard(settings, watch), dense or DensePass())
+        guard = MemoryGuard(settings, watch if ranks.first else ignore)
+        return cls(recipe, settings, guard, dense or DensePass(), ranks=ranks)
+
+    @property
+    def shared(self) -> StreamSettings:
+        """The settings of streams whose batches the processes share; each needs all of them to take part."""
+        return replace(self.settings, ranks=self.ranks)
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,7 @@
 """The decision step: what the recipe leaves open is decided once, from the dense model, and recorded."""
 
 from dataclasses import replace
+from typing import Any
 
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.pruning.allocating.allocate import allocate, allocate_unmeasured
@@ -30,8 +31,14 @@ def decide_run(
     Returns:
         The decisions; None if the recipe leaves nothing open.
     """
-    if target.decisions is None and (decisions := _decided(run, source, found, tokens)) is not None:
-        target.decide(decisions.to_dict())
+    if target.decisions is None:
+
+        def decided() -> dict[str, Any] | None:
+            decisions = _decided(run, source, found, tokens)
+            return None if decisions is None else decisions.to_dict()
+
+        if (content := run.ranks.once(decided)) is not None:
+            target.decide(content)
     return None if target.decisions is None else Decisions.from_dict(target.decisions)
 
 

@@ -13,7 +13,8 @@ from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.storage.report import MatchRow
 from llmprune.stream.activations import HiddenStates
 from llmprune.stream.matching import match_layer
-from llmprune.stream.stream import ResidentLayer, Stream
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream
 from llmprune.structures.find.subblocks import PARTS, SubBlocks, find_subblocks, without
 
 

@@ -29,7 +29,8 @@ from llmprune.storage.report import MatchRow, MatrixRow, StructureRow
 from llmprune.stream.activations import HiddenStates
 from llmprune.stream.observation import Group
 from llmprune.stream.paired import frozen
-from llmprune.stream.stream import ResidentLayer, Stream
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream
 from llmprune.structures.plan import consumer_shapes
 from llmprune.structures.reduction import Reduction
 from llmprune.structures.remove.cuts import Cut
@@ -82,7 +83,7 @@ class LayerDriver:
     ) -> None:
         self._gradients = gradients or DenseGradients()
         self._run, self._source, self._jobs, self._writer, self._reduction = run, source, jobs, writer, reduction
-        self._stream = Stream(source, tokens.ids, run.settings, run.stages)
+        self._stream = Stream(source, tokens.ids, run.shared, run.stages)
         self._memories: list[LayerMemory] = []
         self._rows: list[MatrixRow] = []
         self._structures: list[StructureRow] = []

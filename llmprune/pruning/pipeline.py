@@ -10,62 +10,37 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.devices import describe_device
 from llmprune.errors import RecipeError, ResumeError
-from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.in_memory import require_plain, require_savable, saved_linear_keys, unwrapped
-from llmprune.models.source import ModelSource, Source
-from llmprune.pages import write_report
+from llmprune.models.source import ModelSource
 from llmprune.precision import computed_in, dtype_name
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.pruning.allocating.allocate import allocate
-from llmprune.pruning.card import write_card
-from llmprune.pruning.context import Run, versions
-from llmprune.pruning.deciding import decide_run
+from llmprune.pruning.context import Run
 from llmprune.pruning.fitting import find_parts
 from llmprune.pruning.gradients import dense_gradients
 from llmprune.pruning.jobs import nothing_packed, plan_jobs, require_packable
 from llmprune.pruning.layers import LayerDriver
+from llmprune.pruning.on_disk import environment, keep_samples, prune_checkpoint, track_run
 from llmprune.pruning.reporting import (
     ask_in_memory,
-    ask_stored,
-    compare_sizes,
-    compare_writing,
-    evaluate,
     make_report,
-    reevaluated,
 )
-from llmprune.pruning.rotation.rotating import Rotating, discard_rotated
 from llmprune.pruning.saving import evaluating, save_dense, save_pruned, take_over
-from llmprune.pruning.tracking import track
-from llmprune.pruning.writing import Writer
+from llmprune.ranks import join
 from llmprune.recipe.allocation import Uniform
 from llmprune.recipe.recipe import Recipe, load_recipe
-from llmprune.storage.files import write_text
 from llmprune.storage.folders import (
-    RECIPE_NAME,
-    SAMPLES_NAME,
     expanded,
-    locked,
     require_empty,
     require_free,
     require_other,
     require_space,
 )
-from llmprune.storage.hub import checkpoint_digest, resolve_model
-from llmprune.storage.output import OutputFolder, require_resumable
-from llmprune.storage.report import Report, load_report
-from llmprune.storage.source_watch import SourceWatch
-from llmprune.stream.stream import Stream
-from llmprune.structures.describe.audit import audit_checkpoint
-from llmprune.structures.reduction import Reduction
-from llmprune.structures.removable import Removable
-from llmprune.structures.survey import check_budget
-from llmprune.text.generated import write_samples
+from llmprune.storage.hub import resolve_model
+from llmprune.storage.report import Report
 from llmprune.text.loading import model_positions, tokenizer_for
-from llmprune.text.mix import by_source
 from llmprune.text.openings import Tokenizer
-from llmprune.text.tokens import Tokens
 
 
 def prune(
@@ -104,191 +79,29 @@ def prune(
         0.5
     """
     settings = load_recipe(recipe, overrides)
-    run = Run.begin(settings, watch)
+    run = Run.begin(settings, watch, ranks=join(settings.device))
     model = unwrapped(model)
     if isinstance(model, nn.Module):
         require_plain(model)
     if not isinstance(model, PreTrainedModel):
         if output is None:
             raise RecipeError(f"no output folder for {model}", fix='pass one, for example output="pruned"')
+        run.ranks.once(lambda: resolve_model(model) and None)  # what is wrong is said by the first process alone
         folder = resolve_model(model)
         with run.watch:
             return prune_checkpoint(run, str(model), folder, expanded(output), resume=resume, overwrite=overwrite)
+    if run.ranks.size > 1:
+        raise RecipeError(
+            f"{run.ranks.size} processes for a model in memory",
+            expected="a checkpoint, which every process reads layer by layer",
+            fix="save the model and pass the folder",
+        )
     if resume:
         raise ResumeError("a model in memory cannot be resumed", fix="save it and pass the folder")
     tokenizer = tokenizer or tokenizer_for(settings.texts.values(), model.config._name_or_path, model.config)
     with run.watch:
         folder_or_none = None if output is None else expanded(output)
         return prune_in_memory(run, model, folder_or_none, tokenizer, overwrite=overwrite)
-
-
-def prune_checkpoint(
-    run: Run, name: str, folder: Path, output: Path, *, resume: bool = False, overwrite: bool = False
-) -> Report:
-    """Prune a checkpoint folder into another one.
-
-    Args:
-        run: its context.
-        name: of the model, as the user gave it.
-        folder: the checkpoint.
-        output: where the pruned checkpoint is written.
-        resume: as for `prune`.
-        overwrite: as for `prune`.
-
-    Raises:
-        LlmpruneError: as for `prune`.
-    """
-    require_other(output, folder)
-    require_free(output)
-    require_empty(output, resume=resume, overwrite=overwrite)
-    unchanged = SourceWatch(folder)
-    source = run.open(folder)
-    rotating = Rotating.begin(run, folder)
-    tokenizer = tokenizer_for(run.recipe.texts.values(), folder, source.config)
-    run = run.fitted(model_positions(source.config))
-    found = None
-    if run.recipe.structures is not None:
-        run.watch(Progress("finding structures"))
-        found = Removable.find(source, run.recipe.structures)
-    jobs = plan_jobs(_preview(source, found), run.recipe)
-    require_packable(jobs, source.linear_key, run.recipe.format)
-    find_parts(source, run.recipe.reconstruct)  # refused now, if at all
-    nbytes = sum(stored.nbytes for stored in source.stored.values())
-    require_space(output, nbytes if rotating is None else 2 * rotating.nbytes, resume=resume)
-    recipe = {"recipe": run.recipe.to_dict() | {"description": "", "report_to": None}}
-    environment = _environment(run, source)
-    if resume:
-        require_resumable(output, recipe | environment)
-    texts = run.texts(source, jobs, tokenizer)
-    run.watch(Progress("digesting the source"))
-    digests = {text: tokens.digest for text, tokens in texts.items()}
-    keys = {**recipe, "tokens": digests, "source": checkpoint_digest(folder), **environment}
-    with locked(output):
-        target = OutputFolder.open(output, keys, resume=resume, overwrite=overwrite, source=unchanged)
-        run.watch.resumable = True
-        if target.reevaluated:
-            run.watch(Progress(f"evaluated again, not pruned again: {'; '.join(target.reevaluated)}"))
-        if target.complete:
-            if not target.reevaluated:
-                run.watch(Progress("nothing to do: the run in this folder is finished"))
-            return _evaluate_again(target, run, name, source, texts) if target.reevaluated else load_report(output)
-        _keep_samples(target.path, texts, tokenizer)
-        write_text(target.path / RECIPE_NAME, run.recipe.to_yaml())
-        dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
-        if rotating is None:
-            return _into(target, run, name, source, texts, found, dense, tokenizer)
-        rotated, rotation = rotating.rotated(run, name, texts["calibration"], target.path)
-        if found is not None:
-            found = Removable.find(rotated, found.spec)
-        return _into(target, run, name, rotated, texts, found, dense, tokenizer, {"rotation": rotation})
-
-
-def _into(
-    target: OutputFolder,
-    run: Run,
-    name: str,
-    source: CheckpointSource,
-    texts: Mapping[str, Tokens],
-    found: Removable | None,
-    dense: Stream | None,
-    tokenizer: Tokenizer,
-    before: Mapping[str, Any] | None = None,
-) -> Report:
-    """Do what is left to do in an open output folder."""
-    if found is not None and found.draft_head is not None:
-        run.watch(Progress(str(found.draft_head)))
-    decisions = decide_run(run, source, found, target, texts["calibration"])
-    reduction = None if found is None or decisions is None else Reduction(found, decisions)
-    # Before what an interrupted run has committed takes the place of dense weights.
-    jobs = plan_jobs(
-        source if reduction is None else reduction.result, run.recipe, {} if decisions is None else decisions.matrices
-    )
-    gradients = dense_gradients(run, source, jobs, texts["calibration"], target.layers, reduction)
-    streamed, result = (source, source) if reduction is None else (reduction.source, reduction.result)
-    for layer in target.layers.values():
-        result.overlay(target.path / layer.shard, target.layouts_of(layer))
-    writer = Writer(source, reduction, target, run.recipe.format)
-    layers = LayerDriver(
-        run, streamed, jobs, texts["calibration"], writer, reduction, lambda: run.open(source.folder), gradients
-    ).drive()
-    _complete(run, writer)
-    allocation = None if decisions is None else decisions.evidence.get("allocation")
-    more: dict[str, Any] = {"allocation": allocation} if allocation else {}
-    if reduction is not None:
-        # The written checkpoint is measured, which also checks that it can be read.
-        run.watch(Progress("checking the written checkpoint"))
-        result = _audited(run, target.path)
-        more |= compare_sizes(run, source, result, target.decisions, texts["calibration"])
-        more["draft_head"] = None if found is None or found.draft_head is None else str(found.draft_head)
-    report = make_report(
-        run,
-        name,
-        target.keys,
-        result,
-        texts,
-        layers,
-        dense,
-        result.sizes(),
-        {**more, **(before or {}), **compare_writing(run, source, target.path, texts)},
-        lambda: ask_stored(run, source, target.path, tokenizer),
-    )
-    run.watch(Progress("writing the report"))
-    report.save(target.path)
-    write_card(target.path, name, run.recipe, report)
-    write_report(target.path)
-    discard_rotated(target.path)
-    target.close()
-    _track(run, report, target.path)
-    return report
-
-
-def _complete(run: Run, writer: Writer) -> None:
-    """Write what is outside the layers, so that the files can be loaded, and say what was left out."""
-    run.watch(Progress("writing what is outside the layers"))
-    with run.stages("write"):
-        for left_out in writer.finish():
-            run.watch(Progress(left_out))
-    if run.recipe.format != "dense" and not any(layer.layouts for layer in writer.target.layers.values()):
-        run.watch(Progress(nothing_packed(run.recipe.format)))
-
-
-def _evaluate_again(
-    target: OutputFolder, run: Run, name: str, source: CheckpointSource, texts: Mapping[str, Tokens]
-) -> Report:
-    """Measure a finished checkpoint by another evaluation; its weights stay as they are."""
-    dense = run.dense.final_states(source, texts, run.settings, run.watch, run.stages)
-    evaluation = evaluate(run, run.open(target.path), texts, dense)
-    report = reevaluated(run, load_report(target.path), target.keys, texts, evaluation)
-    write_text(target.path / RECIPE_NAME, run.recipe.to_yaml())
-    report.save(target.path)
-    write_card(target.path, name, run.recipe, report)
-    write_report(target.path)
-    target.evaluated_again()
-    _track(run, report, target.path)
-    return report
-
-
-def _preview(source: CheckpointSource, found: Removable | None) -> CheckpointSource:
-    """The model that weights are pruned in, as far as its sizes are known before any text was read.
-
-    Raises:
-        ModelError: no config describes it.
-        PatternError: the budget is out of reach.
-    """
-    if found is None:
-        return source
-    # Whatever will be decided, some config must describe a model with this much removed.
-    reduction = Reduction(found, found.preview())
-    check_budget(found)
-    return reduction.result
-
-
-def _audited(run: Run, folder: Path) -> CheckpointSource:
-    """Open the checkpoint that was written, and check its config and its tensors against each other."""
-    source = run.open(folder)
-    with run.stages("audit"):
-        audit_checkpoint(source)
-    return source
 
 
 def prune_in_memory(
@@ -334,19 +147,14 @@ def prune_in_memory(
         gradients = dense_gradients(run, source, jobs, texts["calibration"])
         layers = LayerDriver(run, source, jobs, texts["calibration"], gradients=gradients).drive()
         ask = partial(ask_in_memory, run, model, tokenizer, before)
-        keys = _environment(run, source)
+        keys = environment(run, source)
         report = make_report(run, _name(model), keys, source, texts, layers, dense, more=more, ask=ask)
     if output is not None:
         if not save_pruned(model, tokenizer, output, run.recipe, report, overwrite=overwrite):
             run.watch(Progress(nothing_packed(run.recipe.format)))
-        _keep_samples(output, texts, tokenizer)
-    _track(run, report, output)
+        keep_samples(output, texts, tokenizer)
+    track_run(run, report, output)
     return report
-
-
-def _track(run: Run, report: Report, output: Path | None) -> None:
-    if failure := track(run.recipe.report_to, report, output):
-        run.watch(Progress(failure))
 
 
 def _shrink(run: Run, model: PreTrainedModel, output: Path | None, tokenizer: Tokenizer, *, overwrite: bool) -> Report:
@@ -363,24 +171,8 @@ def _shrink(run: Run, model: PreTrainedModel, output: Path | None, tokenizer: To
     return report
 
 
-def _keep_samples(output: Path, texts: Mapping[str, Tokens], tokenizer: Tokenizer) -> None:
-    """Keep self-generated calibration text with the result: nobody else has it."""
-    parts = [part.ids for _, part in by_source(texts["calibration"]) if part.description["source"] == "self"]
-    if parts:
-        write_samples(output / SAMPLES_NAME, torch.cat(parts), tokenizer)
-
-
 def _name(model: PreTrainedModel) -> str:
     return model.config._name_or_path or type(model).__name__
-
-
-def _environment(run: Run, source: Source) -> dict[str, Any]:
-    """What the result depends on, apart from the recipe, the text and the weights."""
-    return {
-        "version": versions(),
-        "device": describe_device(run.device),
-        "compute_dtype": dtype_name(source.dtype),
-    }
 
 
 def _compute_dtype(run: Run, model: PreTrainedModel) -> torch.dtype:

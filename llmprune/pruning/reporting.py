@@ -153,7 +153,7 @@ def evaluate(run: Run, source: Source, texts: Mapping[str, Tokens], dense: Strea
         return None
     stage = "pruned perplexity"
     with run.stages(stage):
-        pruned = run_stream(source, texts["evaluation"].ids, run.settings, run.watch, stage)
+        pruned = run_stream(source, texts["evaluation"].ids, run.shared, run.watch, stage)
         return compare_perplexity(dense, pruned, texts["evaluation"], run.watch).to_dict()
 
 

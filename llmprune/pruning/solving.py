@@ -13,11 +13,13 @@ from llmprune.methods import Method, Pruned
 from llmprune.methods.correction import corrected
 from llmprune.patterns import Pattern, Unstructured, layer_shares
 from llmprune.pruning.jobs import Job
-from llmprune.statistics import ColumnNorm, Gram, TokenWeight
+from llmprune.ranks import Ranks
+from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storage.report import MatrixRow
 from llmprune.stream.observation import Group
 from llmprune.stream.priors import add_priors
-from llmprune.stream.stream import DenseRows, ResidentLayer
+from llmprune.stream.resident import DenseRows, ResidentLayer
+from llmprune.stream.weighting import TokenWeight
 from llmprune.timing import Stages
 
 
@@ -47,18 +49,31 @@ def solve_layer(
     Raises:
         NumericsError: a value is not finite, or a factorisation fails with every damping; names the matrix.
     """
-    priors = add_priors(layer, groups, min_tokens)
+    ranks = layer.stream.settings.ranks
+    priors = add_priors(layer, groups, min_tokens, ranks)
+    owners = {name: group.owner for group in groups for name in group.names}
     with torch.no_grad(), stages("solve"):
         return_freed_memory()  # what the forward pass has freed, before the workspaces of the solvers are allocated
         shares = _layer_shares(layer, groups, jobs, alpha)
         rows: list[MatrixRow] = []
         while groups:
             group = groups.pop(0)
-            for name in group.names:
+            for name in group.names if group.owner == ranks.rank else ():
                 step(f"solving {name.removeprefix(layer.name + '.')}")
                 pattern = shares.get(name, jobs[name].pattern)
                 rows.append(_solve_matrix(layer, group, name, jobs[name], pattern, priors.get(name, 0), alpha))
-    return rows
+    return rows if ranks.size == 1 else _exchanged(layer, rows, owners, ranks, stages)
+
+
+def _exchanged(
+    layer: ResidentLayer, rows: list[MatrixRow], owners: Mapping[str, int], ranks: Ranks, stages: Stages
+) -> list[MatrixRow]:
+    """Give every process the matrices and rows of all owners."""
+    found = {row.name: row for process in ranks.gather(rows) for row in process}
+    with stages("exchange"):
+        for name, owner in owners.items():
+            layer.receive(name, owner)
+    return [found[name] for name in owners]
 
 
 def solve_in_turn(
@@ -172,7 +187,9 @@ def _layer_shares(
     layer: ResidentLayer, groups: list[Group], jobs: Mapping[str, Job], alpha: float
 ) -> dict[str, Pattern]:
     """Resolve patterns that compare scores over the whole layer into one count per matrix."""
+    ranks = layer.stream.settings.ranks
     statistics = {name: group.statistics for group in groups for name in group.names}
+    owners = {name: group.owner for group in groups for name in group.names}
     pools: dict[tuple[float, Method], list[str]] = {}
     for name, job in jobs.items():
         if isinstance(job.pattern, Unstructured) and job.pattern.over == "layer":
@@ -180,7 +197,9 @@ def _layer_shares(
     shares: dict[str, Pattern] = {}
     for (sparsity, _), names in pools.items():
         # Each by its own job: equal methods may have been given different gradients.
-        targets = ((name, _target(layer.weight(name), statistics[name], alpha, name)[0]) for name in names)
+        own = [name for name in names if owners[name] == ranks.rank]
+        targets = ((name, _target(layer.weight(name), statistics[name], alpha, name)[0]) for name in own)
         scores = {name: jobs[name].method.scores(target, statistics[name]) for name, target in targets}
-        shares.update(layer_shares(scores, sparsity))
+        found = {name: score for process in ranks.gather(scores) for name, score in process.items()}
+        shares.update(layer_shares({name: found[name] for name in names}, sparsity))
     return shares

@@ -7,7 +7,8 @@ from llmprune.models.source import Source
 from llmprune.recipe.reconstruct import Target
 from llmprune.stream.activations import HiddenStates, LayerCalls
 from llmprune.stream.paired import calling, dense_rows
-from llmprune.stream.stream import DenseRows, ResidentLayer, Stream
+from llmprune.stream.resident import DenseRows, ResidentLayer
+from llmprune.stream.stream import Stream
 
 
 class Targets:

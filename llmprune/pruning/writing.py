@@ -14,10 +14,11 @@ from llmprune.models.source import StoredSource
 from llmprune.pruning.jobs import Job
 from llmprune.storage.copying import in_shards
 from llmprune.storage.files import Stored, read_header
+from llmprune.storage.manifest import CommittedLayer
 from llmprune.storage.output import OutputFolder
 from llmprune.storage.packed_config import Format, pack_matrices
 from llmprune.storage.report import MatchRow, MatrixRow, StructureRow
-from llmprune.stream.stream import ResidentLayer
+from llmprune.stream.resident import ResidentLayer
 from llmprune.structures.reduction import Reduction
 from llmprune.structures.remove.cuts import Cut
 
@@ -63,11 +64,18 @@ class Writer:
             removed: the report rows of the cuts.
             matches: the report row, if the layer was fitted as a whole.
         """
+        ranks = layer.stream.settings.ranks
+        if not ranks.first:
+            committed: CommittedLayer = ranks.share(None)
+            self.target.follow(layer.name, committed)
+            self._result.overlay(self.target.path / committed.shard, self.target.layouts_of(committed))
+            return
         tensors, number = self._tensors(layer, cuts)
         patterns = {name: job.pattern for name, job in jobs.items() if self._is_linear(layer, name)}
         tensors, layouts = pack_matrices(tensors, patterns, self._format)
         shard = self.target.commit(layer.name, self._shard(number + 1), tensors, rows, layouts, removed, matches)
         self._result.overlay(shard, layouts)
+        ranks.share(self.target.layers[layer.name])
 
     def finish(self) -> list[str]:
         """Write everything outside the decoder layers, the config and the index; then the files can be loaded.

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, model_validator
 from llmprune.errors import RecipeError
 from llmprune.recipe.document import refusal
 from llmprune.recipe.fields import MOST, STRICT, GlobField, MethodField, PatternField
-from llmprune.statistics import LossWeight, TokenWeight
+from llmprune.stream.weighting import LossWeight, TokenWeight
 
 
 class Rule(BaseModel):

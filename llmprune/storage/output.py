@@ -6,14 +6,13 @@ All of it is made in a folder inside the output folder; `close` puts it in the p
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from pydantic import ConfigDict
 from torch import Tensor
 
-from llmprune.errors import CheckpointError, ResumeError
+from llmprune.errors import CheckpointError
 from llmprune.storage.companions import CONFIG_NAME, copy_companions
 from llmprune.storage.config_files import publishable, write_config
 from llmprune.storage.copying import copy_tensors
@@ -21,55 +20,13 @@ from llmprune.storage.exchange import MANIFEST_FORMAT, begin, complete_exchange,
 from llmprune.storage.files import INDEX_NAME, Stored, file_digest, read_json, write_json, write_shard
 from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME, require_empty, writing_to
 from llmprune.storage.formats import Layout, layout_from_dict
+from llmprune.storage.manifest import CommittedLayer, Manifest, changes, manifest_of, read_manifest
 from llmprune.storage.packed_config import with_packing_record
-from llmprune.storage.records import CLOSED, PlainName, read_as
 from llmprune.storage.report import MatchRow, MatrixRow, StructureRow
 from llmprune.storage.source_watch import SourceWatch
 
 # The files that make the shards a model.
 _DESCRIBING = (CONFIG_NAME, INDEX_NAME)
-
-# How much of two long values that differ is shown.
-_SHOWN = 40
-
-
-@dataclass(frozen=True, slots=True)
-class CommittedLayer:
-    """A decoder layer whose shard is written.
-
-    Attributes:
-        shard: name of its file.
-        sha256: of the file.
-        rows: the report's rows for its matrices.
-        layouts: of its packed matrices, by name, as `Layout.to_dict` returns them.
-        structures: the report's rows for the structures removed from it.
-        matches: the report's row, if it was fitted as a whole.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = CLOSED
-
-    shard: PlainName
-    sha256: str
-    rows: tuple[MatrixRow, ...]
-    layouts: dict[str, dict[str, Any]]
-    structures: tuple[StructureRow, ...]
-    matches: tuple[MatchRow, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Manifest:
-    """What the manifest of a run holds; see `OutputFolder` for the fields."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = CLOSED
-
-    format: int
-    complete: bool
-    keys: dict[str, Any]
-    ends: dict[str, str]
-    described: dict[str, str]
-    decisions: dict[str, Any] | None
-    layers: dict[str, CommittedLayer]
-    files: tuple[str, ...] = ()
 
 
 @dataclass
@@ -88,6 +45,9 @@ class OutputFolder:
         decisions: the decisions about structures that were made before the first layer; None if there were none.
         source: notices when the files of the dense checkpoint change; None: nobody does.
         reevaluated: what has changed since the interrupted or finished run that only its evaluation depends on.
+        processes: how many share the run.
+        follows: another process writes; here the folder is only read.
+        told: sentences about a run that is continued.
     """
 
     output: Path
@@ -100,6 +60,9 @@ class OutputFolder:
     decisions: dict[str, Any] | None = None
     source: SourceWatch | None = None
     reevaluated: list[str] = field(default_factory=list)
+    processes: int = 1
+    follows: bool = False
+    told: list[str] = field(default_factory=list)
 
     @classmethod
     def open(
@@ -110,6 +73,7 @@ class OutputFolder:
         resume: bool,
         overwrite: bool,
         source: SourceWatch | None = None,
+        processes: int = 1,
     ) -> "OutputFolder":
         """Start a folder, or continue one.
 
@@ -120,6 +84,7 @@ class OutputFolder:
                 may have changed.
             overwrite: an earlier checkpoint in the folder will be replaced, once the new one is whole.
             source: nothing is recorded that may have been made from changed files.
+            processes: how many share the run; another number than before is told, since sums are rounded otherwise.
 
         Raises:
             ResumeError: the folder is not empty and neither flag is set, its keys differ, or its manifest is damaged.
@@ -127,14 +92,22 @@ class OutputFolder:
         """
         require_empty(output, resume=resume, overwrite=overwrite)
         complete_exchange(output)
-        folder = cls(output, output / STAGING_NAME, json.loads(json.dumps(keys)), source=source)
-        found = _manifest_of(output) if resume else None
+        folder = cls(output, output / STAGING_NAME, json.loads(json.dumps(keys)), source=source, processes=processes)
+        found = manifest_of(output) if resume else None
         if found is not None:
             folder._continue(found)
             return folder
         begin(output)
         folder._write_manifest()
         return folder
+
+    def followed(self) -> "OutputFolder":
+        """The same folder for another process, which reads what this one writes."""
+        return replace(self, source=None, follows=True)
+
+    def follow(self, layer: str, committed: CommittedLayer) -> None:
+        """Take note of a layer that another process has committed."""
+        self.layers[layer] = committed
 
     def decide(self, decisions: Mapping[str, Any]) -> None:
         """Record the decisions about structures, so that a resumed run makes the same ones."""
@@ -250,8 +223,13 @@ class OutputFolder:
 
     def _continue(self, file: Path) -> None:
         """Go on from the manifest of an interrupted run, or of a finished one, which may have been damaged since."""
-        manifest = _read_manifest(file)
-        self.reevaluated += _changes(self.output, manifest, self.keys)
+        manifest = read_manifest(file)
+        self.reevaluated += changes(self.output, manifest, self.keys)
+        if self.reevaluated:
+            self.told.append(f"evaluated again, not pruned again: {'; '.join(self.reevaluated)}")
+        if manifest.processes != self.processes and not manifest.complete:
+            change = f"begun with {manifest.processes} processes, continued with {self.processes}"
+            self.told.append(f"{change}: what is left may differ by rounding")
         for name, layer in manifest.layers.items():
             # A missing or damaged shard is written again, and so is every layer after it.
             if self._found(layer) is None:
@@ -267,7 +245,7 @@ class OutputFolder:
             else:
                 self._take_back(finished=finished)
 
-    def _is_whole(self, manifest: _Manifest) -> bool:
+    def _is_whole(self, manifest: Manifest) -> bool:
         """Whether all that a finished run has written is still there."""
         if not manifest.ends.keys() >= {"shard", "sha256"}:
             return False
@@ -298,10 +276,13 @@ class OutputFolder:
         return next((file for file in places if file.is_file() and file_digest(file) == committed.sha256), None)
 
     def _write_manifest(self) -> None:
+        if self.follows:
+            return
         content = {
             "format": MANIFEST_FORMAT,
             "keys": self.keys,
             "complete": self.complete,
+            "processes": self.processes,
             "ends": self.ends,
             "described": self.described,
             "decisions": self.decisions,
@@ -316,72 +297,5 @@ def require_resumable(output: Path, keys: Mapping[str, Any]) -> None:
     Raises:
         ResumeError: the keys differ from those of the run in the folder, or its manifest is damaged.
     """
-    if (found := _manifest_of(output)) is not None:
-        _changes(output, _read_manifest(found), json.loads(json.dumps(keys)))
-
-
-def _manifest_of(output: Path) -> Path | None:
-    """The manifest of an unfinished run in the folder, or else of a finished one."""
-    files = (place / MANIFEST_NAME for place in (output / STAGING_NAME, output))
-    return next((file for file in files if file.exists()), None)
-
-
-def _changes(output: Path, manifest: _Manifest, keys: Mapping[str, Any]) -> list[str]:
-    """What has changed in the evaluation since the manifest was written; any other change is an error."""
-    found = []
-    for key, value in keys.items():
-        before = manifest.keys.get(key)
-        if _pruned_by(before) != _pruned_by(value):
-            raise ResumeError(
-                f"{output} cannot be resumed: {_difference(key, _pruned_by(before), _pruned_by(value))}",
-                expected="the interrupted run, so that the result is bit-identical; only the evaluation may change",
-                fix="undo the change, or start again with --overwrite",
-            )
-        if before != value:
-            found.append(_difference(key, before, value))
-    return found
-
-
-def _read_manifest(file: Path) -> _Manifest:
-    damaged: dict[str, Any] = {
-        "expected": "the manifest of an interrupted run",
-        "fix": "start again with --overwrite",
-        "raised": ResumeError,
-    }
-    content = read_as(file, dict[str, Any], **damaged)
-    if content.get("format") != MANIFEST_FORMAT:
-        raise ResumeError(
-            f"{file} has format {content.get('format')}",
-            expected=f"format {MANIFEST_FORMAT}, which this version of llmprune writes",
-            fix="resume with the version that started the run, or start again with --overwrite",
-        )
-    if "keys" not in content:
-        raise ResumeError(
-            f"{file.parent} holds a checkpoint that was packed, unpacked or saved from memory",
-            expected="the folder of an interrupted run of llmprune prune",
-            fix="choose another folder, or replace the checkpoint with --overwrite",
-        )
-    return read_as(file, _Manifest, **damaged)
-
-
-def _pruned_by(value: Any) -> Any:
-    """The part of a key's value that the pruned weights depend on: not the section or the text of the evaluation."""
-    return {name: part for name, part in value.items() if name != "evaluation"} if isinstance(value, dict) else value
-
-
-def _difference(key: str, before: Any, now: Any) -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        return "; ".join(_difference(f"{key}.{name}", before.get(name), now.get(name)) for name in names)
-    one, other = str(before), str(now)
-    # A little of what they have in common, and then where they differ.
-    common = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    start = max(0, common - _SHOWN // 4)
-    return f"{key} was {_excerpt(one, start)} and is now {_excerpt(other, start)}"
-
-
-def _excerpt(text: str, start: int) -> str:
-    if len(text) <= _SHOWN:
-        return text
-    start = min(start, len(text) - 1)
-    return "…" * (start > 0) + text[start : start + _SHOWN] + "…" * (start + _SHOWN < len(text))
+    if (found := manifest_of(output)) is not None:
+        changes(output, read_manifest(found), json.loads(json.dumps(keys)))

@@ -56,7 +56,7 @@ class HiddenStates:
     def copy(self) -> "HiddenStates":
         """The same states with a budget of their own; replacing one in either copy does not affect the other."""
         other = HiddenStates(self._budget)
-        for batch in range(len(self)):
+        for batch in sorted({*self._resident, *self._on_disk}):
             other[batch] = self[batch]
         return other
 

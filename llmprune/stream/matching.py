@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from llmprune.errors import NumericsError
 from llmprune.stream.activations import HiddenStates
-from llmprune.stream.stream import ResidentLayer
+from llmprune.stream.resident import ResidentLayer
 
 Trained = Literal["weights", "norms", "biases"]
 
@@ -116,8 +116,8 @@ class _Fit:
 
     def __init__(self, layer: ResidentLayer, inputs: HiddenStates, targets: HiddenStates, options: Matching) -> None:
         self._layer, self._inputs, self._targets, self._options = layer, inputs, targets, options
-        batches, counted = len(layer.stream.batches), layer.stream.statistics_batches
-        self._training, self._validation = list(range(counted)), list(range(counted, batches))
+        self._ranks = layer.stream.settings.ranks
+        self._training = list(range(layer.stream.statistics_batches))
 
     def run(self, masters: dict[str, _Master], before: float, watch: Callable[[str], None]) -> Matched:
         """Train until the validation error no longer falls; the best state is written into the layer."""
@@ -134,6 +134,7 @@ class _Fit:
             for group in self._groups(epoch):
                 optimiser.zero_grad()
                 self._accumulate(masters, group)
+                self._share_gradients(masters)
                 optimiser.step()
                 schedule.step()
             error = self.validate(masters)
@@ -162,9 +163,9 @@ class _Fit:
         return groups
 
     def _accumulate(self, masters: dict[str, _Master], group: list[int]) -> None:
-        """Add the gradients of one step's batches."""
+        """Add the gradients of one step's batches; each process those of its own, then everyone's."""
         total = sum(self._layer.stream.batches[batch].numel() for batch in group)
-        for batch in group:
+        for batch in (batch for batch in group if batch in self._layer.stream.own):
             with torch.enable_grad():
                 loss = self._errors(masters, batch).sum() / total
                 loss.backward()
@@ -176,12 +177,20 @@ class _Fit:
                     fix="lower reconstruct.lr, or set compute_dtype: float32",
                 )
 
+    def _share_gradients(self, masters: dict[str, _Master]) -> None:
+        if self._ranks.size > 1:
+            for master in masters.values():
+                if master.values.grad is None:  # none of the batches were its own
+                    master.values.grad = torch.zeros_like(master.values)
+                self._ranks.total(master.values.grad)
+
     def validate(self, masters: dict[str, _Master]) -> float:
         """The mean error of a token on the validation sequences."""
+        stream = self._layer.stream
         with torch.no_grad():
-            sums = [self._errors(masters, batch).double().sum() for batch in self._validation]
-        tokens = sum(self._layer.stream.batches[batch].numel() for batch in self._validation)
-        return float(sum(sums)) / max(tokens, 1)
+            own = sum(float(self._errors(masters, batch).double().sum()) for batch in stream.validation)
+        tokens = sum(ids.numel() for ids in stream.batches[stream.statistics_batches :])
+        return sum(self._ranks.gather(own)) / max(tokens, 1)
 
     def _errors(self, masters: dict[str, _Master], batch: int) -> Tensor:
         """||f(h) - T||^2 / ||T||^2 of each token, float32."""

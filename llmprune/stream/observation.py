@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from llmprune.errors import ModelError
 from llmprune.models.decoder import Matrix
 from llmprune.patterns import keep_highest
-from llmprune.statistics import ColumnNorm, Gram, TokenWeight, TokenWeighting, mix
+from llmprune.statistics import ColumnNorm, Gram, mix
+from llmprune.stream.weighting import TokenWeight, TokenWeighting
 from llmprune.timing import Stages
 
 # Functions that multiply two of their arguments -> index of the first of the two.
@@ -47,6 +48,7 @@ class Group:
         energies: mean square of each row that entered the statistics, before it was weighed.
         weighting: how rows are weighed.
         weighted: the same sums with each token weighted by its importance for the loss, until `finish` mixes them in.
+        owner: the process that has the sums and solves, where several share the run.
     """
 
     names: list[str]
@@ -55,6 +57,7 @@ class Group:
     energies: list[Tensor] = field(default_factory=list)
     weighting: TokenWeighting = field(default_factory=TokenWeighting)
     weighted: ColumnNorm | Gram | None = None
+    owner: int = 0
 
     @property
     def top_tokens(self) -> float | None:
@@ -108,13 +111,14 @@ class Observer(TorchFunctionMode):
             if matrix.expert is not None:
                 self._fused.setdefault(_address(parameters[matrix.parameter]), []).append((matrix, view.stride()))
         self._needs, self._stages = needs, stages
-        self._device = next(iter(parameters.values())).device
+        self._matrices = {matrix.name: matrix for matrix in matrices}
+        self.device = next(iter(parameters.values())).device
         self._group_of: dict[str, Group] = {}
         # For the current batch: tensors that were read, kept alive, with their groups; and each matrix's matmul count.
         self._inputs: dict[tuple[object, ...], tuple[Tensor, Group]] = {}
         self._calls_in_batch: dict[str, int] = {}
         self._stoppable = False
-        self.keep_rows = False
+        self.keep_rows, self.rows_kept = False, HELD_BACK_ROWS
         self.groups: list[Group] = []
 
     def __torch_function__(
@@ -142,6 +146,27 @@ class Observer(TorchFunctionMode):
         self._calls_in_batch = {}
         self._inputs.clear()
         self.dense = MappingProxyType({})
+
+    def regroup(self, groups: Sequence[Sequence[str]]) -> None:
+        """Group matrices as given, in this order; those not seen here get empty statistics.
+
+        Raises:
+            ModelError: some of them share their inputs here, and not there.
+        """
+        found: list[Group] = []
+        for names in groups:
+            seen = {id(self._group_of[name]): self._group_of[name] for name in names if name in self._group_of}
+            if len(seen) > 1 or any(name not in names for group in seen.values() for name in group.names):
+                raise ModelError(
+                    f"{', '.join(names)} read the same input for some of the texts only",
+                    expected="matrices that share their inputs always or never, where several processes prune",
+                    fix=f"prune in one process, or leave them dense: {_exclude(*(self._matrices[n] for n in names))}",
+                )
+            group = next(iter(seen.values()), None) or self._new_group(self._matrices[names[0]])
+            group.names[:] = names
+            self._group_of.update(dict.fromkeys(names, group))
+            found.append(group)
+        self.groups = found
 
     def finish(self) -> None:
         """Give every matrix a group; experts that received no token get empty statistics.
@@ -238,10 +263,10 @@ class Observer(TorchFunctionMode):
 
     def _new_group(self, matrix: Matrix) -> Group:
         need = self._needs[matrix.name]
-        statistics = None if need is None else need.empty(matrix.shape[1], self._device)
+        statistics = None if need is None else need.empty(matrix.shape[1], self.device)
         group = Group([matrix.name], statistics, weighting=TokenWeighting(self._token_weight))
         if need is not None and self.importance is not None and not matrix.routed:
-            group.weighted = need.empty(matrix.shape[1], self._device)
+            group.weighted = need.empty(matrix.shape[1], self.device)
         self._group_of[matrix.name] = group
         self.groups.append(group)
         return group
@@ -257,7 +282,7 @@ class Observer(TorchFunctionMode):
         return (rows.float() * self.importance.to(rows.device).sqrt()[:, None]).to(rows.dtype)
 
     def _keep(self, group: Group, rows: Tensor) -> None:
-        room = HELD_BACK_ROWS - sum(len(kept) for kept in group.held_back)
+        room = self.rows_kept - sum(len(kept) for kept in group.held_back)
         if room > 0:
             # Spread over the batch, since neighbouring tokens are similar.
             step = max(len(rows) // room, 1)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from llmprune.stream.activations import HiddenStates, LayerCalls
 from llmprune.stream.observation import EveryMatrixSeenError, InputRecorder
-from llmprune.stream.stream import DenseRows, ResidentLayer, Stream
+from llmprune.stream.resident import DenseRows, ResidentLayer
+from llmprune.stream.stream import Stream
 
 
 def dense_rows(layer: ResidentLayer, states: HiddenStates, calls: LayerCalls, names: Collection[str]) -> DenseRows:

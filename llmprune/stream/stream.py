@@ -10,27 +10,22 @@ one, so that every layer is calibrated on the outputs of the pruned layers befor
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmprune.devices import PeakWatch, return_freed_memory
-from llmprune.errors import ModelError, NumericsError
-from llmprune.models.decoder import Matrix, prunable_matrices
+from llmprune.errors import CalibrationError, ModelError
 from llmprune.models.source import Source, eager_experts
-from llmprune.precision import dtype_name, float32_products
-from llmprune.statistics import ColumnNorm, Gram, TokenWeight, check_finite
+from llmprune.ranks import SINGLE, Ranks
 from llmprune.stream.activations import HiddenStates, LayerCalls
-from llmprune.stream.observation import EveryMatrixSeenError, Group, Observer
 from llmprune.stream.recorder import CapturedError, Recorder, replaced
+from llmprune.stream.resident import ResidentLayer
 from llmprune.stream.windows import LOGIT_BYTES, Window, window_positions, windows
 from llmprune.timing import Stages
-
-Needs = Mapping[str, type[ColumnNorm] | type[Gram] | None]
-DenseRows = Callable[[int], Mapping[str, Sequence[Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +38,7 @@ class StreamSettings:
         held_back: how many of the last samples to exclude from the statistics.
         activation_budget: bytes of hidden states in CPU memory; the rest goes to disk.
         outputs: also compute the last layer's outputs, which the logits need.
+        ranks: the processes that share the batches; every one runs each layer, on batches of its own.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -50,6 +46,7 @@ class StreamSettings:
     held_back: int = 0
     activation_budget: int = 4 << 30
     outputs: bool = False
+    ranks: Ranks = SINGLE
 
 
 class Stream:
@@ -62,6 +59,11 @@ class Stream:
         stages: stopwatch; a new one by default.
 
     Attributes:
+        batches: all tokens, in the order of the samples; those held back are in batches of their own.
+        statistics_batches: how many of them are not held back; they come first.
+        own: the numbers of the batches that this process runs, in order: all of them, unless several share the run.
+        counted: those of them that are not held back.
+        validation: the others.
         tell: called before every batch but the first that goes through the embeddings or a layer, with a few words; by
             default nobody listens.
 
@@ -81,6 +83,11 @@ class Stream:
         size = self.settings.batch_size
         self.batches = [*ids[:counted].split(size), *(ids[counted:].split(size) if self.settings.held_back else ())]
         self.statistics_batches = -(-counted // size)
+        numbers, share = range(len(self.batches)), self.settings.ranks.own
+        self.counted, self.validation = (
+            share(part) for part in (numbers[: self.statistics_batches], numbers[self.statistics_batches :])
+        )
+        self.own = [*self.counted, *self.validation]
         self.calls = LayerCalls(self.settings.device)
         self.memory: PeakWatch | None = None
         self.tell: Callable[[str], None] = lambda words: None
@@ -126,9 +133,10 @@ class Stream:
         Yields:
             A window, and each set's logits [samples, positions, vocabulary] there.
         """
-        done, total = 0, sum(ids.numel() for ids in self.batches)
+        done, total = 0, sum(self.batches[batch].numel() for batch in self.own)
         with self._ends():
-            for batch, ids in enumerate(self.batches):
+            for batch in self.own:
+                ids = self.batches[batch]
                 heads = [self._head_of(ids, states[batch]) for states in final]
                 for window in self.windows(batch, limit_bytes):
                     # Not around the yield: gradients would stay disabled in the caller's code.
@@ -175,10 +183,10 @@ class Stream:
                     self._record(batch, self.batches[batch])
 
     def told_batches(self) -> Iterator[int]:
-        """The numbers of the batches; tells of each but the first, so that a long pass is not a silent one."""
-        for batch in range(len(self.batches)):
-            if batch:
-                self.tell(f"batch {batch + 1} of {len(self.batches)}")
+        """The numbers of the own batches; tells of each but the first, so that a long pass is not a silent one."""
+        for place, batch in enumerate(self.own):
+            if place:
+                self.tell(f"batch {place + 1} of {len(self.own)}")
             yield batch
 
     @contextlib.contextmanager
@@ -236,158 +244,16 @@ class Stream:
         return logits
 
 
-class ResidentLayer:
-    """One decoder layer on the device.
+def require_batches(settings: StreamSettings, samples: int) -> None:
+    """Refuse more processes than there are batches for the statistics.
 
-    Attributes:
-        name: dotted name in the model, for example "model.layers.3".
-        index: its position in the stream.
-        module: the layer itself.
-        matrices: name -> its prunable matrices.
-        replaced: the parameters in which a matrix was replaced.
-        skipped: whether the next layer gets this one's inputs, as if this layer were removed.
+    Raises:
+        CalibrationError: some would have nothing to do.
     """
-
-    def __init__(self, stream: Stream, index: int) -> None:
-        self.stream, self.index = stream, index
-        self.replaced: set[str] = set()
-        self.skipped = False
-        self.become(stream.source.layers[index], f"{stream.source.layers_path}.{index}")
-
-    def become(self, module: nn.Module, name: str) -> None:
-        """Use another module, already on the device, as this layer from now on; its creator must free it.
-
-        Args:
-            module: takes the same arguments, and its parameters have the same names.
-            name: dotted name of the layer.
-        """
-        self.module, self.name = module, name
-        self.matrices: dict[str, Matrix] = {m.name: m for m in prunable_matrices(module, name)}
-        self._parameters = dict(module.named_parameters())
-
-    def observe(
-        self,
-        needs: Needs,
-        token_weight: TokenWeight = "none",
-        batches: int | None = None,
-        importance: Tensor | None = None,
-        dense: DenseRows | None = None,
-    ) -> list[Group]:
-        """Run the layer over all batches and collect statistics.
-
-        Args:
-            needs: matrix name -> the statistics it needs; matrices left out are not watched.
-            token_weight: how tokens are weighed in the statistics, see `statistics.TokenWeighting`.
-            importance: weight of each token [samples, length] for the loss; None: all count the same.
-            batches: run only this many, to see which matrices share an input; None: all.
-            dense: gives the inputs in the dense model for a batch (`paired.dense_rows`), of which Grams then collect
-                the differences; None: they do not.
-
-        Returns:
-            The groups of matrices that share an input, in the order in which the layer uses them.
-
-        Raises:
-            NumericsError: an activation is NaN or infinite; names the matrix.
-            ModelError: a matrix was not used in any matmul.
-        """
-        watched, stages = [self.matrices[name] for name in needs], self.stream.stages
-        observer = Observer(self._parameters, watched, needs, stages, token_weight)
-        with torch.no_grad(), self.stream.stages("forward"):
-            for batch in self.stream.told_batches():
-                if batch == batches:
-                    break
-                observer.keep_rows = batch >= self.stream.statistics_batches
-                if importance is not None:
-                    first, samples = batch * self.stream.settings.batch_size, len(self.stream.batches[batch])
-                    observer.importance = importance[first : first + samples].flatten()
-                if dense is not None and not observer.keep_rows:
-                    observer.dense = dense(batch)
-                with contextlib.suppress(EveryMatrixSeenError), observer:
-                    self.forward(self.stream.hidden[batch], batch)
-                observer.end_batch()
-        observer.finish()
-        for group in observer.groups:
-            if group.statistics is not None:
-                self._check(group.statistics.squares, f"the input of {', '.join(group.names)}")
-        return observer.groups
-
-    def weight(self, name: str) -> Tensor:
-        """The matrix as float32 [out, in], a copy.
-
-        Raises:
-            NumericsError: it holds NaN or infinity.
-        """
-        # A copy already, unless the layer is float32.
-        weight = self._view(name).float()
-        self._check(weight, f"the weight of {name}")
-        return weight.clone() if weight.data_ptr() == self._view(name).data_ptr() else weight
-
-    def replace(self, name: str, weight: Tensor) -> None:
-        """Replace a matrix by another [out, in], rounded to the dtype in which it will be stored.
-
-        Raises:
-            NumericsError: a rounded value is NaN or infinite.
-        """
-        parameter = self.matrices[name].parameter
-        # Rounded now, not on writing: later layers must be calibrated on the weights that will be loaded.
-        rounded = weight.to(self.stream.source.stored_dtype(self.index, parameter))
-        check_finite(rounded, f"{name}, pruned and stored in {dtype_name(rounded.dtype)},")
-        with torch.no_grad():
-            self._view(name).copy_(rounded)
-        self.replaced.add(parameter)
-
-    def count_zeros(self, name: str) -> int:
-        """The number of zeros currently in the matrix."""
-        return int((self._view(name) == 0).sum())
-
-    def output_error(self, group: Group, name: str, original: Tensor) -> float | None:
-        """Relative output error ||(W - V) X||^2 / ||W X||^2, W the original [out, in], V the current matrix.
-
-        X are the held-back rows. Without them the Gram of the statistics is used; None if there is neither.
-        """
-        difference = original - self._view(name).float()
-        rows = torch.cat(group.held_back) if group.held_back else None
-        if rows is not None:
-            # Three digits of the ratio are enough, so bfloat16 will do.
-            with float32_products("bf16" if rows.dtype == torch.bfloat16 else "ieee"):
-                lost = (rows.float() @ difference.T).square().sum()
-                total = (rows.float() @ original.T).square().sum()
-        elif isinstance(group.statistics, Gram) and group.statistics.tokens:
-            gram = group.statistics.products
-            lost = ((difference @ gram) * difference).sum()
-            total = ((original @ gram) * original).sum()
-        else:
-            return None
-        # A total that is NaN is no 0: the ratio is NaN, too, and refused.
-        return 0.0 if float(total) <= 0 else float(lost / total)
-
-    def advance(self, states: HiddenStates | None = None) -> None:
-        """Run the layer in its current state; its outputs replace its inputs.
-
-        Args:
-            states: hidden states other than the stream's own, for a model that differs in some earlier layer.
-        """
-        hidden = self.stream.hidden if states is None else states
-        with torch.no_grad(), self.stream.stages("forward"):
-            for batch in self.stream.told_batches():
-                output = self.stream.calls.carry(self.index, batch, self.forward(hidden[batch], batch))
-                self._check(output, f"the output of {self.name}")
-                hidden[batch] = output
-
-    def forward(self, hidden: Tensor, batch: int) -> Any:
-        """Call the layer with hidden states [samples, length, hidden] and what the model passes to it in this batch."""
-        args, kwargs = self.stream.calls.get(self.index, batch)
-        return self.module(hidden.to(self.stream.settings.device), *args, **kwargs)
-
-    def _view(self, name: str) -> Tensor:
-        matrix = self.matrices[name]
-        return matrix.view(self._parameters[matrix.parameter].detach())
-
-    def _check(self, values: Tensor, what: str) -> None:
-        try:
-            check_finite(values, what)
-        except NumericsError as error:
-            # If a parameter is the cause, naming the activation in which it first shows would mislead.
-            for name, parameter in self._parameters.items():
-                check_finite(parameter, f"{self.name}: the parameter {name}")
-            raise error.at(self.name) from None
+    counted, size = samples - settings.held_back, settings.ranks.size
+    if (batches := -(-counted // settings.batch_size)) < size:
+        raise CalibrationError(
+            f"{size} processes for {batches} batches of {settings.batch_size} calibration sequences",
+            expected="a batch for each process",
+            fix=f"set batch_size to at most {max(counted // size, 1)}, or start fewer processes",
+        )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llmprune.errors import ModelError
 from llmprune.stream.activations import HiddenStates
-from llmprune.stream.stream import ResidentLayer, Stream
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream
 from llmprune.stream.windows import Window, window_positions
 
 # Limit on the bytes of logits in memory while variants are compared, counted as float32.

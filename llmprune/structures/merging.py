@@ -23,7 +23,8 @@ from llmprune.precision import float32_products
 from llmprune.statistics import check_finite
 from llmprune.storage.report import MatchRow
 from llmprune.stream.activations import HiddenStates
-from llmprune.stream.stream import ResidentLayer, Stream
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream
 from llmprune.structures.find.discovery import Structure
 from llmprune.structures.find.subblocks import PARTS, Part, without
 from llmprune.structures.mergeable import Mergeable, bias_of
@@ -117,17 +118,19 @@ class _Merge:
         consumer, size, groups = structure.consumer, structure.columns, structure.groups
         weight = torch.cat([own[consumer].detach().float() for own in self._parameters], 1)
         gram = weight.new_zeros(weight.shape[1], weight.shape[1])
-        for batch in range(self._stream.statistics_batches):
+        for batch in self._stream.counted:
             rows = self._all(part, batch)
             with float32_products("ieee"):
                 gram.addmm_(rows.T, rows)
+        self._stream.settings.ranks.total(gram)
         check_finite(gram, f"the inputs of {consumer} in {self._layer.name} and the layers after it")
         removal = remove_groups(weight, gram, size, groups * (len(self._members) - 1), self._settings)
         gone = set(removal.removed.tolist())
         order = torch.tensor(
             placed([group for group in range(groups * len(self._members)) if group not in gone], groups)
         )
-        expected = self._columns(self._all(part, 0), order, size)
+        some = self._stream.own[0]
+        expected = self._columns(self._all(part, some), order, size)
         for piece in structure.slices:
             if piece.name != consumer:
                 self._store(piece.name, self._moved(structure, piece.name, piece.dim, piece.index, order))
@@ -136,7 +139,7 @@ class _Merge:
             self._store(
                 bias, sum((own[bias].detach().float() for own in self._parameters[1:]), self._parameters[0][bias])
             )
-        self._require_equal(self._read(self._layer, part, 0), expected, part)
+        self._require_equal(self._read(self._layer, part, some), expected, part)
 
     def _all(self, part: Part, batch: int) -> Tensor:
         return torch.cat([self._read(member, part, batch) for member in self._members], 1)

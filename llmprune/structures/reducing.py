@@ -20,7 +20,7 @@ from llmprune.statistics import ChannelGram, Gram, Moments
 from llmprune.storage.report import StructureRow
 from llmprune.stream.observation import Group
 from llmprune.stream.priors import add_priors
-from llmprune.stream.stream import Needs, ResidentLayer
+from llmprune.stream.resident import Needs, ResidentLayer
 from llmprune.structures.choose.channels import channels_of
 from llmprune.structures.choose.experts import expert_scores, lowest_experts
 from llmprune.structures.choose.scores import NEEDS, SCORES, lowest_groups, needs_gram
@@ -118,7 +118,7 @@ def _channels(
         for target in targets
         for matrix in matrices[id(target)]
     }
-    groups = layer.observe(needs)
+    groups = layer.observe(needs, everywhere=True)
     add_priors(layer, groups, min_tokens)
     by_name = {name: group for group in groups for name in group.names}
     with torch.no_grad(), layer.stream.stages("solve"):

@@ -16,7 +16,7 @@ from llmprune.models.source import Smaller, StoredSource
 from llmprune.recipe.structures import Groups, GroupSection
 from llmprune.storage.report import MatchRow, StructureRow
 from llmprune.stream.activations import HiddenStates
-from llmprune.stream.stream import ResidentLayer
+from llmprune.stream.resident import ResidentLayer
 from llmprune.structures.decisions import Decisions, label
 from llmprune.structures.find.discovery import Structure
 from llmprune.structures.find.subblocks import SubBlock, without

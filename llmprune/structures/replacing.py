@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from llmprune.precision import float32_products
 from llmprune.storage.report import MatchRow
 from llmprune.stream.activations import HiddenStates
-from llmprune.stream.stream import ResidentLayer
+from llmprune.stream.resident import ResidentLayer
 from llmprune.structures.find.mlp_outputs import MlpOutput
 from llmprune.structures.remove.linear_map import LinearMap
 
@@ -54,7 +54,7 @@ def _fitted(
     layer: ResidentLayer, output: MlpOutput, inputs: HiddenStates, targets: HiddenStates, damping: float
 ) -> Tensor:
     stream, fit = layer.stream, None
-    for batch in range(stream.statistics_batches):
+    for batch in stream.counted:
         full = run_layer(layer, inputs, batch)
         rest = run_layer(layer, inputs, batch, without=(*output.matrices, *output.biases))
         target = targets[batch].to(full.device).float().flatten(0, -2)
@@ -62,6 +62,7 @@ def _fitted(
         with float32_products("ieee"):
             fit.add(full - rest, full, target)
     assert fit is not None, "there are calibration sequences"
+    fit.collect(stream.settings.ranks)
     return fit.solve(damping)
 
 
@@ -95,15 +96,16 @@ def relative_error(layer: ResidentLayer, inputs: HiddenStates, targets: HiddenSt
         targets: t, likewise.
     """
     stream = layer.stream
-    batches = range(stream.statistics_batches, len(stream.batches)) or range(len(stream.batches))
+    held_back = stream.statistics_batches < len(stream.batches)
     total, tokens = 0.0, 0
-    for batch in batches:
+    for batch in stream.validation if held_back else stream.own:
         found = run_layer(layer, inputs, batch)
         target = targets[batch].to(found.device).float().flatten(0, -2)
         size = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
         total += float(((found - target).square().sum(-1) / size).double().sum())
         tokens += len(target)
-    return total / tokens
+    sums = stream.settings.ranks.gather((total, tokens))
+    return sum(total for total, _ in sums) / sum(tokens for _, tokens in sums)
 
 
 def run_layer(layer: ResidentLayer, inputs: HiddenStates, batch: int, without: tuple[str, ...] = ()) -> Tensor:

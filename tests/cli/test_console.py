@@ -23,7 +23,8 @@ from llmprune.cli.console import Display
 from llmprune.errors import LlmpruneError
 from llmprune.progress import Progress
 from llmprune.pruning import solving
-from llmprune.stream.stream import ResidentLayer, Stream
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream
 from llmprune.units import format_change, spans
 
 

@@ -23,7 +23,7 @@ from llmprune.recipe.recipe import load_recipe
 from llmprune.statistics import Gram
 from llmprune.storage.report import MatrixRow
 from llmprune.stream.observation import Group
-from llmprune.stream.stream import ResidentLayer
+from llmprune.stream.resident import ResidentLayer
 from llmprune.timing import Stages
 
 PATTERNS = ["0.6", "0.5/row", "0.37/matrix", "0.5/layer", "2:4", "1:8", "0.5@8x8", "0.3@4x16/row"]

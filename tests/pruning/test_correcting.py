@@ -25,7 +25,8 @@ from llmprune.recipe.recipe import load_recipe
 from llmprune.statistics import Gram
 from llmprune.storage.report import MatrixRow, load_report
 from llmprune.stream.paired import frozen
-from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.timing import Stages
 
 # Of the correction, which is large in models as small as these.

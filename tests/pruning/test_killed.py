@@ -22,7 +22,7 @@ from llmprune.storage import files
 from llmprune.storage.files import INDEX_NAME
 from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME
 from llmprune.storage.report import load_report
-from llmprune.stream.stream import ResidentLayer
+from llmprune.stream.resident import ResidentLayer
 
 pytestmark = pytest.mark.slow
 # Instead of a number: the kill comes from outside, at a moment that no hook sees.

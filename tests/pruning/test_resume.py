@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from llmprune import prune
 from llmprune.errors import CheckpointError, ResumeError
 from llmprune.progress import Progress
-from llmprune.pruning import layers, pipeline
-from llmprune.storage import output, source_watch
+from llmprune.pruning import layers, on_disk
+from llmprune.storage import manifest as manifests
+from llmprune.storage import source_watch
 from llmprune.storage.files import INDEX_NAME
 from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME
 from llmprune.storage.report import load_report
@@ -51,8 +52,8 @@ def interrupted(whole: Whole, folder: Path, layers: int) -> Path:
 
 def test_a_finished_run_is_not_done_again(whole: Whole, solved: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(whole.folder)
-    monkeypatch.setattr(pipeline.CheckpointSource, "load_layer", None)
-    monkeypatch.setattr(pipeline.CheckpointSource, "load_ends", None)
+    monkeypatch.setattr(on_disk.CheckpointSource, "load_layer", None)
+    monkeypatch.setattr(on_disk.CheckpointSource, "load_ends", None)
     told = list[Progress]()
     report = prune(whole.source, whole.recipe, whole.folder, resume=True, watch=told.append)
     assert report == whole.report
@@ -183,12 +184,12 @@ def test_a_changed_run_is_refused_by_name(
     if "weights" in change:
         source = change_weights(whole, tmp_path)
     if "version" in change:
-        known = pipeline.versions()
-        monkeypatch.setattr(pipeline, "versions", lambda: known | change["version"])
+        known = on_disk.versions()
+        monkeypatch.setattr(on_disk, "versions", lambda: known | change["version"])
     if "device" in change:
-        monkeypatch.setattr(pipeline, "describe_device", lambda device: change["device"])
+        monkeypatch.setattr(on_disk, "describe_device", lambda device: change["device"])
     if "compute_dtype" in change:
-        monkeypatch.setattr(pipeline, "dtype_name", lambda dtype: change["compute_dtype"])
+        monkeypatch.setattr(on_disk, "dtype_name", lambda dtype: change["compute_dtype"])
     text.write_text(change.get("text", "") + original)
     try:
         with pytest.raises(ResumeError, match=f"cannot be resumed: {named}") as caught:
@@ -203,9 +204,9 @@ def test_a_changed_run_is_refused_by_name(
 def test_a_changed_run_is_refused_before_its_text_is_read(
     whole: Whole, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
-    known = pipeline.versions() | change.get("version", {})
-    monkeypatch.setattr(pipeline, "versions", lambda: known)
-    monkeypatch.setattr(pipeline.Run, "texts", None)
+    known = on_disk.versions() | change.get("version", {})
+    monkeypatch.setattr(on_disk, "versions", lambda: known)
+    monkeypatch.setattr(on_disk.Run, "texts", None)
     with pytest.raises(ResumeError, match="cannot be resumed"):
         prune(whole.source, {**whole.recipe, **change.get("recipe", {})}, whole.folder, resume=True)
 
@@ -301,7 +302,7 @@ def test_every_difference_is_named_within_a_key(whole: Whole, tmp_path: Path) ->
     ],
 )  # fmt: skip
 def test_a_difference_is_shown_where_it_is(before: str, now: str, said: str) -> None:
-    assert output._difference("source", before, now) == f"source {said}"
+    assert manifests._difference("source", before, now) == f"source {said}"
 
 
 def test_another_description_is_no_other_run(whole: Whole, solved: list[str], tmp_path: Path) -> None:
@@ -335,6 +336,16 @@ def test_a_model_in_memory_cannot_be_resumed(whole: Whole, tmp_path: Path) -> No
 
 def test_the_manifest_is_read_by_its_format(whole: Whole) -> None:
     manifest = json.loads((whole.folder / MANIFEST_NAME).read_text())
-    assert set(manifest) == {"format", "keys", "complete", "ends", "described", "decisions", "layers", "files"}
+    assert set(manifest) == {
+        "format",
+        "keys",
+        "complete",
+        "ends",
+        "described",
+        "decisions",
+        "layers",
+        "files",
+        "processes",
+    }
     assert list(manifest["keys"]) == ["recipe", "tokens", "source", "version", "device", "compute_dtype"]
-    assert output.MANIFEST_NAME == ".llmprune.json"
+    assert manifests.MANIFEST_NAME == ".llmprune.json"

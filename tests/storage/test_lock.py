@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from llmprune import prune
 from llmprune.errors import LlmpruneError, ResumeError
-from llmprune.pruning import pipeline
+from llmprune.pruning import on_disk
 from llmprune.storage.folders import LOCK_NAME, locked, require_empty, require_free
 from llmprune.storage.output import OutputFolder
 
@@ -57,14 +57,14 @@ def test_of_two_runs_that_begin_together_one_goes_on(
     """Both find the folder free, and make their texts; the other comes while the first one opens or prunes."""
     folder = tmp_path / "pruned"
     refused: list[LlmpruneError] = []
-    hooks = [(pipeline.OutputFolder, "open"), (pipeline.LayerDriver, "drive")]
+    hooks = [(on_disk.OutputFolder, "open"), (on_disk.LayerDriver, "drive")]
     original = getattr(*hooks[first])
 
     def with_another(*arguments: Any, **options: Any) -> Any:
         monkeypatch.undo()
         with monkeypatch.context() as patched:
-            patched.setattr(pipeline, "require_free", lambda path: None)
-            patched.setattr(pipeline, "require_empty", lambda path, **options: None)
+            patched.setattr(on_disk, "require_free", lambda path: None)
+            patched.setattr(on_disk, "require_empty", lambda path, **options: None)
             with pytest.raises(ResumeError, match="another run") as caught:
                 prune(source, finished.recipe, folder)
         refused.append(caught.value)
@@ -89,13 +89,13 @@ def test_a_model_in_memory_does_not_replace_what_came_meanwhile(
     source: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "pruned"
-    original = pipeline.LayerDriver.drive
+    original = on_disk.LayerDriver.drive
 
     def meanwhile(*arguments: Any) -> Any:
         shutil.copytree(finished.folder, folder)
         return original(*arguments)
 
-    monkeypatch.setattr(pipeline.LayerDriver, "drive", meanwhile)
+    monkeypatch.setattr(on_disk.LayerDriver, "drive", meanwhile)
     with pytest.raises(ResumeError, match="is not empty"):
         prune(AutoModelForCausalLM.from_pretrained(source), finished.recipe, folder)
     assert contents(folder) == contents(finished.folder)

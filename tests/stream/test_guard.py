@@ -20,7 +20,8 @@ from llmprune.precision import computed_in
 from llmprune.pruning import layers
 from llmprune.stream import stream
 from llmprune.stream.guard import MemoryGuard
-from llmprune.stream.stream import ResidentLayer, StreamSettings
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import StreamSettings
 
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation.")
 ALLOCATOR = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")

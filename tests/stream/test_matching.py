@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from llmprune.errors import NumericsError
 from llmprune.stream.activations import HiddenStates
 from llmprune.stream.matching import Matched, Matching, match_layer
-from llmprune.stream.stream import ResidentLayer, Stream
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream
 
 IDS = random_ids(8, 12)
 QUICK = Matching(epochs=3, lr=3e-3, sequences=2)

@@ -16,7 +16,8 @@ from llmprune.errors import ModelError, NumericsError
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.stream.activations import HiddenStates, LayerCalls
-from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.stream.windows import windows
 
 

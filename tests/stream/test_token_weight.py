@@ -12,10 +12,12 @@ from llmprune import prune
 from llmprune.errors import RecipeError
 from llmprune.models.source import ModelSource
 from llmprune.recipe.recipe import load_recipe
-from llmprune.statistics import ColumnNorm, Gram, TokenWeight, TokenWeighting
+from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storage.report import MatrixRow, load_report
 from llmprune.stream.observation import Group
-from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream, StreamSettings
+from llmprune.stream.weighting import TokenWeight, TokenWeighting
 
 IDS = random_ids(6, 16)
 UP = "model.layers.0.mlp.up_proj"

@@ -29,7 +29,7 @@ from llmprune.recipe.allocation import Allocation, Alpha, Atp, Dlp, Globs, Owl, 
 from llmprune.statistics import ColumnNorm
 from llmprune.storage.folders import expanded
 from llmprune.storage.hub import checkpoint_digest
-from llmprune.stream.stream import ResidentLayer
+from llmprune.stream.resident import ResidentLayer
 from llmprune.structures.decisions import MatrixChoice
 
 # Slopes that are tried without a given one, as parts of the distance between the first and the last layer's extremes.

@@ -14,7 +14,8 @@ from llmprune.pruning.allocating.pool import Pool, masked
 from llmprune.pruning.context import Run
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.stream.priors import add_priors
-from llmprune.stream.stream import ResidentLayer, Stream
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream
 from llmprune.stream.variants import Variants, with_weights
 
 _FIX = "give the sparsities yourself with rules, which need no measurement"

@@ -14,7 +14,7 @@ from llmprune.models.source import Source
 from llmprune.patterns import Block, Unstructured
 from llmprune.pruning.jobs import Job
 from llmprune.statistics import ColumnNorm
-from llmprune.stream.stream import ResidentLayer
+from llmprune.stream.resident import ResidentLayer
 from llmprune.structures.decisions import MatrixChoice
 
 # The structure of a layer does not reveal which of its modules are attention; their names do.

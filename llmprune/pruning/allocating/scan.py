@@ -18,7 +18,7 @@ from llmprune.pruning.allocating.pool import Pool, Unit, masked
 from llmprune.pruning.context import Run
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storage.records import read_as
-from llmprune.stream.stream import ResidentLayer
+from llmprune.stream.resident import ResidentLayer
 from llmprune.structures.remove.block_matrices import loss
 
 

@@ -17,7 +17,8 @@ from llmprune.models.sizes import active_experts, flops, layer_size
 from llmprune.models.source import Source
 from llmprune.pruning.forecast.plan import Around
 from llmprune.recipe.recipe import Recipe
-from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.stream.variants import kl_divergence
 from llmprune.text.generated import SAMPLING_BATCH, draw
 

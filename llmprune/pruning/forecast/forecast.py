@@ -51,7 +51,8 @@ from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storage.hub import resolve_model
 from llmprune.stream.observation import Group
-from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.structures.plan import (
     consumer_shapes,
     kept_share,

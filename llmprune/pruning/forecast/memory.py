@@ -60,7 +60,8 @@ from llmprune.statistics import Gram
 from llmprune.stream.guard import scoring_needs
 from llmprune.stream.matching import trained_parameters
 from llmprune.stream.observation import HELD_BACK_ROWS, Group
-from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.structures.find.subblocks import SubBlocks
 from llmprune.structures.plan import merged_shapes
 from llmprune.structures.removable import Removable

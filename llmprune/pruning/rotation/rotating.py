@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.pruning.context import Run
 from llmprune.pruning.rotation.rotate import Rotatable, RotationJob, open_rotatable, rotate_checkpoint
 from llmprune.text.tokens import Tokens
@@ -54,7 +53,7 @@ class Rotating:
             "llmprune rotate --dry-run has them."
         )
 
-    def rotated(self, run: Run, name: str, tokens: Tokens, staging: Path) -> tuple[CheckpointSource, dict[str, Any]]:
+    def rotate(self, run: Run, name: str, tokens: Tokens, staging: Path) -> dict[str, Any]:
         """Rotate into a folder inside the run's own, or find the rotated checkpoint of an interrupted run there.
 
         Args:
@@ -64,12 +63,17 @@ class Rotating:
             staging: the folder in which the result is made.
 
         Returns:
-            The rotated checkpoint, and the report of the rotation as plain data.
+            The report of the rotation as plain data; the checkpoint is in `rotated_folder`.
         """
         counted = replace(tokens, ids=tokens.ids[: len(tokens.ids) - run.recipe.held_back])
-        folder = staging / _FOLDER
-        report = rotate_checkpoint(name, self.rotatable, counted, folder, self.job, resume=True)
-        return run.open(folder), report.to_dict()
+        return rotate_checkpoint(
+            name, self.rotatable, counted, rotated_folder(staging), self.job, resume=True
+        ).to_dict()
+
+
+def rotated_folder(staging: Path) -> Path:
+    """Where the rotated copy is while a run lasts."""
+    return staging / _FOLDER
 
 
 def discard_rotated(staging: Path) -> None:

@@ -17,7 +17,8 @@ from llmprune.progress import Progress, Watcher
 from llmprune.rotation.concentration import HeadIndex, Reader, Writer, reader_entropy, writer_entropy
 from llmprune.statistics import Gram
 from llmprune.stream.activations import HiddenStates
-from llmprune.stream.stream import ResidentLayer, Stream
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream
 from llmprune.structures.residual import Residual
 from llmprune.structures.turning import fold_layer, value_columns, value_rows
 

@@ -15,7 +15,7 @@ from llmprune.progress import Progress, Watcher, ignore
 from llmprune.pruning.context import Run, versions
 from llmprune.pruning.dense_pass import DensePass
 from llmprune.pruning.forecast.forecast import dry_run
-from llmprune.pruning.pipeline import prune_checkpoint
+from llmprune.pruning.on_disk import prune_checkpoint
 from llmprune.pruning.sweep.ledger import (
     Record,
     SweepRow,

@@ -18,7 +18,8 @@ from llmprune.models.decoder import Matrix
 from llmprune.models.source import Source, eager_experts
 from llmprune.statistics import Gram
 from llmprune.stream.observation import Group
-from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.stream.variants import Variants, with_weights
 from llmprune.structures.choose.budget import BudgetPlan, Measured, Offer, allowed_size, choose_widths
 from llmprune.structures.remove.block_matrices import loss

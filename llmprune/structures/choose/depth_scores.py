@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from llmprune.errors import ModelError, NumericsError, RecipeError
 from llmprune.stream.activations import HiddenStates
-from llmprune.stream.stream import ResidentLayer, Stream
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream
 from llmprune.structures.find.subblocks import Part, SubBlocks, without
 
 Method = Literal["block-influence", "angular-distance", "greedy-kl"]

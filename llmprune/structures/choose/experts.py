@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from llmprune.errors import ModelError, PatternError
 from llmprune.models.decoder import prunable_matrices
+from llmprune.ranks import Ranks
 from llmprune.statistics import check_finite
-from llmprune.stream.stream import ResidentLayer
+from llmprune.stream.resident import ResidentLayer
 from llmprune.structures.choose.scores import lowest_groups
 from llmprune.structures.find.discovery import Structure
 
@@ -70,12 +71,12 @@ def expert_scores(layer: ResidentLayer, structures: Sequence[Structure], method:
     with torch.no_grad(), layer.stream.stages("forward"), contextlib.ExitStack() as hooks:
         for tally in tallies.values():
             hooks.enter_context(tally.module.register_forward_pre_hook(tally.see, with_kwargs=True))
-        for batch in range(layer.stream.statistics_batches):
+        for batch in layer.stream.counted:
             hidden = layer.stream.hidden[batch]
             for tally in tallies.values():
                 tally.positions = hidden.shape[:2].numel()
             layer.forward(hidden, batch)
-    return {consumer: tally.scores() for consumer, tally in tallies.items()}
+    return {consumer: tally.scores(layer.stream.settings.ranks) for consumer, tally in tallies.items()}
 
 
 def lowest_experts(scores: Mapping[str, ExpertScores], remove: int) -> dict[str, list[int]]:
@@ -141,8 +142,11 @@ class _Tally:
                 check_finite(norms, f"the output of expert {expert} of {self._structure.consumer}")
                 self._norms[expert] += norms.cpu()
 
-    def scores(self) -> ExpertScores:
-        """The scores after all batches."""
+    def scores(self, ranks: Ranks) -> ExpertScores:
+        """The scores after all batches, of all processes."""
+        self._seen = sum(ranks.gather(self._seen))
+        for sums in (self._tokens, self._norms):
+            ranks.total(sums)
         if not self._seen:
             raise self._unknown(f"{type(self.module).__name__} is not called")
         values = self._tokens.double() if self._method == "frequency" else self._norms / self._tokens.clamp(min=1)

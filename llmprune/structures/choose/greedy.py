@@ -11,7 +11,8 @@ from torch import Tensor
 from llmprune.errors import NumericsError
 from llmprune.models.source import Source
 from llmprune.stream.activations import HiddenStates
-from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.stream.variants import Variants
 from llmprune.structures.choose.depth_scores import DepthRemoval, DepthUnit, check_count
 from llmprune.structures.find.subblocks import SubBlocks, without

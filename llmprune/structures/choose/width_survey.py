@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from llmprune.errors import ModelError, RecipeError
 from llmprune.statistics import ColumnNorm, check_finite
-from llmprune.stream.stream import ResidentLayer, Stream
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream
 from llmprune.structures.choose.scores import (
     Channels,
     activation_norm,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import NumericsError
+from llmprune.ranks import Ranks
 
 
 class LinearMap:
@@ -38,6 +39,11 @@ class LinearMap:
         rows, missing = mlp * weight, (targets - outputs) * weight
         self._gram += rows.T @ rows
         self._cross += missing.T @ rows
+
+    def collect(self, ranks: Ranks) -> None:
+        """Add the tokens of all processes."""
+        for sums in (self._gram, self._cross):
+            ranks.total(sums)
 
     def solve(self, damping: float) -> Tensor:
         """T, float64 [hidden, hidden].

@@ -18,7 +18,8 @@ from llmprune.models.source import ModelSource
 from llmprune.patterns import NM
 from llmprune.pruning.forecast.memory import LayerMemory, layer_memory, library_bytes, predict_peak
 from llmprune.pruning.jobs import Job
-from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream, StreamSettings
 
 SMALL = LayerMemory(weights=10, statistics=1, held_back=2, forward=5, solving=3)
 LARGE = LayerMemory(weights=10, statistics=40, held_back=20, forward=5, solving=30)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from llmprune import TextSpec, dry_run, prune, rotate
 from llmprune.errors import CheckpointError, LlmpruneError, NumericsError, RecipeError, ResumeError
-from llmprune.pruning import pipeline
+from llmprune.pruning import on_disk
 from llmprune.pruning.rotation import check
 from llmprune.pruning.rotation import rotate as rotating
 from llmprune.pruning.rotation.plan import plan_rotation
@@ -186,7 +186,7 @@ def test_an_interrupted_recipe_goes_on_with_the_same_rotation(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.LayerDriver, "drive", stop)
+        patch.setattr(on_disk.LayerDriver, "drive", stop)
         with pytest.raises(KeyboardInterrupt):
             prune(dense, settings, tmp_path / "out")
     monkeypatch.setattr(rotating, "learn", None)  # not searched again

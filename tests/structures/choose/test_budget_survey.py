@@ -15,7 +15,8 @@ from llmprune.models.decoder import Decoder
 from llmprune.models.sizes import parameters
 from llmprune.models.source import ModelSource, Source
 from llmprune.statistics import Gram
-from llmprune.stream.stream import ResidentLayer, Stream, StreamSettings
+from llmprune.stream.resident import ResidentLayer
+from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.structures.choose.budget import BudgetPlan, Offer, Share, offer
 from llmprune.structures.choose.budget_survey import BudgetSurvey
 from llmprune.structures.find.discovery import Structure, find_structures

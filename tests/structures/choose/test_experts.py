@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from llmprune.errors import ModelError, PatternError
 from llmprune.models.decoder import Decoder
-from llmprune.stream.stream import ResidentLayer
+from llmprune.stream.resident import ResidentLayer
 from llmprune.structures.choose.experts import ExpertScores, expert_scores, lowest_experts
 from llmprune.structures.find.discovery import Structure, find_structures
 

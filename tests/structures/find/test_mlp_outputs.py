@@ -6,7 +6,7 @@ from streams import stream
 from tiny_models import build, every_family, known
 
 from llmprune.models.decoder import Decoder
-from llmprune.stream.stream import ResidentLayer
+from llmprune.stream.resident import ResidentLayer
 from llmprune.structures.find.mlp_outputs import find_mlp_outputs
 from llmprune.structures.replacing import absorb, run_layer
 

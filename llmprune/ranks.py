@@ -1,0 +1,176 @@
+"""The processes that share one run: `torch.distributed` as torchrun starts it, or a single process.
+
+Every process runs the same code on its own batches. What they tell each other is listed here, and nothing else of the
+project knows `torch.distributed`. Sums are added in the order of the ranks, so that the same number of processes always
+gives the same bytes.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmprune import torchrun
+from llmprune.errors import DeviceError, PeerError
+
+T = TypeVar("T")
+
+# Of a tensor that travels at once: what the owner of a sum needs in addition to it.
+_SLAB_BYTES = 64 << 20
+
+# A process may wait for others that solve, or that read a large checkpoint. One that has died closes its connections.
+_TIMEOUT = datetime.timedelta(days=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among those of a run.
+
+    Attributes:
+        rank: its number, from 0; the first one writes, and shows progress.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def own(self, numbers: Sequence[int]) -> list[int]:
+        """This process's share of some numbers: every `size`-th."""
+        return list(numbers[self.rank :: self.size])
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in order; each gets them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _talking():
+            dist.all_gather_object(values, value)
+        return values
+
+    def gather_at(self, owner: int, value: T) -> list[T]:
+        """The values of all processes, in order; only the owner gets them, the others an empty list."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.rank == owner else None
+        with _talking():
+            dist.gather_object(value, values, dst=owner)
+        return values or []
+
+    def share(self, value: T | None) -> T:
+        """The first process's value; each gets it."""
+        if self.size == 1:
+            return cast(T, value)
+        box = [value if self.first else None]
+        with _talking():
+            dist.broadcast_object_list(box, src=0)
+        return cast(T, box[0])
+
+    def once(self, action: Callable[[], T]) -> T:
+        """What an action returns that only the first process carries out."""
+        return self.share(action() if self.first else None)
+
+    def send(self, tensor: Tensor, owner: int) -> None:
+        """Replace a contiguous tensor by the owner's."""
+        if self.size > 1:
+            with _talking():
+                dist.broadcast(tensor, src=owner)
+
+    def sum_at(self, owner: int, tensor: Tensor, *, lower: bool = False) -> None:
+        """Replace the owner's tensor by the sum over all processes, in the order of the ranks.
+
+        Args:
+            owner: number of the process that gets it; the others keep what they have.
+            tensor: of the same shape and dtype everywhere, contiguous.
+            lower: only the lower triangle of a square matrix counts.
+        """
+        if self.size == 1:
+            return
+        rows = tensor.view(len(tensor), -1) if tensor.dim() > 1 else tensor.view(-1, 1)
+        step = max(1, _SLAB_BYTES // max(rows[:1].nbytes, 1))
+        with _talking():
+            for start in range(0, len(rows), step):
+                slab = rows[start : start + step]
+                self._sum_slab(owner, slab[:, : min(start + step, rows.shape[1])] if lower else slab)
+
+    def total(self, tensor: Tensor) -> None:
+        """Replace a contiguous tensor by the sum over all processes; each gets it."""
+        self.sum_at(0, tensor)
+        self.send(tensor, 0)
+
+    def _sum_slab(self, owner: int, slab: Tensor) -> None:
+        if self.rank != owner:
+            dist.send(slab.contiguous(), dst=owner)
+            return
+        added, received = torch.zeros_like(slab), torch.empty_like(slab, memory_format=torch.contiguous_format)
+        for rank in range(self.size):
+            if rank == owner:
+                added += slab
+            else:
+                dist.recv(received, src=rank)
+                added += received
+        slab.copy_(added)
+
+
+SINGLE = Ranks()
+
+
+def join(device: str) -> Ranks:
+    """Meet the other processes that torchrun has started; without torchrun, or with one process, be a single one.
+
+    Args:
+        device: as in a recipe; decides how processes talk.
+
+    Raises:
+        DeviceError: the processes cannot meet, or one GPU is named for all of them.
+    """
+    if not torchrun.started() or not dist.is_available():
+        return SINGLE
+    if not dist.is_initialized():
+        on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+        if on_gpu and ":" in device:
+            raise DeviceError(
+                f"device {device!r} for {os.environ['WORLD_SIZE']} processes",
+                expected="a GPU for each process",
+                fix="set device: cuda, and choose GPUs by CUDA_VISIBLE_DEVICES",
+            )
+        if on_gpu:
+            torch.cuda.set_device(torchrun.place())
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise DeviceError(
+                f"the processes of the run cannot meet: {str(error).splitlines()[0]}",
+                expected="torchrun's environment variables, and a network between the nodes",
+                fix="start with torchrun --nproc-per-node N -m llmprune prune ..., or --processes N",
+            ) from error
+    torchrun.meet()
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def leave() -> None:
+    """Part from the other processes; they are not waited for."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _talking() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerError(
+            f"another process of this run has ended: {str(error).splitlines()[0]}",
+            expected="all processes of the run until its end",
+            fix="see the message of the other process; then continue with --resume",
+        ) from error

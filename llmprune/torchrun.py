@@ -1,0 +1,31 @@
+"""What torchrun's environment variables say about this process; without torchrun it is alone."""
+
+import os
+
+_met = False
+
+
+def started() -> bool:
+    """Whether torchrun has started this process and others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def follows() -> bool:
+    """Whether this process is one of several, and not the first: then it writes and shows nothing."""
+    return started() and os.environ.get("RANK", "0") != "0"
+
+
+def meet() -> None:
+    """Note that this process works with the others from now on."""
+    global _met
+    _met = True
+
+
+def alone_in_failing() -> bool:
+    """Whether an error here may be this process's own; until the processes meet, all of them have the same."""
+    return _met or not follows()
+
+
+def place() -> int:
+    """The number of this process among those of its machine, and of the GPU that is its own."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,0 +1,152 @@
+"""Several processes prune what one prunes."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from folders import contents, tensors
+from tiny_models import build, recipe, save
+
+from llmprune.errors import CalibrationError
+from llmprune.progress import Progress
+from llmprune.pruning.pipeline import prune
+from llmprune.ranks import Ranks
+from llmprune.storage.report import Report, load_report
+from llmprune.stream.stream import StreamSettings, require_batches
+
+WORKER = Path(__file__).parents[1] / "ranks_worker.py"
+_FITTED = {"epochs": 2, "lr": 3e-3, "sequences": 2}
+
+# name -> (family, changes to the recipe). Held-back sequences make a batch of their own, so one process has none.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sparsegpt": ("llama", {"method": "sparsegpt", "pattern": "2:4", "evaluation": {"samples": 3}}),
+    "chain": ("llama", {"method": ["wanda", "swaps", "refit"]}),
+    "layer shares": ("llama", {"method": "wanda", "pattern": "0.5/layer"}),
+    "in turn": ("llama", {"method": "sparsegpt", "statistics": {"sequential": True, "alpha": 0.5}}),
+    "loss weight": ("llama", {"method": "sparsegpt", "statistics": {"loss_weight": "tokens"}}),
+    "experts": ("mixtral", {"experts": {"min_tokens": 8}, "calibration": {"samples": 9, "length": 4}}),
+    "layers fitted": ("llama", {"method": "wanda", "reconstruct": _FITTED}),
+    "attention fitted": ("llama", {"method": "wanda", "reconstruct": {**_FITTED, "window": "attention+mlp"}}),
+    "structures": ("llama", {"structures": {"heads": {"remove": 1}, "ffn": {"remove": 0.25}}}),
+    "experts removed": ("mixtral", {"structures": {"experts": {"remove": 1, "method": "reap"}}}),
+    "layers replaced": ("llama", {"structures": {"depth": {"remove": 1, "replace": "linear"}}}),
+    "allocation": ("llama", {"method": "wanda", "pattern": "0.5", "allocation": "owl"}),
+}
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The results of one case, by one process and by two."""
+
+    alone: Report
+    together: Report
+    alone_in: Path
+    together_in: Path
+
+
+def run_together(folder: Path, cases: list[dict[str, Any]], processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run cases in several processes."""
+    file = folder / "cases.json"
+    file.write_text(json.dumps(cases))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run([*launch, str(WORKER), str(file)], capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pruned]:
+    """Every case, pruned both ways."""
+    folder = tmp_path_factory.mktemp("ranks")
+    changes: dict[str, dict[str, Any]] = {"llama": {"num_hidden_layers": 4}, "mixtral": {"num_local_experts": 16}}
+    models = {name: save(build(name, **changes.get(name, {})), folder / name) for name, _ in CASES.values()}
+    cases = [
+        {"model": str(models[family]), "output": str(folder / "together" / name), "recipe": settings_of(change)}
+        for name, (family, change) in CASES.items()
+    ]
+    done = run_together(folder, [*cases, {**cases[0], "output": str(folder / "again")}])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        name: Pruned(
+            prune(case["model"], case["recipe"], folder / "alone" / name),
+            load_report(Path(case["output"])),
+            folder / "alone" / name,
+            Path(case["output"]),
+        )
+        for name, case in zip(CASES, cases, strict=True)
+    }
+
+
+def settings_of(change: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with five batches of two sequences, and one that is held back."""
+    return recipe(**{"batch_size": 2, "held_back": 1, "calibration": {"samples": 9, "length": 24}, **change})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_several_processes_prune_what_one_prunes(pruned: dict[str, Pruned], name: str) -> None:
+    case = pruned[name]
+    alone, together = (tensors(folder) for folder in (case.alone_in, case.together_in))
+    assert {key: value.shape for key, value in alone.items()} == {key: value.shape for key, value in together.items()}
+    same = sum(int(((alone[key] == 0) == (together[key] == 0)).sum()) for key in alone)
+    assert same >= 0.995 * sum(value.numel() for value in alone.values())
+    one, other = ({row.name: (row.zeros, row.tokens) for row in report.rows} for report in (case.alone, case.together))
+    assert one == other
+    for row, twin in zip(case.alone.structures, case.together.structures, strict=True):
+        assert (row.kept, row.tokens, row.removed) == (twin.kept, twin.tokens, twin.removed)
+        assert row.error is None or row.error == pytest.approx(twin.error, rel=1e-2)
+    for fit, again in zip(case.alone.matches, case.together.matches, strict=True):
+        assert (fit.before, fit.after) == pytest.approx((again.before, again.after), rel=2e-2)
+
+
+def test_perplexities_are_of_all_sequences(pruned: dict[str, Pruned]) -> None:
+    one, other = (report.header["evaluation"] for report in (pruned["sparsegpt"].alone, pruned["sparsegpt"].together))
+    for which in ("dense", "pruned"):
+        assert one[which]["predicted_tokens"] == other[which]["predicted_tokens"]
+        assert one[which]["perplexity"] == pytest.approx(other[which]["perplexity"], abs=0.05)
+        assert one[which]["stderr"] == pytest.approx(other[which]["stderr"], rel=1e-2)
+    assert one["dense"]["perplexity"] == pytest.approx(other["dense"]["perplexity"], rel=1e-6)
+    assert one["kl_divergence"] == pytest.approx(other["kl_divergence"], rel=2e-2)
+
+
+def test_the_same_number_of_processes_gives_the_same_bytes(pruned: dict[str, Pruned]) -> None:
+    first = pruned["sparsegpt"].together_in
+    shards = [name for name in contents(first) if name.endswith(".safetensors")]
+    assert len(shards) == 5
+    for name in shards:
+        assert (first / name).read_bytes() == (first.parents[1] / "again" / name).read_bytes()
+
+
+def test_an_expert_that_one_process_alone_has_seen_is_pruned(pruned: dict[str, Pruned]) -> None:
+    alone, together = (
+        {row.name: (row.tokens, row.prior_tokens) for row in report.rows if ".experts." in row.name}
+        for report in (pruned["experts"].alone, pruned["experts"].together)
+    )
+    assert together == alone
+    assert {1, 0} <= {tokens for tokens, _ in together.values()}, "one token is seen by one process"
+
+
+def test_a_killed_process_ends_the_run_which_one_process_continues(tmp_path: Path) -> None:
+    source, output = save(build("llama", num_hidden_layers=4), tmp_path / "dense"), tmp_path / "out"
+    case = {"model": str(source), "output": str(output), "recipe": settings_of({"method": "wanda"})}
+    begun = time.monotonic()
+    done = run_together(tmp_path, [{**case, "killed": 1, "layers": 2}])
+    assert done.returncode != 0
+    assert time.monotonic() - begun < 60  # 30 s after the process died, and the imports before
+    assert "another process of this run has ended" in done.stderr
+    steps: list[Progress] = []
+    report = prune(source, case["recipe"], output, resume=True, watch=steps.append)
+    told = [step.stage for step in steps if "processes" in step.stage]
+    assert told == ["begun with 2 processes, continued with 1: what is left may differ by rounding"]
+    assert report.sparsity == pytest.approx(0.5)
+    assert len(report.rows) == 28
+
+
+def test_more_processes_than_batches_are_refused() -> None:
+    settings = StreamSettings(batch_size=4, held_back=2, ranks=Ranks(0, 3))
+    require_batches(settings, 14)
+    with pytest.raises(CalibrationError, match="3 processes for 2 batches of 4") as caught:
+        require_batches(settings, 10)
+    assert caught.value.fix == "set batch_size to at most 2, or start fewer processes"
