@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from llmprune.recipe.recipe import Recipe, load_recipe
     from llmprune.recovery.keeping import keep_zeros
     from llmprune.serving.loader import load
+    from llmprune.storage.archives.extracting import extract
+    from llmprune.storage.archives.writing import archive
     from llmprune.storage.report import Report
     from llmprune.stream.stream import Stream
     from llmprune.text.tokens import TextSpec
@@ -47,6 +49,8 @@ _HOMES = {
     "keep_zeros": "recovery.keeping",
     "Recipe": "recipe.recipe",
     "load_recipe": "recipe.recipe",
+    "archive": "storage.archives.writing",
+    "extract": "storage.archives.extracting",
     "Report": "storage.report",
     "load": "serving.loader",
     "Stream": "stream.stream",
@@ -59,8 +63,8 @@ _RENAMED = {"evaluate": "perplexity", "evaluate_against": "perplexity_against"}
 
 __all__ = [
     "METHODS", "NM", "Block", "LlmpruneError", "Recipe", "Report", "Stream", "TextSpec", "Unstructured", "__version__",
-    "compare", "dry_run", "inspect_checkpoint", "keep_zeros", "load", "load_recipe", "pack", "parse", "perplexity",
-    "perplexity_against", "prune", "rotate", "run_tasks", "unpack", "write_report",
+    "archive", "compare", "dry_run", "extract", "inspect_checkpoint", "keep_zeros", "load", "load_recipe", "pack",
+    "parse", "perplexity", "perplexity_against", "prune", "rotate", "run_tasks", "unpack", "write_report",
 ]  # fmt: skip
 
 

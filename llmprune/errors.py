@@ -86,4 +86,4 @@ class UploadError(LlmpruneError):
 
 
 class FormatError(LlmpruneError):
-    """Packed tensors that do not match their layout."""
+    """Packed tensors that do not match their layout, or a damaged archive."""

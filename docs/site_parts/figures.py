@@ -171,6 +171,35 @@ def harness() -> str:
     return _bench("harness-testbed-cpu", "harness", columns)
 
 
+def archive() -> str:
+    """Bytes of two models, dense, pruned, packed and archived."""
+    name = "archive-cpu"
+    rows = []
+    for row in read(name):
+        shares = (row.get(f"{kind}_bytes", row["dense_bytes"]) / row["dense_bytes"] for kind in ("packed", "archived"))
+        matrices = (row.get("packed_matrices", 1.0), row["archived_matrices"])
+        speeds = (f"{row[f'{way}_mb_per_second']:.0f}" for way in ("archive", "extract"))
+        figures = (f"{share:.3f}" for share in (*shares, *matrices))
+        rows.append((row["model"], literal(row["pattern"]), f"{row['dense_bytes'] / 1e6:.0f}", *figures, *speeds))
+    columns = (
+        "model",
+        "pattern",
+        "dense, MB",
+        "packed",
+        "archived",
+        "matrices packed",
+        "matrices archived",
+        "MB/s",
+        "back",
+    )
+    command = literal(f"python -m llmprune.eval.bench.archive testbed SmolLM2-135M --json {name}.json")
+    meaning = (
+        "Fractions of the dense bytes: of the checkpoint, whose embeddings are not pruned, and of the pruned matrices "
+        "alone. MB of dense bytes a second, in one run."
+    )
+    return f"{table(columns, rows)}\n\n{meaning} Made by {command}. {_where(read(name)[0])}"
+
+
 def families() -> str:
     """The architectures that the tests prune, from tests/tiny_models.py."""
     tree = ast.parse((ROOT / "tests" / "tiny_models.py").read_text("utf-8"))
@@ -210,5 +239,6 @@ PARTS = {
     "structured-speed": structured_speed,
     "structured-solver": structured_solver,
     "harness": harness,
+    "archive": archive,
     "families": families,
 }

@@ -11,7 +11,18 @@ from typing import Annotated
 import typer
 
 from llmprune import __version__
-from llmprune.cli import allocating, checkpoints, evaluating, measuring, pruning, reporting, rotating, serving, sweeping
+from llmprune.cli import (
+    allocating,
+    checkpoints,
+    evaluating,
+    measuring,
+    pruning,
+    reporting,
+    rotating,
+    serving,
+    storing,
+    sweeping,
+)
 from llmprune.cli.layout import Group
 from llmprune.cli.options import EXIT_CODES
 
@@ -55,5 +66,5 @@ def _common(
     pass
 
 
-for _part in (pruning, rotating, sweeping, allocating, measuring, evaluating, reporting, checkpoints, serving):
+for _part in (pruning, rotating, sweeping, allocating, measuring, evaluating, reporting, checkpoints, storing, serving):
     _part.add_commands(app)

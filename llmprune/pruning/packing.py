@@ -5,7 +5,6 @@ before anything is written.
 """
 
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -30,6 +29,7 @@ from llmprune.storage.files import INDEX_NAME, SINGLE_NAME, Stored, read_index, 
 from llmprune.storage.folders import (
     RECIPE_NAME,
     SAMPLES_NAME,
+    checkpoint_folder,
     expanded,
     require_empty,
     require_free,
@@ -152,7 +152,7 @@ def pack(
     """
     if format not in _FORMATS:
         raise PatternError(f"format {format!r}", expected=", ".join(_FORMATS))
-    source = _existing(folder)
+    source = checkpoint_folder(folder)
     target = source.with_name(source.name + "-packed") if output is None else expanded(output)
     config = read_json(source / CONFIG_NAME)
     if packed_layouts(config):
@@ -203,7 +203,7 @@ def unpack(folder: str | Path, output: str | Path, overwrite: bool = False, watc
         FormatError: the tensors of a packed matrix are damaged.
         ResumeError: `output` is not empty, is in use, or is `folder` itself.
     """
-    source, target = _existing(folder), expanded(output)
+    source, target = checkpoint_folder(folder), expanded(output)
     config = read_json(source / CONFIG_NAME)
     if not (layouts := packed_layouts(config)):
         raise CheckpointError(f"{source} is not packed", expected="a checkpoint that llmprune packed")
@@ -288,18 +288,6 @@ def _update_history(folder: Path, packed: PackReport, stored_bytes: int) -> None
         return  # there is none, or the file of this name was written by another program
     replace(report, header={**report.header, "size": size}).save(folder)
     write_report(folder)
-
-
-def _existing(folder: str | Path) -> Path:
-    path = expanded(folder)
-    if not (path / CONFIG_NAME).is_file():
-        raise CheckpointError(
-            f"{path} has no {CONFIG_NAME}" if path.is_dir() else f"no folder {path}",
-            expected="a local folder with config.json and safetensors",
-            fix="check the spelling; relative paths start at the current folder",
-        )
-    # With its last part, which names the output, but not that of a link's target.
-    return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() follows links
 
 
 def _refuse_occupied(target: Path, source: Path, overwrite: bool) -> None:

@@ -37,7 +37,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     left_out = []
     for file in _companions(source):
         name = file.relative_to(source)
-        if not _is_inside(file.resolve(), source.resolve()):
+        if not is_inside(file.resolve(), source.resolve()):
             left_out.append(f"{name} was not copied: it is a link that leads out of {source}")
         elif (size := file.stat().st_size) > _MOST_BYTES:
             left_out.append(f"{name} was not copied: {format_size(size)}, more than {format_size(_MOST_BYTES)}")
@@ -53,7 +53,7 @@ def _companions(source: Path) -> Iterator[Path]:
     return (file for file in (*(source / name for name in NAMES), *templates, *terms) if file.is_file())
 
 
-def _is_inside(file: Path, folder: Path) -> bool:
+def is_inside(file: Path, folder: Path) -> bool:
     """Whether a file belongs to a checkpoint; both paths are resolved.
 
     The hub's cache keeps every file in REPOSITORY/blobs, and REPOSITORY/snapshots/COMMIT has links to them.

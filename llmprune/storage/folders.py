@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from llmprune.errors import CheckpointError, ResumeError
 from llmprune.paths import user_path
+from llmprune.storage.companions import CONFIG_NAME
 from llmprune.storage.files import INDEX_NAME
 from llmprune.units import format_size
 
@@ -80,6 +81,22 @@ def expanded(path: str | Path) -> Path:
             f"output folder {path!r}", expected="the path of a folder", fix="pass one, such as out/pruned"
         )
     return user_path(path, ResumeError, expected="the path of a folder", fix="choose another output folder")
+
+
+def checkpoint_folder(folder: str | Path) -> Path:
+    """The path of a folder that holds a checkpoint, with its own last part and not that of a link's target.
+
+    Raises:
+        CheckpointError: there is no such folder, or it has no config.json.
+    """
+    path = expanded(folder)
+    if not (path / CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{path} has no {CONFIG_NAME}" if path.is_dir() else f"no folder {path}",
+            expected="a local folder with config.json and safetensors",
+            fix="check the spelling; relative paths start at the current folder",
+        )
+    return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() follows links
 
 
 def require_other(path: Path, source: str | Path) -> None:

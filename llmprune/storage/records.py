@@ -67,6 +67,26 @@ def read_as(
         raise raised(f"{file} cannot be read: {problem(error)}", expected=expected, fix=fix) from error
 
 
+def parsed(
+    content: bytes,
+    kind: type[Kind],
+    where: str,
+    *,
+    expected: str,
+    fix: str,
+    raised: type[LlmpruneError] = CheckpointError,
+) -> Kind:
+    """Read JSON that lies inside another file; `where` names it in the error, the rest is as for `read_as`.
+
+    Raises:
+        LlmpruneError: of the class `raised`: it is no JSON, or holds something else.
+    """
+    try:
+        return _reader(cast(Hashable, kind)).validate_json(content, strict=True)
+    except ValidationError as error:
+        raise raised(f"{where} cannot be read: {problem(error)}", expected=expected, fix=fix) from error
+
+
 def checked(
     content: object,
     kind: type[Kind],

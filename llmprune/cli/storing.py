@@ -1,0 +1,100 @@
+"""`llmprune archive` and `llmprune extract`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmprune.cli import console
+from llmprune.cli.layout import DEPLOY, OUTPUT, add
+from llmprune.cli.options import AsJson, Folder, Quiet, explained
+
+if TYPE_CHECKING:
+    from llmprune.storage.archives.report import ArchiveReport
+
+_ARCHIVE_EXAMPLES = """
+Examples:
+
+llmprune archive out/demo --dry-run
+
+llmprune archive out/demo --output cold/demo.llmprune
+"""
+
+_EXTRACT_EXAMPLES = """
+Examples:
+
+llmprune extract cold/demo.llmprune --dry-run
+
+llmprune extract cold/demo.llmprune --output out/demo
+"""
+
+_CONTINUE = "interrupted; run the same command again to continue"
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands."""
+    add(app, archive, DEPLOY, _ARCHIVE_EXAMPLES)
+    add(app, extract, DEPLOY, _EXTRACT_EXAMPLES)
+
+
+def archive(
+    folder: Folder,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", rich_help_panel=OUTPUT, help="The archive; default: DIR.llmprune."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate the sizes; write nothing.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Store a checkpoint folder as one compressed file while it is not in use; lossless.
+
+    50 % zeros in bfloat16 take about 0.38 of the dense bytes. An archive cannot be loaded; `llmprune extract` restores
+    every file. After an interruption, the same command continues. Needs the extra `archive`.
+    """
+    with explained(as_json, lambda: _CONTINUE):
+        from llmprune.storage.archives import writing
+
+        with console.Display(quiet=quiet) as display:
+            report = writing.archive(folder, output, dry_run=dry_run, watch=display)
+        _show(report, as_json, "not written (dry run)" if dry_run else str(report.archive), str(report.folder))
+
+
+def extract(
+    archive: Annotated[Path, typer.Argument(metavar="FILE", help="An archive.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            rich_help_panel=OUTPUT,
+            help="A new folder; default: FILE without .llmprune.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Decode and check everything; write nothing.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Restore the folder that `llmprune archive` stored, every file bit for bit.
+
+    After an interruption, the same command continues. Needs the extra `archive`.
+    """
+    with explained(as_json, lambda: _CONTINUE):
+        from llmprune.storage.archives import extracting
+
+        with console.Display(quiet=quiet) as display:
+            report = extracting.extract(archive, output, dry_run=dry_run, watch=display)
+        folder = "not written (dry run); the archive is sound" if dry_run else str(report.folder)
+        _show(report, as_json, str(report.archive), folder)
+
+
+def _show(report: "ArchiveReport", as_json: bool, archive: str, folder: str) -> None:
+    if as_json:
+        console.show_json(report.to_dict())
+    else:
+        from llmprune.cli.tables.storing import archive_tables
+
+        console.show(*archive_tables(report, archive, folder))
