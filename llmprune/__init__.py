@@ -6,6 +6,7 @@ from llmprune.serving.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from llmprune.errors import LlmpruneError
+    from llmprune.exporting.export import export
     from llmprune.measuring.inspection import inspect_checkpoint
     from llmprune.measuring.perplexity import perplexity, perplexity_against
     from llmprune.measuring.tasks import run_tasks
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "TextSpec": "text.tokens",
     "LlmpruneError": "errors",
+    "export": "exporting.export",
     "dry_run": "pruning.forecast.forecast",
     "run_tasks": "measuring.tasks",
     "inspect_checkpoint": "measuring.inspection",
@@ -63,8 +65,8 @@ _RENAMED = {"evaluate": "perplexity", "evaluate_against": "perplexity_against"}
 
 __all__ = [
     "METHODS", "NM", "Block", "LlmpruneError", "Recipe", "Report", "Stream", "TextSpec", "Unstructured", "__version__",
-    "archive", "compare", "dry_run", "extract", "inspect_checkpoint", "keep_zeros", "load", "load_recipe", "pack",
-    "parse", "perplexity", "perplexity_against", "prune", "rotate", "run_tasks", "unpack", "write_report",
+    "archive", "compare", "dry_run", "export", "extract", "inspect_checkpoint", "keep_zeros", "load", "load_recipe",
+    "pack", "parse", "perplexity", "perplexity_against", "prune", "rotate", "run_tasks", "unpack", "write_report",
 ]  # fmt: skip
 
 

@@ -33,6 +33,7 @@ ROOMS = (
     ("pages",),
     ("recovery",),
     ("pruning",),
+    ("exporting",),
     ("cli",),
     ("__main__",),
     ("evaluation",),  # an old name, until 0.2

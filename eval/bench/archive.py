@@ -20,7 +20,7 @@ import torch
 
 from llmprune.measuring.bench.machine import commit, device_name, versions
 from llmprune.models.checkpoint_source import CheckpointSource
-from llmprune.models.decoder import prunable_matrices
+from llmprune.models.linear_weights import linear_weights
 from llmprune.patterns import parse
 from llmprune.pruning.packing import pack
 from llmprune.storage.archives.extracting import extract
@@ -57,7 +57,7 @@ def measure(source: Path, pattern: str, work: Path) -> dict[str, Any]:
     """
     pruned = work / "pruned"
     shutil.copytree(source, pruned)
-    matrices = _matrices(source)
+    matrices = set(linear_weights(CheckpointSource(source)))
     if pattern != "dense":
         _prune(pruned, matrices, pattern)
     dense, coded, rates = _archived(pruned)
@@ -69,17 +69,6 @@ def measure(source: Path, pattern: str, work: Path) -> dict[str, Any]:
         figures |= {"packed_bytes": report.packed_checkpoint_bytes, "packed_matrices": report.ratio}
         figures["archived_packed_bytes"] = _archived(work / "packed")[1]
     return figures
-
-
-def _matrices(source: Path) -> set[str]:
-    """The keys of the linear weights inside the decoder layers."""
-    checkpoint = CheckpointSource(source)
-    names = (
-        checkpoint.linear_key(matrix.name)
-        for index, layer in enumerate(checkpoint.layers)
-        for matrix in prunable_matrices(layer, checkpoint.layer_name(index))
-    )
-    return {name for name in names if name is not None}
 
 
 def _prune(folder: Path, matrices: set[str], pattern: str) -> None:

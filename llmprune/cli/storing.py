@@ -1,11 +1,13 @@
-"""`llmprune archive` and `llmprune extract`."""
+"""`llmprune archive`, `llmprune extract` and `llmprune export`."""
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmprune.cli import console
+from llmprune.cli.checkpoints import Overwrite
 from llmprune.cli.layout import DEPLOY, OUTPUT, add
 from llmprune.cli.options import AsJson, Folder, Quiet, explained
 
@@ -28,13 +30,29 @@ llmprune extract cold/demo.llmprune --dry-run
 llmprune extract cold/demo.llmprune --output out/demo
 """
 
+_EXPORT_EXAMPLES = """
+Examples:
+
+llmprune export out/demo --to csr
+
+llmprune export out/demo --to torch-prune --output out/masked
+"""
+
 _CONTINUE = "interrupted; run the same command again to continue"
+
+
+class Form(str, Enum):
+    """What `llmprune export` writes."""
+
+    csr = "csr"
+    torch_prune = "torch-prune"
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands."""
     add(app, archive, DEPLOY, _ARCHIVE_EXAMPLES)
     add(app, extract, DEPLOY, _EXTRACT_EXAMPLES)
+    add(app, export, DEPLOY, _EXPORT_EXAMPLES)
 
 
 def archive(
@@ -89,6 +107,38 @@ def extract(
             report = extracting.extract(archive, output, dry_run=dry_run, watch=display)
         folder = "not written (dry run); the archive is sound" if dry_run else str(report.folder)
         _show(report, as_json, str(report.archive), folder)
+
+
+def export(
+    folder: Folder,
+    to: Annotated[
+        Form,
+        typer.Option(
+            metavar="FORM",
+            rich_help_panel=OUTPUT,
+            help="csr: pruned matrices as CSR tensors in safetensors; torch-prune: weight_orig and weight_mask, as "
+            "torch.nn.utils.prune has them.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", rich_help_panel=OUTPUT, help="Output; default: DIR-FORM."),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a dense or packed checkpoint in a form that other programs read."""
+    with explained(as_json, lambda: "interrupted; nothing was exported"):
+        from llmprune.cli.tables.exporting import export_tables
+        from llmprune.exporting import export as exporting
+
+        with console.Display(quiet=quiet) as display:
+            report = exporting.export(folder, to.value, output, overwrite=overwrite, watch=display)
+        if as_json:
+            console.show_json(report.to_dict())
+        else:
+            console.show(*export_tables(report))
 
 
 def _show(report: "ArchiveReport", as_json: bool, archive: str, folder: str) -> None:

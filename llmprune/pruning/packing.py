@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmprune.errors import CheckpointError, FormatError, PatternError
 from llmprune.models.checkpoint_source import CheckpointSource
-from llmprune.models.decoder import prunable_matrices
+from llmprune.models.linear_weights import linear_weights
 from llmprune.pages import write_report
 from llmprune.patterns import NM, Pattern, Unstructured, parse
 from llmprune.progress import Progress, Watcher, ignore
@@ -225,7 +225,7 @@ def unpack(folder: str | Path, output: str | Path, overwrite: bool = False, watc
     after, before = (sum(tensor.nbytes for tensor in tensors.values()) for tensors in (dense, stored))
     report = PackReport(target, tuple(rows), after, before)
     require_space(target, after)
-    shards = {key: _file_of(tensor).name for key, tensor in dense.items()}
+    shards = {key: tensor.file.name for key, tensor in dense.items()}
     with replacing(target) as new:
         _Writer(source, new, shards, watch).write(read, without_packing_record(config), "unpacking")
         _update_history(new, report, report.dense_checkpoint_bytes)
@@ -296,16 +296,12 @@ def _refuse_occupied(target: Path, source: Path, overwrite: bool) -> None:
     require_empty(target, resume=False, overwrite=overwrite)
 
 
-def _file_of(tensor: Stored | PackedWeight) -> Path:
-    return tensor.file if isinstance(tensor, Stored) else next(iter(tensor.parts.values())).file
-
-
 def _choose_layouts(
     checkpoint: CheckpointSource, stored: Mapping[str, Stored], wanted: Format, watch: Watcher
 ) -> tuple[dict[str, Layout], list[PackRow]]:
     """The layouts of the matrices to pack, by the layer's name, and a row for every matrix."""
     layouts, rows = {}, []
-    linear, outside = _linear_weights(checkpoint), set(checkpoint.end_keys())
+    linear, outside = linear_weights(checkpoint), set(checkpoint.end_keys())
     matrices = [tensor for tensor in stored.values() if len(tensor.shape) >= 2]
     for done, tensor in enumerate(matrices):
         watch(Progress("finding patterns", done, len(matrices), tensor.key, unit="matrix"))
@@ -325,16 +321,6 @@ def _choose_layouts(
             rows.append(PackRow(tensor.key, layout.name, tensor.nbytes, layout.nbytes(tensor.dtype.itemsize)))
     watch(Progress("finding patterns", len(matrices), len(matrices), unit="matrix"))
     return layouts, rows
-
-
-def _linear_weights(checkpoint: CheckpointSource) -> dict[str, str]:
-    """Key of the weight -> name of the layer, for the linear layers inside the decoder layers."""
-    return {
-        key: matrix.name
-        for index, layer in enumerate(checkpoint.layers)
-        for matrix in prunable_matrices(layer, checkpoint.layer_name(index))
-        if (key := checkpoint.linear_key(matrix.name)) is not None
-    }
 
 
 def _choose_layout(weight: Tensor, wanted: Format) -> tuple[Layout | None, str]:

@@ -15,6 +15,7 @@ transformers reads it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,11 @@ class PackedWeight:
     key: str
     layout: Layout
     parts: Mapping[str, Stored]
+
+    @property
+    def file(self) -> Path:
+        """The file that holds the first of its parts."""
+        return next(iter(self.parts.values())).file
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -77,3 +77,14 @@ def test_an_interrupted_command_continues(folder: Path, tmp_path: Path) -> None:
     assert kept > 8_000_000
     assert run("extract", tmp_path / "dense.llmprune", "-o", tmp_path / "again", "--quiet").exit_code == 0
     assert contents(tmp_path / "again") == contents(folder)
+
+
+def test_export(folder: Path) -> None:
+    done = run("export", folder, "--to", "csr")
+    assert done.exit_code == 0, done.stderr
+    assert "14 of 14 as CSR" in done.stdout
+    refused = run("export", folder, "--to", "csr", "--json")
+    assert json.loads(refused.stdout)["error"]["kind"] == "ResumeError"
+    again = json.loads(run("export", folder, "--to", "csr", "--overwrite", "--json").stdout)
+    assert (again["to"], [row["file"] for row in again["files"]]) == ("csr", ["csr-model.safetensors"])
+    assert run("export", folder, "--to", "other").exit_code == 2
