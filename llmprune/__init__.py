@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from llmprune.pruning.rotation.rotate import rotate
     from llmprune.recipe.recipe import Recipe, load_recipe
     from llmprune.recovery.keeping import keep_zeros
+    from llmprune.recovery.options import RecoveryOptions
+    from llmprune.recovery.recover import plan_recovery, recover
     from llmprune.serving.loader import load
     from llmprune.storage.archives.extracting import extract
     from llmprune.storage.archives.writing import archive
@@ -49,6 +51,9 @@ _HOMES = {
     "prune": "pruning.pipeline",
     "rotate": "pruning.rotation.rotate",
     "keep_zeros": "recovery.keeping",
+    "plan_recovery": "recovery.recover",
+    "recover": "recovery.recover",
+    "RecoveryOptions": "recovery.options",
     "Recipe": "recipe.recipe",
     "load_recipe": "recipe.recipe",
     "archive": "storage.archives.writing",
@@ -64,9 +69,37 @@ _HOMES = {
 _RENAMED = {"evaluate": "perplexity", "evaluate_against": "perplexity_against"}
 
 __all__ = [
-    "METHODS", "NM", "Block", "LlmpruneError", "Recipe", "Report", "Stream", "TextSpec", "Unstructured", "__version__",
-    "archive", "compare", "dry_run", "export", "extract", "inspect_checkpoint", "keep_zeros", "load", "load_recipe",
-    "pack", "parse", "perplexity", "perplexity_against", "prune", "rotate", "run_tasks", "unpack", "write_report",
+    "METHODS",
+    "NM",
+    "Block",
+    "LlmpruneError",
+    "Recipe",
+    "RecoveryOptions",
+    "Report",
+    "Stream",
+    "TextSpec",
+    "Unstructured",
+    "__version__",
+    "archive",
+    "compare",
+    "dry_run",
+    "export",
+    "extract",
+    "inspect_checkpoint",
+    "keep_zeros",
+    "load",
+    "load_recipe",
+    "pack",
+    "parse",
+    "perplexity",
+    "perplexity_against",
+    "plan_recovery",
+    "prune",
+    "recover",
+    "rotate",
+    "run_tasks",
+    "unpack",
+    "write_report",
 ]  # fmt: skip
 
 

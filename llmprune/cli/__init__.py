@@ -17,6 +17,7 @@ from llmprune.cli import (
     evaluating,
     measuring,
     pruning,
+    recovering,
     reporting,
     rotating,
     serving,
@@ -66,5 +67,7 @@ def _common(
     pass
 
 
-for _part in (pruning, rotating, sweeping, allocating, measuring, evaluating, reporting, checkpoints, storing, serving):
+for _part in (
+    pruning, rotating, sweeping, allocating, recovering, measuring, evaluating, reporting, checkpoints, storing, serving,
+):  # fmt: skip
     _part.add_commands(app)

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from llmprune.pages.labels import short_recipe
+from llmprune.pages.recovered import recovered_line
 from llmprune.storage.report import Report
 from llmprune.units import format_change
 
@@ -25,6 +26,8 @@ def headline(report: Report, folder: str = "DIR") -> str:
         report: of the run.
         folder: of its output, as commands name it.
     """
+    if report.header.get("recovery"):
+        return recovered_line(report.header)
     name = Path(str(report.header.get("model") or "The model")).name
     recipe = short_recipe(report.header.get("recipe") or {})
     removed = _removed(report)

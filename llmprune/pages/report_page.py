@@ -25,6 +25,7 @@ from llmprune.pages.labels import (
 from llmprune.pages.layers import LAYER, layer_parts, number, structure_parts
 from llmprune.pages.measured import evaluation_parts, speed_parts
 from llmprune.pages.page import Chart, Facts, Lead, Listing, Note, Part, Section, Table, Tiles, render
+from llmprune.pages.recovered import recovery_parts
 from llmprune.storage.files import require_writable, write_text
 from llmprune.storage.report import PAGE_NAME, Report, load_report
 from llmprune.units import factor_stderr, format_seconds, format_size
@@ -77,6 +78,7 @@ def report_page(report: Report, beside: Beside, stored_bytes: int | None = None)
     evidence.pop("allocation", None)  # has a section of its own
     sections = (
         Section("summary", "Summary", _summary(report, stored_bytes)),
+        Section("recovery", "Recovery", recovery_parts(header.get("recovery"))),
         Section("allocation", "Allocation", allocation_parts(header.get("allocation"))),
         Section("layers", "Layers", [*layer_parts(report), *match_parts(report)]),
         Section("structures", "Structures", [*_extent(header), *structure_parts(report)]),
@@ -90,7 +92,7 @@ def report_page(report: Report, beside: Beside, stored_bytes: int | None = None)
     )
     recipe = header.get("recipe") or {}
     subtitle = " · ".join(filter(None, (short_recipe(recipe), str(recipe.get("description") or ""))))
-    return render(f"{name}, pruned", subtitle, sections)
+    return render(f"{name}, {'recovered' if header.get('recovery') else 'pruned'}", subtitle, sections)
 
 
 def _summary(report: Report, stored_bytes: int | None) -> list[Part]:
@@ -295,7 +297,8 @@ def _host_fact(name: str, value: object) -> str:
 
 
 def _protocol(header: Mapping[str, Any]) -> list[Part]:
-    facts = [("command", repeating_command(str(header["model"])))] if header.get("model") else []
+    pruned = header.get("model") and not header.get("recovery")
+    facts = [("command", repeating_command(str(header["model"])))] if pruned else []
     facts += [(_HOST.get(name, name), _host_fact(name, value)) for name, value in (header.get("host") or {}).items()]
     facts += [(name, str(version)) for name, version in (header.get("version") or {}).items()]
     for name, digest in (header.get("tokens") or {}).items():

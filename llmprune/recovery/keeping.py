@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmprune.errors import RecoveryError
+from llmprune.errors import NumericsError, RecoveryError
 from llmprune.paths import user_path
 from llmprune.recovery.masks import Masks, load_masks, masks_of, require_zeros, save_masks, weights_of
 from llmprune.recovery.optimizers import require_keeping, require_known, revived_by
@@ -45,6 +45,7 @@ def keep_zeros(model: nn.Module, masks: str | Path | Masks | None = None) -> "Ke
             weights: give the file that `KeepZeros.save` wrote, or parameter name -> bool in its shape, True for pruned.
 
     Raises:
+        NumericsError: training has diverged in one of an optimizer's first steps.
         RecoveryError: the model has no zeros; a matrix that trains is all zero, as the second factor of a new LoRA is;
             weights are not whole in memory; pruned weights are not zero.
         CheckpointError: the file cannot be read, or is of another model.
@@ -175,10 +176,13 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
         return [self._names[id(weight)] for weight in weights if id(weight) in self._names]
 
     def _before_step(self, optimizer: Optimizer, args: object, options: object) -> None:
-        if optimizer in self._seen or not self._names_in(optimizer):
+        weights = [
+            weight for group in optimizer.param_groups for weight in group["params"] if id(weight) in self._names
+        ]
+        if optimizer in self._seen or not weights:
             return
         require_keeping(optimizer)
-        self._seen[optimizer] = [int(any(weight in optimizer.state for weight in self._weights.values())), 0]
+        self._seen[optimizer] = [int(any(weight in optimizer.state for weight in weights)), 0]
 
     def _after_step(self, optimizer: Optimizer, args: object, options: object) -> None:
         if optimizer not in self._seen or not (names := self._names_in(optimizer)):
@@ -188,6 +192,13 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
             moved = self._moved(names) if steps < _CHECKED_STEPS else 0
             for name in names:
                 self._weights[name].masked_fill_(self._mask(name), 0)
+        if moved and not all(bool(self._weights[name].isfinite().all()) for name in names):
+            # Clipping has multiplied the zeros by the norm of gradients that are not finite.
+            raise NumericsError(
+                "training has diverged: weights are not finite after a step",
+                expected="finite gradients",
+                fix="lower the learning rate, or begin with a longer warm-up",
+            )
         if moved:
             raise revived_by(optimizer, moved, had_state=bool(had_state))
         self._seen[optimizer] = [had_state, steps + 1]

@@ -102,6 +102,19 @@ class _Extent(TypedDict):
     pruned: _Size
 
 
+@with_config(ConfigDict(extra="allow"))
+class _Recovery(TypedDict):
+    options: dict[str, Any]
+    zeros: dict[str, int]
+    sequences: int
+    length: int
+    steps: int
+    planned_steps: int
+    best_step: int
+    losses: list[dict[str, float | None]]
+    scores: list[dict[str, float | None]]
+
+
 def _require_total(seconds: dict[str, float]) -> dict[str, float]:
     if "total" not in seconds:
         raise ValueError("the total is missing")
@@ -134,3 +147,4 @@ class Header(TypedDict):
     evaluation: NotRequired[_Evaluation | None]
     extent: NotRequired[_Extent | None]
     decisions: NotRequired[dict[str, Any] | None]
+    recovery: NotRequired[_Recovery | None]

@@ -1,0 +1,325 @@
+"""Recover a pruned checkpoint: train its kept weights, write them, and measure what was won."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmprune.devices import PeakWatch, describe_device, resolve_device
+from llmprune.errors import RecoveryError
+from llmprune.models.checkpoint_source import CheckpointSource, open_checkpoint
+from llmprune.pages import write_report
+from llmprune.progress import Progress, Watcher, ignore
+from llmprune.recovery.folder import WORK_NAME, RecoveryFolder
+from llmprune.recovery.halves import Halves
+from llmprune.recovery.keeping import KeepZeros
+from llmprune.recovery.masks import MASKS_NAME, load_masks, masks_of, require_zeros, save_masks
+from llmprune.recovery.objective import Objective
+from llmprune.recovery.options import RecoveryOptions
+from llmprune.recovery.plan import RecoveryPlan, disk_needs, make_plan, memory_needs
+from llmprune.recovery.reporting import make_report, measure, versions
+from llmprune.recovery.result import compare_zeros, load_whole, write_result
+from llmprune.recovery.texts import read_training, tokenizer_folder, training_spec
+from llmprune.recovery.training import (
+    RecoveryTrainer,
+    Schedule,
+    arguments_for,
+    first_half_only,
+    is_first,
+    world_size,
+)
+from llmprune.storage.folders import expanded, require_empty, require_free, require_other, require_space
+from llmprune.storage.hub import checkpoint_digest, resolve_model
+from llmprune.storage.report import Report, load_report
+from llmprune.stream.guard import MemoryGuard
+from llmprune.stream.stream import StreamSettings
+from llmprune.text.loading import tokenizer_for
+from llmprune.text.openings import Tokenizer
+from llmprune.text.tokens import TextSpec, Tokens
+from llmprune.timing import Stages
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What is asked for, opened.
+
+    Attributes:
+        names: of the pruned and of the dense model, as they were given; the second may be empty.
+        source: the pruned model, in float32.
+        teacher: the dense model; None: it is not needed.
+        options: of the training.
+        device: where it is trained.
+        watch: told about every step.
+        tokenizer: of both models.
+        stages: stopwatch.
+        started: when it began, by `time.perf_counter`.
+    """
+
+    names: tuple[str, str]
+    source: CheckpointSource
+    teacher: CheckpointSource | None
+    options: RecoveryOptions
+    device: torch.device
+    watch: MemoryGuard
+    tokenizer: Tokenizer
+    stages: Stages = field(default_factory=Stages)
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """In which dtype matmuls are computed, if not that of the weights, float32."""
+        on_gpu = self.device.type == "cuda"
+        return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else None
+
+
+def recover(
+    pruned: str | Path,
+    output: str | Path,
+    text: TextSpec | str,
+    teacher: str | Path | None = None,
+    options: RecoveryOptions | Mapping[str, Any] | None = None,
+    *,
+    evaluation: TextSpec | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    watch: Watcher = ignore,
+) -> Report:
+    """Train the kept weights of a pruned model, with transformers' Trainer, so that it comes closer to the dense one.
+
+    Every pruned weight stays zero. Weights and moments are float32; on a GPU, products are bfloat16. Under torchrun,
+    each process trains a copy of the model on its part of the text (DDP).
+
+    Args:
+        pruned: a pruned checkpoint, packed or not, with structures removed or not; never changed.
+        output: folder for the result, which is stored and packed as `pruned` is.
+        text: what is trained on, or its source; without a number of samples, all of it, at most 8,192 sequences.
+        teacher: the dense model; needed unless the loss is "cross-entropy".
+        options: how it is trained.
+        evaluation: a text on which dense, pruned and recovered model are measured in the end.
+        device: "auto", "cpu" or "cuda".
+        resume: continue an interrupted run in `output` from its last saved state: on a CPU, to the same bytes.
+        overwrite: replace an existing checkpoint in `output`.
+        watch: told about every step.
+
+    Returns:
+        The report; it is also written into `output`.
+
+    Raises:
+        RecoveryError: an option is out of range, or pruned weights would not stay zero.
+        LlmpruneError: a subclass of it for everything else that a user can fix.
+
+    Example:
+        >>> recover("out/pruned", "out/recovered", "text.jsonl", "testbed").header["recovery"]  # doctest: +SKIP
+    """
+    with _opened(pruned, output, text, teacher, options, device, watch, resume=resume, overwrite=overwrite) as run:
+        target = expanded(output)
+        tokens = _training_text(run, text)
+        shape = len(tokens.ids), tokens.ids.shape[1]
+        held_back = run.options.kept_back(shape[0])
+        run = replace(run, options=replace(run.options, held_back=held_back))
+        arguments = arguments_for(
+            run.options,
+            target / WORK_NAME,
+            Schedule.of(run.options, shape[0] - held_back, world_size()),
+            run.device,
+            run.autocast,
+        )
+        run.watch(Progress("digesting the source"))
+        folder = RecoveryFolder(target, _keys(run, tokens, evaluation))
+        with folder.opened(resume=resume, overwrite=overwrite, arguments=arguments):
+            run.watch.resumable = True
+            if folder.finished:
+                run.watch(Progress("nothing to do: the run in this folder is finished"))
+                return load_report(target)
+            trainer, memory = _train(run, folder, arguments, tokens)
+            if is_first():
+                _finish(run, folder, trainer, memory, tokens, evaluation)
+        return load_report(target)
+
+
+def plan_recovery(
+    pruned: str | Path,
+    text: TextSpec | str,
+    teacher: str | Path | None = None,
+    options: RecoveryOptions | Mapping[str, Any] | None = None,
+    *,
+    device: str = "auto",
+) -> RecoveryPlan:
+    """Say what `recover` would take, without training; the arguments are its own.
+
+    Raises:
+        LlmpruneError: as for `recover`.
+    """
+    with _opened(pruned, None, text, teacher, options, device, ignore) as run:
+        spec = _spec(text)
+        if spec.source == "self":
+            fitted = training_spec(spec, run.source, run.device)
+            shape = fitted.sequences, fitted.tokens
+        else:
+            ids = _training_text(run, text).ids
+            shape = len(ids), ids.shape[1]
+        return make_plan(run.names, run.source, run.teacher, run.options, shape, run.device, world_size())
+
+
+@contextlib.contextmanager
+def _opened(
+    pruned: str | Path,
+    output: str | Path | None,
+    text: TextSpec | str,
+    teacher: str | Path | None,
+    options: RecoveryOptions | Mapping[str, Any] | None,
+    device: str,
+    watch: Watcher,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Iterator[Recovery]:
+    """Check what was asked for, and open both models; nothing is read of their weights."""
+    read = RecoveryOptions.read(options)
+    if read.kl_weight and teacher is None:
+        raise RecoveryError(
+            f"the loss {read.loss} without a dense model",
+            expected="the model that this one was pruned from",
+            fix="pass it as teacher (--teacher), or choose the loss cross-entropy",
+        )
+    place = _place(device)
+    guard = MemoryGuard(StreamSettings(place, read.batch_size), watch if is_first() else ignore)
+    with guard:
+        folder = resolve_model(pruned)
+        dense = None if teacher is None or not read.kl_weight else resolve_model(teacher)
+        if output is not None and is_first():
+            target = expanded(output)
+            for model in filter(None, (folder, dense)):
+                require_other(target, model)
+            require_free(target)
+            require_empty(target, resume=resume, overwrite=overwrite)
+        source = CheckpointSource(folder, torch.float32)
+        dense_source = None if dense is None else open_checkpoint(dense, place)
+        _require_same_vocabulary(source, dense_source)
+        if output is not None and is_first():
+            require_space(expanded(output), disk_needs(source), resume=resume)
+        tokenizer = tokenizer_for([_spec(text)], tokenizer_folder(folder, dense), source.config)
+        names = str(pruned), "" if teacher is None else str(teacher)
+        yield Recovery(names, source, dense_source, read, place, guard, tokenizer)
+
+
+def _place(name: str) -> torch.device:
+    device = resolve_device(name)
+    if device.type == "cuda" and device.index:
+        raise RecoveryError(
+            f"device {name!r}: transformers' Trainer takes the first GPU that it sees",
+            expected="auto, cpu or cuda",
+            fix=f"run with CUDA_VISIBLE_DEVICES={device.index}, or on several GPUs with torchrun",
+        )
+    return device
+
+
+def _spec(text: TextSpec | str) -> TextSpec:
+    return TextSpec(text) if isinstance(text, str) else text
+
+
+def _training_text(run: Recovery, text: TextSpec | str) -> Tokens:
+    source = run.teacher or run.source
+    with run.stages("text"):
+        spec = training_spec(_spec(text), run.source, run.device)
+        return read_training(spec, source, run.tokenizer, run.device, run.watch)
+
+
+def _require_same_vocabulary(source: CheckpointSource, teacher: CheckpointSource | None) -> None:
+    sizes = [one.config.get_text_config().vocab_size for one in (source, teacher) if one is not None]
+    if len(set(sizes)) > 1:
+        raise RecoveryError(
+            f"the pruned model has a vocabulary of {sizes[0]} tokens, and the dense one of {sizes[1]}",
+            expected="two models with the same vocabulary",
+            fix="pass the model that this one was pruned from",
+        )
+
+
+def _keys(run: Recovery, tokens: Tokens, evaluation: TextSpec | None) -> dict[str, Any]:
+    """What the result depends on."""
+    return {
+        "options": asdict(run.options),
+        "tokens": tokens.digest,
+        "source": checkpoint_digest(run.source.folder),
+        "teacher": None if run.teacher is None else checkpoint_digest(run.teacher.folder),
+        "evaluation": None if evaluation is None else asdict(evaluation),
+        "version": versions(),
+        "device": describe_device(run.device),
+        "processes": world_size(),
+    }
+
+
+def _train(
+    run: Recovery, folder: RecoveryFolder, arguments: Any, tokens: Tokens
+) -> tuple[RecoveryTrainer, dict[str, int]]:
+    """Train, and leave the best weights in the source's model; returns the trainer, and bytes of memory."""
+    options, source, device = run.options, run.source, torch.device(arguments.device)
+    held_back = options.held_back or 0
+    with PeakWatch(device) as peak:
+        run.watch(Progress("loading the models"))
+        with run.stages("load"):
+            for model in filter(None, (source, run.teacher)):
+                load_whole(model, device)
+        student = Halves(source.model)
+        teacher = None if run.teacher is None else Halves(run.teacher.model)
+        for parameter in source.model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        if options.checkpointing:
+            _enable_checkpointing(source.model)
+        masks_file = folder.staging / MASKS_NAME
+        if is_first() and not masks_file.exists():
+            save_masks(masks_file, masks_of(source.model))
+        folder.wait()
+        masks = load_masks(masks_file, source.model)
+        objective = Objective(student, teacher, options.kl_weight, run.autocast)
+        keeping = KeepZeros(source.model, masks)
+        with run.stages("train"), first_half_only(objective):
+            trainer = RecoveryTrainer(objective, arguments, tokens, held_back, keeping, options.patience, run.watch)
+            with keeping:
+                best = trainer.run()
+        if best == 0:
+            load_whole(source, device)
+        require_zeros(source.model, masks)
+    predicted = memory_needs(source, run.teacher, options, tokens.ids.shape[1])
+    memory = {
+        "predicted_bytes": predicted,
+        "measured_bytes": peak.peak - peak.baseline,
+        "baseline_bytes": peak.baseline,
+    }
+    return trainer, {**memory, "best_step": best}
+
+
+def _enable_checkpointing(model: Any) -> None:
+    """Have decoder layers compute their activations again; transformers has renamed this."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _finish(
+    run: Recovery,
+    folder: RecoveryFolder,
+    trainer: RecoveryTrainer,
+    memory: dict[str, int],
+    tokens: Tokens,
+    evaluation: TextSpec | None,
+) -> None:
+    """Write the result, count its zeros, measure it, and put it in its place."""
+    pruned, staging = run.source.folder, folder.staging
+    with run.stages("write"):
+        write_result(run.source, staging, run.watch)
+        run.watch(Progress("counting zeros"))
+        zeros = compare_zeros(pruned, staging)
+    models = [pruned, staging] if run.teacher is None else [run.teacher.folder, pruned, staging]
+    measured = None
+    if evaluation is not None:
+        with run.stages("perplexity"):
+            measured = measure(models, evaluation, run.device, run.tokenizer, run.watch)
+    report = make_report(run, folder.keys, trainer.state, memory, tokens, zeros, measured)
+    report.save(staging)
+    write_report(staging)
+    folder.close()

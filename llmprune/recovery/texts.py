@@ -1,0 +1,59 @@
+"""The text that a pruned model is trained on: all of it, unless a number of sequences is given."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.progress import Progress, Watcher
+from llmprune.text.loading import check_texts, load_texts, model_positions
+from llmprune.text.openings import Tokenizer
+from llmprune.text.tokens import TextSpec, Tokens
+
+# The most sequences where no number is given; a text of the hub may have millions.
+_MOST = 8192
+
+
+def training_spec(text: TextSpec, source: CheckpointSource, device: torch.device) -> TextSpec:
+    """The text with its length filled in, and its number of sequences where it is generated."""
+    fitted = text.fitted(model_positions(source.config), device.type)
+    return fitted if text.source == "self" else replace(fitted, samples=text.samples)
+
+
+def read_training(
+    text: TextSpec, source: CheckpointSource, tokenizer: Tokenizer, device: torch.device, watch: Watcher
+) -> Tokens:
+    """Read or sample what is trained on.
+
+    Args:
+        text: as `training_spec` returns it.
+        source: the model that text is sampled from.
+        tokenizer: its tokenizer.
+        device: where text is sampled.
+        watch: told about every step.
+
+    Raises:
+        CalibrationError: the text cannot be read or is too short.
+    """
+    watch(Progress("training text", step=text.summary if text.samples else f"all of {text.source}"))
+    check_texts({"training": text}, source)
+    if text.samples is None:
+        text = replace(text, samples=_available(text, source, tokenizer, device))
+    return load_texts({"training": text}, source, tokenizer, device, watch)["training"]
+
+
+def _available(text: TextSpec, source: CheckpointSource, tokenizer: Tokenizer, device: torch.device) -> int:
+    """How many sequences a text has, at least 1 and at most `_MOST`."""
+    first = load_texts(
+        {"training": replace(text, samples=1, order="shuffled", layout="pack")}, source, tokenizer, device
+    )
+    tokens = first["training"].description["tokens_available"]
+    assert isinstance(tokens, int)
+    return min(max(1, tokens // text.tokens), _MOST)
+
+
+def tokenizer_folder(pruned: Path, dense: Path | None) -> Path:
+    """Where the tokenizer is read: with the pruned model, or with the dense one if only that has it."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    return pruned if dense is None or any((pruned / name).exists() for name in names) else dense

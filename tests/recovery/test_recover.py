@@ -1,0 +1,332 @@
+"""Recovery as a whole: what is trained, what stays zero, what is written, and what an interrupted run leaves."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from command_line import run
+from folders import contents, zeros
+from tiny_models import build, save
+from transformers import AutoModelForCausalLM
+from uneven_models import save_uneven
+
+from llmprune import TextSpec, compare, pack, prune, recover, unpack
+from llmprune.errors import RecoveryError, ResumeError
+from llmprune.progress import Progress
+from llmprune.recovery import result, training
+from llmprune.recovery.folder import WORK_NAME
+from llmprune.storage.files import read_index
+from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME
+from llmprune.storage.report import Report, load_report
+
+OPTIONS = {"learning_rate": 1e-2, "epochs": 2, "batch_size": 4, "accumulation": 2, "evaluations": 4, "patience": 0}
+# What differs between two runs of the same: times and peaks.
+TIMED = {"report.json", "report.html", MANIFEST_NAME}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Those of the checkpoint, which the masks beside it are no part of."""
+    return {stored.key: stored[...] for stored in read_index(folder).values()}
+
+
+class Made(NamedTuple):
+    """A dense model, a text, the pruned model, and the recovered one."""
+
+    dense: Path
+    text: TextSpec
+    pruned: Path
+    recovered: Path
+    report: Report
+
+
+def words(file: Path, count: int = 900) -> TextSpec:
+    file.write_text(" ".join(f"w{number * number % 120 + 4}" for number in range(count)))
+    return TextSpec(str(file), length=16)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    folder = tmp_path_factory.mktemp("recovery")
+    dense = save(build("llama", torch.bfloat16), folder / "dense")
+    text = words(folder / "text.txt")
+    settings = {"source": text.source, "samples": 4, "length": 16}
+    recipe = {"pattern": "2:4", "method": "magnitude", "calibration": settings, "evaluation": None}
+    prune(dense, recipe, folder / "pruned")
+    before = contents(folder / "pruned"), contents(dense)
+    report = recover(
+        folder / "pruned", folder / "recovered", text, dense, OPTIONS, evaluation=TextSpec(text.source, None, length=16)
+    )
+    yield Made(dense, text, folder / "pruned", folder / "recovered", report)
+    assert (contents(folder / "pruned"), contents(dense)) == before
+
+
+def test_kept_weights_are_trained_and_pruned_ones_stay_zero(made: Made) -> None:
+    before, after = tensors(made.pruned), tensors(made.recovered)
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        assert (tensor.dtype, tensor.shape) == (before[name].dtype, before[name].shape)
+        assert not tensor.equal(before[name]), name
+        if "_proj.weight" in name:
+            assert tensor.eq(0).equal(before[name].eq(0)), name
+            assert zeros(tensor) == tensor.numel() // 2
+    found = made.report.header["recovery"]["zeros"]
+    assert found["before"] == found["after"] == sum(zeros(tensor) for tensor in after.values() if tensor.ndim > 1)
+
+
+def test_it_comes_closer_to_the_dense_model(made: Made) -> None:
+    recovery = made.report.header["recovery"]
+    perplexity = recovery["perplexity"]
+    assert perplexity["recovered"] < perplexity["pruned"]
+    assert made.report.dense_perplexity == perplexity["dense"]
+    assert made.report.pruned_perplexity == perplexity["recovered"]
+    assert recovery["scores"][0]["step"] == 0
+    best = min(recovery["scores"], key=lambda score: score["eval_loss"])
+    assert best["step"] == recovery["best_step"] > 0
+    assert best["eval_loss"] < 0.8 * recovery["scores"][0]["eval_loss"]
+
+
+def test_the_scores_are_of_the_weights_that_are_written(made: Made) -> None:
+    """Scored anew, with transformers alone, in the float32 of training and in the bfloat16 that is stored."""
+    recovery = made.report.header["recovery"]
+    ids = torch.tensor([json.loads(row) for row in _held_back(made)])
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype="float32") for path in (made.dense, made.recovered)]
+    with torch.no_grad():
+        dense, own = (model(input_ids=ids).logits[:, :-1].log_softmax(-1) for model in models)
+    score = next(score for score in recovery["scores"] if score["step"] == recovery["best_step"])
+    scored = ids[:, 1:] != 1  # BOS only opens a text
+    divergence = (dense.exp() * (dense - own)).sum(-1)[scored].mean().item()
+    assert divergence == pytest.approx(score["eval_loss"], rel=0.1)
+
+
+def _held_back(made: Made) -> list[str]:
+    from llmprune.models.checkpoint_source import CheckpointSource
+    from llmprune.progress import ignore
+    from llmprune.recovery.texts import read_training
+    from llmprune.text.loading import load_tokenizer
+
+    source = CheckpointSource(made.dense, torch.float32)
+    tokens = read_training(made.text, source, load_tokenizer(made.dense), torch.device("cpu"), ignore)
+    assert tokens.digest == made.report.header["tokens"]["training"]
+    return [json.dumps(row) for row in tokens.ids[-made.report.header["recovery"]["held_back"] :].tolist()]
+
+
+def test_the_folder_is_a_checkpoint_with_masks_and_a_report(made: Made) -> None:
+    names = {file.name for file in made.recovered.iterdir()}
+    assert {"config.json", "tokenizer.json", "masks.safetensors", "report.json", "report.html"} <= names
+    assert STAGING_NAME not in names
+    assert not any("checkpoint" in name for name in names)
+    assert load_report(made.recovered).header == json.loads(json.dumps(made.report.header))
+    recovery = made.report.header["recovery"]
+    assert [point["step"] for point in recovery["losses"]] == list(range(1, recovery["steps"] + 1))
+    assert recovery["pruned_by"]["pattern"] == "2:4"
+    page = (made.recovered / "report.html").read_text()
+    assert 'id="chart-loss"' in page
+    assert 'id="chart-held-back"' in page
+    assert "zeros kept; perplexity: " in page
+    assert len(compare([made.pruned, made.recovered]).rows) >= 2
+
+
+def test_all_of_the_text_is_used_unless_a_number_is_given(made: Made) -> None:
+    recovery = made.report.header["recovery"]
+    available = made.report.header["texts"]["training"]["tokens_available"] // 16
+    assert available > 60
+    assert recovery["sequences"] + recovery["held_back"] == available
+    assert recovery["held_back"] == available // 16
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the program catches it."""
+
+
+def killed_at(step: int) -> Any:
+    def watch(progress: Progress) -> None:
+        if progress.stage == training.STAGE and progress.layer == step:
+            raise Killed
+
+    return watch
+
+
+def again(made: Made, output: Path, **options: Any) -> Report:
+    return recover(
+        made.pruned,
+        output,
+        made.text,
+        made.dense,
+        OPTIONS,
+        evaluation=TextSpec(made.text.source, None, length=16),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("step", [3, 12])
+def test_a_killed_run_resumes_to_the_same_bytes(made: Made, tmp_path: Path, step: int) -> None:
+    with pytest.raises(Killed):
+        again(made, tmp_path / "out", watch=killed_at(step))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    with pytest.raises(ResumeError, match="--resume"):
+        again(made, tmp_path / "out")
+    steps: list[int] = []
+    report = again(
+        made, tmp_path / "out", resume=True, watch=lambda p: steps.append(p.layer) if p.unit == "step" else None
+    )
+    assert steps[0] == (0 if step == 3 else 10)  # saved every five steps
+    kept = {name: data for name, data in contents(made.recovered).items() if name not in TIMED}
+    assert {name: data for name, data in contents(tmp_path / "out").items() if name not in TIMED} == kept
+    for key in ("losses", "scores", "best_step", "perplexity"):
+        assert report.header["recovery"][key] == made.report.header["recovery"][key]
+
+
+def test_a_run_that_was_killed_while_it_wrote_does_not_train_again(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmprune.recovery.recover.write_result", fail)
+        with pytest.raises(Killed):
+            again(made, tmp_path / "out")
+    monkeypatch.setattr(training.RecoveryTrainer, "train", fail)
+    again(made, tmp_path / "out", resume=True)
+    kept = {name: data for name, data in contents(made.recovered).items() if name not in TIMED}
+    assert {name: data for name, data in contents(tmp_path / "out").items() if name not in TIMED} == kept
+    # And a finished run has nothing to do.
+    assert again(made, tmp_path / "out", resume=True).header == load_report(tmp_path / "out").header
+
+
+def test_masks_are_not_made_of_trained_weights(made: Made, tmp_path: Path) -> None:
+    """A kept weight that has become zero in the saved state is trained on after the restart."""
+    with pytest.raises(Killed):
+        again(made, tmp_path / "out", watch=killed_at(12))
+    staging = tmp_path / "out" / STAGING_NAME
+    masks = (staging / "masks.safetensors").read_bytes()
+    assert masks == (made.recovered / "masks.safetensors").read_bytes()
+    with pytest.raises(Killed):
+        again(made, tmp_path / "out", resume=True, watch=killed_at(13))
+    assert (staging / "masks.safetensors").read_bytes() == masks
+
+
+def test_an_unfinished_state_is_passed_over(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        again(made, tmp_path / "out", watch=killed_at(12))
+    torn = tmp_path / "out" / WORK_NAME / "checkpoint-99"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"global_step": 9')
+    assert training.last_state(torn.parent) == torn.parent / "checkpoint-10"
+    assert not torn.exists()
+
+
+def test_another_run_is_not_resumed(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        again(made, tmp_path / "out", watch=killed_at(1))
+    with pytest.raises(ResumeError, match=r"options\.seed was 0 and is now 1"):
+        recover(made.pruned, tmp_path / "out", made.text, made.dense, {**OPTIONS, "seed": 1}, resume=True)
+    with pytest.raises(ResumeError, match="no run of llmprune recover"):
+        recover(made.dense, made.pruned, made.text, made.dense, OPTIONS, resume=True)
+
+
+def test_weights_that_got_worse_are_not_kept(made: Made, tmp_path: Path) -> None:
+    report = recover(
+        made.pruned, tmp_path / "out", made.text, made.dense,
+        {**OPTIONS, "learning_rate": 3.0, "patience": 2},
+    )  # fmt: skip
+    recovery = report.header["recovery"]
+    assert recovery["best_step"] == 0
+    assert recovery["steps"] == 10 < recovery["planned_steps"]  # two evaluations without an improvement
+    before, after = tensors(made.pruned), tensors(tmp_path / "out")
+    assert all(tensor.equal(before[name]) for name, tensor in after.items())
+    assert "no training step has lowered" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_cross_entropy_needs_no_dense_model(made: Made, tmp_path: Path) -> None:
+    options = {**OPTIONS, "loss": "cross-entropy", "held_back": 0, "epochs": 0.5, "checkpointing": True}
+    report = recover(made.pruned, tmp_path / "out", made.text, None, options)
+    recovery = report.header["recovery"]
+    assert recovery["scores"] == []
+    assert recovery["best_step"] == recovery["steps"] == recovery["planned_steps"]
+    assert recovery["losses"][-1]["loss"] < recovery["losses"][0]["loss"]
+    with pytest.raises(RecoveryError, match=r"the loss kl without a dense model(.|\n)*--teacher"):
+        recover(made.pruned, tmp_path / "other", made.text)
+
+
+@pytest.mark.parametrize("form", ["nm", "bitmask"])
+def test_packed_checkpoints_stay_packed(made: Made, tmp_path: Path, form: Any) -> None:
+    pack(made.pruned, tmp_path / "packed", form)
+    again_packed = recover(tmp_path / "packed", tmp_path / "out", made.text, made.dense, OPTIONS)
+    unpack(tmp_path / "out", tmp_path / "unpacked")
+    expected = tensors(made.recovered)
+    assert all(tensor.equal(expected[name]) for name, tensor in tensors(tmp_path / "unpacked").items())
+    assert again_packed.header["recovery"]["zeros"] == made.report.header["recovery"]["zeros"]
+
+
+def test_layers_of_different_sizes_are_trained_as_they_are(tmp_path: Path) -> None:
+    dense = save(build("llama"), tmp_path / "dense")
+    save_uneven(tmp_path / "small")
+    recover(tmp_path / "small", tmp_path / "out", words(tmp_path / "text.txt", 200), dense, {**OPTIONS, "epochs": 1})
+    before, after = tensors(tmp_path / "small"), tensors(tmp_path / "out")
+    assert {name: tensor.shape for name, tensor in before.items()} == {name: t.shape for name, t in after.items()}
+    assert all(not tensor.equal(before[name]) for name, tensor in after.items())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.model.layers[0].mlp.up_proj.weight.equal(after["model.layers.0.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2", "llama-tied"])
+def test_fused_transposed_and_tied_weights_are_trained(tmp_path: Path, family: str) -> None:
+    folder = save(build(family), tmp_path / "dense")
+    text = words(tmp_path / "text.txt", 200)
+    settings = {"source": text.source, "samples": 2, "length": 16}
+    prune(folder, {"pattern": 0.5, "method": "magnitude", "calibration": settings, "evaluation": None}, tmp_path / "p")
+    recover(tmp_path / "p", tmp_path / "out", text, folder, {**OPTIONS, "epochs": 1, "held_back": 0})
+    before, after = tensors(tmp_path / "p"), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert sum(not after[name].equal(tensor) for name, tensor in before.items()) > 0.7 * len(before)
+    masked = [name for name, tensor in before.items() if tensor.ndim > 1 and tensor.eq(0).any()]
+    assert masked
+    assert all(after[name].eq(0).equal(before[name].eq(0)) for name in masked)
+
+
+def test_zeros_that_are_lost_on_the_way_to_the_file_are_noticed(made: Made, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(result, "positive_zeros", lambda tensor: tensor)
+    write = result.write_shard
+    monkeypatch.setattr(result, "write_shard", lambda file, kept: write(file, {n: t + 1 for n, t in kept.items()}))
+    with pytest.raises(RecoveryError, match="would have fewer zeros than before"):
+        recover(made.pruned, tmp_path / "out", made.text, made.dense, {**OPTIONS, "epochs": 0.1})
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_models_and_options_that_do_not_fit_are_refused_early(made: Made, tmp_path: Path) -> None:
+    other = save(build("llama", vocab_size=64), tmp_path / "other")
+    out = tmp_path / "out"
+    with pytest.raises(RecoveryError, match="vocabulary of 128 tokens, and the dense one of 64"):
+        recover(made.pruned, out, made.text, other)
+    with pytest.raises(RecoveryError, match="the optimizer galore_adamw would bring pruned weights back"):
+        recover(made.pruned, out, made.text, made.dense, {"optimizer": "galore_adamw"})
+    with pytest.raises(RecoveryError, match="unknown option 'lr'"):
+        recover(made.pruned, out, made.text, made.dense, {"lr": 1})
+    with pytest.raises(RecoveryError, match="held_back 99 of 75 sequences"):
+        recover(made.pruned, out, made.text, made.dense, {"held_back": 99})
+    with pytest.raises(ResumeError, match="is the model itself"):
+        recover(made.pruned, made.dense, made.text, made.dense, overwrite=True)
+    assert not out.exists()
+
+
+def test_the_command_line(made: Made, tmp_path: Path) -> None:
+    common = [made.pruned, "--teacher", made.dense, "--text", made.text.source, "--max-seq-length", 16, "--epochs", 1]
+    planned = run("recover", *common, "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.stderr
+    plan = json.loads(planned.stdout)
+    assert (plan["sequences"], plan["held_back"], plan["length"], plan["steps"]) == (71, 4, 16, 9)
+    assert plan["memory_bytes"] > 17 * sum(tensor.numel() for tensor in tensors(made.pruned).values())
+    assert plan["seconds"] > 0
+    assert "71 sequences" in run("recover", *common, "--dry-run").stdout
+    done = run("recover", *common, "--lr", 0.01, "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    assert "loss of held-back text" in done.stdout
+    assert "zeros" in done.stdout
+    refused = run("recover", *common, "--output", tmp_path / "out")
+    assert refused.exit_code == 1
+    assert "--overwrite" in refused.stderr
+    assert run("recover", made.pruned, "--output", tmp_path / "x").exit_code == 2
