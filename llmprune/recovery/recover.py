@@ -41,6 +41,7 @@ from llmprune.text.loading import tokenizer_for
 from llmprune.text.openings import Tokenizer
 from llmprune.text.tokens import TextSpec, Tokens
 from llmprune.timing import Stages
+from llmprune.units import format_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,8 @@ def recover(
         folder = RecoveryFolder(target, _keys(run, tokens, evaluation))
         with folder.opened(resume=resume, overwrite=overwrite, arguments=arguments):
             run.watch.resumable = True
+            needs = memory_needs(run.source, run.teacher, run.options, shape[1])
+            run.watch.expected = lambda: f"{format_size(needs)} for weights, gradients, moments, masks and activations"
             if folder.finished:
                 run.watch(Progress("nothing to do: the run in this folder is finished"))
                 return load_report(target)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from uneven_models import save_uneven
 
 from llmprune import TextSpec, compare, pack, prune, recover, unpack
-from llmprune.errors import RecoveryError, ResumeError
+from llmprune.errors import DeviceError, RecoveryError, ResumeError
 from llmprune.progress import Progress
 from llmprune.recovery import result, training
 from llmprune.recovery.folder import WORK_NAME
@@ -311,6 +311,41 @@ def test_models_and_options_that_do_not_fit_are_refused_early(made: Made, tmp_pa
     with pytest.raises(ResumeError, match="is the model itself"):
         recover(made.pruned, made.dense, made.text, made.dense, overwrite=True)
     assert not out.exists()
+
+
+def test_an_interrupted_command_says_how_to_go_on(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.unit == "step" and progress.layer == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        "llmprune.cli.console.Display.__call__", lambda self, progress: _noted(self, progress, interrupt)
+    )
+    common = ["recover", made.pruned, "--teacher", made.dense, "--dataset", made.text.source, "--max-seq-length", 16]
+    common += ["--lr", 0.01, "--epochs", 2, "--batch-size", 4, "--accumulation", 2, "--evaluations", 4]
+    common += ["--patience", 0, "--output", tmp_path / "out"]
+    stopped = run(*common)
+    assert stopped.exit_code == 130
+    assert "interrupted (recovery, step 7 of 18); continue with --resume" in stopped.stderr
+    monkeypatch.undo()
+    done = run(*common, "--resume")
+    assert done.exit_code == 0, done.stderr
+    recovered = tensors(made.recovered)
+    assert all(tensor.equal(recovered[name]) for name, tensor in tensors(tmp_path / "out").items())
+
+
+def _noted(display: Any, progress: Progress, then: Any) -> None:
+    display._note(progress)
+    then(progress)
+
+
+def test_running_out_of_memory_names_what_it_needs(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(training.RecoveryTrainer, "train", fail)
+    with pytest.raises(DeviceError, match=r"ran out(.|\n)*for weights, gradients, moments(.|\n)*smaller batch_size"):
+        recover(made.pruned, tmp_path / "out", made.text, made.dense, OPTIONS)
 
 
 def test_the_command_line(made: Made, tmp_path: Path) -> None:
