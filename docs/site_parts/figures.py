@@ -200,6 +200,22 @@ def archive() -> str:
     return f"{table(columns, rows)}\n\n{meaning} Made by {command}. {_where(read(name)[0])}"
 
 
+def recovery() -> str:
+    """What training on the calibration text alone wins back on the bundled model."""
+    columns = {
+        "pruned by": "{method}, {pattern}",
+        "dense": "{perplexity[dense]:.2f}",
+        "pruned": "{perplexity[pruned]:.2f}",
+        "recovered": "{perplexity[recovered]:.2f}",
+        "gap closed": "{gap_closed:.0%}",
+        "zeros before": "{zeros[before]:,}",
+        "zeros after": "{zeros[after]:,}",
+        "CPU seconds": "{cpu_seconds:,.0f}",
+    }
+    arguments = "recovery --calibration FILE --heldout FILE --folder DIR"
+    return _bench("recovery-testbed-cpu", arguments, columns)
+
+
 def families() -> str:
     """The architectures that the tests prune, from tests/tiny_models.py."""
     tree = ast.parse((ROOT / "tests" / "tiny_models.py").read_text("utf-8"))
@@ -240,5 +256,6 @@ PARTS = {
     "structured-solver": structured_solver,
     "harness": harness,
     "archive": archive,
+    "recovery": recovery,
     "families": families,
 }

@@ -68,6 +68,7 @@ def _common(
 
 
 for _part in (
-    pruning, rotating, sweeping, allocating, recovering, measuring, evaluating, reporting, checkpoints, storing, serving,
+    pruning, rotating, sweeping, allocating, recovering, measuring, evaluating, reporting, checkpoints, storing,
+    serving,
 ):  # fmt: skip
     _part.add_commands(app)

@@ -32,6 +32,13 @@ class Loss(str, Enum):
     mix = "mix"
 
 
+class Adapter(str, Enum):
+    """What is trained in place of all weights."""
+
+    none = "none"
+    lora = "lora"
+
+
 def _option(name: str, metavar: str, help_text: str, panel: str = _TRAINING, **bounds: Any) -> Any:
     return typer.Option(*name.split(), metavar=metavar, rich_help_panel=panel, help=help_text, **bounds)
 
@@ -87,6 +94,13 @@ def recover(
         str,
         _option("--optimizer", "NAME", "A name of transformers' `optim`, such as adamw_torch_fused or adafactor."),
     ] = "adamw_torch",
+    adapter: Annotated[
+        Adapter,
+        _option(
+            "--adapter", "KIND", "lora: train masked adapters, merged in the end, instead of all weights; needs peft."
+        ),
+    ] = Adapter.none,
+    rank: Annotated[int, _option("--rank", "N", "Of the adapters.", min=1)] = 16,
     checkpointing: Annotated[
         bool,
         typer.Option(
@@ -133,8 +147,9 @@ def recover(
         raise typer.BadParameter("--resume continues the run in DIR, --overwrite replaces it: give only one of them")
     options = {
         "loss": loss.value, "kl_share": kl_share, "learning_rate": learning_rate, "epochs": epochs,
-        "batch_size": batch_size, "accumulation": accumulation, "optimizer": optimizer, "checkpointing": checkpointing,
-        "held_back": held_back, "evaluations": evaluations, "patience": patience, "seed": seed,
+        "batch_size": batch_size, "accumulation": accumulation, "optimizer": optimizer, "adapter": adapter.value,
+        "rank": rank, "checkpointing": checkpointing, "held_back": held_back, "evaluations": evaluations,
+        "patience": patience, "seed": seed,
     }  # fmt: skip
     display = console.Display(quiet=quiet)
     with explained(as_json, lambda: _advice(display, pruned, output)):

@@ -9,6 +9,7 @@ from llmprune.errors import RecoveryError
 from llmprune.recovery.optimizers import require_known
 
 Loss = Literal["kl", "cross-entropy", "mix"]
+Adapter = Literal["none", "lora"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class RecoveryOptions:
         weight_decay: of AdamW, at least 0.
         clip: largest norm of the gradient of kept weights; 0: it is not clipped.
         optimizer: a name of transformers' `optim` whose optimizer keeps zeros.
+        adapter: "lora": train masked adapters of low rank, which are merged in the end, in place of all weights.
+        rank: of the adapters, at least 1.
         checkpointing: compute activations again in the backward pass instead of keeping them.
         held_back: sequences at the end of the text that are not trained on, but scored; 0: none. None: one in 16.
         evaluations: how often they are scored and the state is saved, at least 1.
@@ -47,6 +50,8 @@ class RecoveryOptions:
     weight_decay: float = 0.0
     clip: float = 1.0
     optimizer: str = "adamw_torch"
+    adapter: Adapter = "none"
+    rank: int = 16
     checkpointing: bool = False
     held_back: int | None = None
     evaluations: int = 10
@@ -65,6 +70,8 @@ class RecoveryOptions:
             ("accumulation", self.accumulation >= 1, "at least 1"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
             ("clip", 0 <= self.clip < math.inf, "a finite number of at least 0"),
+            ("adapter", self.adapter in get_args(Adapter), " or ".join(get_args(Adapter))),
+            ("rank", self.rank >= 1, "at least 1"),
             ("held_back", self.held_back is None or self.held_back >= 0, "at least 0"),
             ("evaluations", self.evaluations >= 1, "at least 1"),
             ("patience", self.patience >= 0, "at least 0"),

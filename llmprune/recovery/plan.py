@@ -14,6 +14,8 @@ from llmprune.recovery.training import Schedule
 
 # Bytes for each weight: itself and its gradient in float32, two moments of AdamW, one of its mask.
 _STATE_BYTES = 4 + 4 + 8 + 1
+# With adapters: itself, its mask, and the product of its adapter, kept for the backward pass as it is and masked.
+_ADAPTED_BYTES = 4 + 1 + 2 * 4
 # Values kept for the backward pass for each token, in units of the hidden size, by one decoder layer.
 _KEPT = 40
 # Side of the square matmul by which the device is timed.
@@ -58,7 +60,7 @@ class RecoveryPlan:
 def memory_needs(
     source: CheckpointSource, teacher: CheckpointSource | None, options: RecoveryOptions, length: int
 ) -> int:
-    """Bytes that training takes on one device, with AdamW.
+    """Bytes that training takes on one device, with AdamW; adapters themselves are not counted.
 
     Args:
         source: of the pruned model.
@@ -73,7 +75,8 @@ def memory_needs(
     activations = hidden * (layers + _KEPT) if options.checkpointing else hidden * _KEPT * layers
     logits = min(tokens * config.vocab_size * 4, 1 << 26) * 5
     dense = 0 if teacher is None else _parameters(teacher) * teacher.dtype.itemsize
-    return _parameters(source) * _STATE_BYTES + dense + activations + logits
+    state = _STATE_BYTES if options.adapter == "none" else _ADAPTED_BYTES
+    return _parameters(source) * state + dense + activations + logits
 
 
 def disk_needs(source: CheckpointSource) -> int:

@@ -17,6 +17,7 @@ from llmprune.progress import Progress, Watcher, ignore
 from llmprune.recovery.folder import WORK_NAME, RecoveryFolder
 from llmprune.recovery.halves import Halves
 from llmprune.recovery.keeping import KeepZeros
+from llmprune.recovery.lora import add_lora, remove_lora, require_peft
 from llmprune.recovery.masks import MASKS_NAME, load_masks, masks_of, require_zeros, save_masks
 from llmprune.recovery.objective import Objective
 from llmprune.recovery.options import RecoveryOptions
@@ -190,6 +191,8 @@ def _opened(
             expected="the model that this one was pruned from",
             fix="pass it as teacher (--teacher), or choose the loss cross-entropy",
         )
+    if read.adapter == "lora":
+        require_peft()
     place = _place(device)
     guard = MemoryGuard(StreamSettings(place, read.batch_size), watch if is_first() else ignore)
     with guard:
@@ -280,12 +283,17 @@ def _train(
         folder.wait()
         masks = load_masks(masks_file, source.model)
         objective = Objective(student, teacher, options.kl_weight, run.autocast)
-        keeping = KeepZeros(source.model, masks)
+        lora = options.adapter == "lora"
+        keeping = KeepZeros(
+            source.model, add_lora(source.decoder, masks, options.rank, options.seed) if lora else masks
+        )
         with run.stages("train"), first_half_only(objective):
             trainer = RecoveryTrainer(objective, arguments, tokens, held_back, keeping, options.patience, run.watch)
             with keeping:
                 best = trainer.run()
-        if best == 0:
+        if lora:
+            remove_lora(source.model, merge=best != 0)
+        elif best == 0:
             load_whole(source, device)
         require_zeros(source.model, masks)
     predicted = memory_needs(source, run.teacher, options, tokens.ids.shape[1])

@@ -153,11 +153,12 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc] # transformers is not type
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the weights under the names of the model's own parameters, each tied one once."""
+        """Write the weights that train under the names of the model's own parameters, each tied one once."""
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            write_shard(folder / _WEIGHTS, dict(self.model.named_parameters()))
+            trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+            write_shard(folder / _WEIGHTS, trained)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # Called by `train`; the Trainer's own would look for files of `save_pretrained`.
@@ -169,7 +170,8 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc] # transformers is not type
             stored = load_file(folder / _WEIGHTS)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(stored[name])
+                if parameter.requires_grad:
+                    parameter.copy_(stored[name])
 
     def run(self) -> int:
         """Train, from the last saved state if there is one, and put the best weights into the model.

@@ -1,0 +1,130 @@
+"""Masked adapters: trained is merged, zeros stay, and nothing else changes."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build, random_ids, save
+from transformers import AutoModelForCausalLM
+
+from llmprune import TextSpec, prune, recover
+from llmprune.errors import MissingPackageError, RecoveryError
+from llmprune.models.decoder import Decoder
+from llmprune.recovery.lora import add_lora, masked_lora, remove_lora
+from llmprune.recovery.masks import masks_of
+from llmprune.storage.files import read_index
+
+IDS = random_ids(2, 12)
+
+
+@pytest.fixture(autouse=True)
+def needs_peft() -> None:
+    pytest.importorskip("peft", reason='not installed: peft (pip install -e ".[recover]")')
+
+
+def pruned_llama(family: str = "llama") -> Any:
+    model = build(family, torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[:, ::2] = 0
+            layer.self_attn.q_proj.weight[::2] = 0
+    return model
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    """Add adapters and take some steps."""
+    masks = add_lora(Decoder.find(model), masks_of(model), rank=2, seed=0)
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    return masks
+
+
+def test_a_step_is_that_of_the_masked_product() -> None:
+    """W + 2 (M * B A) for a rank of 2 and an alpha of 4, by hand from the factors."""
+    model = pruned_llama()
+    layer = model.model.layers[0].mlp
+    weight = layer.up_proj.weight.detach().clone()
+    trained(model)
+    adapted = layer.up_proj
+    product = adapted.lora_B["default"].weight @ adapted.lora_A["default"].weight
+    expected = weight + 2 * product * (weight != 0)
+    assert product[:, ::2].ne(0).all()
+    x = torch.randn(3, weight.shape[1])
+    torch.testing.assert_close(adapted(x), x @ expected.T + adapted.base_layer.bias)
+
+
+def test_trained_is_merged_to_the_last_bit() -> None:
+    model = pruned_llama()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    masks = trained(model)
+    assert set(masks) == {
+        f"model.layers.{n}.{m}.base_layer.weight" for n in (0, 1) for m in ("mlp.up_proj", "self_attn.q_proj")
+    }
+    with torch.no_grad():
+        adapted = model(input_ids=IDS).logits
+        remove_lora(model, merge=True)
+        assert model(input_ids=IDS).logits.equal(adapted)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    for name, parameter in after.items():
+        moved = name.endswith("_proj.weight")
+        assert parameter.equal(before[name]) != moved, name
+        assert parameter.eq(0).equal(before[name].eq(0)), name
+    assert not any(isinstance(module, masked_lora()) for module in model.modules())
+
+
+def test_dropped_adapters_leave_the_model_as_it_was() -> None:
+    model = pruned_llama()
+    before = model(input_ids=IDS).logits
+    trained(model)
+    assert not model(input_ids=IDS).logits.equal(before)
+    remove_lora(model, merge=False)
+    assert model(input_ids=IDS).logits.equal(before)
+
+
+def test_models_without_linear_layers_are_refused() -> None:
+    model = build("gpt2")
+    with pytest.raises(RecoveryError, match="GPT2LMHeadModel, which has no linear layers"):
+        add_lora(Decoder.find(model), {}, rank=2, seed=0)
+
+
+def test_recovery_with_adapters_and_its_resumption(tmp_path: Path) -> None:
+    dense = save(build("llama"), tmp_path / "dense")
+    text = TextSpec(str(tmp_path / "text.txt"), length=16)
+    Path(text.source).write_text(" ".join(f"w{number * number % 120 + 4}" for number in range(300)))
+    settings = {"source": text.source, "samples": 2, "length": 16}
+    prune(dense, {"pattern": "2:4", "method": "magnitude", "calibration": settings, "evaluation": None}, tmp_path / "p")
+    options = {"adapter": "lora", "rank": 4, "learning_rate": 1e-2, "epochs": 4, "batch_size": 4, "held_back": 4}
+    report = recover(tmp_path / "p", tmp_path / "out", text, dense, options)
+    recovery = report.header["recovery"]
+    before, after = ({key: t[...] for key, t in read_index(tmp_path / name).items()} for name in ("p", "out"))
+    for name, tensor in after.items():
+        assert tensor.eq(0).equal(before[name].eq(0)), name
+        assert tensor.equal(before[name]) != name.endswith("_proj.weight"), name
+    assert recovery["zeros"]["before"] == recovery["zeros"]["after"]
+    assert recovery["scores"][-1]["eval_loss"] < 0.9 * recovery["scores"][0]["eval_loss"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
+
+    class Killed(BaseException):
+        pass
+
+    def kill(progress: Any) -> None:
+        if progress.unit == "step" and progress.layer == 12:
+            raise Killed
+
+    with pytest.raises(Killed):
+        recover(tmp_path / "p", tmp_path / "again", text, dense, options, watch=kill)
+    recover(tmp_path / "p", tmp_path / "again", text, dense, options, resume=True)
+    assert all(stored[...].equal(after[key]) for key, stored in read_index(tmp_path / "again").items())
+
+
+def test_a_missing_peft_is_said_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingPackageError, match=r"llmprune\[recover\]"):
+        recover(tmp_path / "nowhere", tmp_path / "out", "text.txt", "dense", {"adapter": "lora"})
