@@ -194,3 +194,11 @@ def test_the_sources_are_installed():
     listed = (Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8")
     assert '"llmprune.kernels.cpu" = ["source/*"]' in listed
     assert all(f'"llmprune.kernels.{room}"' in listed for room in ("cpu", "nm_linear", "block_linear", "obs_sweep"))
+
+
+@needs_kernels
+def test_a_large_matrix_begins_at_a_huge_page():
+    matrix = make("nm", (1024, 4096), torch.bfloat16)
+    assert matrix.packed.data_ptr() % (2 << 20) == 0
+    x = torch.randn(1, 4096).bfloat16()
+    assert error(cpu.linear(x, [matrix.packed], None, [1024]), x, matrix.weight) <= 3

@@ -1,6 +1,7 @@
 """The functions of the compiled library, over the addresses of tensors."""
 
 import ctypes
+import mmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,9 @@ LEVELS = ("none", "AVX2", "AVX-512 with BF16")
 
 # One thread for each of these bytes: below, waking another one costs more than it reads.
 _THREAD_BYTES = 128 << 10
+
+# Pages of this size are asked for where a matrix fills some of them.
+_HUGE_PAGE = 2 << 20
 
 _REFUSALS = {
     1: "a shape, a type or a number of matrices that does not go together",
@@ -113,7 +117,7 @@ class Library:
         if bits.dtype != torch.uint8 or (bits.numel(), values.numel()) != (shape[0] * -(-shape[1] // 8), stored):
             found = f"{bits.numel()} x {bits.dtype} and {values.numel()} weights"
             raise ValueError(f"{found} for a {kind} matrix of {shape} with {stored} stored weights")
-        packed = torch.empty(size, dtype=torch.uint8, device=values.device)
+        packed = _new_memory(size)
         threads = self.threads(size)
         self._require(
             self._pack(
@@ -189,6 +193,15 @@ class Library:
         if result:
             error = CorruptMatrixError if result == _CORRUPT else ValueError
             raise error(f"the CPU kernels were given {_REFUSALS[result]}")
+
+
+def _new_memory(size: int) -> Tensor:
+    """Bytes, never touched before if they are many, and aligned: otherwise the system gives few huge pages or none."""
+    if size < 2 * _HUGE_PAGE:
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+    pages = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    first = -torch.frombuffer(pages, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
+    return torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=first)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

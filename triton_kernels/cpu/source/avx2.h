@@ -3,6 +3,7 @@ namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma,f16c,popcnt,bmi2")))
 #define INLINE TARGET __attribute__((always_inline)) static inline
 
+constexpr int FETCHED = 4;  // tokens from which steps of 2:4 are fetched ahead: see matrix.h
 struct Floats { __m256 low, high; };
 struct Codes { __m256i low, high; };
 struct Pair { Floats first, second; };  // the weights of two columns, or the two stored in a group, for 16 rows

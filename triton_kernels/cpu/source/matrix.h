@@ -27,6 +27,9 @@ constexpr uint64_t MAGIC = 0x31757063'6e75726cULL;
 constexpr int64_t ROWS = 16;     // of a tile
 constexpr int64_t COLUMNS = 32;  // of a step of 2:4
 constexpr int64_t PADDING = 128;
+// Bytes before their use at which values are fetched, as measured. Steps of 2:4 are one stream: where few tokens are bound
+// by memory, the processor fetches it itself, and asking for it only slows that down.
+constexpr int64_t AHEAD = 3072, STEPS_AHEAD = 1152;
 
 struct Matrix {
   uint64_t magic;

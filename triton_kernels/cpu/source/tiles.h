@@ -22,7 +22,7 @@ TARGET static void mask_floats(const Matrix& m, int64_t tile, const void* activa
     for (auto& sum : row) sum = zero();
   int64_t p = 0;
   for (; p + S <= m.steps; p += S) {
-    _mm_prefetch((const char*)v + 1024, _MM_HINT_T0);
+    _mm_prefetch((const char*)v + AHEAD, _MM_HINT_T0);
 #pragma GCC unroll 2
     for (int s = 0; s < S; s++) {
       const Pair w = Stored::expand(bits[p + s], v);
@@ -56,7 +56,7 @@ TARGET static void group_floats(const Matrix& m, int64_t tile, const void* activ
     const typename Stored::Element* v = (const typename Stored::Element*)(step + 4 * ROWS);
     Codes codes = load_codes((const uint32_t*)step);
     for (int g = 0; g < 8; g++, v += 2 * ROWS) {
-      _mm_prefetch((const char*)v + 1152, _MM_HINT_T0);
+      if (M >= FETCHED) _mm_prefetch((const char*)v + STEPS_AHEAD, _MM_HINT_T0);
       const Pair w = Stored::load(v);
       const Codes second = next(codes);
 #pragma GCC unroll 16
