@@ -34,6 +34,10 @@ from llmprune.storage.output import OutputFolder
 from llmprune.text.tokens import Tokens
 
 SHAPES = {
+    "llama-1.1b": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000,
+    },
     "llama-1.2b": {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
