@@ -10,8 +10,6 @@ pages, in which packed matrices are; and oneDNN's with weights in its own order.
 """
 
 import argparse
-import ctypes
-import mmap
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,8 +34,6 @@ DENSE = ("linear", "own", "own-huge", "prepacked")
 
 # Floats in each of the parts that the plain read goes through.
 _STREAMED = 16 << 20
-
-_HUGE_PAGE = 2 << 20
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -125,12 +121,7 @@ def _copies(name: str, weight: Tensor) -> tuple[list[Call], int]:
 
 def in_huge_pages(weight: Tensor) -> Tensor:
     """A copy in huge pages, where the system has them."""
-    room = torch.empty(weight.nbytes + _HUGE_PAGE, dtype=torch.uint8)
-    first = -room.data_ptr() % _HUGE_PAGE
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        madvise = ctypes.CDLL(None).madvise
-        madvise(ctypes.c_void_p(room.data_ptr() + first), ctypes.c_size_t(weight.nbytes), mmap.MADV_HUGEPAGE)
-    return room[first : first + weight.nbytes].view(weight.dtype).view(weight.shape).copy_(weight)
+    return cpu.new_memory(weight.nbytes).view(weight.dtype).view(weight.shape).copy_(weight)
 
 
 def _reads() -> list[Call]:

@@ -51,7 +51,7 @@ def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_huge_pages_hold_the_same_weights() -> None:
-    weight = torch.randn(48, 96).bfloat16()
+    weight = torch.randn(1024, 2048).bfloat16()
     copied = bench.in_huge_pages(weight)
     assert torch.equal(copied, weight)
     assert copied.data_ptr() % (2 << 20) == 0

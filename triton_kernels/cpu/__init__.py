@@ -15,7 +15,7 @@ The weights are constants. Gradients flow to x and the bias, through the dense m
 
 from .choices import dense_from, measured_limit, shape_key
 from .finding import library, unavailable
-from .library import KINDS, LEVELS, TYPES, CorruptMatrixError
+from .library import KINDS, LEVELS, TYPES, CorruptMatrixError, new_memory
 from .measuring import measure_dense_from
 from .operator import dense, expanded_linear, linear, pack, packed_bytes, unpack
 
@@ -31,6 +31,7 @@ __all__ = [
     "linear",
     "measure_dense_from",
     "measured_limit",
+    "new_memory",
     "pack",
     "packed_bytes",
     "shape_key",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .choices import FEWEST_TOKENS, dense_from
 from .finding import library
-from .library import TYPES
+from .library import TYPES, new_memory
 
 # Bytes of the dense rows that are expanded and multiplied at a time: copying results together costs more than memory.
 _SLAB = 64 << 20
@@ -165,7 +165,7 @@ def _scratch_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     count = rows * columns * dtype.itemsize
     held: Tensor | None = getattr(_scratch, "bytes", None)
     if held is None or held.nbytes < count:
-        held = _scratch.bytes = torch.empty(count, dtype=torch.uint8, device="cpu")
+        held = _scratch.bytes = new_memory(count)
     return held[:count].view(dtype).view(rows, columns)
 
 

@@ -2,9 +2,6 @@
 //
 // A plain C interface, without any header of torch.
 #include "disk.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define HAVE_KERNELS 1
 #include <immintrin.h>
@@ -204,15 +201,6 @@ static void stream_share(void* data) {
 }
 #endif  // HAVE_KERNELS
 
-// Asks for huge pages, before the first access: each page of 4 KB that a product walks through costs a look-up, which in
-// a virtual machine takes a fifth of the time of one token. Only whole ones inside; a refusal changes nothing else.
-static void ask_for_huge_pages(const void* address, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t page = 2 << 20, from = ((uintptr_t)address + page - 1) / page * page, to = ((uintptr_t)address + bytes) / page * page;
-  if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
-#endif
-}
-
 static bool misaligned(const void* p, int64_t size) { return (uintptr_t)p % size != 0; }
 
 // ------------------------------------------------------------------------------------------------- the interface
@@ -246,7 +234,6 @@ int llmprune_pack(int kind, int type, int64_t rows, int64_t columns, int64_t non
   Matrix described;
   if (!describe(described, kind, type, rows, columns, nonzeros)) return REFUSED;
   if (misaligned(to, 64) || misaligned(values, item(type))) return MISALIGNED;
-  ask_for_huge_pages(to, described.bytes);
   Matrix& m = *(Matrix*)to = described;
   // What no section covers is zero: equal matrices have equal bytes.
   const int64_t stored = kind == BITMASK ? nonzeros * item(type) : 0, units = m.units + tiles(m) * m.steps * step_bytes(m);
