@@ -106,6 +106,8 @@ def cpu_kernels() -> str:
     }
     body = []
     for row in result["rows"]:
+        if row["tokens"] not in (1, 4, 16):
+            continue
         for name, found in row["products"].items():
             low, middle, high = (f"{found[f'{part}_us'] / 1e3:.2f}" for part in ("low", "median", "high"))
             times = f"{middle} ({low} to {high})"
@@ -118,6 +120,21 @@ def cpu_kernels() -> str:
     rates = [row["stream_bytes_per_second"] / 1e9 for row in result["rows"]]
     note = f"A plain read of memory reaches {min(rates):.0f} to {max(rates):.0f} GB/s; {result['threads']} threads."
     return f"{table(columns, body)}\n\n{note} {_where(result)}"
+
+
+def cpu_models() -> str:
+    """Whole models on a CPU: packed ones beside dense ones."""
+    body, where = [], ""
+    for result in (read("cpu-model-llama-1.1b"), read("cpu-model-smollm2")):
+        where = _where(result)
+        for row in result["rows"]:
+            served = {"transformers": "dense, transformers", "dense": "dense, `llmprune.load`"}.get(row["model"])
+            ratios = (f"{row[over]:.2f}" for over in ("over_dense", "over_transformers"))
+            first = f"{row['first_token']['median_us'] / 1e6:.2f}"
+            rate = f"{row['tokens_per_second']:.1f}"
+            body.append((result["model"], served or row["model"], f"{row['prompt_tokens']}", rate, *ratios, first))
+    columns = ("model", "weights", "prompt", "tokens/s", "over dense", "over transformers", "first token, s")
+    return f"{table(columns, body)}\n\n{where}"
 
 
 def structured(part: str) -> str:
@@ -251,6 +268,7 @@ PARTS = {
     "pruning-time": pruning_time,
     "blocks": blocks,
     "cpu-kernels": cpu_kernels,
+    "cpu-models": cpu_models,
     "structured": structured,
     "structured-speed": structured_speed,
     "structured-solver": structured_solver,

@@ -114,7 +114,7 @@ def _ratio(slow: Any, fast: Any) -> float:
 
 
 def _stock(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False).eval()
 
 
 def _load(folder: Path) -> PreTrainedModel:
