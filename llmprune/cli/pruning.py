@@ -139,7 +139,10 @@ def prune(
     chosen = {"device": device, "format": stored_as.value if stored_as else None}
     further = [f"{key}={value}" for key, value in chosen.items() if value]
     if output is None or dry_run:
-        _dry_run(model, wanted, further, output, push_to_hub, resume=resume, overwrite=overwrite, as_json=as_json)
+        _dry_run(
+            model, wanted, further, output, push_to_hub,
+            resume=resume, overwrite=overwrite, processes=processes, as_json=as_json,
+        )  # fmt: skip
         return
     options = [part for key, value in chosen.items() if value for part in (f"--{key}", value)]
     options += ["--push-to-hub", push_to_hub] if push_to_hub else []
@@ -207,6 +210,7 @@ def _dry_run(
     *,
     resume: bool,
     overwrite: bool,
+    processes: int | None,
     as_json: bool,
 ) -> None:
     with explained(as_json, lambda: "interrupted; nothing was written"), wanted.spelled():
@@ -226,6 +230,11 @@ def _dry_run(
             console.show_json(plan.to_dict())
         else:
             console.show(*dry_run_tables(plan))
+            if processes is not None and processes > 1:
+                console.tell(
+                    f"These figures are those of one process. With {processes}, each has 1/{processes} of the hidden "
+                    "states and of the forward passes; layers and solvers take the same memory in each."
+                )
 
 
 def _begun(display: console.Display) -> bool:

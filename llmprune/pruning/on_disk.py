@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llmprune.devices import describe_device
+from llmprune.errors import RecipeError
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.source import Source
 from llmprune.pages import write_report
@@ -94,6 +95,7 @@ class _Begun:
 
 def _lead(run: Run, name: str, folder: Path, output: Path, *, resume: bool, overwrite: bool) -> Report:
     """What the first process does, or the only one."""
+    _require_shareable(run)
     require_other(output, folder)
     require_free(output)
     require_empty(output, resume=resume, overwrite=overwrite)
@@ -131,6 +133,20 @@ def _lead(run: Run, name: str, folder: Path, output: Path, *, resume: bool, over
         write_text(target.path / RECIPE_NAME, run.recipe.to_yaml())
         run.ranks.share(_Begun(texts, target.followed()))
         return _together(target, run, name, source, texts, found, tokenizer, rotating)
+
+
+def _require_shareable(run: Run) -> None:
+    """Refuse what depends on the order in which one process sees the text.
+
+    Raises:
+        RecipeError: names the key.
+    """
+    if run.ranks.size > 1 and run.recipe.statistics.token_weight == "clip":
+        raise RecipeError(
+            f"statistics.token_weight: clip in {run.ranks.size} processes",
+            expected="normalise or none: clip is measured on the first sequence, which only one process has",
+            fix="set statistics.token_weight: normalise, or prune in one process",
+        )
 
 
 def _follow(run: Run, name: str, folder: Path) -> Report:

@@ -12,10 +12,13 @@ import pytest
 from folders import contents, tensors
 from tiny_models import build, recipe, save
 
-from llmprune.errors import CalibrationError
+from llmprune.errors import CalibrationError, RecipeError
 from llmprune.progress import Progress
+from llmprune.pruning.context import Run
+from llmprune.pruning.on_disk import prune_checkpoint
 from llmprune.pruning.pipeline import prune
 from llmprune.ranks import Ranks
+from llmprune.recipe.recipe import load_recipe
 from llmprune.storage.report import Report, load_report
 from llmprune.stream.stream import StreamSettings, require_batches
 
@@ -150,3 +153,10 @@ def test_more_processes_than_batches_are_refused() -> None:
     with pytest.raises(CalibrationError, match="3 processes for 2 batches of 4") as caught:
         require_batches(settings, 10)
     assert caught.value.fix == "set batch_size to at most 2, or start fewer processes"
+
+
+def test_weights_that_depend_on_the_first_sequence_are_refused(tmp_path: Path) -> None:
+    settings = load_recipe(settings_of({"statistics": {"token_weight": "clip"}}))
+    run = Run.begin(settings, ranks=Ranks(0, 2))
+    with pytest.raises(RecipeError, match="token_weight: clip in 2 processes"):
+        prune_checkpoint(run, "model", tmp_path / "model", tmp_path / "out")
