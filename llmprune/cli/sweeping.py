@@ -77,6 +77,27 @@ def sweep(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the sweep in DIR.")
     ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            help="Make only every N-th run, from the I-th on; other processes, on any machine that shares DIR, make "
+            "the others at the same time. An interrupted shard continues.",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, metavar="N", help="With --slurm: how many jobs share the runs.")
+    ] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--slurm",
+            metavar="KEY=VALUE",
+            help="Submit the runs to SLURM in --jobs jobs, which continue when their time is over: partition=NAME, "
+            "time=MINUTES, gpus=N, cpus=N, mem_gb=N or any option of sbatch; may be repeated. Needs the extra cluster.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Only list the runs and the time, memory and disk they need; DIR is optional."),
@@ -93,6 +114,10 @@ def sweep(
         raise typer.BadParameter("missing; only --dry-run works without it", param_hint="--output")
     if resume and overwrite:
         raise typer.BadParameter("--resume continues the sweep in DIR, --overwrite replaces it: give only one of them")
+    if slurm and (shard or jobs is None):
+        raise typer.BadParameter("needs --jobs, and no --shard", param_hint="--slurm")
+    if overwrite and (shard or slurm):
+        raise typer.BadParameter("shards continue what is in DIR: leave --overwrite out", param_hint="--overwrite")
     wanted = Wanted.read(
         recipe,
         settings,
@@ -107,18 +132,25 @@ def sweep(
     if output is None or dry_run:
         _dry_run(model, wanted, output, resume=resume, overwrite=overwrite, as_json=as_json)
         return
-    command = ["llmprune", "sweep", model, *wanted.words(str(output))]
+    if slurm:
+        _submit(model, wanted, output, jobs or 1, slurm, as_json=as_json)
+        return
+    command = ["llmprune", "sweep", model, *wanted.words(str(output)), *(["--shard", shard] if shard else [])]
     command += [*["--json"] * as_json, *["--quiet"] * quiet]
     display = console.Display(quiet=quiet)
     with explained(as_json, lambda: _advice(display, command, resume=resume, overwrite=overwrite)), wanted.spelled():
         from llmprune.cli.tables.sweeping import sweep_tables
         from llmprune.pruning.sweep import sweep as sweeping
+        from llmprune.pruning.sweep.shards import Shard
         from llmprune.recipe.grid import read_grid
 
         quieten(quiet)
         grid = read_grid(wanted.settings())
+        part = None if shard is None else Shard.parse(shard)
         with display:
-            result = sweeping.sweep(model, wanted.name, grid, output, resume=resume, overwrite=overwrite, watch=display)
+            result = sweeping.sweep(
+                model, wanted.name, grid, output, resume=resume, overwrite=overwrite, shard=part, watch=display
+            )
         if as_json:
             console.show_json(result.to_dict())
         else:
@@ -127,6 +159,27 @@ def sweep(
             again = shlex.join([*command, "--resume"])
             console.tell(f"{len(result.failed)} of {len(result.rows)} runs failed; retry them with: {again}")
             raise typer.Exit(1)
+
+
+def _submit(model: str, wanted: Wanted, output: Path, jobs: int, options: list[str], *, as_json: bool) -> None:
+    """Submit the shards, and say how to see what has become of them."""
+    with explained(as_json, lambda: "interrupted; jobs that were submitted go on: see squeue"), wanted.spelled():
+        from llmprune.pruning.sweep.cluster import submit
+        from llmprune.pruning.sweep.sweep import forecast
+        from llmprune.recipe.grid import read_grid
+
+        pairs = [option.partition("=") for option in options]
+        if wrong := [key for key, equals, value in pairs if not (key and equals and value)]:
+            raise typer.BadParameter(f"{wrong[0]!r}: expected KEY=VALUE", param_hint="--slurm")
+        grid = read_grid(wanted.settings())
+        forecast(model, wanted.name, grid)  # what any run would refuse is said now, not by a job in the night
+        found = submit(model, wanted.name, grid, output, jobs, {key: value for key, _, value in pairs})
+        names = [job.job_id for job in found]
+        if as_json:
+            console.show_json({"jobs": names, "folder": str(output)})
+        console.tell(
+            f"submitted {len(names)} jobs: {', '.join(names)}; when they are done: llmprune compare {output}/*"
+        )
 
 
 def _dry_run(model: str, wanted: Wanted, output: Path | None, *, resume: bool, overwrite: bool, as_json: bool) -> None:

@@ -155,7 +155,12 @@ def require_sweep(output: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def read_record(output: Path, keys: Mapping[str, Any] | None) -> list[SweepRow]:
-    """Read the runs that an earlier sweep has begun; runs that left no folder are omitted.
+    """Read the runs that an earlier sweep has begun, as `read_rows` does; runs that left no folder are omitted."""
+    return [row for row in read_rows(output, keys) if (output / row.name).exists()]
+
+
+def read_rows(output: Path, keys: Mapping[str, Any] | None) -> list[SweepRow]:
+    """Read all runs of a sweep.
 
     Args:
         output: folder of the sweep, which may have no record yet.
@@ -183,7 +188,7 @@ def read_record(output: Path, keys: Mapping[str, Any] | None) -> list[SweepRow]:
             expected="the sweep that was interrupted, so that all runs can be compared",
             fix="undo the change, or start again with --overwrite",
         )
-    return [row for row in rows if (output / row.name).exists()]
+    return rows
 
 
 def begin_replacing(output: Path) -> list[SweepRow]:

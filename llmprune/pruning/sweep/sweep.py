@@ -26,7 +26,8 @@ from llmprune.pruning.sweep.ledger import (
     require_sweep,
     with_outdated,
 )
-from llmprune.recipe.grid import Grid, combine, refuse
+from llmprune.pruning.sweep.shards import Shard, join_sweep
+from llmprune.recipe.grid import Combination, Grid, combine, refuse
 from llmprune.recipe.recipe import Recipe
 from llmprune.storage.folders import (
     MANIFEST_NAME,
@@ -134,6 +135,7 @@ def sweep(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    shard: Shard | None = None,
     watch: Watcher = ignore,
 ) -> Sweep:
     """Grid search: prune a model with every combination of settings.
@@ -147,10 +149,13 @@ def sweep(
             new in the grid are added.
         overwrite: replace the sweep in `output`: each run in the place of one with the same name once it is whole, and
             the others once all runs are finished.
+        shard: make only this part of the runs; other processes make the others in the same folder, at the same time if
+            they like. Whichever comes first begins the sweep, and an interrupted one is continued.
         watch: told about every step of every run.
 
     Returns:
-        The runs and their comparison; a failed run is a row with its error, and does not stop the others.
+        The runs and their comparison; a failed run is a row with its error, and does not stop the others. Of a shard,
+        its own runs, and the comparison of all that are finished by then.
 
     Raises:
         RecipeError: combinations are not valid recipes (all reported at once, before anything is written), or two are
@@ -165,6 +170,10 @@ def sweep(
     combinations = combine(recipe, grid)
     require_other(output, folder)
     keys = {"source": checkpoint_digest(folder), "version": versions()}
+    if shard is not None:
+        if overwrite:
+            raise ResumeError("overwrite with a shard", fix="remove the old sweep, or choose another folder")
+        return _sweep_shard(shard, combinations, keys, model, folder, output, watch)
     require_sweep(output, resume=resume, overwrite=overwrite)
     with locked(output):
         known = read_record(output, keys) if resume else begin_replacing(output) if overwrite else []
@@ -183,6 +192,26 @@ def sweep(
             record.forget([row.name for row in gone])
         every += [row for row in earlier if row.name not in names and row.state == "finished"]
         return Sweep(str(model), str(output), tuple(every), _compare(output, every, model))
+
+
+def _sweep_shard(
+    shard: Shard,
+    combinations: Sequence[Combination],
+    keys: Mapping[str, Any],
+    model: str | Path,
+    source: Path,
+    output: Path,
+    watch: Watcher,
+) -> Sweep:
+    """Make a part of the runs, while others may make theirs."""
+    record, rows = join_sweep(output, keys, combinations)
+    runs = [
+        (row, one.recipe) for place, (row, one) in enumerate(zip(rows, combinations, strict=True)) if shard.has(place)
+    ]
+    _run_all(runs, record, str(model), source, watch)
+    record.refresh()
+    own = tuple(record.rows[row.name] for row, _ in runs)
+    return Sweep(str(model), str(output), own, _compare(output, [record.rows[row.name] for row in rows], model))
 
 
 def forecast(
