@@ -37,5 +37,5 @@ clean:
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,serve,archive,cluster,eval,recover,docs]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,serve,archive,cluster,onnx,eval,recover,docs]'
 	touch $@

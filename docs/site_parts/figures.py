@@ -233,6 +233,19 @@ def recovery() -> str:
     return _bench("recovery-testbed-cpu", arguments, columns)
 
 
+def onnx() -> str:
+    """Forward passes by torch, by ONNX Runtime and by our packed form, on a CPU."""
+    columns = {
+        "model": "{model}",
+        "weights": "{weights}",
+        "tokens": "{tokens}",
+        "torch, ms": "{torch_ms:.1f}",
+        "ONNX Runtime, ms": "{onnxruntime_ms:.1f}",
+        "packed, ms": "{packed}",
+    }
+    return _bench("onnx-cpu", "onnx testbed SmolLM2-135M --work FOLDER", columns)
+
+
 def families() -> str:
     """The architectures that the tests prune, from tests/tiny_models.py."""
     tree = ast.parse((ROOT / "tests" / "tiny_models.py").read_text("utf-8"))
@@ -253,6 +266,7 @@ def _bench(name: str, arguments: str, columns: Mapping[str, str]) -> str:
         return f"*Not measured yet; run {command}.*"
     result = read(name)
     rows = result if isinstance(result, list) else [{**result, "tasks": len(result["tasks"])}]
+    rows = [{"packed": f"{row['packed_ms']:.1f}" if "packed_ms" in row else "", **row} for row in rows]
     shown = table(list(columns), ([form.format(**row) for form in columns.values()] for row in rows))
     return f"{shown}\n\nMade by {command}. {_where(rows[0])}"
 
@@ -275,5 +289,6 @@ PARTS = {
     "harness": harness,
     "archive": archive,
     "recovery": recovery,
+    "onnx": onnx,
     "families": families,
 }

@@ -59,7 +59,7 @@ def measure(source: Path, pattern: str, work: Path) -> dict[str, Any]:
     shutil.copytree(source, pruned)
     matrices = set(linear_weights(CheckpointSource(source)))
     if pattern != "dense":
-        _prune(pruned, matrices, pattern)
+        prune_by_magnitude(pruned, pattern)
     dense, coded, rates = _archived(pruned)
     figures = {"dense_bytes": dense, "archived_bytes": coded, **rates}
     only = _archived(_only(pruned, matrices, work / "matrices"))
@@ -71,7 +71,9 @@ def measure(source: Path, pattern: str, work: Path) -> dict[str, Any]:
     return figures
 
 
-def _prune(folder: Path, matrices: set[str], pattern: str) -> None:
+def prune_by_magnitude(folder: Path, pattern: str) -> None:
+    """Prune the linear layers of a dense checkpoint in place."""
+    matrices = linear_weights(CheckpointSource(folder)).keys()
     for file in weight_files(folder):
         tensors = {stored.key: stored[...] for stored in read_index(folder).values() if stored.file == file}
         for key in tensors.keys() & matrices:

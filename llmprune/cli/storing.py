@@ -36,6 +36,8 @@ Examples:
 llmprune export out/demo --to csr
 
 llmprune export out/demo --to torch-prune --output out/masked
+
+llmprune export out/demo --to gguf --llama-cpp ~/llama.cpp --gguf-type q8_0
 """
 
 _CONTINUE = "interrupted; run the same command again to continue"
@@ -46,6 +48,8 @@ class Form(str, Enum):
 
     csr = "csr"
     torch_prune = "torch-prune"
+    gguf = "gguf"
+    onnx = "onnx"
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -117,13 +121,27 @@ def export(
             metavar="FORM",
             rich_help_panel=OUTPUT,
             help="csr: pruned matrices as CSR tensors in safetensors; torch-prune: weight_orig and weight_mask, as "
-            "torch.nn.utils.prune has them.",
+            "torch.nn.utils.prune has them; gguf: by llama.cpp's converter; onnx: the whole model as a graph in "
+            "float32, its logits compared (needs the extra onnx).",
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="OUT", rich_help_panel=OUTPUT, help="Output; default: DIR-FORM."),
+        typer.Option(
+            "--output", "-o", metavar="OUT", rich_help_panel=OUTPUT, help="Output; default: DIR-FORM, or DIR.gguf."
+        ),
     ] = None,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(
+            "--llama-cpp",
+            metavar="FOLDER",
+            help="For gguf: a clone of llama.cpp; default: the environment variable LLAMA_CPP.",
+        ),
+    ] = None,
+    gguf_type: Annotated[
+        str, typer.Option("--gguf-type", metavar="TYPE", help="For gguf: auto, f32, f16, bf16, q8_0.")
+    ] = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -134,7 +152,15 @@ def export(
         from llmprune.exporting import export as exporting
 
         with console.Display(quiet=quiet) as display:
-            report = exporting.export(folder, to.value, output, overwrite=overwrite, watch=display)
+            report = exporting.export(
+                folder,
+                to.value,
+                output,
+                overwrite=overwrite,
+                llama_cpp=llama_cpp,
+                gguf_type=gguf_type,
+                watch=display,
+            )
         if as_json:
             console.show_json(report.to_dict())
         else:
