@@ -167,6 +167,7 @@ def _blocks(member: Member, spans: Sequence[Span]) -> Iterator[tuple[Span, bytes
                 raw = handle.read(span.end - span.start)
                 if len(raw) < span.end - span.start:
                     member.require_unchanged()
+                    raise OSError("it ends too early")
                 yield span, raw
     except OSError as error:
         raise CheckpointError(
