@@ -11,7 +11,7 @@ from tiny_models import build, save
 
 from llmprune.patterns import Pattern, parse
 from llmprune.storage.files import read_index
-from llmprune.storage.formats import fit_layout
+from llmprune.storage.formats import fit_layout, quantise
 from llmprune.storage.packed_config import packing_record
 
 
@@ -22,6 +22,10 @@ def save_packed(
     dense, packed = folder / "dense", folder / "packed"
     save(build("llama", dtype, **config), dense)
     prune_by_magnitude(dense, parse(pattern))
+    if layout.startswith("int8"):
+        content = load_file(dense / "model.safetensors")
+        quantised = {f"{name}.weight": quantise(content[f"{name}.weight"]) for name in linear_layers(content)}
+        save_file(content | quantised, dense / "model.safetensors", metadata={"format": "pt"})
     shutil.copytree(dense, packed)
     tensors = {key: stored[...] for key, stored in read_index(dense).items()}
     layouts = {}

@@ -23,13 +23,15 @@ from torch.nn import functional as F
 from llmprune.kernels import cpu
 from llmprune.measuring.bench.machine import commit, device_name, versions
 from llmprune.measuring.bench.products import is_right, relative_error
-from llmprune.patterns import NM, Unstructured
+from llmprune.patterns import NM, Pattern, Unstructured
 from llmprune.serving.dense_product import own_product
 from llmprune.storage.files import write_json
-from llmprune.storage.formats import fit_layout
+from llmprune.storage.formats import fit_layout, quantise
+from llmprune.storage.formats.int8 import GROUP
 from llmprune.timing import Timing, rotated_bytes
 
 Call = Callable[[Tensor], Tensor]
+INT8 = "int8-"
 DENSE = ("linear", "own", "own-huge", "prepacked")
 
 # Floats in each of the parts that the plain read goes through.
@@ -97,10 +99,15 @@ def dense_products() -> tuple[str, ...]:
 
 
 def pruned(weight: Tensor, sparsity: str) -> Tensor:
-    """A weight with zeros at random places: "2:4", or a fraction such as "0.5"."""
-    scores = torch.rand(weight.shape)
-    pattern = NM(2, 4) if sparsity == "2:4" else Unstructured(float(sparsity))
-    return weight * pattern.mask(scores)
+    """A weight with zeros at random places: "2:4", or a fraction such as "0.5"; quantised if "int8-" is before it."""
+    zeros = weight * pattern_of(sparsity).mask(torch.rand(weight.shape))
+    return quantise(zeros) if sparsity.startswith(INT8) else zeros
+
+
+def pattern_of(sparsity: str) -> Pattern:
+    """The pattern, of quantised weights too."""
+    fraction = sparsity.removeprefix(INT8)
+    return NM(2, 4) if fraction == "2:4" else Unstructured(float(fraction))
 
 
 def _copies(name: str, weight: Tensor) -> tuple[list[Call], int]:
@@ -109,12 +116,13 @@ def _copies(name: str, weight: Tensor) -> tuple[list[Call], int]:
         call = {"linear": _linear, "own": _own, "own-huge": _own, "prepacked": _prepacked}[name]
         nbytes, another = weight.nbytes, (lambda: in_huge_pages(weight)) if name == "own-huge" else weight.clone
     else:
-        kind = "nm" if name == "2:4" else "bitmask"
-        layout = fit_layout(kind, weight, NM(2, 4) if kind == "nm" else Unstructured(float(name)))
+        kind = "nm" if name.endswith("2:4") else "bitmask"
+        layout = fit_layout(INT8 + kind if name.startswith(INT8) else kind, weight, pattern_of(name))
         stored = layout.pack(weight)
         bits, call = stored["meta" if kind == "nm" else "mask"], _sparse
-        nbytes = cpu.packed_bytes(kind, layout.shape, stored["values"].numel(), weight.dtype)
-        another = partial(cpu.pack, kind, layout.shape, bits, stored["values"])
+        scaling = (stored["peaks"], GROUP) if name.startswith(INT8) else ()
+        another = partial(cpu.pack, kind, layout.shape, bits, stored["values"], *scaling)
+        nbytes = another().nbytes
     count = -(-rotated_bytes(torch.device("cpu")) // nbytes) + 1
     return [call(another()) for _ in range(count)], nbytes
 
@@ -190,7 +198,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     shapes = ((4096, 4096), (14336, 4096))
     parser.add_argument("--shapes", type=_list(lambda text: tuple(map(int, text.split("x")))), default=shapes)
     parser.add_argument("--tokens", type=_list(int), default=(1, 4))
-    parser.add_argument("--sparsities", type=_list(str), default=("0.5", "0.6", "2:4"))
+    parser.add_argument("--sparsities", type=_list(str), default=("0.5", "0.6", "2:4", "int8-0.5", "int8-2:4"))
     parser.add_argument("--seconds", type=float, default=2.0, help="for each product")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     return parser.parse_args(arguments)

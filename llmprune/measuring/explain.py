@@ -16,17 +16,19 @@ import torch
 from llmprune.measuring.bench.machine import device_name
 from llmprune.measuring.bench.record import BENCH_NAME, gains, read_results
 from llmprune.precision import dtype_name
-from llmprune.serving.cpu_forms import NOT_A_CPU, NOT_TWO_OF_FOUR, NOT_UNSTRUCTURED
+from llmprune.serving.cpu_forms import NOT_A_CPU, NOT_INT8, NOT_TWO_OF_FOUR, NOT_UNSTRUCTURED
 from llmprune.serving.forms import NOT_A_GPU, Choice, Form, choose_form
 from llmprune.storage.files import Stored, read_index, read_json
 from llmprune.storage.formats import Layout
 from llmprune.storage.packed_config import PackedWeight, as_dense, packed_layouts
 
 # Refusals that only say that a kernel is for another layout or kind of device, and what to say if no other is left.
-_OTHERS = (NOT_TWO_OF_FOUR, NOT_UNSTRUCTURED, "not block-sparse", NOT_A_CPU, NOT_A_GPU)
+_OTHERS = (NOT_TWO_OF_FOUR, NOT_UNSTRUCTURED, NOT_INT8, "not block-sparse", NOT_A_CPU, NOT_A_GPU)
 _NO_KERNEL = {
     "nm": "only 2:4 has a kernel",
     "bitmask": "no GPU kernel gains from unstructured zeros: there it only saves disk space",
+    "int8-nm": "only a CPU has a kernel for 8-bit weights; elsewhere they only save disk space",
+    "int8-bitmask": "only a CPU has a kernel for 8-bit weights; elsewhere they only save disk space",
     "dense": "stored as an ordinary weight",
 }
 
@@ -204,7 +206,7 @@ def _read_by_each_token(tensors: Mapping[str, Stored]) -> int:
 
 def why_not_faster(choice: Choice, layout: Layout) -> str:
     """The refusals that concern this layout, joined; empty if the matrix is served by the kernel made for it."""
-    if choice.form.name in ("fragments", "blocks", "cpu-bitmask", "cpu-nm"):
+    if choice.form.name in ("fragments", "blocks", "cpu-bitmask", "cpu-nm", "cpu-int8"):
         return ""
     own = dict.fromkeys(reason for _, reason in choice.refused if reason not in _OTHERS)
     return "; ".join(own) or _NO_KERNEL.get(layout.name, "")

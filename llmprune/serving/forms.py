@@ -9,6 +9,7 @@ that does not fit gives a reason, which `llmprune explain` shows.
     blocks      block-sparse
     cpu-bitmask unstructured, on a CPU: decode reads 0.5625 of the bytes at 50 % sparsity
     cpu-nm      2:4 on a CPU: decode reads 0.5625 of the bytes
+    cpu-int8    both with 8-bit weights: 0.32 of the bytes
     dense       an ordinary weight: if no sparse form is faster
     unpacked    as on disk, unpacked on each call: least memory, and slowest; only on request
 """

@@ -130,7 +130,8 @@ def _kind(layer: SparseLinear) -> object:
     if type(layer.form) is Fragments:
         return Fragments.name if layer.out_features % _TILE == 0 else None
     if isinstance(layer.form, CpuForm):
-        return layer.form.name, cpu.library().describe(layer.held["packed"]).dtype
+        found = cpu.library().describe(layer.held["packed"])
+        return layer.form.name, found.kind, found.stored, found.dtype
     return None
 
 

@@ -12,13 +12,15 @@ from torch import nn
 from llmprune.errors import FormatError
 from llmprune.kernels import configurations, cpu
 from llmprune.measuring.explain import why_not_faster
+from llmprune.patterns import Unstructured
+from llmprune.pruning.packing import unpack
 from llmprune.serving import cpu_forms, dense_product
 from llmprune.serving.cpu_forms import measure_products
 from llmprune.serving.forms import choose_form
 from llmprune.serving.loader import load
 from llmprune.serving.quantizer import sparse_layers
 from llmprune.serving.sparse_linear import SparseLinear
-from llmprune.storage.formats import BitmaskLayout, BlockLayout, NMLayout
+from llmprune.storage.formats import BitmaskLayout, BlockLayout, Int8BitmaskLayout, Int8NMLayout, NMLayout, quantise
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HALF = BitmaskLayout((128, 256), 64 * 256)
@@ -63,6 +65,12 @@ def layer_of(matrix, bias=None):
         (NMLayout((128, 252), 2, 4), "auto", torch.bfloat16, "cpu-nm"),
         (NMLayout((128, 256), 1, 4), "auto", torch.bfloat16, "dense"),
         (BlockLayout((128, 256), 16, 64, balanced=True), "auto", torch.bfloat16, "dense"),
+        (Int8BitmaskLayout((128, 256), 64 * 256, 128), "auto", torch.bfloat16, "cpu-int8"),
+        (Int8BitmaskLayout((128, 256), 64 * 256, 256), "auto", torch.float32, "cpu-int8"),
+        (Int8BitmaskLayout((128, 256), 64 * 256, 128), "dense", torch.bfloat16, "dense"),
+        (Int8BitmaskLayout((128, 256), 64 * 256, 96), "auto", torch.bfloat16, "dense"),
+        (Int8NMLayout((128, 200), 2, 4, 200), "auto", torch.bfloat16, "cpu-int8"),
+        (Int8NMLayout((128, 256), 4, 8, 128), "auto", torch.bfloat16, "dense"),
     ],
 )
 def test_a_cpu_gets_the_fastest_form(monkeypatch, layout, served, dtype, form):
@@ -103,6 +111,46 @@ def test_a_layer_multiplies_and_is_saved_as_it_was(kind, dtype):
     assert saved.keys() == stored.keys()
     assert all(torch.equal(saved[key], stored[key]) for key in stored)
     assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", tuple(cpu.TYPES))
+@pytest.mark.parametrize("kind", tuple(cpu.KINDS))
+def test_a_layer_of_8_bits_multiplies_and_is_saved_as_it_was(kind, dtype):
+    weight, bias = quantise(make(kind, (48, 200), dtype).weight), torch.randn(48).to(dtype)
+    layout = Int8NMLayout((48, 200), 2, 4, 128) if kind == "nm" else Int8BitmaskLayout.fit(weight, Unstructured(0.5))
+    layer = SparseLinear(layout, bias=True, dtype=dtype, device="cpu")
+    stored = layout.pack(weight) | {"bias": bias}
+    layer.load_state_dict(stored)
+    layer.settle()
+    assert (layer.form.name, layer.dtype) == ("cpu-int8", dtype)
+    x = torch.randn(2, 3, 200).to(dtype)
+    off = error(layer(x).flatten(0, 1), x.flatten(0, 1), weight, bias)
+    assert off <= max(3, 1e-4 / torch.finfo(dtype).eps)  # activations have 16 bits
+    assert torch.equal(layer.unpack(), weight)
+    saved = layer.state_dict()
+    assert saved.keys() == stored.keys()
+    assert all(torch.equal(saved[key], stored[key]) for key in stored)
+    damaged = SparseLinear(layout, bias=True, dtype=dtype, device="cpu")
+    damaged.load_state_dict({**stored, "values": torch.full_like(stored["values"], -128)})
+    with pytest.raises(FormatError, match="-128"):
+        damaged.settle()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("layout", "pattern"), [("int8-bitmask", "0.5"), ("int8-nm", "2:4")])
+def test_a_model_of_8_bits_computes_what_its_dense_one_does(tmp_path, layout, pattern):
+    save_packed(tmp_path, layout, pattern, dtype=torch.float32, hidden_size=64, intermediate_size=96)
+    model, dense = (load(tmp_path / name, device="cpu") for name in ("packed", "dense"))
+    assert {layer.form.name for _, layer in sparse_layers(model)} == {"cpu-int8"}
+    assert any(layer.fusion for _, layer in sparse_layers(model))
+    ids = random_ids(2, 12)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=2e-3, atol=2e-3)
+    model.save_pretrained(tmp_path / "saved")
+    unpack(tmp_path / "saved", tmp_path / "unpacked")
+    again = load(tmp_path / "unpacked", device="cpu")
+    assert all(torch.equal(*pair) for pair in zip(again.parameters(), dense.parameters(), strict=True))
 
 
 @needs_kernels

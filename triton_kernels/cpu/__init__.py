@@ -10,16 +10,20 @@ multiplied by torch. From which number of tokens on, is measured: see `choices`.
 float32 weights that bfloat16 holds exactly, such as those of a bfloat16 checkpoint on a processor without instructions
 for it, are stored as bfloat16: their bytes, not their values, are halved.
 
+int8 weights are multiplied by activations of 16 bits, exactly within 128 columns, whose sums are added up in float32
+with the scales of both. x that is not finite gives results that are not a number.
+
 The weights are constants. Gradients flow to x and the bias, through the dense matrix.
 """
 
 from .choices import dense_from, measured_limit, shape_key
 from .finding import library, unavailable
-from .library import KINDS, LEVELS, TYPES, CorruptMatrixError, new_memory
+from .library import FOLD, KINDS, LEVELS, TYPES, CorruptMatrixError, new_memory
 from .measuring import measure_dense_from
-from .operator import dense, expanded_linear, linear, pack, packed_bytes, unpack
+from .operator import dense, expanded_linear, linear, pack, unpack
 
 __all__ = [
+    "FOLD",
     "KINDS",
     "LEVELS",
     "TYPES",
@@ -33,7 +37,6 @@ __all__ = [
     "measured_limit",
     "new_memory",
     "pack",
-    "packed_bytes",
     "shape_key",
     "unavailable",
     "unpack",

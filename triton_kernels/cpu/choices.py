@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import configurations
 from .finding import library
-from .library import KINDS, TYPES
+from .library import KINDS, STORED
 
 OPERATION = "cpu_linear.dispatch"
 
@@ -50,7 +50,7 @@ def shape_key(packed: Sequence[Tensor], sizes: Sequence[int]) -> dict[str, int]:
     found = library().describe(packed[0])
     return {
         "kind": KINDS[found.kind],
-        "stored": TYPES[found.dtype],
+        "stored": STORED[found.stored],
         "out_features": sum(sizes),
         "in_features": found.shape[1],
         "itemsize": packed[0].itemsize,

@@ -15,7 +15,7 @@ import torch
 
 from .. import configurations
 from .compiler import INSTALLED, CompilerError, compile_library, compiler_id, find_compiler, source_hash
-from .library import TYPES, Library
+from .library import TYPES, Described, Library
 
 _MACHINES = ("x86_64", "AMD64")
 
@@ -61,7 +61,8 @@ def _is_right(loaded: Library) -> bool:
         y = torch.empty(3, 24, dtype=dtype)
         mask = torch.full((24, 1), 0b101101, dtype=torch.uint8)
         kept = torch.tensor([True, False, True, True, False, True])
-        packed = loaded.pack("bitmask", (24, 6), 24 * 4, mask, weight[:, kept], dtype)
+        found = Described("bitmask", dtype, (24, 6), 24 * 4, 0, dtype)
+        packed = loaded.pack(found, mask, weight[:, kept], None, dtype)
         loaded.multiply([packed], x, None, y)
         exact = x.double() @ (weight * kept).double().T
         # Sums of four products, each below 16.

@@ -12,7 +12,13 @@ from torch import Tensor
 KINDS = {"bitmask": 0, "nm": 1}
 _KIND_NAMES = tuple(KINDS)
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_DTYPES = tuple(TYPES)
+# Columns of int8 weights whose products are added up as integers (source/matrix.h): groups that share a peak are whole
+# ones of these, or a row.
+FOLD = 128
+
+# Of stored weights: int8 ones have peaks, of one of the types above.
+STORED = {**TYPES, torch.int8: 3}
+_DTYPES = tuple(STORED)
 
 # The instruction sets by number; the rest of this module passes the number.
 LEVELS = ("none", "AVX2", "AVX-512 with BF16")
@@ -36,9 +42,9 @@ _address, _size, _number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
     "source": (ctypes.c_char_p, ()),
     "level": (_number, ()),
-    "bytes": (_size, (_number, _number, _size, _size, _size)),
-    "pack": (_number, (_number, _number, _size, _size, _size, _address, _address, _address, _number)),
-    "unpack": (_number, (_address, _size, _address, _address, _number)),
+    "bytes": (_size, (_address,)),
+    "pack": (_number, (*[_address] * 5, _number)),
+    "unpack": (_number, (_address, _size, *[_address] * 3, _number)),
     "scratch": (_size, (_address, _size, _number, _size, _number)),
     "describe": (_number, (_address, _size, _address)),
     "multiply": (
@@ -59,15 +65,25 @@ class Described(NamedTuple):
 
     Attributes:
         kind: a key of `KINDS`.
-        dtype: of the stored weights.
+        stored: the dtype of the stored weights.
         shape: (out, in).
         nonzeros: stored weights of a bitmask; 0 for 2:4.
+        group: columns of int8 weights that share a peak; 0 for others.
+        dtype: of the dense weights: that of the peaks, or of the stored weights.
     """
 
     kind: str
-    dtype: torch.dtype
+    stored: torch.dtype
     shape: tuple[int, int]
     nonzeros: int
+    group: int
+    dtype: torch.dtype
+
+    @property
+    def sizes(self) -> ctypes.Array[ctypes.c_int64]:
+        """As the library takes them."""
+        peaks = TYPES[self.dtype] if self.stored is torch.int8 else 0
+        return (_size * 7)(KINDS[self.kind], STORED[self.stored], *self.shape, self.nonzeros, self.group, peaks)
 
 
 class Library:
@@ -93,17 +109,14 @@ class Library:
         limited = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
         self.level: int = min(shared.llmprune_level(), 1 if limited else 2)
 
-    def pack(
-        self, kind: str, shape: tuple[int, int], nonzeros: int, bits: Tensor, values: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def pack(self, found: Described, bits: Tensor, values: Tensor, peaks: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Pack the tensors on disk.
 
         Args:
-            kind: a key of `KINDS`.
-            shape: (out, in).
-            nonzeros: the number of values of a bitmask; 0 for 2:4.
+            found: what they are.
             bits: uint8, the mask or the meta.
             values: the stored weights.
+            peaks: of int8 weights, [out, groups]; None for others.
             dtype: to view the result in; its size divides 64.
 
         Raises:
@@ -111,38 +124,39 @@ class Library:
             ValueError: there is no such matrix, or a tensor has another size.
         """
         bits, values = bits.contiguous(), values.contiguous()
-        size = self._bytes(KINDS[kind], TYPES[values.dtype], *shape, nonzeros)
+        size = self.size(found)
         if size < 0:
-            raise ValueError(f"no {kind} matrix of {shape} with {nonzeros} stored weights")
-        stored = nonzeros if kind == "bitmask" else shape[0] * shape[1] // 2
-        if bits.dtype != torch.uint8 or (bits.numel(), values.numel()) != (shape[0] * -(-shape[1] // 8), stored):
-            found = f"{bits.numel()} x {bits.dtype} and {values.numel()} weights"
-            raise ValueError(f"{found} for a {kind} matrix of {shape} with {stored} stored weights")
-        packed = new_memory(size)
-        threads = self.threads(size)
-        self._require(
-            self._pack(
-                KINDS[kind], TYPES[values.dtype], *shape, nonzeros, bits.data_ptr(), values.data_ptr(),
-                packed.data_ptr(), threads,
-            )
-        )  # fmt: skip
+            raise ValueError(f"no {found.kind} matrix of {found.shape} with {found.nonzeros} stored weights")
+        (rows, columns), groups = found.shape, -(-found.shape[1] // found.group) if found.group else 0
+        stored = found.nonzeros if found.kind == "bitmask" else rows * columns // 2
+        sizes = bits.numel(), values.numel(), 0 if peaks is None else peaks.numel()
+        if bits.dtype != torch.uint8 or sizes != (rows * -(-columns // 8), stored, rows * groups):
+            shown = f"{sizes[0]} x {bits.dtype}, {sizes[1]} weights and {sizes[2]} peaks"
+            raise ValueError(f"{shown} for a {found.kind} matrix of {found.shape} with {stored} stored weights")
+        peaks = None if peaks is None else peaks.contiguous()
+        packed, described = new_memory(size), found.sizes
+        addresses = ctypes.addressof(described), bits.data_ptr(), values.data_ptr(), _pointer(peaks), packed.data_ptr()
+        self._require(self._pack(*addresses, self.threads(size)))
         return packed.view(dtype)
 
-    def size(self, kind: str, shape: tuple[int, int], nonzeros: int, dtype: torch.dtype) -> int:
-        """Bytes of a packed matrix."""
-        return int(self._bytes(KINDS[kind], TYPES[dtype], *shape, nonzeros))
+    def size(self, found: Described) -> int:
+        """Bytes of a packed matrix; negative if there is no such matrix."""
+        sizes = found.sizes
+        return int(self._bytes(ctypes.addressof(sizes)))
 
     def describe(self, packed: Tensor) -> Described:
         """What a packed matrix is, whatever dtype it is viewed in."""
-        found = (_size * 5)()
-        self._require(self._describe(packed.data_ptr(), packed.nbytes, ctypes.addressof(found)))
-        kind, dtype, out, columns, nonzeros = found
-        return Described(_KIND_NAMES[kind], _DTYPES[dtype], (out, columns), nonzeros)
+        sizes = (_size * 7)()
+        self._require(self._describe(packed.data_ptr(), packed.nbytes, ctypes.addressof(sizes)))
+        kind, stored, rows, columns, nonzeros, group, peaks = sizes
+        dtype = _DTYPES[peaks] if group else _DTYPES[stored]
+        return Described(_KIND_NAMES[kind], _DTYPES[stored], (rows, columns), nonzeros, group, dtype)
 
-    def unpack(self, packed: Tensor, bits: Tensor, values: Tensor) -> None:
+    def unpack(self, packed: Tensor, bits: Tensor, values: Tensor, peaks: Tensor | None) -> None:
         """Write the tensors on disk; `bits` is zero before."""
         threads = self.threads(packed.nbytes)
-        self._require(self._unpack(packed.data_ptr(), packed.nbytes, bits.data_ptr(), values.data_ptr(), threads))
+        addresses = bits.data_ptr(), values.data_ptr(), _pointer(peaks)
+        self._require(self._unpack(packed.data_ptr(), packed.nbytes, *addresses, threads))
 
     def multiply(
         self, packed: list[Tensor], x: Tensor, bias: Tensor | None, y: Tensor, level: int | None = None

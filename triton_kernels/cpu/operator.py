@@ -10,50 +10,57 @@ from torch import Tensor
 
 from .choices import FEWEST_TOKENS, dense_from
 from .finding import library
-from .library import TYPES, new_memory
+from .library import TYPES, Described, new_memory
 
 # Bytes of the dense rows that are expanded and multiplied at a time: copying results together costs more than memory.
 _SLAB = 64 << 20
 _scratch = threading.local()
 
 
-def pack(kind: str, shape: tuple[int, int], bits: Tensor, values: Tensor) -> Tensor:
+def pack(
+    kind: str, shape: tuple[int, int], bits: Tensor, values: Tensor, peaks: Tensor | None = None, group: int = 0
+) -> Tensor:
     """Pack the tensors on disk for the CPU.
 
     Args:
         kind: "bitmask" or "nm" (2:4).
         shape: (out, in); for 2:4 a multiple of 4 columns.
         bits: uint8, the mask or the meta of the layout.
-        values: bfloat16, float16 or float32, its stored weights.
+        values: bfloat16, float16, float32 or int8, its stored weights.
+        peaks: for int8 weights, [out, groups] of the dense weights' dtype.
+        group: columns that share a peak: a multiple of 128, or all of them.
 
     Returns:
-        One tensor of the values' dtype, whose numbers mean nothing; on the meta device, an empty one of the same size.
+        One tensor of the dense weights' dtype, whose numbers mean nothing; on the meta device, an empty one of the same
+        size.
 
     Raises:
         CorruptMatrixError: mask or meta is not as its layout says.
         ValueError: a shape is not as above.
     """
+    dtype = values.dtype if peaks is None else peaks.dtype
+    stored = values if values.is_meta else _narrowed(values)
+    # The dtype of int8 weights is that of their peaks; others are what is stored.
     nonzeros = values.numel() if kind == "bitmask" else 0
+    found = Described(kind, stored.dtype, shape, nonzeros, group, stored.dtype if peaks is None else dtype)
     if values.is_meta:
-        nbytes = library().size(kind, shape, nonzeros, values.dtype)
-        return torch.empty(nbytes // values.itemsize, dtype=values.dtype, device="meta")
-    return library().pack(kind, shape, nonzeros, bits, _narrowed(values), values.dtype)
+        return torch.empty(library().size(found) // dtype.itemsize, dtype=dtype, device="meta")
+    return library().pack(found, bits, stored, peaks, dtype)
 
 
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The tensors on disk, bits and values, bit for bit; the inverse of `pack`."""
+def unpack(packed: Tensor) -> tuple[Tensor, ...]:
+    """The tensors on disk, bits and values, and peaks of int8 weights, bit for bit; the inverse of `pack`."""
     found = library().describe(packed)
     out, columns = found.shape
     bits = torch.zeros(out, -(-columns // 8), dtype=torch.uint8, device=packed.device)
     count = (out, columns // 2) if found.kind == "nm" else (found.nonzeros,)
-    values = torch.empty(count, dtype=found.dtype, device=packed.device)
-    library().unpack(packed, bits, values)
-    return bits, values.to(packed.dtype)
-
-
-def packed_bytes(kind: str, shape: tuple[int, int], nonzeros: int, dtype: torch.dtype) -> int:
-    """The size of a packed matrix."""
-    return library().size(kind, shape, nonzeros, dtype)
+    values = torch.empty(count, dtype=found.stored, device=packed.device)
+    if not found.group:
+        library().unpack(packed, bits, values, None)
+        return bits, values.to(packed.dtype)
+    peaks = torch.empty(out, -(-columns // found.group), dtype=found.dtype, device=packed.device)
+    library().unpack(packed, bits, values, peaks)
+    return bits, values, peaks
 
 
 def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> Tensor:

@@ -5,6 +5,7 @@
 | `nm` | N of every M weights and their indices | N:M |
 | `block` | the non-zero blocks | blocks of 16, 32, 64 or 128 |
 | `bitmask` | the non-zero weights and one bit per weight | any zeros |
+| `int8-nm`, `int8-bitmask` | the same as 8-bit numbers that share a peak in groups of columns | quantised weights |
 | `dense` | everything | anything |
 """
 
@@ -20,16 +21,18 @@ from llmprune.patterns import Pattern
 from llmprune.storage.formats.bitmask import BitmaskLayout
 from llmprune.storage.formats.block import BlockLayout
 from llmprune.storage.formats.dense import DenseLayout
+from llmprune.storage.formats.int8 import Int8BitmaskLayout, Int8NMLayout, quantise
 from llmprune.storage.formats.layout import Layout, Spec
 from llmprune.storage.formats.nm import NMLayout
 
 __all__ = [
-    "LAYOUTS", "BitmaskLayout", "BlockLayout", "DenseLayout", "Layout", "NMLayout", "Spec", "fit_layout",
-    "layout_from_dict",
+    "LAYOUTS", "BitmaskLayout", "BlockLayout", "DenseLayout", "Int8BitmaskLayout", "Int8NMLayout", "Layout", "NMLayout",
+    "Spec", "fit_layout", "layout_from_dict", "quantise",
 ]  # fmt: skip
 
 LAYOUTS: dict[str, type[Layout]] = {
-    layout.name: layout for layout in (NMLayout, BlockLayout, BitmaskLayout, DenseLayout)
+    layout.name: layout
+    for layout in (NMLayout, BlockLayout, BitmaskLayout, Int8NMLayout, Int8BitmaskLayout, DenseLayout)
 }
 
 

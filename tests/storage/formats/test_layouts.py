@@ -14,13 +14,15 @@ from weights import DTYPES, pruned, without_negative_zeros
 
 from llmprune.errors import FormatError, PatternError
 from llmprune.patterns import NM, Block, Pattern, Unstructured, parse
-from llmprune.storage.formats import LAYOUTS, Layout, fit_layout, layout, layout_from_dict
+from llmprune.storage.formats import LAYOUTS, Layout, fit_layout, layout, layout_from_dict, quantise
 
 # layout: (pattern, a shape that it fits)
 CASES: dict[str, tuple[Pattern, tuple[int, int]]] = {
     "nm": (NM(2, 4), (5, 12)),
     "block": (Block(0.5, (16, 16)), (48, 64)),
     "bitmask": (Unstructured(0.6), (7, 13)),
+    "int8-nm": (NM(2, 4), (5, 12)),
+    "int8-bitmask": (Unstructured(0.6), (7, 13)),
     "dense": (Unstructured(0.3), (3, 5)),
 }
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -29,6 +31,9 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 def example(name: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> tuple[Layout, Tensor]:
     pattern, shape = CASES[name]
     weight = pruned(pattern, shape, dtype, **options)
+    if name.startswith("int8"):
+        numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        weight = quantise(numbers.masked_fill(weight == 0, 0).to(dtype))
     return fit_layout(name, weight, pattern), weight
 
 
@@ -41,6 +46,10 @@ def test_every_layout_is_tested() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_unpacking_gives_every_bit_back(name: str, dtype: torch.dtype, device: str) -> None:
+    if name.startswith("int8") and dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        with pytest.raises(FormatError, match="8-bit weights of dtype"):
+            example(name, dtype)
+        return
     fitted, weight = example(name, dtype, further=0.2)
     weight = weight.to(device)
     before = weight.clone()
@@ -119,6 +128,8 @@ def test_bits_and_bytes_are_inverse(rows: int, length: int, seed: int) -> None:
         ("nm", {"layout": "nm", "shape": [5, 12], "keep": 2, "of": 4}),
         ("block", {"layout": "block", "shape": [48, 64], "block": 16, "blocks": 6, "balanced": False}),
         ("bitmask", {"layout": "bitmask", "shape": [7, 13], "nonzeros": 36}),
+        ("int8-nm", {"layout": "int8-nm", "shape": [5, 12], "keep": 2, "of": 4, "group": 12}),
+        ("int8-bitmask", {"layout": "int8-bitmask", "shape": [7, 13], "nonzeros": 36, "group": 13}),
         ("dense", {"layout": "dense", "shape": [3, 5]}),
     ],
 )
@@ -162,6 +173,9 @@ BLOCK_ROW = {"layout": "block", "shape": [48, 64], "block": 16, "blocks": 6, "ba
         {**BLOCK_ROW, "shape": [40, 64]},
         {"layout": "bitmask", "shape": [7, 13], "nonzeros": 92},
         {"layout": "bitmask", "shape": [7, 13], "nonzeros": -1},
+        {"layout": "int8-nm", "shape": [5, 12], "keep": 2, "of": 4, "group": 13},
+        {"layout": "int8-bitmask", "shape": [7, 13], "nonzeros": 36, "group": 0},
+        {"layout": "int8-bitmask", "shape": [7, 13], "nonzeros": 92, "group": 13},
         {"layout": "dense", "shape": [0, -3]},
     ],
     ids=str,

@@ -150,6 +150,97 @@ TARGET static void from_floats(const float* from, int32_t type, int64_t n, void*
   }
   memcpy(to, half, n * sizeof(uint16_t));
 }
+
+// ------------------------------------------------------------------------------------------------- int8
+struct Words { __m256i low, high; };
+typedef Words Ints;
+typedef Words GroupCodes;
+typedef Words Places;
+struct WordPair { Words first, second; };
+
+INLINE Floats multiply(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+INLINE Floats divide(Floats a, float b) {
+  const __m256 all = _mm256_set1_ps(b);
+  return {_mm256_div_ps(a.low, all), _mm256_div_ps(a.high, all)};
+}
+INLINE Floats load_floats(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+INLINE Ints no_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+INLINE Ints add_ints(Ints a, Ints b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+INLINE Floats to_float(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+INLINE Ints add_products(Ints sum, Words w, Words x) {
+  return add_ints(sum, {_mm256_madd_epi16(w.low, x.low), _mm256_madd_epi16(w.high, x.high)});
+}
+INLINE Words same_pair(const int32_t* x) { const __m256i all = _mm256_set1_epi32(*x); return {all, all}; }
+INLINE Words widen(const void* from) {
+  const __m128i* v = (const __m128i*)from;
+  return {_mm256_cvtepi8_epi16(_mm_loadu_si128(v)), _mm256_cvtepi8_epi16(_mm_loadu_si128(v + 1))};
+}
+// Eight bytes for a byte of a mask, and sixteen for two, as 16-bit numbers.
+INLINE __m128i fill_eight(uint32_t byte, const uint8_t*& v) {
+  const __m128i stored = _mm_loadl_epi64((const __m128i*)v);
+  v += __builtin_popcount(byte);
+  return _mm_shuffle_epi8(stored, _mm_loadl_epi64((const __m128i*)SPREAD.places[byte]));
+}
+INLINE __m256i fill_bytes(uint32_t bits, const uint8_t*& v) {
+  const __m128i first = fill_eight(bits & 255, v), second = fill_eight(bits >> 8, v);
+  return _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(first, second));
+}
+INLINE WordPair expand_bytes(uint64_t bits, const uint8_t*& v) {
+  __m256i part[4];
+  for (int i = 0; i < 4; i++) part[i] = fill_bytes(bits >> 16 * i & 0xffff, v);
+  return {{part[0], part[1]}, {part[2], part[3]}};
+}
+struct Int8 {
+  typedef uint8_t Element;
+  INLINE void copy(uint32_t bits, const Element*& v, Element* to) {
+    for (int i = 0; i < 4; i++, to += 8) _mm_storel_epi64((__m128i*)to, fill_eight(bits >> 8 * i & 255, v));
+  }
+};
+INLINE GroupCodes group_codes(const uint32_t* from) { return {_mm256_loadu_si256((const __m256i*)from), _mm256_loadu_si256((const __m256i*)(from + 8))}; }
+INLINE GroupCodes next_group(GroupCodes c) { return {_mm256_srli_epi32(c.low, 4), _mm256_srli_epi32(c.high, 4)}; }
+// Where the bytes of the two activations are among the eight of a group: 2 i0, 2 i0 + 1, 2 i1, 2 i1 + 1.
+INLINE __m256i byte_places(__m256i c) {
+  const __m256i first = _mm256_and_si256(c, _mm256_set1_epi32(3)), second = _mm256_and_si256(c, _mm256_set1_epi32(12));
+  const __m256i twice = _mm256_or_si256(_mm256_slli_epi32(first, 1), _mm256_slli_epi32(second, 15));
+  return _mm256_add_epi32(_mm256_or_si256(twice, _mm256_slli_epi32(twice, 8)), _mm256_set1_epi32(0x01000100));
+}
+INLINE Places places(GroupCodes c) { return {byte_places(c.low), byte_places(c.high)}; }
+INLINE Words pick_pairs(const int64_t* four, Places where) {
+  const __m256i all = _mm256_set1_epi64x(*four);
+  return {_mm256_shuffle_epi8(all, where.low), _mm256_shuffle_epi8(all, where.high)};
+}
+#include "bytes.h"
+
+// n dense weights of a row and a group: in float32 for types of 16 bits, in float64 for float32.
+TARGET static void scale(const int8_t* q, int64_t n, float peak, int32_t type, char* to) {
+  float dense[ROWS];
+  for (int64_t i = 0; i < n; i += ROWS) {
+    for (int64_t k = 0; k < ROWS; k++)
+      dense[k] = type == FLOAT32 ? (float)(q[i + k] * (double)peak / 127) : q[i + k] * (peak / 127.0f);
+    from_floats(dense, type, n - i < ROWS ? n - i : ROWS, to + i * item(type));
+  }
+}
+
+// A row of activations as 16-bit numbers, and their scale; not a number for what is not finite.
+TARGET static float to_words(const float* from, int64_t n, int16_t* to) {
+  float most = 0, wrong = 0;
+  for (int64_t i = 0; i < n; i++) most = __builtin_fabsf(from[i]) > most ? __builtin_fabsf(from[i]) : most;
+  for (int64_t i = 0; i < n; i++) wrong += from[i] * 0.0f;
+  if (wrong != 0 || most == 0) {
+    memset(to, 0, n * sizeof(int16_t));
+    return wrong != 0 ? wrong : 0;
+  }
+  const double factor = 32767.0 / most;
+  int64_t i = 0;
+  const __m256d by = _mm256_set1_pd(factor);
+  for (; i + 4 <= n; i += 4) {
+    const __m128i four = _mm256_cvtpd_epi32(_mm256_mul_pd(_mm256_cvtps_pd(_mm_loadu_ps(from + i)), by));
+    _mm_storel_epi64((__m128i*)(to + i), _mm_packs_epi32(four, four));
+  }
+  for (; i < n; i++) to[i] = (int16_t)_mm_cvtsd_si32(_mm_set_sd(from[i] * factor));
+  return (float)(most / 32767.0);
+}
+
 // The sum of n floats, a multiple of 64.
 TARGET static float sum(const float* from, int64_t n) {
   __m256 sums[8];

@@ -1,7 +1,7 @@
 // Sixteen floats as one register of AVX-512, with VBMI2 to expand 16-bit weights and BF16 for exact products of pairs.
 namespace avx512 {
 #define TARGET                                                                                                     \
-  __attribute__((target("avx2,fma,f16c,popcnt,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16")))
+  __attribute__((target("avx2,fma,f16c,popcnt,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,avx512vnni")))
 #define INLINE TARGET __attribute__((always_inline)) static inline
 
 constexpr int FETCHED = 8;  // tokens from which steps of 2:4 are fetched ahead: see matrix.h
@@ -145,6 +145,41 @@ TARGET static void group_pairs(const Matrix& m, int64_t tile, const void* activa
   }
   finish<U, M>(sums, out);
 }
+
+// ------------------------------------------------------------------------------------------------- int8
+typedef __m512i Words;
+typedef __m512i Ints;
+typedef __m512i GroupCodes;
+typedef __m512i Places;
+struct WordPair { Words first, second; };
+
+INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+INLINE Floats divide(Floats a, float b) { return _mm512_div_ps(a, _mm512_set1_ps(b)); }
+INLINE Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
+INLINE Ints no_ints() { return _mm512_setzero_si512(); }
+INLINE Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+INLINE Floats to_float(Ints a) { return _mm512_cvtepi32_ps(a); }
+INLINE Ints add_products(Ints sum, Words w, Words x) { return _mm512_dpwssd_epi32(sum, w, x); }
+INLINE Words same_pair(const int32_t* x) { return _mm512_set1_epi32(*x); }
+INLINE Words widen(const void* from) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from)); }
+INLINE WordPair expand_bytes(uint64_t bits, const uint8_t*& v) {
+  const __m512i all = _mm512_mask_expand_epi8(unknown_zero(), bits, _mm512_loadu_si512(v));
+  v += __builtin_popcountll(bits);
+  return {_mm512_cvtepi8_epi16(_mm512_castsi512_si256(all)), _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(all, 1))};
+}
+INLINE GroupCodes group_codes(const uint32_t* from) { return _mm512_loadu_si512(from); }
+INLINE GroupCodes next_group(GroupCodes c) { return _mm512_srli_epi32(c, 4); }
+INLINE Places places(GroupCodes c) { return _mm512_permutexvar_epi32(c, _mm512_load_si512(PICKS.bytes)); }
+INLINE Words pick_pairs(const int64_t* four, Places where) { return _mm512_shuffle_epi8(_mm512_set1_epi64(*four), where); }
+
+struct Int8 {
+  typedef uint8_t Element;
+  INLINE void copy(uint32_t bits, const Element*& v, Element* to) {
+    _mm256_storeu_si256((__m256i*)to, _mm256_maskz_expand_epi8(bits, _mm256_loadu_si256((const __m256i*)v)));
+    v += __builtin_popcount(bits);
+  }
+};
+#include "bytes.h"
 #undef TARGET
 #undef INLINE
 }  // namespace avx512

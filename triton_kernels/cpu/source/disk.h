@@ -47,7 +47,7 @@ static void move_tile(const Matrix& m, int64_t tile, uint8_t* mask, T* values, c
       }
     if (Pack) bits[p] = word;
     for (; word; word &= word - 1) {
-      const int n = __builtin_ctz(word), r = m.type == BFLOAT16 ? n / 2 : n % ROWS;
+      const int n = __builtin_ctz(word), r = by_rows(m.type) ? n / 2 : n % ROWS;
       if (Pack) *inside++ = *row[r]++;
       else *row[r]++ = *inside++;
     }
@@ -91,33 +91,47 @@ static void unpack_groups(const Matrix& m, int64_t tile, uint8_t* meta, T* value
   }
 }
 
+// The peaks of a tile: those of a row are repeated for each fold of their group.
+template <bool Pack>
+static void move_peaks(const Matrix& m, int64_t tile, char* peaks) {
+  const int64_t size = item(m.peak_type), groups = (m.columns + m.group - 1) / m.group;
+  for (int64_t f = 0; f < folds(m); f++)
+    for (int64_t r = 0; r < ROWS && ROWS * tile + r < m.rows; r++) {
+      char* outside = peaks + ((ROWS * tile + r) * groups + f * FOLD / m.group) * size;
+      char* inside = at(m, m.peaks) + ((tile * folds(m) + f) * ROWS + r) * size;
+      memcpy(Pack ? inside : outside, Pack ? outside : inside, size);
+    }
+}
+
 struct Packing {
   Matrix* m;
   uint8_t* bits;  // mask or meta
   void* values;
+  void* peaks;
   const int64_t* before;
   bool pack;
   int failed;
 };
 
+template <class T>
+static int pack_tile(const Packing& p, int64_t tile) {
+  const Matrix& m = *p.m;
+  if (m.type == INT8) p.pack ? move_peaks<true>(m, tile, (char*)p.peaks) : move_peaks<false>(m, tile, (char*)p.peaks);
+  if (m.kind == TWO_OF_FOUR && p.pack) return pack_groups(m, tile, p.bits, (const T*)p.values);
+  if (m.kind == TWO_OF_FOUR) unpack_groups(m, tile, p.bits, (T*)p.values);
+  else if (p.pack) move_tile<T, true>(m, tile, p.bits, (T*)p.values, p.before);
+  else move_tile<T, false>(m, tile, p.bits, (T*)p.values, p.before);
+  return DONE;
+}
+
 static void pack_share(void* data) {
   Packing& p = *(Packing*)data;
-  const Matrix& m = *p.m;
   int me;
   const int parts = team(&me);
-  for (int64_t t = tiles(m) * me / parts; t < tiles(m) * (me + 1) / parts; t++) {
-    const bool wide = m.type == FLOAT32;
-    if (m.kind == BITMASK) {
-      if (p.pack && wide) move_tile<uint32_t, true>(m, t, p.bits, (uint32_t*)p.values, p.before);
-      else if (p.pack) move_tile<uint16_t, true>(m, t, p.bits, (uint16_t*)p.values, p.before);
-      else if (wide) move_tile<uint32_t, false>(m, t, p.bits, (uint32_t*)p.values, p.before);
-      else move_tile<uint16_t, false>(m, t, p.bits, (uint16_t*)p.values, p.before);
-    } else if (p.pack) {
-      const int result = wide ? pack_groups(m, t, p.bits, (const uint32_t*)p.values) : pack_groups(m, t, p.bits, (const uint16_t*)p.values);
-      if (result) __atomic_store_n(&p.failed, result, __ATOMIC_RELAXED);
-    } else {
-      wide ? unpack_groups(m, t, p.bits, (uint32_t*)p.values) : unpack_groups(m, t, p.bits, (uint16_t*)p.values);
-    }
+  for (int64_t t = tiles(*p.m) * me / parts; t < tiles(*p.m) * (me + 1) / parts; t++) {
+    const int64_t size = item(p.m->type);
+    const int result = size == 4 ? pack_tile<uint32_t>(p, t) : size == 2 ? pack_tile<uint16_t>(p, t) : pack_tile<uint8_t>(p, t);
+    if (result) __atomic_store_n(&p.failed, result, __ATOMIC_RELAXED);
   }
 }
 
@@ -128,7 +142,7 @@ static void count_from_tiles(const Matrix& m, int64_t* before) {
     for (int64_t p = 0; p < m.steps; p++)
       for (uint32_t word = bits_of(m, t)[p]; word; word &= word - 1) {
         const int n = __builtin_ctz(word);
-        before[ROWS * t + (m.type == BFLOAT16 ? n / 2 : n % ROWS) + 1]++;
+        before[ROWS * t + (by_rows(m.type) ? n / 2 : n % ROWS) + 1]++;
       }
   for (int64_t r = 0; r < m.rows; r++) before[r + 1] += before[r];
 }

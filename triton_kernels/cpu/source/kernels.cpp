@@ -18,16 +18,21 @@
 // The instruction sets, in ascending order. (AMX, for 16 tokens and more, would be the next.)
 enum Level : int { NONE = 0, AVX2 = 1, AVX512 = 2 };
 
-// The form in which the kernels read activations. `pairs`: they stay bfloat16 and are multiplied in pairs.
+// The form in which the kernels read activations. `pairs`: they stay bfloat16 and are multiplied in pairs; `words`: they
+// become 16-bit numbers with a scale for each fold.
 struct Activations {
-  bool pairs;
-  int64_t element, unit, columns;  // bytes, elements, and columns padded to whole steps
+  bool pairs, words;
+  int64_t element, unit, columns, scales;  // bytes, elements, columns padded to whole steps, and scales of a token
   Activations(const Matrix& m, int32_t type, int level)
-      : pairs(level == AVX512 && m.type == BFLOAT16 && type == BFLOAT16), element(pairs ? 2 : 4),
-        unit(m.kind == BITMASK ? (pairs ? 2 : 1) : 4), columns(m.steps * (m.kind == BITMASK ? 2 : COLUMNS)) {}
+      : pairs(level == AVX512 && m.type == BFLOAT16 && type == BFLOAT16), words(m.type == INT8),
+        element(pairs || words ? 2 : 4), unit(m.kind == TWO_OF_FOUR ? 4 : pairs || words ? 2 : 1),
+        columns(m.steps * (m.kind == BITMASK ? 2 : COLUMNS)), scales(words ? folds(m) : 0) {}
+  int64_t bytes() const { return columns * element + scales * (int64_t)sizeof(float); }  // of one token
 };
 
 #if HAVE_KERNELS
+#include "dense.h"
+
 typedef void (*Kernel)(const Matrix&, int64_t tile, const void* x, float* out);
 
 // A matrix, or several with the same columns and layout, whose rows follow one another in y.
@@ -59,6 +64,12 @@ static Kernel choose(int level, int32_t kind) {
 }
 template <int M>
 static Kernel choose(int level, int32_t kind, int32_t stored, bool pairs) {
+  if (stored == INT8) {
+    if constexpr (M <= 8)
+      if (level == AVX512) return kind == BITMASK ? avx512::mask_bytes<M> : avx512::group_bytes<M>;
+    if constexpr (M <= 4) return kind == BITMASK ? avx2::mask_bytes<M> : avx2::group_bytes<M>;
+    return nullptr;
+  }
   if (pairs) return kind == BITMASK ? avx512::mask_pairs<M> : avx512::group_pairs<M>;
   if (stored == BFLOAT16) return choose<avx512::BFloat16, avx2::BFloat16, M>(level, kind);
   if (stored == FLOAT16) return choose<avx512::Float16, avx2::Float16, M>(level, kind);
@@ -74,17 +85,26 @@ static void place_units(const char* row, int64_t count, int64_t stride, char* to
   for (int64_t i = 0; i < count; i++) memcpy(to + i * stride, row + i * Bytes, Bytes);
 }
 
-// `row`: room for one token.
+// 16-bit numbers of one token instead of floats, each fold with its scale.
+static void scale_words(const float* row, int64_t columns, int64_t stride, float* scales, int16_t* words) {
+  for (int64_t c = 0; c < columns; c += FOLD)
+    scales[c / FOLD * stride] = avx2::to_words(row + c, columns - c < FOLD ? columns - c : FOLD, words + c);
+}
+
+// `row`: room for one token as floats.
 static void arrange(const Job& job, const Activations& a, const char* x, int64_t given, float* row, char* to) {
   const int64_t unit = a.unit * a.element, units = a.columns / a.unit;
   for (int64_t t0 = 0; t0 < job.tokens;) {
     const int64_t m = INT64_C(1) << block(job.tokens - t0, job.most);
     for (int64_t t = 0; t < m; t++) {
       const char* from = x + (t0 + t) * given * item(job.type);
+      char* block = to + t0 * a.bytes();
       if (a.pairs) memcpy(row, from, given * a.element);
       else avx2::to_floats(from, job.type, given, row);
+      // In place: a number is read before its half is written.
+      if (a.words) scale_words(row, given, m, (float*)block + t, (int16_t*)row);
       memset((char*)row + given * a.element, 0, (a.columns - given) * a.element);
-      char* place = to + t0 * a.columns * a.element + t * unit;
+      char* place = block + m * a.scales * sizeof(float) + t * unit;
       if (m == 1) memcpy(place, row, a.columns * a.element);
       else if (unit == 4) place_units<4>((const char*)row, units, m * unit, place);
       else if (unit == 8) place_units<8>((const char*)row, units, m * unit, place);
@@ -150,42 +170,7 @@ static void multiply_share(void* data) {
   }
 }
 
-// ------------------------------------------------------------------------------------------------- dense rows
-struct Dense {
-  const Matrix* m;
-  int64_t from, to;  // tiles
-  char* out;
-  int level;
-};
-
-template <class T>
-static void expand_groups(const Matrix& m, int64_t tile, char* out) {
-  for (int64_t r = 0; r < ROWS && ROWS * tile + r < m.rows; r++) {
-    T* row = (T*)out + r * m.columns;
-    for (int64_t g = 0; g < m.columns / 4; g++) {
-      const uint32_t* codes = (const uint32_t*)step_of(m, tile, g / 8);
-      const T* stored = (const T*)(codes + ROWS) + 32 * (g % 8);
-      const uint32_t code = codes[r] >> 4 * (g % 8);
-      T four[4] = {};
-      four[code & 3] = stored[place(m.type, r, 0)], four[code >> 2 & 3] = stored[place(m.type, r, 1)];
-      memcpy(row + 4 * g, four, sizeof four);
-    }
-  }
-}
-
-static void expand_share(void* data) {
-  const Dense& d = *(const Dense*)data;
-  const Matrix& m = *d.m;
-  int me;
-  const int parts = team(&me);
-  const bool wide = d.level == AVX512;
-  for (int64_t t = d.from + (d.to - d.from) * me / parts; t < d.from + (d.to - d.from) * (me + 1) / parts; t++) {
-    char* out = d.out + ROWS * (t - d.from) * m.columns * item(m.type);
-    if (m.kind == TWO_OF_FOUR) m.type == FLOAT32 ? expand_groups<uint32_t>(m, t, out) : expand_groups<uint16_t>(m, t, out);
-    else if (m.type == FLOAT32) wide ? avx512::expand_mask<avx512::Float32>(m, t, out) : avx2::expand_mask<avx2::Float32>(m, t, out);
-    else wide ? avx512::expand_mask<avx512::BFloat16>(m, t, out) : avx2::expand_mask<avx2::BFloat16>(m, t, out);
-  }
-}
+// ------------------------------------------------------------------------------------------------- reading memory
 struct Stream {
   const float* from;
   int64_t n;
@@ -208,13 +193,14 @@ extern "C" {
 // The hash of the sources that this library was made of.
 const char* llmprune_source() { return SOURCE_HASH; }
 
-// The best instruction set of this processor: 0 none, 1 AVX2, 2 AVX-512 with VBMI2 and BF16.
+// The best instruction set of this processor: 0 none, 1 AVX2, 2 AVX-512 with VBMI2, VNNI and BF16.
 int llmprune_level() {
 #if HAVE_KERNELS
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return NONE;
   if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") &&
+      __builtin_cpu_supports("avx512vnni"))
     return AVX512;
   return AVX2;
 #else
@@ -223,16 +209,17 @@ int llmprune_level() {
 }
 
 // Bytes of a packed matrix; -1 if there is no such matrix.
-int64_t llmprune_bytes(int kind, int type, int64_t rows, int64_t columns, int64_t nonzeros) {
+int64_t llmprune_bytes(const Sizes* sizes) {
   Matrix m;
-  return describe(m, kind, type, rows, columns, nonzeros) ? m.bytes : -1;
+  return describe(m, *sizes) ? m.bytes : -1;
 }
 
-// From the tensors on disk: `bits` is the mask or the meta, both contiguous. `to` has llmprune_bytes bytes.
-int llmprune_pack(int kind, int type, int64_t rows, int64_t columns, int64_t nonzeros, const uint8_t* bits,
-                  const void* values, void* to, int threads) {
+// From the tensors on disk, contiguous: `bits` is the mask or the meta; `peaks` of int8 weights, or null. `to` has
+// llmprune_bytes bytes.
+int llmprune_pack(const Sizes* sizes, const uint8_t* bits, const void* values, const void* peaks, void* to, int threads) {
   Matrix described;
-  if (!describe(described, kind, type, rows, columns, nonzeros)) return REFUSED;
+  if (!describe(described, *sizes) || (sizes->type == INT8 && !peaks)) return REFUSED;
+  const int64_t kind = sizes->kind, type = sizes->type, rows = sizes->rows, columns = sizes->columns, nonzeros = sizes->nonzeros;
   if (misaligned(to, 64) || misaligned(values, item(type))) return MISALIGNED;
   Matrix& m = *(Matrix*)to = described;
   // What no section covers is zero: equal matrices have equal bytes.
@@ -248,16 +235,17 @@ int llmprune_pack(int kind, int type, int64_t rows, int64_t columns, int64_t non
     for (int64_t t = 0; !result && t <= tiles(m); t++) first_of(m)[t] = before[ROWS * t < rows ? ROWS * t : rows];
     if (result) return free(before), result;
   }
-  Packing packing{&m, (uint8_t*)bits, (void*)values, before, true, DONE};
+  Packing packing{&m, (uint8_t*)bits, (void*)values, (void*)peaks, before, true, DONE};
   in_threads(pack_share, &packing, threads);
   free(before);
   return packing.failed;
 }
 
 // Back to the tensors on disk, bit for bit; `bits` is zero before.
-int llmprune_unpack(const void* from, int64_t bytes, uint8_t* bits, void* values, int threads) {
+int llmprune_unpack(const void* from, int64_t bytes, uint8_t* bits, void* values, void* peaks, int threads) {
   if (const int result = check(from, bytes)) return result;
   Matrix& m = *(Matrix*)from;
+  if (m.type == INT8 && !peaks) return REFUSED;
   if (misaligned(values, item(m.type))) return MISALIGNED;
   int64_t* before = nullptr;
   if (m.kind == BITMASK) {
@@ -265,7 +253,7 @@ int llmprune_unpack(const void* from, int64_t bytes, uint8_t* bits, void* values
     if (!before) return NO_MEMORY;
     count_from_tiles(m, before);
   }
-  Packing packing{&m, bits, values, before, false, DONE};
+  Packing packing{&m, bits, values, peaks, before, false, DONE};
   in_threads(pack_share, &packing, threads);
   free(before);
   return DONE;
@@ -276,15 +264,15 @@ int64_t llmprune_scratch(const void* matrix, int64_t bytes, int type, int64_t to
   if (const int result = check(matrix, bytes)) return -result;
   const Matrix& m = *(const Matrix*)matrix;
   const Activations a(m, type, level);
-  if (tokens == 1 && a.columns == m.columns && (a.pairs || type == FLOAT32)) return 0;
-  return (tokens + 1) * a.columns * a.element;
+  if (tokens == 1 && a.columns == m.columns && !a.words && (a.pairs || type == FLOAT32)) return 0;
+  return a.columns * (int64_t)sizeof(float) + tokens * a.bytes();
 }
 
-// What a packed matrix is: kind, type, rows, columns, stored weights.
-int llmprune_describe(const void* matrix, int64_t bytes, int64_t* found) {
+// What a packed matrix is.
+int llmprune_describe(const void* matrix, int64_t bytes, Sizes* found) {
   if (const int result = check(matrix, bytes)) return result;
   const Matrix& m = *(const Matrix*)matrix;
-  found[0] = m.kind, found[1] = m.type, found[2] = m.rows, found[3] = m.columns, found[4] = m.nonzeros;
+  *found = {m.kind, m.type, m.rows, m.columns, m.nonzeros, m.group, m.peak_type};
   return DONE;
 }
 
@@ -308,8 +296,8 @@ int llmprune_multiply(const void* const* matrices, const int64_t* bytes, int64_t
     return MISALIGNED;
   const Matrix& m = *job.matrices[0];
   const Activations a(m, type, level);
-  job.x_bytes = a.columns * a.element;
-  job.most = level == AVX512 ? 4 : 2;
+  job.x_bytes = a.bytes();
+  job.most = level != AVX512 ? 2 : a.words ? 3 : 4;
   job.kernels[0] = choose<1>(level, m.kind, m.type, a.pairs);
   job.kernels[1] = choose<2>(level, m.kind, m.type, a.pairs);
   job.kernels[2] = choose<4>(level, m.kind, m.type, a.pairs);
@@ -317,7 +305,7 @@ int llmprune_multiply(const void* const* matrices, const int64_t* bytes, int64_t
   job.kernels[4] = choose<16>(level, m.kind, m.type, a.pairs);
   if (llmprune_scratch(&m, m.bytes, type, tokens, level)) {
     if (!scratch) return REFUSED;
-    job.x = (char*)scratch + job.x_bytes;
+    job.x = (char*)scratch + a.columns * sizeof(float);
     arrange(job, a, (const char*)x, m.columns, (float*)scratch, (char*)job.x);
   } else if (misaligned(x, 16)) {
     return MISALIGNED;
@@ -336,7 +324,7 @@ int llmprune_expand(const void* matrix, int64_t bytes, int64_t from, int64_t to,
   const Matrix& m = *(const Matrix*)matrix;
   if (level < AVX2 || level > llmprune_level()) return UNSUPPORTED;
   if (from < 0 || from > to || to > m.rows || from % ROWS || (to % ROWS && to != m.rows)) return REFUSED;
-  if (misaligned(out, item(m.type))) return MISALIGNED;
+  if (misaligned(out, item(dense_type(m)))) return MISALIGNED;
   Dense dense{&m, from / ROWS, (to + ROWS - 1) / ROWS, (char*)out, level};
   in_threads(expand_share, &dense, threads);
   return DONE;

@@ -84,7 +84,7 @@ TARGET static void expand_mask(const Matrix& m, int64_t tile, char* to) {
     const int64_t steps = m.steps - p < P ? m.steps - p : P, left = m.columns - 2 * p;
     for (int64_t s = 0; s < steps; s++) Stored::copy(bits[p + s], v, dense[s]);
     for (int64_t r = 0; r < rows; r++) {
-      if (m.type == BFLOAT16)
+      if (by_rows(m.type))
         for (int64_t s = 0; s < P; s++) memcpy(line + 2 * s, dense[s] + 2 * r, 2 * sizeof(Element));
       else
         for (int64_t s = 0; s < P; s++) line[2 * s] = dense[s][r], line[2 * s + 1] = dense[s][ROWS + r];
