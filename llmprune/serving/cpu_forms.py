@@ -123,6 +123,7 @@ class CpuInt8(CpuForm):
     """
 
     name: ClassVar[str] = "cpu-int8"
+    rounding: ClassVar[float] = 2.0**-16
 
     def misfit(self, layout: Layout) -> str | None:
         if not isinstance(layout, Int8BitmaskLayout | Int8NMLayout):

@@ -33,7 +33,7 @@ def test_every_product_is_compared_with_all_dense_ones(tmp_path: Path) -> None:
     for row in result["rows"]:
         found = row["products"]
         assert row["stream_bytes_per_second"] > 0
-        assert list(found) == [*bench.dense_products(), "0.5", "0.6", "2:4"]
+        assert list(found) == [*bench.dense_products(), "0.5", "0.6", "2:4", "int8-0.5", "int8-2:4"]
         best = min(found[name]["median_us"] for name in bench.dense_products())
         for product in found.values():
             assert product["low_us"] <= product["median_us"] <= product["high_us"]

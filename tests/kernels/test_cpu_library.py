@@ -70,9 +70,9 @@ def test_any_damage_on_disk_is_refused_or_is_another_matrix(kind):
 @needs_kernels
 def test_tensors_of_other_sizes_are_refused():
     matrix = make("nm", (16, 32), torch.bfloat16)
-    with pytest.raises(ValueError, match="weights for a nm matrix"):
+    with pytest.raises(ValueError, match="peaks for a nm matrix"):
         cpu.pack("nm", (16, 32), matrix.bits, matrix.values[:-1])
-    with pytest.raises(ValueError, match="weights for a nm matrix"):
+    with pytest.raises(ValueError, match="peaks for a nm matrix"):
         cpu.pack("nm", (16, 32), matrix.bits[:-1], matrix.values)
     with pytest.raises(ValueError, match="no nm matrix"):
         cpu.pack("nm", (16, 30), matrix.bits, matrix.values)

@@ -79,7 +79,14 @@ def test_a_cpu_multiplies_blocks_densely_unless_hardly_one_is_left() -> None:
 
 def test_every_form_but_the_chosen_one_has_a_reason() -> None:
     choice = choose_form(TWO_OF_FOUR, CPU, torch.bfloat16, "dense")
-    assert [form for form, _ in choice.refused] == ["fragments", "portable", "blocks", "cpu-bitmask", "cpu-nm"]
+    assert [form for form, _ in choice.refused] == [
+        "fragments",
+        "portable",
+        "blocks",
+        "cpu-bitmask",
+        "cpu-nm",
+        "cpu-int8",
+    ]
     assert all(reason for _, reason in choice.refused)
 
 

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from llmprune.measuring.bench.machine import Rates
 from llmprune.serving import dense_product
+from llmprune.serving.cpu_forms import CpuInt8
 from llmprune.serving.quantizer import sparse_layers
 from llmprune.serving.sparse_linear import SparseLinear
-from llmprune.storage.formats import BitmaskLayout, BlockLayout, Layout
+from llmprune.storage.formats import BitmaskLayout, BlockLayout, Int8BitmaskLayout, Layout
 from llmprune.timing import Effort, Timing, time_calls
 
 # Allowed in addition to twice the dense matmul's own error: the cost of rounding a sum once more, in eps.
@@ -118,7 +119,7 @@ def kind(layout: Layout) -> tuple[object, ...]:
     if isinstance(layout, BlockLayout):
         rows, columns = layout.grid
         stored = round(row.pop("blocks") / max(1, rows * columns), 2)
-    elif isinstance(layout, BitmaskLayout):
+    elif isinstance(layout, BitmaskLayout | Int8BitmaskLayout):
         stored = round(row.pop("nonzeros") / max(1, layout.shape[0] * layout.shape[1]), 2)
     return (*(str(value) for value in row.values()), stored)
 
@@ -163,6 +164,8 @@ def compare_product(
         exact = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
         error = relative_error(torch.cat([layer(x) for layer in layers], dim=-1), exact)
         dense_error = relative_error(F.linear(x, weight, bias), exact)
+        if any(isinstance(layer.form, CpuInt8) for layer in layers):
+            dense_error = max(dense_error, CpuInt8.rounding)
         del exact
         times: tuple[Timing | None, Timing | None] = (None, None)
         if is_right(error, dense_error, dtype):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from cpu_matrices import needs_kernels
 from packed_models import save_packed
 from typer.testing import CliRunner
 
@@ -26,6 +27,7 @@ from llmprune.measuring.bench.machine import Rates, device_name, measure_rates, 
 from llmprune.measuring.bench.record import gains, grouped, read_results, write_result
 from llmprune.serving import forms, loader
 from llmprune.serving.fusion import fuse
+from llmprune.storage.formats import Int8BitmaskLayout
 from llmprune.timing import Effort
 
 CPU = torch.device("cpu")
@@ -119,6 +121,17 @@ def test_layers_differ_by_the_share_that_they_store() -> None:
     assert products.kind(layout) == products.kind(same)
     assert products.kind(layout) != products.kind(other)
     assert products.kind(layout) != products.kind(forms.BlockLayout((64, 64), 16, 8, balanced=True))
+
+
+@needs_kernels
+def test_products_of_8_bits_are_right_by_their_own_rounding(tmp_path: Path) -> None:
+    model = load(save_packed(tmp_path, "int8-bitmask", "0.5", torch.float32, **SIZES) / "packed", device="cpu")
+    product = products.packed_products(model)[0]
+    assert product.form == "cpu-int8"
+    (row,) = products.compare_product(product.layers, [4], RATES, FAST)
+    assert row.sparse is not None
+    one, other = (products.kind(Int8BitmaskLayout((64, 64), stored, 64)) for stored in (2048, 2050))
+    assert one == other != products.kind(Int8BitmaskLayout((64, 64), 3000, 64))
 
 
 def test_a_fusion_is_one_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
