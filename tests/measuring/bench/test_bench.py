@@ -125,7 +125,8 @@ def test_layers_differ_by_the_share_that_they_store() -> None:
 
 @needs_kernels
 def test_products_of_8_bits_are_right_by_their_own_rounding(tmp_path: Path) -> None:
-    model = load(save_packed(tmp_path, "int8-bitmask", "0.5", torch.float32, **SIZES) / "packed", device="cpu")
+    folder = save_packed(tmp_path, "int8-bitmask", "0.5", torch.float32, **SIZES) / "packed"
+    model = loader.load(folder, device="cpu", dtype="float32")
     product = products.packed_products(model)[0]
     assert product.form == "cpu-int8"
     (row,) = products.compare_product(product.layers, [4], RATES, FAST)

@@ -159,11 +159,13 @@ typedef Words Places;
 struct WordPair { Words first, second; };
 
 INLINE Floats multiply(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
-INLINE Floats divide(Floats a, float b) {
-  const __m256 all = _mm256_set1_ps(b);
-  return {_mm256_div_ps(a.low, all), _mm256_div_ps(a.high, all)};
+INLINE __m256 load_peaks(const char* from, int64_t type, int64_t first) {
+  if (type == FLOAT32) return _mm256_loadu_ps((const float*)from + first);
+  const __m128i half = _mm_loadu_si128((const __m128i*)((const uint16_t*)from + first));
+  if (type == FLOAT16) return _mm256_cvtph_ps(half);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
-INLINE Floats load_floats(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+INLINE Floats load_peaks(const char* from, int64_t type) { return {load_peaks(from, type, 0), load_peaks(from, type, 8)}; }
 INLINE Ints no_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 INLINE Ints add_ints(Ints a, Ints b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
 INLINE Floats to_float(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
@@ -223,15 +225,24 @@ TARGET static void scale(const int8_t* q, int64_t n, float peak, int32_t type, c
 
 // A row of activations as 16-bit numbers, and their scale; not a number for what is not finite.
 TARGET static float to_words(const float* from, int64_t n, int16_t* to) {
-  float most = 0, wrong = 0;
-  for (int64_t i = 0; i < n; i++) most = __builtin_fabsf(from[i]) > most ? __builtin_fabsf(from[i]) : most;
-  for (int64_t i = 0; i < n; i++) wrong += from[i] * 0.0f;
+  __m256 peaks = _mm256_setzero_ps(), zeros = peaks;  // a zero times what is not finite is not a number
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256 eight = _mm256_loadu_ps(from + i);
+    peaks = _mm256_max_ps(peaks, _mm256_andnot_ps(sign, eight));
+    zeros = _mm256_fmadd_ps(eight, _mm256_setzero_ps(), zeros);
+  }
+  float all[16], most = 0, wrong = 0;
+  _mm256_storeu_ps(all, peaks), _mm256_storeu_ps(all + 8, zeros);
+  for (int k = 0; k < 8; k++) most = all[k] > most ? all[k] : most, wrong += all[8 + k];
+  for (; i < n; i++) most = __builtin_fabsf(from[i]) > most ? __builtin_fabsf(from[i]) : most, wrong += from[i] * 0.0f;
   if (wrong != 0 || most == 0) {
     memset(to, 0, n * sizeof(int16_t));
     return wrong != 0 ? wrong : 0;
   }
   const double factor = 32767.0 / most;
-  int64_t i = 0;
+  i = 0;
   const __m256d by = _mm256_set1_pd(factor);
   for (; i + 4 <= n; i += 4) {
     const __m128i four = _mm256_cvtpd_epi32(_mm256_mul_pd(_mm256_cvtps_pd(_mm_loadu_ps(from + i)), by));

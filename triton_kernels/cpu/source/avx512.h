@@ -154,8 +154,12 @@ typedef __m512i Places;
 struct WordPair { Words first, second; };
 
 INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-INLINE Floats divide(Floats a, float b) { return _mm512_div_ps(a, _mm512_set1_ps(b)); }
-INLINE Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
+INLINE Floats load_peaks(const void* from, int64_t type) {
+  if (type == FLOAT32) return _mm512_loadu_ps(from);
+  const __m256i half = _mm256_loadu_si256((const __m256i*)from);
+  if (type == FLOAT16) return _mm512_cvtph_ps(half);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
 INLINE Ints no_ints() { return _mm512_setzero_si512(); }
 INLINE Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 INLINE Floats to_float(Ints a) { return _mm512_cvtepi32_ps(a); }

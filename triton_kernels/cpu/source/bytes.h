@@ -4,13 +4,12 @@
 //
 // x of M tokens: float [folds][M], the scales, then 16-bit [pairs or groups][M][2 or 4].
 
+static constexpr float SHARE = 1.0f / 127;
+
 // The scales of sixteen rows in a fold: peak / 127.
 INLINE Floats row_scales(const Matrix& m, int64_t tile, int64_t fold) {
-  const int64_t size = item(m.peak_type);
-  const char* peaks = at(m, m.peaks) + (tile * folds(m) + fold) * ROWS * size;
-  alignas(64) float found[ROWS];
-  avx2::to_floats(peaks, m.peak_type, ROWS, found);
-  return divide(load_floats(found), 127.0f);
+  const char* peaks = at(m, m.peaks) + (tile * folds(m) + fold) * ROWS * item(m.peak_type);
+  return multiply(load_peaks(peaks, m.peak_type), broadcast(&SHARE));
 }
 
 template <int U, int M>
