@@ -31,6 +31,7 @@ from llmprune.recovery.training import (
     arguments_for,
     first_half_only,
     is_first,
+    same_verbosity,
     world_size,
 )
 from llmprune.storage.folders import expanded, require_empty, require_free, require_other, require_space
@@ -287,7 +288,7 @@ def _train(
         keeping = KeepZeros(
             source.model, add_lora(source.decoder, masks, options.rank, options.seed) if lora else masks
         )
-        with run.stages("train"), first_half_only(objective):
+        with run.stages("train"), first_half_only(objective), same_verbosity():
             trainer = RecoveryTrainer(objective, arguments, tokens, held_back, keeping, options.patience, run.watch)
             with keeping:
                 best = trainer.run()

@@ -21,6 +21,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.utils import logging as transformers_logging
 
 from llmprune.progress import Progress, Watcher
 from llmprune.recovery.keeping import KeepZeros
@@ -95,6 +96,16 @@ def arguments_for(
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # DataParallel would copy the model in every step; torchrun is for several GPUs
     return arguments
+
+
+@contextmanager
+def same_verbosity() -> Iterator[None]:
+    """Leave transformers' log level as it is: every Trainer sets it for the whole process."""
+    verbosity = transformers_logging.get_verbosity()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 class RecoveryTrainer(Trainer):  # type: ignore[misc] # transformers is not typed

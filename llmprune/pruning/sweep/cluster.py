@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.errors import DeviceError, MissingPackageError, RecipeError
-from llmprune.pruning.sweep.shards import Shard
+from llmprune.pruning.sweep.shards import JOBS_NAME, Shard
 from llmprune.pruning.sweep.sweep import sweep
 from llmprune.recipe.grid import Grid
 from llmprune.storage.folders import expanded
-
-# Where the jobs' scripts and output go, in the sweep's folder.
-JOBS_NAME = ".jobs"
 
 # Options with names of submitit's own; all others are SLURM's, such as partition or account.
 _COMMON = {"time": "timeout_min", "mem_gb": "mem_gb", "cpus": "cpus_per_task", "gpus": "gpus_per_node"}

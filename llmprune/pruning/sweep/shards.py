@@ -14,8 +14,14 @@ from llmprune.pruning.sweep.ledger import RECORD_NAME, Record, SweepRow, plan_ro
 from llmprune.recipe.grid import Combination
 from llmprune.storage.folders import LOCK_NAME, writing_to
 
+# Where scripts and output of jobs go that make shards, in the sweep's folder.
+JOBS_NAME = ".jobs"
+
 # How long a process waits while others rewrite the record, each for milliseconds.
 _PATIENCE_SECONDS = 60.0
+
+# What may be in the folder of a sweep that has no record yet.
+_OWN = (LOCK_NAME, JOBS_NAME, f".{RECORD_NAME}.partial")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,7 @@ def join_sweep(
         ResumeError: the folder holds something else, a sweep of another model, or one that a process works on alone.
     """
     with waiting(output):
-        if not (output / RECORD_NAME).exists() and any(file.name != LOCK_NAME for file in output.iterdir()):
+        if not (output / RECORD_NAME).exists() and any(file.name not in _OWN for file in output.iterdir()):
             raise ResumeError(
                 f"{output} holds files but no sweep",
                 expected=f"a new or empty folder, or one with the {RECORD_NAME} of a sweep",

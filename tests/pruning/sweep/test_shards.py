@@ -9,8 +9,8 @@ from tiny_models import build, save
 
 from llmprune.errors import RecipeError, ResumeError
 from llmprune.pruning.sweep import shards
-from llmprune.pruning.sweep.cluster import JOBS_NAME, _parameters, submit
-from llmprune.pruning.sweep.shards import Shard
+from llmprune.pruning.sweep.cluster import _parameters, submit
+from llmprune.pruning.sweep.shards import JOBS_NAME, Shard
 from llmprune.pruning.sweep.sweep import sweep
 from llmprune.storage.folders import LOCK_NAME
 
