@@ -5,9 +5,14 @@ import os
 _met = False
 
 
+def processes() -> int:
+    """How many processes torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def started() -> bool:
     """Whether torchrun has started this process and others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return processes() > 1
 
 
 def follows() -> bool:

@@ -9,6 +9,7 @@ import typer
 from llmprune.cli import console
 from llmprune.cli.layout import OUTPUT, PRUNE, TEXT, add
 from llmprune.cli.options import AsJson, Device, Quiet, explained, quieten
+from llmprune.torchrun import follows
 
 _EXAMPLES = """
 Examples:
@@ -17,7 +18,7 @@ llmprune recover out/pruned --teacher org/model --dataset text.jsonl --output ou
 
 llmprune recover out/pruned --teacher org/model --dataset text.jsonl --output out/recovered --dry-run
 
-torchrun --nproc-per-node 4 --no-python llmprune recover out/pruned --teacher org/model --dataset t.jsonl --output out
+torchrun --nproc-per-node 4 -m llmprune recover out/pruned --teacher org/model --dataset t.jsonl --output out
 """
 
 # The group of its own options in the help.
@@ -155,7 +156,6 @@ def recover(
     with explained(as_json, lambda: _advice(display, pruned, output)):
         from llmprune.cli.tables.recovering import plan_table, recovery_table
         from llmprune.recovery import recover as room
-        from llmprune.recovery.training import is_first
         from llmprune.text.tokens import TextSpec
 
         quieten(quiet)
@@ -172,7 +172,7 @@ def recover(
                     resume=resume, overwrite=overwrite, watch=display,
                 )  # fmt: skip
             shown = recovery_table(result, output)
-        if is_first():
+        if not follows():
             if as_json:
                 console.show_json(result.to_dict())
             else:

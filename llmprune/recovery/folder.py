@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from llmprune.errors import ResumeError
-from llmprune.recovery.training import is_first, world_size
 from llmprune.storage.exchange import MANIFEST_FORMAT, begin, complete_exchange, exchange
 from llmprune.storage.files import read_json, write_json
 from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME, locked, require_empty, writing_to
+from llmprune.torchrun import follows, processes
 
 _KEY = "recovery"
 # Where the Trainer saves its states.
@@ -52,8 +52,8 @@ class RecoveryFolder:
             ResumeError: the folder is not empty and neither flag is set, or its run is another one.
         """
         assert arguments.device is not None
-        with locked(self._output) if is_first() else contextlib.nullcontext():
-            if is_first():
+        with contextlib.nullcontext() if follows() else locked(self._output):
+            if not follows():
                 self._begin(resume=resume, overwrite=overwrite)
             self.wait()
             self.finished = not self.staging.exists()
@@ -62,7 +62,7 @@ class RecoveryFolder:
 
     def wait(self) -> None:
         """Wait for the other processes to come here."""
-        if world_size() > 1:
+        if processes() > 1:
             torch.distributed.barrier()
 
     def close(self) -> None:

@@ -30,9 +30,7 @@ from llmprune.recovery.training import (
     Schedule,
     arguments_for,
     first_half_only,
-    is_first,
     same_verbosity,
-    world_size,
 )
 from llmprune.storage.folders import expanded, require_empty, require_free, require_other, require_space
 from llmprune.storage.hub import checkpoint_digest, resolve_model
@@ -43,6 +41,7 @@ from llmprune.text.loading import tokenizer_for
 from llmprune.text.openings import Tokenizer
 from llmprune.text.tokens import TextSpec, Tokens
 from llmprune.timing import Stages
+from llmprune.torchrun import follows, processes
 from llmprune.units import format_size
 
 
@@ -128,7 +127,7 @@ def recover(
         arguments = arguments_for(
             run.options,
             target / WORK_NAME,
-            Schedule.of(run.options, shape[0] - held_back, world_size()),
+            Schedule.of(run.options, shape[0] - held_back, processes()),
             run.device,
             run.autocast,
         )
@@ -142,7 +141,7 @@ def recover(
                 run.watch(Progress("nothing to do: the run in this folder is finished"))
                 return load_report(target)
             trainer, memory = _train(run, folder, arguments, tokens)
-            if is_first():
+            if not follows():
                 _finish(run, folder, trainer, memory, tokens, evaluation)
         return load_report(target)
 
@@ -168,7 +167,7 @@ def plan_recovery(
         else:
             ids = _training_text(run, text).ids
             shape = len(ids), ids.shape[1]
-        return make_plan(run.names, run.source, run.teacher, run.options, shape, run.device, world_size())
+        return make_plan(run.names, run.source, run.teacher, run.options, shape, run.device, processes())
 
 
 @contextlib.contextmanager
@@ -195,11 +194,11 @@ def _opened(
     if read.adapter == "lora":
         require_peft()
     place = _place(device)
-    guard = MemoryGuard(StreamSettings(place, read.batch_size), watch if is_first() else ignore)
+    guard = MemoryGuard(StreamSettings(place, read.batch_size), ignore if follows() else watch)
     with guard:
         folder = resolve_model(pruned)
         dense = None if teacher is None or not read.kl_weight else resolve_model(teacher)
-        if output is not None and is_first():
+        if output is not None and not follows():
             target = expanded(output)
             for model in filter(None, (folder, dense)):
                 require_other(target, model)
@@ -208,7 +207,7 @@ def _opened(
         source = CheckpointSource(folder, torch.float32)
         dense_source = None if dense is None else open_checkpoint(dense, place)
         _require_same_vocabulary(source, dense_source)
-        if output is not None and is_first():
+        if output is not None and not follows():
             require_space(expanded(output), disk_needs(source), resume=resume)
         tokenizer = tokenizer_for([_spec(text)], tokenizer_folder(folder, dense), source.config)
         names = str(pruned), "" if teacher is None else str(teacher)
@@ -257,7 +256,7 @@ def _keys(run: Recovery, tokens: Tokens, evaluation: TextSpec | None) -> dict[st
         "evaluation": None if evaluation is None else asdict(evaluation),
         "version": versions(),
         "device": describe_device(run.device),
-        "processes": world_size(),
+        "processes": processes(),
     }
 
 
@@ -279,7 +278,7 @@ def _train(
         if options.checkpointing:
             _enable_checkpointing(source.model)
         masks_file = folder.staging / MASKS_NAME
-        if is_first() and not masks_file.exists():
+        if not follows() and not masks_file.exists():
             save_masks(masks_file, masks_of(source.model))
         folder.wait()
         masks = load_masks(masks_file, source.model)

@@ -17,12 +17,12 @@ from llmprune.devices import describe_device, describe_host
 from llmprune.measuring.perplexity import compare_perplexity, finite, measure_perplexity, run_stream
 from llmprune.models.checkpoint_source import open_checkpoint
 from llmprune.progress import Watcher
-from llmprune.recovery.training import world_size
 from llmprune.storage.report import Report, load_report
 from llmprune.stream.stream import StreamSettings
 from llmprune.text.loading import load_texts, model_positions
 from llmprune.text.openings import Tokenizer
 from llmprune.text.tokens import TextSpec, Tokens
+from llmprune.torchrun import processes
 
 if TYPE_CHECKING:
     from llmprune.recovery.recover import Recovery
@@ -97,7 +97,7 @@ def make_report(
     recovery = {
         "teacher": teacher or None,
         "options": asdict(run.options),
-        "processes": world_size(),
+        "processes": processes(),
         "sequences": len(tokens.ids) - (run.options.held_back or 0),
         "held_back": run.options.held_back,
         "length": tokens.ids.shape[1],

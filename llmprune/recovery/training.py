@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from llmprune.recovery.objective import UNSCORED, Objective
 from llmprune.recovery.options import RecoveryOptions
 from llmprune.storage.files import reading, write_shard
 from llmprune.text.tokens import Tokens
+from llmprune.torchrun import meet
 
 _WEIGHTS, _STATE, _FINISHED = "weights.safetensors", "trainer_state.json", "finished"
 # How many points of the loss are kept.
@@ -93,6 +93,7 @@ def arguments_for(
         use_cpu=device.type == "cpu",
         ddp_find_unused_parameters=False,
     )
+    meet()
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # DataParallel would copy the model in every step; torchrun is for several GPUs
     return arguments
@@ -284,16 +285,6 @@ def last_state(folder: Path) -> Path | None:
             continue
         found[step] = state
     return found[max(found)] if found else None
-
-
-def world_size() -> int:
-    """How many processes train together, as torchrun says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _rows(tokens: Tokens) -> list[dict[str, Tensor]]:
