@@ -92,10 +92,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=["sparsegpt", "wanda"])
     parser.add_argument("--learning-rate", type=float, default=KNOBS["learning_rate"])
     parser.add_argument("--epochs", type=float, default=KNOBS["epochs"])
+    parser.add_argument("--batch-size", type=int, default=KNOBS["batch_size"])
     parser.add_argument("--samples", type=int, default=400, help="held-out sequences")
     parser.add_argument("--json", type=Path, help="where to write the figures; rows of other methods in it are kept")
     args = parser.parse_args(arguments)
-    options = RecoveryOptions.read({**KNOBS, "learning_rate": args.learning_rate, "epochs": args.epochs})
+    knobs = {"learning_rate": args.learning_rate, "epochs": args.epochs, "batch_size": args.batch_size}
+    options = RecoveryOptions.read({**KNOBS, **knobs})
     table = Table("method", "dense", "pruned", "recovered", "gap closed", "zeros", "CPU minutes")
     for method in args.methods:
         row = measure(method, args.calibration, args.heldout, args.folder, options, args.samples)
