@@ -243,7 +243,7 @@ def onnx() -> str:
         "ONNX Runtime, ms": "{onnxruntime_ms:.1f}",
         "packed, ms": "{packed}",
     }
-    return _bench("onnx-cpu", "onnx testbed SmolLM2-135M --work FOLDER", columns)
+    return _bench("onnx-cpu", "onnx testbed random --work FOLDER", columns)
 
 
 def families() -> str:

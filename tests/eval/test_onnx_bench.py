@@ -41,7 +41,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_kind_is_measured_in_every_way(tiny: Path, tmp_path: Path) -> None:
-    common = [str(tiny), "--work", str(tmp_path / "work"), "--tokens", "3", "7", "--rounds", "3"]
+    common = [str(tiny), "--work", str(tmp_path / "work"), "--tokens", "3", "7", "--seconds", "0"]
     onnx.main([*common, "--prepare"])
     onnx.main([*common, "--json", str(tmp_path / "figures.json")])
     rows = json.loads((tmp_path / "figures.json").read_text())
@@ -50,12 +50,19 @@ def test_every_kind_is_measured_in_every_way(tiny: Path, tmp_path: Path) -> None
     for row in rows:
         ways = {"torch", "onnxruntime"} | ({"packed"} if row["weights"] == "unstructured" else set())
         assert {key[:-3] for key in row if key.endswith("_ms")} == ways == row["timings"].keys()
-        assert all(timing["repeats"] == 3 for timing in row["timings"].values())
+        assert all(timing["repeats"] == 10 for timing in row["timings"].values())
     zeros = AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "tiny" / "unstructured").model.layers[0].mlp
     assert float((zeros.up_proj.weight == 0).float().mean()) == 0.5
     assert (
         json.loads((tmp_path / "work" / "tiny" / "structured" / "config.json").read_text())["intermediate_size"] == 48
     )
+
+
+def test_a_random_model_needs_no_checkpoint(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128}
+    monkeypatch.setattr(onnx, "RANDOM", {**HIDDEN, **small})
+    folders = onnx.prepare("random", tmp_path / "work")
+    assert [row["weights"] for row in onnx.measure(folders, [3], 0)] == ["dense", "unstructured", "structured"]
 
 
 def test_other_logits_are_not_timed(tiny: Path, tmp_path: Path) -> None:
@@ -64,4 +71,4 @@ def test_other_logits_are_not_timed(tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(folders["unstructured"], folders["dense"])
     (tmp_path / "work" / "dense-onnx" / "model.onnx").write_text(str(tiny))
     with pytest.raises(SystemExit, match="the logits of onnxruntime differ from torch's"):
-        list(onnx.measure(folders, [3], 1))
+        list(onnx.measure(folders, [3], 0))
