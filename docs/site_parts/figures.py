@@ -103,6 +103,8 @@ def cpu_kernels() -> str:
         "own-huge": "torch's own, huge pages",
         "prepacked": "oneDNN, prepacked",
         "2:4": "2:4",
+        "int8-0.5": "int8 bitmask, 50%",
+        "int8-2:4": "int8, 2:4",
     }
     body = []
     for row in result["rows"]:
