@@ -26,8 +26,8 @@ def meet() -> None:
     _met = True
 
 
-def alone_in_failing() -> bool:
-    """Whether an error here may be this process's own; until the processes meet, all of them have the same."""
+def shows_errors() -> bool:
+    """Whether this process shows its errors: until the processes meet, all have the same, and the first one does."""
     return _met or not follows()
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmprune.cli import console, uploading
-from llmprune.cli.layout import DEPLOY, MEASURE, OUTPUT, add
+from llmprune.cli.layout import DEPLOY, MEASURE, OUTPUT, Overwrite, add
 from llmprune.cli.options import AsJson, Folder, Model, Quiet, explained
 from llmprune.cli.uploading import PushToHub
 
@@ -30,11 +30,6 @@ class PackFormat(str, Enum):
     nm = "nm"
     block = "block"
     bitmask = "bitmask"
-
-
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the checkpoint in the output folder.")
-]
 
 
 def add_commands(app: typer.Typer) -> None:

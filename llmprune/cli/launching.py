@@ -8,7 +8,6 @@ import typer
 
 from llmprune import torchrun
 from llmprune.cli import console
-from llmprune.cli.options import INTERRUPTED
 
 
 def launch(processes: int | None) -> None:
@@ -21,12 +20,14 @@ def launch(processes: int | None) -> None:
         return
     if torchrun.started():
         raise typer.BadParameter("torchrun has started the processes already", param_hint="--processes")
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
-    for name in ("torch.distributed.elastic", "torch.distributed.run"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what has failed has said why itself
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what has failed has said why itself
     try:
         main(["--standalone", f"--nproc-per-node={processes}", "-m", "llmprune", *without_number(sys.argv[1:])])
     except ChildFailedError as error:
@@ -34,8 +35,8 @@ def launch(processes: int | None) -> None:
         if failure.exitcode < 0:
             console.tell(f"process {rank} was ended by {failure.signal_name()}; continue with --resume")
         raise typer.Exit(failure.exitcode if failure.exitcode > 0 else 1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
+    except SignalException as error:  # the first process has said how to continue
+        raise typer.Exit(128 + int(error.sigval)) from None
     raise typer.Exit(0)
 
 

@@ -1,7 +1,7 @@
 """How help is laid out: commands and options in groups, and every value by its own word rather than a Python type."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -13,6 +13,11 @@ PRUNE, MEASURE, DEPLOY = PANELS = ("Prune", "Measure", "Deploy")
 
 # The groups of a command's options; those without one come last.
 WHAT, TEXT, OUTPUT, _OTHERS = "What to prune", "Text", "Output", "Other options"
+
+Resume = Annotated[bool, typer.Option("--resume", rich_help_panel=OUTPUT, help="Continue the interrupted run in DIR.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the checkpoint in the output folder.")
+]
 
 
 def add(

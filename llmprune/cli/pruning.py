@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from llmprune import torchrun
 from llmprune.cli import console, launching, uploading
-from llmprune.cli.layout import OUTPUT, PRUNE, WHAT, add
+from llmprune.cli.layout import OUTPUT, PRUNE, WHAT, Overwrite, Resume, add
 from llmprune.cli.options import AsJson, Device, Model, Quiet, explained, quieten
 from llmprune.cli.shortcuts import (
     Dataset,
@@ -21,7 +22,6 @@ from llmprune.cli.shortcuts import (
     Wanted,
 )
 from llmprune.cli.uploading import PushToHub
-from llmprune.torchrun import follows
 
 _PRUNE_EXAMPLES = """
 Examples:
@@ -88,12 +88,8 @@ def prune(
             "what suits each pattern. Default: the recipe's.",
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", rich_help_panel=OUTPUT, help="Continue the interrupted run in DIR.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the checkpoint in DIR.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     push_to_hub: PushToHub = None,
     dry_run: Annotated[
         bool,
@@ -146,10 +142,10 @@ def prune(
         return
     options = [part for key, value in chosen.items() if value for part in (f"--{key}", value)]
     options += ["--push-to-hub", push_to_hub] if push_to_hub else []
-    options += ["--processes", str(processes)] if processes else []
+    options += ["--processes", str(torchrun.processes())] if torchrun.started() else []
     options += [*["--json"] * as_json, *["--quiet"] * quiet]
     command = ["llmprune", "prune", model, *wanted.words(output), *options]
-    display = console.Display(quiet=quiet or follows())
+    display = console.Display(quiet=quiet or torchrun.follows())
     advice = (
         lambda: _advice(display, command, resume=resume, overwrite=overwrite),
         lambda: _advice_on_memory(display, command),
@@ -167,7 +163,7 @@ def prune(
             report = pipeline.prune(
                 model, wanted.name, output, overrides=settings, resume=resume, overwrite=overwrite, watch=display
             )
-        if follows():
+        if torchrun.follows():
             return
         if not as_json:
             console.show(report_table(report, expanded(output)))

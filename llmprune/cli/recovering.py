@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from llmprune.cli import console
-from llmprune.cli.layout import OUTPUT, PRUNE, TEXT, add
+from llmprune.cli.layout import OUTPUT, PRUNE, TEXT, Overwrite, Resume, add
 from llmprune.cli.options import AsJson, Device, Quiet, explained, quieten
 from llmprune.torchrun import follows
 
@@ -120,13 +120,8 @@ def recover(
     output: Annotated[
         str | None, _option("--output -o", "DIR", "Folder for the recovered checkpoint. Required.", OUTPUT)
     ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", rich_help_panel=OUTPUT, help="Continue the interrupted run in DIR."),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the checkpoint in DIR.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Only show the steps, time, memory and disk space; DIR is optional."),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmprune.cli import console
-from llmprune.cli.layout import OUTPUT, PRUNE, TEXT, add
+from llmprune.cli.layout import OUTPUT, PRUNE, TEXT, Overwrite, Resume, add
 from llmprune.cli.options import AsJson, Device, Model, Quiet, explained, quieten
 
 if TYPE_CHECKING:
@@ -103,12 +103,8 @@ def rotate(
         int, typer.Option(min=1, metavar="N", rich_help_panel=TEXT, help="Sequences per forward pass.")
     ] = 8,
     device: Device = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", rich_help_panel=OUTPUT, help="Continue the interrupted run in DIR.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the checkpoint in DIR.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Only show the time, memory and disk space that it needs; DIR is optional."),

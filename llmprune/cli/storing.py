@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmprune.cli import console
-from llmprune.cli.checkpoints import Overwrite
-from llmprune.cli.layout import DEPLOY, OUTPUT, add
+from llmprune.cli.layout import DEPLOY, OUTPUT, Overwrite, add
 from llmprune.cli.options import AsJson, Folder, Quiet, explained
 
 if TYPE_CHECKING:

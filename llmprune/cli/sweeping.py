@@ -172,7 +172,9 @@ def _submit(model: str, wanted: Wanted, output: Path, jobs: int, options: list[s
         if wrong := [key for key, equals, value in pairs if not (key and equals and value)]:
             raise typer.BadParameter(f"{wrong[0]!r}: expected KEY=VALUE", param_hint="--slurm")
         grid = read_grid(wanted.settings())
-        forecast(model, wanted.name, grid)  # what any run would refuse is said now, not by a job in the night
+        forecast(
+            model, wanted.name, grid, output, resume=True
+        )  # what any run would refuse is said now, not by a job in the night
         found = submit(model, wanted.name, grid, output, jobs, {key: value for key, _, value in pairs})
         names = [job.job_id for job in found]
         if as_json:

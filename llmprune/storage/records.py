@@ -62,9 +62,10 @@ def read_as(
         LlmpruneError: of the class `raised`: the file cannot be read, is not JSON, or holds something else.
     """
     try:
-        return _reader(cast(Hashable, kind)).validate_json(file.read_bytes(), strict=True)
-    except (OSError, ValidationError) as error:
+        content = file.read_bytes()
+    except OSError as error:
         raise raised(f"{file} cannot be read: {problem(error)}", expected=expected, fix=fix) from error
+    return parsed(content, kind, str(file), expected=expected, fix=fix, raised=raised)
 
 
 def parsed(

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.errors import DeviceError, MissingPackageError, RecipeError
-from llmprune.pruning.sweep.shards import JOBS_NAME, Shard
+from llmprune.pruning.sweep.ledger import JOBS_NAME
+from llmprune.pruning.sweep.shards import Shard
 from llmprune.pruning.sweep.sweep import sweep
 from llmprune.recipe.grid import Grid
 from llmprune.storage.folders import expanded
 
-# Options with names of submitit's own; all others are SLURM's, such as partition or account.
+# Options that are counted, by submitit's names; all others are handed on to sbatch as they are.
 _COMMON = {"time": "timeout_min", "mem_gb": "mem_gb", "cpus": "cpus_per_task", "gpus": "gpus_per_node"}
 
 
@@ -51,7 +52,7 @@ def submit(
     output: str | Path,
     jobs: int,
     options: Mapping[str, str],
-    cluster: str | None = None,
+    cluster: str = "slurm",
 ) -> list[Any]:
     """Submit a sweep as a job array; nothing is waited for.
 
@@ -61,8 +62,8 @@ def submit(
         grid: as for `sweep`.
         output: as for `sweep`; on a file system that all nodes share.
         jobs: into how many shards it is cut, at least 1.
-        options: of each job: time (minutes), mem_gb, cpus, gpus, and SLURM's own, such as partition.
-        cluster: "slurm", "local" (processes of this machine) or None: whichever is there.
+        options: of each job: time (minutes), mem_gb, cpus, gpus, and any option of sbatch, such as partition.
+        cluster: "slurm", or "local": processes of this machine.
 
     Returns:
         submitit's jobs.
@@ -95,13 +96,12 @@ def submit(
 
 
 def _parameters(options: Mapping[str, str]) -> dict[str, Any]:
-    """Submitit's parameters: SLURM's own are handed on as they are."""
+    """Submitit's parameters."""
     found: dict[str, Any] = {}
-    for name, value in options.items():
-        if name not in _COMMON:
-            found[f"slurm_{name}"] = value
-        elif not value.isdecimal():
-            raise RecipeError(f"--slurm {name}={value}", expected="a whole number" + " of minutes" * (name == "time"))
-        else:
-            found[_COMMON[name]] = int(value)
+    for name in _COMMON.keys() & options.keys():
+        if not options[name].isdecimal():
+            raise RecipeError(f"--slurm {name}={options[name]}", expected="a whole number")
+        found[_COMMON[name]] = int(options[name])
+    if own := {name: value for name, value in options.items() if name not in _COMMON}:
+        found["slurm_additional_parameters"] = own
     return found

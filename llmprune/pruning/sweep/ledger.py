@@ -18,6 +18,9 @@ from llmprune.storage.records import CLOSED, PlainName, read_as
 
 RECORD_NAME = "sweep.json"
 
+# Where scripts and output of a cluster's jobs go, in the sweep's folder.
+JOBS_NAME = ".jobs"
+
 _FORMAT = 1
 
 State = Literal["waiting", "running", "interrupted", "failed", "finished", "replaced"]
@@ -145,7 +148,7 @@ def require_sweep(output: Path, *, resume: bool, overwrite: bool) -> None:
         return
     if output.exists() and not output.is_dir():
         raise ResumeError(f"{output} is a file", expected="an output folder", fix="choose another output folder")
-    beginnings = {LOCK_NAME, f".{RECORD_NAME}.partial"}
+    beginnings = {LOCK_NAME, JOBS_NAME, f".{RECORD_NAME}.partial"}
     if output.exists() and any(file.name not in beginnings for file in output.iterdir()):
         raise ResumeError(
             f"{output} holds files but no sweep",

@@ -10,18 +10,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from llmprune.errors import RecipeError, ResumeError
-from llmprune.pruning.sweep.ledger import RECORD_NAME, Record, SweepRow, plan_rows, read_rows
+from llmprune.pruning.sweep.ledger import Record, SweepRow, plan_rows, read_rows, require_sweep
 from llmprune.recipe.grid import Combination
 from llmprune.storage.folders import LOCK_NAME, writing_to
 
-# Where scripts and output of jobs go that make shards, in the sweep's folder.
-JOBS_NAME = ".jobs"
-
 # How long a process waits while others rewrite the record, each for milliseconds.
 _PATIENCE_SECONDS = 60.0
-
-# What may be in the folder of a sweep that has no record yet.
-_OWN = (LOCK_NAME, JOBS_NAME, f".{RECORD_NAME}.partial")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +92,7 @@ def join_sweep(
         ResumeError: the folder holds something else, a sweep of another model, or one that a process works on alone.
     """
     with waiting(output):
-        if not (output / RECORD_NAME).exists() and any(file.name not in _OWN for file in output.iterdir()):
-            raise ResumeError(
-                f"{output} holds files but no sweep",
-                expected=f"a new or empty folder, or one with the {RECORD_NAME} of a sweep",
-                fix="choose another output folder",
-            )
+        require_sweep(output, resume=True, overwrite=False)
         # Runs of other shards are in the record before they have a folder.
         earlier = [row for row in read_rows(output, keys) if row.state != "replaced"]
         rows = plan_rows(combinations, earlier)

@@ -154,7 +154,7 @@ def _put(file: BinaryIO, block: Block) -> None:
 
 
 def _end(file: BinaryIO | None) -> None:
-    """Cut off what lies behind the last block, and see to it that the disk has the rest."""
+    """Truncate the file after the last block, and flush the rest to disk."""
     if file is not None:
         file.truncate()
         file.flush()

@@ -7,10 +7,11 @@ from filelock import FileLock
 from sweeps import GRID, NAMES, on_text, states, stop_at, write_text
 from tiny_models import build, save
 
-from llmprune.errors import RecipeError, ResumeError
+from llmprune.errors import DeviceError, RecipeError, ResumeError
 from llmprune.pruning.sweep import shards
 from llmprune.pruning.sweep.cluster import _parameters, submit
-from llmprune.pruning.sweep.shards import JOBS_NAME, Shard
+from llmprune.pruning.sweep.ledger import JOBS_NAME
+from llmprune.pruning.sweep.shards import Shard
 from llmprune.pruning.sweep.sweep import sweep
 from llmprune.storage.folders import LOCK_NAME
 
@@ -70,10 +71,20 @@ def test_jobs_at_the_same_time_make_the_whole_sweep(model: Path, tmp_path: Path)
 
 
 def test_options_of_jobs_are_named_as_submitit_names_them() -> None:
-    assert _parameters({"time": "60", "gpus": "1", "partition": "long"}) == {
+    options = {"time": "60", "gpus": "1", "partition": "long", "reservation": "mine"}
+    assert _parameters(options) == {
         "timeout_min": 60,
         "gpus_per_node": 1,
-        "slurm_partition": "long",
+        "slurm_additional_parameters": {"partition": "long", "reservation": "mine"},
     }
     with pytest.raises(RecipeError, match="time=soon"):
         _parameters({"time": "soon"})
+
+
+def test_without_slurm_nothing_is_started_here_instead(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    output = tmp_path / "out"
+    with pytest.raises(DeviceError, match="the jobs cannot be submitted") as caught:
+        submit(str(model), on_text(write_text(tmp_path)), GRID, output, 2, {"partition": "long"})
+    assert "--shard" in caught.value.fix
+    assert not output.exists()
