@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmprune.kernels.cpu import add_gram_compiled
+
 
 @contextmanager
 def float32_products(mode: str) -> Iterator[None]:
@@ -51,14 +53,16 @@ _PANEL = 1024
 def add_gram(total: Tensor, x: Tensor) -> None:
     """Add the lower triangle of x^T x to `total` in place, with exact products and sums in the dtype of `total`.
 
-    bfloat16 inputs multiply on the matrix units: on CUDA with float32 output, on a CPU by a float32 product that may
-    round its inputs to bfloat16, which changes nothing because they are bfloat16 already. Everything above the diagonal
-    is left unspecified: `mirror_lower` completes it.
+    bfloat16 inputs multiply in bfloat16: on CUDA with float32 output, on a CPU by the compiled kernels, or by a float32
+    product that may round its inputs to bfloat16, which changes nothing because they are bfloat16 already. Everything
+    above the diagonal is left unspecified: `mirror_lower` completes it.
 
     Args:
         total: [in, in], float32 or float64.
         x: [tokens, in], any floating dtype.
     """
+    if add_gram_compiled(total, x):
+        return
     on_cuda = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and total.dtype == torch.float32
     rows = x if on_cuda else x.to(total.dtype)
     with float32_products("bf16" if x.dtype == torch.bfloat16 and not x.is_cuda else "ieee"):

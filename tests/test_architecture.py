@@ -15,10 +15,11 @@ FILES = [path for folder in (PACKAGE, KERNELS) for path in sorted(folder.rglob("
 # The rooms in their order. A module imports from its own room, where nothing goes round in a circle, and from the lines
 # above it; never from another room of its own line, and never from below.
 ROOMS = (
+    ("kernels",),
     ("errors", "precision", "progress", "timing", "torchrun", "units"),
     ("devices", "paths", "patterns", "ranks", "statistics"),
     ("losses",),
-    ("kernels", "storage.formats"),
+    ("storage.formats",),
     ("methods", "rotation", "storage"),
     ("models",),
     ("serving", "text"),

@@ -13,12 +13,16 @@ for it, are stored as bfloat16: their bytes, not their values, are halved.
 int8 weights are multiplied by activations of 16 bits, exactly within 128 columns, whose sums are added up in float32
 with the scales of both. x that is not finite gives results that are not a number.
 
+The same library has what pruning takes most of its time for on a CPU: the column loop of SparseGPT
+(`kernels.obs_sweep`), and the Gram matrix of bfloat16 inputs where there are instructions for it.
+
 The weights are constants. Gradients flow to x and the bias, through the dense matrix.
 """
 
 from .choices import dense_from, measured_limit, shape_key
 from .finding import library, unavailable
-from .library import FOLD, KINDS, LEVELS, TYPES, CorruptMatrixError, new_memory
+from .gram import add_gram_compiled
+from .library import FOLD, KINDS, LEVELS, MOST_COLUMNS, MOST_GROUP, TYPES, CorruptMatrixError, new_memory
 from .measuring import measure_dense_from
 from .operator import dense, expanded_linear, linear, pack, unpack
 
@@ -26,8 +30,11 @@ __all__ = [
     "FOLD",
     "KINDS",
     "LEVELS",
+    "MOST_COLUMNS",
+    "MOST_GROUP",
     "TYPES",
     "CorruptMatrixError",
+    "add_gram_compiled",
     "dense",
     "dense_from",
     "expanded_linear",

@@ -23,6 +23,9 @@ _DTYPES = tuple(STORED)
 # The instruction sets by number; the rest of this module passes the number.
 LEVELS = ("none", "AVX2", "AVX-512 with BF16")
 
+# What `sweep` takes at most.
+MOST_COLUMNS, MOST_GROUP = 256, 32
+
 # One thread for each of these bytes: below, waking another one costs more than it reads.
 _THREAD_BYTES = 128 << 10
 
@@ -52,6 +55,9 @@ _SIGNATURES = {
         (_address, _address, _size, _number, _address, _size, _size, *[_address] * 2, _size, _address, *[_number] * 2),
     ),
     "expand": (_number, (_address, _size, _size, _size, _address, _number, _number)),
+    "sweep": (_number, (*[_address] * 5, *[_size] * 4, _number, _number)),
+    "gram": (_number, (_address, _size, _size, _address, _address, _number, _number)),
+    "gram_scratch": (_size, (_size, _size)),
     "stream": (ctypes.c_float, (_address, _size, _number)),
 }
 
@@ -195,6 +201,49 @@ class Library:
         self._require(
             self._expand(packed.data_ptr(), packed.nbytes, rows.start, rows.stop, dense.data_ptr(), level, threads)
         )
+
+    def sweep(
+        self,
+        sums: Tensor,
+        original: Tensor,
+        upper: Tensor,
+        importance: Tensor,
+        keep: Tensor,
+        group: tuple[int, int] | None,
+        level: int | None = None,
+    ) -> None:
+        """Decide the columns of a block one after another: `kernels.obs_sweep.sweep_block`.
+
+        Args:
+            sums: [columns, rows], float32; at most `MOST_COLUMNS` columns.
+            original: [columns, rows], float32.
+            upper: [columns, columns], float32.
+            importance: [columns], float32.
+            keep: [columns, rows], bool.
+            group: (N, M), M at most `MOST_GROUP`, or None.
+            level: the instruction set; None: the best.
+        """
+        columns, rows = sums.shape
+        operands = (sums, original, upper, importance, keep)
+        wanted = ((columns, rows), (columns, rows), (columns, columns), (columns,), (columns, rows))
+        if any(
+            tuple(one.shape) != shape or not one.is_contiguous() for one, shape in zip(operands, wanted, strict=True)
+        ):
+            raise ValueError(f"shapes {[list(one.shape) for one in operands]}; expected {wanted}, contiguous")
+        result = self._sweep(
+            *(tensor.data_ptr() for tensor in operands), columns, rows, *(group or (0, 0)),
+            self.level if level is None else level, self.threads(columns * sums.nbytes),
+        )  # fmt: skip
+        self._require(result)
+
+    def add_gram(self, total: Tensor, x: Tensor) -> None:
+        """Add the lower triangle of x^T x to `total` [width, width], float32; x is [tokens, width], bfloat16."""
+        tokens, width = x.shape
+        if total.shape != (width, width) or not (total.is_contiguous() and x.is_contiguous()):
+            raise ValueError(f"sums of shape {list(total.shape)} for inputs of width {width}; expected both contiguous")
+        scratch = torch.empty(self._gram_scratch(tokens, width), dtype=torch.uint8, device="cpu")
+        pointers = total.data_ptr(), scratch.data_ptr()
+        self._require(self._gram(x.data_ptr(), tokens, width, *pointers, self.level, self.threads(width * x.nbytes)))
 
     def stream(self, floats: Tensor) -> float:
         """Read memory as fast as possible: the sum of float32 numbers."""

@@ -1,13 +1,15 @@
 """Process one block of columns of an optimal-brain-surgeon solver (SparseGPT) with one kernel launch.
 
 The textbook's column loop launches a few small kernels per column, and is bound by these launches on a GPU. Rows are
-independent given the mask, so one program can take some rows through all columns of the block.
+independent given the mask, so one program can take some rows through all columns of the block; on a CPU, one thread of
+the compiled kernels does.
 """
 
 import torch
 import torch.utils._triton  # `import torch` does not load it
 from torch import Tensor
 
+from .. import cpu
 from .reference import run_columns, sweep_block_reference
 
 __all__ = ["run_columns", "sweep_block"]
@@ -37,8 +39,32 @@ def sweep_block(
         from .kernel import sweep_block_triton
 
         sweep_block_triton(sums, original, upper, importance, keep, group)
+    elif _is_compiled(sums, group):
+        _sweep_compiled(sums, original, upper, importance, keep, group)
     else:
         sweep_block_reference(sums, original, upper, importance, keep, group)
+
+
+def _is_compiled(sums: Tensor, group: tuple[int, int] | None) -> bool:
+    """Whether a CPU library takes it."""
+    fits = sums.device.type == "cpu" and sums.dtype == torch.float32 and (group is None or group[1] <= cpu.MOST_GROUP)
+    return fits and cpu.unavailable() is None
+
+
+def _sweep_compiled(
+    sums: Tensor, original: Tensor, upper: Tensor, importance: Tensor, keep: Tensor, group: tuple[int, int] | None
+) -> None:
+    """On a CPU, in blocks of at most as many columns as its kernels take."""
+    unit = group[1] if group else 1
+
+    def decide(low: int, high: int) -> None:
+        part = slice(low, high)
+        square = upper[part, part].contiguous()
+        cpu.library().sweep(
+            sums[part], original[part].contiguous(), square, importance[part].contiguous(), keep[part], group
+        )
+
+    run_columns(sums, upper, cpu.MOST_COLUMNS // unit * unit, decide)
 
 
 def _has_triton() -> bool:

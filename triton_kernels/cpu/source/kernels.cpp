@@ -31,7 +31,9 @@ struct Activations {
 };
 
 #if HAVE_KERNELS
+#include "columns.h"
 #include "dense.h"
+#include "gram.h"
 
 typedef void (*Kernel)(const Matrix&, int64_t tile, const void* x, float* out);
 
@@ -327,6 +329,44 @@ int llmprune_expand(const void* matrix, int64_t bytes, int64_t from, int64_t to,
   if (misaligned(out, item(dense_type(m)))) return MISALIGNED;
   Dense dense{&m, from / ROWS, (to + ROWS - 1) / ROWS, (char*)out, level};
   in_threads(expand_share, &dense, threads);
+  return DONE;
+#else
+  return UNSUPPORTED;
+#endif
+}
+
+// Decides the columns of a block one after another: see columns.h. At most 256 columns, and groups of 32.
+int llmprune_sweep(float* sums, const float* original, const float* upper, const float* importance, uint8_t* stays,
+                   int64_t columns, int64_t rows, int64_t keep, int64_t of, int level, int threads) {
+#if HAVE_KERNELS
+  if (level < AVX2 || level > llmprune_level()) return UNSUPPORTED;
+  if (columns < 0 || columns > MOST_COLUMNS || rows < 0 || of < 0 || of > MOST_GROUP || keep < 0 || keep > of) return REFUSED;
+  if (of && columns % of) return REFUSED;
+  if (misaligned(sums, 4) || misaligned(original, 4) || misaligned(upper, 4) || misaligned(importance, 4)) return MISALIGNED;
+  Columns work{columns, rows, keep, of, sums, original, upper, importance, stays, level};
+  if (columns && rows) in_threads(sweep_share, &work, threads);
+  return DONE;
+#else
+  return UNSUPPORTED;
+#endif
+}
+
+// Scratch of llmprune_gram, in bytes.
+int64_t llmprune_gram_scratch(int64_t tokens, int64_t width) {
+  return (tokens + 1) / 2 * ((width + 47) / 48 * 48) * (int64_t)sizeof(uint32_t);
+}
+
+// Adds the lower triangle of x^T x, x [tokens][width] bfloat16, to total [width][width]: see gram.h. What lies above it
+// is left unspecified.
+int llmprune_gram(const uint16_t* x, int64_t tokens, int64_t width, float* total, void* scratch, int level, int threads) {
+#if HAVE_KERNELS
+  if (level != AVX512 || level > llmprune_level()) return UNSUPPORTED;
+  if (tokens < 0 || width < 0) return REFUSED;
+  if (misaligned(x, 2) || misaligned(total, 4) || misaligned(scratch, 4)) return MISALIGNED;
+  Gram gram{x, tokens, width, total, (uint32_t*)scratch};
+  if (!tokens || !width) return DONE;
+  in_threads(pack_pairs, &gram, threads);
+  in_threads(gram_share, &gram, threads);
   return DONE;
 #else
   return UNSUPPORTED;
