@@ -31,7 +31,7 @@ from llmprune.recipe.bundled import bundled_recipes
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.rotation import RotationOptions
-from llmprune.recipe.sections import Experts, Rule, StatisticsOptions
+from llmprune.recipe.sections import Experts, Quantise, Rule, StatisticsOptions
 from llmprune.recipe.structures import SECTIONS, Structures
 from llmprune.text.tokens import EvaluationSpec
 
@@ -167,6 +167,7 @@ def test_the_navigation_has_every_page() -> None:
         ("## Experts of MoE models", set(Experts.model_fields)),
         *((f"### `allocation.{name}`", set(rule.model_fields)) for name, rule in RULES.items()),
         ("## Block matching", set(Reconstruct.model_fields)),
+        ("## Quantisation", set(Quantise.model_fields)),
         ("## Rotation", set(RotationOptions.model_fields)),
         *((f"### `structures.{name}`", set(model.model_fields)) for name, model in SECTIONS.items()),
     ],

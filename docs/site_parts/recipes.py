@@ -19,7 +19,7 @@ from llmprune.recipe.fields import MOST
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.rotation import RotationOptions
-from llmprune.recipe.sections import Experts, Rule, StatisticsOptions
+from llmprune.recipe.sections import Experts, Quantise, Rule, StatisticsOptions
 from llmprune.recipe.structures import SECTIONS, Amount, Structures
 from llmprune.text.mix import MixPart, TextMix
 from llmprune.text.tokens import EvaluationSpec, TextSpec
@@ -101,6 +101,11 @@ def allocation_keys() -> str:
 def reconstruct_keys() -> str:
     """The keys of the section `reconstruct`."""
     return _keys(Reconstruct)
+
+
+def quantise_keys() -> str:
+    """The keys of the section `quantise`."""
+    return _keys(Quantise)
 
 
 def rotation_keys() -> str:
@@ -226,6 +231,7 @@ PARTS = {
     "expert-keys": expert_keys,
     "allocation-keys": allocation_keys,
     "reconstruct-keys": reconstruct_keys,
+    "quantise-keys": quantise_keys,
     "statistics-keys": statistics_keys,
     "rotation-keys": rotation_keys,
     "text-keys": text_keys,

@@ -66,7 +66,7 @@ def needs_gradients(jobs: Mapping[str, Job]) -> bool:
 
 def needs_importance(loss_weight: str, jobs: Mapping[str, Job]) -> bool:
     """Whether a layer's statistics are weighted by the loss; `loss_weight` as in the recipe."""
-    return loss_weight != "none" and any(job.method.needs is not None for job in jobs.values())
+    return loss_weight != "none" and any(job.needs is not None for job in jobs.values())
 
 
 def dense_gradients(

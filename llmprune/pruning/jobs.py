@@ -7,10 +7,12 @@ from types import MappingProxyType
 
 from llmprune.errors import ModelError, PatternError, RecipeError
 from llmprune.methods import Method, method_name
+from llmprune.methods.quantise import Quantiser
 from llmprune.models.decoder import Matrix, prunable_matrices
 from llmprune.models.source import Source
 from llmprune.patterns import Block, Pattern, Unstructured
 from llmprune.recipe.recipe import Recipe
+from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storage.packed_config import Format, layout_name
 from llmprune.structures.decisions import MatrixChoice
 
@@ -23,11 +25,32 @@ class Job:
         pattern: which zeros are legal.
         method: chooses which weights become zero, and updates the others.
         method_name: its name in recipes.
+        quantiser: rounds the kept weights afterwards; None: they are not quantised.
+        late: whether they are rounded only once the layer has been fitted as a whole.
     """
 
     pattern: Pattern
     method: Method
     method_name: str
+    quantiser: Quantiser | None = None
+    late: bool = False
+
+    @property
+    def needs(self) -> type[ColumnNorm] | type[Gram] | None:
+        """The statistics that it reads; None if only the weights."""
+        return self.method.needs if self.quantiser is None else Gram
+
+    def work(self, shape: tuple[int, int]) -> float:
+        """Floating-point operations for a matrix of this shape (out, in), excluding `shared_work`."""
+        return self.method.work(shape, self.pattern) + (self.quantiser.work(shape) if self.quantiser else 0.0)
+
+    def shared_work(self, width: int) -> float:
+        """Operations shared by all matrices that read the same input of this width."""
+        return max(self.method.shared_work(width), self.quantiser.shared_work(width) if self.quantiser else 0.0)
+
+    def workspace(self, shape: tuple[int, int]) -> int:
+        """Peak bytes while a matrix of this shape (out, in) is solved, excluding the statistics."""
+        return max(self.method.workspace(shape), self.quantiser.workspace(shape) if self.quantiser else 0)
 
 
 def plan_jobs(
@@ -110,7 +133,8 @@ def _job(matrix: Matrix, recipe: Recipe, choice: MatrixChoice | None) -> Job | N
         pattern.check(matrix.shape)
     except PatternError as error:
         raise error.at(matrix.name) from error
-    return Job(pattern, method, method_name(method))
+    quantiser = None if recipe.quantise is None else recipe.quantise.quantiser
+    return Job(pattern, method, method_name(method), quantiser, late=recipe.reconstruct is not None)
 
 
 def _chosen(matrix: Matrix, pattern: Pattern, method: Method, choice: MatrixChoice) -> tuple[Pattern, Method]:

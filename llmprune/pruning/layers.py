@@ -21,6 +21,7 @@ from llmprune.pruning.forecast.memory import (
 )
 from llmprune.pruning.gradients import DenseGradients
 from llmprune.pruning.jobs import Job
+from llmprune.pruning.quantising import quantise_fitted
 from llmprune.pruning.solving import solve_in_turn, solve_layer
 from llmprune.pruning.targets import Targets, advance_removed
 from llmprune.pruning.writing import Writer
@@ -180,6 +181,8 @@ class LayerDriver:
             matches += self._fitting.match(layer, states, fitted, tell)
             # A trained weight may round to zero.
             rows = [replace(row, zeros=layer.count_zeros(row.name)) for row in rows]
+        weight, least = recipe.statistics.token_weight, recipe.experts.min_tokens
+        rows = quantise_fitted(layer, jobs, rows, weight, least, tell)
         if self._writer is not None:
             tell("writing")
             with self._run.stages("write"):
@@ -245,7 +248,7 @@ class LayerDriver:
         groups: list[Group] | None = None  # in turn: the formula for all inputs at once is an upper bound
         if not recipe.statistics.sequential:
             tell("statistics")
-            needs = {name: job.method.needs for name, job in jobs.items()}
+            needs = {name: job.needs for name, job in jobs.items()}
             compared = None if paired is None else paired(jobs)
             groups = layer.observe(needs, weight, importance=importance, dense=compared) if jobs else []
         parts = None if self._fitting is None else self._fitting.parts(layer.index)

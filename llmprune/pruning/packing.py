@@ -37,7 +37,7 @@ from llmprune.storage.folders import (
     require_space,
     writing_to,
 )
-from llmprune.storage.formats import DenseLayout, Layout, fit_layout
+from llmprune.storage.formats import GROUP, DenseLayout, Layout, fit_layout, quantised_group
 from llmprune.storage.packed_config import (
     Format,
     PackedWeight,
@@ -67,7 +67,7 @@ class PackRow:
 
     Attributes:
         matrix: its key, for example "model.layers.0.mlp.up_proj.weight".
-        layout: "nm", "block", "bitmask" or "dense".
+        layout: "nm", "block", "bitmask", "int8-nm", "int8-bitmask" or "dense".
         dense_bytes: size of the dense tensor.
         packed_bytes: size in the packed checkpoint.
         reason: why it is dense; empty if it is packed.
@@ -329,8 +329,10 @@ def _choose_layout(weight: Tensor, wanted: Format) -> tuple[Layout | None, str]:
     if found == "dense":
         return None, _NOT_PRUNED
     pattern = _obeyed(weight, found)
-    names = [layout_name(wanted, pattern), "bitmask" if wanted == "auto" else None]
-    fitted = [fit_layout(name, weight, pattern) for name in names if name is not None]
+    group = quantised_group(weight)
+    names = [layout_name(wanted, pattern, eight_bits=eight) for eight in ((True, False) if group else (False,))]
+    names.append("bitmask" if wanted == "auto" else None)
+    fitted = [fit_layout(name, weight, pattern, group or GROUP) for name in names if name is not None]
     if not fitted:
         return None, f"its zeros are {found}"
     smaller = [layout for layout in fitted if layout.nbytes(weight.itemsize) < weight.nbytes]

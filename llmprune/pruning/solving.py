@@ -13,6 +13,7 @@ from llmprune.methods import Method, Pruned
 from llmprune.methods.correction import corrected
 from llmprune.patterns import Pattern, Unstructured, layer_shares
 from llmprune.pruning.jobs import Job
+from llmprune.pruning.quantising import quantise_solved
 from llmprune.ranks import Ranks
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storage.report import MatrixRow
@@ -109,7 +110,7 @@ def solve_in_turn(
     rows: list[MatrixRow] = []
     for names in _turns(layer, layer.observe(dict.fromkeys(jobs), batches=1)):
         step(f"statistics of {', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
-        needs = {name: jobs[name].method.needs for name in names}
+        needs = {name: jobs[name].needs for name in names}
         paired = None if dense is None else dense(names)
         groups = layer.observe(needs, token_weight, importance=importance, dense=paired)
         rows += solve_layer(layer, groups, {name: jobs[name] for name in names}, min_tokens, stages, step, alpha)
@@ -132,6 +133,9 @@ def _solve_matrix(
     original = layer.weight(name)
     target, correction = _target(original, group.statistics, alpha, name)
     pruned = _apply(job.method, target, group.statistics, pattern, name)
+    if job.quantiser is not None and not job.late:
+        assert isinstance(group.statistics, Gram), "a job with a quantiser needs it"
+        pruned = quantise_solved(layer, name, target, pruned, group.statistics, job)
     damping, tried, losses = pruned.damping, pruned.tried, pruned.losses
     layer.replace(name, pruned.weight)
     del pruned, target  # freed before the difference is computed

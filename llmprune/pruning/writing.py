@@ -72,7 +72,8 @@ class Writer:
             return
         tensors, number = self._tensors(layer, cuts)
         patterns = {name: job.pattern for name, job in jobs.items() if self._is_linear(layer, name)}
-        tensors, layouts = pack_matrices(tensors, patterns, self._format)
+        groups = {name: columns for name in patterns if (columns := _shared_columns(layer, name, jobs[name]))}
+        tensors, layouts = pack_matrices(tensors, patterns, self._format, groups)
         shard = self.target.commit(layer.name, self._shard(number + 1), tensors, rows, layouts, removed, matches)
         self._result.overlay(shard, layouts)
         ranks.share(self.target.layers[layer.name])
@@ -121,3 +122,10 @@ class Writer:
         """The usual shard name; number 0 holds the ends, and what the model does not read follows the layers."""
         total = 1 + len(self._result.layers) + len(self._copied)
         return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+
+
+def _shared_columns(layer: ResidentLayer, name: str, job: Job) -> int:
+    """The columns that share a peak in the 8-bit layouts; 0 if the matrix has no 8-bit weights."""
+    if job.quantiser is None or job.quantiser.bits != 8:
+        return 0
+    return job.quantiser.group or layer.matrices[name].shape[1]

@@ -65,7 +65,7 @@ from llmprune.recipe.mixes import spread_mixes
 from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.refusals import check_methods
 from llmprune.recipe.rotation import RotationOptions
-from llmprune.recipe.sections import Experts, Rule, StatisticsOptions
+from llmprune.recipe.sections import Experts, Quantise, Rule, StatisticsOptions
 from llmprune.recipe.structures import SECTIONS, Structures
 from llmprune.storage.packed_config import Format, layout_name
 from llmprune.text.mix import MixPart, Text
@@ -99,11 +99,13 @@ class Recipe(BaseModel):
             output error in the report; with 0 it is measured on the rows of the statistics.
         decoder_layers: module path of the list of decoder layers, for models in which it cannot be identified.
         reconstruct: how each layer is fitted as a whole once its matrices are solved; None: it is not.
+        quantise: how the weights that are kept are quantised, once layers are solved and fitted; None: they are not.
         statistics: how inputs enter the statistics.
         experts: settings for the experts of MoE layers.
         device: auto, cpu, cuda or cuda:N.
         format: how pruned matrices are stored: dense, with their zeros; nm, block or bitmask if the pattern is of that
-            kind (bitmask: any); auto: what suits each pattern. Loading a packed checkpoint requires llmprune.
+            kind (bitmask: any); auto: what suits each pattern. Weights quantised to 8 bits are stored as such (int8-nm,
+            int8-bitmask). Loading a packed checkpoint requires llmprune.
         compute_dtype: dtype of the forward pass; auto is the checkpoint's, or float32 on a CPU without instructions
             for it.
         activation_budget: bytes of hidden states kept in memory, at least 0; the rest is written to disk.
@@ -127,6 +129,7 @@ class Recipe(BaseModel):
     held_back: Annotated[int, Field(ge=0, le=MOST)] = 4
     decoder_layers: Annotated[str, Field(min_length=1)] | None = None
     reconstruct: Reconstruct | None = None
+    quantise: Quantise | None = None
     statistics: StatisticsOptions = StatisticsOptions()
     experts: Experts = Experts()
     device: Annotated[str, AfterValidator(check_device)] = "auto"
@@ -194,6 +197,7 @@ class Recipe(BaseModel):
             )
             raise refusal(missing)
         given = {"rules": bool(self.rules), "format": self.format != "dense"}
+        given["quantise"] = self.quantise is not None
         given["allocation"] = not isinstance(self.allocation, Uniform)
         if key := next((key for key, there in given.items() if there), None):
             raise refusal(RecipeError(f"{key} without a pattern and a method", fix="add them, or remove the key"), key)

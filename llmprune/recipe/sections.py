@@ -1,10 +1,11 @@
-"""The small sections of a recipe: rules, statistics and experts."""
+"""The small sections of a recipe: rules, statistics, quantisation and experts."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 from llmprune.errors import RecipeError
+from llmprune.methods.quantise import Bits, Quantiser
 from llmprune.recipe.document import refusal
 from llmprune.recipe.fields import MOST, STRICT, GlobField, MethodField, PatternField
 from llmprune.stream.weighting import LossWeight, TokenWeight
@@ -47,6 +48,28 @@ class Experts(BaseModel):
     model_config = STRICT
 
     min_tokens: Annotated[int, Field(ge=0, le=MOST)] = 64
+
+
+class Quantise(BaseModel):
+    """The pruned matrices are quantised as well: zeros first, then the weights that are kept, errors compensated.
+
+    Attributes:
+        bits: 8 or 4 for each weight.
+        group: consecutive columns that share a scale in a row, at least 1, or row (all of them). CPU kernels serve
+            multiples of 128, and row.
+        damping: added to the diagonal of the inputs' Gram matrix, as a fraction of its mean, at least 0.
+    """
+
+    model_config = STRICT
+
+    bits: Bits = 8
+    group: Annotated[int, Field(ge=1, le=MOST)] | Literal["row"] = 128
+    damping: Annotated[float, Field(ge=0, le=MOST)] = 0.01
+
+    @property
+    def quantiser(self) -> Quantiser:
+        """As matrices are quantised by it."""
+        return Quantiser(self.bits, None if self.group == "row" else self.group, self.damping)
 
 
 class StatisticsOptions(BaseModel):

@@ -16,6 +16,7 @@ transformers reads it.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ from llmprune.errors import CheckpointError, FormatError
 from llmprune.patterns import NM, Block, Pattern
 from llmprune.precision import dtype_name
 from llmprune.storage.files import Stored
-from llmprune.storage.formats import Layout, block, fit_layout, layout_from_dict
+from llmprune.storage.formats import GROUP, Layout, block, fit_layout, layout_from_dict
 from llmprune.storage.records import checked
 
 QUANT_METHOD = "llmprune"
@@ -138,19 +139,22 @@ def _is_text(key: str, part: object) -> bool:
     return key == "text_config" and isinstance(part, Mapping)
 
 
-def layout_name(wanted: Format, pattern: Pattern) -> str | None:
+def layout_name(wanted: Format, pattern: Pattern, *, eight_bits: bool = False) -> str | None:
     """The layout that a format gives to matrices of a pattern; None if they stay dense.
 
-    "auto" chooses the layout that suits the pattern; "nm" and "block" leave matrices of other patterns dense.
+    "auto" chooses the layout that suits the pattern; "nm" and "block" leave matrices of other patterns dense. Weights
+    of 8 bits are stored as such, except in blocks.
     """
     suits = "nm" if isinstance(pattern, NM) else "block" if _is_servable(pattern) else "bitmask"
-    if wanted == "bitmask":
-        return "bitmask"
-    return suits if wanted in ("auto", suits) else None
+    chosen = "bitmask" if wanted == "bitmask" else suits if wanted in ("auto", suits) else None
+    return f"int8-{chosen}" if eight_bits and chosen in ("nm", "bitmask") else chosen
 
 
 def pack_matrices(
-    tensors: Mapping[str, Tensor], patterns: Mapping[str, Pattern], wanted: Format
+    tensors: Mapping[str, Tensor],
+    patterns: Mapping[str, Pattern],
+    wanted: Format,
+    groups: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[dict[str, Tensor], dict[str, Layout]]:
     """Pack the pruned linear layers among a checkpoint's tensors.
 
@@ -158,6 +162,7 @@ def pack_matrices(
         tensors: by key.
         patterns: name of a linear layer -> what it was pruned to.
         wanted: the format.
+        groups: of the layers whose weights have 8 bits, the columns that share a peak.
 
     Returns:
         (tensors, layouts): all tensors, with packed layers split into parts under the layer's name; the layouts by
@@ -165,10 +170,10 @@ def pack_matrices(
     """
     packed, layouts = dict(tensors), {}
     for name, pattern in patterns.items():
-        layout = layout_name(wanted, pattern)
+        layout = layout_name(wanted, pattern, eight_bits=name in groups)
         if layout is not None:
             weight = packed[f"{name}.weight"].to("cpu")
-            fitted = fit_layout(layout, weight, pattern)
+            fitted = fit_layout(layout, weight, pattern, groups.get(name, GROUP))
             if fitted.nbytes(weight.itemsize) >= weight.nbytes:
                 continue  # it would not be smaller
             del packed[f"{name}.weight"]

@@ -195,7 +195,7 @@ class _Look:
         try:
             layer = ResidentLayer(self._stream, index)
             # Column norms if the method needs none: they also count the tokens that an expert receives.
-            needs = {name: job.method.needs or ColumnNorm for name, job in jobs[index].items()}
+            needs = {name: job.needs or ColumnNorm for name, job in jobs[index].items()}
             groups = layer.observe(needs) if needs else []
             held_back = self._recipe.held_back * self._length
             consumers = consumer_shapes(self._reduction.found, index) if self._reduction else []
@@ -240,10 +240,13 @@ class _Look:
                 products += (1 + corrected) * 2 * counted * shares[group.names[0]] * width**2
                 solving += corrected * sum(correction_work(left[name]) for name in group.names)
             # Matrices with one input share its factorisation; the most expensive one is counted.
-            factors += max(jobs[name].method.shared_work(width) for name in group.names)
-        solving += sum(job.method.work(left[name], job.pattern) for name, job in jobs.items())
+            factors += max(jobs[name].shared_work(width) for name in group.names)
+        solving += sum(job.work(left[name]) for name, job in jobs.items())
+        # Statistics once more, of the layer as it has been fitted.
+        late = any(job.quantiser is not None and job.late for job in jobs.values())
+        products, factors = products * (1 + late), factors * (1 + late)
         elements = sum(shares[name] * rows * columns for name, (rows, columns) in left.items())
-        forward = (1 + bool(jobs) + self._compared(jobs)) * elements + self._backward * elements
+        forward = (1 + bool(jobs) + late + self._compared(jobs)) * elements + self._backward * elements
         if self._reduction is not None:
             dense = sum(shares[name] * m.shape[0] * m.shape[1] for name, m in layer.matrices.items())
             forward += observations(self._reduction.found, layer.index) * dense

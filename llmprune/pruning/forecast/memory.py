@@ -128,7 +128,7 @@ def layer_memory(
     corrected = bool(options.alpha and jobs)
     copies = (1 + (options.loss_weight != "none")) * (1 + corrected)
     if groups is None:
-        widths = [(layer.matrices[name].shape[1], job.method.needs is Gram) for name, job in jobs.items()]
+        widths = [(layer.matrices[name].shape[1], job.needs is Gram) for name, job in jobs.items()]
     else:
         widths = [(layer.matrices[group.names[0]].shape[1], isinstance(group.statistics, Gram)) for group in groups]
     shapes = [layer.matrices[name].shape for name in jobs]
@@ -139,11 +139,11 @@ def layer_memory(
     # Nearly every matrix reads or writes hidden states; those of key and value heads, or of experts, are narrower.
     hidden = max((min(shape) for shape in every), default=0)
     kept_rows = itemsize * min(HELD_BACK_ROWS, held_back_tokens)
-    observed = bool(consumers) or any(job.method.needs is not None for job in jobs.values())
+    observed = bool(consumers) or any(job.needs is not None for job in jobs.values())
     activations = itemsize * (6 * hidden + 3 * widest) + observed * (8 if itemsize < 4 else 4) * widest
     activations += corrected * (itemsize * sum(width for width, _ in widths) + 8 * widest)
     targets = [corrected * correction_bytes(layer.matrices[name].shape) for name in jobs]
-    spaces = [job.method.workspace(layer.matrices[name].shape) for name, job in jobs.items()]
+    spaces = [job.workspace(layer.matrices[name].shape) for name, job in jobs.items()]
     solving = [space + target for space, target in zip(spaces, targets, strict=True)]
     # About five square matrices of this width (structures.remove.solver), and three float32 copies of the matrix.
     removing = [20 * width**2 + 12 * rows * width for rows, width in consumers]

@@ -78,8 +78,8 @@ def _solving(source: Source, index: int, jobs: Mapping[str, Job], tokens: int) -
         job = jobs.get(matrix.name)
         if job is not None:
             inputs.setdefault((matrix.name.rpartition(".")[0], matrix.shape[1]), job)
-            operations += _SOLVING * job.method.work(matrix.shape, job.pattern)
+            operations += _SOLVING * job.work(matrix.shape)
     for (_, width), job in inputs.items():
-        operations += _SOLVING * job.method.shared_work(width)
-        operations += _GRAM * 2 * tokens * width**2 * (job.method.needs is Gram)
+        operations += _SOLVING * job.shared_work(width)
+        operations += _GRAM * 2 * tokens * width**2 * (job.needs is Gram)
     return operations

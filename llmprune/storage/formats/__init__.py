@@ -21,13 +21,13 @@ from llmprune.patterns import Pattern
 from llmprune.storage.formats.bitmask import BitmaskLayout
 from llmprune.storage.formats.block import BlockLayout
 from llmprune.storage.formats.dense import DenseLayout
-from llmprune.storage.formats.int8 import Int8BitmaskLayout, Int8NMLayout, quantise
+from llmprune.storage.formats.int8 import GROUP, Int8BitmaskLayout, Int8Layout, Int8NMLayout, quantise, quantised_group
 from llmprune.storage.formats.layout import Layout, Spec
 from llmprune.storage.formats.nm import NMLayout
 
 __all__ = [
-    "LAYOUTS", "BitmaskLayout", "BlockLayout", "DenseLayout", "Int8BitmaskLayout", "Int8NMLayout", "Layout", "NMLayout",
-    "Spec", "fit_layout", "layout_from_dict", "quantise",
+    "GROUP", "LAYOUTS", "BitmaskLayout", "BlockLayout", "DenseLayout", "Int8BitmaskLayout", "Int8NMLayout", "Layout",
+    "NMLayout", "Spec", "fit_layout", "layout_from_dict", "quantise", "quantised_group",
 ]  # fmt: skip
 
 LAYOUTS: dict[str, type[Layout]] = {
@@ -36,13 +36,14 @@ LAYOUTS: dict[str, type[Layout]] = {
 }
 
 
-def fit_layout(name: str, weight: Shaped[Tensor, "out in"], pattern: Pattern) -> Layout:
+def fit_layout(name: str, weight: Shaped[Tensor, "out in"], pattern: Pattern, group: int = GROUP) -> Layout:
     """Fit a layout's parameters to a weight.
 
     Args:
         name: a key of `LAYOUTS`.
         weight: [out, in]; only its shape and its zeros are read.
         pattern: what the weight was pruned to; it gives the size of the groups or blocks.
+        group: columns that share a peak in the layouts of 8-bit weights.
 
     Raises:
         PatternError: there is no such layout, it does not store this pattern, or the pattern does not divide the
@@ -54,7 +55,8 @@ def fit_layout(name: str, weight: Shaped[Tensor, "out in"], pattern: Pattern) ->
     """
     if name not in LAYOUTS:
         raise PatternError(f"layout {name!r}", expected=", ".join(LAYOUTS))
-    return LAYOUTS[name].fit(weight, pattern)
+    kind = LAYOUTS[name]
+    return kind.fit(weight, pattern, group) if issubclass(kind, Int8Layout) else kind.fit(weight, pattern)
 
 
 def layout_from_dict(row: Mapping[str, Any]) -> Layout:

@@ -47,7 +47,7 @@ _AS_FLOAT = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True, slots=True)
-class _Int8Layout:
+class Int8Layout:
     """What both layouts share; `inner` stores the 8-bit numbers."""
 
     name: ClassVar[str]
@@ -55,7 +55,7 @@ class _Int8Layout:
     shape: tuple[int, int]
 
     @classmethod
-    def fit(cls, weight: Shaped[Tensor, "out in"], pattern: Pattern) -> Layout:
+    def fit(cls, weight: Shaped[Tensor, "out in"], pattern: Pattern, group: int = GROUP) -> Layout:
         raise NotImplementedError
 
     @property
@@ -136,7 +136,7 @@ class _Int8Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Int8BitmaskLayout(_Int8Layout):
+class Int8BitmaskLayout(Int8Layout):
     """8-bit weights; zeros may be anywhere.
 
     Attributes:
@@ -169,7 +169,7 @@ class Int8BitmaskLayout(_Int8Layout):
 
 
 @dataclass(frozen=True, slots=True)
-class Int8NMLayout(_Int8Layout):
+class Int8NMLayout(Int8Layout):
     """8-bit weights; at most `keep` of every `of` consecutive ones along the input dimension are not zero.
 
     Attributes:
@@ -220,6 +220,21 @@ def quantise(weight: Float[Tensor, "out in"], group: int = GROUP) -> Float[Tenso
     group = _fitting(group, (weight.shape[0], weight.shape[1]))
     peaks = _peaks(weight, group)
     return _dense(_numbers(weight, peaks, group), peaks, group)
+
+
+def quantised_group(weight: Float[Tensor, "out in"]) -> int | None:
+    """The columns that share a peak if a weight [out, in] is of the form that 8 bits store: 128, or all; else None."""
+    if weight.dtype not in _DTYPES or not weight.numel() or not bool(torch.isfinite(weight).all()):
+        return None
+    for group in dict.fromkeys((_fitting(GROUP, (weight.shape[0], weight.shape[1])), weight.shape[1])):
+        # Other weights fail in the first slab.
+        if all(torch.equal(quantise(weight[rows], group), weight[rows]) for rows in _few_then_all(weight.shape[0])):
+            return group
+    return None
+
+
+def _few_then_all(rows: int) -> list[slice]:
+    return [slice(0, 1), slice(1, 16), *(slice(start, start + 1024) for start in range(16, rows, 1024))]
 
 
 def _require_dtype(dtype: torch.dtype) -> None:
