@@ -63,6 +63,16 @@ class Protocol:
     loss_weight: str = "none"
     dtype: str = "float32"
 
+    def recipe(self) -> dict[str, Any]:
+        """The part of a recipe that the protocol decides."""
+        text = {"length": self.length, "order": "text", "layout": "pack-bare"}
+        evaluation = {"source": str(self.heldout), "samples": self.heldout_samples, "prompts": [], **text}
+        return {
+            "calibration": {"source": str(self.calibration), "samples": self.samples, **text},
+            "evaluation": evaluation,
+            "held_back": 8,
+        }
+
     def facts(self) -> dict[str, Any]:
         """What tells the cells of one protocol from those of another."""
         return {
@@ -78,14 +88,11 @@ def measure(protocol: Protocol, method: str, pattern: str) -> dict[str, Any]:
     """Prune the model in memory and measure it."""
     folder = resolve_model(protocol.model)
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=protocol.dtype, trust_remote_code=False)
-    text = {"length": protocol.length, "order": "text", "layout": "pack-bare"}
     settings = _settings(method)
     recipe = {
         **settings,
+        **protocol.recipe(),
         "pattern": pattern,
-        "calibration": {"source": str(protocol.calibration), "samples": protocol.samples, **text},
-        "evaluation": {"source": str(protocol.heldout), "samples": protocol.heldout_samples, "prompts": [], **text},
-        "held_back": 8,
         "statistics": {**settings.get("statistics", {}), "loss_weight": protocol.loss_weight},
     }
     report = prune(dense, recipe, tokenizer=load_tokenizer(folder))

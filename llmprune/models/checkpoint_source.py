@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from llmprune.precision import computed_in
 from llmprune.storage.files import INDEX_NAME, SINGLE_NAME, Stored, read_header, read_index, read_json
 from llmprune.storage.formats import Layout
 from llmprune.storage.packed_config import PackedWeight, as_dense, packed_layouts
+from llmprune.storage.reading_ahead import read_ahead
 
 # Of each matrix, this many runs of this many values are read to see how many are zero.
 _PIECES, _PIECE = 8, 4096
@@ -103,9 +104,11 @@ class CheckpointSource:
         return result
 
     def load_layer(self, index: int, device: torch.device) -> None:
-        """Read one decoder layer onto the device."""
+        """Read one decoder layer onto the device; the next one is read into the system's cache meanwhile."""
         prefix = self.layer_name(index) + "."
         self._load({key: self.stored[key] for key in self.layer_keys(index)}, device)
+        if index + 1 < len(self.layers):
+            read_ahead(part for key in self.layer_keys(index + 1) for part in _parts(self.stored[key]))
         self._require_loaded(prefix)
         require_finite(self.folder, self.layers[index].named_parameters(prefix[:-1]))
         for module in self.layers[index].modules():
@@ -287,6 +290,10 @@ class CheckpointSource:
             if tensor.is_meta and name.startswith(prefix) and (prefix or not name.startswith(layers))
         ]
         require_none(self.folder, absent)
+
+
+def _parts(tensor: Stored | PackedWeight) -> Iterable[Stored]:
+    return tensor.parts.values() if isinstance(tensor, PackedWeight) else (tensor,)
 
 
 @dataclass(frozen=True, slots=True)
