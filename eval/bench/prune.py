@@ -42,6 +42,10 @@ SHAPES = {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
     },
+    "llama-70b": {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+    },
     "llama-8b": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
@@ -132,11 +136,11 @@ def measure(folder: Path, output: Path, recipe, samples: int, length: int) -> di
         ids = torch.randint(0, vocabulary, (samples + recipe.held_back, length), generator=generator)
         target = OutputFolder.open(output, {}, resume=False, overwrite=True)
         writer = Writer(source, None, target, run.recipe.format)
-        sizes = LayerDriver(run, source, jobs, Tokens(ids, "", {}), writer).drive().sizes
+        pruned = LayerDriver(run, source, jobs, Tokens(ids, "", {}), writer).drive()
         with run.stages("write"):
             writer.finish()
         total = time.perf_counter() - start
-    tokens = samples * length
+    tokens, sizes = samples * length, pruned.sizes
     forward_flops = 2.0 * 2 * tokens * sum(rows * columns for layer in sizes for rows, columns in layer.shapes)
     gram_flops = 2.0 * tokens * sum(width**2 for layer in sizes for width in layer.gram_widths)
     rates = measure_rates(source.model.dtype, run.device, 2048 if run.device.type == "cpu" else 8192)
@@ -152,6 +156,7 @@ def measure(folder: Path, output: Path, recipe, samples: int, length: int) -> di
         "tflops_per_second": {name: value / 1e12 for name, value in rates.items()},
         "floor_seconds": floor,
         "floor_share": floor / total,
+        "predicted_bytes": pruned.memory["predicted_bytes"],
         "peak_bytes": memory.peak - memory.baseline,
         "peak_process_bytes": process.peak - process.baseline,
     }

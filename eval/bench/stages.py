@@ -3,8 +3,7 @@
     python -m llmprune.eval.bench.stages --calibration calibration.jsonl --heldout heldout.jsonl --json stages.json
 
 The protocol is that of `eval.bench.quality`. Bytes are shares of the dense bytes of the pruned matrices: packed, as a
-model in use needs them, and archived. Weights of 4 bits are packed as 16-bit numbers; archived, they take what they
-hold.
+model in use needs them, and archived once packed. Weights of 4 bits are stored as 16-bit numbers, and save nothing yet.
 """
 
 import argparse
@@ -63,16 +62,14 @@ def measure(protocol: Protocol, method: str, pattern: str, bits: int, work: Path
     report = prune(resolve_model(protocol.model), recipe, work / "pruned")
     stored = read_index(work / "pruned")
     layouts = packed_layouts(read_json(work / "pruned" / "config.json"))
-    dense = {row.name: f"{row.name}.weight" for row in report.rows}
-    found = as_dense(stored, layouts)
-    weights = {key: found[key] for key in dense.values()}
-    sizes = [one.packed_bytes if isinstance(one, PackedWeight) else one.nbytes for one in weights.values()]
+    weights = [as_dense(stored, layouts)[f"{row.name}.weight"] for row in report.rows]
+    parts = [part for one in weights for part in (one.parts.values() if isinstance(one, PackedWeight) else (one,))]
     only = work / "matrices"
     only.mkdir()
-    write_shard(only / "model.safetensors", {key: one[...] for key, one in weights.items()})
-    write_json(only / "config.json", read_json(resolve_model(protocol.model) / "config.json"))
+    write_shard(only / "model.safetensors", {part.key: part[...] for part in parts})
+    write_json(only / "config.json", read_json(work / "pruned" / "config.json"))
     coded = archive(only)
-    total = sum(one.nbytes for one in weights.values())
+    total = sum(one.nbytes for one in weights)
     evaluation = report.header["evaluation"]
     return {
         "method": method,
@@ -82,7 +79,7 @@ def measure(protocol: Protocol, method: str, pattern: str, bits: int, work: Path
         "dense_perplexity": evaluation["dense"]["perplexity"],
         "perplexity": evaluation["pruned"]["perplexity"],
         "kl_divergence": evaluation["kl_divergence"],
-        "packed": sum(sizes) / total,
+        "packed": sum(part.nbytes for part in parts) / total,
         "archived": sum(row.coded_bytes for row in coded.rows if row.file.endswith(".safetensors")) / total,
         "device": report.header["device"],
     }
