@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmprune.storage.report import Report
     from llmprune.stream.stream import Stream
     from llmprune.text.tokens import TextSpec
+    from llmprune.training.sparsify import sparsify
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ _HOMES = {
     "extract": "storage.archives.extracting",
     "Report": "storage.report",
     "load": "serving.loader",
+    "sparsify": "training.sparsify",
     "Stream": "stream.stream",
     "compare": "pages",
     "write_report": "pages",
@@ -72,7 +74,7 @@ __all__ = [
     "METHODS", "NM", "Block", "LlmpruneError", "Recipe", "RecoveryOptions", "Report", "Stream", "TextSpec",
     "Unstructured", "__version__", "archive", "compare", "dry_run", "export", "extract", "inspect_checkpoint",
     "keep_zeros", "load", "load_recipe", "pack", "parse", "perplexity", "perplexity_against", "plan_recovery", "prune",
-    "recover", "rotate", "run_tasks", "unpack", "write_report",
+    "recover", "rotate", "run_tasks", "sparsify", "unpack", "write_report",
 ]  # fmt: skip
 
 

@@ -69,6 +69,10 @@ class RecoveryError(LlmpruneError):
     """Training in which pruned weights would not stay zero, or settings with which it cannot run."""
 
 
+class TrainingError(LlmpruneError):
+    """A schedule, a rule or options with which a model cannot be pruned while it trains."""
+
+
 class DeviceError(LlmpruneError):
     """A device that this machine does not have."""
 

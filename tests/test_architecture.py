@@ -20,7 +20,7 @@ ROOMS = (
     ("devices", "paths", "patterns", "ranks", "statistics"),
     ("losses",),
     ("storage.formats",),
-    ("methods", "rotation", "storage"),
+    ("methods", "rotation", "storage", "training.rules"),
     ("models",),
     ("serving", "text"),
     ("stream",),
@@ -34,7 +34,7 @@ ROOMS = (
     ("pages",),
     ("recovery",),
     ("pruning",),
-    ("exporting",),
+    ("exporting", "training"),
     ("cli",),
     ("__main__",),
     ("evaluation",),  # an old name, until 0.2
@@ -64,6 +64,7 @@ LIBRARIES = {
     "structures.remove.exchange": {"torch"},
     "structures.remove.problem": {"jaxtyping", "torch"},
     "structures.remove.solver": {"jaxtyping", "torch"},
+    "training.rules": {"torch"},
 }
 # Rooms that the mathematics must not reach, directly or through others: models and files.
 OUTSIDE_MATHEMATICS = ("storage", "models", "stream", "text", "recipe", "pruning")

@@ -116,7 +116,7 @@ class Decoder:
 
 
 def _largest_list(model: PreTrainedModel) -> str:
-    lists = dict(_outermost_lists(model))
+    lists = dict(outermost_lists(model))
     # A multimodal model has other towers in addition to its text decoder.
     decoder = set(model.get_decoder().modules())
     lists = {name: layers for name, layers in lists.items() if layers in decoder} or lists
@@ -187,7 +187,7 @@ def _named_list(model: PreTrainedModel, path: str) -> nn.ModuleList:
     except AttributeError:
         module = None
     if not isinstance(module, nn.ModuleList) or not len(module):
-        lists = ", ".join(name for name, _ in _outermost_lists(model)) or "none"
+        lists = ", ".join(name for name, _ in outermost_lists(model)) or "none"
         raise ModelError(
             f"decoder_layers: {path!r} is not a list of modules in {type(model).__name__}",
             expected=f"one of its ModuleLists: {lists}",
@@ -195,7 +195,8 @@ def _named_list(model: PreTrainedModel, path: str) -> nn.ModuleList:
     return module
 
 
-def _outermost_lists(model: PreTrainedModel) -> Iterator[tuple[str, nn.ModuleList]]:
+def outermost_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """The lists of modules that lie in no other, with their names."""
     found: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for outer in found):

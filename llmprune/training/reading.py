@@ -1,0 +1,100 @@
+"""Rules, schedules and selections from what a user writes."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar, get_args
+
+from llmprune.errors import TrainingError
+from llmprune.patterns import NM, parse
+from llmprune.training.rules import RULES, SNIP, GraSP, Lottery, Rule, Schedule, Selection
+from llmprune.training.rules.rule import Scope
+
+Value = TypeVar("Value")
+
+
+def read_rule(rule: str | Mapping[str, Any] | Rule) -> Rule:
+    """A rule from its name, or from a mapping of its name to its knobs.
+
+    Raises:
+        TrainingError: there is no such rule or knob, or a value is out of range.
+    """
+    if isinstance(rule, Rule):
+        return rule
+    named: Mapping[str, Any] = {rule: {}} if isinstance(rule, str) else rule
+    if not isinstance(named, Mapping) or len(named) != 1:
+        raise TrainingError(f"rule is {rule!r}", expected="a name, or one name with its knobs: {rigl: {interval: 50}}")
+    ((name, knobs),) = named.items()
+    if name not in RULES:
+        raise TrainingError(f"there is no rule {name!r}", expected=f"one of {', '.join(RULES)}")
+    found = read_keys(RULES[name], knobs or {}, f"rule {name}")
+    assert isinstance(found, Rule)
+    return found
+
+
+def read_schedule(schedule: Schedule | Mapping[str, Any] | None, selection: Selection) -> Schedule:
+    """A schedule from its keys; with a pattern, it ends at the pattern's sparsity.
+
+    Raises:
+        TrainingError: a key is unknown, a value is out of range, or the end is not the pattern's.
+    """
+    pattern = selection.pattern
+    if isinstance(schedule, Schedule):
+        read = schedule
+    else:
+        keys = dict(schedule or {})
+        if pattern is not None:
+            keys.setdefault("end", pattern.sparsity)
+        read = read_keys(Schedule, keys, "schedule")
+    if pattern is not None and abs(read.end - pattern.sparsity) > 1e-9:
+        raise TrainingError(
+            f"schedule.end is {read.end}, and {pattern} prunes {pattern.sparsity:g}",
+            expected="the same",
+            fix="leave schedule.end out",
+        )
+    return read
+
+
+def read_selection(rule: Rule, pattern: str | NM | None, scope: str | None) -> Selection:
+    """Which weights are compared.
+
+    Args:
+        rule: gives the scope where none is asked for: the whole model for lottery tickets, SNIP and GraSP.
+        pattern: N:M or None.
+        scope: "matrix", "model" or None.
+
+    Raises:
+        TrainingError: the scope is unknown, or the pattern is not N:M.
+    """
+    read = parse(pattern) if isinstance(pattern, str) else pattern
+    if read is not None and not isinstance(read, NM):
+        raise TrainingError(
+            f"pattern {read} for a training",
+            expected="N:M, such as 2:4; other zeros may be anywhere, as many as schedule.end says",
+            fix="set schedule.end to the sparsity",
+        )
+    if scope is None:
+        return Selection("model" if isinstance(rule, Lottery | SNIP | GraSP) else "matrix", read)
+    if scope not in get_args(Scope):
+        raise TrainingError(f"scope is {scope!r}", expected=" or ".join(get_args(Scope)))
+    return Selection("model" if scope == "model" else "matrix", read)
+
+
+def read_keys(kind: type[Value], keys: Mapping[str, Any], name: str) -> Value:
+    """A dataclass from plain data.
+
+    Raises:
+        TrainingError: a key is unknown, or a value has a wrong type.
+    """
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if not isinstance(keys, Mapping):
+        raise TrainingError(
+            f"{name} is {keys!r}", expected=f"keys and values; its keys are {', '.join(known) or 'none'}"
+        )
+    if unknown := sorted(set(keys) - set(known)):
+        raise TrainingError(
+            f"{name} has no key {unknown[0]!r}", expected=f"one of {', '.join(known)}" if known else "none"
+        )
+    try:
+        return kind(**dict(keys))
+    except TypeError as error:
+        raise TrainingError(f"{name} has a value of a wrong type: {error}", expected="numbers and names") from error
