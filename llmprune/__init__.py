@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llmprune.stream.stream import Stream
     from llmprune.text.tokens import TextSpec
     from llmprune.training.sparsify import sparsify
+    from llmprune.training.train import plan_training, train
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,8 @@ _HOMES = {
     "Report": "storage.report",
     "load": "serving.loader",
     "sparsify": "training.sparsify",
+    "plan_training": "training.train",
+    "train": "training.train",
     "Stream": "stream.stream",
     "compare": "pages",
     "write_report": "pages",
@@ -73,8 +76,8 @@ _RENAMED = {"evaluate": "perplexity", "evaluate_against": "perplexity_against"}
 __all__ = [
     "METHODS", "NM", "Block", "LlmpruneError", "Recipe", "RecoveryOptions", "Report", "Stream", "TextSpec",
     "Unstructured", "__version__", "archive", "compare", "dry_run", "export", "extract", "inspect_checkpoint",
-    "keep_zeros", "load", "load_recipe", "pack", "parse", "perplexity", "perplexity_against", "plan_recovery", "prune",
-    "recover", "rotate", "run_tasks", "sparsify", "unpack", "write_report",
+    "keep_zeros", "load", "load_recipe", "pack", "parse", "perplexity", "perplexity_against", "plan_recovery",
+    "plan_training", "prune", "recover", "rotate", "run_tasks", "sparsify", "train", "unpack", "write_report",
 ]  # fmt: skip
 
 

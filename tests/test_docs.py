@@ -34,6 +34,7 @@ from llmprune.recipe.rotation import RotationOptions
 from llmprune.recipe.sections import Experts, Quantise, Rule, StatisticsOptions
 from llmprune.recipe.structures import SECTIONS, Structures
 from llmprune.text.tokens import EvaluationSpec
+from llmprune.training.recipe import load_train_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -283,6 +284,9 @@ def test_modules_that_are_run_exist(texts: dict[str, str], name: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_recipes_can_be_read(texts: dict[str, str], name: str) -> None:
     for block in blocks(texts[name], "yaml"):
+        if re.search(r"^schedule:", block, re.MULTILINE):
+            load_train_recipe(block)
+            continue
         missing = "" if re.search(r"^(pattern|structures):", block, re.MULTILINE) else "pattern: 0.5\n"
         if not re.search(r"^(method|structures):", block, re.MULTILINE):
             missing += "method: wanda\n"

@@ -23,6 +23,7 @@ from llmprune.cli import (
     serving,
     storing,
     sweeping,
+    training,
 )
 from llmprune.cli.layout import Group
 from llmprune.cli.options import EXIT_CODES
@@ -68,7 +69,7 @@ def _common(
 
 
 for _part in (
-    pruning, rotating, sweeping, allocating, recovering, measuring, evaluating, reporting, checkpoints, storing,
-    serving,
+    pruning, rotating, sweeping, training, recovering, allocating, measuring, evaluating, reporting, checkpoints,
+    storing, serving,
 ):  # fmt: skip
     _part.add_commands(app)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llmprune.pages.labels import short_recipe
 from llmprune.pages.recovered import recovered_line
+from llmprune.pages.trained import trained_line
 from llmprune.storage.report import Report
 from llmprune.units import format_change
 
@@ -28,6 +29,8 @@ def headline(report: Report, folder: str = "DIR") -> str:
     """
     if report.header.get("recovery"):
         return recovered_line(report.header)
+    if report.header.get("training"):
+        return trained_line(report.header)
     name = Path(str(report.header.get("model") or "The model")).name
     recipe = short_recipe(report.header.get("recipe") or {})
     removed = _removed(report)

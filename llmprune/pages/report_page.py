@@ -26,6 +26,7 @@ from llmprune.pages.layers import LAYER, layer_parts, number, structure_parts
 from llmprune.pages.measured import evaluation_parts, speed_parts
 from llmprune.pages.page import Chart, Facts, Lead, Listing, Note, Part, Section, Table, Tiles, render
 from llmprune.pages.recovered import recovery_parts
+from llmprune.pages.trained import training_parts
 from llmprune.storage.files import require_writable, write_text
 from llmprune.storage.report import PAGE_NAME, Report, load_report
 from llmprune.units import factor_stderr, format_seconds, format_size
@@ -79,6 +80,7 @@ def report_page(report: Report, beside: Beside, stored_bytes: int | None = None)
     sections = (
         Section("summary", "Summary", _summary(report, stored_bytes)),
         Section("recovery", "Recovery", recovery_parts(header.get("recovery"))),
+        Section("training", "Training", training_parts(header.get("training"))),
         Section("allocation", "Allocation", allocation_parts(header.get("allocation"))),
         Section("layers", "Layers", [*layer_parts(report), *match_parts(report)]),
         Section("structures", "Structures", [*_extent(header), *structure_parts(report)]),
@@ -297,7 +299,7 @@ def _host_fact(name: str, value: object) -> str:
 
 
 def _protocol(header: Mapping[str, Any]) -> list[Part]:
-    pruned = header.get("model") and not header.get("recovery")
+    pruned = header.get("model") and not (header.get("recovery") or header.get("training"))
     facts = [("command", repeating_command(str(header["model"])))] if pruned else []
     facts += [(_HOST.get(name, name), _host_fact(name, value)) for name, value in (header.get("host") or {}).items()]
     facts += [(name, str(version)) for name, version in (header.get("version") or {}).items()]

@@ -15,27 +15,27 @@ from llmprune.storage.files import read_json, write_json
 from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME, locked, require_empty, writing_to
 from llmprune.torchrun import follows, processes
 
-_KEY = "recovery"
 # Where the Trainer saves its states.
 WORK_NAME = f"{STAGING_NAME}/training"
 
 
 class RecoveryFolder:
-    """A recovery's output folder.
+    """The output folder of a recovery, or of another training that is saved and resumed like one.
 
     Under torchrun, the first process alone changes it, and the others wait.
 
     Args:
         output: the folder.
         keys: what must be unchanged for a run to continue, JSON-ready.
+        command: of llmprune, whose run it is.
 
     Attributes:
         staging: where the result is made.
         finished: whether the run with these keys is finished already.
     """
 
-    def __init__(self, output: Path, keys: Mapping[str, Any]) -> None:
-        self._output, self.staging = output, output / STAGING_NAME
+    def __init__(self, output: Path, keys: Mapping[str, Any], command: str = "recover") -> None:
+        self._output, self.staging, self._command = output, output / STAGING_NAME, command
         self.keys: dict[str, Any] = json.loads(json.dumps(keys))
         self.finished = False
 
@@ -78,21 +78,25 @@ class RecoveryFolder:
         places = (self.staging / MANIFEST_NAME, self._output / MANIFEST_NAME)
         if resume and (found := next((file for file in places if file.exists()), None)) is not None:
             manifest = read_json(found)
-            self._require_same(manifest.get(_KEY))
+            self._require_same(manifest.get(self._key))
             if found == places[0] and manifest.get("complete"):
                 self.close()  # it was killed between the last two lines of `close`
             return
         begin(self._output)
         write_json(self.staging / MANIFEST_NAME, self._manifest(complete=False))
 
+    @property
+    def _key(self) -> str:
+        return {"recover": "recovery", "train": "training"}[self._command]
+
     def _manifest(self, *, complete: bool) -> dict[str, Any]:
-        return {"format": MANIFEST_FORMAT, "complete": complete, _KEY: self.keys}
+        return {"format": MANIFEST_FORMAT, "complete": complete, self._key: self.keys}
 
     def _require_same(self, before: Any) -> None:
         if not isinstance(before, dict):
             raise ResumeError(
-                f"{self._output} holds no run of llmprune recover",
-                expected="the folder of an interrupted recovery",
+                f"{self._output} holds no run of llmprune {self._command}",
+                expected="the folder of an interrupted run of it",
                 fix="choose another folder, or replace the checkpoint with --overwrite",
             )
         for key, value in self.keys.items():

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from llmprune.errors import RecoveryError
@@ -98,6 +98,10 @@ class RecoveryOptions:
             return cls(**dict(options or {}))
         except TypeError as error:
             raise RecoveryError(f"an option has a wrong type: {error}", expected="numbers and names") from error
+
+    def with_held_back(self, count: int) -> "RecoveryOptions":
+        """The same, with a number of sequences held back."""
+        return replace(self, held_back=count)
 
     @property
     def kl_weight(self) -> float:

@@ -30,10 +30,11 @@ from llmprune.storage.files import reading, write_shard
 from llmprune.text.tokens import Tokens
 from llmprune.torchrun import meet
 
-_WEIGHTS, _STATE, _FINISHED = "weights.safetensors", "trainer_state.json", "finished"
+_WEIGHTS, _STATE, FINISHED = "weights.safetensors", "trainer_state.json", "finished"
 # How many points of the loss are kept.
 _POINTS = 100
 STAGE = "recovery"
+ROW_KEYS = ("input_ids", "labels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,60 +110,8 @@ def same_verbosity() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-class RecoveryTrainer(Trainer):  # type: ignore[misc] # transformers is not typed
-    """The Trainer of a pruned model.
-
-    Args:
-        objective: has the model.
-        arguments: as `arguments_for` makes them.
-        tokens: what is trained on, then what is held back.
-        held_back: how many sequences are.
-        keeping: keeps the zeros.
-        patience: as in the options.
-        watch: told about every step.
-    """
-
-    def __init__(
-        self,
-        objective: Objective,
-        arguments: TrainingArguments,
-        tokens: Tokens,
-        held_back: int,
-        keeping: KeepZeros,
-        patience: int,
-        watch: Watcher,
-    ) -> None:
-        rows = _rows(tokens)
-        count = len(rows) - held_back
-        self._objective, self._held_back, self._patience = objective, rows[count:], patience
-        callbacks: list[TrainerCallback] = [keeping, _Teller(watch)]
-        super().__init__(
-            objective.student.model,
-            arguments,
-            train_dataset=rows[:count],
-            eval_dataset=rows[count:] or None,
-            callbacks=callbacks,
-            compute_loss_func=self._loss,
-        )
-        self.remove_callback(PrinterCallback)
-
-    def evaluate(self, *unused: Any, **options: Any) -> dict[str, float]:
-        """Score the sequences that are held back: mean loss and mean negative log-likelihood of a token."""
-        self.model.eval()
-        loss = nats = count = 0.0
-        size = self.args.per_device_train_batch_size
-        for start in range(0, len(self._held_back), size):
-            rows = self._held_back[start : start + size]
-            ids, labels = (torch.stack([row[key] for row in rows]).to(self.args.device) for key in _KEYS)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                sums = self._objective.distances(self.model(input_ids=ids)["hidden"], ids, labels)
-            loss, nats, count = loss + sums.loss.item(), nats + sums.nats.item(), count + _scored(labels)
-        metrics = {"eval_loss": loss / max(count, 1), "eval_nats": nats / max(count, 1)}
-        self.log(metrics)
-        handler: Any = self.callback_handler
-        self.control: TrainerControl = handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.control.should_training_stop |= self._is_exhausted()
-        return metrics
+class WeightsTrainer(Trainer):  # type: ignore[misc] # transformers is not typed
+    """A Trainer that saves the weights that train, and nothing else of the model."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the weights that train under the names of the model's own parameters, each tied one once."""
@@ -185,6 +134,62 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc] # transformers is not type
                 if parameter.requires_grad:
                     parameter.copy_(stored[name])
 
+
+class RecoveryTrainer(WeightsTrainer):
+    """The Trainer of a pruned model.
+
+    Args:
+        objective: has the model.
+        arguments: as `arguments_for` makes them.
+        tokens: what is trained on, then what is held back.
+        held_back: how many sequences are.
+        keeping: keeps the zeros.
+        patience: as in the options.
+        watch: told about every step.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        arguments: TrainingArguments,
+        tokens: Tokens,
+        held_back: int,
+        keeping: KeepZeros,
+        patience: int,
+        watch: Watcher,
+    ) -> None:
+        rows = rows_of(tokens)
+        count = len(rows) - held_back
+        self._objective, self._held_back, self._patience = objective, rows[count:], patience
+        callbacks: list[TrainerCallback] = [keeping, Teller(watch)]
+        super().__init__(
+            objective.student.model,
+            arguments,
+            train_dataset=rows[:count],
+            eval_dataset=rows[count:] or None,
+            callbacks=callbacks,
+            compute_loss_func=self._loss,
+        )
+        self.remove_callback(PrinterCallback)
+
+    def evaluate(self, *unused: Any, **options: Any) -> dict[str, float]:
+        """Score the sequences that are held back: mean loss and mean negative log-likelihood of a token."""
+        self.model.eval()
+        loss = nats = count = 0.0
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(self._held_back), size):
+            rows = self._held_back[start : start + size]
+            ids, labels = (torch.stack([row[key] for row in rows]).to(self.args.device) for key in ROW_KEYS)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                sums = self._objective.distances(self.model(input_ids=ids)["hidden"], ids, labels)
+            loss, nats, count = loss + sums.loss.item(), nats + sums.nats.item(), count + scored_in(labels)
+        metrics = {"eval_loss": loss / max(count, 1), "eval_nats": nats / max(count, 1)}
+        self.log(metrics)
+        handler: Any = self.callback_handler
+        self.control: TrainerControl = handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control.should_training_stop |= self._is_exhausted()
+        return metrics
+
     def run(self) -> int:
         """Train, from the last saved state if there is one, and put the best weights into the model.
 
@@ -193,7 +198,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc] # transformers is not type
             evaluations, that of the last.
         """
         folder = Path(self.args.output_dir)
-        state, finished = last_state(folder), folder / _FINISHED
+        state, finished = last_state(folder), folder / FINISHED
         if state is not None:
             self.state = TrainerState.load_from_json(str(state / _STATE))
         if state is not None and (finished.exists() or self._is_exhausted()):
@@ -228,17 +233,19 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc] # transformers is not type
 
     def _loss(self, outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
         loss = self._objective.distances(outputs["hidden"], outputs["ids"], labels).loss
-        return loss / (_scored(labels) if num_items_in_batch is None else num_items_in_batch)
+        return loss / (scored_in(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
-_KEYS = ("input_ids", "labels")
+class Teller(TrainerCallback):  # type: ignore[misc] # transformers is not typed
+    """Tells the watcher about every step.
 
+    Args:
+        watch: the watcher.
+        stage: what it is told that the steps are of.
+    """
 
-class _Teller(TrainerCallback):  # type: ignore[misc] # transformers is not typed
-    """Tells the watcher about every step."""
-
-    def __init__(self, watch: Watcher) -> None:
-        self._watch, self._words = watch, ""
+    def __init__(self, watch: Watcher, stage: str = STAGE) -> None:
+        self._watch, self._stage, self._words = watch, stage, ""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._tell(state)
@@ -255,7 +262,7 @@ class _Teller(TrainerCallback):  # type: ignore[misc] # transformers is not type
                 self._tell(state)
 
     def _tell(self, state: TrainerState) -> None:
-        self._watch(Progress(STAGE, state.global_step, state.max_steps, self._words, unit="step"))
+        self._watch(Progress(self._stage, state.global_step, state.max_steps, self._words, unit="step"))
 
 
 @contextmanager
@@ -287,13 +294,14 @@ def last_state(folder: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
-def _rows(tokens: Tokens) -> list[dict[str, Tensor]]:
+def rows_of(tokens: Tokens) -> list[dict[str, Tensor]]:
     """Sequences as the Trainer reads them; labels of tokens that only open a text, or a sequence, do not count."""
     labels = tokens.ids.clone()
     labels[:, 0] = UNSCORED
     labels[:, 1:][~tokens.scored(tokens.ids)] = UNSCORED
-    return [dict(zip(_KEYS, pair, strict=True)) for pair in zip(tokens.ids, labels, strict=True)]
+    return [dict(zip(ROW_KEYS, pair, strict=True)) for pair in zip(tokens.ids, labels, strict=True)]
 
 
-def _scored(labels: Tensor) -> int:
+def scored_in(labels: Tensor) -> int:
+    """How many tokens are predicted, of labels [sequences, positions]."""
     return int((labels[:, 1:] != UNSCORED).sum())

@@ -3,7 +3,7 @@
 More keys than these are let through, and only what summaries and pages cannot do without is required.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, with_config
 from typing_extensions import NotRequired, TypedDict
@@ -115,6 +115,19 @@ class _Recovery(TypedDict):
     scores: list[dict[str, float | None]]
 
 
+@with_config(ConfigDict(extra="allow"))
+class _Training(TypedDict):
+    recipe: dict[str, Any]
+    name: str
+    measure: Literal["perplexity", "accuracy"]
+    sequences: int
+    length: int
+    steps: int
+    curve: list[dict[str, float | None]]
+    losses: list[dict[str, float | None]]
+    zeros: dict[str, int]
+
+
 def _require_total(seconds: dict[str, float]) -> dict[str, float]:
     if "total" not in seconds:
         raise ValueError("the total is missing")
@@ -148,3 +161,4 @@ class Header(TypedDict):
     extent: NotRequired[_Extent | None]
     decisions: NotRequired[dict[str, Any] | None]
     recovery: NotRequired[_Recovery | None]
+    training: NotRequired[_Training | None]

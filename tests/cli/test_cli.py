@@ -338,8 +338,8 @@ def test_version() -> None:
 
 # In their groups: Prune, Measure, Deploy.
 COMMANDS = (
-    "prune", "recipes", "rotate", "sweep", "recover", "sensitivity", "perplexity", "bench", "eval", "report", "compare",
-    "inspect", "explain", "pack", "unpack", "archive", "extract", "export", "generate", "serve",
+    "prune", "recipes", "rotate", "sweep", "train", "recover", "sensitivity", "perplexity", "bench", "eval", "report",
+    "compare", "inspect", "explain", "pack", "unpack", "archive", "extract", "export", "generate", "serve",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from llmprune import keep_zeros, sparsify
 from llmprune.errors import CheckpointError, PatternError, TrainingError
 from llmprune.training.rules import RULES
-from llmprune.training.sparsify import Sparsifier
+from llmprune.training.sparsifier import Sparsifier
 from llmprune.training.targets import find_targets
 
 

@@ -1,0 +1,363 @@
+"""Masks that change while a model trains, with the user's own loop or transformers' Trainer.
+
+Between two steps the model's own parameters are those of the pruned model: it can be evaluated and saved as it is. A
+rule whose pruned weights keep values has them beside; they are in the parameters only while the optimizer takes a step.
+Gradients are taken where they arise, before they are accumulated and masked, so that clipping measures kept weights.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llmprune.errors import TrainingError
+from llmprune.paths import user_path
+from llmprune.recovery.optimizers import require_keeping
+from llmprune.torchrun import processes
+from llmprune.training.rules import Lottery, Rule, Selection
+from llmprune.training.rules.lottery import random_ticket
+from llmprune.training.rules.rule import Loss, Moment
+from llmprune.training.stages import Plan, Stage
+from llmprune.training.state import State
+from llmprune.training.targets import Target
+
+STATE_NAME = "sparsifier.safetensors"
+
+# Prunes the model in place to a sparsity.
+Solver = Callable[[float], None]
+
+
+class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not typed
+    """A context, and a callback of transformers' Trainer, in which masks follow a rule.
+
+    Args:
+        model: that trains.
+        targets: what is pruned in it.
+        rule: how masks are chosen.
+        plan: when, and how many weights they prune.
+        selection: which weights are compared.
+        loss: of a batch, for rules that need one before training.
+        solve: prunes the model in place when a stage begins, in place of the rule.
+        seed: of random choices.
+
+    Attributes:
+        plan: the same.
+        state: masks and all else that training has besides the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        rule: Rule,
+        plan: Plan,
+        selection: Selection,
+        *,
+        loss: Loss | None = None,
+        solve: Solver | None = None,
+        seed: int = 0,
+    ) -> None:
+        for target in targets:
+            if selection.pattern is not None:
+                selection.pattern.check(target.matrix.shape)
+        self._model, self._targets, self._rule, self._selection = model, targets, rule, selection
+        self._solve, self._seed, self.plan = solve, seed, plan
+        self._weights = {target.name: target.parameter for target in targets}
+        self._ids = {id(weight) for weight in self._weights.values()}
+        self.state = State(self._weights, latent=rule.latent, seed=seed)
+        self.state.scores = rule.first_scores(self._weights, loss)
+        if rule.score_rate:
+            self.state.train_scores(rule.score_rate)
+        # Gradients of all weights, summed since the last step, of rules that watch or learn.
+        self._dense: dict[str, Tensor] = {}
+        # The stage that the masks are of; -1: none yet.
+        self._stage = -1
+        # Optimizer state that the next step must not use: of these weights, or all of it.
+        self._stale: dict[str, Tensor] | None = {}
+        self._handles: list[RemovableHandle] = []
+        self._busy = False
+        if isinstance(rule, Lottery):
+            _require_initialising(model, rule)
+            if rule.rewind == 0:
+                self._remember()
+
+    def __enter__(self) -> "Sparsifier":
+        self._stop()
+        self.state.move_to(self._weights)
+        self._handles = [
+            weight.register_hook(self._gradient_hook(name))
+            for name, weight in self._weights.items()
+            if weight.requires_grad
+        ]
+        self._handles.append(self._model.register_forward_pre_hook(self._before_forward))
+        self._handles.append(register_optimizer_step_pre_hook(self._before_step))
+        self._handles.append(register_optimizer_step_post_hook(self._after_step))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the weights that is pruned now."""
+        pruned = sum(int((~mask).sum()) for mask in self.state.kept.values())
+        return pruned / sum(mask.numel() for mask in self.state.kept.values())
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Name of a parameter -> bool in its shape, True for pruned, as `keep_zeros` takes them."""
+        return {name: ~mask for name, mask in self.state.kept.items() if not bool(mask.all())}
+
+    def save(self, file: str | Path) -> None:
+        """Write masks, scores and the weights behind the masks, for a later process that continues this training.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        self.state.save(user_path(file, TrainingError, expected="a file for the state"))
+
+    def load(self, file: str | Path) -> None:
+        """Continue from what `save` wrote; the model must have its weights of that step.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is of another training.
+        """
+        self.state.load(user_path(file, TrainingError, expected="a file of a state"))
+        # A stage whose last step is behind has ended; the next begins with the next forward pass.
+        self._stage = self.plan.at(self.state.step - 1).number if self.state.step else -1
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """Begin as the Trainer does, from the state in its checkpoint if there is one.
+
+        Raises:
+            TrainingError: it shards the weights.
+        """
+        if args.fsdp or args.deepspeed:
+            raise TrainingError(
+                "sparsify with FSDP or DeepSpeed, which shard the weights",
+                expected="one device, or a copy of the model on each (DDP)",
+                fix="train without them, for example with torchrun alone",
+            )
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_NAME
+        if state.global_step and state.global_step != self.state.step and file.exists():
+            self.load(file)
+        self.__enter__()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """Save the state with the Trainer's checkpoint."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            self.save(folder / STATE_NAME)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """End as the Trainer does."""
+        self._stop()
+
+    def _stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _gradient_hook(self, name: str) -> Callable[[Tensor], Tensor]:
+        def take(gradient: Tensor) -> Tensor:
+            if self._reads_gradients():
+                before = self._dense.get(name)
+                self._dense[name] = gradient.detach().clone() if before is None else before.add_(gradient.detach())
+            return gradient if self._rule.passes else gradient.masked_fill(~self.state.kept[name], 0)
+
+        return take
+
+    def _reads_gradients(self) -> bool:
+        """Whether the step that comes next needs the gradients of pruned weights, too."""
+        return bool(self._rule.score_rate) or (self._rule.watches and self._is_due(self.state.step + 1))
+
+    def _is_due(self, step: int) -> bool:
+        """Whether masks are chosen anew after a step within a stage."""
+        interval = self._rule.interval
+        return bool(interval) and step % interval == 0 and self.plan.at(step).number == self._stage
+
+    def _holds(self, optimizer: Optimizer) -> bool:
+        return any(id(weight) in self._ids for group in optimizer.param_groups for weight in group["params"])
+
+    def _before_forward(self, model: nn.Module, inputs: object) -> None:
+        stage = self.plan.at(self.state.step)
+        if (
+            not torch.is_grad_enabled()
+            or self._busy
+            or stage.number == self._stage
+            or self.state.step >= self.plan.steps
+        ):
+            return
+        with self._alone():
+            self._begin(stage)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No stage begins while another does: a solver runs the model, too."""
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
+    def _begin(self, stage: Stage) -> None:
+        """Prune for a stage, before its first forward pass."""
+        last, self._stage = stage.number == self.plan.stages[-1].number, stage.number
+        if stage.sparsity == 0:
+            return
+        if self._solve is not None:
+            self._solve(stage.sparsity)
+            self._take_zeros()
+            return
+        self._choose(stage, begins=True)
+        rule = self._rule
+        if isinstance(rule, Lottery) and stage.number:
+            if last and rule.control == "random-ticket":
+                self._set_masks(random_ticket(self._views(self.state.kept), self.state.generator))
+            self._rewind(fresh=last and rule.control == "random-init")
+        self._show()
+
+    @torch.no_grad()
+    def _take_zeros(self) -> None:
+        """The masks that a solver has left in the weights; what it has kept may have changed as well."""
+        for name, weight in self._weights.items():
+            self.state.kept[name].copy_(weight != 0)
+        self._stale = {name: ~mask for name, mask in self.state.kept.items()}
+
+    @torch.no_grad()
+    def _choose(self, stage: Stage, *, begins: bool) -> None:
+        weights = self.state.latent if self._rule.latent else self._weights
+        moment = Moment(
+            self.state.step, self.plan.steps, begins, stage.sparsity, self.plan.end, self._selection,
+            self._views(weights), self._views(self.state.kept), self._views(self._dense),
+            self._views(self.state.scores), self.state.generator,
+        )  # fmt: skip
+        self._set_masks(self._rule.choose(moment))
+
+    def _views(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {target.matrix.name: target.view(tensors[target.name].detach()) for target in self._targets if tensors}
+
+    @torch.no_grad()
+    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        before = {} if self._rule.latent else {name: mask.clone() for name, mask in self.state.kept.items()}
+        for target in self._targets:
+            target.view(self.state.kept[target.name]).copy_(masks[target.matrix.name])
+        # Moments of what was or is pruned would move zeros, or grown weights by gradients of the past.
+        self._stale = {name: ~(mask & self.state.kept[name]) for name, mask in before.items()}
+
+    @torch.no_grad()
+    def _show(self) -> None:
+        """Have the model compute with the pruned weights."""
+        for name, weight in self._weights.items():
+            if self._rule.latent:
+                weight.copy_(self.state.latent[name])
+            weight.masked_fill_(~self.state.kept[name], 0)
+
+    @torch.no_grad()
+    def _rewind(self, *, fresh: bool) -> None:
+        """Go back to early weights, or to newly initialised ones, with the masks of now."""
+        source = initialised(self._model, self._seed + 1) if fresh else self.state.early
+        for name, parameter in self._model.named_parameters():
+            if name in source:
+                parameter.copy_(source[name])
+        self._stale = None
+
+    def _remember(self) -> None:
+        self.state.early = {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in self._model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: object, options: object) -> None:
+        if not self._holds(optimizer):
+            return
+        if not self._rule.latent:
+            require_keeping(optimizer)
+        self._forget(optimizer)
+        _average(self._dense)
+        if self.state.adam is not None:
+            self._step_scores(self.state.adam)
+        for name, weight in self._weights.items():
+            if self._rule.latent:
+                weight.copy_(self.state.latent[name])
+            if self._rule.passes and weight.grad is not None:
+                weight.grad.copy_(self._rule.gradient(weight.grad, weight, self.state.kept[name]))
+
+    def _forget(self, optimizer: Optimizer) -> None:
+        """Drop the state of weights that have been pruned, grown or set anew since the last step."""
+        if self._stale is None:
+            optimizer.state.clear()
+        for name, places in (self._stale or {}).items():
+            weight = self._weights[name]
+            for value in optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    value.masked_fill_(places, 0)
+        self._stale = {}
+
+    def _step_scores(self, adam: torch.optim.Adam) -> None:
+        stage = self.plan.at(self.state.step)
+        penalty = self._rule.penalty(self.state.scores, stage.sparsity / self.plan.end)
+        for name, score in self.state.scores.items():
+            if name in self._dense:
+                score.grad = self._dense[name] * self.state.latent[name]
+                if name in penalty:
+                    score.grad += penalty[name]
+        adam.step()
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: object, options: object) -> None:
+        if not self._holds(optimizer):
+            return
+        for name, latent in self.state.latent.items():
+            latent.copy_(self._weights[name])
+        self.state.step += 1
+        if self.state.step > self.plan.steps:
+            self._show()
+            return
+        if self._is_due(self.state.step):
+            self._choose(self.plan.at(self.state.step), begins=False)
+            self._forget(optimizer)
+        self._show()
+        self._dense = {}
+        if isinstance(self._rule, Lottery) and self.state.step == self._rule.rewind:
+            self._remember()
+
+
+def _average(gradients: Mapping[str, Tensor]) -> None:
+    """Gradients are taken before the processes of DDP exchange them: every one must choose the same masks."""
+    if processes() > 1 and torch.distributed.is_initialized():
+        for gradient in gradients.values():
+            torch.distributed.all_reduce(gradient)
+            gradient /= processes()
+
+
+def _require_initialising(model: nn.Module, rule: Lottery) -> None:
+    if rule.control == "random-init" and not isinstance(model, PreTrainedModel):
+        raise TrainingError(
+            f"random-init of a {type(model).__name__}",
+            expected="a model of transformers, which initialises its weights",
+        )
+
+
+def initialised(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """The parameters of a model of the same configuration, newly initialised."""
+    assert isinstance(model, PreTrainedModel)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fresh = type(model)(copy.deepcopy(model.config))
+    return dict(fresh.named_parameters())

@@ -1,0 +1,217 @@
+"""A sequence classifier of transformers, trained on labelled texts."""
+
+import copy
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
+
+from llmprune.errors import ModelError, TrainingError
+from llmprune.models.boundary import explained, load_tokenizer, read_stock_config
+from llmprune.models.checkpoint_source import positive_zeros
+from llmprune.models.skeleton import quiet_transformers, refuse_quantised
+from llmprune.progress import Progress, Watcher
+from llmprune.recovery.options import RecoveryOptions
+from llmprune.storage.companions import copy_companions
+from llmprune.storage.files import read_index
+from llmprune.storage.folders import writing_to
+from llmprune.training.subjects.labelled import read_examples
+from llmprune.training.subjects.subject import Row, Subject
+
+# Tokens of a text, if neither the user nor the model says.
+_LENGTH = 512
+
+
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether a config.json describes a sequence classifier."""
+    return any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+class ClassifierSubject(Subject):
+    """A sequence classifier and its labelled texts.
+
+    Args:
+        folder: its checkpoint.
+        text: the file that is trained on.
+        evaluation: the file on which accuracy is measured in the end; None: it is not.
+        length: of a text in tokens at most; None: what the model allows, at most 512.
+        samples: how many texts of the file are used; None: all.
+        options: of the training.
+        device: where it is trained.
+
+    Raises:
+        ModelError: it has one output, as a regression has, or several labels at once.
+    """
+
+    measure = "accuracy"
+
+    def __init__(
+        self,
+        folder: Path,
+        text: str,
+        evaluation: str | None,
+        length: int | None,
+        samples: int | None,
+        options: RecoveryOptions,
+        device: torch.device,
+    ) -> None:
+        self.folder, self.options, self.device = folder, options, device
+        self._source, self._evaluation, self._samples = text, evaluation, samples
+        config = read_stock_config(folder)
+        refuse_quantised(config, str(folder))
+        if config.num_labels < 2 or getattr(config, "problem_type", None) not in (None, "single_label_classification"):
+            raise ModelError(
+                f"{folder} is no classifier with one label of several",
+                expected="a model that chooses one of two or more labels",
+                fix="train it in a loop of your own with llmprune.sparsify",
+            )
+        self._classes = {str(name): int(number) for number, name in (config.id2label or {}).items()}
+        self._dtype = next((one[...].dtype for one in itertools.islice(read_index(folder).values(), 1)), torch.float32)
+        with init_empty_weights(include_buffers=False), quiet_transformers():
+            self.model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        self._tokenizer = load_tokenizer(folder)
+        most = getattr(config, "max_position_embeddings", None) or _LENGTH
+        self._length = min(length or _LENGTH, most)
+        self._teacher: Any = None
+
+    def read(self, watch: Watcher) -> None:
+        """Read the labelled texts; with held-back ones at the end."""
+        watch(Progress("training text", step=self._source))
+        self.rows = self._rows(self._source)[: self._samples]
+        digest = hashlib.sha256()
+        for row in self.rows:
+            for key, value in sorted(row.items()):
+                digest.update(key.encode() + value.numpy().tobytes())
+        self.digest = digest.hexdigest()
+        self.text = {"source": self._source, "examples": len(self.rows), "classes": self._classes}
+
+    def load(self, device: torch.device, *, teacher: bool) -> None:
+        """Read the weights."""
+        self.model = self._loaded(self.folder).to(device)
+        if teacher:
+            self._teacher = self._loaded(self.folder).to(device).eval()
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """In which the model returns its logits, and those of the checkpoint's model if that teaches."""
+        model, teacher = self.model, self._teacher
+
+        def forward(**inputs: Any) -> dict[str, Tensor]:
+            found = {"logits": type(model).forward(model, **inputs).logits}
+            if teacher is not None:
+                with torch.no_grad():
+                    found["dense"] = teacher(**inputs).logits
+            return found
+
+        model.forward = forward
+        try:
+            yield
+        finally:
+            del model.forward
+            vars(model).pop("_original_forward", None)  # accelerate's
+
+    def loss(self, outputs: Any, labels: Tensor) -> tuple[Tensor, int]:
+        """The cross-entropy of the labels, the KL divergence from the checkpoint's model, or a mix."""
+        weight = self.options.kl_weight
+        logits = outputs["logits"].float()
+        loss = cross_entropy(logits, labels, reduction="sum")
+        if self._teacher is None or not weight:
+            return loss, len(labels)
+        divergence = kl_div(
+            logits.log_softmax(-1), outputs["dense"].float().log_softmax(-1), reduction="sum", log_target=True
+        )
+        return weight * divergence + (1 - weight) * loss, len(labels)
+
+    def early_loss(self, rows: Sequence[Row], temperature: float) -> Tensor:
+        """The cross-entropy of the labels."""
+        batch = {key: torch.stack([row[key] for row in rows]).to(self.device) for key in rows[0]}
+        labels = batch.pop("labels")
+        return cross_entropy(self.model(**batch).logits.float() / temperature, labels)
+
+    def score(self, outputs: Any, labels: Tensor) -> tuple[float, int]:
+        """How many labels are right."""
+        return float((outputs["logits"].argmax(-1) == labels).sum()), len(labels)
+
+    def quality(self, mean: float) -> float:
+        """Accuracy, in [0, 1]."""
+        return mean
+
+    def write(self, target: Path, watch: Watcher) -> None:
+        """Write it with its tokenizer, as save_pretrained does."""
+        watch(Progress("writing"))
+        state = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+        stored = {
+            name: positive_zeros(tensor.to(self._dtype)) if tensor.is_floating_point() else tensor
+            for name, tensor in state.items()
+        }
+        result = copy.deepcopy(self.model).cpu().to(self._dtype)
+        with writing_to(target), quiet_transformers():
+            result.save_pretrained(target, state_dict=stored)
+            for left_out in copy_companions(self.folder, target):
+                watch(Progress(left_out))
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is a file to evaluate on."""
+        return self._evaluation is not None
+
+    def evaluate(self, result: Path, watch: Watcher) -> dict[str, Any]:
+        """The accuracy of both on the file."""
+        assert self._evaluation is not None
+        rows = self._rows(self._evaluation)
+        found = {}
+        for name, folder in (("before", self.folder), ("after", result)):
+            watch(Progress(f"accuracy {name}"))
+            found[name] = self._accuracy(folder, rows)
+        return {**found, "examples": len(rows)}
+
+    @torch.no_grad()
+    def _accuracy(self, folder: Path, rows: Sequence[Row]) -> float:
+        model, right, size = self._loaded(folder).to(self.device).eval(), 0.0, self.options.batch_size
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            batch = {key: torch.stack([row[key] for row in part]).to(self.device) for key in part[0]}
+            labels = batch.pop("labels")
+            right += self.score({"logits": model(**batch).logits}, labels)[0]
+        return right / len(rows)
+
+    def _rows(self, source: str) -> list[Row]:
+        examples = read_examples(source, self._classes)
+        texts = [example.text for example in examples]
+        pairs = [example.pair for example in examples]
+        with explained(
+            f"the tokenizer of {self.folder} cannot encode {source}",
+            expected="a tokenizer with a padding token",
+            fix="correct tokenizer_config.json",
+            raised=TrainingError,
+        ):
+            encoded = self._tokenizer(
+                texts, pairs if any(pairs) else None, padding="longest", truncation=True, max_length=self._length,
+                return_tensors="pt",
+            )  # fmt: skip
+        labels = torch.tensor([example.label for example in examples])
+        return [
+            {**{key: value[number] for key, value in encoded.items()}, "labels": labels[number]}
+            for number in range(len(examples))
+        ]
+
+    def _loaded(self, folder: Path) -> Any:
+        with (
+            explained(
+                f"{folder} cannot be loaded as a classifier",
+                expected="a folder written by save_pretrained",
+                fix="save it again with transformers",
+            ),
+            quiet_transformers(),
+        ):
+            return AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, local_files_only=True
+            )
