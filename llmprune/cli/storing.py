@@ -1,4 +1,4 @@
-"""`llmprune archive`, `llmprune extract` and `llmprune export`."""
+"""`llmprune archive`, `llmprune extract`, `llmprune export` and `llmprune import`."""
 
 from enum import Enum
 from pathlib import Path
@@ -39,6 +39,14 @@ llmprune export out/demo --to torch-prune --output out/masked
 llmprune export out/demo --to gguf --llama-cpp ~/llama.cpp --gguf-type q8_0
 """
 
+_IMPORT_EXAMPLES = """
+Examples:
+
+llmprune import out/masked --output out/pruned
+
+llmprune import state.pt --config org/model-folder --output out/pruned
+"""
+
 _CONTINUE = "interrupted; run the same command again to continue"
 
 
@@ -56,6 +64,7 @@ def add_commands(app: typer.Typer) -> None:
     add(app, archive, DEPLOY, _ARCHIVE_EXAMPLES)
     add(app, extract, DEPLOY, _EXTRACT_EXAMPLES)
     add(app, export, DEPLOY, _EXPORT_EXAMPLES)
+    add(app, import_, DEPLOY, _IMPORT_EXAMPLES, name="import")
 
 
 def archive(
@@ -160,6 +169,36 @@ def export(
                 gguf_type=gguf_type,
                 watch=display,
             )
+        if as_json:
+            console.show_json(report.to_dict())
+        else:
+            console.show(*export_tables(report))
+
+
+def import_(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A folder with safetensors files, or a state dict of torch.save.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", rich_help_panel=OUTPUT, help="A new folder.")
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", metavar="FOLDER", help="Where config.json and the tokenizer are; default: SOURCE, if a folder."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model that torch.nn.utils.prune has pruned (weight_orig, weight_mask) as an ordinary checkpoint."""
+    with explained(as_json, lambda: "interrupted; nothing was imported"):
+        from llmprune.cli.tables.exporting import export_tables
+        from llmprune.exporting.unmasked import import_masked
+
+        with console.Display(quiet=quiet) as display:
+            report = import_masked(source, output, config=config, overwrite=overwrite, watch=display)
         if as_json:
             console.show_json(report.to_dict())
         else:

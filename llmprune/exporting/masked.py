@@ -16,10 +16,11 @@ from llmprune.errors import CheckpointError, ModelError
 from llmprune.exporting.tensors import Exported, is_pruned
 from llmprune.storage.files import Stored, listed, read_header
 from llmprune.storage.folders import expanded
+from llmprune.storage.torch_prune import MASK, ORIGINAL
 
 PREFIX = "torch-prune-"
 
-_MASK, _ORIGINAL = ".weight_mask", ".weight_orig"
+_MASK, _ORIGINAL = f".weight{MASK}", f".weight{ORIGINAL}"
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -89,6 +90,32 @@ def load_masked(model: Model, folder: str | Path) -> Model:
         own[key].data.copy_(tensor[...])
     for layer in layers:  # as every forward pass does
         model.get_submodule(layer).weight = own[layer + _ORIGINAL] * own[layer + _MASK]
+    return model
+
+
+def add_masks(model: Model, masks: Mapping[str, Tensor]) -> Model:
+    """Reparametrise a model in memory by torch.nn.utils.prune, in place.
+
+    Args:
+        model: whose weights train on.
+        masks: parameter name -> bool in its shape, True for pruned, as `llmprune.sparsify` and `keep_zeros` have them.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: it has no such parameter, or a mask has another shape; it is as it was.
+    """
+    own = dict(model.named_parameters())
+    if differing := [name for name, mask in masks.items() if name not in own or own[name].shape != mask.shape]:
+        raise ModelError(
+            f"the masks are not those of this model: {listed(sorted(differing))}",
+            expected="names and shapes of its parameters",
+            fix="pass the masks that were made for it",
+        )
+    for name, mask in masks.items():
+        layer, _, parameter = name.rpartition(".")
+        prune.custom_from_mask(model.get_submodule(layer), parameter, ~mask)
     return model
 
 

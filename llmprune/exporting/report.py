@@ -25,7 +25,7 @@ class ExportReport:
     """What was exported.
 
     Attributes:
-        to: "csr", "torch-prune", "gguf" or "onnx".
+        to: "csr", "torch-prune", "gguf" or "onnx"; "checkpoint" of an import.
         output: the folder or file that was written.
         files: the files with weights.
         dense_bytes: size of the checkpoint's tensors when dense.

@@ -6,6 +6,7 @@ shows which kernels could run a checkpoint of unknown origin.
 
 import re
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from llmprune.precision import dtype_name
 from llmprune.storage.detection import describe_mask
 from llmprune.storage.files import read_header, read_json, weight_files
 from llmprune.storage.packed_config import PackedWeight, as_dense, packed_layouts
+from llmprune.storage.torch_prune import MASK, ORIGINAL, masked_keys, merged
 
 _EMBEDDINGS = re.compile(r"embed|lm_head|wte|wpe")
 
@@ -120,7 +122,8 @@ class Inspection:
 def inspect_checkpoint(folder: Path) -> Inspection:
     """Count the zeros of every tensor of a checkpoint and find their patterns.
 
-    The matrices of a packed checkpoint are unpacked one at a time.
+    The matrices of a packed checkpoint are unpacked one at a time; `weight_orig` and `weight_mask` of a model pruned by
+    torch.nn.utils.prune are counted as the weight that is their product.
 
     Args:
         folder: has safetensors files, with or without an index; config.json says what is packed, and is compared with
@@ -133,6 +136,8 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     packed = _packed(folder, files)
     parts = {part.key for weight in packed for part in weight.parts.values()}
     rows = {weight.key: replace(_row(weight.key, weight[...]), **_as_stored(weight)) for weight in packed}
+    masked, halves = _masked(files)
+    rows, parts = rows | masked, parts | halves
     for path in files:
         for row in _rows(path, parts):
             if row.name in rows:
@@ -167,15 +172,39 @@ def _packed(folder: Path, files: Sequence[Path]) -> list[PackedWeight]:
     return [weight for weight in as_dense(stored, layouts).values() if isinstance(weight, PackedWeight)]
 
 
+def _masked(files: Sequence[Path]) -> tuple[dict[str, TensorRow], set[str]]:
+    """The rows of tensors that are stored as an original and a mask, and the names of these."""
+    rows: dict[str, TensorRow] = {}
+    parts: set[str] = set()
+    with ExitStack() as stack:
+        places = {}
+        for path in files:
+            stack.enter_context(_readable(path))
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            places |= dict.fromkeys(file.keys(), file)
+        for key in masked_keys(places):
+            halves = [f"{key}{ORIGINAL}", f"{key}{MASK}"]
+            original, mask = (places[half].get_tensor(half) for half in halves)
+            row = _row(key, merged(key, original, mask))
+            rows[key] = replace(row, bytes=original.nbytes + mask.nbytes, layout="torch-prune")
+            parts |= {*halves}
+    return rows, parts
+
+
 def _as_stored(weight: PackedWeight) -> dict[str, Any]:
     return {"bytes": weight.packed_bytes, "layout": weight.layout.name}
 
 
 def _rows(path: Path, parts: Collection[str]) -> Iterator[TensorRow]:
+    with _readable(path), safe_open(path, framework="pt") as file:
+        for name in set(file.keys()) - set(parts):
+            yield _row(name, file.get_tensor(name))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in set(file.keys()) - set(parts):
-                yield _row(name, file.get_tensor(name))
+        yield
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}",

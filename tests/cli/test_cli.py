@@ -339,7 +339,7 @@ def test_version() -> None:
 # In their groups: Prune, Measure, Deploy.
 COMMANDS = (
     "prune", "recipes", "rotate", "sweep", "train", "recover", "sensitivity", "perplexity", "bench", "eval", "report",
-    "compare", "inspect", "explain", "pack", "unpack", "archive", "extract", "export", "generate", "serve",
+    "compare", "inspect", "explain", "pack", "unpack", "archive", "extract", "export", "import", "generate", "serve",
 )  # fmt: skip
 
 
