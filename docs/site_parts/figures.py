@@ -4,6 +4,7 @@ import ast
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from site_parts.markdown import literal, table
@@ -235,6 +236,24 @@ def recovery() -> str:
     return _bench("recovery-testbed-cpu", arguments, columns)
 
 
+def lottery() -> str:
+    """Tickets and their controls: perplexity over the seeds."""
+    command = "lottery --text FILE --heldout FILE"
+    return _over_seeds("lottery-testbed-cpu", command, "ticket", "perplexity", "{:.1f}")
+
+
+def movement() -> str:
+    """Rules for a classifier: accuracy over the seeds."""
+    command = "movement --text FILE --heldout FILE --folder DIR"
+    return _over_seeds("movement-testbed-cpu", command, "rule", "accuracy", "{:.1%}")
+
+
+def masks() -> str:
+    """What masks cost in each step of training."""
+    columns = {"masks": "{masks}", "ms of a step": "{ms:.0f}", "of a step without": "{ratio:.3f}"}
+    return _bench("masks-testbed-cpu", "masks", columns)
+
+
 def onnx() -> str:
     """Forward passes by torch, by ONNX Runtime and by our packed form, on a CPU."""
     columns = {
@@ -269,7 +288,25 @@ def _bench(name: str, arguments: str, columns: Mapping[str, str]) -> str:
     result = read(name)
     rows = result if isinstance(result, list) else [{**result, "tasks": len(result["tasks"])}]
     rows = [{"packed": f"{row['packed_ms']:.1f}" if "packed_ms" in row else "", **row} for row in rows]
+    rows = [{"ms": 1000 * row["seconds"] if isinstance(row.get("seconds"), float) else 0, **row} for row in rows]
     shown = table(list(columns), ([form.format(**row) for form in columns.values()] for row in rows))
+    return f"{shown}\n\nMade by {command}. {_where(rows[0])}"
+
+
+def _over_seeds(name: str, arguments: str, what: str, figure: str, form: str) -> str:
+    """Mean and standard deviation of a figure over the seeds, for each sparsity."""
+    command = literal(f"python -m llmprune.eval.bench.{arguments} --json {name}.json")
+    if not (RESULTS / f"{name}.json").is_file():
+        return f"*Not measured yet; run {command}.*"
+    rows = read(name)
+    found: dict[tuple[float, str], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["sparsity"], row[what]), []).append(row[figure])
+    body = [
+        (f"{sparsity:.0%}", one, form.format(mean(values)), form.format(stdev(values)), str(len(values)))
+        for (sparsity, one), values in found.items()
+    ]
+    shown = table(("sparsity", what, figure, "standard deviation", "seeds"), body)
     return f"{shown}\n\nMade by {command}. {_where(rows[0])}"
 
 
@@ -291,6 +328,9 @@ PARTS = {
     "harness": harness,
     "archive": archive,
     "recovery": recovery,
+    "lottery": lottery,
+    "movement": movement,
+    "masks": masks,
     "onnx": onnx,
     "families": families,
 }

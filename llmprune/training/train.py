@@ -18,8 +18,11 @@ from llmprune.recovery.folder import WORK_NAME, RecoveryFolder
 from llmprune.recovery.reporting import versions
 from llmprune.recovery.training import Schedule as Steps
 from llmprune.recovery.training import arguments_for, same_verbosity
+from llmprune.storage.companions import CONFIG_NAME
+from llmprune.storage.files import read_json
 from llmprune.storage.folders import expanded, require_empty, require_free, require_other, require_space
 from llmprune.storage.hub import checkpoint_digest, resolve_model
+from llmprune.storage.packed_config import packed_layouts
 from llmprune.storage.report import Report, load_report
 from llmprune.stream.guard import MemoryGuard
 from llmprune.stream.stream import StreamSettings
@@ -206,6 +209,12 @@ def _require_fitting(subject: Subject, recipe: TrainRecipe) -> None:
                 recipe.selection.pattern.check(target.matrix.shape)
             except LlmpruneError as error:
                 raise error.at(target.matrix.name) from error
+    if packed_layouts(read_json(subject.folder / CONFIG_NAME)):
+        raise TrainingError(
+            f"{subject.folder} is packed, and its layouts may not fit other zeros",
+            expected="a dense checkpoint",
+            fix="unpack it first with `llmprune unpack`, and pack the result",
+        )
     if recipe.method is None:
         return
     if not isinstance(subject, CausalSubject):

@@ -14,7 +14,7 @@ from labelled_texts import build_classifier, save_classifier, write_texts
 from tiny_models import build, save
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from llmprune import TextSpec, compare, inspect_checkpoint, plan_training, prune, train
+from llmprune import TextSpec, compare, inspect_checkpoint, pack, plan_training, prune, train
 from llmprune.errors import (
     CalibrationError,
     LlmpruneError,
@@ -287,6 +287,9 @@ def test_what_it_refuses(causal: Made, classifier: Made, tmp_path: Path) -> None
         train(causal.model, tmp_path / "out", causal.text, "missing.yaml")
     with pytest.raises(ResumeError, match="--overwrite"):
         train(causal.model, causal.output, causal.text, RECIPE)
+    pack(causal.output, tmp_path / "packed", format="bitmask")
+    with pytest.raises(TrainingError, match="is packed"):
+        train(tmp_path / "packed", tmp_path / "out", causal.text, RECIPE)
     save(build_classifier(labels=1), tmp_path / "regression")
     with pytest.raises(ModelError, match="one label of several"):
         train(tmp_path / "regression", tmp_path / "out", classifier.text, RECIPE)

@@ -129,7 +129,7 @@ class Rule(ABC):
             weight: of the same shape, outside the forward pass.
             kept: the mask, bool.
         """
-        return gradient.masked_fill(~kept, 0)
+        return gradient * kept
 
     def first_scores(self, weights: Matrices, loss: Loss | None) -> dict[str, Tensor]:
         """The scores before training, each in the shape of its weights; empty for rules without any.

@@ -42,4 +42,4 @@ class SRSTE(Rule):
 
     def gradient(self, gradient: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
         """Add lambda (1 - M) W."""
-        return gradient + self.decay * weight.masked_fill(kept, 0)
+        return gradient + self.decay * (weight * ~kept)

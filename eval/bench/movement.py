@@ -1,0 +1,128 @@
+"""Movement against magnitude pruning while a classifier is fine-tuned.
+
+    python -m llmprune.eval.bench.movement --text calibration.jsonl --heldout heldout.jsonl --folder out/movement \
+        --json movement-testbed-cpu.json
+
+The classifier is the bundled model with a new head. It is fine-tuned to tell passages from passages in which some
+words were replaced by words from elsewhere in the text; both files of labelled texts are made from the given ones, in
+the folder. Each rule has one dense stage, then six stages along a cubic schedule, with the same steps. Measured is
+the accuracy on passages from the held-out text. Rows of other rules, sparsities and seeds in the JSON file are kept,
+so that a run may be made in parts.
+"""
+
+import argparse
+import json
+import math
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from llmprune.models.skeleton import quiet_transformers
+from llmprune.storage.hub import resolve_model
+from llmprune.text.tokens import TextSpec
+from llmprune.training.train import train
+
+# Words of a passage, and how many of them are replaced in the others.
+WORDS, REPLACED = 20, 4
+
+
+def make_texts(source: Path, target: Path, count: int, seed: int) -> None:
+    """Write labelled passages: half of them as they are (label 0), half with words replaced (label 1)."""
+    draw = random.Random(seed)
+    with source.open(encoding="utf-8") as lines:
+        documents = [json.loads(line)["text"].split() for line in lines]
+    documents = [words for words in documents if len(words) > 2 * WORDS]
+    everything = [word for words in documents for word in words]
+    with target.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            words = draw.choice(documents)
+            start = draw.randrange(len(words) - WORDS)
+            passage, label = words[start : start + WORDS], number % 2
+            for place in draw.sample(range(WORDS), REPLACED * label):
+                passage[place] = draw.choice(everything)
+            file.write(json.dumps({"text": " ".join(passage), "label": label}) + "\n")
+
+
+def make_classifier(folder: Path, seed: int) -> Path:
+    """Save the bundled model with a new head of two labels."""
+    import torch
+
+    torch.manual_seed(seed)
+    testbed = resolve_model("testbed")
+    with quiet_transformers():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            testbed, num_labels=2, dtype=torch.float32, trust_remote_code=False
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(testbed, trust_remote_code=False).save_pretrained(folder)
+    return folder
+
+
+def measure(rule: str, sparsity: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Fine-tune once, and measure."""
+    model = make_classifier(args.folder / f"classifier-{seed}", seed)
+    recipe = {
+        "rule": rule,
+        "schedule": {"kind": "cubic", "stages": 6, "end": sparsity, "every": args.every, "dense": args.every},
+        "training": {
+            "learning_rate": args.rate, "batch_size": args.batch_size, "held_back": 64, "seed": seed, "cycle": "run",
+        },
+    }  # fmt: skip
+    output, text = (
+        args.folder / f"{rule}-{sparsity}-{seed}",
+        TextSpec(str(args.folder / "train.jsonl"), length=args.length),
+    )
+    report = train(model, output, text, recipe, evaluation=str(args.folder / "test.jsonl"), overwrite=True)
+    training = report.header["training"]
+    return {
+        "rule": rule, "sparsity": sparsity, "seed": seed, "accuracy": training["after"],
+        "examples": training["examples"], "curve": training["curve"], "recipe": training["recipe"],
+        "zeros": training["zeros"], "seconds": report.header["seconds"], "versions": report.header["version"],
+        "device": report.header["device"],
+    }  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is asked for, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="jsonl with a text column")
+    parser.add_argument("--heldout", type=Path, required=True, help="jsonl with a text column")
+    parser.add_argument("--folder", type=Path, required=True, help="for labelled texts and checkpoints")
+    parser.add_argument("--rules", nargs="+", default=["magnitude", "movement"])
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.85, 0.95])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--every", type=int, default=20, help="steps of a stage")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--length", type=int, default=40)
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--examples", type=int, default=4000, help="to train on")
+    parser.add_argument("--tested", type=int, default=600, help="examples to measure on")
+    parser.add_argument("--json", type=Path, required=True, help="figures; other rows in it are kept")
+    args = parser.parse_args(arguments)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    make_texts(args.text, args.folder / "train.jsonl", args.examples, seed=1)
+    make_texts(args.heldout, args.folder / "test.jsonl", args.tested, seed=2)
+    rows = json.loads(args.json.read_text()) if args.json.exists() else []
+    for seed in args.seeds:
+        for sparsity in args.sparsities:
+            for rule in args.rules:
+                key = (rule, sparsity, seed)
+                row = measure(*key, args)
+                rows = [one for one in rows if (one["rule"], one["sparsity"], one["seed"]) != key] + [row]
+                args.json.write_text(json.dumps(rows, indent=2) + "\n")
+                print(*key, f"{row['accuracy']:.3f}", f"{row['seconds']['total']:.0f} s", flush=True)
+    table = Table("sparsity", "rule", "accuracy", "standard deviation", "seeds")
+    for sparsity, rule in sorted({(row["sparsity"], row["rule"]) for row in rows}):
+        found = [row["accuracy"] for row in rows if (row["sparsity"], row["rule"]) == (sparsity, rule)]
+        spread = statistics.stdev(found) if len(found) > 1 else math.nan
+        table.add_row(f"{sparsity:.0%}", rule, f"{statistics.mean(found):.1%}", f"{spread:.1%}", str(len(found)))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
