@@ -55,11 +55,49 @@ def test_nothing_on_meta():
 def test_memory_outlives_inference_mode():
     with torch.inference_mode():
         workspace.reserve(DEVICE, 16, 16)
-    assert not workspace._scratch[DEVICE].memory.is_inference()
+    assert not workspace.scratch(DEVICE, (16,), torch.uint8).is_inference()
+
+
+def test_streams_do_not_share_memory(monkeypatch):
+    workspace.reserve(DEVICE, 100, 8)
+    first = workspace.scratch(DEVICE, (10,), torch.uint8)
+    sums = workspace.partials(DEVICE, (2,))
+    monkeypatch.setattr(workspace, "_stream", lambda device: 7)
+    second = workspace.scratch(DEVICE, (10,), torch.uint8)
+    first.fill_(1)
+    second.fill_(2)
+    assert (first == 1).all()
+    assert workspace.partials(DEVICE, (2,)).data_ptr() != sums.data_ptr()
+    assert workspace.reserved(DEVICE) == 2 * 108
+    assert workspace.scratch(DEVICE, (100,), torch.uint8).data_ptr() == second.data_ptr()  # as reserved: did not grow
+    workspace.release(DEVICE)
+    assert workspace.reserved(DEVICE) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams that run at the same time")
+def test_streams_of_a_gpu_do_not_share_memory():
+    side = torch.cuda.Stream(DEVICE)
+    here = workspace.scratch(DEVICE, (1000,), torch.uint8)
+    with torch.cuda.stream(side):
+        assert workspace.scratch(DEVICE, (1000,), torch.uint8).data_ptr() != here.data_ptr()
+
+
+def test_a_graph_may_be_the_first_to_use_a_stream(monkeypatch):
+    workspace.reserve(DEVICE, 100, 0)
+    device = torch.device("cpu")
+    buffer = workspace._Buffer("scratch", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(buffer, "device", torch.device("cuda", 7))
+    monkeypatch.setattr(torch, "empty", lambda size, **_: torch.zeros(size, dtype=torch.uint8))
+    assert len(buffer.view((60,), torch.uint8, reserved=100)) == 60
+    assert len(buffer.memory) == 100
+    with pytest.raises(RuntimeError, match="grow to 101 bytes while a CUDA graph is captured"):
+        buffer.view((101,), torch.uint8, reserved=100)
 
 
 def test_growing_inside_a_graph_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(workspace, "_stream", lambda device: 0)
     device = torch.device("cuda", 7)
     with pytest.raises(RuntimeError, match=r"grow to 8 bytes while a CUDA graph is captured(.|\n)*fix: reserve"):
         workspace.scratch(device, (4,), torch.float16)

@@ -7,8 +7,8 @@ Two operations, each opaque to `torch.compile`, capturable in a CUDA graph and d
 
 Both choose by the number of tokens. Few tokens are bound by the bytes of the weights and take a decode kernel, which
 reads 0.5625 of the dense bytes. Many are bound by arithmetic: the dense matrix is expanded into the device's scratch
-(see workspace.py: one stream at a time) and multiplied by the library. Without Triton, as on a CPU, plain torch expands
-the dense matrix in every call, and the result equals the dense layer's bit for bit.
+(see workspace.py) and multiplied by the library. Without Triton, as on a CPU, plain torch expands the dense matrix in
+every call, and the result equals the dense layer's bit for bit.
 
 The weights are constants. Gradients flow to x and the bias, through the dense matrix.
 """
