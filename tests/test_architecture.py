@@ -23,7 +23,7 @@ ROOMS = (
     ("methods", "rotation", "storage", "training.rules"),
     ("models",),
     ("serving", "text"),
-    ("stream",),
+    ("stream", "vllm_plugin"),
     ("recipe",),
     ("structures.find",),
     ("structures.remove",),

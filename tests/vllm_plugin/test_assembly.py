@@ -1,0 +1,187 @@
+"""Layers of vLLM assembled from packed matrices, for every rank, without vLLM."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmprune.errors import CheckpointError, FormatError, ModelError, NumericsError, PatternError
+from llmprune.patterns import parse
+from llmprune.storage.formats import DenseLayout, Layout, fit_layout, quantise
+from llmprune.vllm_plugin.assembly import Assembly, Shape, choose, served_in
+
+CPU = torch.device("cpu")
+PATTERNS = {
+    "nm": "2:4", "block": "0.5@16x16", "bitmask": "0.6", "int8-nm": "2:4", "int8-bitmask": "0.6", "dense": "0.5",
+}  # fmt: skip
+
+
+def matrix(layout: str, rows: int, columns: int, seed: int = 0) -> tuple[Layout | None, dict[str, Tensor], Tensor]:
+    """A layout, None for a dense matrix; its tensors; and the weight."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    pattern = parse(PATTERNS[layout]).compared("row")
+    weight = weight * pattern.mask(weight.abs())
+    if layout.startswith("int8"):
+        weight = quantise(weight)
+    fitted = fit_layout(layout, weight, pattern)
+    return None if isinstance(fitted, DenseLayout) else fitted, fitted.pack(weight), weight
+
+
+def assembled(shape: Shape, matrices: dict[str, tuple[Layout | None, dict[str, Tensor], Tensor]], ids: list) -> list:
+    assembly = Assembly("layer", {name: layout for name, (layout, _, _) in matrices.items()}, shape)
+    for shard_id, (_, tensors, _) in reversed(list(zip(ids, matrices.values(), strict=True))):
+        for suffix, tensor in tensors.items():
+            assert assembly.arriving[suffix] == tensor.dtype or suffix == "values"
+            assembly.take(suffix, tensor, shard_id)
+    return assembly.finish(CPU)
+
+
+def product(layers: list, x: Tensor) -> Tensor:
+    return torch.cat([layer(x) for layer in layers], dim=-1)
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    return bool((found - wanted).abs().max() <= 1e-4 * wanted.abs().max())  # int8 forms round the activations
+
+
+def qkv_shape(rank: int, ranks: int, dtype: torch.dtype = torch.float32) -> Shape:
+    """Four query heads and two KV heads of 16."""
+    kv = 16 * max(1, 2 // ranks)
+    return Shape((64, 64), ((64, 64 // ranks), (32, kv), (32, kv)), rank, ranks, dtype)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    "layouts",
+    [*((name,) * 3 for name in PATTERNS if name != "dense"), ("nm", "dense", "nm"), ("block", "bitmask", "int8-nm")],
+    ids=str,
+)
+def test_q_k_and_v_of_every_rank(layouts: tuple[str, str, str], ranks: int) -> None:
+    sizes = (64, 32, 32)
+    matrices = {name: matrix(layouts[n], sizes[n], 64, n) for n, name in enumerate("abc")}
+    q, k, v = (weight for _, _, weight in matrices.values())
+    x = torch.randn(5, 64)
+    for rank in range(ranks):
+        layers = assembled(qkv_shape(rank, ranks), matrices, ["q", "k", "v"])
+        assert len(layers) == (1 if len(set(layouts)) == 1 else 3)
+        head, copies = 64 // ranks, max(1, ranks // 2)
+        kv = slice(rank // copies * (32 * copies // ranks), (rank // copies + 1) * (32 * copies // ranks))
+        wanted = torch.cat([q[rank * head : (rank + 1) * head], k[kv], v[kv]])
+        assert close(product(layers, x), F.linear(x, wanted))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("layout", PATTERNS)
+def test_inputs_shared_by_ranks_add_up(layout: str, ranks: int) -> None:
+    found, weight = torch.zeros(3, 48), matrix(layout, 48, 64)[2]
+    x = torch.randn(3, 64)
+    for rank in range(ranks):
+        shape = Shape((64, 64 // ranks), ((48, 48),), rank, ranks, torch.float32)
+        layers = assembled(shape, {"down": matrix(layout, 48, 64)}, [None])
+        found += product(layers, x.split(64 // ranks, dim=1)[rank].contiguous())
+    assert close(found, F.linear(x, weight))
+
+
+def test_a_matrix_that_is_fused_on_disk() -> None:
+    fused = matrix("bitmask", 128, 64)
+    x = torch.randn(2, 64)
+    for rank in range(4):
+        layers = assembled(qkv_shape(rank, 4), {"qkv": fused}, [None])
+        own = torch.cat(
+            [
+                fused[2][part]
+                for part in (
+                    slice(16 * rank, 16 * rank + 16),
+                    slice(64 + 16 * (rank // 2), 80 + 16 * (rank // 2)),
+                    slice(96 + 16 * (rank // 2), 112 + 16 * (rank // 2)),
+                )
+            ]
+        )
+        assert close(product(layers, x), F.linear(x, own))
+
+
+def test_a_matrix_that_fills_several_parts() -> None:
+    shape = Shape((64, 64), ((32, 16), (16, 8), (48, 24)), 1, 2, torch.float32)
+    wide, narrow = matrix("nm", 48, 64, 1), matrix("bitmask", 48, 64, 2)
+    layers = assembled(shape, {"qkv": wide, "z": narrow}, [(0, 1), 2])
+    x = torch.randn(2, 64)
+    assert close(product(layers, x), F.linear(x, torch.cat([wide[2][16:32], wide[2][40:48], narrow[2][24:]])))
+
+
+def test_weights_are_cast_and_only_the_share_of_a_rank_is_kept() -> None:
+    layout, tensors, weight = matrix("nm", 64, 64)
+    assembly = Assembly("layer", {"up": layout}, Shape((64, 64), ((64, 16),), 3, 4, torch.bfloat16))
+    values = tensors["values"].clone()
+    assembly.take("values", values)
+    values.fill_(float("nan"))  # the loader's buffer is used again
+    assembly.take("meta", tensors["meta"])
+    (piece,) = assembly._pieces.values()
+    assert {name: tensor.untyped_storage().nbytes() for name, tensor in piece.tensors.items()} == {
+        "values": 16 * 32 * 2,
+        "meta": 16 * 8,
+    }
+    (layer,) = assembly.finish(CPU)
+    assert torch.equal(layer.unpack(), weight[48:].bfloat16())
+
+
+def test_neighbours_of_one_kind_are_multiplied_at_once() -> None:
+    matrices = {name: matrix("nm", 32, 64, seed) for seed, name in enumerate("ab")}
+    (layer,) = assembled(Shape((64, 64), ((32, 32), (32, 32)), 0, 1, torch.float32), matrices, [0, 1])
+    assert layer.out_features == 64
+
+
+def test_matrices_with_a_kernel_are_never_dense() -> None:
+    for name in ("nm", "block"):
+        layout = matrix(name, 64, 64)[0]
+        assert layout is not None
+        assert served_in(layout, CPU, torch.float32) == "packed"
+        assert choose(layout, CPU, torch.float32).form.name in ("cpu-nm", "blocks", "unpacked")
+    other = fit_layout("nm", torch.zeros(64, 64), parse("1:4"))
+    assert served_in(other, CPU, torch.float32) == "auto"
+    assert choose(other, CPU, torch.float32).form.name == "dense"
+    assert served_in(matrix("bitmask", 64, 64)[0], CPU, torch.float32) == "auto"  # type: ignore[arg-type]
+
+
+def test_missing_tensors_are_refused() -> None:
+    layout, tensors, _ = matrix("nm", 64, 64)
+    assembly = Assembly("layer", {"up": layout}, Shape((64, 64), ((64, 64),), 0, 1, torch.float32))
+    assembly.take("values", tensors["values"])
+    with pytest.raises(CheckpointError, match=r"up: meta did not arrive(.|\n)*--load-format dummy"):
+        assembly.finish(CPU)
+
+
+def test_what_does_not_belong_is_refused() -> None:
+    layout, tensors, _ = matrix("nm", 64, 64)
+    shape = Shape((64, 64), ((64, 64), (64, 64)), 0, 1, torch.float32)
+    assembly = Assembly("layer", {"gate": layout, "up": None}, shape)
+    for suffix, shard in (("mask", 0), ("meta", 1), ("meta", None)):
+        with pytest.raises(ModelError, match=f"layer: the tensor '{suffix}' arrives for its parts"):
+            assembly.take(suffix, tensors["meta"], shard)
+    assembly.take("meta", tensors["meta"], 0)
+    with pytest.raises(FormatError, match="'values' has shape"):
+        assembly.take("values", tensors["values"][1:], 0)
+
+
+def test_a_record_of_another_model_is_refused() -> None:
+    layout = matrix("nm", 64, 64)[0]
+    with pytest.raises(ModelError, match="packs up as 64 x 64; layer has room for 48 x 64"):
+        Assembly("layer", {"up": layout}, Shape((64, 64), ((48, 48),), 0, 1, torch.float32))
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    layout, tensors, _ = matrix("nm", 64, 64)
+    assembly = Assembly("layer", {"up": layout}, Shape((64, 64), ((64, 64),), 0, 1, torch.float16))
+    assembly.take("meta", tensors["meta"])
+    with pytest.raises(NumericsError, match=r"up.values has values that are NaN or infinite in torch.float16"):
+        assembly.take("values", tensors["values"] * 1e6)
+
+
+def test_a_number_of_ranks_that_cuts_a_group_is_refused_with_the_way_out() -> None:
+    layout, tensors, _ = matrix("block", 64, 96)
+    assembly = Assembly("layer", {"down": layout}, Shape((96, 24), ((64, 64),), 1, 4, torch.float32))
+    assembly.take("crow", tensors["crow"])
+    assembly.take("col", tensors["col"])
+    with pytest.raises(
+        PatternError, match=r"down: a block matrix .* inside its blocks of 16(.|\n)*fix: use fewer ranks"
+    ):
+        assembly.take("values", tensors["values"])

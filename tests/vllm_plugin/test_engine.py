@@ -1,0 +1,51 @@
+"""Whole engines of vLLM on the bundled model: the tokens of transformers. Run by `make test-vllm`."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import PATTERNS, save
+from engines import engine, generated, judged, needs_vllm
+
+pytestmark = [needs_vllm, pytest.mark.slow]
+
+# In nats. Of a prompt token's log-probability; int8 forms round the activations to 16 bits.
+TOLERANCE = {"int8": 2e-3}
+
+
+def require_the_same(packed: Path, dense: Path, tolerance: float = 1e-4, exact: bool = True, **options: Any) -> None:
+    """Compare an engine with transformers: greedy tokens, and log-probabilities of the prompts."""
+    tokens, logs = generated(packed, **options)
+    worst, wanted = judged(dense, tokens)
+    pairs = [(one, other) for one, other in zip(logs, wanted, strict=True) if len(one)]
+    largest = max(float((one - other).abs().max()) for one, other in pairs)
+    print(
+        f"{packed.parent.name}: {worst:.2g} nats below the best token, log-probabilities differ by {largest:.2g} nats"
+    )
+    assert largest <= tolerance
+    assert worst <= (0.0 if exact else tolerance)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_greedy_tokens_and_log_probabilities_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    dense, packed = save(name, tmp_path / name)
+    # In float32, 8-bit weights are not rounded to the dtype of the dense checkpoint.
+    judge = packed if name == "int8" else dense
+    require_the_same(packed, judge, TOLERANCE.get(name, 1e-4), exact=name != "int8")
+
+
+def test_the_forms_are_those_that_explain_names(tmp_path: Path) -> None:
+    _, packed = save("mixed", tmp_path)
+    with engine(packed) as llm:
+        (forms,) = llm.apply_model(_forms)
+    assert forms["model.layers.0.self_attn.qkv_proj"] == ["cpu-nm", "dense", "cpu-nm"]
+    assert forms["model.layers.0.mlp.gate_up_proj"] == ["cpu-bitmask", "blocks"]
+    assert "model.layers.0.self_attn.o_proj" not in forms
+
+
+def _forms(model):  # type: ignore[no-untyped-def]
+    return {
+        name: [part.form.name for part in module.llmprune_parts]
+        for name, module in model.named_modules()
+        if hasattr(module, "llmprune_parts")
+    }

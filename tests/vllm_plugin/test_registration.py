@@ -1,0 +1,74 @@
+"""The entry point, and what it says where it cannot work."""
+
+import importlib
+import importlib.util
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmprune import vllm_plugin
+from llmprune.errors import MissingPackageError, ModelError
+from llmprune.vllm_plugin import guard
+
+ROOT = Path(__file__).parents[2]
+without_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+
+
+def test_the_entry_point_names_the_function() -> None:
+    """From its source: an editable installation may be older. Whether vLLM finds it is tested with vLLM."""
+    _, found, after = (ROOT / "pyproject.toml").read_text("utf-8").partition('entry-points."vllm.general_plugins"]\n')
+    assert found
+    name, _, target = after.splitlines()[0].partition(" = ")
+    module, _, function = target.strip('"').partition(":")
+    assert name == "llmprune"
+    assert getattr(importlib.import_module(module), function) is vllm_plugin.register
+
+
+@without_vllm
+def test_an_unknown_vllm_is_named_with_the_versions_that_work() -> None:
+    with pytest.raises(MissingPackageError, match=r"No module named 'vllm'(.|\n)*expected: vLLM 0\.32"):
+        vllm_plugin.register()
+
+
+def test_importing_the_plug_in_imports_neither_torch_nor_vllm() -> None:
+    code = "import sys, llmprune.vllm_plugin; print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_the_folder_of_kernels_is_no_other_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT])
+    assert guard.shadowing() is None
+    guard.require_not_shadowed()
+    monkeypatch.syspath_prepend(str(ROOT))
+    assert guard.shadowing() == ROOT / "triton_kernels"
+    with pytest.raises(
+        ModelError, match=r"in place of OpenAI's package triton_kernels(.|\n)*start it in another folder"
+    ):
+        guard.require_not_shadowed()
+
+
+def test_openais_package_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "triton_kernels").mkdir()
+    (tmp_path / "triton_kernels" / "__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert guard.shadowing() is None
+
+
+def test_the_plug_in_registers_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    calls = []
+    for name in ("method", "uneven"):
+        module = type(sys)(f"llmprune.vllm_plugin.{name}")
+        module.register = lambda name=name: calls.append(name)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(vllm_plugin, name, module, raising=False)
+    monkeypatch.setattr(vllm_plugin, "_registered", False)
+    monkeypatch.setattr(vllm_plugin, "shadowing", lambda: ROOT)
+    with caplog.at_level(logging.WARNING):
+        vllm_plugin.register()
+        vllm_plugin.register()
+    assert calls == ["method", "uneven"]
+    assert caplog.text.count("OpenAI's package") == 1
