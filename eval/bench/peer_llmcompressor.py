@@ -27,13 +27,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--structure", default="0:0", help="0:0 for unstructured, or 2:4")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", trust_remote_code=False)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (args.samples, args.length), generator=generator)
     data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
     modifier = SparseGPTModifier(
-        sparsity=args.sparsity, mask_structure="0:0", targets=["Linear"], ignore=["re:.*lm_head"]
+        sparsity=args.sparsity, mask_structure=args.structure, targets=["Linear"], ignore=["re:.*lm_head"]
     )
     start = time.perf_counter()
     oneshot(

@@ -118,7 +118,7 @@ def main() -> None:
             "held_back": args.held_back,
         }
     )
-    result = measure(folder, args.work / f"{args.model}-pruned", recipe, args.samples, args.length)
+    result = measure(folder, args.work / f"{Path(args.model).name}-pruned", recipe, args.samples, args.length)
     print(json.dumps(result, indent=2))
     if args.json:
         write_json(args.json, result)
