@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llmprune.errors import NumericsError, RecoveryError
 from llmprune.paths import user_path
-from llmprune.recovery.masks import Masks, load_masks, masks_of, require_zeros, save_masks, weights_of
+from llmprune.recovery.masks import Masks, load_masks, mask_, masked, masks_of, require_zeros, save_masks, weights_of
 from llmprune.recovery.optimizers import require_keeping, require_known, revived_by
 from llmprune.storage.files import listed
 
@@ -167,8 +167,7 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
         return self.masks[name]
 
     def _gradient_hook(self, name: str) -> Callable[[Tensor], Tensor]:
-        # A product with booleans takes a fifth of the time of masked_fill on a CPU.
-        return lambda gradient: gradient * ~self._mask(name)
+        return lambda gradient: masked(gradient, ~self._mask(name))
 
     def _names_in(self, optimizer: Optimizer) -> list[str]:
         """The masked weights that an optimizer may change now: those with a learning rate other than zero."""
@@ -192,7 +191,7 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
         with torch.no_grad():
             moved = self._moved(names) if steps < _CHECKED_STEPS else 0
             for name in names:
-                self._weights[name].mul_(~self._mask(name)).add_(0)  # -0.0 becomes 0.0
+                mask_(self._weights[name], ~self._mask(name))
         if moved and not all(bool(self._weights[name].isfinite().all()) for name in names):
             # Clipping has multiplied the zeros by the norm of gradients that are not finite.
             raise NumericsError(

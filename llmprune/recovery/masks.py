@@ -6,6 +6,7 @@ A mask is never read from a model that has been trained: a kept weight may be ex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,6 +18,27 @@ MASKS_NAME = "masks.safetensors"
 
 # Name of a parameter -> bool in its shape, True where the weight is pruned.
 Masks = Mapping[str, Tensor]
+
+
+# Integers as wide as a number. Products of bits with booleans are exact, whatever the number is (NaN too, and no -0.0
+# comes of it), and take a tenth of the time of masked_fill on a CPU.
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def masked(tensor: Tensor, kept: Tensor) -> Tensor:
+    """A copy with zeros where a mask is False.
+
+    Args:
+        tensor: floating point, any shape.
+        kept: bool, of the same shape.
+    """
+    return (tensor.detach().view(_BITS[tensor.itemsize]) * kept).view(tensor.dtype)
+
+
+def mask_(tensor: Tensor, kept: Tensor) -> Tensor:
+    """The same in place."""
+    tensor.detach().view(_BITS[tensor.itemsize]).mul_(kept)
+    return tensor
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from llmprune.errors import TrainingError
 from llmprune.paths import user_path
+from llmprune.recovery.masks import mask_, masked
 from llmprune.recovery.optimizers import require_keeping
 from llmprune.torchrun import processes
 from llmprune.training.rules import Lottery, Rule, Selection
@@ -176,8 +177,7 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
             if self._reads_gradients():
                 before = self._dense.get(name)
                 self._dense[name] = gradient.detach().clone() if before is None else before.add_(gradient.detach())
-            # A product with booleans takes a fifth of the time of masked_fill on a CPU.
-            return gradient if self._rule.passes else gradient * self.state.kept[name]
+            return gradient if self._rule.passes else masked(gradient, self.state.kept[name])
 
         return take
 
@@ -263,8 +263,9 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
     def _show(self) -> None:
         """Have the model compute with the pruned weights."""
         for name, weight in self._weights.items():
-            source = self.state.latent[name] if self._rule.latent else weight
-            torch.mul(source, self.state.kept[name], out=weight).add_(0)  # -0.0 becomes 0.0
+            if self._rule.latent:
+                weight.copy_(self.state.latent[name])
+            mask_(weight, self.state.kept[name])
 
     @torch.no_grad()
     def _rewind(self, *, fresh: bool) -> None:
