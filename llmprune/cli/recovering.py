@@ -38,6 +38,7 @@ class Adapter(str, Enum):
 
     none = "none"
     lora = "lora"
+    low_rank = "low-rank"
 
 
 def _option(name: str, metavar: str, help_text: str, panel: str = _TRAINING, **bounds: Any) -> Any:
@@ -98,7 +99,10 @@ def recover(
     adapter: Annotated[
         Adapter,
         _option(
-            "--adapter", "KIND", "lora: train masked adapters, merged in the end, instead of all weights; needs peft."
+            "--adapter",
+            "KIND",
+            "lora: train masked adapters, merged in the end, instead of all weights; low-rank: ordinary ones, saved "
+            "beside the sparse weights for peft. Both need peft.",
         ),
     ] = Adapter.none,
     rank: Annotated[int, _option("--rank", "N", "Of the adapters.", min=1)] = 16,

@@ -9,7 +9,7 @@ from llmprune.errors import RecoveryError
 from llmprune.recovery.optimizers import require_known
 
 Loss = Literal["kl", "cross-entropy", "mix"]
-Adapter = Literal["none", "lora"]
+Adapter = Literal["none", "lora", "low-rank"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,8 @@ class RecoveryOptions:
         weight_decay: of AdamW, at least 0.
         clip: largest norm of the gradient of kept weights; 0: it is not clipped.
         optimizer: a name of transformers' `optim` whose optimizer keeps zeros.
-        adapter: "lora": train masked adapters of low rank, which are merged in the end, in place of all weights.
+        adapter: "lora": train masked adapters of low rank, which are merged in the end, in place of all weights;
+            "low-rank": train ordinary ones, which are saved beside the sparse weights, for PEFT.
         rank: of the adapters, at least 1.
         checkpointing: compute activations again in the backward pass instead of keeping them.
         held_back: sequences at the end of the text that are not trained on, but scored; 0: none. None: one in 16.

@@ -1,6 +1,7 @@
 """Recover a pruned checkpoint: train its kept weights, write them, and measure what was won."""
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +18,15 @@ from llmprune.progress import Progress, Watcher, ignore
 from llmprune.recovery.folder import WORK_NAME, RecoveryFolder
 from llmprune.recovery.halves import Halves
 from llmprune.recovery.keeping import KeepZeros
-from llmprune.recovery.lora import add_lora, remove_lora, require_peft
+from llmprune.recovery.lora import (
+    ADAPTER_FOLDER,
+    add_lora,
+    clear_lora,
+    merge_saved,
+    remove_lora,
+    require_peft,
+    save_lora,
+)
 from llmprune.recovery.masks import MASKS_NAME, load_masks, masks_of, require_zeros, save_masks
 from llmprune.recovery.objective import Objective
 from llmprune.recovery.options import RecoveryOptions
@@ -191,7 +200,7 @@ def _opened(
             expected="the model that this one was pruned from",
             fix="pass it as teacher (--teacher), or choose the loss cross-entropy",
         )
-    if read.adapter == "lora":
+    if read.adapter != "none":
         require_peft()
     place = _place(device)
     guard = MemoryGuard(StreamSettings(place, read.batch_size), ignore if follows() else watch)
@@ -283,15 +292,21 @@ def _train(
         folder.wait()
         masks = load_masks(masks_file, source.model)
         objective = Objective(student, teacher, options.kl_weight, run.autocast)
-        lora = options.adapter == "lora"
-        keeping = KeepZeros(
-            source.model, add_lora(source.decoder, masks, options.rank, options.seed) if lora else masks
-        )
+        lora = options.adapter != "none"
+        masked = options.adapter == "lora"
+        names = add_lora(source.decoder, masks, options.rank, options.seed, masked=masked) if lora else masks
+        keeping = KeepZeros(source.model, names)
         with run.stages("train"), first_half_only(objective), same_verbosity():
             trainer = RecoveryTrainer(objective, arguments, tokens, held_back, keeping, options.patience, run.watch)
             with keeping:
                 best = trainer.run()
-        if lora:
+        if options.adapter == "low-rank":
+            if best == 0:
+                clear_lora(source.model)
+            if not follows():
+                save_lora(source.model, folder.staging / ADAPTER_FOLDER, run.names[0])
+            remove_lora(source.model, merge=False)
+        elif lora:
             remove_lora(source.model, merge=best != 0)
         elif best == 0:
             load_whole(source, device)
@@ -303,6 +318,18 @@ def _train(
         "baseline_bytes": peak.baseline,
     }
     return trainer, {**memory, "best_step": best}
+
+
+@contextlib.contextmanager
+def _measurable(run: Recovery, result: Path) -> Iterator[Path]:
+    """The result as a checkpoint of its own: with a correction beside it, that is added to a copy for the while."""
+    if run.options.adapter != "low-rank":
+        yield result
+        return
+    with tempfile.TemporaryDirectory(prefix="llmprune-merged-") as folder:
+        merge_saved(run.source.model, result / ADAPTER_FOLDER)
+        write_result(run.source, Path(folder), run.watch)
+        yield Path(folder)
 
 
 def _enable_checkpointing(model: Any) -> None:
@@ -325,10 +352,10 @@ def _finish(
         write_result(run.source, staging, run.watch)
         run.watch(Progress("counting zeros"))
         zeros = compare_zeros(pruned, staging)
-    models = [pruned, staging] if run.teacher is None else [run.teacher.folder, pruned, staging]
     measured = None
     if evaluation is not None:
-        with run.stages("perplexity"):
+        with run.stages("perplexity"), _measurable(run, staging) as recovered:
+            models = [pruned, recovered] if run.teacher is None else [run.teacher.folder, pruned, recovered]
             measured = measure(models, evaluation, run.device, run.tokenizer, run.watch)
     report = make_report(run, folder.keys, trainer.state, memory, tokens, zeros, measured)
     report.save(staging)

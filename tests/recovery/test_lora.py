@@ -1,5 +1,6 @@
 """Masked adapters: trained is merged, zeros stay, and nothing else changes."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,44 @@ def test_a_missing_peft_is_said_before_anything_is_read(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingPackageError, match=r"llmprune\[recover\]"):
         recover(tmp_path / "nowhere", tmp_path / "out", "text.txt", "dense", {"adapter": "lora"})
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
+def test_a_low_rank_correction_is_loaded_by_peft_alone(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    dense = save(build("llama"), tmp_path / "dense")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{number * number % 120 + 4}" for number in range(600)))
+    settings = {"source": str(text), "samples": 4, "length": 16}
+    prune(dense, {"pattern": "2:4", "method": "magnitude", "calibration": settings, "evaluation": None},
+          tmp_path / "pruned")  # fmt: skip
+    options = {"adapter": "low-rank", "rank": 4, "learning_rate": 3e-2, "epochs": 3, "held_back": 4}
+    spec = TextSpec(str(text), length=16)
+    report = recover(tmp_path / "pruned", tmp_path / "out", spec, dense, options, evaluation=spec)
+    before, after = ({key: one[...] for key, one in read_index(tmp_path / name).items()} for name in ("pruned", "out"))
+    assert all(tensor.equal(after[key]) for key, tensor in before.items())
+    recovery = report.header["recovery"]
+    assert recovery["best_step"] > 0
+    assert recovery["perplexity"]["recovered"] < recovery["perplexity"]["pruned"]
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    plain = base(input_ids=IDS).logits.detach()
+    model = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
+    with torch.no_grad():
+        corrected = model(input_ids=IDS).logits
+        losses = [
+            torch.nn.functional.kl_div(
+                logits.log_softmax(-1), _logits(dense).log_softmax(-1), reduction="batchmean", log_target=True
+            )
+            for logits in (corrected, plain)
+        ]
+    assert losses[0] < losses[1]
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["task_type"]) == ("LORA", 4, "CAUSAL_LM")
+
+
+@torch.no_grad()
+def _logits(folder: Path) -> torch.Tensor:
+    logits: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder)(input_ids=IDS).logits
+    return logits
