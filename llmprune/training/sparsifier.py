@@ -342,7 +342,7 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
 def _average(gradients: Mapping[str, Tensor]) -> None:
     """Gradients are taken before the processes of DDP exchange them: every one must choose the same masks."""
     if processes() > 1 and torch.distributed.is_initialized():
-        for gradient in gradients.values():
+        for gradient in (gradients[name] for name in sorted(gradients)):  # in one order
             torch.distributed.all_reduce(gradient)
             gradient /= processes()
 
