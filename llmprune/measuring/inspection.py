@@ -177,7 +177,7 @@ def _masked(files: Sequence[Path]) -> tuple[dict[str, TensorRow], set[str]]:
     rows: dict[str, TensorRow] = {}
     parts: set[str] = set()
     with ExitStack() as stack:
-        places = {}
+        places: dict[str, Any] = {}
         for path in files:
             stack.enter_context(_readable(path))
             file = stack.enter_context(safe_open(path, framework="pt"))
