@@ -20,7 +20,8 @@ from llmprune.serving.cpu_forms import NOT_A_CPU, NOT_INT8, NOT_TWO_OF_FOUR, NOT
 from llmprune.serving.forms import NOT_A_GPU, Choice, Form, choose_form
 from llmprune.storage.files import Stored, read_index, read_json
 from llmprune.storage.formats import Layout
-from llmprune.storage.packed_config import PackedWeight, as_dense, packed_layouts
+from llmprune.storage.packed_config import PackedWeight, as_dense, is_uneven, packed_layouts
+from llmprune.vllm_plugin.assembly import choose as vllm_choice
 
 # Refusals that only say that a kernel is for another layout or kind of device, and what to say if no other is left.
 _OTHERS = (NOT_TWO_OF_FOUR, NOT_UNSTRUCTURED, NOT_INT8, "not block-sparse", NOT_A_CPU, NOT_A_GPU)
@@ -52,6 +53,7 @@ class PackedRow:
         packed_bytes: size on disk.
         served_bytes: size in memory, which is what a token reads.
         gains: (tokens, speed-up over the dense matmul) as measured on this device.
+        vllm: the form in which the plug-in for vLLM serves it.
     """
 
     name: str
@@ -64,6 +66,7 @@ class PackedRow:
     packed_bytes: int
     served_bytes: int
     gains: tuple[tuple[int, float], ...]
+    vllm: str
 
     @property
     def limit(self) -> float:
@@ -99,6 +102,7 @@ class Explanation:
         dense: one row per other tensor of two or more dimensions.
         token_bytes: bytes of all weights that a decoded token reads: (with dense weights, as served).
         measured: when this device was measured; None: not yet.
+        uneven: whether decoder layers differ in size or lack a block.
     """
 
     folder: str
@@ -107,6 +111,7 @@ class Explanation:
     dense: tuple[DenseRow, ...]
     token_bytes: tuple[int, int]
     measured: str | None
+    uneven: bool
 
     @property
     def limit(self) -> float:
@@ -145,7 +150,7 @@ def explain(folder: Path, device: torch.device) -> Explanation:
         read_anyway + sum(row.dense_bytes for row in packed),
         read_anyway + sum(row.served_bytes for row in packed),
     )
-    return Explanation(str(folder), name, packed, dense, token_bytes, result.get("finished"))
+    return Explanation(str(folder), name, packed, dense, token_bytes, result.get("finished"), is_uneven(config))
 
 
 def served_bytes(form: Form, layout: Layout, dtype: torch.dtype) -> int:
@@ -171,6 +176,7 @@ def _packed_row(stored: PackedWeight, device: torch.device, result: Mapping[str,
         packed_bytes=stored.packed_bytes,
         served_bytes=served_bytes(choice.form, layout, stored.dtype),
         gains=gains(dict(result), name, layout.to_dict()),
+        vllm=vllm_choice(layout, device, stored.dtype).form.name,
     )
 
 

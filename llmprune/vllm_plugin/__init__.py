@@ -1,8 +1,8 @@
 """Checkpoints of llmprune in vLLM: a plug-in that vLLM loads by its entry point, without a flag.
 
 `pip install llmprune` next to vLLM is all: `vllm serve DIR` finds `quant_method: llmprune` in config.json, and each
-linear layer gets a method that keeps its packed matrices. Only the modules `method` and `uneven` import vLLM, and only
-`register` imports them.
+linear layer gets a method that keeps its packed matrices. Only the module `method` imports vLLM, and only `register`
+imports it.
 """
 
 import importlib.metadata
@@ -18,7 +18,7 @@ _registered = False
 
 
 def register() -> None:
-    """Register `quant_method: llmprune`, and the model class for uneven layers, with vLLM.
+    """Register `quant_method: llmprune` with vLLM.
 
     vLLM calls it in each of its processes, sometimes several times.
 
@@ -29,7 +29,7 @@ def register() -> None:
     if _registered:
         return
     try:
-        from llmprune.vllm_plugin import method, uneven
+        from llmprune.vllm_plugin import method
     except ImportError as error:
         raise MissingPackageError(
             f"llmprune cannot serve packed checkpoints in vLLM {_version()}: {error}",
@@ -39,7 +39,6 @@ def register() -> None:
     if (found := shadowing()) is not None:
         logging.getLogger("vllm.llmprune").warning("%s", shadowed(found))
     method.register()
-    uneven.register()
     _registered = True
 
 

@@ -1,7 +1,9 @@
-"""A clone of llmprune has a folder of the same name as a package that vLLM imports."""
+"""What vLLM would do wrong, found before it does."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from llmprune.errors import ModelError
 
@@ -39,3 +41,24 @@ def shadowed(folder: Path) -> ModelError:
         expected="vLLM started outside a clone of llmprune",
         fix="start it in another folder, with llmprune installed (pip install .)",
     )
+
+
+def require_even(config: Mapping[str, Any]) -> None:
+    """Refuse decoder layers that differ in size or lack a block: vLLM's models build all layers alike.
+
+    Args:
+        config: the content of config.json.
+
+    Raises:
+        ModelError: they differ.
+    """
+    # Not at the top of the file: `register` must stay light where no checkpoint is served.
+    from llmprune.storage.packed_config import is_uneven
+
+    if is_uneven(config):
+        raise ModelError(
+            "the decoder layers of this checkpoint differ in size or lack a block, and vLLM builds all layers alike",
+            expected="the same sizes in every layer; vLLM would need a model class that reads per_layer_config",
+            fix="serve it with llmprune serve, or prune with the same fraction in every layer "
+            "(such as the recipes heads-ffn-25 and depth-25)",
+        )

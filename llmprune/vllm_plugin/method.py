@@ -17,9 +17,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from llmprune.errors import ModelError
 from llmprune.storage.formats import Layout
 from llmprune.storage.packed_config import QUANT_METHOD, read_layouts, require_version
-from llmprune.vllm_plugin import uneven
 from llmprune.vllm_plugin.assembly import Assembly, Shape, ShardId
-from llmprune.vllm_plugin.guard import require_not_shadowed
+from llmprune.vllm_plugin.guard import require_even, require_not_shadowed
 
 
 class LlmpruneConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not installed here
@@ -53,9 +52,13 @@ class LlmpruneConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not in
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Let vLLM build uneven layers by our class; vLLM asks this before it chooses the class."""
-        if hf_quant_cfg.get("quant_method") == QUANT_METHOD:
-            uneven.redirect(hf_config)
+        """Refuse uneven layers: this is where vLLM shows the whole config.
+
+        Raises:
+            ModelError: decoder layers differ.
+        """
+        if hf_quant_cfg.get("quant_method") == QUANT_METHOD and hf_config is not None:
+            require_even(hf_config.to_dict())
         return None
 
     @classmethod

@@ -1,6 +1,7 @@
 """What `llmprune explain` says of packed and other checkpoints, on a CPU and as on a GPU."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import typer
 from cpu_matrices import needs_kernels
 from packed_models import save_packed
 from typer.testing import CliRunner
+from uneven_models import save_uneven
 
 from llmprune.cli.measuring import add_commands
 from llmprune.measuring import explain as explaining
@@ -213,3 +215,25 @@ def test_mistakes_are_explained(tmp_path: Path) -> None:
     damaged = run(folder, "--json")
     assert damaged.exit_code == 1
     assert json.loads(damaged.stdout)["error"]["kind"] == "CheckpointError"
+
+
+def test_vllm_keeps_blocks_packed_that_are_dense_elsewhere(tmp_path: Path) -> None:
+    folder = save_packed(tmp_path, "block", "0.5@16x16", **SIZES) / "packed"
+    found = explain(folder, CPU)
+    assert {(row.form, row.vllm) for row in found.packed} == {("dense", "blocks")}
+    assert {row["vllm"] for row in found.to_dict()["packed"]} == {"blocks"}
+    shown = run(folder, "--device", "cpu").stdout
+    assert "vLLM: blocks" in shown
+    assert re.search(r"in vLLM +14 blocks *\n", shown)
+
+
+def test_a_gpu_runs_the_same_kernels_in_vllm(tmp_path: Path, gpu: None) -> None:
+    found = explain(save_packed(tmp_path, "nm", "2:4", **WHOLE) / "packed", CUDA)
+    assert {(row.form, row.vllm) for row in found.packed} == {("fragments", "fragments")}
+
+
+def test_uneven_layers_are_refused_by_vllm(tmp_path: Path) -> None:
+    save_uneven(tmp_path)
+    assert explain(tmp_path, CPU).uneven
+    assert "in vLLM" in (shown := run(tmp_path, "--device", "cpu").stdout)
+    assert "refused: decoder layers differ" in shown

@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from llmprune.patterns import parse
-from llmprune.storage.formats import quantise
+from llmprune.storage.formats import Layout, quantise
 from llmprune.storage.formats.int8 import Int8BitmaskLayout
 from llmprune.storage.hub import resolve_model
 from llmprune.storage.packed_config import pack_matrices, with_packing_record
@@ -49,3 +50,54 @@ def save(name: str, folder: Path) -> tuple[Path, Path]:
     config = json.loads((dense / "config.json").read_text())
     (packed / "config.json").write_text(json.dumps(with_packing_record(config, layouts)))
     return dense, packed
+
+
+# What is left of some decoder layers of the bundled model: heads of 32, channels of the MLP, or whole blocks.
+UNEVEN: dict[str, dict[str, dict[str, object]]] = {
+    "sizes": {"1": {"num_attention_heads": 6, "num_key_value_heads": 3}, "5": {"intermediate_size": 512}},
+    "blocks": {"2": {"removed_blocks": {"self_attn": 2}}, "6": {"removed_blocks": {"mlp": 1}}},
+}
+EVEN = {
+    str(layer): {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 512} for layer in range(8)
+}
+
+
+def save_cut(folder: Path, sizes: dict[str, dict[str, object]], pattern: str | None = None) -> Path:
+    """Write the bundled model with the first heads and channels of some layers, or without blocks, as runs write it."""
+    source = resolve_model("testbed")
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__*"))
+    tensors = load_file(source / "model.safetensors")
+    for layer, values in sizes.items():
+        _cut_layer(tensors, f"model.layers.{layer}.", values)
+    config = json.loads((folder / "config.json").read_text())
+    if sizes is EVEN:
+        config |= EVEN["0"]
+    else:
+        for name in {name for values in sizes.values() for name in values}:
+            config.setdefault(name, {})
+        config |= {"per_layer_config": sizes, "allow_global_per_layer_attribute_access": True}
+    layouts: dict[str, Layout] = {}
+    if pattern:
+        names = [key.removesuffix(".weight") for key in tensors if key.endswith("proj.weight")]
+        for name in names:
+            weight = tensors[f"{name}.weight"]
+            tensors[f"{name}.weight"] = weight * parse(pattern).compared("row").mask(weight.float().abs())
+        tensors, layouts = pack_matrices(tensors, dict.fromkeys(names, parse(pattern)), "auto")
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    (folder / "config.json").write_text(json.dumps(with_packing_record(config, layouts)))
+    return folder
+
+
+def _cut_layer(tensors: dict[str, Tensor], prefix: str, values: dict[str, object]) -> None:
+    for block in values.get("removed_blocks", ()):  # type: ignore[attr-defined]
+        for key in [key for key in tensors if key.startswith(f"{prefix}{block}.")]:
+            del tensors[key]
+    rows = {"q_proj": 32 * values.get("num_attention_heads", 8), "gate_proj": values.get("intermediate_size", 704)}  # type: ignore[operator]
+    rows |= {"k_proj": 32 * values.get("num_key_value_heads", 4), "up_proj": rows["gate_proj"]}  # type: ignore[operator]
+    rows["v_proj"] = rows["k_proj"]
+    columns = {"o_proj": rows["q_proj"], "down_proj": rows["gate_proj"]}
+    for key in [key for key in tensors if key.startswith(prefix) and "proj" in key]:
+        name = key.split(".")[-2]
+        tensors[key] = tensors[key][: rows.get(name), : columns.get(name)]

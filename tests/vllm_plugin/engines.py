@@ -89,7 +89,7 @@ def judged(folder: Path, tokens: list[list[int]]) -> tuple[float, list[Tensor]]:
     """
     from transformers import AutoModelForCausalLM
 
-    import llmprune  # noqa: F401 # loads uneven layers
+    import llmprune  # noqa: F401 # loads packed checkpoints
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     worst, logs = 0.0, []

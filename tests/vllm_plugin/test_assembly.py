@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cpu_matrices import needs_kernels
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -140,6 +141,17 @@ def test_matrices_with_a_kernel_are_never_dense() -> None:
     assert served_in(other, CPU, torch.float32) == "auto"
     assert choose(other, CPU, torch.float32).form.name == "dense"
     assert served_in(matrix("bitmask", 64, 64)[0], CPU, torch.float32) == "auto"  # type: ignore[arg-type]
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", ["nm", "block"])
+def test_no_dense_form_exists_at_any_time(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apart from the self-test, which makes that of one layer at a time."""
+    packed, x = matrix(layout, 64, 64), torch.randn(3, 32)
+    monkeypatch.setenv("LLMPRUNE_SELFTEST", "0")
+    monkeypatch.setattr(type(packed[0]), "unpack", None)
+    shape = Shape((64, 32), ((64, 64),), 1, 2, torch.float32)
+    assert close(product(assembled(shape, {"down": packed}, [None]), x), F.linear(x, packed[2][:, 32:]))
 
 
 def test_missing_tensors_are_refused() -> None:

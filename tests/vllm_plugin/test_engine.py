@@ -1,11 +1,13 @@
 """Whole engines of vLLM on the bundled model: the tokens of transformers. Run by `make test-vllm`."""
 
+import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from checkpoints import PATTERNS, save
+from checkpoints import EVEN, PATTERNS, UNEVEN, save, save_cut
 from engines import engine, generated, judged, needs_vllm
+
+from llmprune.errors import ModelError
 
 pytestmark = [needs_vllm, pytest.mark.slow]
 
@@ -13,9 +15,9 @@ pytestmark = [needs_vllm, pytest.mark.slow]
 TOLERANCE = {"int8": 2e-3}
 
 
-def require_the_same(packed: Path, dense: Path, tolerance: float = 1e-4, exact: bool = True, **options: Any) -> None:
+def require_the_same(packed: Path, dense: Path, tolerance: float = 1e-4, exact: bool = True) -> None:
     """Compare an engine with transformers: greedy tokens, and log-probabilities of the prompts."""
-    tokens, logs = generated(packed, **options)
+    tokens, logs = generated(packed)
     worst, wanted = judged(dense, tokens)
     pairs = [(one, other) for one, other in zip(logs, wanted, strict=True) if len(one)]
     largest = max(float((one - other).abs().max()) for one, other in pairs)
@@ -49,3 +51,19 @@ def _forms(model):  # type: ignore[no-untyped-def]
         for name, module in model.named_modules()
         if hasattr(module, "llmprune_parts")
     }
+
+
+def test_structures_removed_alike_from_every_layer_are_a_stock_model(tmp_path: Path) -> None:
+    pruned = save_cut(tmp_path / "even", EVEN)
+    assert "quantization_config" not in json.loads((pruned / "config.json").read_text())
+    require_the_same(pruned, pruned)
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_uneven_layers_are_refused_with_the_way_out(name: str, tmp_path: Path) -> None:
+    pruned = save_cut(tmp_path / name, UNEVEN[name])
+    with (
+        pytest.raises(ModelError, match=r"differ in size or lack a block(.|\n)*fix: serve it with llmprune serve"),
+        engine(pruned),
+    ):
+        pass

@@ -60,15 +60,22 @@ def test_openais_package_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_plug_in_registers_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     calls = []
-    for name in ("method", "uneven"):
-        module = type(sys)(f"llmprune.vllm_plugin.{name}")
-        module.register = lambda name=name: calls.append(name)  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(vllm_plugin, name, module, raising=False)
+    module = type(sys)("llmprune.vllm_plugin.method")
+    module.register = lambda: calls.append("method")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(vllm_plugin, "method", module, raising=False)
     monkeypatch.setattr(vllm_plugin, "_registered", False)
     monkeypatch.setattr(vllm_plugin, "shadowing", lambda: ROOT)
     with caplog.at_level(logging.WARNING):
         vllm_plugin.register()
         vllm_plugin.register()
-    assert calls == ["method", "uneven"]
+    assert calls == ["method"]
     assert caplog.text.count("OpenAI's package") == 1
+
+
+def test_uneven_layers_are_refused_with_what_to_do() -> None:
+    guard.require_even({"model_type": "llama", "per_layer_config": None})
+    uneven = {"per_layer_config": {"3": {"intermediate_size": 8}}, "allow_global_per_layer_attribute_access": True}
+    for config in (uneven, {"text_config": uneven}):
+        with pytest.raises(ModelError, match=r"differ in size or lack a block(.|\n)*fix: serve it with llmprune serve"):
+            guard.require_even(config)

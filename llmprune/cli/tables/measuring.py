@@ -1,5 +1,6 @@
 """What `llmprune explain` and `llmprune bench` show: tables that fit 80 columns and show slower cases too."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,9 +81,19 @@ def explain_tables(explanation: "Explanation") -> list[RenderableType]:
             ("weights read", f"{format_size(served)} per token, {format_size(dense)} if all were dense"),
             ("max speed-up", f"{explanation.limit:.2f}x in decode, including the matrices that stay dense"),
             ("measured", explanation.measured or _UNMEASURED),
+            *_in_vllm(explanation),
         )
     )
     return parts
+
+
+def _in_vllm(explanation: "Explanation") -> list[tuple[str, str]]:
+    """How the plug-in for vLLM serves the matrices, or why it does not."""
+    counts = Counter(row.vllm for row in explanation.packed)
+    served = ", ".join(f"{count} {form}" for form, count in counts.items())
+    if explanation.uneven:
+        served = "refused: decoder layers differ in size, and vLLM builds all alike"
+    return [("in vLLM", served)] if served else []
 
 
 def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
@@ -128,7 +139,7 @@ def ratio_note(rates: Mapping[str, float]) -> str:
 def _packed_table(rows: Sequence["PackedRow"], notes: list[str]) -> RenderableType:
     shown = new_table("packed", "shape", "layout", "kernel", "bytes", "max", "measured", left=(0, 2, 3))
     for layer, inside in by_layer(
-        rows, lambda row: (row.layout["shape"], _layout(row), row.form, row.reason, row.gains)
+        rows, lambda row: (row.layout["shape"], _layout(row), row.form, row.reason, row.gains, row.vllm)
     ):
         shown.add_row(Text(layer, "bold"))
         for name, row, _ in inside:
@@ -139,6 +150,8 @@ def _packed_table(rows: Sequence["PackedRow"], notes: list[str]) -> RenderableTy
                 # Measured, but not used here.
                 gain = f"({gain})" if gain else "none"
             form = row.form + (f" [{_note(notes, row.reason)}]" if row.reason else "")
+            if row.vllm != row.form:
+                form += f"\nvLLM: {row.vllm}"
             shape = "x".join(map(str, row.layout["shape"]))
             share = f"{row.packed_bytes / max(row.dense_bytes, 1):.1%}"
             shown.add_row(f"  {name}", shape, _layout(row), form, share, f"{row.limit:.2f}", gain or "?")
