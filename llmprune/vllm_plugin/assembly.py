@@ -18,7 +18,7 @@ from llmprune.errors import CheckpointError, LlmpruneError, ModelError, Numerics
 from llmprune.serving.forms import Choice, Served, Unpacked, choose_form
 from llmprune.serving.sparse_linear import SparseLinear, self_tests_wanted
 from llmprune.storage.formats import BlockLayout, DenseLayout, Layout, NMLayout, Spec
-from llmprune.storage.formats.cuts import Packed, can_stack, cut_columns, cut_rows, share, stack
+from llmprune.storage.formats.parts import Packed, can_stack, cut_columns, cut_rows, share, stack
 
 # How vLLM names the parts of a fused layer: by number, q, k and v by letter, several as a tuple, and all as None.
 ShardId = str | int | tuple[int, ...] | None

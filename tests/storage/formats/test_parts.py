@@ -13,7 +13,7 @@ from weights import pruned, without_negative_zeros
 from llmprune.errors import FormatError, PatternError
 from llmprune.patterns import NM, Block, Pattern, Unstructured
 from llmprune.storage.formats import LAYOUTS, fit_layout, layout, quantise
-from llmprune.storage.formats.cuts import Packed, can_stack, cut_columns, cut_rows, share, stack
+from llmprune.storage.formats.parts import Packed, can_stack, cut_columns, cut_rows, share, stack
 
 # layout: patterns, and what rows and columns are cut at multiples of
 KINDS: dict[str, tuple[tuple[Pattern, ...], int, int]] = {
