@@ -58,7 +58,7 @@ UNEVEN: dict[str, dict[str, dict[str, object]]] = {
     "blocks": {"2": {"removed_blocks": {"self_attn": 2}}, "6": {"removed_blocks": {"mlp": 1}}},
 }
 EVEN = {
-    str(layer): {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 512} for layer in range(8)
+    str(layer): {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512} for layer in range(8)
 }
 
 
