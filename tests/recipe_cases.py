@@ -46,9 +46,11 @@ def written(folder: Path, text: str) -> Path:
 STRUCTURED: dict[str, tuple[set[str], Any]] = {
     "heads-25": ({"heads"}, None),
     "ffn-25": ({"ffn"}, None),
+    "ffn-25-matched": ({"ffn"}, None),
     "heads-ffn-25": ({"heads", "ffn"}, None),
     "width-25": ({"width"}, None),
     "depth-25": ({"depth"}, None),
+    "depth-25-matched": ({"depth"}, None),
     "experts-50": ({"experts"}, None),
     "budget-25": ({"heads", "ffn", "budget"}, None),
     "ffn-25-sparsegpt-2of4": ({"ffn"}, (NM(2, 4), SparseGPT())),

@@ -32,8 +32,10 @@ _KINDS = {
 _HIDDEN = ("random-50", "demo", "sparsegpt-4of8", "sparsegpt-attention-2of4-mlp-50")
 # Where a name is placed next to its point, so that none overlaps another; default: above.
 _PLACES = {
-    "sparsegpt-50": "bottom center", "sparsegpt-2of4": "middle right", "wanda-50": "middle left",
-    "magnitude-50": "top center", "sparsegpt-60": "bottom center",
+    "sparsegpt-50": "middle left", "sparsegpt-2of4": "middle right", "wanda-50": "middle left", "best": "bottom center",
+    "best-fast": "middle right", "magnitude-50": "top center", "sparsegpt-60": "middle left",
+    "heads-ffn-25": "middle left", "depth-25-matched": "middle right", "budget-25": "middle left",
+    "ffn-25": "middle right", "ffn-25-matched": "bottom right",
 }  # fmt: skip
 _SIZE = {"width": 960, "height": 560}
 

@@ -192,7 +192,10 @@ def import_(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a model that torch.nn.utils.prune has pruned (weight_orig, weight_mask) as an ordinary checkpoint."""
+    """Write a model that torch.nn.utils.prune has pruned (weight_orig, weight_mask) as an ordinary checkpoint.
+
+    The source stays as it is.
+    """
     with explained(as_json, lambda: "interrupted; nothing was imported"):
         from llmprune.cli.tables.exporting import export_tables
         from llmprune.exporting.unmasked import import_masked

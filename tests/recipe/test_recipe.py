@@ -76,9 +76,10 @@ def test_bundled_recipe_removes_what_its_name_says(name: str) -> None:
     assert recipe.structures is not None
     assert set(recipe.to_dict()["structures"]) == sections
     assert (recipe.pattern, recipe.method) == (weights or (None, None))
-    fraction = int(name.split("-sparsegpt")[0].rpartition("-")[2]) / 100
+    fraction = int(name.split("-sparsegpt")[0].removesuffix("-matched").rpartition("-")[2]) / 100
     amounts = [section["remove"] for section in recipe.to_dict()["structures"].values() if section["remove"]]
     assert set(amounts) == {fraction}
+    assert (recipe.reconstruct is not None) == name.endswith("-matched")
 
 
 def test_only_the_mixed_recipe_has_rules() -> None:
