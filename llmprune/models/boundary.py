@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -84,6 +85,29 @@ def load_stock_model(folder: Path, config: PretrainedConfig, **options: Any) -> 
         fix="check that config.json and the weights belong together, or download the checkpoint again",
     ):
         return _auto_class(config).from_pretrained(folder, config=config, **options, trust_remote_code=False)
+
+
+def build_classifier(config: PretrainedConfig) -> PreTrainedModel:
+    """Build a sequence classifier with new weights."""
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    return model
+
+
+def load_classifier(folder: Path) -> PreTrainedModel:
+    """Load a sequence classifier with its weights, in float32, from its own files alone.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
+    with explained(
+        f"{folder} cannot be loaded as a classifier",
+        expected="a folder written by save_pretrained",
+        fix="save it again with transformers",
+    ):
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, local_files_only=True
+        )
+    return model
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +108,7 @@ class CheckpointSource:
         prefix = self.layer_name(index) + "."
         self._load({key: self.stored[key] for key in self.layer_keys(index)}, device)
         if index + 1 < len(self.layers):
-            read_ahead(part for key in self.layer_keys(index + 1) for part in _parts(self.stored[key]))
+            read_ahead(self.stored[key] for key in self.layer_keys(index + 1))
         self._require_loaded(prefix)
         require_finite(self.folder, self.layers[index].named_parameters(prefix[:-1]))
         for module in self.layers[index].modules():
@@ -163,8 +163,7 @@ class CheckpointSource:
 
     def end_tensors(self) -> dict[str, Tensor]:
         """The tensors outside the decoder layers that the model has, as stored."""
-        ignored = set(self.ignored_keys())
-        return {key: self.stored[key][...] for key in self.end_keys() if key not in ignored}
+        return {key: self.stored[key][...] for key in self.end_keys() if self._feeds(key, self._state_names)}
 
     def ignored_keys(self) -> list[str]:
         """The checkpoint's keys outside the decoder layers that the model has no place for, such as a draft head."""
@@ -283,17 +282,12 @@ class CheckpointSource:
             )
 
     def _require_loaded(self, prefix: str) -> None:
-        layers = self.layers_path + "."
         absent = [
             name
             for name, tensor in self.model.named_parameters()
-            if tensor.is_meta and name.startswith(prefix) and (prefix or not name.startswith(layers))
+            if tensor.is_meta and name.startswith(prefix) and (prefix or not name.startswith(f"{self.layers_path}."))
         ]
         require_none(self.folder, absent)
-
-
-def _parts(tensor: Stored | PackedWeight) -> Iterable[Stored]:
-    return tensor.parts.values() if isinstance(tensor, PackedWeight) else (tensor,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,20 @@
 """Have the system read tensors into its cache while something else is computed."""
 
 import contextlib
+import itertools
 import os
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from llmprune.storage.files import Stored
+from llmprune.storage.packed_config import PackedWeight
 
 # Spans of a file that are this close are read as one.
 _GAP = 1 << 20
 
 
-def read_ahead(tensors: Iterable[Stored]) -> None:
+def read_ahead(tensors: Iterable[Stored | PackedWeight]) -> None:
     """Begin to read stored tensors, in the background.
 
     They are read into the cache of the system, which drops them where memory is short: no process needs more memory.
@@ -20,7 +22,8 @@ def read_ahead(tensors: Iterable[Stored]) -> None:
     """
     if not hasattr(os, "posix_fadvise"):
         return
-    spans = _merged(tensors)
+    packed = (tensor.parts.values() if isinstance(tensor, PackedWeight) else (tensor,) for tensor in tensors)
+    spans = _merged(itertools.chain.from_iterable(packed))
     # In a thread: the call returns once all reads have been queued, which can take a while for gigabytes.
     threading.Thread(target=_advise, args=(spans,), daemon=True, name="llmprune-read-ahead").start()
 

@@ -54,6 +54,7 @@ KEYS: dict[str, tuple[Any, bool]] = {
     "allocation": ("dlp", False),
     "rotation": ({"kind": "hadamard"}, False),
     "reconstruct": ({"epochs": 1}, False),
+    "quantise": ({"bits": 4}, False),
     "report_to": (None, True),  # tests/pruning/test_tracking.py has a stand-in for a tracker
     "batch_size": (1, True),
     "held_back": (0, True),

@@ -12,10 +12,10 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import AutoModelForSequenceClassification, PretrainedConfig
+from transformers import PretrainedConfig
 
 from llmprune.errors import ModelError, TrainingError
-from llmprune.models.boundary import explained, load_tokenizer, read_stock_config
+from llmprune.models.boundary import build_classifier, explained, load_classifier, load_tokenizer, read_stock_config
 from llmprune.models.checkpoint_source import positive_zeros
 from llmprune.models.skeleton import quiet_transformers, refuse_quantised
 from llmprune.progress import Progress, Watcher
@@ -76,7 +76,7 @@ class ClassifierSubject(Subject):
         self._classes = {str(name): int(number) for number, name in (config.id2label or {}).items()}
         self._dtype = next((one[...].dtype for one in itertools.islice(read_index(folder).values(), 1)), torch.float32)
         with init_empty_weights(include_buffers=False), quiet_transformers():
-            self.model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+            self.model = build_classifier(config)
         self._tokenizer = load_tokenizer(folder)
         most = getattr(config, "max_position_embeddings", None) or _LENGTH
         self._length = min(length or _LENGTH, most)
@@ -204,14 +204,5 @@ class ClassifierSubject(Subject):
         ]
 
     def _loaded(self, folder: Path) -> Any:
-        with (
-            explained(
-                f"{folder} cannot be loaded as a classifier",
-                expected="a folder written by save_pretrained",
-                fix="save it again with transformers",
-            ),
-            quiet_transformers(),
-        ):
-            return AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, local_files_only=True
-            )
+        with quiet_transformers():
+            return load_classifier(folder)
