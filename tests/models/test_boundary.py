@@ -65,7 +65,7 @@ def text(tmp_path: Path) -> str:
 
 
 def readers(source: str) -> list[ast.Call]:
-    """The calls that read a checkpoint; a quantizer is made of the caller's own record, an adapter's config of values."""
+    """The calls that read a checkpoint: not those that read a record of the caller's own, or an adapter's values."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     names = [(call, ast.unparse(call.func)) for call in calls]
     harmless = ("AutoHfQuantizer.from_config", "LoraConfig.from_pretrained")
