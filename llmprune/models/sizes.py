@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.errors import RecipeError
 from llmprune.models.decoder import prunable_matrices
@@ -99,3 +99,16 @@ def ends_bytes(source: Source) -> int:
     """Bytes of the parameters outside the decoder layers; they may be on the meta device."""
     inside = source.layers_path + "."
     return sum(p.nbytes for name, p in source.model.named_parameters() if not name.startswith(inside))
+
+
+def parameter_count(model: nn.Module) -> int:
+    """The parameters of a model; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def matmul_weights(model: PreTrainedModel) -> int:
+    """The weights that multiply each token: all but the embeddings, unless the head shares them."""
+    embeddings = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is embeddings
+    return parameter_count(model) - (0 if tied else embeddings.numel())

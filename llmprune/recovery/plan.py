@@ -9,6 +9,7 @@ import torch
 
 from llmprune.devices import describe_device, runs_per_second
 from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.models.sizes import matmul_weights, parameter_count
 from llmprune.recovery.options import RecoveryOptions
 from llmprune.recovery.training import Schedule
 
@@ -74,14 +75,14 @@ def memory_needs(
     # With checkpointing, the input of each layer is kept, and one layer is computed again at a time.
     activations = hidden * (layers + _KEPT) if options.checkpointing else hidden * _KEPT * layers
     logits = min(tokens * config.vocab_size * 4, 1 << 26) * 5
-    dense = 0 if teacher is None else _parameters(teacher) * teacher.dtype.itemsize
+    dense = 0 if teacher is None else parameter_count(teacher.model) * teacher.dtype.itemsize
     state = _STATE_BYTES if options.adapter == "none" else _ADAPTED_BYTES
-    return _parameters(source) * state + dense + activations + logits
+    return parameter_count(source.model) * state + dense + activations + logits
 
 
 def disk_needs(source: CheckpointSource) -> int:
     """Bytes in the output folder: the result, and up to three saved states with weights and moments."""
-    return source.sizes()["stored_bytes"] + 3 * 12 * _parameters(source)
+    return source.sizes()["stored_bytes"] + 3 * 12 * parameter_count(source.model)
 
 
 def seconds_for(
@@ -93,7 +94,9 @@ def seconds_for(
 ) -> float:
     """How long it takes to train on so many tokens, counting matmuls alone, at a speed that is measured now."""
     passes = 8 if options.checkpointing else 6
-    work = float(passes) * _matmul_weights(source) + (0.0 if teacher is None else 2.0 * _matmul_weights(teacher))
+    work = float(passes) * matmul_weights(source.model) + (
+        0.0 if teacher is None else 2.0 * matmul_weights(teacher.model)
+    )
     matrix = torch.ones(_SIDE, _SIDE, device=device)
     rate = runs_per_second(lambda: matrix @ matrix, device) * 2 * _SIDE**3
     return work * tokens / rate
@@ -129,15 +132,3 @@ def make_plan(
         *names, asdict(options), sequences - held_back, held_back, length, schedule.steps, seconds,
         memory_needs(source, teacher, options, length), disk_needs(source), describe_device(device),
     )  # fmt: skip
-
-
-def _parameters(source: CheckpointSource) -> int:
-    return sum(parameter.numel() for parameter in source.model.parameters())
-
-
-def _matmul_weights(source: CheckpointSource) -> int:
-    """The weights that multiply each token: all but the embeddings, unless the head shares them."""
-    embeddings = source.model.get_input_embeddings().weight
-    head = source.model.get_output_embeddings()
-    tied = head is not None and head.weight is embeddings
-    return _parameters(source) - (0 if tied else embeddings.numel())

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llmprune.devices import PeakWatch, describe_device, resolve_device
+from llmprune.devices import PeakWatch, describe_device
 from llmprune.errors import RecoveryError
 from llmprune.models.checkpoint_source import CheckpointSource, open_checkpoint
 from llmprune.pages import write_report
@@ -40,6 +40,7 @@ from llmprune.recovery.training import (
     arguments_for,
     first_half_only,
     same_verbosity,
+    trainer_device,
 )
 from llmprune.storage.folders import expanded, require_empty, require_free, require_other, require_space
 from llmprune.storage.hub import checkpoint_digest, resolve_model
@@ -202,7 +203,7 @@ def _opened(
         )
     if read.adapter != "none":
         require_peft()
-    place = _place(device)
+    place = trainer_device(device, RecoveryError)
     guard = MemoryGuard(StreamSettings(place, read.batch_size), ignore if follows() else watch)
     with guard:
         folder = resolve_model(pruned)
@@ -221,17 +222,6 @@ def _opened(
         tokenizer = tokenizer_for([_spec(text)], tokenizer_folder(folder, dense), source.config)
         names = str(pruned), "" if teacher is None else str(teacher)
         yield Recovery(names, source, dense_source, read, place, guard, tokenizer)
-
-
-def _place(name: str) -> torch.device:
-    device = resolve_device(name)
-    if device.type == "cuda" and device.index:
-        raise RecoveryError(
-            f"device {name!r}: transformers' Trainer takes the first GPU that it sees",
-            expected="auto, cpu or cuda",
-            fix=f"run with CUDA_VISIBLE_DEVICES={device.index}, or on several GPUs with torchrun",
-        )
-    return device
 
 
 def _spec(text: TextSpec | str) -> TextSpec:

@@ -22,6 +22,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from llmprune.devices import resolve_device
+from llmprune.errors import LlmpruneError
 from llmprune.progress import Progress, Watcher
 from llmprune.recovery.keeping import KeepZeros
 from llmprune.recovery.objective import UNSCORED, Objective
@@ -305,3 +307,24 @@ def rows_of(tokens: Tokens) -> list[dict[str, Tensor]]:
 def scored_in(labels: Tensor) -> int:
     """How many tokens are predicted, of labels [sequences, positions]."""
     return int((labels[:, 1:] != UNSCORED).sum())
+
+
+def trainer_device(name: str, raised: type[LlmpruneError]) -> torch.device:
+    """The device that transformers' Trainer will take.
+
+    Args:
+        name: auto, cpu, cuda or cuda:N.
+        raised: the class of the error.
+
+    Raises:
+        LlmpruneError: of this class, for a GPU other than the first.
+        DeviceError: there is no such device.
+    """
+    device = resolve_device(name)
+    if device.type == "cuda" and device.index:
+        raise raised(
+            f"device {name!r}: transformers' Trainer takes the first GPU that it sees",
+            expected="auto, cpu or cuda",
+            fix=f"run with CUDA_VISIBLE_DEVICES={device.index}, or on several GPUs with torchrun",
+        )
+    return device

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from llmprune.devices import describe_device, runs_per_second
+from llmprune.models.sizes import matmul_weights, parameter_count
 from llmprune.storage.files import read_index
 from llmprune.training.recipe import TrainRecipe
 from llmprune.training.stages import Plan
@@ -68,14 +69,14 @@ def memory_needs(subject: Subject, recipe: TrainRecipe) -> int:
     hidden = 4 * tokens * int(config.hidden_size)
     activations = hidden * (layers + _KEPT) if recipe.options.checkpointing else hidden * _KEPT * layers
     logits = min(tokens * int(config.vocab_size) * 4, 1 << 26) * 5 if subject.measure == "perplexity" else 0
-    teacher = 4 * _parameters(subject) if recipe.options.kl_weight else 0
-    return _STATE_BYTES * _parameters(subject) + beside * pruned + teacher + activations + logits
+    teacher = 4 * parameter_count(subject.model) if recipe.options.kl_weight else 0
+    return _STATE_BYTES * parameter_count(subject.model) + beside * pruned + teacher + activations + logits
 
 
 def disk_needs(subject: Subject) -> int:
     """Bytes in the output folder: the result, and two saved states with weights, moments and weights behind masks."""
     stored = sum(tensor.nbytes for tensor in read_index(subject.folder).values())
-    return stored + 2 * 24 * _parameters(subject)
+    return stored + 2 * 24 * parameter_count(subject.model)
 
 
 def make_plan(name: str, subject: Subject, recipe: TrainRecipe, plan: Plan) -> TrainingPlan:
@@ -91,7 +92,7 @@ def make_plan(name: str, subject: Subject, recipe: TrainRecipe, plan: Plan) -> T
     trained = plan.steps * options.batch_size * options.accumulation * subject.token_count
     scored = (len(plan.stages) + 1) * held_back * subject.token_count / 3  # forward passes alone
     passes = (8 if options.checkpointing else 6) + (2 if options.kl_weight else 0)
-    work = passes * _matmul_weights(subject) * (trained + scored)
+    work = passes * matmul_weights(subject.model) * (trained + scored)
     matrix = torch.ones(_SIDE, _SIDE, device=subject.device)
     rate = runs_per_second(lambda: matrix @ matrix, subject.device) * 2 * _SIDE**3
     stages = tuple({"stage": one.number, "sparsity": one.sparsity, "steps": one.steps} for one in plan.stages)
@@ -99,15 +100,3 @@ def make_plan(name: str, subject: Subject, recipe: TrainRecipe, plan: Plan) -> T
         name, recipe.to_dict(), stages, len(subject.rows) - held_back, held_back, subject.token_count, plan.steps,
         work / rate, memory_needs(subject, recipe), disk_needs(subject), describe_device(subject.device),
     )  # fmt: skip
-
-
-def _parameters(subject: Subject) -> int:
-    return sum(parameter.numel() for parameter in subject.model.parameters())
-
-
-def _matmul_weights(subject: Subject) -> int:
-    """The weights that multiply each token: all but the embeddings, unless the head shares them."""
-    embeddings = subject.model.get_input_embeddings().weight
-    head = subject.model.get_output_embeddings()
-    tied = head is not None and head.weight is embeddings
-    return _parameters(subject) - (0 if tied else embeddings.numel())

@@ -12,7 +12,7 @@ class Stage:
     """One stage.
 
     Attributes:
-        number: 0 for the dense one before the first, from 1 on for the others.
+        number: 0 for the dense one before the first, at least 1 for the others.
         sparsity: while it trains, in [0, 1).
         begin: the number of optimizer steps before it.
         steps: of its own.

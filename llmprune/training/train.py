@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmprune.devices import PeakWatch, describe_device, resolve_device
+from llmprune.devices import PeakWatch, describe_device
 from llmprune.errors import LlmpruneError, TrainingError
 from llmprune.models.boundary import read_stock_config
 from llmprune.pages import write_report
@@ -17,7 +17,7 @@ from llmprune.progress import Progress, Watcher, ignore
 from llmprune.recovery.folder import WORK_NAME, RecoveryFolder
 from llmprune.recovery.reporting import versions
 from llmprune.recovery.training import Schedule as Steps
-from llmprune.recovery.training import arguments_for, same_verbosity
+from llmprune.recovery.training import arguments_for, same_verbosity, trainer_device
 from llmprune.storage.companions import CONFIG_NAME
 from llmprune.storage.files import read_json
 from llmprune.storage.folders import expanded, require_empty, require_free, require_other, require_space
@@ -171,7 +171,7 @@ def _opened(
 ) -> Iterator[Training]:
     """Check what was asked for, and open the model; nothing is read of its weights."""
     read = load_train_recipe(recipe, overrides)
-    place = _place(device)
+    place = trainer_device(device, TrainingError)
     guard = MemoryGuard(StreamSettings(place, read.options.batch_size), ignore if follows() else watch)
     with guard:
         folder = resolve_model(model)
@@ -229,17 +229,6 @@ def _require_fitting(subject: Subject, recipe: TrainRecipe) -> None:
             expected="one process: every other would prune by itself",
             fix="choose a rule, or run without torchrun",
         )
-
-
-def _place(name: str) -> torch.device:
-    device = resolve_device(name)
-    if device.type == "cuda" and device.index:
-        raise TrainingError(
-            f"device {name!r}: transformers' Trainer takes the first GPU that it sees",
-            expected="auto, cpu or cuda",
-            fix=f"run with CUDA_VISIBLE_DEVICES={device.index}, or on several GPUs with torchrun",
-        )
-    return device
 
 
 def _arguments(run: Training, plan: Plan, target: Path) -> Any:

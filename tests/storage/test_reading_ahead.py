@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -61,9 +62,15 @@ def test_what_is_asked_for_is_in_the_cache_soon() -> None:
 
 
 @needs_advice
-def test_files_that_are_gone_are_left_to_who_reads_them(tmp_path: Path) -> None:
+def test_files_that_are_gone_are_left_to_who_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
     read_ahead(stored(tmp_path / "none", (0, 10)))
     read_ahead([])
+    for thread in threading.enumerate():
+        if thread.name == "llmprune-read-ahead":
+            thread.join(20)
+    assert not failed
 
 
 @needs_advice

@@ -22,7 +22,7 @@ class Example:
     Attributes:
         text: the text, or the first of two.
         pair: the second; empty if there is none.
-        label: its class, from 0 on.
+        label: its class, at least 0.
     """
 
     text: str
