@@ -13,7 +13,7 @@ mean relative output error, ||(W - V) X||^2 / ||W X||^2, of all matrices on 8 fu
 matrices of the decoder layers are pruned; the LM head stays dense.
 
 The JSON is written after each cell. Cells that it holds already are not measured again: an interrupted table goes on,
-and a larger one keeps what it has.
+and a larger one keeps what it has. --keep DIR saves each pruned model as DIR/METHOD-PATTERN, for llmprune eval.
 """
 
 import argparse
@@ -84,8 +84,8 @@ class Protocol:
         }
 
 
-def measure(protocol: Protocol, method: str, pattern: str) -> dict[str, Any]:
-    """Prune the model in memory and measure it."""
+def measure(protocol: Protocol, method: str, pattern: str, keep: Path | None = None) -> dict[str, Any]:
+    """Prune the model in memory, measure it, and save it in a folder of `keep` if that is given."""
     folder = resolve_model(protocol.model)
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=protocol.dtype, trust_remote_code=False)
     settings = _settings(method)
@@ -95,7 +95,11 @@ def measure(protocol: Protocol, method: str, pattern: str) -> dict[str, Any]:
         "pattern": pattern,
         "statistics": {**settings.get("statistics", {}), "loss_weight": protocol.loss_weight},
     }
-    report = prune(dense, recipe, tokenizer=load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
+    report = prune(dense, recipe, tokenizer=tokenizer)
+    if keep is not None:
+        for part in (dense, tokenizer):
+            part.save_pretrained(keep / f"{method}-{pattern.replace(':', 'of')}")
     evaluation = report.header["evaluation"]
     return {
         "method": method,
@@ -134,6 +138,7 @@ def main() -> None:
     parser.add_argument("--loss-weight", choices=["none", "tokens"], default="none")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", type=Path, help="where to write the figures, and to find those measured before")
+    parser.add_argument("--keep", type=Path, help="where to save the pruned models")
     args = parser.parse_args()
     protocol = Protocol(
         args.model,
@@ -148,24 +153,24 @@ def main() -> None:
     cells = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
     table = Table("perplexity (error)", *args.patterns, title=f"{args.model}, {protocol.facts()['heldout']}")
     for method in args.methods:
-        row = [_cell(protocol, method, pattern, cells, args.json) for pattern in args.patterns]
+        row = [_cell(protocol, method, pattern, cells, args) for pattern in args.patterns]
         table.add_row(method, *(f"{cell['perplexity']:.2f} ({cell['error']:.4f})" for cell in row))
     Console().print(table)
 
 
 def _cell(
-    protocol: Protocol, method: str, pattern: str, cells: list[dict[str, Any]], file: Path | None
+    protocol: Protocol, method: str, pattern: str, cells: list[dict[str, Any]], args: argparse.Namespace
 ) -> dict[str, Any]:
     """A cell as it was measured before, or measured now and kept in the file."""
     wanted = {"method": method, "pattern": pattern, **protocol.facts()}
     found = [cell for cell in cells if wanted.items() <= cell.items()]
     if found:
         return found[0]
-    cell = measure(protocol, method, pattern)
+    cell = measure(protocol, method, pattern, args.keep)
     print(f"{method} {pattern}: {cell['perplexity']:.2f} (dense {cell['dense_perplexity']:.2f})", flush=True)
     cells.append(cell)
-    if file is not None:
-        file.write_text(json.dumps(cells, indent=2) + "\n")
+    if args.json is not None:
+        args.json.write_text(json.dumps(cells, indent=2) + "\n")
     return cell
 
 
