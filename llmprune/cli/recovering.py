@@ -38,6 +38,7 @@ class Adapter(str, Enum):
 
     none = "none"
     lora = "lora"
+    shira = "shira"
     low_rank = "low-rank"
 
 
@@ -101,8 +102,9 @@ def recover(
         _option(
             "--adapter",
             "KIND",
-            "lora: train masked adapters, merged in the end, instead of all weights; low-rank: ordinary ones, saved "
-            "beside the sparse weights for peft. Both need peft.",
+            "lora: train masked adapters, merged in the end, instead of all weights; shira: some of the kept weights, "
+            "as many as adapters would have; low-rank: ordinary adapters, saved beside the sparse weights for peft. "
+            "All need peft.",
         ),
     ] = Adapter.none,
     rank: Annotated[int, _option("--rank", "N", "Of the adapters.", min=1)] = 16,

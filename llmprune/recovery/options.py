@@ -9,7 +9,7 @@ from llmprune.errors import RecoveryError
 from llmprune.recovery.optimizers import require_known
 
 Loss = Literal["kl", "cross-entropy", "mix"]
-Adapter = Literal["none", "lora", "low-rank"]
+Adapter = Literal["none", "lora", "shira", "low-rank"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,9 @@ class RecoveryOptions:
         clip: largest norm of the gradient of kept weights; 0: it is not clipped.
         optimizer: a name of transformers' `optim` whose optimizer keeps zeros.
         adapter: "lora": train masked adapters of low rank, which are merged in the end, in place of all weights;
-            "low-rank": train ordinary ones, which are saved beside the sparse weights, for PEFT.
-        rank: of the adapters, at least 1.
+            "shira": train some of the kept weights; "low-rank": train ordinary adapters, which are saved beside the
+            sparse weights, for PEFT.
+        rank: of the adapters, at least 1; "shira" trains as many weights as adapters of this rank would have.
         checkpointing: compute activations again in the backward pass instead of keeping them.
         held_back: sequences at the end of the text that are not trained on, but scored; 0: none. None: one in 16.
         evaluations: how often they are scored and the state is saved, at least 1.

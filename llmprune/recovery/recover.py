@@ -15,18 +15,18 @@ from llmprune.errors import RecoveryError
 from llmprune.models.checkpoint_source import CheckpointSource, open_checkpoint
 from llmprune.pages import write_report
 from llmprune.progress import Progress, Watcher, ignore
+from llmprune.recovery.adapters import (
+    ADAPTER_FOLDER,
+    add_adapters,
+    clear_adapters,
+    merge_saved,
+    remove_adapters,
+    require_peft,
+    save_adapters,
+)
 from llmprune.recovery.folder import WORK_NAME, RecoveryFolder
 from llmprune.recovery.halves import Halves
 from llmprune.recovery.keeping import KeepZeros
-from llmprune.recovery.lora import (
-    ADAPTER_FOLDER,
-    add_lora,
-    clear_lora,
-    merge_saved,
-    remove_lora,
-    require_peft,
-    save_lora,
-)
 from llmprune.recovery.masks import MASKS_NAME, load_masks, masks_of, require_zeros, save_masks
 from llmprune.recovery.objective import Objective
 from llmprune.recovery.options import RecoveryOptions
@@ -282,9 +282,8 @@ def _train(
         folder.wait()
         masks = load_masks(masks_file, source.model)
         objective = Objective(student, teacher, options.kl_weight, run.autocast)
-        lora = options.adapter != "none"
-        masked = options.adapter == "lora"
-        names = add_lora(source.decoder, masks, options.rank, options.seed, masked=masked) if lora else masks
+        adapted = options.adapter != "none"
+        names = add_adapters(source.decoder, masks, options.rank, options.seed, options.adapter) if adapted else masks
         keeping = KeepZeros(source.model, names)
         with run.stages("train"), first_half_only(objective), same_verbosity():
             trainer = RecoveryTrainer(objective, arguments, tokens, held_back, keeping, options.patience, run.watch)
@@ -292,12 +291,12 @@ def _train(
                 best = trainer.run()
         if options.adapter == "low-rank":
             if best == 0:
-                clear_lora(source.model)
+                clear_adapters(source.model)
             if not follows():
-                save_lora(source.model, folder.staging / ADAPTER_FOLDER, run.names[0])
-            remove_lora(source.model, merge=False)
-        elif lora:
-            remove_lora(source.model, merge=best != 0)
+                save_adapters(source.model, folder.staging / ADAPTER_FOLDER, run.names[0])
+            remove_adapters(source.model, merge=False)
+        elif adapted:
+            remove_adapters(source.model, merge=best != 0)
         elif best == 0:
             load_whole(source, device)
         require_zeros(source.model, masks)

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from llmprune import TextSpec, prune, recover
 from llmprune.errors import MissingPackageError, RecoveryError
 from llmprune.models.decoder import Decoder
-from llmprune.recovery.lora import add_lora, masked_lora, merge_saved, remove_lora
+from llmprune.recovery.adapters import adapted_linear, add_adapters, merge_saved, remove_adapters
 from llmprune.recovery.masks import masks_of
+from llmprune.recovery.options import Adapter
 from llmprune.storage.files import read_index
 
 IDS = random_ids(2, 12)
@@ -34,9 +35,9 @@ def pruned_llama(family: str = "llama") -> Any:
     return model
 
 
-def trained(model: Any) -> dict[str, torch.Tensor]:
+def trained(model: Any, kind: Adapter = "lora") -> dict[str, torch.Tensor]:
     """Add adapters and take some steps."""
-    masks = add_lora(Decoder.find(model), masks_of(model), rank=2, seed=0)
+    masks = add_adapters(Decoder.find(model), masks_of(model), rank=2, seed=0, kind=kind)
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(adapters, lr=1e-2)
     for _ in range(3):
@@ -60,16 +61,17 @@ def test_a_step_is_that_of_the_masked_product() -> None:
     torch.testing.assert_close(adapted(x), x @ expected.T + adapted.base_layer.bias)
 
 
-def test_trained_is_merged_to_the_last_bit() -> None:
+@pytest.mark.parametrize("kind", ["lora", "shira"])
+def test_trained_is_merged_to_the_last_bit(kind: Adapter) -> None:
     model = pruned_llama()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    masks = trained(model)
+    masks = trained(model, kind)
     assert set(masks) == {
         f"model.layers.{n}.{m}.base_layer.weight" for n in (0, 1) for m in ("mlp.up_proj", "self_attn.q_proj")
     }
     with torch.no_grad():
         adapted = model(input_ids=IDS).logits
-        remove_lora(model, merge=True)
+        remove_adapters(model, merge=True)
         assert model(input_ids=IDS).logits.equal(adapted)
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
@@ -77,7 +79,24 @@ def test_trained_is_merged_to_the_last_bit() -> None:
         moved = name.endswith("_proj.weight")
         assert parameter.equal(before[name]) != moved, name
         assert parameter.eq(0).equal(before[name].eq(0)), name
-    assert not any(isinstance(module, masked_lora()) for module in model.modules())
+    assert not any(isinstance(module, adapted_linear()) for module in model.modules())
+
+
+def test_shira_trains_as_many_of_the_kept_weights_as_adapters_have_numbers() -> None:
+    model = pruned_llama()
+    weight = model.model.layers[1].mlp.up_proj.weight
+    before = weight.detach().clone()
+    trained(model, "shira")
+    remove_adapters(model, merge=True)
+    assert int((weight != before).sum()) == 2 * sum(weight.shape)
+    assert not (weight != before)[:, ::2].any()
+
+
+def test_shira_is_refused_where_fewer_weights_are_kept_than_it_trains() -> None:
+    model = pruned_llama()
+    kept = int((model.model.layers[0].self_attn.q_proj.weight != 0).sum())
+    with pytest.raises(RecoveryError, match=f"which has kept {kept}"):
+        add_adapters(Decoder.find(model), masks_of(model), rank=40, seed=0, kind="shira")
 
 
 def test_dropped_adapters_leave_the_model_as_it_was() -> None:
@@ -85,23 +104,24 @@ def test_dropped_adapters_leave_the_model_as_it_was() -> None:
     before = model(input_ids=IDS).logits
     trained(model)
     assert not model(input_ids=IDS).logits.equal(before)
-    remove_lora(model, merge=False)
+    remove_adapters(model, merge=False)
     assert model(input_ids=IDS).logits.equal(before)
 
 
 def test_models_without_linear_layers_are_refused() -> None:
     model = build("gpt2")
     with pytest.raises(RecoveryError, match="GPT2LMHeadModel, which has no linear layers"):
-        add_lora(Decoder.find(model), {}, rank=2, seed=0)
+        add_adapters(Decoder.find(model), {}, rank=2, seed=0)
 
 
-def test_recovery_with_adapters_and_its_resumption(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["lora", "shira"])
+def test_recovery_with_adapters_and_its_resumption(tmp_path: Path, kind: str) -> None:
     dense = save(build("llama"), tmp_path / "dense")
     text = TextSpec(str(tmp_path / "text.txt"), length=16)
     Path(text.source).write_text(" ".join(f"w{number * number % 120 + 4}" for number in range(300)))
     settings = {"source": text.source, "samples": 2, "length": 16}
     prune(dense, {"pattern": "2:4", "method": "magnitude", "calibration": settings, "evaluation": None}, tmp_path / "p")
-    options = {"adapter": "lora", "rank": 4, "learning_rate": 1e-2, "epochs": 4, "batch_size": 4, "held_back": 4}
+    options = {"adapter": kind, "rank": 4, "learning_rate": 1e-2, "epochs": 4, "batch_size": 4, "held_back": 4}
     report = recover(tmp_path / "p", tmp_path / "out", text, dense, options)
     recovery = report.header["recovery"]
     before, after = ({key: t[...] for key, t in read_index(tmp_path / name).items()} for name in ("p", "out"))

@@ -6,6 +6,10 @@ A plain adapter, merged, fills every zero. Here the layer computes with W + s (M
 that is what is merged: the trained model is the merged one. Its cost is the product B A of each layer, in the size of
 its weights.
 
+SHiRA (Bhardwaj et al. 2024, arXiv 2406.13175) trains chosen weights of each matrix and leaves the others; here they
+are chosen at random among the kept ones, as many as adapters of the same rank have numbers. It is merged, like masked
+LoRA.
+
 A low-rank correction is an ordinary adapter, which is never merged: the model computes with sparse weights and, beside
 them, two narrow products. PEFT alone loads it.
 """
@@ -22,6 +26,7 @@ from torch.nn.functional import linear
 
 from llmprune.errors import MissingPackageError, RecoveryError
 from llmprune.models.decoder import Decoder, prunable_matrices
+from llmprune.recovery.options import Adapter
 from llmprune.storage.files import write_shard
 
 _NAME = "default"
@@ -42,30 +47,49 @@ def require_peft() -> None:
         ) from error
 
 
-def add_lora(
-    decoder: Decoder, masks: Mapping[str, Tensor], rank: int, seed: int, *, masked: bool = True
+def add_adapters(
+    decoder: Decoder, masks: Mapping[str, Tensor], rank: int, seed: int, kind: Adapter = "lora"
 ) -> dict[str, Tensor]:
     """Give every linear layer inside the decoder layers an adapter, in place; only the adapters train.
 
     Args:
         decoder: of the pruned model.
         masks: parameter name -> bool in its shape, True for pruned.
-        rank: of each adapter.
-        seed: of their beginnings.
-        masked: they leave pruned weights at zero; otherwise they are ordinary ones.
+        rank: of each adapter; one of SHiRA trains as many weights as factors of this rank have.
+        seed: of their beginnings, and of the choice of weights.
+        kind: "lora" or "shira", which leave pruned weights at zero, or "low-rank", which does not.
 
     Returns:
         The masks under the names that the parameters have now.
 
     Raises:
         MissingPackageError: PEFT is not installed.
-        RecoveryError: there are no linear layers, but only fused experts or other modules.
+        RecoveryError: there are no linear layers, but only fused experts or other modules; SHiRA is to train more
+            weights of a layer than are kept.
     """
     require_peft()
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
     model = decoder.model
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    targets = _targets(decoder)
+    before = {id(parameter): name for name, parameter in model.named_parameters()}
+    config = (
+        _shira(model, targets, masks, rank, seed) if kind == "shira" else _lora(targets, rank, masked=kind == "lora")
+    )
+    torch.manual_seed(seed)
+    inject_adapter_in_model(config, model, adapter_name=_NAME)
+    for name, module in model.named_modules():
+        if kind == "lora" and isinstance(module, masked_lora()):
+            module.pruned = masks.get(f"{name}.weight")
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) not in before)
+    now = {before[id(parameter)]: name for name, parameter in model.named_parameters() if id(parameter) in before}
+    return {now[name]: mask for name, mask in masks.items()}
+
+
+def _targets(decoder: Decoder) -> list[str]:
+    """The linear layers inside the decoder layers."""
+    linears = {name for name, module in decoder.model.named_modules() if isinstance(module, nn.Linear)}
     matrices = (
         matrix.name for index, layer in enumerate(decoder.layers)
         for matrix in prunable_matrices(layer, decoder.layer_name(index))
@@ -73,30 +97,60 @@ def add_lora(
     targets = [name for name in matrices if name in linears]
     if not targets:
         raise RecoveryError(
-            f"adapters for {type(model).__name__}, which has no linear layers inside its decoder layers",
+            f"adapters for {type(decoder.model).__name__}, which has no linear layers inside its decoder layers",
             expected="torch.nn.Linear",
             fix="train all weights, without --adapter",
         )
-    before = {id(parameter): name for name, parameter in model.named_parameters()}
+    return targets
+
+
+def _lora(targets: list[str], rank: int, *, masked: bool) -> Any:
+    from peft import LoraConfig
+
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     if masked:
         config._register_custom_module({nn.Linear: masked_lora()})
-    torch.manual_seed(seed)
-    inject_adapter_in_model(config, model, adapter_name=_NAME)
-    for name, module in model.named_modules():
-        if masked and isinstance(module, masked_lora()):
-            module.pruned = masks.get(f"{name}.weight")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    now = {before[id(parameter)]: name for name, parameter in model.named_parameters() if id(parameter) in before}
-    return {now[name]: mask for name, mask in masks.items()}
+    return config
 
 
-def remove_lora(model: nn.Module, *, merge: bool) -> None:
+def _shira(model: nn.Module, targets: list[str], masks: Mapping[str, Tensor], rank: int, seed: int) -> Any:
+    from peft import ShiraConfig
+
+    weights = [(name, model.get_parameter(f"{name}.weight")) for name in targets]
+    pruned = {id(weight): masks.get(f"{name}.weight") for name, weight in weights}
+    for name, weight in weights:
+        mask = pruned[id(weight)]
+        kept = weight.numel() if mask is None else int((~mask).sum())
+        if rank * sum(weight.shape) > kept:
+            raise RecoveryError(
+                f"SHiRA of rank {rank} trains {rank * sum(weight.shape)} weights of {name}, which has kept {kept}",
+                expected=f"a rank of at most {kept // sum(weight.shape)} for this layer",
+                fix="lower the rank (--rank), or choose the adapter lora",
+            )
+    generator = torch.Generator().manual_seed(seed)
+
+    def among_kept(layer: nn.Linear, rank: int, **_: object) -> Tensor:
+        weight = layer.weight
+        mask = pruned[id(weight)]
+        places = torch.arange(weight.numel()) if mask is None else (~mask).flatten().nonzero().squeeze(1).cpu()
+        order = torch.randperm(len(places), generator=generator)
+        chosen = torch.zeros(weight.numel(), dtype=weight.dtype)
+        chosen[places[order[: rank * sum(weight.shape)]]] = 1
+        return chosen.view_as(weight).to(weight.device)
+
+    # PEFT does not say whether its sparse tensors are to be checked, of which torch warns; this is torch's default.
+    if not torch.sparse.check_sparse_tensor_invariants.is_enabled():
+        torch.sparse.check_sparse_tensor_invariants.disable()
+    config = ShiraConfig(r=rank, target_modules=targets)
+    config.mask_fn = among_kept
+    return config
+
+
+def remove_adapters(model: nn.Module, *, merge: bool) -> None:
     """Put the linear layers back in the place of those with adapters, in place.
 
     Args:
-        model: as `add_lora` has left it.
+        model: as `add_adapters` has left it.
         merge: add the adapters to the weights; otherwise they are dropped.
     """
     for name, module in list(model.named_modules()):
@@ -110,7 +164,7 @@ def remove_lora(model: nn.Module, *, merge: bool) -> None:
         setattr(model.get_submodule(parent), attribute, base)
 
 
-def clear_lora(model: nn.Module) -> None:
+def clear_adapters(model: nn.Module) -> None:
     """Set every adapter to what it was at first: no correction."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -118,11 +172,11 @@ def clear_lora(model: nn.Module) -> None:
                 parameter.zero_()
 
 
-def save_lora(model: nn.Module, folder: Path, base: str) -> None:
+def save_adapters(model: nn.Module, folder: Path, base: str) -> None:
     """Save ordinary adapters as `PeftModel.save_pretrained` does.
 
     Args:
-        model: as `add_lora` has left it.
+        model: as `add_adapters` has left it.
         folder: new, for adapter_config.json and adapter_model.safetensors.
         base: what adapter_config.json names as the model that they belong to.
     """
@@ -139,7 +193,7 @@ def save_lora(model: nn.Module, folder: Path, base: str) -> None:
 
 
 def merge_saved(model: nn.Module, folder: Path) -> None:
-    """Add what `save_lora` saved to the weights, in place, which fills their zeros.
+    """Add what `save_adapters` saved to the weights, in place, which fills their zeros.
 
     Args:
         model: without adapters.
@@ -162,10 +216,10 @@ def merge_saved(model: nn.Module, folder: Path) -> None:
 
 @cache
 def adapted_linear() -> Any:
-    """The class of linear layers with an adapter, masked or not."""
-    from peft.tuners.lora import layer
+    """The classes of linear layers with an adapter of any kind."""
+    from peft.tuners import lora, shira
 
-    return layer.Linear
+    return lora.Linear, shira.Linear
 
 
 @cache
