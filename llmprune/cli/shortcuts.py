@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmprune.recipe.recipe import Recipe
 
 # The recipe of a command that names none.
-DEFAULT_RECIPE = "sparsegpt-2of4"
+DEFAULT_RECIPE = "best-fast"
 
 # The key of the recipe that each flag sets.
 _KEYS = {

@@ -28,8 +28,9 @@ _BITS = {"bitmask": "mask", "nm": "meta"}
 # Smaller matrices are not measured: calls are what they cost, whichever way.
 MEASURED_WEIGHTS = 1 << 17
 
-# So many matrices of a shape exceed every cache, or take long enough to read.
+# So many matrices of a shape, or so many bytes, exceed every cache, or take long enough to read.
 _ROTATED = 16
+_CACHED_BYTES = 64 << 20
 
 # Matrices that are multiplied together, and the rows of each.
 Packed = tuple[list[Tensor], list[int]]
@@ -166,7 +167,7 @@ def measure_products(model: nn.Module) -> None:
     dense: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
     for matrices in _packed(model):
         if sum(matrix.numel() for matrix in matrices) >= MEASURED_WEIGHTS:
-            sizes = [cpu.library().describe(matrix).shape[0] for matrix in matrices]
+            sizes = _rows(matrices)
             packed[str(cpu.shape_key(matrices, sizes))].append((matrices, sizes))
     for weight in _dense(model):
         if weight.numel() >= MEASURED_WEIGHTS:
@@ -178,6 +179,25 @@ def measure_products(model: nn.Module) -> None:
     for layer in model.modules():
         if type(layer) is nn.Linear and layer.weight.device.type == "cpu":
             layer.__class__ = dense_product.DenseLinear
+
+
+def measure_alone(layer: nn.Module) -> None:
+    """The same for one packed matrix of an engine that loads a layer at a time, with copies in place of its likes."""
+    for matrices in _packed(layer):
+        nbytes = sum(matrix.nbytes for matrix in matrices)
+        if sum(matrix.numel() for matrix in matrices) < MEASURED_WEIGHTS or _known(matrices):
+            continue
+        copies = min(_ROTATED, -(-_CACHED_BYTES // nbytes))
+        likes = [[matrix.clone() for matrix in matrices] for _ in range(copies - 1)]
+        _measure_limit([(product, _rows(product)) for product in (matrices, *likes)])
+
+
+def _rows(matrices: list[Tensor]) -> list[int]:
+    return [cpu.library().describe(matrix).shape[0] for matrix in matrices]
+
+
+def _known(matrices: list[Tensor]) -> bool:
+    return cpu.measured_limit(matrices, _rows(matrices)) is not None
 
 
 def _measure_limit(products: Sequence[Packed]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import CheckpointError, LlmpruneError, ModelError, NumericsError
+from llmprune.serving.cpu_forms import measure_alone
 from llmprune.serving.forms import Choice, Served, Unpacked, choose_form
 from llmprune.serving.sparse_linear import SparseLinear, self_tests_wanted
 from llmprune.storage.formats import BlockLayout, DenseLayout, Layout, NMLayout, Spec
@@ -169,6 +170,7 @@ class Assembly:
         choice = layer.settle(served_in(layer.layout, device, self.shape.dtype))
         if choice.form.tested and self_tests_wanted():
             layer.test(self.name)
+        measure_alone(layer)
         return layer
 
     def _parts(self, shard_id: ShardId) -> tuple[int, ...]:

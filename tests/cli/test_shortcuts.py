@@ -90,7 +90,7 @@ def test_a_pattern_may_repeat_its_sparsity() -> None:
         (None, [], {"num_samples": "0"}, "--num-samples 0: samples 0", ""),
         (None, [], {"dataset": "a/b", "eval_dataset": "a/b"}, "are both a/b", "--set evaluation.split=test"),
         ("ffn-25", [], {"sparsity": "0.5"}, "the recipe ffn-25, which removes structures",
-         "add --method sparsegpt, or use --recipe sparsegpt-2of4; what is removed is set by "
+         "add --method sparsegpt, or use --recipe best-fast; what is removed is set by "
          "--set structures.ffn.remove=0.25"),
         ("budget-25", [], {"method": "wanda"}, "--method wanda with", "--set structures.budget.remove=0.25"),
         ("sparsegpt-attention-2of4-mlp-50", [], {"sparsity": "0.6"}, "whose rules set another pattern for *att*n*",

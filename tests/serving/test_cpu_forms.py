@@ -221,6 +221,20 @@ def test_products_are_measured_once_when_a_model_is_loaded(monkeypatch, tmp_path
 
 
 @needs_kernels
+@pytest.mark.usefixtures("empty_cache")
+def test_a_layer_alone_is_measured_on_copies_of_its_own(monkeypatch):
+    monkeypatch.setattr(cpu_forms, "MEASURED_WEIGHTS", 0)
+    layer = layer_of(make("nm", (16, 32), torch.bfloat16))[0]
+    measured = []
+    monkeypatch.setattr(cpu_forms.cpu, "measure_dense_from", lambda copies, sizes: measured.append((copies, sizes)))
+    cpu_forms.measure_alone(layer)
+    ((copies, sizes),) = measured
+    assert sizes == [16]
+    assert len({matrix.data_ptr() for (matrix,) in copies}) == len(copies) == 16
+    assert all(matrix.view(torch.uint8).equal(copies[0][0].view(torch.uint8)) for (matrix,) in copies)
+
+
+@needs_kernels
 def test_a_cache_that_cannot_be_written_is_no_obstacle(monkeypatch):
     monkeypatch.setenv("LLMPRUNE_CACHE", "/proc/no-folder")
     monkeypatch.setattr(cpu_forms, "MEASURED_WEIGHTS", 0)

@@ -10,17 +10,22 @@ struct Dense {
   int level;  // of the instruction set
 };
 
-template <class T>
+// Two of four weights as one number: stores of single weights would have to be waited for.
+template <class T, class Four>
 static void expand_groups(const Matrix& m, int64_t tile, char* out) {
+  const int64_t groups = m.columns / 4;
   for (int64_t r = 0; r < ROWS && ROWS * tile + r < m.rows; r++) {
     T* row = (T*)out + r * m.columns;
-    for (int64_t g = 0; g < m.columns / 4; g++) {
+    const int64_t first = place(m.type, r, 0), second = place(m.type, r, 1);
+    for (int64_t g = 0; g < groups; g += 8) {
       const uint32_t* codes = (const uint32_t*)step_of(m, tile, g / 8);
-      const T* stored = (const T*)(codes + ROWS) + 32 * (g % 8);
-      const uint32_t code = codes[r] >> 4 * (g % 8);
-      T four[4] = {};
-      four[code & 3] = stored[place(m.type, r, 0)], four[code >> 2 & 3] = stored[place(m.type, r, 1)];
-      memcpy(row + 4 * g, four, sizeof four);
+      const T* stored = (const T*)(codes + ROWS);
+      uint32_t code = codes[r];
+      for (int64_t k = 0; k < 8 && g + k < groups; k++, code >>= 4, stored += 32) {
+        const Four low = (Four)stored[first] << 8 * sizeof(T) * (code & 3);
+        const Four four = low | (Four)stored[second] << 8 * sizeof(T) * (code >> 2 & 3);
+        memcpy(row + 4 * (g + k), &four, sizeof four);
+      }
     }
   }
 }
@@ -29,7 +34,7 @@ static void expand_groups(const Matrix& m, int64_t tile, char* out) {
 static void expand_bytes(const Matrix& m, int64_t tile, char* out, bool wide) {
   const int64_t rows = m.rows - ROWS * tile < ROWS ? m.rows - ROWS * tile : ROWS, size = item(m.peak_type);
   char* bytes = out + rows * m.columns * (size - 1);
-  if (m.kind == TWO_OF_FOUR) expand_groups<uint8_t>(m, tile, bytes);
+  if (m.kind == TWO_OF_FOUR) expand_groups<uint8_t, uint32_t>(m, tile, bytes);
   else wide ? avx512::expand_mask<avx512::Int8>(m, tile, bytes) : avx2::expand_mask<avx2::Int8>(m, tile, bytes);
   for (int64_t r = 0; r < rows; r++)
     for (int64_t c = 0; c < m.columns; c += FOLD) {
@@ -52,7 +57,8 @@ static void expand_share(void* data) {
   for (int64_t t = d.from + (d.to - d.from) * me / parts; t < d.from + (d.to - d.from) * (me + 1) / parts; t++) {
     char* out = d.out + ROWS * (t - d.from) * m.columns * item(dense_type(m));
     if (m.type == INT8) expand_bytes(m, t, out, wide);
-    else if (m.kind == TWO_OF_FOUR) m.type == FLOAT32 ? expand_groups<uint32_t>(m, t, out) : expand_groups<uint16_t>(m, t, out);
+    else if (m.kind == TWO_OF_FOUR && m.type == FLOAT32) expand_groups<uint32_t, unsigned __int128>(m, t, out);
+    else if (m.kind == TWO_OF_FOUR) expand_groups<uint16_t, uint64_t>(m, t, out);
     else if (m.type == FLOAT32) wide ? avx512::expand_mask<avx512::Float32>(m, t, out) : avx2::expand_mask<avx2::Float32>(m, t, out);
     else wide ? avx512::expand_mask<avx512::BFloat16>(m, t, out) : avx2::expand_mask<avx2::BFloat16>(m, t, out);
   }
