@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 
 from llmprune.patterns import parse
 from llmprune.storage.formats import Layout, quantise
@@ -21,6 +23,7 @@ PATTERNS: dict[str, dict[str, str]] = {
     "bitmask": {"proj": "0.5"},
     "mixed": {"q_proj": "2:4", "v_proj": "2:4", "gate_proj": "0.5", "up_proj": "0.25@32x32", "down_proj": "4:8"},
     "int8": {"proj": "0.5"},
+    "tied": {"proj": "2:4"},  # the LM head is the embedding
 }
 
 
@@ -30,6 +33,10 @@ def save(name: str, folder: Path) -> tuple[Path, Path]:
     dense, packed = folder / "dense", folder / "packed"
     shutil.copytree(source, dense, ignore=shutil.ignore_patterns("__*"))
     tensors, patterns = load_file(source / "model.safetensors"), {}
+    if name == "tied":
+        del tensors["lm_head.weight"]
+        config = json.loads((dense / "config.json").read_text())
+        (dense / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     for key, weight in tensors.items():
         pattern = next((parse(text) for part, text in PATTERNS[name].items() if f"{part}.weight" in key), None)
         if pattern is not None:
@@ -49,6 +56,33 @@ def save(name: str, folder: Path) -> tuple[Path, Path]:
     save_file(parts, packed / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((dense / "config.json").read_text())
     (packed / "config.json").write_text(json.dumps(with_packing_record(config, layouts)))
+    return dense, packed
+
+
+def save_experts(folder: Path) -> tuple[Path, Path]:
+    """Write a random Mixtral with 2:4 attention and dense experts, with the bundled model's tokenizer; see `save`."""
+    source = resolve_model("testbed")
+    dense, packed = folder / "dense", folder / "packed"
+    shutil.copytree(source, dense, ignore=shutil.ignore_patterns("__*", "*.safetensors"))
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=AutoConfig.from_pretrained(source).vocab_size, hidden_size=128, intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_local_experts=4,
+        num_experts_per_tok=2, initializer_range=0.2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(dense)
+    tensors = load_file(dense / "model.safetensors")
+    names = [key.removesuffix(".weight") for key in tensors if "self_attn" in key]
+    for name in names:
+        weight = tensors[f"{name}.weight"]
+        tensors[f"{name}.weight"] = weight * parse("2:4").compared("row").mask(weight.abs())
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(dense, packed)
+    parts, layouts = pack_matrices(tensors, dict.fromkeys(names, parse("2:4")), "auto")
+    save_file(parts, packed / "model.safetensors", metadata={"format": "pt"})
+    (packed / "config.json").write_text(
+        json.dumps(with_packing_record(json.loads((dense / "config.json").read_text()), layouts))
+    )
     return dense, packed
 
 

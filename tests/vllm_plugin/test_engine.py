@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import EVEN, PATTERNS, UNEVEN, save, save_cut
+from checkpoints import EVEN, PATTERNS, UNEVEN, save, save_cut, save_experts
 from engines import engine, generated, judged, needs_vllm
 
 from llmprune.errors import ModelError
@@ -34,6 +34,11 @@ def test_greedy_tokens_and_log_probabilities_are_those_of_transformers(name: str
     # In float32, 8-bit weights are not rounded to the dtype of the dense checkpoint.
     judge = packed if name == "int8" else dense
     require_the_same(packed, judge, TOLERANCE.get(name, 1e-4), exact=name != "int8")
+
+
+def test_a_mixture_of_experts_has_packed_attention_and_dense_experts(tmp_path: Path) -> None:
+    dense, packed = save_experts(tmp_path / "experts")
+    require_the_same(packed, dense, tolerance=1e-3, exact=False)
 
 
 def test_the_forms_are_those_that_explain_names(tmp_path: Path) -> None:
