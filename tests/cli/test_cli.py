@@ -368,3 +368,12 @@ def test_help_does_not_wait_for_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages of 2 MB are asked for on Linux")
+def test_large_tensors_get_large_pages() -> None:
+    program = (
+        "import llmprune.cli as cli; cli.app = lambda **_: None; cli.main(); import torch; "
+        "print(torch.empty(4 << 20).data_ptr() % 4096)"  # torch aligns to pages what is to have large ones
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "0\n"
