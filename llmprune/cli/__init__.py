@@ -44,7 +44,7 @@ def main() -> None:
     """Run the command line."""
     # The progress bars of `datasets` would be drawn across our display.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # Large tensors in pages of 2 MB: clearing small ones takes up to a third of a layer's forward pass. torch reads this
+    # Large tensors in pages of 2 MB: clearing small ones takes up to a third of a layer's forward pass. torch reads it
     # before its first tensor.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for stream in (sys.stdout, sys.stderr):

@@ -18,9 +18,9 @@ from llmprune.errors import CheckpointError, FormatError, PatternError
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.linear_weights import linear_weights
 from llmprune.pages import write_report
+from llmprune.pages.cards import CARD_NAME, update_card
 from llmprune.patterns import NM, Pattern, Unstructured, parse
 from llmprune.progress import Progress, Watcher, ignore
-from llmprune.pruning.card import CARD_NAME, update_card
 from llmprune.storage.companions import CONFIG_NAME, copy_companions
 from llmprune.storage.config_files import write_config
 from llmprune.storage.detection import detect_pattern

@@ -24,6 +24,7 @@ from llmprune.recovery.adapters import (
     require_peft,
     save_adapters,
 )
+from llmprune.recovery.card import write_card
 from llmprune.recovery.folder import WORK_NAME, RecoveryFolder
 from llmprune.recovery.halves import Halves
 from llmprune.recovery.keeping import KeepZeros
@@ -349,4 +350,5 @@ def _finish(
     report = make_report(run, folder.keys, trainer.state, memory, tokens, zeros, measured)
     report.save(staging)
     write_report(staging)
+    write_card(staging, report)
     folder.close()

@@ -14,7 +14,8 @@ from tiny_models import build, recipe, save
 from transformers import AutoConfig
 
 from llmprune import Report, load_recipe, pack, prune, unpack
-from llmprune.pruning.card import update_card, write_card
+from llmprune.pages.cards import update_card
+from llmprune.pruning.card import write_card
 from llmprune.storage.packed_config import NOTICE_KEY
 from llmprune.storage.report import load_report
 

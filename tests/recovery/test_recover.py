@@ -127,6 +127,7 @@ def test_the_folder_is_a_checkpoint_with_masks_and_a_report(made: Made) -> None:
     assert 'id="chart-loss"' in page
     assert 'id="chart-held-back"' in page
     assert "zeros kept; perplexity: " in page
+    assert "zeros kept; perplexity: " in (made.recovered / "README.md").read_text()
     assert len(compare([made.pruned, made.recovered]).rows) >= 2
 
 
