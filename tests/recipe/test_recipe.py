@@ -64,7 +64,7 @@ def test_bundled_recipe_holds_what_its_name_says(name: str) -> None:
     assert (recipe.pattern, recipe.method) == EXPECTED[name]
     calibration = (64, 256) if name == "demo" else (None, None)
     assert (recipe.calibration.source, recipe.calibration.samples, recipe.calibration.length) == ("self", *calibration)
-    assert recipe.batch_size == {"demo": 16, "best": 4}.get(name, 8)
+    assert recipe.batch_size == {"demo": 16, "best": 2}.get(name, 8)
     assert (recipe.reconstruct is not None) == (name == "best")
     assert load_recipe(Path(__file__).parents[2] / "recipes" / f"{name}.yaml") == recipe
 
