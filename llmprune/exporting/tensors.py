@@ -14,8 +14,10 @@ from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.linear_weights import linear_weights
 from llmprune.progress import Progress, Watcher
 from llmprune.storage.companions import CONFIG_NAME, copy_companions
-from llmprune.storage.files import write_shard
+from llmprune.storage.config_files import write_config
+from llmprune.storage.files import read_json, write_shard
 from llmprune.storage.folders import writing_to
+from llmprune.storage.packed_config import packed_layouts, without_packing_record
 
 # Pruned: at least this fraction of a matrix is zero.
 _PRUNED = 0.01
@@ -105,11 +107,14 @@ class Exported:
 
 
 def copy_description(source: Path, target: Path, watch: Watcher) -> None:
-    """Copy configuration, tokenizer and licence."""
+    """Copy configuration, tokenizer and licence; of a packed checkpoint, the configuration of the dense one."""
     with writing_to(target):
         for left_out in copy_companions(source, target):
             watch(Progress(left_out))
         shutil.copyfile(source / CONFIG_NAME, target / CONFIG_NAME)
+    config = read_json(source / CONFIG_NAME)
+    if packed_layouts(config):
+        write_config(target, without_packing_record(config))
 
 
 def is_pruned(weight: Tensor) -> bool:

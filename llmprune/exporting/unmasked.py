@@ -19,6 +19,7 @@ from llmprune.storage.config_files import write_config
 from llmprune.storage.exchange import replacing
 from llmprune.storage.files import INDEX_NAME, read_header, read_json, weight_files, write_json, write_shard
 from llmprune.storage.folders import expanded, require_empty, require_free, require_other
+from llmprune.storage.packed_config import without_packing_record
 from llmprune.storage.torch_prune import MASK, ORIGINAL, masked_keys, merged
 
 _EXPECTED = "a folder with safetensors files, or a state dict that torch.save wrote (.pt, .pth or .bin)"
@@ -58,7 +59,8 @@ def import_masked(
             expected="the folder of the model, with its config.json",
             fix="name the folder that the model was loaded from (--config)",
         )
-    require_other(target, path)
+    for read in (path, companions):
+        require_other(target, read)
     require_free(target)
     require_empty(target, resume=False, overwrite=overwrite)
     shapes, parts = _parts(path)
@@ -71,7 +73,7 @@ def import_masked(
         )
     with replacing(target) as new:
         _write(parts(), plain, new, watch)
-        write_config(new, read_json(companions / CONFIG_NAME))
+        write_config(new, without_packing_record(read_json(companions / CONFIG_NAME)))
         for left_out in copy_companions(companions, new):
             watch(Progress(left_out))
         if problem := find_contradiction(new):

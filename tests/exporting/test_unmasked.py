@@ -12,7 +12,7 @@ from tiny_models import build, random_ids, save
 from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 
-from llmprune import export, inspect_checkpoint, keep_zeros, sparsify
+from llmprune import export, inspect_checkpoint, keep_zeros, pack, sparsify
 from llmprune.errors import CheckpointError, ModelError, ResumeError
 from llmprune.exporting.masked import add_masks
 from llmprune.exporting.unmasked import import_masked
@@ -144,3 +144,23 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not fit"):
         import_masked(odd, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_packed_checkpoint_goes_out_and_in_again(tmp_path: Path) -> None:
+    """Its config.json says how it is packed, which the tensors of torch.nn.utils.prune are not."""
+    plain = pruned_by_torch()
+    save(plain, tmp_path / "masked")
+    import_masked(tmp_path / "masked", tmp_path / "plain")
+    pack(tmp_path / "plain", tmp_path / "packed", "bitmask")
+    out = export(tmp_path / "packed", "torch-prune").output
+    import_masked(out, tmp_path / "again")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(plain))
+    for folder in (out, export(tmp_path / "packed", "csr").output):
+        assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+
+
+def test_the_model_itself_is_not_overwritten(tmp_path: Path) -> None:
+    save(build("llama"), tmp_path / "model")
+    torch.save(pruned_by_torch().state_dict(), tmp_path / "state.pt")
+    with pytest.raises(ResumeError, match="the model itself"):
+        import_masked(tmp_path / "state.pt", tmp_path / "model", config=tmp_path / "model", overwrite=True)
