@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from llmprune.errors import RecoveryError
 from llmprune.recovery.optimizers import require_known
+from llmprune.storage.records import wrong_type
 
 Loss = Literal["kl", "cross-entropy", "mix"]
 Adapter = Literal["none", "lora", "shira", "low-rank"]
@@ -61,6 +62,9 @@ class RecoveryOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        name, expected = wrong_type(type(self), asdict(self))
+        if name:
+            raise RecoveryError(f"{name} {getattr(self, name)!r}", expected=expected)
         finite = "a finite number above 0"
         checks = (
             ("loss", self.loss in get_args(Loss), " or ".join(get_args(Loss))),

@@ -4,9 +4,9 @@ A record's type is a dataclass, a TypedDict or a plain type, checked strictly: a
 """
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast, get_origin, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
@@ -106,6 +106,24 @@ def checked(
         return _reader(cast(Hashable, kind)).validate_python(content, strict=True)
     except ValidationError as error:
         raise raised(f"{where} cannot be read: {problem(error)}", expected=expected, fix=fix) from error
+
+
+def wrong_type(kind: type, values: Mapping[str, object]) -> tuple[str, str]:
+    """The first of a dataclass's fields whose value has another type, and which it should have; empty if none has.
+
+    Args:
+        kind: the dataclass; fields that are a choice of literals are not looked at.
+        values: of some of its fields; others are passed over.
+    """
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints or get_origin(hints[name]) is Literal:
+            continue
+        try:
+            _reader(cast(Hashable, hints[name])).validate_python(value, strict=True)
+        except ValidationError as error:
+            return name, error.errors(include_url=False)[0]["msg"].removeprefix("Input should be ")
+    return "", ""
 
 
 def problem(error: OSError | ValidationError) -> str:

@@ -6,10 +6,14 @@ from typing import Any, TypeVar, get_args
 
 from llmprune.errors import TrainingError
 from llmprune.patterns import NM, parse
+from llmprune.storage.records import wrong_type
 from llmprune.training.rules import RULES, SNIP, GraSP, Lottery, Rule, Schedule, Selection
 from llmprune.training.rules.rule import Scope
 
 Value = TypeVar("Value")
+
+# The name of a recipe, whose keys stand alone in errors.
+WHOLE = "the recipe"
 
 
 def read_rule(rule: str | Mapping[str, Any] | Rule) -> Rule:
@@ -26,7 +30,7 @@ def read_rule(rule: str | Mapping[str, Any] | Rule) -> Rule:
     ((name, knobs),) = named.items()
     if name not in RULES:
         raise TrainingError(f"there is no rule {name!r}", expected=f"one of {', '.join(RULES)}")
-    found = read_keys(RULES[name], knobs or {}, f"rule {name}")
+    found = read_keys(RULES[name], {} if knobs is None else knobs, f"rule {name}")
     assert isinstance(found, Rule)
     return found
 
@@ -41,10 +45,9 @@ def read_schedule(schedule: Schedule | Mapping[str, Any] | None, selection: Sele
     if isinstance(schedule, Schedule):
         read = schedule
     else:
-        keys = dict(schedule or {})
-        if pattern is not None:
-            keys.setdefault("end", pattern.sparsity)
-        read = read_keys(Schedule, keys, "schedule")
+        ends = {} if pattern is None else {"end": pattern.sparsity}
+        keys: Any = {} if schedule is None else schedule
+        read = read_keys(Schedule, {**ends, **keys} if isinstance(keys, Mapping) else keys, "schedule")
     if pattern is not None and abs(read.end - pattern.sparsity) > 1e-9:
         raise TrainingError(
             f"schedule.end is {read.end}, and {pattern} prunes {pattern.sparsity:g}",
@@ -94,7 +97,8 @@ def read_keys(kind: type[Value], keys: Mapping[str, Any], name: str) -> Value:
         raise TrainingError(
             f"{name} has no key {unknown[0]!r}", expected=f"one of {', '.join(known)}" if known else "none"
         )
-    try:
-        return kind(**dict(keys))
-    except TypeError as error:
-        raise TrainingError(f"{name} has a value of a wrong type: {error}", expected="numbers and names") from error
+    key, expected = wrong_type(kind, keys)
+    if key:
+        place = key if name == WHOLE else f"{name}.{key}"
+        raise TrainingError(f"{place} is {keys[key]!r}", expected=expected)
+    return kind(**dict(keys))

@@ -16,7 +16,7 @@ from llmprune.paths import user_path
 from llmprune.recipe.document import Document, one_of, override, parse_document
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.recovery.options import RecoveryOptions
-from llmprune.training.reading import read_keys, read_rule, read_schedule, read_selection
+from llmprune.training.reading import WHOLE, read_keys, read_rule, read_schedule, read_selection
 from llmprune.training.rules import RULES, GradualMagnitude, Rule, Schedule, Selection
 from llmprune.training.stages import Plan
 
@@ -152,7 +152,7 @@ def load_train_recipe(
     document = _open(recipe)
     for assignment in overrides:
         override(document, assignment)
-    return _checked(read_keys(_Keys, document.data, "the recipe"))
+    return _checked(read_keys(_Keys, document.data, WHOLE))
 
 
 def _written(recipe: TrainRecipe) -> dict[str, Any]:

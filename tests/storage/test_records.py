@@ -1,8 +1,9 @@
 """Records on disk, read as what they must be."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from malformed import NEST
@@ -13,7 +14,7 @@ from llmprune.errors import CheckpointError, LlmpruneError, ResumeError
 from llmprune.pruning.sweep.ledger import RECORD_NAME, read_record
 from llmprune.storage.folders import MANIFEST_NAME
 from llmprune.storage.output import OutputFolder
-from llmprune.storage.records import PlainName, checked, read_as
+from llmprune.storage.records import PlainName, checked, read_as, wrong_type
 from llmprune.storage.report import REPORT_NAME, load_report
 
 # What stands in the place of a value, or of the whole.
@@ -109,3 +110,30 @@ def test_no_record_of_a_sweep_leads_to_a_foreign_error(tmp_path: Path) -> None:
         except ResumeError:
             refused += 1
     assert refused > 60
+
+
+@dataclass(frozen=True)
+class Knobs:
+    steps: int = 1
+    rate: float = 0.5
+    flag: bool = False
+    kind: Literal["a", "b"] = "a"
+    names: tuple[str, ...] | None = None
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({"steps": 2, "rate": 1, "flag": True, "names": ("x",)}, ""),
+        ({"kind": 3, "unknown": 3}, ""),  # which the dataclass itself refuses
+        ({"rate": 0.1, "steps": 2.0}, "steps"),
+        ({"steps": True}, "steps"),
+        ({"rate": "0.1"}, "rate"),
+        ({"flag": "no"}, "flag"),
+        ({"names": "x"}, "names"),
+    ],
+)
+def test_a_value_of_another_type_is_named(values: dict[str, Any], found: str) -> None:
+    name, expected = wrong_type(Knobs, values)
+    assert name == found
+    assert bool(expected) == bool(found)
