@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,13 @@ from llmprune.errors import TrainingError
 from llmprune.paths import user_path
 from llmprune.recovery.masks import mask_, masked
 from llmprune.recovery.optimizers import require_keeping
-from llmprune.torchrun import processes
+from llmprune.training.gradients import accumulates, average
 from llmprune.training.rules import Lottery, Rule, Selection
 from llmprune.training.rules.lottery import random_ticket
 from llmprune.training.rules.rule import Loss, Moment
 from llmprune.training.stages import Plan, Stage
 from llmprune.training.state import State
-from llmprune.training.targets import Target
+from llmprune.training.targets import Target, require_trained
 
 STATE_NAME = "sparsifier.safetensors"
 
@@ -86,6 +87,9 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         self._stale: dict[str, Tensor] | None = {}
         self._handles: list[RemovableHandle] = []
         self._busy = False
+        # The optimizer that took the last step, and those before it.
+        self._optimizer: ref[Optimizer] | None = None
+        self._retired: WeakSet[Optimizer] = WeakSet()
         if isinstance(rule, Lottery):
             _require_initialising(model, rule)
             if rule.rewind == 0:
@@ -93,6 +97,7 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
 
     def __enter__(self) -> "Sparsifier":
         self._stop()
+        require_trained(self._targets, self._rule)
         self.state.move_to(self._weights)
         self._handles = [
             weight.register_hook(self._gradient_hook(name))
@@ -175,7 +180,8 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
     def _gradient_hook(self, name: str) -> Callable[[Tensor], Tensor]:
         def take(gradient: Tensor) -> Tensor:
             if self._reads_gradients():
-                before = self._dense.get(name)
+                # What was accumulated is gone if the user has dropped it, as after a step that was skipped.
+                before = self._dense.get(name) if accumulates(self._weights[name]) else None
                 self._dense[name] = gradient.detach().clone() if before is None else before.add_(gradient.detach())
             return gradient if self._rule.passes else masked(gradient, self.state.kept[name])
 
@@ -249,7 +255,11 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         self._set_masks(self._rule.choose(moment))
 
     def _views(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {target.matrix.name: target.view(tensors[target.name].detach()) for target in self._targets if tensors}
+        return {
+            target.matrix.name: target.view(tensors[target.name].detach())
+            for target in self._targets
+            if target.name in tensors
+        }
 
     @torch.no_grad()
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
@@ -289,8 +299,9 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
             return
         if not self._rule.latent:
             require_keeping(optimizer)
+        self._require_one(optimizer)
         self._forget(optimizer)
-        _average(self._dense)
+        average(self._dense)
         if self.state.adam is not None:
             self._step_scores(self.state.adam)
         for name, weight in self._weights.items():
@@ -298,6 +309,18 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
                 weight.copy_(self.state.latent[name])
             if self._rule.passes and weight.grad is not None:
                 weight.grad.copy_(self._rule.gradient(weight.grad, weight, self.state.kept[name]))
+
+    def _require_one(self, optimizer: Optimizer) -> None:
+        """Refuse optimizers that take turns: each step of one would count as one of the training."""
+        if optimizer in self._retired:
+            raise TrainingError(
+                f"two optimizers, {type(optimizer).__name__} and another, hold weights that are pruned",
+                expected="one for all of them, whose steps the schedule counts; a new one may take its place",
+                fix="give all of these weights to one optimizer, in groups if they differ in learning rate",
+            )
+        if self._optimizer is not None and (last := self._optimizer()) is not None and last is not optimizer:
+            self._retired.add(last)
+        self._optimizer = ref(optimizer)
 
     def _forget(self, optimizer: Optimizer) -> None:
         """Drop the state of weights that have been pruned, grown or set anew since the last step."""
@@ -314,6 +337,7 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         stage = self.plan.at(self.state.step)
         penalty = self._rule.penalty(self.state.scores, stage.sparsity / self.plan.end)
         for name, score in self.state.scores.items():
+            score.grad = None
             if name in self._dense:
                 score.grad = self._dense[name] * self.state.latent[name]
                 if name in penalty:
@@ -337,14 +361,6 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         self._dense = {}
         if isinstance(self._rule, Lottery) and self.state.step == self._rule.rewind:
             self._remember()
-
-
-def _average(gradients: Mapping[str, Tensor]) -> None:
-    """Gradients are taken before the processes of DDP exchange them: every one must choose the same masks."""
-    if processes() > 1 and torch.distributed.is_initialized():
-        for gradient in (gradients[name] for name in sorted(gradients)):  # in one order
-            torch.distributed.all_reduce(gradient)
-            gradient /= processes()
 
 
 def _require_initialising(model: nn.Module, rule: Lottery) -> None:

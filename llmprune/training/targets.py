@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from llmprune.errors import TrainingError
 from llmprune.models.decoder import Matrix, outermost_lists, prunable_matrices
 from llmprune.recipe.globs import matches_any
+from llmprune.storage.files import listed
+from llmprune.training.rules import Rule
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +54,21 @@ def find_targets(model: nn.Module, include: Sequence[str] = ("*",), exclude: Seq
             fix="change include and exclude",
         )
     return found
+
+
+def require_trained(targets: Sequence[Target], rule: Rule) -> None:
+    """Refuse frozen weights where gradients choose the masks: all would be chosen alike, by their places.
+
+    Raises:
+        TrainingError: names them.
+    """
+    frozen = [target.name for target in targets if not target.parameter.requires_grad]
+    if frozen and (rule.score_rate or rule.watches):
+        raise TrainingError(
+            f"{type(rule).__name__} chooses by gradients, which {listed(frozen)} do not have",
+            expected="matrices that train",
+            fix="exclude those that are frozen, or choose the rule magnitude",
+        )
 
 
 def _all_targets(model: nn.Module) -> Iterator[Target]:

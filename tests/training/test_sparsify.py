@@ -291,3 +291,54 @@ def test_muon_is_refused_where_zeros_stay_zero() -> None:
     muon = torch.optim.Muon([model.layers[0].weight])
     with sparsify(model, "magnitude", {"every": 1}), pytest.raises(RecoveryError, match="Muon"):
         step(model, muon, [1.0, 1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("rule", ["movement", "rigl", "snip"])
+def test_frozen_matrices_are_not_chosen_by_gradients(rule: str) -> None:
+    model = Net([4.0, -1.0, 3.0, 2.0])
+    model.weight.requires_grad_(False)
+    schedule = {"kind": "one-shot", "stages": 1, "end": 0.5, "every": 2}
+    with (
+        pytest.raises(TrainingError, match=r"layers\.0\.weight(.|\n)*exclude"),
+        sparsify(model, rule, schedule, loss=lambda temperature: model(torch.ones(1, 4))),
+    ):
+        pass
+    with sparsify(model, "magnitude", schedule):
+        (model(torch.ones(1, 4)) + model.head.bias.sum()).backward()
+    assert int(model.weight.eq(0).sum()) == 2
+
+
+def test_a_matrix_without_a_gradient_keeps_its_zeros_where_they_are() -> None:
+    """As that of an expert without tokens."""
+    model = Net([4.0, -1.0, 3.0, 2.0])
+    model.layers.append(nn.Linear(4, 1, bias=False))
+    with sparsify(model, {"rigl": {"interval": 1}}, {"kind": "one-shot", "stages": 1, "end": 0.5, "every": 3}) as masks:
+        step(model, sgd(model), [1.0, 2.0, 3.0, 4.0])
+        before = masks.masks["layers.1.weight"].clone()
+        step(model, sgd(model), [1.0, 2.0, 3.0, 4.0])
+    assert masks.masks["layers.1.weight"].equal(before)
+
+
+def test_one_optimizer_at_a_time() -> None:
+    model = Net([4.0, -1.0, 3.0, 2.0])
+    with sparsify(model, "magnitude", {"stages": 4, "every": 5}) as masks:
+        first, second = sgd(model), sgd(model)
+        step(model, first, [1.0] * 4)
+        step(model, second, [1.0] * 4)  # takes its place
+        step(model, second, [1.0] * 4)
+        assert masks.state.step == 3
+        with pytest.raises(TrainingError, match="two optimizers"):
+            step(model, first, [1.0] * 4)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_are_dropped_do_not_count(set_to_none: bool) -> None:
+    """A step that is skipped, as by a GradScaler that has found an infinity."""
+    model = Net([4.0, -1.0, 3.0, 2.0])
+    with sparsify(model, {"movement": {"score_rate": 1.0}}, {"end": 0.5, "every": 5}) as masks:
+        optimizer = sgd(model)
+        model(torch.tensor([[torch.inf, 1.0, 1.0, 1.0]])).backward()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        step(model, optimizer, [1.0, 1.0, 1.0, -1.0], parts=2)
+        score = masks.state.scores["layers.0.weight"]
+        assert score.tolist() == [pytest.approx([-1.0, 1.0, -1.0, 1.0])]

@@ -32,7 +32,7 @@ class SNIP(_Before):
 
     def first_scores(self, weights: Matrices, loss: Loss | None) -> dict[str, Tensor]:
         """|g * w| on a batch."""
-        gradients = torch.autograd.grad(_required(loss, "snip")(1.0), list(weights.values()))
+        gradients = torch.autograd.grad(_required(loss, "snip")(1.0), _training(weights))
         return {
             name: (weight.detach() * gradient).abs()
             for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
@@ -58,14 +58,25 @@ class GraSP(_Before):
 
     def first_scores(self, weights: Matrices, loss: Loss | None) -> dict[str, Tensor]:
         """W * (H g) on a batch."""
-        parameters = list(weights.values())
+        needed = _required(loss, "grasp")
+        parameters = _training(weights)
         with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention have no second derivative
-            gradients = torch.autograd.grad(_required(loss, "grasp")(self.temperature), parameters, create_graph=True)
+            gradients = torch.autograd.grad(needed(self.temperature), parameters, create_graph=True)
             flow = torch.stack([(gradient * gradient.detach()).sum() for gradient in gradients]).sum()
             products = torch.autograd.grad(flow, parameters)
         return {
             name: weight.detach() * product for (name, weight), product in zip(weights.items(), products, strict=True)
         }
+
+
+def _training(weights: Matrices) -> list[Tensor]:
+    if frozen := [name for name, weight in weights.items() if not weight.requires_grad]:
+        raise TrainingError(
+            f"{len(frozen)} matrices have no gradients to be chosen by, such as {frozen[0]}",
+            expected="matrices that train",
+            fix="exclude those that are frozen, or prune by magnitude",
+        )
+    return list(weights.values())
 
 
 def _required(loss: Loss | None, rule: str) -> Loss:

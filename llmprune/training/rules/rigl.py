@@ -57,6 +57,8 @@ class RigL(Rule):
         share = self.fraction / 2 * (1 + math.cos(math.pi * moment.step / (self.until * moment.steps)))
         return {
             name: _moved(weight.abs(), moment.gradients[name].abs(), moment.kept[name], share)
+            if name in moment.gradients
+            else moment.kept[name]
             for name, weight in moment.weights.items()
         }
 

@@ -72,7 +72,8 @@ class Moment:
         selection: which weights are compared.
         weights: [out, in]; of a rule that is latent, those outside the forward pass.
         kept: the masks so far.
-        gradients: of the loss with respect to every weight, pruned ones too, in the last step, for rules that watch.
+        gradients: of the loss with respect to every weight, pruned ones too, in the last step, for rules that watch;
+            without matrices that it did not use, such as experts without tokens.
         scores: for rules that have them.
         generator: for random choices; on the CPU.
     """
