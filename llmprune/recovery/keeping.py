@@ -21,7 +21,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llmprune.errors import NumericsError, RecoveryError
 from llmprune.paths import user_path
-from llmprune.recovery.masks import Masks, load_masks, mask_, masked, masks_of, require_zeros, save_masks, weights_of
+from llmprune.recovery.masks import (
+    Masks,
+    load_masks,
+    mask_,
+    masked,
+    masks_of,
+    require_fitting,
+    require_zeros,
+    save_masks,
+    weights_of,
+)
 from llmprune.recovery.optimizers import require_keeping, require_known, revived_by
 from llmprune.storage.files import listed
 
@@ -47,7 +57,7 @@ def keep_zeros(model: nn.Module, masks: str | Path | Masks | None = None) -> "Ke
     Raises:
         NumericsError: training has diverged in one of an optimizer's first steps.
         RecoveryError: the model has no zeros; a matrix that trains is all zero, as the second factor of a new LoRA is;
-            weights are not whole in memory; pruned weights are not zero.
+            weights are not whole in memory; a mask does not fit; pruned weights are not zero.
         CheckpointError: the file cannot be read, or is of another model.
 
     Example:
@@ -77,10 +87,11 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
         masks: the same, each on the device of its parameter.
 
     Raises:
-        RecoveryError: pruned weights are not zero, or not whole in memory.
+        RecoveryError: a mask does not fit, pruned weights are not zero, or weights are not whole in memory.
     """
 
     def __init__(self, model: nn.Module, masks: Masks) -> None:
+        require_fitting(model, masks)
         require_zeros(model, masks)
         self._model = model
         self._weights = {name: weight for name, weight in weights_of(model) if name in masks}

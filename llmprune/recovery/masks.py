@@ -119,8 +119,29 @@ def count_zeros(masks: Masks) -> dict[str, int]:
 def revived(model: nn.Module, masks: Masks) -> dict[str, int]:
     """How many pruned weights of each matrix are not zero; matrices without any are left out."""
     weights = dict(weights_of(model))
-    found = {name: int((weights[name].detach() != 0).logical_and_(mask).sum()) for name, mask in masks.items()}
+    found = {
+        name: int((weights[name].detach() != 0).logical_and_(mask.to(weights[name].device)).sum())
+        for name, mask in masks.items()
+    }
     return {name: count for name, count in found.items() if count}
+
+
+def require_fitting(model: nn.Module, masks: Masks) -> None:
+    """Refuse masks that are not those of a model.
+
+    Raises:
+        RecoveryError: names the first that is of no matrix, or has another shape or dtype.
+    """
+    weights = dict(weights_of(model))
+    for name, mask in masks.items():
+        fits = name in weights and mask.shape == weights[name].shape and mask.dtype == torch.bool
+        if not fits:
+            shape = " x ".join(map(str, weights[name].shape)) if name in weights else ""
+            raise RecoveryError(
+                f"the mask {name!r} is {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}",
+                expected=f"bool, {shape}, True for pruned" if shape else "the name of a matrix of the model",
+                fix="pass masks by the names of model.named_parameters(); `mask == 0` of those that have 1 for kept",
+            )
 
 
 def require_zeros(model: nn.Module, masks: Masks) -> None:

@@ -319,3 +319,17 @@ def test_options_of_the_trainer_are_refused(tmp_path: Path, name: str) -> None:
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", optim=name)
     with pytest.raises(RecoveryError, match="projects gradients onto a space of low rank"):
         keeping.on_train_begin(arguments, None, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("masks", "words"),
+    [
+        ({"wieght": PRUNED}, "'wieght' is bool"),
+        ({"weight": PRUNED[:1]}, r"'weight' is bool \[1, 2\](.|\n)*2 x 2"),
+        ({"weight": PRUNED.to(torch.uint8)}, "'weight' is uint8"),
+        ({"bias": PRUNED[0]}, "'bias' is bool"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(masks: dict[str, Tensor], words: str) -> None:
+    with pytest.raises(RecoveryError, match=words):
+        keep_zeros(Matrix(), masks)
