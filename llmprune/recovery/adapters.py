@@ -177,7 +177,7 @@ def save_adapters(model: nn.Module, folder: Path, base: str) -> None:
 
     Args:
         model: as `add_adapters` has left it.
-        folder: new, for adapter_config.json and adapter_model.safetensors.
+        folder: for adapter_config.json and adapter_model.safetensors; an interrupted run may have left them.
         base: what adapter_config.json names as the model that they belong to.
     """
     from peft import get_peft_model_state_dict
@@ -187,7 +187,7 @@ def save_adapters(model: nn.Module, folder: Path, base: str) -> None:
     config = kinds[_NAME]
     config.base_model_name_or_path, config.task_type, config.inference_mode = base, "CAUSAL_LM", True
     state: Mapping[str, Tensor] = get_peft_model_state_dict(model, adapter_name=_NAME)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     write_shard(folder / SAFETENSORS_WEIGHTS_NAME, {f"base_model.model.{key}": value for key, value in state.items()})
     config.save_pretrained(folder)
 

@@ -34,7 +34,7 @@ from llmprune.recovery.options import RecoveryOptions
 from llmprune.recovery.plan import RecoveryPlan, disk_needs, make_plan, memory_needs
 from llmprune.recovery.reporting import make_report, measure, versions
 from llmprune.recovery.result import compare_zeros, load_whole, write_result
-from llmprune.recovery.texts import read_training, tokenizer_folder, training_spec
+from llmprune.recovery.texts import read_training, require_same_tokens, tokenizer_folder, training_spec
 from llmprune.recovery.training import (
     RecoveryTrainer,
     Schedule,
@@ -43,12 +43,16 @@ from llmprune.recovery.training import (
     same_verbosity,
     trainer_device,
 )
+from llmprune.storage.companions import CONFIG_NAME
+from llmprune.storage.files import read_json
 from llmprune.storage.folders import expanded, require_empty, require_free, require_other, require_space
+from llmprune.storage.formats.int8 import Int8Layout
 from llmprune.storage.hub import checkpoint_digest, resolve_model
+from llmprune.storage.packed_config import packed_layouts
 from llmprune.storage.report import Report, load_report
 from llmprune.stream.guard import MemoryGuard
 from llmprune.stream.stream import StreamSettings
-from llmprune.text.loading import tokenizer_for
+from llmprune.text.loading import load_texts, model_positions, tokenizer_for
 from llmprune.text.openings import Tokenizer
 from llmprune.text.tokens import TextSpec, Tokens
 from llmprune.timing import Stages
@@ -96,7 +100,7 @@ def recover(
     teacher: str | Path | None = None,
     options: RecoveryOptions | Mapping[str, Any] | None = None,
     *,
-    evaluation: TextSpec | None = None,
+    evaluation: TextSpec | str | None = None,
     device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
@@ -113,7 +117,7 @@ def recover(
         text: what is trained on, or its source; without a number of samples, all of it, at most 8,192 sequences.
         teacher: the dense model; needed unless the loss is "cross-entropy".
         options: how it is trained.
-        evaluation: a text on which dense, pruned and recovered model are measured in the end.
+        evaluation: a text on which dense, pruned and recovered model are measured in the end; it is read before.
         device: "auto", "cpu" or "cuda".
         resume: continue an interrupted run in `output` from its last saved state: on a CPU, to the same bytes.
         overwrite: replace an existing checkpoint in `output`.
@@ -129,9 +133,11 @@ def recover(
     Example:
         >>> recover("out/pruned", "out/recovered", "text.jsonl", "testbed").header["recovery"]  # doctest: +SKIP
     """
-    with _opened(pruned, output, text, teacher, options, device, watch, resume=resume, overwrite=overwrite) as run:
+    texts = _spec(text), None if evaluation is None else _spec(evaluation)
+    with _opened(pruned, output, texts, teacher, options, device, watch, resume=resume, overwrite=overwrite) as run:
         target = expanded(output)
-        tokens = _training_text(run, text)
+        tokens = _training_text(run, texts[0])
+        measured = _evaluation_text(run, texts[1])
         shape = len(tokens.ids), tokens.ids.shape[1]
         held_back = run.options.kept_back(shape[0])
         run = replace(run, options=replace(run.options, held_back=held_back))
@@ -143,7 +149,7 @@ def recover(
             run.autocast,
         )
         run.watch(Progress("digesting the source"))
-        folder = RecoveryFolder(target, _keys(run, tokens, evaluation))
+        folder = RecoveryFolder(target, _keys(run, tokens, texts[1]))
         with folder.opened(resume=resume, overwrite=overwrite, arguments=arguments):
             run.watch.resumable = True
             needs = memory_needs(run.source, run.teacher, run.options, shape[1])
@@ -153,7 +159,7 @@ def recover(
                 return load_report(target)
             trainer, memory = _train(run, folder, arguments, tokens)
             if not follows():
-                _finish(run, folder, trainer, memory, tokens, evaluation)
+                _finish(run, folder, trainer, memory, tokens, measured)
         return load_report(target)
 
 
@@ -170,13 +176,13 @@ def plan_recovery(
     Raises:
         LlmpruneError: as for `recover`.
     """
-    with _opened(pruned, None, text, teacher, options, device, ignore) as run:
-        spec = _spec(text)
+    spec = _spec(text)
+    with _opened(pruned, None, (spec, None), teacher, options, device, ignore) as run:
         if spec.source == "self":
             fitted = training_spec(spec, run.source, run.device)
             shape = fitted.sequences, fitted.tokens
         else:
-            ids = _training_text(run, text).ids
+            ids = _training_text(run, spec).ids
             shape = len(ids), ids.shape[1]
         return make_plan(run.names, run.source, run.teacher, run.options, shape, run.device, processes())
 
@@ -185,7 +191,7 @@ def plan_recovery(
 def _opened(
     pruned: str | Path,
     output: str | Path | None,
-    text: TextSpec | str,
+    texts: tuple[TextSpec, TextSpec | None],
     teacher: str | Path | None,
     options: RecoveryOptions | Mapping[str, Any] | None,
     device: str,
@@ -218,9 +224,11 @@ def _opened(
         source = CheckpointSource(folder, torch.float32)
         dense_source = None if dense is None else open_checkpoint(dense, place)
         _require_same_vocabulary(source, dense_source)
+        require_same_tokens(folder, dense)
+        _require_storable(folder, read)
         if output is not None and not follows():
             require_space(expanded(output), disk_needs(source), resume=resume)
-        tokenizer = tokenizer_for([_spec(text)], tokenizer_folder(folder, dense), source.config)
+        tokenizer = tokenizer_for(filter(None, texts), tokenizer_folder(folder, dense), source.config)
         names = str(pruned), "" if teacher is None else str(teacher)
         yield Recovery(names, source, dense_source, read, place, guard, tokenizer)
 
@@ -229,11 +237,21 @@ def _spec(text: TextSpec | str) -> TextSpec:
     return TextSpec(text) if isinstance(text, str) else text
 
 
-def _training_text(run: Recovery, text: TextSpec | str) -> Tokens:
+def _training_text(run: Recovery, text: TextSpec) -> Tokens:
     source = run.teacher or run.source
     with run.stages("text"):
-        spec = training_spec(_spec(text), run.source, run.device)
+        spec = training_spec(text, run.source, run.device)
         return read_training(spec, source, run.tokenizer, run.device, run.watch)
+
+
+def _evaluation_text(run: Recovery, text: TextSpec | None) -> Tokens | None:
+    """What is measured on in the end, read now: after training, it would be too late to find that it is missing."""
+    if text is None:
+        return None
+    source = run.teacher or run.source
+    with run.stages("text"):
+        spec = text.fitted(model_positions(source.config), run.device.type)
+        return load_texts({"evaluation": spec}, source, run.tokenizer, run.device, run.watch)["evaluation"]
 
 
 def _require_same_vocabulary(source: CheckpointSource, teacher: CheckpointSource | None) -> None:
@@ -243,6 +261,17 @@ def _require_same_vocabulary(source: CheckpointSource, teacher: CheckpointSource
             f"the pruned model has a vocabulary of {sizes[0]} tokens, and the dense one of {sizes[1]}",
             expected="two models with the same vocabulary",
             fix="pass the model that this one was pruned from",
+        )
+
+
+def _require_storable(folder: Path, options: RecoveryOptions) -> None:
+    """Refuse to train weights that are packed in 8 bits: no others than those of its grid can be stored so."""
+    layouts = packed_layouts(read_json(folder / CONFIG_NAME))
+    if options.adapter != "low-rank" and any(isinstance(layout, Int8Layout) for layout in layouts.values()):
+        raise RecoveryError(
+            f"{folder} is packed in 8 bits, which do not hold the weights that training makes",
+            expected="weights that are not quantised yet, or a correction beside them",
+            fix="unpack it (llmprune unpack), or train --adapter low-rank, which leaves the weights as they are",
         )
 
 
@@ -318,7 +347,7 @@ def _measurable(run: Recovery, result: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="llmprune-merged-") as folder:
         merge_saved(run.source.model, result / ADAPTER_FOLDER)
-        write_result(run.source, Path(folder), run.watch)
+        write_result(run.source, Path(folder), run.watch, dense=True)  # there are no zeros left to pack
         yield Path(folder)
 
 
@@ -334,7 +363,7 @@ def _finish(
     trainer: RecoveryTrainer,
     memory: dict[str, int],
     tokens: Tokens,
-    evaluation: TextSpec | None,
+    evaluation: Tokens | None,
 ) -> None:
     """Write the result, count its zeros, measure it, and put it in its place."""
     pruned, staging = run.source.folder, folder.staging
@@ -346,7 +375,7 @@ def _finish(
     if evaluation is not None:
         with run.stages("perplexity"), _measurable(run, staging) as recovered:
             models = [pruned, recovered] if run.teacher is None else [run.teacher.folder, pruned, recovered]
-            measured = measure(models, evaluation, run.device, run.tokenizer, run.watch)
+            measured = measure(models, evaluation, run.device, run.watch)
     report = make_report(run, folder.keys, trainer.state, memory, tokens, zeros, measured)
     report.save(staging)
     write_report(staging)

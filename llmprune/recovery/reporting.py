@@ -19,9 +19,7 @@ from llmprune.models.checkpoint_source import open_checkpoint
 from llmprune.progress import Watcher
 from llmprune.storage.report import Report, load_report
 from llmprune.stream.stream import StreamSettings
-from llmprune.text.loading import load_texts, model_positions
-from llmprune.text.openings import Tokenizer
-from llmprune.text.tokens import TextSpec, Tokens
+from llmprune.text.tokens import Tokens
 from llmprune.torchrun import processes
 
 if TYPE_CHECKING:
@@ -33,16 +31,13 @@ def versions() -> dict[str, str]:
     return {"llmprune": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def measure(
-    models: Sequence[Path], text: TextSpec, device: torch.device, tokenizer: Tokenizer, watch: Watcher
-) -> dict[str, Any]:
+def measure(models: Sequence[Path], tokens: Tokens, device: torch.device, watch: Watcher) -> dict[str, Any]:
     """Measure models on a text, by the protocol of `llmprune perplexity`.
 
     Args:
         models: the dense one, if there is one, the pruned one and the recovered one.
-        text: which text.
+        tokens: of the text.
         device: where it is computed.
-        tokenizer: of all models.
         watch: told about every step.
 
     Returns:
@@ -51,8 +46,6 @@ def measure(
     """
     settings = StreamSettings(device)
     sources = [open_checkpoint(folder, device) for folder in models]
-    fitted = text.fitted(model_positions(sources[0].config), device.type)
-    tokens = load_texts({"text": fitted}, sources[0], tokenizer, device, watch)["text"]
     names = ("dense", "pruned", "recovered")[-len(models) :]
     if len(models) < 3:
         found = [measure_perplexity(source, tokens, settings, watch).perplexity for source in sources]

@@ -15,7 +15,7 @@ from llmprune.storage.config_files import write_config
 from llmprune.storage.copying import copy_tensors, in_shards
 from llmprune.storage.files import INDEX_NAME, Stored, listed, read_json, write_json, write_shard
 from llmprune.storage.folders import writing_to
-from llmprune.storage.packed_config import packed_layouts
+from llmprune.storage.packed_config import packed_layouts, without_packing_record
 
 
 def load_whole(source: CheckpointSource, device: torch.device) -> None:
@@ -25,18 +25,21 @@ def load_whole(source: CheckpointSource, device: torch.device) -> None:
         source.load_layer(index, device)
 
 
-def write_result(source: CheckpointSource, target: Path, watch: Watcher) -> None:
+def write_result(source: CheckpointSource, target: Path, watch: Watcher, *, dense: bool = False) -> None:
     """Write the model that a source holds, trained, as the checkpoint that it was read from.
 
     Args:
         source: of the pruned checkpoint, with all of its model in memory.
         target: an existing folder.
         watch: told about every shard.
+        dense: unpack what is packed there, for weights that its layouts do not fit.
 
     Raises:
         CheckpointError: it cannot be written, or a tensor does not convert back to the checkpoint's.
     """
     config = read_json(source.folder / CONFIG_NAME)
+    if dense:
+        config = without_packing_record(config)
     layouts = packed_layouts(config)
     groups: list[Mapping[str, Tensor] | list[Stored]] = [_ends(source)]
     groups += [source.checkpoint_tensors(index) for index in range(len(source.layers))]

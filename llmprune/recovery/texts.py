@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from llmprune.errors import RecoveryError
+from llmprune.models.boundary import load_tokenizer
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.progress import Progress, Watcher
 from llmprune.text.loading import check_texts, load_texts, model_positions
@@ -13,6 +15,9 @@ from llmprune.text.tokens import TextSpec, Tokens
 
 # The most sequences where no number is given; a text of the hub may have millions.
 _MOST = 8192
+
+# The share of tokens that are the same in both tokenizers; a chat model may name a few of its base's anew.
+_SAME = 0.9
 
 
 def training_spec(text: TextSpec, source: CheckpointSource, device: torch.device) -> TextSpec:
@@ -55,5 +60,26 @@ def _available(text: TextSpec, source: CheckpointSource, tokenizer: Tokenizer, d
 
 def tokenizer_folder(pruned: Path, dense: Path | None) -> Path:
     """Where the tokenizer is read: with the pruned model, or with the dense one if only that has it."""
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    return pruned if dense is None or any((pruned / name).exists() for name in names) else dense
+    return pruned if dense is None or _has_tokenizer(pruned) else dense
+
+
+def require_same_tokens(pruned: Path, dense: Path | None) -> None:
+    """Refuse a dense model whose tokenizer has other numbers for the tokens: it would be asked about another text.
+
+    Raises:
+        RecoveryError: says how many numbers are the same.
+    """
+    if dense is None or not (_has_tokenizer(pruned) and _has_tokenizer(dense)):
+        return
+    ours, theirs = (load_tokenizer(folder).get_vocab() for folder in (pruned, dense))
+    same = sum(theirs.get(token) == number for token, number in ours.items())
+    if same < _SAME * min(len(ours), len(theirs)):
+        raise RecoveryError(
+            f"the dense model has another tokenizer than the pruned one: {same:,} of {len(ours):,} tokens are the same",
+            expected="two models that read the same tokens",
+            fix="pass the model that this one was pruned from",
+        )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))

@@ -23,12 +23,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from llmprune.devices import resolve_device
-from llmprune.errors import LlmpruneError
+from llmprune.errors import LlmpruneError, NumericsError
 from llmprune.progress import Progress, Watcher
 from llmprune.recovery.keeping import KeepZeros
 from llmprune.recovery.objective import UNSCORED, Objective
 from llmprune.recovery.options import RecoveryOptions
-from llmprune.storage.files import reading, write_shard
+from llmprune.storage.files import listed, reading, write_shard
 from llmprune.text.tokens import Tokens
 from llmprune.torchrun import meet
 
@@ -115,12 +115,21 @@ def same_verbosity() -> Iterator[None]:
 class WeightsTrainer(Trainer):  # type: ignore[misc] # transformers is not typed
     """A Trainer that saves the weights that train, and nothing else of the model."""
 
+    # Whether the result may be of an earlier step, so that weights that are not finite do no harm.
+    _goes_back = False
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the weights that train under the names of the model's own parameters, each tied one once."""
+        """Write the weights that train under the names of the model's own parameters, each tied one once.
+
+        Raises:
+            NumericsError: training has diverged, and the result would be of no earlier step.
+        """
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        if not self._goes_back:
+            _require_finite(trained)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
             write_shard(folder / _WEIGHTS, trained)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -163,6 +172,7 @@ class RecoveryTrainer(WeightsTrainer):
         rows = rows_of(tokens)
         count = len(rows) - held_back
         self._objective, self._held_back, self._patience = objective, rows[count:], patience
+        self._goes_back = held_back > 0
         callbacks: list[TrainerCallback] = [keeping, Teller(watch)]
         super().__init__(
             objective.student.model,
@@ -281,6 +291,15 @@ def first_half_only(objective: Objective) -> Iterator[None]:
     finally:
         del student.model.forward
         vars(student.model).pop("_original_forward", None)  # accelerate's
+
+
+def _require_finite(weights: Mapping[str, Tensor]) -> None:
+    if broken := [name for name, weight in weights.items() if not bool(weight.detach().isfinite().all())]:
+        raise NumericsError(
+            f"training has diverged: {listed(broken)} have values that are not finite",
+            expected="finite weights",
+            fix="lower the learning rate, or hold back sequences, and start again with --overwrite",
+        )
 
 
 def last_state(folder: Path) -> Path | None:

@@ -10,7 +10,7 @@ import torch
 from tiny_models import build, random_ids, save
 from transformers import AutoModelForCausalLM
 
-from llmprune import TextSpec, prune, recover
+from llmprune import TextSpec, pack, prune, recover
 from llmprune.errors import MissingPackageError, RecoveryError
 from llmprune.models.decoder import Decoder
 from llmprune.recovery.adapters import adapted_linear, add_adapters, merge_saved, remove_adapters
@@ -118,7 +118,7 @@ def test_models_without_linear_layers_are_refused() -> None:
 def test_recovery_with_adapters_and_its_resumption(tmp_path: Path, kind: str) -> None:
     dense = save(build("llama"), tmp_path / "dense")
     text = TextSpec(str(tmp_path / "text.txt"), length=16)
-    Path(text.source).write_text(" ".join(f"w{number * number % 120 + 4}" for number in range(300)))
+    Path(text.source).write_text(" ".join(f"w{number * number % 120 + 4}" for number in range(600)))
     settings = {"source": text.source, "samples": 2, "length": 16}
     prune(dense, {"pattern": "2:4", "method": "magnitude", "calibration": settings, "evaluation": None}, tmp_path / "p")
     options = {"adapter": kind, "rank": 4, "learning_rate": 1e-2, "epochs": 4, "batch_size": 4, "held_back": 4}
@@ -186,3 +186,36 @@ def test_a_low_rank_correction_is_loaded_by_peft_alone(tmp_path: Path) -> None:
 def _logits(model: Any) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=IDS).logits
     return logits
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_a_correction_beside_packed_weights_is_measured_also_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = save(build("llama"), tmp_path / "dense")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{number * number % 120 + 4}" for number in range(600)))
+    settings = {"source": str(text), "samples": 4, "length": 16}
+    prune(dense, {"pattern": "2:4", "method": "magnitude", "calibration": settings, "evaluation": None},
+          tmp_path / "pruned")  # fmt: skip
+    pack(tmp_path / "pruned", tmp_path / "packed", "nm")
+    options = {"adapter": "low-rank", "rank": 2, "learning_rate": 3e-2, "epochs": 1, "held_back": 0}
+    spec = TextSpec(str(text), length=16)
+
+    def again(**more: Any) -> Any:
+        return recover(tmp_path / "packed", tmp_path / "out", spec, dense, options, evaluation=spec, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmprune.recovery.recover.write_result", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            again()
+    report = again(resume=True)
+    perplexity = report.header["recovery"]["perplexity"]
+    assert perplexity["recovered"] != perplexity["pruned"]
+    before, after = ({key: one[...] for key, one in read_index(tmp_path / name).items()} for name in ("packed", "out"))
+    assert before.keys() == after.keys()
+    assert all(tensor.equal(after[key]) for key, tensor in before.items())
+
+
+def _interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt

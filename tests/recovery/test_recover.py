@@ -1,6 +1,7 @@
 """Recovery as a whole: what is trained, what stays zero, what is written, and what an interrupted run leaves."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,11 @@ from transformers.utils import logging as transformers_logging
 from uneven_models import save_uneven
 
 from llmprune import TextSpec, compare, pack, prune, recover, unpack
-from llmprune.errors import DeviceError, RecoveryError, ResumeError
+from llmprune.errors import CalibrationError, DeviceError, NumericsError, RecoveryError, ResumeError
 from llmprune.progress import Progress
 from llmprune.recovery import result, training
 from llmprune.recovery.folder import WORK_NAME
+from llmprune.recovery.keeping import KeepZeros
 from llmprune.storage.files import read_index
 from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME
 from llmprune.storage.report import Report, load_report
@@ -373,3 +375,49 @@ def test_the_command_line(made: Made, tmp_path: Path) -> None:
     assert refused.exit_code == 1
     assert "--overwrite" in refused.stderr
     assert run("recover", made.pruned, "--output", tmp_path / "x").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "words_"), [(TextSpec("/nowhere/text.txt", length=16), "no such file"), (None, "999 tokens")]
+)
+def test_the_evaluation_text_is_read_before_training(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluation: TextSpec | None, words_: str
+) -> None:
+    monkeypatch.setattr(training.RecoveryTrainer, "train", lambda *_, **__: pytest.fail("it has trained"))
+    with pytest.raises(CalibrationError, match=words_):
+        recover(
+            made.pruned, tmp_path / "out", made.text, made.dense, OPTIONS,
+            evaluation=evaluation or TextSpec(made.text.source, length=999),
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_packed_in_8_bits_are_not_trained(made: Made, tmp_path: Path) -> None:
+    settings = {"source": made.text.source, "samples": 4, "length": 16}
+    recipe = {"pattern": "2:4", "method": "magnitude", "quantise": {"bits": 8}, "calibration": settings}
+    prune(made.dense, {**recipe, "evaluation": None}, tmp_path / "quantised")
+    pack(tmp_path / "quantised", tmp_path / "packed")
+    with pytest.raises(RecoveryError, match=r"packed in 8 bits(.|\n)*--adapter low-rank"):
+        recover(tmp_path / "packed", tmp_path / "out", made.text, made.dense, {**OPTIONS, "held_back": 0})
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_that_has_diverged_leaves_no_result(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first steps, the check of zeros sees it; here, it is as after them."""
+    monkeypatch.setattr(KeepZeros, "_after_step", lambda *_: None)
+    options = {**OPTIONS, "learning_rate": 1e20, "held_back": 0, "loss": "cross-entropy", "epochs": 1}
+    with pytest.raises(NumericsError, match=r"training has diverged(.|\n)*lower the learning rate"):
+        recover(made.pruned, tmp_path / "out", made.text, None, options)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_dense_model_with_another_tokenizer_is_refused(made: Made, tmp_path: Path) -> None:
+    other = shutil.copytree(made.dense, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words_ = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {word: len(words_) - 1 - number for word, number in words_.items()}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(RecoveryError, match=r"another tokenizer(.|\n)*of 1\d\d tokens are the same"):
+        recover(made.pruned, tmp_path / "out", made.text, other, OPTIONS)

@@ -11,6 +11,7 @@ import torch
 from command_line import run
 from folders import contents
 from labelled_texts import build_classifier, save_classifier, write_texts
+from safetensors.torch import save_file
 from tiny_models import build, save
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -19,15 +20,18 @@ from llmprune.errors import (
     CalibrationError,
     LlmpruneError,
     ModelError,
+    NumericsError,
     PatternError,
     RecipeError,
     ResumeError,
     TrainingError,
 )
 from llmprune.progress import Progress
+from llmprune.storage.files import read_index
 from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME
 from llmprune.storage.report import Report, load_report
 from llmprune.training import trainer
+from llmprune.training.recipe import load_train_recipe
 
 TRAINING = {"learning_rate": 1e-2, "batch_size": 8, "held_back": 8}
 RECIPE = {
@@ -358,3 +362,54 @@ def test_the_command_line(causal: Made, classifier: Made, tmp_path: Path) -> Non
     assert run("train", causal.model, "--output", tmp_path / "x").exit_code == 2
     labelled = run("train", classifier.model, "--text", classifier.text.source, "--dry-run")
     assert labelled.exit_code == 0, labelled.stderr
+
+
+def test_texts_to_evaluate_on_are_read_before_training(
+    causal: Made, classifier: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer.StagedTrainer, "train", lambda *_, **__: pytest.fail("it has trained"))
+    for made, evaluation in ((causal, "missing.txt"), (causal, "missing.jsonl"), (classifier, "missing.jsonl")):
+        with pytest.raises(CalibrationError, match="missing"):
+            train(made.model, tmp_path / "out", made.text, RECIPE, evaluation=str(tmp_path / evaluation))
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_tensor_of_a_classifier_keeps_its_dtype(classifier: Made, tmp_path: Path) -> None:
+    """Older checkpoints store positions, as integers; heads are often wider than the body."""
+    folder = shutil.copytree(classifier.model, tmp_path / "mixed")
+    state = {key: stored[...].bfloat16() for key, stored in read_index(folder).items()}
+    state["classifier.weight"] = state["classifier.weight"].float()
+    state["bert.embeddings.position_ids"] = torch.arange(32)[None]
+    save_file(state, folder / "model.safetensors")
+    recipe = {"schedule": {"stages": 1, "every": 2}, "training": TRAINING}
+    train(folder, tmp_path / "out", classifier.text, recipe)
+    found = {key: stored.dtype for key, stored in read_index(tmp_path / "out").items()}
+    assert found.pop("classifier.weight") == torch.float32
+    assert set(found.values()) == {torch.bfloat16}
+
+
+def test_a_training_that_has_diverged_leaves_no_result(causal: Made, tmp_path: Path) -> None:
+    recipe = {"schedule": {"stages": 1, "every": 4}, "training": {**TRAINING, "learning_rate": 1e20}}
+    with pytest.raises(NumericsError, match=r"training has diverged(.|\n)*lower the learning rate"):
+        train(causal.model, tmp_path / "out", causal.text, recipe)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words_"),
+    [
+        ({"training": {"batch_size": 2.5}}, "training: batch_size 2.5"),
+        ({"training": {"checkpointing": "no"}}, "training: checkpointing 'no'"),
+        ({"training": {"learning_rate": "high"}}, "training: learning_rate 'high'"),
+        ({"training": 5}, "training is 5"),
+        ({"schedule": [1]}, r"schedule is \[1\]"),
+        ({"schedule": {"stages": 2.5}}, r"schedule\.stages is 2\.5"),
+        ({"rule": {"rigl": {"interval": 1.5}}}, r"rule rigl\.interval is 1\.5"),
+        ({"rule": {"rigl": [1]}}, r"rule rigl is \[1\]"),
+        ({"include": 5}, "include is 5"),
+        ({"calibration_samples": 2.5, "method": "wanda"}, "calibration_samples is 2.5"),
+    ],
+)
+def test_values_of_another_type_are_refused(recipe: dict[str, Any], words_: str) -> None:
+    with pytest.raises(TrainingError, match=words_):
+        load_train_recipe(recipe)

@@ -56,10 +56,14 @@ class CausalSubject(Subject):
         self.tokenizer = tokenizer_for(texts, folder, self.source.config)
 
     def read(self, watch: Watcher) -> None:
-        """Read the text, all of it unless a number of sequences is given."""
+        """Read the text, all of it unless a number of sequences is given, and that for the evaluation."""
         spec = training_spec(self._spec, self.source, self.device)
         tokens = read_training(spec, self.source, self.tokenizer, self.device, watch)
         self.rows, self.digest, self.text = rows_of(tokens), tokens.digest, tokens.description
+        if self._evaluation is not None:
+            fitted = self._evaluation.fitted(model_positions(self.source.config), self.device.type)
+            texts = load_texts({"evaluation": fitted}, self.source, self.tokenizer, self.device, watch)
+            self._measured = texts["evaluation"]
 
     def load(self, device: torch.device, *, teacher: bool) -> None:
         """Read the weights."""
@@ -106,11 +110,9 @@ class CausalSubject(Subject):
 
     def evaluate(self, result: Path, watch: Watcher) -> dict[str, Any]:
         """Measure both by the protocol of `llmprune perplexity`."""
-        assert self._evaluation is not None
         settings = StreamSettings(self.device)
         sources = [open_checkpoint(folder, self.device) for folder in (self.folder, result)]
-        spec = self._evaluation.fitted(model_positions(sources[0].config), self.device.type)
-        tokens = load_texts({"text": spec}, sources[0], self.tokenizer, self.device, watch)["text"]
+        tokens = self._measured
         streams = [
             run_stream(source, tokens.ids, settings, watch, f"{name} perplexity")
             for source, name in zip(sources, ("dense", "pruned"), strict=True)

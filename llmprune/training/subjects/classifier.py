@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +28,16 @@ from llmprune.training.subjects.subject import Row, Subject
 
 # Tokens of a text, if neither the user nor the model says.
 _LENGTH = 512
+
+
+def _dtypes(folder: Path) -> tuple[dict[str, torch.dtype], torch.dtype]:
+    """The dtypes of a checkpoint's floating tensors by key, and that of most of its bytes."""
+    floating = {key: stored for key, stored in read_index(folder).items() if stored.dtype.is_floating_point}
+    sizes: Counter[torch.dtype] = Counter()
+    for stored in floating.values():
+        sizes[stored.dtype] += stored.nbytes
+    main = max(sizes, key=sizes.__getitem__, default=torch.float32)
+    return {key: stored.dtype for key, stored in floating.items()}, main
 
 
 def is_classifier(config: PretrainedConfig) -> bool:
@@ -74,7 +84,6 @@ class ClassifierSubject(Subject):
                 fix="train it in a loop of your own with llmprune.sparsify",
             )
         self._classes = {str(name): int(number) for number, name in (config.id2label or {}).items()}
-        self._dtype = next((one[...].dtype for one in itertools.islice(read_index(folder).values(), 1)), torch.float32)
         with init_empty_weights(include_buffers=False), quiet_transformers():
             self.model = build_classifier(config)
         self._tokenizer = load_tokenizer(folder)
@@ -83,7 +92,7 @@ class ClassifierSubject(Subject):
         self._teacher: Any = None
 
     def read(self, watch: Watcher) -> None:
-        """Read the labelled texts; with held-back ones at the end."""
+        """Read the labelled texts, with held-back ones at the end, and those for the evaluation."""
         watch(Progress("training text", step=self._source))
         self.rows = self._rows(self._source)[: self._samples]
         digest = hashlib.sha256()
@@ -91,6 +100,8 @@ class ClassifierSubject(Subject):
             for key, value in sorted(row.items()):
                 digest.update(key.encode() + value.numpy().tobytes())
         self.digest = digest.hexdigest()
+        if self._evaluation is not None:
+            self._measured = self._rows(self._evaluation)
         self.text = {"source": self._source, "examples": len(self.rows), "classes": self._classes}
 
     def load(self, device: torch.device, *, teacher: bool) -> None:
@@ -147,12 +158,13 @@ class ClassifierSubject(Subject):
     def write(self, target: Path, watch: Watcher) -> None:
         """Write it with its tokenizer, as save_pretrained does."""
         watch(Progress("writing"))
+        dtypes, main = _dtypes(self.folder)
         state = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
         stored = {
-            name: positive_zeros(tensor.to(self._dtype)) if tensor.is_floating_point() else tensor
+            name: positive_zeros(tensor.to(dtypes.get(name, main))) if tensor.is_floating_point() else tensor
             for name, tensor in state.items()
         }
-        result = copy.deepcopy(self.model).cpu().to(self._dtype)
+        result = copy.deepcopy(self.model).cpu().to(main)
         with writing_to(target), quiet_transformers():
             result.save_pretrained(target, state_dict=stored)
             for left_out in copy_companions(self.folder, target):
@@ -165,9 +177,7 @@ class ClassifierSubject(Subject):
 
     def evaluate(self, result: Path, watch: Watcher) -> dict[str, Any]:
         """The accuracy of both on the file."""
-        assert self._evaluation is not None
-        rows = self._rows(self._evaluation)
-        found = {}
+        rows, found = self._measured, {}
         for name, folder in (("before", self.folder), ("after", result)):
             watch(Progress(f"accuracy {name}"))
             found[name] = self._accuracy(folder, rows)

@@ -41,7 +41,7 @@ class Subject(ABC):
 
     @abstractmethod
     def read(self, watch: Watcher) -> None:
-        """Read the text into `rows`.
+        """Read the text into `rows`, and what `evaluate` needs: it must not be found missing after training.
 
         Raises:
             CalibrationError: it cannot be read, or is too short.
