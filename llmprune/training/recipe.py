@@ -117,7 +117,7 @@ class _Keys:
     description: str = ""
     rule: Any = None
     method: Any = None
-    pattern: str | None = None
+    pattern: Any = None
     scope: str | None = None
     schedule: Mapping[str, Any] = field(default_factory=dict)
     include: Sequence[str] = ("*",)

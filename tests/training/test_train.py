@@ -407,6 +407,7 @@ def test_a_training_that_has_diverged_leaves_no_result(causal: Made, tmp_path: P
         ({"rule": {"rigl": {"interval": 1.5}}}, r"rule rigl\.interval is 1\.5"),
         ({"rule": {"rigl": [1]}}, r"rule rigl is \[1\]"),
         ({"include": 5}, "include is 5"),
+        ({"pattern": 0.5}, r"pattern 0\.5 for a training(.|\n)*schedule\.end"),
         ({"calibration_samples": 2.5, "method": "wanda"}, "calibration_samples is 2.5"),
     ],
 )
