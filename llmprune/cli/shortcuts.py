@@ -58,7 +58,7 @@ MethodFlag = Annotated[
         "METHOD",
         WHAT,
         "How weights are chosen: random, magnitude, wanda, ria, gradient, taylor, fisher, sparsegpt, obs, admm or "
-        "alps.",
+        'alps. Or one of them with steps, such as "[wanda, swaps, refit]".',
     ),
 ]
 Dataset = Annotated[
@@ -130,11 +130,12 @@ class Wanted:
         changed = any(_KEYS[flag] in _PRUNING for flag in self.flags)
         if self.recipe or not changed or any(one.strip().startswith("description") for one in settings):
             return settings
+        from llmprune.methods import method_name
         from llmprune.recipe.recipe import load_recipe
 
         recipe = load_recipe(self.name, settings)
-        (method,) = recipe.to_dict()["method"]
-        return [*settings, f"description={method}, pattern {recipe.pattern}"]
+        assert recipe.method is not None, "the default recipe prunes weights"
+        return [*settings, f"description={method_name(recipe.method)}, pattern {recipe.pattern}"]
 
     @contextlib.contextmanager
     def spelled(self) -> Iterator[None]:

@@ -99,10 +99,11 @@ def _unknown(name: object, kinds: Mapping[str, type], what: str) -> RecipeError:
             f"{name} improves the result of a method, and there is none before it",
             expected=f"a list such as [wanda, {name}], which begins with {one_of(METHODS)}",
         )
+    chain = f"write a chain as a list: [{', '.join(re.split(r'[ ,+]+', str(name)))}]" if "," in str(name) else ""
     return RecipeError(
         f"unknown {what} {name!r}{did_you_mean(str(name), kinds)}",
         expected=one_of(kinds),
-        fix=f"write one of these as the {what}",
+        fix=chain or f"write one of these as the {what}",
     )
 
 

@@ -27,7 +27,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_help_names_every_method() -> None:
     shown = " ".join(run("prune", "--help").stdout.replace("│", " ").split())
-    assert f"How weights are chosen: {', '.join([*METHODS][:-1])} or {[*METHODS][-1]}." in shown
+    assert f"How weights are chosen: {', '.join([*METHODS][:-1])} or {[*METHODS][-1]}. Or one of" in shown
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,17 @@ def test_a_flag_is_its_setting(flags: dict[str, str], setting: str) -> None:
 
 def test_a_sparsity_alone_is_unstructured_and_the_description_says_so() -> None:
     recipe = asked(sparsity="0.6")
-    assert (str(recipe.pattern), recipe.description) == ("0.6", "sparsegpt, pattern 0.6")
+    assert (str(recipe.pattern), recipe.description) == ("0.6", "alps, pattern 0.6")
     assert asked(overrides=["description=mine"], sparsity="0.6").description == "mine"
-    assert asked(num_samples="4").description == load_recipe(DEFAULT_RECIPE).description
+    assert asked(num_samples="4").description == load_recipe(DEFAULT_RECIPE, ["calibration.samples=4"]).description
+
+
+def test_a_chain_as_the_method() -> None:
+    recipe = asked(method="[wanda, {swaps: {sweeps: 2}}, refit]")
+    assert recipe.description == "wanda + swaps + refit, pattern 2:4"
+    assert recipe.method == load_recipe("wanda-50", ["method=[wanda, {swaps: {sweeps: 2}}, refit]"]).method
+    with pytest.raises(RecipeError, match=r"write a chain as a list: \[wanda, swaps\]"):
+        asked(method="wanda,swaps")
 
 
 def test_a_pattern_may_repeat_its_sparsity() -> None:
