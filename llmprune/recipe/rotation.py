@@ -5,9 +5,11 @@ rotation: {steps: 500, untie: true}
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
-from llmprune.recipe.fields import STRICT
+from llmprune.errors import RecipeError
+from llmprune.recipe.document import refusal
+from llmprune.recipe.fields import MOST, STRICT
 
 RotationKind = Literal["learned", "hadamard", "random"]
 
@@ -18,13 +20,27 @@ class RotationOptions(BaseModel):
     Attributes:
         kind: learned (the entropy of the pruning scores is minimised), hadamard or random.
         steps: of the optimiser, at least 1; only for learned rotations.
-        seed: of random and Hadamard rotations.
+        seed: in [0, 2^63); only of random and Hadamard rotations.
         untie: give the LM head weights of its own where it shares those of the embeddings, which takes their bytes.
     """
 
     model_config = STRICT
 
     kind: RotationKind = "learned"
-    steps: Annotated[int, Field(ge=1)] = 200
-    seed: Annotated[int, Field(ge=0)] = 0
+    steps: Annotated[int, Field(ge=1, le=MOST)] = 200
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     untie: bool = False
+
+    @model_validator(mode="after")
+    def _check_effect(self) -> "RotationOptions":
+        key = "seed" if self.kind == "learned" else "steps"
+        # Written recipes hold every key, so that defaults say nothing about what was wanted.
+        if getattr(self, key) != type(self).model_fields[key].default:
+            only = "random and Hadamard rotations" if key == "seed" else "learned rotations"
+            error = RecipeError(
+                f"{key} has no effect on a rotation of the kind {self.kind}",
+                expected=f"{key} only for {only}",
+                fix=f"remove {key}, or change the kind",
+            )
+            raise refusal(error, key)
+        return self

@@ -1,6 +1,7 @@
 """`llmprune rotate` as users call it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def test_rotate_shows_what_it_did(tied: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for shown in ("32 hidden channels and values in 3 of 3 layers, learned in 2 steps", "nats/token", "16.4 kB more"):
         assert shown in result.stdout
+    assert re.search(r"time +[0-9.]+ s ", result.stdout)
     assert "rotation: step 2 of 2" in result.stderr
     again = run("rotate", tied, "--output", out, "--steps", 2, "--untie", "--resume", "--json", "--quiet", *TEXT)
     assert json.loads(again.stdout)["loss"][1] < json.loads(again.stdout)["loss"][0]
@@ -45,7 +47,7 @@ def test_a_refusal_says_how_to_go_on(tied: Path, tmp_path: Path) -> None:
 def test_a_dry_run_needs_no_output(tied: Path) -> None:
     result = run("rotate", tied, "--dry-run", "--untie", *TEXT)
     assert result.exit_code == 0, result.output
-    for shown in ("read per step", "for all steps at least", "96 tokens", "disk"):
+    for shown in ("read per step", " s for all steps at least", "96 tokens", "disk"):
         assert shown in result.stdout
     plan = json.loads(run("rotate", tied, "--dry-run", "--untie", "--json", *TEXT).stdout)
     assert plan["rotated_values"] == 3
@@ -54,3 +56,20 @@ def test_a_dry_run_needs_no_output(tied: Path) -> None:
 def test_options_that_contradict_each_other(tied: Path, tmp_path: Path) -> None:
     assert run("rotate", tied).exit_code == 2
     assert run("rotate", tied, "--output", tmp_path, "--resume", "--overwrite").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kind", "hadamard", "--steps", 500], "steps has no effect on a rotation of the kind hadamard"),
+        (["--seed", 5], "seed has no effect on a rotation of the kind learned"),
+        (["--kind", "random", "--seed", 2**63], "seed is 9223372036854775808"),
+    ],
+    ids=str,
+)
+def test_options_without_effect_and_out_of_range(tied: Path, options: list[object], message: str) -> None:
+    refused = run("rotate", tied, "--dry-run", "--untie", *options, *TEXT)
+    assert refused.exit_code == 1
+    assert message in refused.stderr
+    assert "pydantic" not in refused.stderr
+    assert "type=" not in refused.stderr

@@ -26,7 +26,7 @@ def rotation_table(report: "RotationReport", folder: Path) -> RenderableType:
         ("logits", f"KL {logits.kl_divergence:.2e} nats/token from the dense ones, over {logits.tokens:,} tokens"),
         ("differences", f"root mean square {logits.relative:.3%}, largest {logits.largest:.3g}"),
         *_grown(report.untied_bytes),
-        ("time", format_seconds(sum(report.seconds.values()))),
+        ("time", f"{format_seconds(sum(report.seconds.values()))} s"),
     )
 
 
@@ -37,7 +37,7 @@ def plan_table(plan: "RotationPlan") -> RenderableType:
         spilled = f", of which {format_size(plan.spilled_bytes)} on disk" if plan.spilled_bytes else ""
         learned = [
             ("read per step", f"{format_size(plan.term_bytes)} of weights and inverse Gram matrices{spilled}"),
-            ("time", f"{format_seconds(plan.seconds)} for all steps at least (matmuls only), on {plan.device}"),
+            ("time", f"{format_seconds(plan.seconds)} s for all steps at least (matmuls only), on {plan.device}"),
         ]
     return facts(
         ("model", plan.model),

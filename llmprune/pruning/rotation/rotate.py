@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llmprune.devices import describe_device, return_freed_memory
-from llmprune.errors import CheckpointError, RecipeError, ResumeError
+from llmprune.errors import CheckpointError, ResumeError
 from llmprune.models.checkpoint_source import CheckpointSource, open_checkpoint, positive_zeros, zero_share
 from llmprune.models.patched_config import patched_config
 from llmprune.precision import float32_products
@@ -19,6 +20,8 @@ from llmprune.pruning.context import versions
 from llmprune.pruning.rotation.check import compare_logits
 from llmprune.pruning.rotation.report import RotationReport, load_rotation_report
 from llmprune.pruning.rotation.terms import Terms
+from llmprune.recipe.document import Document
+from llmprune.recipe.messages import explain
 from llmprune.recipe.rotation import RotationOptions
 from llmprune.rotation.search import Rotation, hadamard_rotation, learn, random_rotation
 from llmprune.storage.companions import CONFIG_NAME
@@ -148,10 +151,10 @@ def read_options(rotation: RotationOptions | Mapping[str, Any] | None) -> Rotati
         return rotation
     try:
         return RotationOptions.model_validate(dict(rotation or {}), strict=True)
-    except ValueError as error:
-        raise RecipeError(
-            f"rotation: {error}", expected=f"the keys {', '.join(RotationOptions.model_fields)}"
-        ) from error
+    except ValidationError as error:
+        # In the terms of a recipe, without the name of one.
+        cause, refused = explain(error, Document({}, "rotation"), lambda path: list(RotationOptions.model_fields))
+        raise refused from cause
 
 
 def open_rotatable(folder: Path, job: RotationJob) -> Rotatable:
