@@ -40,13 +40,16 @@ def running_maximum(values: Sequence[float]) -> list[float]:
     return rising
 
 
-def choose_levels(curves: Mapping[str, DamageCurve], sparsity: float, grid: float = 0.025) -> dict[str, float]:
+def choose_levels(
+    curves: Mapping[str, DamageCurve], sparsity: float, grid: float = 0.025, most: float = 1.0
+) -> dict[str, float]:
     """Choose a sparsity for each matrix so that the sum of the damages is minimal.
 
     Args:
         curves: name -> its curve; all cover the target.
         sparsity: of all weights together, in (0, 1).
         grid: distance between the sparsities that are considered, > 0.
+        most: the highest sparsity that is considered, at least the target.
 
     Returns:
         Name -> sparsity; together at least the target, and by less than one grid step of the largest matrix above it.
@@ -57,7 +60,7 @@ def choose_levels(curves: Mapping[str, DamageCurve], sparsity: float, grid: floa
     """
     ladders, levels = [], {}
     for name, curve in curves.items():
-        first, last = curve.levels[0], curve.levels[-1]
+        first, last = curve.levels[0], min(curve.levels[-1], most)
         count = max(round((last - first) / grid), 1)
         own = sorted({*(first + (last - first) * place / count for place in range(count + 1)), sparsity})
         levels[name] = [level for level in own if first <= level <= last]

@@ -14,6 +14,7 @@ from llmprune.models.source import Source
 from llmprune.pages import write_report
 from llmprune.precision import dtype_name
 from llmprune.progress import Progress
+from llmprune.pruning.allocating.allocate import require_allocatable
 from llmprune.pruning.card import write_card
 from llmprune.pruning.context import Run, versions
 from llmprune.pruning.deciding import decide_run
@@ -103,7 +104,7 @@ def _lead(run: Run, name: str, folder: Path, output: Path, *, resume: bool, over
     source = run.open(folder)
     rotating = Rotating.begin(run, folder)
     tokenizer = tokenizer_for(run.recipe.texts.values(), folder, source.config)
-    run, found, jobs = _planned(run, source)
+    run, found, preview, jobs = _planned(run, source)
     require_packable(jobs, source.linear_key, run.recipe.format)
     find_parts(source, run.recipe.reconstruct)  # refused now, if at all
     nbytes = sum(stored.nbytes for stored in source.stored.values())
@@ -112,6 +113,8 @@ def _lead(run: Run, name: str, folder: Path, output: Path, *, resume: bool, over
     made_by = environment(run, source)
     if resume:
         require_resumable(output, recipe | made_by)
+    else:  # an interrupted run has decided, and needs no file any more
+        require_allocatable(run.recipe, preview, jobs)
     texts = run.texts(source, jobs, tokenizer)
     require_batches(run.shared, len(texts["calibration"].ids))
     run.watch(Progress("digesting the source"))
@@ -155,19 +158,22 @@ def _follow(run: Run, name: str, folder: Path) -> Report:
     if begun is not None:
         source = run.open(folder)
         tokenizer = tokenizer_for(run.recipe.texts.values(), folder, source.config)
-        run, found, _ = _planned(run, source)
+        run, found, _, _ = _planned(run, source)
         _together(begun.target, run, name, source, begun.texts, found, tokenizer)
     return run.ranks.share(None)
 
 
-def _planned(run: Run, source: CheckpointSource) -> tuple[Run, Removable | None, list[dict[str, Job]]]:
-    """The run for this model, what can be removed from it, and what is to be done to its matrices."""
+def _planned(
+    run: Run, source: CheckpointSource
+) -> tuple[Run, Removable | None, CheckpointSource, list[dict[str, Job]]]:
+    """The run for this model, what can be removed from it, what is then left, and what is done to its matrices."""
     run = run.fitted(model_positions(source.config))
     found = None
     if run.recipe.structures is not None:
         run.watch(Progress("finding structures"))
         found = Removable.find(source, run.recipe.structures)
-    return run, found, plan_jobs(_preview(source, found), run.recipe)
+    preview = _preview(source, found)
+    return run, found, preview, plan_jobs(preview, run.recipe)
 
 
 def _together(

@@ -15,7 +15,7 @@ from llmprune.models.in_memory import require_plain, require_savable, saved_line
 from llmprune.models.source import ModelSource
 from llmprune.precision import computed_in, dtype_name
 from llmprune.progress import Progress, Watcher, ignore
-from llmprune.pruning.allocating.allocate import allocate
+from llmprune.pruning.allocating.allocate import allocate, require_allocatable
 from llmprune.pruning.context import Run
 from llmprune.pruning.fitting import find_parts
 from llmprune.pruning.gradients import dense_gradients
@@ -132,6 +132,7 @@ def prune_in_memory(
     run = run.fitted(model_positions(model.config))
     source = ModelSource(model, run.recipe.decoder_layers, _compute_dtype(run, model))
     jobs = plan_jobs(source, run.recipe)
+    require_allocatable(run.recipe, source, jobs)
     find_parts(source, run.recipe.reconstruct)
     if output is not None:
         saved = saved_linear_keys(model)

@@ -102,7 +102,8 @@ def forecast_sensitivity(
     check_texts(run.recipe.texts, source)
     cost = scan_cost(source, run.recipe, pool, len(levels))
     rates = measure_rates(run.device, source.dtype)
-    return cost, cost.sentence(rates.forward, int(run.recipe.activation_budget))
+    sentence = cost.sentence(rates.forward, int(run.recipe.activation_budget))
+    return cost, f"The scan makes {sentence}"
 
 
 def to_plain(cost: AllocationCost) -> dict[str, Any]:
@@ -114,17 +115,26 @@ def _prepared(
     model: str | Path, recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str], watch: Watcher
 ) -> tuple[Run, CheckpointSource, list[dict[str, Job]], Pool]:
     settings = load_recipe(recipe, overrides)
-    if settings.structures is not None:
-        raise RecipeError(
-            "sensitivity with a recipe that removes structures",
-            expected="a recipe with a pattern only",
-            fix="remove structures; the scan is of the weights of the dense model",
-        )
+    for key in ("structures", "rotation"):
+        if getattr(settings, key) is not None:
+            raise RecipeError(
+                f"sensitivity with a recipe that has {key}",
+                expected="a recipe with a pattern only",
+                fix=f"remove {key}: the scan is of the weights of the dense model"
+                + ("; or scan what `llmprune rotate` writes" if key == "rotation" else ""),
+            )
     run = Run.begin(settings.model_copy(update={"evaluation": None}), watch)
     source = run.open(resolve_model(model))
     run = run.fitted(model_positions(source.config))
     jobs = plan_jobs(source, run.recipe)
-    return run, source, jobs, find_pool(source, jobs)
+    try:
+        return run, source, jobs, find_pool(source, jobs)
+    except RecipeError as error:
+        raise RecipeError(
+            f"nothing to measure with the pattern {run.recipe.pattern}",
+            expected="at least two matrices with an unstructured pattern or blocks: N:M has one sparsity only",
+            fix="set pattern=0.5, which stands for any sparsity; or widen include",
+        ) from error
 
 
 def _checked(levels: Sequence[float]) -> list[float]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, PlainSerializer, PlainValidator, TypeAdap
 from llmprune.errors import RecipeError
 from llmprune.patterns import NM, Pattern, Unstructured
 from llmprune.recipe.document import did_you_mean, one_of, refusal, shown_value
-from llmprune.recipe.fields import STRICT
+from llmprune.recipe.fields import MOST, STRICT
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _Step = Annotated[float, Field(gt=0, le=0.5)]
@@ -39,7 +39,7 @@ class Owl(Allocation):
 
     name: ClassVar[str] = "owl"
 
-    multiple: Annotated[float, Field(gt=0)] = 5.0
+    multiple: Annotated[float, Field(gt=0, le=MOST)] = 5.0
     spread: Fraction = 0.08
 
 
@@ -108,8 +108,8 @@ class Search(Allocation):
     name: ClassVar[str] = "search"
 
     step: _Step = 0.1
-    generations: Annotated[int, Field(ge=0)] = 0
-    offspring: Annotated[int, Field(ge=1)] = 8
+    generations: Annotated[int, Field(ge=0, le=MOST)] = 0
+    offspring: Annotated[int, Field(ge=1, le=MOST)] = 8
     seed: int = 0
 
 
@@ -140,6 +140,7 @@ def read_allocation(value: object) -> Allocation:
         raise refusal(RecipeError(f"allocation is {shown_value(value)}", expected=_FORM))
     if all(isinstance(one, int | float) and not isinstance(one, bool) for one in value.values()):
         return _read_globs(value)
+    _check_numbers(value)
     ((name, options), *others) = value.items()
     if others or name not in RULES:
         what = f"allocation is {shown_value(value)}" if others else f"unknown allocation {name!r}"
@@ -150,12 +151,32 @@ def read_allocation(value: object) -> Allocation:
     return adapter.validate_json(json.dumps({name: options or {}}), strict=True)[name]
 
 
+def _check_numbers(given: Mapping[str, object]) -> None:
+    """Refuse globs with something other than numbers; a rule's name beside them is not taken for a glob."""
+    for glob, value in given.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if glob not in RULES and not number and any(sign in glob for sign in "*?["):
+            expected = "the fraction set to zero, a number in [0, 1], such as 0.6 for 60 %"
+            raise refusal(RecipeError(f"{glob!r} is {shown_value(value)}", expected=expected), glob)
+
+
 def _read_globs(given: Mapping[str, float]) -> Globs:
     for glob, sparsity in given.items():
+        if glob in RULES:
+            raise refusal(_option_missing(glob, sparsity), glob)
         if not 0 <= sparsity <= 1:
             error = RecipeError(f"{glob!r} is {sparsity}", expected="the fraction set to zero, in [0, 1]")
             raise refusal(error, glob)
     return Globs(sparsities=tuple((glob, float(sparsity)) for glob, sparsity in given.items()))
+
+
+def _option_missing(rule: str, value: float) -> RecipeError:
+    keys = list(RULES[rule].model_fields)
+    return RecipeError(
+        f"allocation {rule} is {value}, which is no option of it",
+        expected=f"{rule}, or {rule} with its options: {', '.join(keys)}" if keys else f"{rule}, which has no options",
+        fix=f"write allocation: {rule}" + (f", or allocation: {{{rule}: {{{keys[-1]}: ...}}}}" if keys else ""),
+    )
 
 
 def check_allocation(allocation: Allocation, patterns: Sequence[Pattern], *, structures: bool) -> None:

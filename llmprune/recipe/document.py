@@ -65,6 +65,10 @@ for _kind, _form, _first in (
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"({_form})$"), _first)
 
 
+# Keys whose value may be a bare name, and what is set inside of them.
+_NAMED = {"method": "a knob", "allocation": "an option"}
+
+
 def refusal(error: LlmpruneError, *keys: str | int) -> PydanticCustomError:
     """Our error in a form that pydantic collects with its own; `keys` lead from the value to the offending key."""
     context = {"what": error.what, "expected": error.expected, "fix": error.fix, "keys": keys, "cause": error}
@@ -143,10 +147,10 @@ def override(document: Document, assignment: str) -> None:
         if part not in section:
             document.places[path[:depth]] = label
         section = _enter(section, part, f"{label}: {dotted(path[:depth])}")
-        if part == "method" and section and path[depth] not in section:
+        if part in _NAMED and section and path[depth] not in section:
             raise RecipeError(
-                f"{label}: the method is {one_of(section)}, not {path[depth]}",
-                fix="set a knob of this method, or set the method as well",
+                f"{label}: the {part} is {one_of(section)}, not {path[depth]}",
+                fix=f"set {_NAMED[part]} of this {part}, or set the {part} as well",
             )
     literal = _literal(text.strip(), text_key=path[-1] in _TEXT_KEYS)
     section[path[-1]], lines = _read_yaml(text, lambda line: label) if literal is None else (literal, {})
@@ -175,9 +179,9 @@ def _literal(text: str, *, text_key: bool) -> str | None:
 
 
 def _enter(section: dict[str, Any], part: str, where: str) -> dict[str, Any]:
-    """The section of this name, added if it is missing; a method's bare name becomes a mapping to its knobs."""
+    """The section of this name, added if it is missing; a bare name, as of a method, becomes a mapping to its keys."""
     child = section.setdefault(part, {})
-    if part == "method" and isinstance(child, str):
+    if part in _NAMED and isinstance(child, str):
         child = section[part] = {child: {}}
     if not isinstance(child, dict):
         raise RecipeError(

@@ -71,6 +71,15 @@ def test_the_knapsack_against_every_choice() -> None:
     assert chosen["robust"] > chosen["fragile"]
 
 
+def test_no_level_is_above_the_most() -> None:
+    curves = {
+        "robust": DamageCurve(100, (0.0, 0.5, 1.0), (0.0, 0.01, 0.04)),
+        "fragile": DamageCurve(100, (0.0, 0.5, 1.0), (0.0, 0.1, 0.9)),
+    }
+    assert max(choose_levels(curves, 0.5, 0.1).values()) > 0.6
+    assert choose_levels(curves, 0.5, 0.1, 0.6) == pytest.approx({"robust": 0.6, "fragile": 0.4})
+
+
 def test_a_noisy_curve_never_rewards_removing_more() -> None:
     curve = DamageCurve(10, (0.0, 0.5, 1.0), (0.0, 0.3, 0.1))
     assert [curve.at(level) for level in (0.25, 0.5, 0.75, 1.0)] == pytest.approx([0.15, 0.3, 0.3, 0.3])

@@ -126,3 +126,43 @@ def test_mistakes_are_refused_before_anything_is_read(model: Path) -> None:
     wrong = run("sensitivity", model, "--dry-run", "--levels", "0.5,1")
     assert wrong.exit_code == 1
     assert "levels are 0.5, 1.0" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["pattern=2:4"], "nothing to measure with the pattern 2:4"),
+        (["rotation={}"], "sensitivity with a recipe that has rotation"),
+        (["structures={ffn: {remove: 0.5}}"], "sensitivity with a recipe that has structures"),
+    ],
+    ids=str,
+)
+def test_a_recipe_that_cannot_be_scanned(model: Path, settings: list[str], message: str) -> None:
+    refused = run("sensitivity", model, "--dry-run", *(part for one in settings for part in ("--set", one)))
+    assert refused.exit_code == 1
+    assert message in refused.stderr
+    assert "allocation" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("allocation", "message"),
+    [
+        ("{sensitivity: {file: no.json}}", "no file no.json"),
+        ("{sensitivity: {file: SCAN}}", "reach 70.0% zeros, and the pattern asks for"),
+        ("{'*.nothing': 0.5}", "'*.nothing' matches none of the 14 matrices"),
+        ("{'*.mlp.*': 0.1}", "the globs set 6.0% of all weights to zero"),
+    ],
+    ids=str,
+)
+def test_an_allocation_that_does_not_fit_is_refused_before_any_text(
+    model: Path, scanned: Path, tmp_path: Path, allocation: str, message: str
+) -> None:
+    allocation = allocation.replace("SCAN", str(scanned / "sensitivity.json"))
+    arguments = ["prune", model, "--recipe", "wanda-50", "--sparsity", "0.8", *SMALL]
+    arguments += ["--set", f"allocation={allocation}"]
+    for more in (["--dry-run"], ["--output", tmp_path / "out"]):
+        refused = run(*arguments, *more)
+        assert refused.exit_code == 1
+        assert message in " ".join(refused.stderr.split())
+        assert "calibration text" not in refused.stderr
+    assert not (tmp_path / "out").exists()

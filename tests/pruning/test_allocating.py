@@ -118,6 +118,13 @@ def test_measuring_changes_no_weight(llama: Path) -> None:
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
+def test_no_matrix_is_sparser_than_the_most(llama: Path) -> None:
+    free = decided(llama, {"sensitivity": {"grid": 0.05}}, "0.5/matrix")[2].record["units"]
+    held = decided(llama, {"sensitivity": {"grid": 0.05, "most": 0.6}}, "0.5/matrix")[2].record["units"]
+    assert max(unit["sparsity"] for unit in free) > 0.65
+    assert 0.55 < max(unit["sparsity"] for unit in held) < 0.61
+
+
 def test_what_is_worse_is_said(llama: Path) -> None:
     source = CheckpointSource(llama)
     settings = load_recipe({"pattern": 0.5, "method": "wanda", "allocation": {"*.down_proj": 1.0}})

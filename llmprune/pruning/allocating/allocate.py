@@ -18,14 +18,15 @@ from llmprune.measuring.perplexity import finite
 from llmprune.methods import Wanda
 from llmprune.models.source import Source
 from llmprune.progress import Progress
-from llmprune.pruning.allocating.globs import glob_offsets
+from llmprune.pruning.allocating.globs import glob_offsets, require_matches
 from llmprune.pruning.allocating.measuring import Inputs, candidates, collect, split
 from llmprune.pruning.allocating.pool import Pool, find_pool
 from llmprune.pruning.allocating.scan import UnitScan, read_scan, scan, to_dict
 from llmprune.pruning.allocating.spectra import exponents
 from llmprune.pruning.context import Run
 from llmprune.pruning.jobs import Job
-from llmprune.recipe.allocation import Allocation, Alpha, Atp, Dlp, Globs, Owl, Search, Sensitivity
+from llmprune.recipe.allocation import Allocation, Alpha, Atp, Dlp, Globs, Owl, Search, Sensitivity, Uniform
+from llmprune.recipe.recipe import Recipe
 from llmprune.statistics import ColumnNorm
 from llmprune.storage.folders import expanded
 from llmprune.storage.hub import checkpoint_digest
@@ -59,6 +60,31 @@ class _Drawn:
     evidence: dict[str, Any] = field(default_factory=dict)
     # Of the allocation and of uniform, if the rule has measured them already.
     divergences: tuple[float, float] | None = None
+
+
+def require_allocatable(recipe: Recipe, source: Source, jobs: Sequence[Mapping[str, Job]]) -> None:
+    """Refuse an allocation that cannot be made, before any text is read.
+
+    Args:
+        recipe: whose allocation it is.
+        source: the model, or what it looks like without the structures that are removed; its weights are not read.
+        jobs: what the recipe does to the matrices of each layer.
+
+    Raises:
+        RecipeError: fewer than two matrices share the zeros, or a file or a glob does not fit the model.
+        CheckpointError: a file is damaged.
+    """
+    allocation = recipe.allocation
+    if isinstance(allocation, Uniform):
+        return
+    pool = find_pool(source, jobs)
+    if isinstance(allocation, Globs):
+        require_matches(pool, allocation.sparsities)
+        # The sizes of a smaller model may be decided during the run.
+        if recipe.structures is None:
+            glob_offsets(pool, allocation.sparsities)
+    if isinstance(allocation, Sensitivity) and allocation.file is not None:
+        read_scan(expanded(allocation.file), pool, most=_most(allocation, pool))
 
 
 def allocate(run: Run, source: Source, jobs: Sequence[Mapping[str, Job]], ids: Tensor) -> Allocated:
@@ -208,25 +234,30 @@ def _atp(survey: _Survey, rule: Any) -> _Drawn:
 
 def _sensitivity(survey: _Survey, rule: Any) -> _Drawn:
     pool = survey.pool
+    most = _most(rule, pool)
     if rule.file is not None:
-        units: Sequence[UnitScan] = _read(survey, expanded(rule.file))
+        units: Sequence[UnitScan] = _read(survey, expanded(rule.file), most)
     else:
-        most = max(rule.most, (1 + pool.sparsity) / 2)
         levels = [
             sorted({unit.sparsity, *(most * step / _LEVELS for step in range(1, _LEVELS + 1))}) for unit in pool.units
         ]
         found = scan(survey.run, survey.source, pool, survey.texts, levels, [[unit.sparsity for unit in pool.units]])
         survey.norms, units = found.norms, found.units
     curves = {f"{unit.kind} of layer {unit.layer}": unit.curve() for unit in units}
-    chosen = choose_levels(curves, pool.sparsity, rule.grid)
+    chosen = choose_levels(curves, pool.sparsity, rule.grid, most)
     offsets = [level - unit.sparsity for level, unit in zip(chosen.values(), pool.units, strict=True)]
     return _Drawn(offsets, {"units": to_dict(units)})
 
 
-def _read(survey: _Survey, file: Path) -> Sequence[UnitScan]:
+def _most(rule: Sensitivity, pool: Pool) -> float:
+    """The highest sparsity of any matrix; at a target that is as high, nothing could be spread."""
+    return rule.most if rule.most > pool.sparsity else (1 + pool.sparsity) / 2
+
+
+def _read(survey: _Survey, file: Path, most: float) -> Sequence[UnitScan]:
     folder = survey.source.folder
     digest = None if folder is None else checkpoint_digest(folder)
-    return read_scan(file, survey.pool, digest, survey.run.watch)
+    return read_scan(file, survey.pool, digest, survey.run.watch, most)
 
 
 def _search(survey: _Survey, rule: Any) -> _Drawn:

@@ -1,12 +1,14 @@
 """What an allocation costs, before it is made: passes, operations, and the hidden states of its variants."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmprune.models.decoder import prunable_matrices
 from llmprune.models.source import Source
 from llmprune.pruning.allocating.measuring import aside
-from llmprune.pruning.allocating.pool import Pool
-from llmprune.recipe.allocation import Allocation, Alpha, Atp, Search, Sensitivity
+from llmprune.pruning.allocating.pool import Pool, find_pool
+from llmprune.pruning.jobs import Job
+from llmprune.recipe.allocation import Allocation, Alpha, Atp, Search, Sensitivity, Uniform
 from llmprune.recipe.recipe import Recipe
 from llmprune.units import format_seconds, format_size
 
@@ -35,7 +37,7 @@ class AllocationCost:
     hidden_bytes: int
 
     def sentence(self, rate: float, budget: int) -> str:
-        """One line for people.
+        """One line for people, which may follow a colon.
 
         Args:
             rate: operations per second.
@@ -44,7 +46,7 @@ class AllocationCost:
         spilled = max(self.hidden_bytes - budget, 0)
         disk = f", {format_size(spilled)} of them in the temporary folder" if spilled else ""
         return (
-            f"Before the first layer is pruned: one pass over {self.statistics_tokens:,} calibration tokens, then "
+            f"one pass over {self.statistics_tokens:,} calibration tokens, then "
             f"{self.passes} over {self.tokens:,} held-back tokens with up to {self.variants:,} variants of the model; "
             f"{self.operations / 1e12:,.2f} TFLOP, at least {format_seconds(self.operations / rate)} s; "
             f"{format_size(self.hidden_bytes)} of hidden states{disk}."
@@ -62,6 +64,26 @@ def allocation_cost(source: Source, recipe: Recipe, pool: Pool) -> AllocationCos
     rounds = _rounds(recipe.allocation, pool)
     spectra = _eigenvalues(source, pool) if isinstance(recipe.allocation, Alpha) else 0.0
     return _cost(source, recipe, rounds, spectra)
+
+
+def allocation_notes(recipe: Recipe, source: Source, jobs: Sequence[Mapping[str, Job]], rate: float) -> Iterator[str]:
+    """What a forecast says about a recipe's allocation; nothing about uniform.
+
+    Args:
+        recipe: with the sizes of its texts filled in.
+        source: the model; meta tensors suffice.
+        jobs: what the recipe does to the matrices of each layer.
+        rate: operations per second of a forward pass.
+    """
+    if isinstance(recipe.allocation, Uniform):
+        return
+    yield (
+        f"With allocation {recipe.allocation.name} the sparsity of each matrix is decided during the run; the table "
+        "has that of uniform. The number of zeros is the same."
+    )
+    if recipe.structures is None:
+        cost = allocation_cost(source, recipe, find_pool(source, jobs))
+        yield f"Before the first layer is pruned: {cost.sentence(rate, int(recipe.activation_budget))}"
 
 
 def scan_cost(source: Source, recipe: Recipe, pool: Pool, levels: int) -> AllocationCost:

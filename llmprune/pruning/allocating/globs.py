@@ -17,14 +17,8 @@ def glob_offsets(pool: Pool, globs: Sequence[tuple[str, float]]) -> list[float]:
     Raises:
         RecipeError: a glob matches nothing, splits the experts of a layer, or the rest cannot make up for the others.
     """
+    require_matches(pool, globs)
     names = [[place.name for place in pool.named(unit)] for unit in pool.units]
-    for glob, _ in globs:
-        if not any(fnmatchcase(name, glob) for own in names for name in own):
-            raise RecipeError(
-                f"allocation: {glob!r} matches none of the {len(pool.places)} matrices that share the zeros",
-                expected=f"a shell glob over names such as {pool.places[0].name}",
-                fix="list the names with: llmprune prune MODEL --recipe RECIPE --output DIR --dry-run",
-            )
     given = [[next((value for glob, value in globs if fnmatchcase(n, glob)), None) for n in own] for own in names]
     for unit, found in zip(pool.units, given, strict=True):
         if len(set(found)) > 1:
@@ -36,6 +30,21 @@ def glob_offsets(pool: Pool, globs: Sequence[tuple[str, float]]) -> list[float]:
     levels = [found[0] for found in given]
     rest = _rest(pool, levels)
     return [(rest if level is None else level) - unit.sparsity for level, unit in zip(levels, pool.units, strict=True)]
+
+
+def require_matches(pool: Pool, globs: Sequence[tuple[str, float]]) -> None:
+    """Refuse globs that match no matrix of a pool; arguments as for `glob_offsets`.
+
+    Raises:
+        RecipeError: a glob matches nothing.
+    """
+    for glob, _ in globs:
+        if not any(fnmatchcase(place.name, glob) for place in pool.places):
+            raise RecipeError(
+                f"allocation: {glob!r} matches none of the {len(pool.places)} matrices that share the zeros",
+                expected=f"a shell glob over names such as {pool.places[0].name}",
+                fix="list the names with: llmprune prune MODEL --recipe RECIPE --output DIR --dry-run",
+            )
 
 
 def _rest(pool: Pool, levels: Sequence[float | None]) -> float:

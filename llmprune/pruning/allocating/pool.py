@@ -151,7 +151,7 @@ def find_pool(source: Source, jobs: Sequence[Mapping[str, Job]]) -> Pool:
         raise RecipeError(
             f"an allocation over {len(places)} matrices",
             expected="at least two matrices with a sparsity above 0 and below 1, not N:M",
-            fix="set allocation: uniform, or widen include",
+            fix="set allocation: uniform, set an unstructured pattern such as 0.5, or widen include",
         )
     return Pool(tuple(places), tuple(units), len(source.layers))
 

@@ -159,7 +159,9 @@ def to_dict(units: Sequence[UnitScan]) -> list[dict[str, Any]]:
     ]
 
 
-def read_scan(file: Path, pool: Pool, digest: str | None = None, watch: Watcher = ignore) -> tuple[UnitScan, ...]:
+def read_scan(
+    file: Path, pool: Pool, digest: str | None = None, watch: Watcher = ignore, most: float = 1.0
+) -> tuple[UnitScan, ...]:
     """Read the curves of `llmprune sensitivity`, for the units of a pool.
 
     Args:
@@ -167,9 +169,10 @@ def read_scan(file: Path, pool: Pool, digest: str | None = None, watch: Watcher 
         pool: the matrices.
         digest: of the checkpoint that is pruned; None: it is in memory.
         watch: told if the file is of a model with other weights, which may be meant: a fine-tuned one, for example.
+        most: the highest sparsity of any matrix.
 
     Raises:
-        RecipeError: there is no such file, or it lacks a unit of this model.
+        RecipeError: there is no such file, it lacks a unit of this model, or its curves end before the target.
         CheckpointError: it is damaged.
     """
     if not file.is_file():
@@ -197,7 +200,21 @@ def read_scan(file: Path, pool: Pool, digest: str | None = None, watch: Watcher 
             expected="curves of every matrix that the recipe prunes",
             fix="run llmprune sensitivity on this model, with the recipe's include and exclude",
         )
-    return tuple(known[unit.layer, unit.kind, unit.size] for unit in pool.units)
+    found = tuple(known[unit.layer, unit.kind, unit.size] for unit in pool.units)
+    reach = sum(unit.size * min(unit.levels[-1], most) for unit in found) / pool.size
+    # Whole weights, rows or blocks are counted later.
+    if reach < pool.sparsity - 1e-6:
+        raise RecipeError(
+            f"the curves in {file} reach {reach:.1%} zeros, and the pattern asks for {pool.sparsity:.1%}",
+            expected="curves up to a sparsity above that of the pattern",
+            fix=f"run llmprune sensitivity with --levels up to {_above(pool.sparsity):.2f}, or lower the pattern",
+        )
+    return found
+
+
+def _above(sparsity: float) -> float:
+    """A level halfway between a target and 1, rounded up to two digits."""
+    return math.ceil(50 * (1 + sparsity)) / 100
 
 
 def _finite(value: float | None) -> float | None:

@@ -30,8 +30,8 @@ from llmprune.models.decoder import prunable_matrices
 from llmprune.models.sizes import ends_bytes
 from llmprune.patterns import Unstructured
 from llmprune.precision import dtype_name
-from llmprune.pruning.allocating.cost import allocation_cost
-from llmprune.pruning.allocating.pool import find_pool
+from llmprune.pruning.allocating.allocate import require_allocatable
+from llmprune.pruning.allocating.cost import allocation_notes
 from llmprune.pruning.context import Run
 from llmprune.pruning.fitting import find_parts, repeated_share
 from llmprune.pruning.forecast.around import measure_around
@@ -46,7 +46,6 @@ from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, Memory
 from llmprune.pruning.forecast.rates import measure_rates
 from llmprune.pruning.jobs import Job, plan_jobs, require_packable
 from llmprune.pruning.rotation.rotating import Rotating
-from llmprune.recipe.allocation import Uniform
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storage.hub import resolve_model
@@ -109,6 +108,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     result = source if reduction is None else reduction.result
     jobs = plan_jobs(result, settings)
     require_packable(jobs, source.linear_key, settings.format)
+    require_allocatable(settings, result, jobs)
     look = _Look(source, settings, device, reduction)
     backward = plan_backward(source, settings, jobs, look.hidden_bytes)
     look.set_backward(backward)
@@ -140,7 +140,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
             *_outside_notes(source, found),
             *(structure_notes(structures, found.spec) if found else ()),
             *([backward.note] if backward.passes else []),
-            *_allocation_notes(settings, result, jobs, rates.forward),
+            *allocation_notes(settings, result, jobs, rates.forward),
         ),
         structures=structures,
         around=measure_around(source, settings, device),
@@ -361,20 +361,6 @@ def _matrix_plan(name: str, shape: tuple[int, int], job: Job | None) -> MatrixPl
         return MatrixPlan(name, shape, "dense", None, 0)
     zeros = job.pattern.compared(job.method.scope).zeros(shape)
     return MatrixPlan(name, shape, str(job.pattern), job.method_name, zeros)
-
-
-def _allocation_notes(
-    recipe: Recipe, source: CheckpointSource, jobs: Sequence[Mapping[str, Job]], rate: float
-) -> Iterator[str]:
-    if isinstance(recipe.allocation, Uniform):
-        return
-    yield (
-        f"With allocation {recipe.allocation.name} the sparsity of each matrix is decided during the run; the table "
-        "has that of uniform. The number of zeros is the same."
-    )
-    pool = find_pool(source, jobs)
-    if recipe.structures is None:
-        yield allocation_cost(source, recipe, pool).sentence(rate, int(recipe.activation_budget))
 
 
 def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
