@@ -63,7 +63,7 @@ from llmprune.recipe.globs import covers, matches_any
 from llmprune.recipe.messages import explain
 from llmprune.recipe.mixes import spread_mixes
 from llmprune.recipe.reconstruct import Reconstruct
-from llmprune.recipe.refusals import check_methods
+from llmprune.recipe.refusals import check_methods, check_unused_statistics, check_validation
 from llmprune.recipe.rotation import RotationOptions
 from llmprune.recipe.sections import Experts, Quantise, Rule, StatisticsOptions
 from llmprune.recipe.structures import SECTIONS, Structures
@@ -169,13 +169,7 @@ class Recipe(BaseModel):
                 fix="change the pattern, or set statistics.sequential to false",
             )
             raise refusal(error, "statistics", "sequential")
-        if self.reconstruct is not None and not self.held_back:
-            error = RecipeError(
-                "reconstruct without validation sequences",
-                expected="held_back of at least 1: they decide whether a fitted layer is better",
-                fix="set held_back, for example to 8",
-            )
-            raise refusal(error, "held_back")
+        check_validation(self.reconstruct, self.held_back)
         if self.format != "dense" and not any(layout_name(self.format, pattern) for pattern in self.patterns):
             error = RecipeError(
                 f"format is {self.format}, which stores none of {', '.join(map(str, self.patterns))}",
@@ -201,6 +195,8 @@ class Recipe(BaseModel):
         given["allocation"] = not isinstance(self.allocation, Uniform)
         if key := next((key for key, there in given.items() if there), None):
             raise refusal(RecipeError(f"{key} without a pattern and a method", fix="add them, or remove the key"), key)
+        check_unused_statistics(self.statistics)
+        check_validation(self.reconstruct, self.held_back)
         self._check_seeds()
 
     def _check_seeds(self) -> None:

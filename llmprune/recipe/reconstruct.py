@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, field_validator
 
 from llmprune.errors import RecipeError
 from llmprune.recipe.document import refusal
-from llmprune.recipe.fields import STRICT
+from llmprune.recipe.fields import MOST, STRICT
 from llmprune.stream.matching import Matching, Trained
 
 Target = Literal["dense", "local", "corrected"]
@@ -36,9 +36,9 @@ class Reconstruct(BaseModel):
 
     window: Windowed = "layer"
     target: Target = "corrected"
-    epochs: Annotated[int, Field(ge=1)] = 10
+    epochs: Annotated[int, Field(ge=1, le=MOST)] = 10
     lr: Annotated[float, Field(gt=0, le=1)] = 3e-4
-    sequences: Annotated[int, Field(ge=1)] = 8
+    sequences: Annotated[int, Field(ge=1, le=MOST)] = 8
     train: tuple[Trained, ...] = ("weights", "norms", "biases")
 
     @field_validator("train")

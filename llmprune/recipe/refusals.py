@@ -6,6 +6,7 @@ from llmprune.errors import LlmpruneError, RecipeError
 from llmprune.methods import Method, check_pattern, gradient_kind, method_name
 from llmprune.patterns import Pattern
 from llmprune.recipe.document import refusal
+from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.sections import Rule, StatisticsOptions
 from llmprune.statistics import Gram
 
@@ -49,6 +50,45 @@ def check_methods(
                 _check_corrected(own_method)
         except LlmpruneError as error:
             raise refusal(error, *where) from error
+
+
+def check_validation(reconstruct: Reconstruct | None, held_back: int) -> None:
+    """Refuse block matching without the sequences that decide whether a layer is better.
+
+    Args:
+        reconstruct: of the recipe.
+        held_back: validation sequences.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    if reconstruct is not None and not held_back:
+        error = RecipeError(
+            "reconstruct without validation sequences",
+            expected="held_back of at least 1: they decide whether a fitted layer is better",
+            fix="set held_back, for example to 8",
+        )
+        raise refusal(error, "held_back")
+
+
+def check_unused_statistics(statistics: StatisticsOptions) -> None:
+    """Refuse statistics that are asked for where no weights are pruned, and that nothing would read.
+
+    Args:
+        statistics: of a recipe that only removes structures.
+
+    Raises:
+        RecipeError: at the first such key.
+    """
+    for key, default in (("alpha", 0.0), ("loss_weight", "none"), ("sequential", False)):
+        if getattr(statistics, key) != default:
+            error = RecipeError(
+                f"statistics.{key} without a pattern and a method: structures do not read these statistics",
+                expected="weights to prune",
+                fix="remove the key; or remove the structures in this run, and prune the weights of its result in a "
+                "second one",
+            )
+            raise refusal(error, "statistics", key)
 
 
 def _used(

@@ -297,6 +297,13 @@ def test_overrides(override: str, expected: Recipe) -> None:
     assert base == {"pattern": "4:8", "method": "sparsegpt"}, "the caller's mapping stays as it was"
 
 
+def test_an_override_of_an_option_takes_the_bare_name_before_it() -> None:
+    bare = {"pattern": 0.5, "method": "wanda", "allocation": "owl"}
+    changed = load_recipe({**bare, "allocation": {"owl": {"spread": 0.2}}})
+    assert load_recipe(bare, ["allocation.owl.spread=0.2"]) == changed
+    assert load_recipe({"pattern": 0.5, "method": "wanda"}, ["allocation.owl.spread=0.2"]) == changed
+
+
 def test_order_of_overrides_does_not_matter() -> None:
     overrides = ["method.wanda={}", "calibration.samples=3", "method=wanda", "calibration={length: 16}"]
     recipe = load_recipe("sparsegpt-50", overrides)

@@ -16,3 +16,21 @@ def test_a_rule_is_named_and_may_mend_it() -> None:
     load_recipe({"pattern": "2:4", "method": "wanda", "rules": [rule]})
     with pytest.raises(RecipeError, match=r"obs removes whole blocks.*\(in rules"):
         load_recipe({"pattern": "2:4", "method": "wanda", "rules": [{"match": "*.mlp.*", "method": "obs"}]})
+
+
+DEPTH = {"structures": {"depth": {"remove": 1}}}
+
+
+@pytest.mark.parametrize("statistics", [{"alpha": 0.5}, {"loss_weight": "tokens"}, {"sequential": True}], ids=str)
+def test_statistics_that_nothing_reads(statistics: dict[str, object]) -> None:
+    ((key, _),) = statistics.items()
+    with pytest.raises(RecipeError, match=rf"do not read these statistics \(in statistics.{key}\)"):
+        load_recipe({**DEPTH, "statistics": statistics})
+    assert load_recipe({**DEPTH, "statistics": {"token_weight": "clip"}}).statistics.token_weight == "clip"
+
+
+@pytest.mark.parametrize("base", [DEPTH, {"pattern": "2:4", "method": "wanda"}], ids=["structures", "weights"])
+def test_layers_are_fitted_only_with_validation_sequences(base: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match=r"reconstruct without validation sequences \(in held_back\)"):
+        load_recipe({**base, "reconstruct": {}, "held_back": 0})
+    assert load_recipe({**base, "reconstruct": {}, "held_back": 1}).held_back == 1
