@@ -170,17 +170,21 @@ def _seconds_to_first_screen(browser: Any, file: Path) -> float:
 def test_what_is_printed_is_complete(browser: Any, large: Path) -> None:
     """Printing from the first drawn chart on: none is missing on paper, and none is wider than it."""
     with Visit(browser, large, color_scheme="dark") as visit:
-        visit.page.reload()
-        visit.page.wait_for_selector("html[data-charts]")
-        printed = visit.page.evaluate(
-            """() => {
+        visit.page.add_init_script(
+            """new MutationObserver((_, observer) => {
+                if (!document.documentElement.dataset.charts) return;
+                observer.disconnect();
                 const drawn = () => document.querySelectorAll(".plot:has(.cartesianlayer .trace)").length;
                 const before = drawn();
                 dispatchEvent(new Event("beforeprint"));
                 const widths = [...document.querySelectorAll(".plot .main-svg")].map((svg) => svg.clientWidth);
-                return [before, drawn(), Math.max(...widths), getComputedStyle(document.body).backgroundColor];
-            }"""
+                const colour = getComputedStyle(document.body).backgroundColor;
+                window.printed = [before, drawn(), Math.max(...widths), colour];
+            }).observe(document, {subtree: true, attributes: true, attributeFilter: ["data-charts"]});"""
         )
+        visit.page.reload()
+        visit.page.wait_for_function("window.printed")
+        printed = visit.page.evaluate("window.printed")
         charts = visit.page.locator(".plot").count()
         assert 0 < printed[0] < printed[1] == charts
         assert printed[2] <= 640
