@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import build, random_ids, save
 from transformers import AutoModelForCausalLM
+from word_texts import words
 
 from llmprune import TextSpec, pack, prune, recover
 from llmprune.errors import MissingPackageError, RecoveryError
@@ -155,14 +156,8 @@ def test_a_missing_peft_is_said_before_anything_is_read(tmp_path: Path, monkeypa
 def test_a_low_rank_correction_is_loaded_by_peft_alone(tmp_path: Path) -> None:
     from peft import PeftModel
 
-    dense = save(build("llama"), tmp_path / "dense")
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"w{number * number % 120 + 4}" for number in range(600)))
-    settings = {"source": str(text), "samples": 4, "length": 16}
-    prune(dense, {"pattern": "2:4", "method": "magnitude", "calibration": settings, "evaluation": None},
-          tmp_path / "pruned")  # fmt: skip
+    dense, spec = _prune(tmp_path)
     options = {"adapter": "low-rank", "rank": 4, "learning_rate": 3e-2, "epochs": 3, "held_back": 4}
-    spec = TextSpec(str(text), length=16)
     report = recover(tmp_path / "pruned", tmp_path / "out", spec, dense, options, evaluation=spec)
     before, after = ({key: one[...] for key, one in read_index(tmp_path / name).items()} for name in ("pruned", "out"))
     assert all(tensor.equal(after[key]) for key, tensor in before.items())
@@ -182,6 +177,15 @@ def test_a_low_rank_correction_is_loaded_by_peft_alone(tmp_path: Path) -> None:
     assert (config["peft_type"], config["r"], config["task_type"]) == ("LORA", 4, "CAUSAL_LM")
 
 
+def _prune(folder: Path) -> tuple[Path, TextSpec]:
+    """Write a dense Llama, a text and `folder`/pruned; returns the first two."""
+    dense, text = save(build("llama"), folder / "dense"), words(folder / "text.txt", 600)
+    settings = {"source": text.source, "samples": 4, "length": 16}
+    recipe = {"pattern": "2:4", "method": "magnitude", "calibration": settings, "evaluation": None}
+    prune(dense, recipe, folder / "pruned")
+    return dense, text
+
+
 @torch.no_grad()
 def _logits(model: Any) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=IDS).logits
@@ -192,15 +196,9 @@ def _logits(model: Any) -> torch.Tensor:
 def test_a_correction_beside_packed_weights_is_measured_also_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense = save(build("llama"), tmp_path / "dense")
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"w{number * number % 120 + 4}" for number in range(600)))
-    settings = {"source": str(text), "samples": 4, "length": 16}
-    prune(dense, {"pattern": "2:4", "method": "magnitude", "calibration": settings, "evaluation": None},
-          tmp_path / "pruned")  # fmt: skip
+    dense, spec = _prune(tmp_path)
     pack(tmp_path / "pruned", tmp_path / "packed", "nm")
     options = {"adapter": "low-rank", "rank": 2, "learning_rate": 3e-2, "epochs": 1, "held_back": 0}
-    spec = TextSpec(str(text), length=16)
 
     def again(**more: Any) -> Any:
         return recover(tmp_path / "packed", tmp_path / "out", spec, dense, options, evaluation=spec, **more)

@@ -13,7 +13,7 @@ from folders import contents, zeros
 from tiny_models import build, save
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
-from uneven_models import save_uneven
+from word_texts import words
 
 from llmprune import TextSpec, compare, pack, prune, recover, unpack
 from llmprune.errors import CalibrationError, DeviceError, NumericsError, RecoveryError, ResumeError
@@ -43,11 +43,6 @@ class Made(NamedTuple):
     pruned: Path
     recovered: Path
     report: Report
-
-
-def words(file: Path, count: int = 900) -> TextSpec:
-    file.write_text(" ".join(f"w{number * number % 120 + 4}" for number in range(count)))
-    return TextSpec(str(file), length=16)
 
 
 @pytest.fixture(scope="module")
@@ -264,32 +259,6 @@ def test_packed_checkpoints_stay_packed(made: Made, tmp_path: Path, form: Any) -
     expected = tensors(made.recovered)
     assert all(tensor.equal(expected[name]) for name, tensor in tensors(tmp_path / "unpacked").items())
     assert again_packed.header["recovery"]["zeros"] == made.report.header["recovery"]["zeros"]
-
-
-def test_layers_of_different_sizes_are_trained_as_they_are(tmp_path: Path) -> None:
-    dense = save(build("llama"), tmp_path / "dense")
-    save_uneven(tmp_path / "small")
-    recover(tmp_path / "small", tmp_path / "out", words(tmp_path / "text.txt", 200), dense, {**OPTIONS, "epochs": 1})
-    before, after = tensors(tmp_path / "small"), tensors(tmp_path / "out")
-    assert {name: tensor.shape for name, tensor in before.items()} == {name: t.shape for name, t in after.items()}
-    assert all(not tensor.equal(before[name]) for name, tensor in after.items())
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.model.layers[0].mlp.up_proj.weight.equal(after["model.layers.0.mlp.up_proj.weight"])
-
-
-@pytest.mark.parametrize("family", ["mixtral", "gpt2", "llama-tied"])
-def test_fused_transposed_and_tied_weights_are_trained(tmp_path: Path, family: str) -> None:
-    folder = save(build(family), tmp_path / "dense")
-    text = words(tmp_path / "text.txt", 200)
-    settings = {"source": text.source, "samples": 2, "length": 16}
-    prune(folder, {"pattern": 0.5, "method": "magnitude", "calibration": settings, "evaluation": None}, tmp_path / "p")
-    recover(tmp_path / "p", tmp_path / "out", text, folder, {**OPTIONS, "epochs": 1, "held_back": 0})
-    before, after = tensors(tmp_path / "p"), tensors(tmp_path / "out")
-    assert before.keys() == after.keys()
-    assert sum(not after[name].equal(tensor) for name, tensor in before.items()) > 0.7 * len(before)
-    masked = [name for name, tensor in before.items() if tensor.ndim > 1 and tensor.eq(0).any()]
-    assert masked
-    assert all(after[name].eq(0).equal(before[name].eq(0)) for name in masked)
 
 
 def test_zeros_that_are_lost_on_the_way_to_the_file_are_noticed(made: Made, tmp_path: Path, monkeypatch: Any) -> None:

@@ -14,6 +14,7 @@ from labelled_texts import build_classifier, save_classifier, write_texts
 from safetensors.torch import save_file
 from tiny_models import build, save
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from word_texts import words
 
 from llmprune import TextSpec, compare, inspect_checkpoint, pack, plan_training, prune, train
 from llmprune.errors import (
@@ -31,7 +32,6 @@ from llmprune.storage.files import read_index
 from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME
 from llmprune.storage.report import Report, load_report
 from llmprune.training import trainer
-from llmprune.training.recipe import load_train_recipe
 
 TRAINING = {"learning_rate": 1e-2, "batch_size": 8, "held_back": 8}
 RECIPE = {
@@ -48,11 +48,6 @@ class Made(NamedTuple):
     text: TextSpec
     output: Path
     report: Report
-
-
-def words(file: Path, count: int = 900) -> TextSpec:
-    file.write_text(" ".join(f"w{number * number % 120 + 4}" for number in range(count)))
-    return TextSpec(str(file), length=16)
 
 
 def zeros(folder: Path) -> float:
@@ -393,24 +388,3 @@ def test_a_training_that_has_diverged_leaves_no_result(causal: Made, tmp_path: P
     with pytest.raises(NumericsError, match=r"training has diverged(.|\n)*lower the learning rate"):
         train(causal.model, tmp_path / "out", causal.text, recipe)
     assert not list((tmp_path / "out").glob("*.safetensors"))
-
-
-@pytest.mark.parametrize(
-    ("recipe", "words_"),
-    [
-        ({"training": {"batch_size": 2.5}}, "training: batch_size 2.5"),
-        ({"training": {"checkpointing": "no"}}, "training: checkpointing 'no'"),
-        ({"training": {"learning_rate": "high"}}, "training: learning_rate 'high'"),
-        ({"training": 5}, "training is 5"),
-        ({"schedule": [1]}, r"schedule is \[1\]"),
-        ({"schedule": {"stages": 2.5}}, r"schedule\.stages is 2\.5"),
-        ({"rule": {"rigl": {"interval": 1.5}}}, r"rule rigl\.interval is 1\.5"),
-        ({"rule": {"rigl": [1]}}, r"rule rigl is \[1\]"),
-        ({"include": 5}, "include is 5"),
-        ({"pattern": 0.5}, r"pattern 0\.5 for a training(.|\n)*schedule\.end"),
-        ({"calibration_samples": 2.5, "method": "wanda"}, "calibration_samples is 2.5"),
-    ],
-)
-def test_values_of_another_type_are_refused(recipe: dict[str, Any], words_: str) -> None:
-    with pytest.raises(TrainingError, match=words_):
-        load_train_recipe(recipe)
