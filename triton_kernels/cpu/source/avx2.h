@@ -4,6 +4,8 @@ namespace avx2 {
 #define INLINE TARGET __attribute__((always_inline)) static inline
 
 constexpr int FETCHED = 4;  // tokens from which steps of 2:4 are fetched ahead: see matrix.h
+// Partial sums of a token that take turns: as many as there are registers for.
+constexpr int turns(int tokens) { return tokens > 2 ? 1 : 2; }
 struct Floats { __m256 low, high; };
 struct Codes { __m256i low, high; };
 struct Pair { Floats first, second; };  // the weights of two columns, or the two stored in a group, for 16 rows
@@ -27,32 +29,35 @@ INLINE Floats pick(const float* four, Codes c) {
 }
 
 // For each byte of a mask, which of the next eight stored weights goes to each of eight places; 0x80: none, a zero.
+template <int Bytes>  // of a weight
 struct Spread {
-  uint8_t places[256][8];
-  uint8_t halves[256][16];  // the same for pairs of bytes
+  uint8_t places[256][8 * Bytes];
 };
-constexpr Spread spread() {
-  Spread s{};
+template <int Bytes>
+constexpr Spread<Bytes> spread() {
+  Spread<Bytes> s{};
   for (int b = 0; b < 256; b++)
     for (int i = 0, n = 0; i < 8; i++) {
       const bool on = b >> i & 1;
-      s.places[b][i] = on ? n : 0x80;
-      s.halves[b][2 * i] = on ? 2 * n : 0x80;
-      s.halves[b][2 * i + 1] = on ? 2 * n + 1 : 0x80;
+      for (int k = 0; k < Bytes; k++) s.places[b][Bytes * i + k] = on ? Bytes * n + k : 0x80;
       n += on;
     }
   return s;
 }
-alignas(64) static constexpr Spread SPREAD = spread();
+alignas(64) static constexpr Spread<1> BYTES = spread<1>();
+alignas(64) static constexpr Spread<2> HALVES = spread<2>();
 
-// Eight places of 16 bits, filled from the next stored weights, which are then behind us.
-INLINE __m128i fill(uint32_t byte, const uint16_t*& v) {
-  const __m128i eight = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)v), *(const __m128i*)SPREAD.halves[byte]);
+// Eight places of 16 bits, filled from the next stored weights, which are then behind us: for byte i of a mask. The byte
+// is left where it is an offset into the table.
+INLINE __m128i fill_halves(uint32_t bits, int i, const uint16_t*& v) {
+  const uint32_t byte = (i ? bits >> (8 * i - 4) : bits << 4) & 0xff0;
+  const __m128i from = *(const __m128i*)((const char*)HALVES.places + byte);
+  const __m128i eight = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)v), from);
   v += __builtin_popcount(byte);
   return eight;
 }
 INLINE __m256 fill(uint32_t byte, const float*& v) {
-  const __m256i from = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)SPREAD.places[byte]));
+  const __m256i from = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)BYTES.places[byte]));
   const __m256 eight = _mm256_permutevar8x32_ps(_mm256_loadu_ps(v), from);
   v += __builtin_popcount(byte);
   return _mm256_blendv_ps(eight, _mm256_setzero_ps(), _mm256_castsi256_ps(from));
@@ -70,11 +75,11 @@ struct BFloat16 {
   }
   INLINE Pair expand(uint32_t bits, const Element*& v) {
     __m128i q[4];
-    for (int i = 0; i < 4; i++) q[i] = fill(bits >> 8 * i & 255, v);
+    for (int i = 0; i < 4; i++) q[i] = fill_halves(bits, i, v);
     return split(_mm256_set_m128i(q[1], q[0]), _mm256_set_m128i(q[3], q[2]));
   }
   INLINE void copy(uint32_t bits, const Element*& v, Element* to) {
-    for (int i = 0; i < 4; i++) _mm_storeu_si128((__m128i*)(to + 8 * i), fill(bits >> 8 * i & 255, v));
+    for (int i = 0; i < 4; i++) _mm_storeu_si128((__m128i*)(to + 8 * i), fill_halves(bits, i, v));
   }
 };
 
@@ -90,7 +95,7 @@ struct Float16 {
   }
   INLINE Pair expand(uint32_t bits, const Element*& v) {
     __m128i q[4];
-    for (int i = 0; i < 4; i++) q[i] = fill(bits >> 8 * i & 255, v);
+    for (int i = 0; i < 4; i++) q[i] = fill_halves(bits, i, v);
     return join(q);
   }
   INLINE void copy(uint32_t bits, const Element*& v, Element* to) { BFloat16::copy(bits, v, to); }
@@ -181,7 +186,7 @@ INLINE Words widen(const void* from) {
 INLINE __m128i fill_eight(uint32_t byte, const uint8_t*& v) {
   const __m128i stored = _mm_loadl_epi64((const __m128i*)v);
   v += __builtin_popcount(byte);
-  return _mm_shuffle_epi8(stored, _mm_loadl_epi64((const __m128i*)SPREAD.places[byte]));
+  return _mm_shuffle_epi8(stored, _mm_loadl_epi64((const __m128i*)BYTES.places[byte]));
 }
 INLINE __m256i fill_bytes(uint32_t bits, const uint8_t*& v) {
   const __m128i first = fill_eight(bits & 255, v), second = fill_eight(bits >> 8, v);

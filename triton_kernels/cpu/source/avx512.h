@@ -5,6 +5,7 @@ namespace avx512 {
 #define INLINE TARGET __attribute__((always_inline)) static inline
 
 constexpr int FETCHED = 8;  // tokens from which steps of 2:4 are fetched ahead: see matrix.h
+constexpr int turns(int) { return 2; }  // partial sums of a token: see avx2.h
 typedef __m512 Floats;
 typedef __m512i Codes;
 struct Pair { Floats first, second; };  // the weights of two columns, or the two stored in a group, for 16 rows

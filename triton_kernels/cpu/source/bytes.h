@@ -49,21 +49,22 @@ TARGET static void mask_bytes(const Matrix& m, int64_t tile, const void* activat
   const uint8_t* v = (const uint8_t*)at(m, m.values) + first_of(m)[tile];
   const float* scales = (const float*)activations;
   const int32_t* x = (const int32_t*)(scales + folds(m) * M);
-  constexpr int U = M == 1 ? 4 : 2;
+  constexpr int Q = M == 1 ? 2 : 1, C = turns(M), U = Q * C;  // quads at a time, sums for each
   Ints sums[U][M];
   Floats total[M];
   begin(sums, total);
   const int64_t quads = m.steps / 2;
   for (int64_t f = 0, q = 0; q < quads; f++) {
     const int64_t end = q + FOLD / 4 < quads ? q + FOLD / 4 : quads;
-    for (; q + U / 2 <= end; q += U / 2) {
+    for (; q + Q <= end; q += Q) {
       _mm_prefetch((const char*)v + AHEAD, _MM_HINT_T0);
 #pragma GCC unroll 2
-      for (int u = 0; u < U; u += 2) add_quad(bits, v, x, q + u / 2, sums[u], sums[u + 1]);
+      for (int u = 0; u < Q; u++) add_quad(bits, v, x, q + u, sums[C * u], sums[C * u + C - 1]);
     }
-    for (; q < end; q++) add_quad(bits, v, x, q, sums[0], sums[1]);
+    for (; q < end; q++) add_quad(bits, v, x, q, sums[0], sums[C - 1]);
     fold_up(sums, row_scales(m, tile, f), scales + f * M, total);
   }
+#pragma GCC unroll 8
   for (int t = 0; t < M; t++) store(out + ROWS * t, total[t]);
 }
 
@@ -71,7 +72,8 @@ template <int M>
 TARGET static void group_bytes(const Matrix& m, int64_t tile, const void* activations, float* out) {
   const float* scales = (const float*)activations;
   const int64_t* x = (const int64_t*)(scales + folds(m) * M);
-  Ints sums[2][M];
+  constexpr int U = turns(M);
+  Ints sums[U][M];
   Floats total[M];
   begin(sums, total);
   constexpr int64_t S = FOLD / COLUMNS;  // steps of a fold
@@ -85,10 +87,11 @@ TARGET static void group_bytes(const Matrix& m, int64_t tile, const void* activa
       const Words w = widen(stored);
       const Places where = places(codes);
 #pragma GCC unroll 8
-      for (int t = 0; t < M; t++) sums[g % 2][t] = add_products(sums[g % 2][t], w, pick_pairs(x + g * M + t, where));
+      for (int t = 0; t < M; t++) sums[g % U][t] = add_products(sums[g % U][t], w, pick_pairs(x + g * M + t, where));
       codes = next_group(codes);
     }
     if (s % S == S - 1 || s == m.steps - 1) fold_up(sums, row_scales(m, tile, s / S), scales + s / S * M, total);
   }
+#pragma GCC unroll 8
   for (int t = 0; t < M; t++) store(out + ROWS * t, total[t]);
 }

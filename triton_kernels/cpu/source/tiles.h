@@ -4,7 +4,9 @@
 // Add up U partial sums of M tokens, in a fixed order.
 template <int U, int M>
 TARGET static inline void finish(Floats (&sums)[U][M], float* out) {
+#pragma GCC unroll 16
   for (int t = 0; t < M; t++) {
+#pragma GCC unroll 4
     for (int u = 1; u < U; u++) sums[0][t] = add(sums[0][t], sums[u][t]);
     store(out + ROWS * t, sums[0][t]);
   }
@@ -36,6 +38,7 @@ TARGET static void mask_floats(const Matrix& m, int64_t tile, const void* activa
   }
   for (; p < m.steps; p++) {
     const Pair w = Stored::expand(bits[p], v);
+#pragma GCC unroll 16
     for (int t = 0; t < M; t++) {
       sums[0][t] = multiply_add(w.first, broadcast(x + 2 * p * M + t), sums[0][t]);
       sums[C - 1][t] = multiply_add(w.second, broadcast(x + (2 * p + 1) * M + t), sums[C - 1][t]);
@@ -48,7 +51,8 @@ TARGET static void mask_floats(const Matrix& m, int64_t tile, const void* activa
 template <class Stored, int M>
 TARGET static void group_floats(const Matrix& m, int64_t tile, const void* activations, float* out) {
   const float* x = (const float*)activations;
-  Floats sums[2][M];
+  constexpr int U = turns(M);
+  Floats sums[U][M];
   for (auto& row : sums)
     for (auto& sum : row) sum = zero();
   for (int64_t s = 0; s < m.steps; s++, x += COLUMNS * M) {
@@ -63,12 +67,12 @@ TARGET static void group_floats(const Matrix& m, int64_t tile, const void* activ
       for (int t = 0; t < M; t++) {
         const float* four = x + 4 * (g * M + t);
         sums[0][t] = multiply_add(w.first, pick(four, codes), sums[0][t]);
-        sums[1][t] = multiply_add(w.second, pick(four, second), sums[1][t]);
+        sums[U - 1][t] = multiply_add(w.second, pick(four, second), sums[U - 1][t]);
       }
       codes = next(second);
     }
   }
-  finish<2, M>(sums, out);
+  finish<U, M>(sums, out);
 }
 
 // Sixteen columns at a time of a tile's bitmask, as rows [16][columns] at `to`; the padding is not written.
