@@ -224,11 +224,11 @@ def test_every_public_name_is_documented(texts: dict[str, str]) -> None:
 def test_figures_are_those_of_the_result_files(hook: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
     figures = sys.modules["site_parts.figures"]
     results = json.loads((figures.RESULTS / "quality-testbed-cpu.json").read_text("utf-8"))
-    assert f"{results[0]['perplexity']:.2f} · " in hook.PARTS["quality"]()
+    assert f"| {results[0]['perplexity']:.2f} | " in hook.PARTS["quality"]("perplexity")
     results[0]["perplexity"] = 123.456
     (tmp_path / "quality-testbed-cpu.json").write_text(json.dumps(results))
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
-    assert "123.46 · " in hook.PARTS["quality"]()
+    assert "| 123.46 | " in hook.PARTS["quality"]("perplexity", "error")
     assert "Not measured yet" in hook.PARTS["structured-speed"]()
 
 

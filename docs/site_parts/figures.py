@@ -18,18 +18,30 @@ def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
-def quality() -> str:
-    """Perplexity, KL divergence and relative output error of every method and pattern on the bundled model."""
+# What a cell of a quality file has, and how it is shown.
+_MEASURED = {
+    "perplexity": ("Perplexity", ".2f"),
+    "kl_divergence": ("KL divergence from the dense model, nats/token", ".3f"),
+    "error": ("Mean relative output error of the matrices on held-back rows", ".4f"),
+}
+
+
+def quality(*keys: str) -> str:
+    """Every method and pattern on the bundled model: perplexity and the like, a table each."""
     rows = read("quality-testbed-cpu")
-    patterns = list(dict.fromkeys(row["pattern"] for row in rows))
-    cells = {
-        (row["method"], row["pattern"]): f"{row['perplexity']:.2f} · {row['kl_divergence']:.3f} · {row['error']:.3f}"
-        for row in rows
-    }
-    methods = dict.fromkeys(row["method"] for row in rows)
-    body = [(literal(method), *(cells[method, pattern] for pattern in patterns)) for method in methods]
-    shown = table(("", *(literal(pattern) for pattern in patterns)), body)
-    return f"Dense perplexity {rows[0]['dense_perplexity']:.2f}.\n\n{shown}\n\n{_where(rows[0])}"
+    patterns = dict.fromkeys(row["pattern"] for row in rows)
+    shown = [_quality_table(rows, patterns, key) for key in keys]
+    return "\n\n".join((f"Dense perplexity {rows[0]['dense_perplexity']:.2f}.", *shown, _where(rows[0])))
+
+
+def _quality_table(rows: list[dict[str, Any]], patterns: Mapping[str, None], key: str) -> str:
+    title, form = _MEASURED[key]
+    cells = {(row["method"], row["pattern"]): f"{row[key]:{form}}" for row in rows}
+    body = [
+        (literal(method), *(cells.get((method, pattern), "") for pattern in patterns))
+        for method in dict.fromkeys(row["method"] for row in rows)
+    ]
+    return table((title, *(literal(pattern) for pattern in patterns)), body)
 
 
 def first_run() -> str:
@@ -95,9 +107,9 @@ def blocks() -> str:
     return f"{table(columns, body)}\n\n{_where(result)}"
 
 
-def cpu_kernels() -> str:
-    """Time of the sparse kernels of a CPU, and their speed-up over its dense products."""
-    result = read("cpu-kernels-cpu")
+def cpu_kernels(name: str) -> str:
+    """Time of the sparse kernels of a CPU, and their speed-up over its dense products, from a result file."""
+    result = read(name)
     names = {
         "linear": "`F.linear`",
         "own": "torch's own",
