@@ -66,7 +66,7 @@ def test_an_interrupted_command_continues(folder: Path, tmp_path: Path) -> None:
     process = spawn("archive", folder)
     begun = tmp_path / ".dense.llmprune.partial" / "content"
     while process.poll() is None and not (begun.exists() and begun.stat().st_size > 8_000_000):
-        time.sleep(0.05)
+        time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == 130, stderr

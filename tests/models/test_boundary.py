@@ -252,7 +252,7 @@ def test_far_more_layers_than_tensors_are_refused_at_once(family: str, key: str,
         begun = time.perf_counter()
         with pytest.raises(CheckpointError, match=r"over \d+ parameters, and the files hold \d+ tensors"):
             use(folder)
-        assert time.perf_counter() - begun < 5
+        assert time.perf_counter() - begun < 20
 
 
 def test_running_out_of_memory_is_no_fault_of_the_files() -> None:

@@ -138,7 +138,7 @@ def test_a_killed_process_ends_the_run_which_one_process_continues(tmp_path: Pat
     begun = time.monotonic()
     done = run_together(tmp_path, [{**case, "killed": 1, "layers": 2}])
     assert done.returncode != 0
-    assert time.monotonic() - begun < 60  # 30 s after the process died, and the imports before
+    assert time.monotonic() - begun < 100  # 30 s after the process died, and imports before that on a busy machine
     assert "another process of this run has ended" in done.stderr
     steps: list[Progress] = []
     report = prune(source, case["recipe"], output, resume=True, watch=steps.append)
