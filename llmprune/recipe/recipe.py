@@ -161,7 +161,9 @@ class Recipe(BaseModel):
             raise refusal(RecipeError("exclude covers all of include: nothing would be pruned"), "exclude")
         for number, rule in enumerate(self.rules):
             _check_reachable(rule, self.rules[:number])
-        check_methods(self.pattern, self.method, self.rules, self.statistics, structures=self.structures is not None)
+        weights = self.pattern, self.method, self.rules, self.statistics
+        check_methods(*weights, structures=self.structures is not None)
+        check_unused_statistics(*weights, quantised=self.quantise is not None)
         if self.statistics.sequential and any(getattr(p, "over", None) == "layer" for p in self.patterns):
             error = RecipeError(
                 "statistics.sequential with a pattern that compares weights over the whole layer",
@@ -195,7 +197,7 @@ class Recipe(BaseModel):
         given["allocation"] = not isinstance(self.allocation, Uniform)
         if key := next((key for key, there in given.items() if there), None):
             raise refusal(RecipeError(f"{key} without a pattern and a method", fix="add them, or remove the key"), key)
-        check_unused_statistics(self.statistics)
+        check_unused_statistics(None, None, (), self.statistics)
         check_validation(self.reconstruct, self.held_back)
         self._check_seeds()
 

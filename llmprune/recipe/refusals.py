@@ -10,6 +10,9 @@ from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.recipe.sections import Rule, StatisticsOptions
 from llmprune.statistics import Gram
 
+# Options of the statistics, and their values where nothing is asked for.
+_UNLESS_READ = {"alpha": 0.0, "loss_weight": "none", "sequential": False}
+
 
 def check_methods(
     pattern: Pattern | None,
@@ -71,24 +74,45 @@ def check_validation(reconstruct: Reconstruct | None, held_back: int) -> None:
         raise refusal(error, "held_back")
 
 
-def check_unused_statistics(statistics: StatisticsOptions) -> None:
-    """Refuse statistics that are asked for where no weights are pruned, and that nothing would read.
+def check_unused_statistics(
+    pattern: Pattern | None,
+    method: Method | None,
+    rules: Sequence[Rule],
+    statistics: StatisticsOptions,
+    *,
+    quantised: bool = False,
+) -> None:
+    """Refuse statistics that are asked for where neither structures nor methods read them.
 
     Args:
-        statistics: of a recipe that only removes structures.
+        pattern: of the recipe; None if it only removes structures.
+        method: of the recipe.
+        rules: of the recipe.
+        statistics: of the recipe.
+        quantised: whether weights are quantised, which reads them.
 
     Raises:
         RecipeError: at the first such key.
     """
-    for key, default in (("alpha", 0.0), ("loss_weight", "none"), ("sequential", False)):
-        if getattr(statistics, key) != default:
-            error = RecipeError(
-                f"statistics.{key} without a pattern and a method: structures do not read these statistics",
-                expected="weights to prune",
-                fix="remove the key; or remove the structures in this run, and prune the weights of its result in a "
-                "second one",
-            )
-            raise refusal(error, "statistics", key)
+    methods = [own for _, _, own in _used(pattern, method, rules) if own is not None]
+    asked = [key for key, default in _UNLESS_READ.items() if getattr(statistics, key) != default]
+    if not asked or quantised or any(own.needs is not None for own in methods):
+        return
+    if methods:
+        names = " and ".join(dict.fromkeys(map(method_name, methods)))
+        error = RecipeError(
+            f"statistics.{asked[0]} with {names}, which reads no inputs",
+            expected="a method that does, such as wanda or sparsegpt",
+            fix="remove the key, or use another method",
+        )
+    else:
+        error = RecipeError(
+            f"statistics.{asked[0]} without a pattern and a method: structures do not read these statistics",
+            expected="weights to prune",
+            fix="remove the key; or remove the structures in this run, and prune the weights of its result in a "
+            "second one",
+        )
+    raise refusal(error, "statistics", asked[0])
 
 
 def _used(

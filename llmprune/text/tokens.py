@@ -104,7 +104,7 @@ class TextSpec:
             ("seed", 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1"),
             ("temperature", 0 < self.temperature < math.inf, "a finite number above 0"),
             ("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1"),
-            ("continues", self.continues != "", "a file, a folder or a dataset id"),
+            ("continues", self.continues not in ("", "self"), "a file, a folder or a dataset id: texts to continue"),
         )
         for name, valid, expected in checks:
             if not valid:

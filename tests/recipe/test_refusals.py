@@ -29,6 +29,16 @@ def test_statistics_that_nothing_reads(statistics: dict[str, object]) -> None:
     assert load_recipe({**DEPTH, "statistics": {"token_weight": "clip"}}).statistics.token_weight == "clip"
 
 
+@pytest.mark.parametrize("statistics", [{"loss_weight": "tokens"}, {"sequential": True}], ids=str)
+def test_statistics_that_no_method_reads(statistics: dict[str, object]) -> None:
+    ((key, _),) = statistics.items()
+    base = {"pattern": "2:4", "method": "magnitude", "statistics": statistics}
+    with pytest.raises(RecipeError, match=rf"with magnitude, which reads no inputs \(in statistics.{key}\)"):
+        load_recipe(base)
+    for more in ({"quantise": {}}, {"rules": [{"match": "*.mlp.*", "method": "wanda"}]}):
+        assert getattr(load_recipe({**base, **more}).statistics, key) == statistics[key]
+
+
 @pytest.mark.parametrize("base", [DEPTH, {"pattern": "2:4", "method": "wanda"}], ids=["structures", "weights"])
 def test_layers_are_fitted_only_with_validation_sequences(base: dict[str, object]) -> None:
     with pytest.raises(RecipeError, match=r"reconstruct without validation sequences \(in held_back\)"):
