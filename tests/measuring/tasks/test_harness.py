@@ -45,6 +45,18 @@ def with_settings(**changes: Any) -> HarnessSettings:
     return HarnessSettings(**{"device": "cpu", "batch_size": 4, "quiet": True, **changes})
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_dtype_that_the_processor_lacks_is_pointed_out(
+    dtype: str, tasks: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_models.save(tiny_models.build("llama").to(torch.bfloat16), tmp_path)
+    monkeypatch.setattr("llmprune.measuring.tasks.harness.computed_in", lambda stored, device: torch.float32)
+    told: list[str] = []
+    run_tasks(folder, tasks, settings=with_settings(limit=1, dtype=dtype), watch=lambda step: told.append(step.stage))
+    note = ", in bfloat16, which this processor multiplies slowly: --dtype float32 is several times faster"
+    assert told[-1] == f"lm-eval on {folder}{note * (dtype == 'auto')}"
+
+
 def test_scores_are_those_of_hf_to_the_last_digit() -> None:
     found = run_tasks("testbed", settings=with_settings(limit=8))
     assert found.results["results"] == by_hf(resolve_model("testbed"), OFFLINE_TASKS, batch_size=4, limit=8)
