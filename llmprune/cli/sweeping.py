@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from llmprune import torchrun
 from llmprune.cli import console
 from llmprune.cli.layout import OUTPUT, PRUNE, WHAT, add
 from llmprune.cli.options import AsJson, Model, Quiet, explained, quieten
@@ -116,6 +117,15 @@ def sweep(
         raise typer.BadParameter("--resume continues the sweep in DIR, --overwrite replaces it: give only one of them")
     if slurm and (shard or jobs is None):
         raise typer.BadParameter("needs --jobs, and no --shard", param_hint="--slurm")
+    if jobs is not None and not slurm:
+        raise typer.BadParameter(
+            "jobs are SLURM's: give --slurm as well, or a --shard to each process", param_hint="--jobs"
+        )
+    if torchrun.started() and not (shard or slurm or dry_run):
+        raise typer.BadParameter(
+            f"missing: torchrun has started {torchrun.processes()} processes, which would all make the same runs",
+            param_hint="--shard",
+        )
     if overwrite and (shard or slurm):
         raise typer.BadParameter("shards continue what is in DIR: leave --overwrite out", param_hint="--overwrite")
     wanted = Wanted.read(
@@ -130,7 +140,7 @@ def sweep(
         eval_dataset=eval_dataset,
     )
     if output is None or dry_run:
-        _dry_run(model, wanted, output, resume=resume, overwrite=overwrite, as_json=as_json)
+        _dry_run(model, wanted, output, shard, resume=resume, overwrite=overwrite, as_json=as_json)
         return
     if slurm:
         _submit(model, wanted, output, jobs or 1, slurm, as_json=as_json)
@@ -164,7 +174,7 @@ def sweep(
 def _submit(model: str, wanted: Wanted, output: Path, jobs: int, options: list[str], *, as_json: bool) -> None:
     """Submit the shards, and say how to see what has become of them."""
     with explained(as_json, lambda: "interrupted; jobs that were submitted go on: see squeue"), wanted.spelled():
-        from llmprune.pruning.sweep.cluster import submit
+        from llmprune.pruning.sweep.cluster import require_submitit, submit
         from llmprune.pruning.sweep.sweep import forecast
         from llmprune.recipe.grid import read_grid
 
@@ -172,9 +182,9 @@ def _submit(model: str, wanted: Wanted, output: Path, jobs: int, options: list[s
         if wrong := [key for key, equals, value in pairs if not (key and equals and value)]:
             raise typer.BadParameter(f"{wrong[0]!r}: expected KEY=VALUE", param_hint="--slurm")
         grid = read_grid(wanted.settings())
-        forecast(
-            model, wanted.name, grid, output, resume=True
-        )  # what any run would refuse is said now, not by a job in the night
+        require_submitit()
+        # What any run would refuse is said now, not by a job in the night.
+        forecast(model, wanted.name, grid, output, resume=True)
         found = submit(model, wanted.name, grid, output, jobs, {key: value for key, _, value in pairs})
         names = [job.job_id for job in found]
         if as_json:
@@ -184,13 +194,24 @@ def _submit(model: str, wanted: Wanted, output: Path, jobs: int, options: list[s
         )
 
 
-def _dry_run(model: str, wanted: Wanted, output: Path | None, *, resume: bool, overwrite: bool, as_json: bool) -> None:
+def _dry_run(
+    model: str,
+    wanted: Wanted,
+    output: Path | None,
+    shard: str | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     with explained(as_json, lambda: "interrupted; nothing was written"), wanted.spelled():
         from llmprune.cli.tables.sweeping import forecast_table
+        from llmprune.pruning.sweep.shards import Shard
         from llmprune.pruning.sweep.sweep import forecast
         from llmprune.recipe.grid import read_grid
 
-        plan = forecast(model, wanted.name, read_grid(wanted.settings()), output, resume=resume, overwrite=overwrite)
+        grid, part = read_grid(wanted.settings()), None if shard is None else Shard.parse(shard)
+        plan = forecast(model, wanted.name, grid, output, resume=resume, overwrite=overwrite, shard=part)
         if as_json:
             console.show_json(plan.to_dict())
         else:

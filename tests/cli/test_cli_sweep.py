@@ -129,3 +129,53 @@ def test_help_states_how_values_are_split() -> None:
     shown = " ".join(run("sweep", "--help").stdout.replace("│", " ").split())
     assert "split at commas outside [], {} and quotes" in shown
     assert "Exit codes: 0 success; 1 " in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--jobs", "2"], "jobs are SLURM's"),
+        (["--slurm", "time=10"], "needs --jobs"),
+        (["--shard", "1/2", "--overwrite"], "leave --overwrite out"),
+    ],
+)
+def test_options_of_shards_that_contradict_each_other_are_refused(
+    arguments: list[Any], options: list[str], said: str
+) -> None:
+    result = run(*arguments, *options)
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_torchrun_cannot_make_every_run_several_times(
+    arguments: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run(*arguments, "--set", "pattern=0.5,2:4")
+    assert result.exit_code == 2
+    assert "torchrun has started 2 processes" in " ".join(result.stderr.replace("│", " ").split())
+    assert not (tmp_path / "grid").exists()
+
+
+def test_a_dry_run_of_a_shard_lists_its_own_runs(arguments: list[Any]) -> None:
+    options = ["--set", "pattern=0.5,2:4,0.6", "--json", "--dry-run"]
+    content = json.loads(run(*arguments[:4], *options, "--shard", "2/2").stdout)
+    assert [row["name"] for row in content["rows"]] == ["pattern-2of4"]
+    wrong = run(*arguments[:4], *options, "--shard", "3/2")
+    assert wrong.exit_code == 1
+    assert "i from 1 to n" in wrong.stderr
+    folder = arguments[-1]
+    folder.mkdir()
+    (folder / "sweep.json").write_text("{}")
+    continued = run(*arguments, *options, "--shard", "2/2")
+    assert "damaged" in continued.stderr or "format" in continued.stderr, "as the run does, it reads the sweep"
+
+
+def test_a_missing_package_is_said_before_the_model_is_read(
+    arguments: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmprune.pruning.sweep.cluster.find_spec", lambda name: None)
+    monkeypatch.setattr("llmprune.pruning.sweep.sweep.resolve_model", None)
+    result = run(*arguments, "--slurm", "time=10", "--jobs", "2")
+    assert result.exit_code == 1
+    assert "needs the package submitit" in result.stderr

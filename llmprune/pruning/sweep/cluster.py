@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,16 @@ class ShardJob:
         return DelayedSubmission(self)
 
 
+def require_submitit() -> None:
+    """Refuse a cluster without the package that talks to it.
+
+    Raises:
+        MissingPackageError: submitit is not installed.
+    """
+    if find_spec("submitit") is None:
+        raise MissingPackageError.of("submitit", "a sweep on a cluster")
+
+
 def submit(
     model: str,
     recipe: str | dict[str, Any],
@@ -73,10 +84,9 @@ def submit(
         RecipeError: an option has a wrong value.
         DeviceError: SLURM is not there, or refuses the jobs.
     """
-    try:
-        import submitit
-    except ImportError as error:
-        raise MissingPackageError.of("submitit", "a sweep on a cluster") from error
+    require_submitit()
+    import submitit
+
     folder = expanded(output)
     try:
         executor = submitit.AutoExecutor(folder / JOBS_NAME / "%j", cluster=cluster)

@@ -208,6 +208,8 @@ def _sweep_shard(
     runs = [
         (row, one.recipe) for place, (row, one) in enumerate(zip(rows, combinations, strict=True)) if shard.has(place)
     ]
+    if not runs:
+        watch(Progress(f"nothing to do: shard {shard} has none of the {len(rows)} runs"))
     _run_all(runs, record, str(model), source, watch)
     record.refresh()
     own = tuple(record.rows[row.name] for row, _ in runs)
@@ -222,6 +224,7 @@ def forecast(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    shard: Shard | None = None,
 ) -> SweepForecast:
     """Work out what `sweep` would do with a checkpoint, without writing anything.
 
@@ -232,6 +235,7 @@ def forecast(
         output: if given, its contents and its free disk space are checked.
         resume: as for `sweep`.
         overwrite: as for `sweep`.
+        shard: as for `sweep`; the others' runs are left out.
 
     Raises:
         LlmpruneError: everything that `sweep` would refuse, and that `llmprune.dry_run` refuses for any combination,
@@ -240,6 +244,7 @@ def forecast(
     folder = resolve_model(model)
     combinations = combine(recipe, grid)
     earlier: list[SweepRow] = []
+    resume = resume or shard is not None
     if output is not None:
         output = expanded(output)
         require_other(output, folder)
@@ -250,7 +255,8 @@ def forecast(
             earlier = [row for row in known if row.state != "replaced"]
     found: list[ForecastRow] = []
     mistakes: list[tuple[dict[str, Any], LlmpruneError]] = []
-    for row, combination in zip(plan_rows(combinations, earlier), combinations, strict=True):
+    planned = enumerate(zip(plan_rows(combinations, earlier), combinations, strict=True))
+    for row, combination in (pair for place, pair in planned if shard is None or shard.has(place)):
         if row.state == "finished":
             found.append(ForecastRow(row.name, row.settings, finished=True))
             continue

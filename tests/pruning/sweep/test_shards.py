@@ -8,6 +8,7 @@ from sweeps import GRID, NAMES, on_text, states, stop_at, write_text
 from tiny_models import build, save
 
 from llmprune.errors import DeviceError, RecipeError, ResumeError
+from llmprune.progress import Progress
 from llmprune.pruning.sweep import shards
 from llmprune.pruning.sweep.cluster import _parameters, submit
 from llmprune.pruning.sweep.ledger import JOBS_NAME
@@ -39,6 +40,13 @@ def test_an_interrupted_shard_continues_and_leaves_the_others_alone(model: Path,
     made = sweep(model, settings, GRID, output, shard=Shard(1, 2))
     assert [row.state for row in made.rows] == ["finished", "finished"]
     assert states(output) == dict(zip(NAMES, ("finished", "waiting", "finished", "waiting"), strict=True))
+
+
+def test_a_shard_without_runs_says_so(model: Path, tmp_path: Path) -> None:
+    told = list[Progress]()
+    made = sweep(model, on_text(write_text(tmp_path)), GRID, tmp_path / "out", shard=Shard(5, 6), watch=told.append)
+    assert made.rows == ()
+    assert [step.stage for step in told] == ["nothing to do: shard 5/6 has none of the 4 runs"]
 
 
 def test_a_sweep_that_keeps_others_out_is_waited_for_and_then_named(
