@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import re
 import sys
 import threading
 import time
@@ -21,6 +22,9 @@ _RATE_SECONDS = 0.08
 # glibc's number of the option, and the size from which a block gets pages of its own. With a smaller one, the system
 # would clear pages for every small activation.
 _M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 256 << 10
+
+# What a CPU's description ends in.
+_THREADS = re.compile(r", \d+ threads?$")
 
 # How most of PyTorch reports a lack of memory, as plain RuntimeErrors: its CPU allocator, and the CUDA libraries.
 _PHRASES = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
@@ -54,6 +58,11 @@ def describe_device(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     instructions = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()} CPU ({instructions}), {cpu_threads()}"
+
+
+def same_but_threads(one: str, other: str) -> bool:
+    """Whether two devices, as `describe_device` names them, differ by nothing but the number of threads."""
+    return _THREADS.sub("", one) == _THREADS.sub("", other)
 
 
 def describe_host(device: torch.device) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _lead(run: Run, name: str, folder: Path, output: Path, *, resume: bool, over
     recipe = {"recipe": run.recipe.to_dict() | {"description": "", "report_to": None}}
     made_by = environment(run, source)
     if resume:
-        require_resumable(output, recipe | made_by)
+        require_resumable(output, recipe | made_by, run.ranks.size)
     else:  # an interrupted run has decided, and needs no file any more
         require_allocatable(run.recipe, preview, jobs)
     texts = run.texts(source, jobs, tokenizer)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
+from llmprune.devices import same_but_threads
 from llmprune.errors import ResumeError
 from llmprune.storage.exchange import MANIFEST_FORMAT
 from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME
@@ -63,11 +64,20 @@ def manifest_of(output: Path) -> Path | None:
     return next((file for file in files if file.exists()), None)
 
 
-def changes(output: Path, manifest: Manifest, keys: Mapping[str, Any]) -> list[str]:
-    """What has changed in the evaluation since the manifest was written; any other change is an error."""
+def changes(output: Path, manifest: Manifest, keys: Mapping[str, Any], processes: int = 1) -> list[str]:
+    """What has changed in the evaluation since the manifest was written; any other change is an error.
+
+    Args:
+        output: the folder.
+        manifest: of the run in it.
+        keys: of the run that is to continue it.
+        processes: how many share that run. Another number than before has other threads each, which changes no more.
+    """
     found = []
     for key, value in keys.items():
         before = manifest.keys.get(key)
+        if key == "device" and processes != manifest.processes and same_but_threads(str(before), str(value)):
+            continue
         if _pruned_by(before) != _pruned_by(value):
             raise ResumeError(
                 f"{output} cannot be resumed: {_difference(key, _pruned_by(before), _pruned_by(value))}",

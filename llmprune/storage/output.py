@@ -224,7 +224,7 @@ class OutputFolder:
     def _continue(self, file: Path) -> None:
         """Go on from the manifest of an interrupted run, or of a finished one, which may have been damaged since."""
         manifest = read_manifest(file)
-        self.reevaluated += changes(self.output, manifest, self.keys)
+        self.reevaluated += changes(self.output, manifest, self.keys, self.processes)
         if self.reevaluated:
             self.told.append(f"evaluated again, not pruned again: {'; '.join(self.reevaluated)}")
         if manifest.processes != self.processes and not manifest.complete:
@@ -291,11 +291,16 @@ class OutputFolder:
         write_json(self.path / MANIFEST_NAME, content)
 
 
-def require_resumable(output: Path, keys: Mapping[str, Any]) -> None:
+def require_resumable(output: Path, keys: Mapping[str, Any], processes: int) -> None:
     """Refuse to resume a run that has changed, as soon as some of its keys are known.
+
+    Args:
+        output: the folder.
+        keys: those that are known.
+        processes: how many share the run that is to continue.
 
     Raises:
         ResumeError: the keys differ from those of the run in the folder, or its manifest is damaged.
     """
     if (found := manifest_of(output)) is not None:
-        changes(output, read_manifest(found), json.loads(json.dumps(keys)))
+        changes(output, read_manifest(found), json.loads(json.dumps(keys)), processes)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -349,3 +350,25 @@ def test_the_manifest_is_read_by_its_format(whole: Whole) -> None:
     }
     assert list(manifest["keys"]) == ["recipe", "tokens", "source", "version", "device", "compute_dtype"]
     assert manifests.MANIFEST_NAME == ".llmprune.json"
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_number_of_processes_may_have_another_number_of_threads(
+    whole: Whole, tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch, *, finished: bool
+) -> None:
+    folder = tmp_path / "run"
+    manifest = shutil.copytree(whole.folder, folder) / MANIFEST_NAME if finished else None
+    manifest = manifest or interrupted(whole, folder, 2) / STAGING_NAME / MANIFEST_NAME
+    begun = json.loads(manifest.read_text())
+    begun["keys"]["device"] = re.sub(r"\d+ threads?$", "77 threads", begun["keys"]["device"])
+    told = list[Progress]()
+    for processes, device in ((1, ""), (2, " of another kind")):
+        keys = {**begun["keys"], "device": begun["keys"]["device"].replace(" CPU", f" CPU{device}")}
+        manifest.write_text(json.dumps({**begun, "keys": keys, "processes": processes}))
+        with pytest.raises(ResumeError, match="device was"):
+            prune(whole.source, whole.recipe, folder, resume=True)
+    manifest.write_text(json.dumps({**begun, "processes": 2}))
+    monkeypatch.setattr(on_disk, "_evaluate_again", None)
+    prune(whole.source, whole.recipe, folder, resume=True, watch=told.append)
+    assert any("continued with 1: what is left may differ" in step.stage for step in told) == (not finished)
+    assert bool(solved) == (not finished)
