@@ -7,7 +7,7 @@ gives the same bytes.
 
 import contextlib
 import datetime
-import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmprune import torchrun
+from llmprune.devices import is_shortage
 from llmprune.errors import DeviceError, PeerError
 
 T = TypeVar("T")
@@ -125,6 +126,36 @@ class Ranks:
 SINGLE = Ranks()
 
 
+def require_gpus(device: str, processes: int) -> None:
+    """Refuse several processes that compute on GPUs but have none for each.
+
+    Args:
+        device: as in a recipe.
+        processes: how many of them are on this machine.
+
+    Raises:
+        DeviceError: this machine has fewer GPUs, or all are to use the same.
+    """
+    if not _on_gpu(device):
+        return
+    if ":" in device:
+        raise DeviceError(
+            f"device {device!r} for several processes",
+            expected="a GPU for each process",
+            fix="set device: cuda, and choose GPUs by CUDA_VISIBLE_DEVICES",
+        )
+    if (found := torch.cuda.device_count()) < processes:
+        raise DeviceError(
+            f"{processes} processes on a machine with {found} visible CUDA devices",
+            expected="a GPU for each process",
+            fix=f"start at most {found} processes on it, or set device: cpu" if found else "set device: cpu",
+        )
+
+
+def _on_gpu(device: str) -> bool:
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+
+
 def join(device: str) -> Ranks:
     """Meet the other processes that torchrun has started; without torchrun, or with one process, be a single one.
 
@@ -132,18 +163,14 @@ def join(device: str) -> Ranks:
         device: as in a recipe; decides how processes talk.
 
     Raises:
-        DeviceError: the processes cannot meet, or one GPU is named for all of them.
+        DeviceError: the processes cannot meet, or there is not a GPU for each of them.
     """
     if not torchrun.started() or not dist.is_available():
         return SINGLE
     if not dist.is_initialized():
-        on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-        if on_gpu and ":" in device:
-            raise DeviceError(
-                f"device {device!r} for {os.environ['WORLD_SIZE']} processes",
-                expected="a GPU for each process",
-                fix="set device: cuda, and choose GPUs by CUDA_VISIBLE_DEVICES",
-            )
+        torchrun.end_with_torchrun()
+        require_gpus(device, torchrun.neighbours())
+        on_gpu = _on_gpu(device)
         if on_gpu:
             torch.cuda.set_device(torchrun.place())
         try:
@@ -164,13 +191,20 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def _said(error: RuntimeError) -> str:
+    """The first sentence of gloo or NCCL, without the place in its source code."""
+    return re.sub(r"^\[[^\]]*\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
+
+
 @contextlib.contextmanager
 def _talking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_shortage(error):  # of this process, which says so itself
+            raise
         raise PeerError(
-            f"another process of this run has ended: {str(error).splitlines()[0]}",
+            f"another process of this run has ended: {_said(error)}",
             expected="all processes of the run until its end",
             fix="see the message of the other process; then continue with --resume",
         ) from error

@@ -1,6 +1,15 @@
 """What torchrun's environment variables say about this process; without torchrun it is alone."""
 
 import os
+import signal
+import threading
+import time
+
+# How long a process that is about to fail waits for the first one to do the same.
+_PATIENCE_SECONDS = 15.0
+
+# How often a process looks whether torchrun is still there.
+_INTERVAL_SECONDS = 1.0
 
 _met = False
 
@@ -20,6 +29,11 @@ def follows() -> bool:
     return started() and os.environ.get("RANK", "0") != "0"
 
 
+def neighbours() -> int:
+    """How many of the processes are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def meet() -> None:
     """Note that this process works with the others from now on."""
     global _met
@@ -29,6 +43,27 @@ def meet() -> None:
 def shows_errors() -> bool:
     """Whether this process shows its errors: until the processes meet, all have the same, and the first one does."""
     return _met or not follows()
+
+
+def end_with_torchrun() -> None:
+    """From now on, end this process as soon as torchrun, which has started it, is gone: killed, it leaves it behind."""
+    if started() and "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_INTERVAL_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def let_first_speak() -> None:
+    """Wait for the end of the first process, which has failed as this one has: torchrun then ends this one as well.
+
+    Were this process to end before it, torchrun would end the first one before it has said anything. If this returns,
+    the first one has not failed, and this one has to say what is wrong.
+    """
+    time.sleep(_PATIENCE_SECONDS)
 
 
 def place() -> int:

@@ -17,8 +17,8 @@ FILES = [path for folder in (PACKAGE, KERNELS) for path in sorted(folder.rglob("
 ROOMS = (
     ("kernels",),
     ("errors", "precision", "progress", "timing", "torchrun", "units"),
-    ("devices", "paths", "patterns", "ranks", "statistics"),
-    ("losses",),
+    ("devices", "paths", "patterns", "statistics"),
+    ("losses", "ranks"),
     ("storage.formats",),
     ("methods", "rotation", "storage", "training.rules"),
     ("models",),

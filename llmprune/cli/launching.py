@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 
 import typer
@@ -10,21 +11,28 @@ from llmprune import torchrun
 from llmprune.cli import console
 
 
-def launch(processes: int | None) -> None:
-    """Start the command that runs in several processes, and exit as they do; return in each of these processes.
-
-    Args:
-        processes: how many; None or 1: this one goes on alone, as does one that torchrun has started.
-    """
+def number(processes: int | None) -> int:
+    """How many processes share the command: as many as --processes or torchrun says, or else one."""
     if processes is None or processes == 1:
-        return
+        return torchrun.processes()
     if torchrun.started():
         raise typer.BadParameter("torchrun has started the processes already", param_hint="--processes")
+    return processes
+
+
+def launch(processes: int) -> None:
+    """Start the command that runs in several processes, and exit as they do.
+
+    Args:
+        processes: how many.
+    """
+    import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+    # Of the threads of one process: fewer than the machine's where a scheduler grants only some of its cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(torch.get_num_threads() // processes, 1)))
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what has failed has said why itself
@@ -33,9 +41,12 @@ def launch(processes: int | None) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
-            console.tell(f"process {rank} was ended by {failure.signal_name()}; continue with --resume")
+            memory = ", as the system does when memory runs out" if failure.signal_name() == "SIGKILL" else ""
+            console.tell(f"process {rank} was ended by {failure.signal_name()}{memory}; continue with --resume")
         raise typer.Exit(failure.exitcode if failure.exitcode > 0 else 1) from None
-    except SignalException as error:  # the first process has said how to continue
+    except SignalException as error:
+        if error.sigval != signal.SIGINT:  # of which the first process says itself how to continue
+            console.tell(f"ended by {signal.Signals(error.sigval).name}; continue with --resume")
         raise typer.Exit(128 + int(error.sigval)) from None
     raise typer.Exit(0)
 

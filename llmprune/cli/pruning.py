@@ -119,8 +119,7 @@ def prune(
         raise typer.BadParameter("missing; only --dry-run works without it", param_hint="--output")
     if resume and overwrite:
         raise typer.BadParameter("--resume continues the run in DIR, --overwrite replaces it: give only one of them")
-    if not dry_run:
-        launching.launch(processes)
+    sharing = launching.number(processes)
     wanted = Wanted.read(
         recipe,
         overrides,
@@ -137,9 +136,13 @@ def prune(
     if output is None or dry_run:
         _dry_run(
             model, wanted, further, output, push_to_hub,
-            resume=resume, overwrite=overwrite, processes=processes, as_json=as_json,
+            resume=resume, overwrite=overwrite, processes=sharing, as_json=as_json,
         )  # fmt: skip
         return
+    if sharing > 1 and not torchrun.started():
+        with explained(as_json), wanted.spelled():
+            _require_startable(wanted, further, sharing)
+        launching.launch(sharing)
     options = [part for key, value in chosen.items() if value for part in (f"--{key}", value)]
     options += ["--push-to-hub", push_to_hub] if push_to_hub else []
     options += ["--processes", str(torchrun.processes())] if torchrun.started() else []
@@ -197,6 +200,15 @@ def recipes(
             console.show(recipes_table(bundled_recipes()))
 
 
+def _require_startable(wanted: Wanted, further: list[str], processes: int) -> None:
+    """Refuse to share what is wanted out over so many processes, before any of them is started."""
+    from llmprune.pruning.sharing import require_startable
+    from llmprune.recipe.recipe import load_recipe
+
+    here = torchrun.neighbours() if torchrun.started() else processes
+    require_startable(load_recipe(wanted.name, [*wanted.settings(), *further]), processes, here)
+
+
 def _dry_run(
     model: str,
     wanted: Wanted,
@@ -206,9 +218,11 @@ def _dry_run(
     *,
     resume: bool,
     overwrite: bool,
-    processes: int | None,
+    processes: int,
     as_json: bool,
 ) -> None:
+    if torchrun.follows():
+        return
     with explained(as_json, lambda: "interrupted; nothing was written"), wanted.spelled():
         from llmprune.cli.tables.pruning import dry_run_tables
         from llmprune.pruning.forecast.forecast import dry_run
@@ -219,6 +233,8 @@ def _dry_run(
         if folder is not None:
             require_free(folder)
             require_empty(folder, resume=resume, overwrite=overwrite)
+        if processes > 1:
+            _require_startable(wanted, further, processes)
         plan = dry_run(model, wanted.name, [*wanted.settings(), *further])
         if folder is not None:
             require_space(folder, plan.disk_bytes, resume=resume)
@@ -226,11 +242,11 @@ def _dry_run(
             console.show_json(plan.to_dict())
         else:
             console.show(*dry_run_tables(plan))
-            if processes is not None and processes > 1:
-                console.tell(
-                    f"These figures are those of one process. With {processes}, each has 1/{processes} of the hidden "
-                    "states and of the forward passes; layers and solvers take the same memory in each."
-                )
+        if processes > 1:
+            console.tell(
+                f"These figures are those of one process. With {processes}, each has 1/{processes} of the hidden "
+                "states and of the forward passes; layers and solvers take the same memory in each."
+            )
 
 
 def _begun(display: console.Display) -> bool:

@@ -105,9 +105,12 @@ def with_error(value: float | None, stderr: float | None) -> str:
     return f"{perplexity(value)} ± {stderr:.2g}" if known else perplexity(value)
 
 
-def repeating_command(model: str) -> str:
-    """The command that repeats a run in its output folder, which has its recipe."""
-    return shlex.join(["llmprune", "prune", model, "--recipe", "recipe.yaml", "--output", "pruned"])
+def repeating_command(header: Mapping[str, Any]) -> str:
+    """The command that repeats a run in its output folder, which has its recipe; the header is its report's."""
+    processes = (header.get("host") or {}).get("processes")
+    shared = ["--processes", str(processes)] if processes else []
+    model = str(header["model"])
+    return shlex.join(["llmprune", "prune", model, "--recipe", "recipe.yaml", "--output", "pruned", *shared])
 
 
 def divergence(value: float | None) -> str:

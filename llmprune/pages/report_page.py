@@ -300,7 +300,7 @@ def _host_fact(name: str, value: object) -> str:
 
 def _protocol(header: Mapping[str, Any]) -> list[Part]:
     pruned = header.get("model") and not (header.get("recovery") or header.get("training"))
-    facts = [("command", repeating_command(str(header["model"])))] if pruned else []
+    facts = [("command", repeating_command(header))] if pruned else []
     facts += [(_HOST.get(name, name), _host_fact(name, value)) for name, value in (header.get("host") or {}).items()]
     facts += [(name, str(version)) for name, version in (header.get("version") or {}).items()]
     for name, digest in (header.get("tokens") or {}).items():

@@ -38,7 +38,7 @@ def _body(folder: Path, model: str, recipe: Recipe, report: Report) -> list[str]
         "",
         "`report.json` has a row for every matrix. To reproduce the run with `recipe.yaml`:",
         "",
-        *fenced("bash", repeating_command(model)),
+        *fenced("bash", repeating_command(report.header | {"model": model})),
         "",
     ]
 

@@ -63,11 +63,9 @@ class Run:
             ranks: the processes of the run, of which only the first is watched.
 
         Raises:
-            DeviceError: the recipe's device is not available.
-            MissingPackageError: its tracker is not installed.
+            LlmpruneError: as for `require_runnable`.
         """
-        device = resolve_device(recipe.device)
-        require_tracker(recipe.report_to)
+        device = require_runnable(recipe)
         if device.type == "cpu":
             # Before the first text is sampled: what the heap has grown to once, it takes large blocks from.
             map_large_blocks()
@@ -115,6 +113,17 @@ class Run:
             texts = self.dense.texts(self.recipe.texts, source, tokenizer, self.device, self.watch)
         self.watch.expected = partial(pruning_needs, source, jobs, texts, self.settings, self.recipe)
         return texts
+
+
+def require_runnable(recipe: Recipe) -> torch.device:
+    """The device of a run, if there is all that it needs on this machine.
+
+    Raises:
+        DeviceError: the recipe's device is not available.
+        MissingPackageError: its tracker is not installed.
+    """
+    require_tracker(recipe.report_to)
+    return resolve_device(recipe.device)
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from llmprune.devices import describe_device
-from llmprune.errors import RecipeError
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.source import Source
 from llmprune.pages import write_report
@@ -31,6 +30,7 @@ from llmprune.pruning.reporting import (
     reevaluated,
 )
 from llmprune.pruning.rotation.rotating import Rotating, discard_rotated, rotated_folder
+from llmprune.pruning.sharing import require_shareable
 from llmprune.pruning.tracking import track
 from llmprune.pruning.writing import Writer
 from llmprune.ranks import SINGLE
@@ -96,7 +96,7 @@ class _Begun:
 
 def _lead(run: Run, name: str, folder: Path, output: Path, *, resume: bool, overwrite: bool) -> Report:
     """What the first process does, or the only one."""
-    _require_shareable(run)
+    require_shareable(run.recipe, run.ranks.size)
     require_other(output, folder)
     require_free(output)
     require_empty(output, resume=resume, overwrite=overwrite)
@@ -138,24 +138,11 @@ def _lead(run: Run, name: str, folder: Path, output: Path, *, resume: bool, over
         return _together(target, run, name, source, texts, found, tokenizer, rotating)
 
 
-def _require_shareable(run: Run) -> None:
-    """Refuse what depends on the order in which one process sees the text.
-
-    Raises:
-        RecipeError: names the key.
-    """
-    if run.ranks.size > 1 and run.recipe.statistics.token_weight == "clip":
-        raise RecipeError(
-            f"statistics.token_weight: clip in {run.ranks.size} processes",
-            expected="normalise or none: clip is measured on the first sequence, which only one process has",
-            fix="set statistics.token_weight: normalise, or prune in one process",
-        )
-
-
 def _follow(run: Run, name: str, folder: Path) -> Report:
     """What the other processes do: all but writing."""
     begun: _Begun | None = run.ranks.share(None)
     if begun is not None:
+        run.watch.resumable = True
         source = run.open(folder)
         tokenizer = tokenizer_for(run.recipe.texts.values(), folder, source.config)
         run, found, _, _ = _planned(run, source)

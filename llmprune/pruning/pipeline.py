@@ -16,7 +16,7 @@ from llmprune.models.source import ModelSource
 from llmprune.precision import computed_in, dtype_name
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.pruning.allocating.allocate import allocate, require_allocatable
-from llmprune.pruning.context import Run
+from llmprune.pruning.context import Run, require_runnable
 from llmprune.pruning.fitting import find_parts
 from llmprune.pruning.gradients import dense_gradients
 from llmprune.pruning.jobs import nothing_packed, plan_jobs, require_packable
@@ -79,6 +79,7 @@ def prune(
         0.5
     """
     settings = load_recipe(recipe, overrides)
+    require_runnable(settings)  # before the processes meet, so that the first one alone says it
     run = Run.begin(settings, watch, ranks=join(settings.device))
     model = unwrapped(model)
     if isinstance(model, nn.Module):

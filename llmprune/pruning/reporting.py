@@ -63,7 +63,7 @@ def make_report(
     header = {
         "model": name,
         **_made(run, keys, texts),
-        "host": describe_host(run.device),
+        "host": describe_host(run.device) | ({"processes": run.ranks.size} if run.ranks.size > 1 else {}),
         "parameters": sum(parameter.numel() for parameter in source.model.parameters()),
         "notes": list(dict.fromkeys(str(t.description["note"]) for t in texts.values() if "note" in t.description)),
         "seconds": {"total": time.perf_counter() - run.started, **run.stages.seconds},

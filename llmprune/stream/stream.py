@@ -252,8 +252,10 @@ def require_batches(settings: StreamSettings, samples: int) -> None:
     """
     counted, size = samples - settings.held_back, settings.ranks.size
     if (batches := -(-counted // settings.batch_size)) < size:
+        change = f"set batch_size to at most {counted // size}" if counted >= size else f"read {size} sequences or more"
         raise CalibrationError(
-            f"{size} processes for {batches} batches of {settings.batch_size} calibration sequences",
+            f"{size} processes for {batches} batch{'es' * (batches != 1)}: {counted} calibration sequences, "
+            f"{settings.batch_size} in a batch",
             expected="a batch for each process",
-            fix=f"set batch_size to at most {max(counted // size, 1)}, or start fewer processes",
+            fix=f"{change}, or start at most {batches} process{'es' * (batches != 1)}",
         )

@@ -1,18 +1,25 @@
 """One command in several processes."""
 
 import json
+import os
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from command_line import run
 from tiny_models import build, save
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from llmprune import torchrun
 from llmprune.cli import launching
+from llmprune.cli.options import explained
+from llmprune.errors import RecipeError
 
 
 def llmprune(*words: str) -> subprocess.CompletedProcess[str]:
@@ -40,10 +47,82 @@ def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
 
 
 def test_torchrun_and_processes_are_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [launching.number(processes) for processes in (None, 1, 3)] == [1, 1, 3]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    launching.launch(1)
+    assert [launching.number(processes) for processes in (None, 1)] == [2, 2]
     with pytest.raises(typer.BadParameter, match="torchrun has started"):
-        launching.launch(2)
+        launching.number(3)
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (("--processes", "1000"), "1000 processes for 4 batches"),
+        (("--processes", "2", "--set", "batch_size=32"), "2 processes for 1 batch: 32 calibration sequences"),
+        (("--processes", "2", "--set", "statistics.token_weight=clip"), "clip in 2 processes"),
+        (("--processes", "2", "--device", "cuda"), "0 CUDA devices are visible"),
+        (("--processes", "2", "--recipe", "gone.yaml"), "gone.yaml"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_before_a_process_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: tuple[str, ...], what: str, more: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(launching, "launch", lambda processes: pytest.fail("started"))
+    done = run("prune", "testbed", "--output", tmp_path / "out", "--device", "cpu", *options, *more)
+    assert done.exit_code == 1
+    assert what in done.stderr
+    assert "fix: " in done.stderr or "gone" in what
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_of_several_processes_shows_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    done = run("prune", "testbed", "--dry-run")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_error_of_one_process_alone_is_shown_once_the_first_one_has_gone_on(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(torchrun, "_met", False)
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    with pytest.raises(typer.Exit), explained(as_json=False):
+        raise RecipeError("no recipe on this machine")
+    assert sum(waited) >= 10, "the first process has time to say the same, and torchrun to end this one"
+    assert "no recipe on this machine" in capfd.readouterr().err
+
+
+def test_the_processes_share_the_threads_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.run.main", lambda words: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    for given, threads in ((None, "3"), ("5", "5")):
+        monkeypatch.setenv("OMP_NUM_THREADS", given or "")
+        if given is None:
+            monkeypatch.delenv("OMP_NUM_THREADS")
+        with pytest.raises(typer.Exit):
+            launching.launch(2)
+        assert os.environ["OMP_NUM_THREADS"] == threads
+
+
+def test_a_process_that_torchrun_has_left_behind_ends(tmp_path: Path) -> None:
+    program = (
+        "import time; from llmprune import torchrun; torchrun._INTERVAL_SECONDS = 0.01; "
+        "torchrun.end_with_torchrun(); open('begun', 'w').close(); time.sleep(60); open('end', 'w').close()"
+    )
+    shell = f'{shlex.quote(sys.executable)} -c "{program}" & echo $!; while [ ! -e begun ]; do sleep 0.01; done'
+    environment = {**os.environ, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    # The output is at its end once both the shell and the process it has left behind have closed it.
+    done = subprocess.run(
+        ["sh", "-c", shell], cwd=tmp_path, env=environment, capture_output=True, timeout=50, check=False
+    )
+    assert done.returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["begun"]
 
 
 def test_the_processes_get_the_same_command_without_their_number() -> None:
@@ -76,4 +155,6 @@ def test_the_command_ends_as_its_processes_do(
         launching.launch(2)
     assert caught.value.exit_code == status
     killed = isinstance(ended, ChildFailedError) and ended.get_first_failure()[1].exitcode < 0
-    assert ("process 1 was ended by SIGKILL" in capfd.readouterr().err) == killed
+    told = capfd.readouterr().err
+    assert ("process 1 was ended by SIGKILL, as the system does when memory runs out" in told) == killed
+    assert ("ended by SIGTERM; continue with --resume" in told) == (status == 143)

@@ -4,20 +4,22 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from folders import contents, tensors
 from tiny_models import build, recipe, save
 
-from llmprune.errors import CalibrationError, RecipeError
+from llmprune.errors import CalibrationError, DeviceError, PeerError, RecipeError
 from llmprune.progress import Progress
 from llmprune.pruning.context import Run
 from llmprune.pruning.on_disk import prune_checkpoint
 from llmprune.pruning.pipeline import prune
-from llmprune.ranks import Ranks
+from llmprune.ranks import Ranks, join
 from llmprune.recipe.recipe import load_recipe
 from llmprune.storage.report import Report, load_report
 from llmprune.stream.stream import StreamSettings, require_batches
@@ -151,9 +153,59 @@ def test_a_killed_process_ends_the_run_which_one_process_continues(tmp_path: Pat
 def test_more_processes_than_batches_are_refused() -> None:
     settings = StreamSettings(batch_size=4, held_back=2, ranks=Ranks(0, 3))
     require_batches(settings, 14)
-    with pytest.raises(CalibrationError, match="3 processes for 2 batches of 4") as caught:
+    with pytest.raises(CalibrationError, match="3 processes for 2 batches: 8 calibration sequences, 4 in") as caught:
         require_batches(settings, 10)
-    assert caught.value.fix == "set batch_size to at most 2, or start fewer processes"
+    assert caught.value.fix == "set batch_size to at most 2, or start at most 2 processes"
+    require_batches(replace(settings, batch_size=2), 10)
+    with pytest.raises(CalibrationError, match="3 processes for 1 batch: 2 calibration") as caught:
+        require_batches(settings, 4)
+    assert caught.value.fix == "read 3 sequences or more, or start at most 1 process"
+    require_batches(replace(settings, batch_size=1), 5)
+
+
+def test_more_processes_than_batches_are_refused_before_any_text_is_sampled(tmp_path: Path) -> None:
+    run = Run.begin(load_recipe(settings_of({})), ranks=Ranks(0, 6))
+    with pytest.raises(CalibrationError, match="6 processes for 5 batches"):
+        prune_checkpoint(run, "model", tmp_path / "model", tmp_path / "out")
+
+
+def test_processes_without_a_gpu_each_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("cuda", "auto"):
+        with pytest.raises(DeviceError, match="4 processes on a machine with 2 visible") as caught:
+            join(device)
+        assert "at most 2" in caught.value.fix
+    with pytest.raises(DeviceError, match="'cuda:1' for several processes"):
+        join("cuda:1")
+
+
+def test_a_process_without_memory_says_so_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = {RuntimeError: PeerError, torch.OutOfMemoryError: torch.OutOfMemoryError}
+    for raised, seen in failures.items():
+        monkeypatch.setattr(
+            "torch.distributed.broadcast", partial(_fail, raised("[/torch/pair.cc:5] closed by the peer. Look there."))
+        )
+        with pytest.raises(seen) as caught:
+            Ranks(1, 2).send(torch.zeros(1), owner=0)
+        assert str(caught.value).startswith("another process of this run has ended: closed by the peer\n") == (
+            seen is PeerError
+        )
+
+
+def _fail(error: Exception, *arguments: Any, **options: Any) -> None:
+    raise error
+
+
+def test_the_number_of_processes_is_part_of_the_report(pruned: dict[str, Pruned]) -> None:
+    case = pruned["chain"]
+    assert case.together.header["host"]["processes"] == 2
+    assert "processes" not in case.alone.header["host"]
+    for page in ("README.md", "report.html"):
+        told = [" --processes 2" in (folder / page).read_text("utf-8") for folder in (case.together_in, case.alone_in)]
+        assert told == [True, False], page
 
 
 def test_weights_that_depend_on_the_first_sequence_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""What several processes cannot share is refused: by one process, and before any text is sampled or read."""
+
+from llmprune.devices import resolve_device
+from llmprune.errors import RecipeError
+from llmprune.ranks import Ranks, require_gpus
+from llmprune.recipe.recipe import Recipe
+from llmprune.stream.stream import StreamSettings, require_batches
+
+
+def require_startable(recipe: Recipe, processes: int, here: int) -> None:
+    """Refuse to share a run out over so many processes, as far as that can be said without the model.
+
+    Args:
+        recipe: of the run.
+        processes: how many share it.
+        here: how many of them are on this machine.
+
+    Raises:
+        LlmpruneError: as for `require_shareable`, or there is not a GPU for each.
+    """
+    resolve_device(recipe.device)
+    require_gpus(recipe.device, here)
+    require_shareable(recipe, processes)
+
+
+def require_shareable(recipe: Recipe, processes: int) -> None:
+    """Refuse what depends on the order in which one process sees the text, and more processes than batches.
+
+    Args:
+        recipe: of the run; its calibration text may have fewer sequences than it says.
+        processes: how many share the run.
+
+    Raises:
+        RecipeError: names the key.
+        CalibrationError: some processes would have nothing to do.
+    """
+    if processes == 1:
+        return
+    if recipe.statistics.token_weight == "clip":
+        raise RecipeError(
+            f"statistics.token_weight: clip in {processes} processes",
+            expected="normalise or none: clip is measured on the first sequence, which only one process has",
+            fix="set statistics.token_weight: normalise, or prune in one process",
+        )
+    settings = StreamSettings(batch_size=recipe.batch_size, held_back=recipe.held_back, ranks=Ranks(0, processes))
+    sequences = recipe.fitted(None, resolve_device(recipe.device).type).calibration.sequences
+    require_batches(settings, sequences + recipe.held_back)
