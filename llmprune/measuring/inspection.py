@@ -211,6 +211,12 @@ def _readable(path: Path) -> Iterator[None]:
             expected="a complete safetensors file",
             fix="download or copy the file again",
         ) from error
+    except RuntimeError as error:  # torch maps a file as memory that can be written
+        raise CheckpointError(
+            f"{path} cannot be read: {error}",
+            expected="a file that fits into the memory of this machine",
+            fix="inspect it on a machine with more memory, or save the model in smaller shards",
+        ) from error
 
 
 def _row(name: str, tensor: Tensor) -> TensorRow:

@@ -200,8 +200,9 @@ def header_bytes(file: Path) -> bytes:
     Raises:
         CheckpointError: the file is missing, truncated or corrupted.
     """
-    # safe_open refuses inconsistent headers: lengths, shapes, overlaps, gaps.
-    with reading(file), _open_plain(file) as handle, safe_open(file, framework="pt"):
+    # safe_open refuses inconsistent headers: lengths, shapes, overlaps, gaps. For torch it would map the file as memory
+    # that can be written, which the system refuses where the file is larger than the machine's memory.
+    with reading(file), _open_plain(file) as handle, safe_open(file, framework="np"):
         return handle.read(int.from_bytes(handle.read(8), "little"))
 
 

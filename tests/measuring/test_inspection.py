@@ -339,3 +339,15 @@ def test_files_that_transformers_does_not_read_contradict_nothing(tmp_path: Path
     folder = save(build("llama"), tmp_path)
     (folder / SINGLE).rename(folder / "consolidated.safetensors")
     assert inspect_checkpoint(folder).contradiction is None
+
+
+def test_a_file_that_cannot_be_mapped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(build("llama"), tmp_path / "dense")
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("unable to mmap 65057956176 bytes from file: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("llmprune.measuring.inspection.safe_open", fail)
+    with pytest.raises(CheckpointError, match="unable to mmap") as caught:
+        inspect_checkpoint(folder)
+    assert "more memory" in caught.value.fix

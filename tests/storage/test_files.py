@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from command_line import run
@@ -127,6 +128,16 @@ def test_no_file_is_mapped_to_read_a_tensor(tmp_path: Path, monkeypatch: pytest.
     stored = read_index(tmp_path)["x"]
     monkeypatch.setattr(files, "safe_open", None)
     assert stored[...].tolist() == [0, 1, 2]
+
+
+def test_a_file_larger_than_the_memory_is_listed(tmp_path: Path) -> None:
+    size = 2 * (psutil.virtual_memory().total + psutil.swap_memory().total)
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(tmp_path / "model.safetensors", 8 + len(header) + size)  # it takes no space
+    (found,) = read_header(tmp_path / "model.safetensors")
+    assert (found.key, found.shape) == ("w", (size,))
 
 
 def test_the_index_says_which_tensors_there_are(tmp_path: Path) -> None:
