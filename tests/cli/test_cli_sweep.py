@@ -161,6 +161,7 @@ def test_a_dry_run_of_a_shard_lists_its_own_runs(arguments: list[Any]) -> None:
     options = ["--set", "pattern=0.5,2:4,0.6", "--json", "--dry-run"]
     content = json.loads(run(*arguments[:4], *options, "--shard", "2/2").stdout)
     assert [row["name"] for row in content["rows"]] == ["pattern-2of4"]
+    assert "1 run " in run(*arguments[:4], *(option for option in options if option != "--json"), "--shard=2/2").stdout
     wrong = run(*arguments[:4], *options, "--shard", "3/2")
     assert wrong.exit_code == 1
     assert "i from 1 to n" in wrong.stderr

@@ -35,5 +35,6 @@ def forecast_table(forecast: "SweepForecast") -> RenderableType:
                 row.name, format_seconds(row.seconds), format_size(row.peak_bytes), format_size(row.disk_bytes)
             )
     totals = format_seconds(forecast.seconds), format_size(forecast.peak_bytes), format_size(forecast.disk_bytes)
-    table.add_row(Text(f"{len(forecast.rows)} runs", "bold"), *(Text(total, "bold") for total in totals))
+    count = f"{len(forecast.rows)} run{'s' * (len(forecast.rows) != 1)}"
+    table.add_row(Text(count, "bold"), *(Text(total, "bold") for total in totals))
     return table
