@@ -187,8 +187,11 @@ def _load_dense(folder: Path, device: torch.device) -> PreTrainedModel:
     config = read_stock_config(folder)
     dtype = computed_in(config.dtype or torch.float32, device)
     nbytes = sum(math.prod(stored.shape) for stored in read_index(folder).values()) * dtype.itemsize
-    fits = nbytes < 0.8 * free_bytes(device)
+    placed: Any = {"": device} if fits(nbytes, device) else "auto"
     with quiet_transformers():
-        return load_stock_model(
-            folder, config, dtype=dtype, device_map={"": device} if fits else "auto", experts_implementation="eager"
-        )
+        return load_stock_model(folder, config, dtype=dtype, device_map=placed, experts_implementation="eager")
+
+
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Whether a whole model of this size is loaded to generate text, and nothing of it offloaded."""
+    return nbytes < 0.8 * free_bytes(device)

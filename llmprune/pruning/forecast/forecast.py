@@ -13,6 +13,7 @@ matmuls are counted:
               tokens for each and once before, and one more forward pass of the dense layer
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +65,7 @@ from llmprune.structures.plan import (
 from llmprune.structures.reduction import Reduction
 from llmprune.structures.removable import Removable
 from llmprune.structures.survey import check_budget
-from llmprune.text.loading import check_texts, model_positions, tokenizer_for
+from llmprune.text.loading import check_texts, fits, model_positions, tokenizer_for
 from llmprune.text.mix import TextMix
 from llmprune.units import format_size
 
@@ -374,8 +375,13 @@ def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
         if isinstance(text, TextMix):
             yield f"The {name} text is a mix of {text.summary}."
     if any(part.source == "self" for text in recipe.texts.values() for part in text.parts):
-        size = sum(stored.nbytes for stored in source.stored.values())
-        yield f"For self-generated text, the whole dense model is loaded: {size / 1e9:.2f} GB."
+        size = sum(math.prod(parameter.shape) for parameter in source.model.parameters()) * source.dtype.itemsize
+        slow = (
+            ""
+            if fits(size, resolve_device(recipe.device))
+            else ", more than fits: parts of it are loaded again for every token"
+        )
+        yield f"For self-generated text, the whole dense model is loaded: {format_size(size)}{slow}."
     if recipe.evaluation is not None and (prompts := recipe.evaluation.prompts):
         reason = too_large(source, resolve_device(recipe.device))
         asked = f"left out: {reason}" if reason else "answered by both models, each loaded completely for it"

@@ -15,6 +15,7 @@ from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.pruning.forecast.forecast import dry_run
 from llmprune.pruning.forecast.plan import Around, DryRun, Work
 from llmprune.pruning.forecast.rates import measure_rates
+from llmprune.units import format_size
 
 # Of the recipe of tiny_models: 6 samples and one held back, 24 tokens each.
 COUNTED, TOKENS = 6 * 24, 7 * 24
@@ -178,6 +179,16 @@ def test_nothing_is_written_and_no_text_is_read(folder: Path, tmp_path: Path, mo
     assert contents(tmp_path) == {}
     assert contents(folder) == before
     assert any("does not read the calibration text" in note for note in plan.notes)
+
+
+def test_the_dense_model_is_loaded_in_the_dtype_of_the_computation(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = format_size(4 * sum(tensor.numel() for tensor in tiny_models.build("llama").parameters()))
+    stored = tiny_models.save(tiny_models.build("llama", torch.bfloat16), tmp_path / "stored")
+    assert f"loaded: {size}." in " ".join(look(stored, compute_dtype="float32").notes)
+    monkeypatch.setattr("llmprune.text.loading.free_bytes", lambda device: 1000)
+    assert f"loaded: {size}, more than fits: parts of it are loaded again" in " ".join(look(folder).notes)
 
 
 def test_notes_say_what_the_figures_leave_out(folder: Path) -> None:
