@@ -240,6 +240,7 @@ def _into(
         {**more, **(before or {}), **compare_writing(run, source, target.path, texts)},
         lambda: ask_stored(run, source, target.path, tokenizer),
     )
+    report.header["notes"] += target.notes
     run.watch(Progress("writing the report"))
     report.save(target.path)
     write_card(target.path, name, run.recipe, report)

@@ -2,6 +2,7 @@
 
 from llmprune.devices import resolve_device
 from llmprune.errors import RecipeError
+from llmprune.pruning.context import require_runnable
 from llmprune.ranks import Ranks, require_gpus
 from llmprune.recipe.recipe import Recipe
 from llmprune.stream.stream import StreamSettings, require_batches
@@ -18,7 +19,7 @@ def require_startable(recipe: Recipe, processes: int, here: int) -> None:
     Raises:
         LlmpruneError: as for `require_shareable`, or there is not a GPU for each.
     """
-    resolve_device(recipe.device)
+    require_runnable(recipe)
     require_gpus(recipe.device, here)
     require_shareable(recipe, processes)
 

@@ -56,6 +56,7 @@ class Manifest:
     layers: dict[str, CommittedLayer]
     files: tuple[str, ...] = ()
     processes: int = 1
+    notes: tuple[str, ...] = ()
 
 
 def manifest_of(output: Path) -> Path | None:

@@ -48,6 +48,7 @@ class OutputFolder:
         processes: how many share the run.
         follows: another process writes; here the folder is only read.
         told: sentences about a run that is continued.
+        notes: sentences for the report, about how it was continued.
     """
 
     output: Path
@@ -63,6 +64,7 @@ class OutputFolder:
     processes: int = 1
     follows: bool = False
     told: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def open(
@@ -227,9 +229,13 @@ class OutputFolder:
         self.reevaluated += changes(self.output, manifest, self.keys, self.processes)
         if self.reevaluated:
             self.told.append(f"evaluated again, not pruned again: {'; '.join(self.reevaluated)}")
+        self.notes += manifest.notes
         if manifest.processes != self.processes and not manifest.complete:
-            change = f"begun with {manifest.processes} processes, continued with {self.processes}"
-            self.told.append(f"{change}: what is left may differ by rounding")
+            begun = f"{manifest.processes} process{'es' * (manifest.processes > 1)}"
+            self.notes.append(
+                f"begun with {begun}, continued with {self.processes}: what is left may differ by rounding"
+            )
+            self.told.append(self.notes[-1])
         for name, layer in manifest.layers.items():
             # A missing or damaged shard is written again, and so is every layer after it.
             if self._found(layer) is None:
@@ -283,6 +289,7 @@ class OutputFolder:
             "keys": self.keys,
             "complete": self.complete,
             "processes": self.processes,
+            "notes": self.notes,
             "ends": self.ends,
             "described": self.described,
             "decisions": self.decisions,

@@ -63,12 +63,14 @@ def test_torchrun_and_processes_are_refused_together(monkeypatch: pytest.MonkeyP
         (("--processes", "2", "--set", "statistics.token_weight=clip"), "clip in 2 processes"),
         (("--processes", "2", "--device", "cuda"), "0 CUDA devices are visible"),
         (("--processes", "2", "--recipe", "gone.yaml"), "gone.yaml"),
+        (("--processes", "2", "--set", "report_to=mlflow"), "report_to: mlflow needs the package mlflow"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_before_a_process_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: tuple[str, ...], what: str, more: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("llmprune.pruning.tracking.find_spec", lambda name: None)
     monkeypatch.setattr(launching, "launch", lambda processes: pytest.fail("started"))
     done = run("prune", "testbed", "--output", tmp_path / "out", "--device", "cpu", *options, *more)
     assert done.exit_code == 1

@@ -146,6 +146,8 @@ def test_a_killed_process_ends_the_run_which_one_process_continues(tmp_path: Pat
     report = prune(source, case["recipe"], output, resume=True, watch=steps.append)
     told = [step.stage for step in steps if "processes" in step.stage]
     assert told == ["begun with 2 processes, continued with 1: what is left may differ by rounding"]
+    assert list(report.notes) == told
+    assert told[0] in (output / "report.html").read_text("utf-8")
     assert report.sparsity == pytest.approx(0.5)
     assert len(report.rows) == 28
 

@@ -347,6 +347,7 @@ def test_the_manifest_is_read_by_its_format(whole: Whole) -> None:
         "layers",
         "files",
         "processes",
+        "notes",
     }
     assert list(manifest["keys"]) == ["recipe", "tokens", "source", "version", "device", "compute_dtype"]
     assert manifests.MANIFEST_NAME == ".llmprune.json"
@@ -371,4 +372,5 @@ def test_another_number_of_processes_may_have_another_number_of_threads(
     monkeypatch.setattr(on_disk, "_evaluate_again", None)
     prune(whole.source, whole.recipe, folder, resume=True, watch=told.append)
     assert any("continued with 1: what is left may differ" in step.stage for step in told) == (not finished)
+    assert len(load_report(folder).notes) == (not finished)
     assert bool(solved) == (not finished)
