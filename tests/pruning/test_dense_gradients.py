@@ -56,7 +56,7 @@ def test_scores_are_those_of_the_dense_models_gradients(name: str, chained: bool
 
 
 def test_no_pass_is_made_for_methods_that_read_no_gradients() -> None:
-    settings = load_recipe(recipe(statistics={"loss_weight": "tokens"}, method="magnitude"))
+    settings = load_recipe(recipe(method="sparsegpt"))
     source = ModelSource(build("llama"))
     said: list[Progress] = []
     found = dense_gradients(Run.begin(settings, said.append), source, plan_jobs(source, settings), Tokens(IDS, "", {}))
