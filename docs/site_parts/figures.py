@@ -115,6 +115,7 @@ def cpu_kernels(name: str) -> str:
         "own": "torch's own",
         "own-huge": "torch's own, huge pages",
         "prepacked": "oneDNN, prepacked",
+        "float32": "torch's, weights in float32",
         "2:4": "2:4",
         "int8-0.5": "int8 bitmask, 50%",
         "int8-2:4": "int8, 2:4",

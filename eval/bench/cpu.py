@@ -6,7 +6,9 @@ Weights are random, in bfloat16. Every product rotates through copies that excee
 turns with a plain read of memory, so that other load on the machine affects them alike; a wrong result is not timed.
 Each timed product follows one of the same kind that is not, as in a model: the first one after another's is slower.
 Dense: F.linear, as transformers calls it; torch's own product (F.linear without oneDNN), also with its weights in huge
-pages, in which packed matrices are; and oneDNN's with weights in its own order.
+pages, in which packed matrices are; and oneDNN's with weights in its own order. A processor that does not multiply
+bfloat16 gets a product with weights in float32 in place of the last one: `llmprune.load` holds them so there, and from
+a few tokens on it is the fastest.
 """
 
 import argparse
@@ -32,7 +34,7 @@ from llmprune.timing import Timing, rotated_bytes
 
 Call = Callable[[Tensor], Tensor]
 INT8 = "int8-"
-DENSE = ("linear", "own", "own-huge", "prepacked")
+DENSE = ("linear", "own", "own-huge", "prepacked", "float32")
 
 # Floats in each of the parts that the plain read goes through.
 _STREAMED = 16 << 20
@@ -94,8 +96,9 @@ def measure(
 
 
 def dense_products() -> tuple[str, ...]:
-    """The dense products that this processor has; oneDNN orders weights only where it multiplies bfloat16."""
-    return DENSE if torch.ops.mkldnn._is_mkldnn_bf16_supported() else DENSE[:-1]
+    """The dense products of this processor; oneDNN orders weights only where it multiplies bfloat16."""
+    other = "float32" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "prepacked"
+    return tuple(name for name in DENSE if name != other)
 
 
 def pruned(weight: Tensor, sparsity: str) -> Tensor:
@@ -113,8 +116,10 @@ def pattern_of(sparsity: str) -> Pattern:
 def _copies(name: str, weight: Tensor) -> tuple[list[Call], int]:
     """Products over different memory, and the bytes that each reads."""
     if name in DENSE:
-        call = {"linear": _linear, "own": _own, "own-huge": _own, "prepacked": _prepacked}[name]
-        nbytes, another = weight.nbytes, (lambda: in_huge_pages(weight)) if name == "own-huge" else weight.clone
+        calls = {"linear": _linear, "own": _own, "own-huge": _own, "prepacked": _prepacked, "float32": _linear}
+        call, weight = calls[name], weight.float() if name == "float32" else weight
+        huge = name in ("own-huge", "float32")
+        nbytes, another = weight.nbytes, (lambda: in_huge_pages(weight)) if huge else weight.clone
     else:
         kind = "nm" if name.endswith("2:4") else "bitmask"
         layout = fit_layout(INT8 + kind if name.startswith(INT8) else kind, weight, pattern_of(name))
@@ -139,7 +144,7 @@ def _reads() -> list[Call]:
 
 
 def _linear(weight: Tensor) -> Call:
-    return lambda x: F.linear(x, weight)
+    return lambda x: F.linear(x.to(weight.dtype), weight)
 
 
 def _own(weight: Tensor) -> Call:

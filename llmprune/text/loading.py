@@ -183,11 +183,18 @@ def _teller(before: int, total: int, watch: Watcher) -> Callable[[int], None]:
 
 
 def _load_dense(folder: Path, device: torch.device) -> PreTrainedModel:
-    """The whole model; if it does not fit on the device, accelerate offloads part of it to CPU and disk."""
+    """The whole model; if it does not fit on the device, accelerate offloads part of it to CPU and disk.
+
+    It is in its own dtype, which rounds what transformers computes from the config (such as the scale of Gemma's
+    embeddings); `widened` then makes of it what it makes of a model in memory. What is offloaded cannot be widened later.
+    """
     config = read_stock_config(folder)
-    dtype = computed_in(config.dtype or torch.float32, device)
-    nbytes = sum(math.prod(stored.shape) for stored in read_index(folder).values()) * dtype.itemsize
-    placed: Any = {"": device} if fits(nbytes, device) else "auto"
+    own = config.dtype or torch.float32
+    wide = computed_in(own, device)
+    nbytes = sum(math.prod(stored.shape) for stored in read_index(folder).values()) * wide.itemsize
+    whole = fits(nbytes, device)
+    placed: Any = {"": device} if whole else "auto"
+    dtype = own if whole else wide
     with quiet_transformers():
         return load_stock_model(folder, config, dtype=dtype, device_map=placed, experts_implementation="eager")
 
