@@ -17,7 +17,6 @@ from llmprune.models.skeleton import quiet_transformers
 from llmprune.models.source import Source, widened
 from llmprune.precision import computed_in
 from llmprune.progress import Progress, Watcher, ignore
-from llmprune.storage.files import read_index
 from llmprune.text.continuations import continuations, require_documents
 from llmprune.text.documents import require_source
 from llmprune.text.generated import generate_text
@@ -93,7 +92,7 @@ def _load_parts(
         if dense is None:
             assert folder is not None
             watch(Progress(_SAMPLING, 0, total, "loading the dense model", unit="token"))
-            dense = _load_dense(folder, device)
+            dense = _load_dense(source, folder, device)
         before = total - sum(waiting)
         scripts = scripts_of(tokenizer) if spec.continues is None else continuations(spec, tokenizer)
         with widened(dense, computed_in(dense.dtype, dense.device)):
@@ -182,21 +181,28 @@ def _teller(before: int, total: int, watch: Watcher) -> Callable[[int], None]:
     return lambda tokens: watch(Progress(_SAMPLING, before + tokens, total, unit="token"))
 
 
-def _load_dense(folder: Path, device: torch.device) -> PreTrainedModel:
+def _load_dense(source: Source, folder: Path, device: torch.device) -> PreTrainedModel:
     """The whole model; if it does not fit on the device, accelerate offloads part of it to CPU and disk.
 
     It is in its own dtype, which rounds what transformers computes from the config (such as the scale of Gemma's
-    embeddings); `widened` then makes of it what it makes of a model in memory. What is offloaded cannot be widened later.
+    embeddings); `widened` then makes of it what it makes of a model in memory. Packed weights are unpacked for it, as
+    bytes are nothing to widen. What is offloaded cannot be widened later.
     """
     config = read_stock_config(folder)
-    own = config.dtype or torch.float32
-    wide = computed_in(own, device)
-    nbytes = sum(math.prod(stored.shape) for stored in read_index(folder).values()) * wide.itemsize
-    whole = fits(nbytes, device)
+    whole = fits(whole_size(source), device)
     placed: Any = {"": device} if whole else "auto"
-    dtype = own if whole else wide
+    own = config.dtype or torch.float32
+    dtype = own if whole else computed_in(own, device)
     with quiet_transformers():
-        return load_stock_model(folder, config, dtype=dtype, device_map=placed, experts_implementation="eager")
+        model = load_stock_model(folder, config, dtype=dtype, device_map=placed, experts_implementation="eager")
+    if whole and hasattr(model, "hf_quantizer"):
+        model.dequantize()
+    return model
+
+
+def whole_size(source: Source) -> int:
+    """Bytes of the whole model in the dtype that generates text."""
+    return sum(math.prod(parameter.shape) for parameter in source.model.parameters()) * source.dtype.itemsize
 
 
 def fits(nbytes: int, device: torch.device) -> bool:

@@ -13,7 +13,6 @@ matmuls are counted:
               tokens for each and once before, and one more forward pass of the dense layer
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +64,7 @@ from llmprune.structures.plan import (
 from llmprune.structures.reduction import Reduction
 from llmprune.structures.removable import Removable
 from llmprune.structures.survey import check_budget
-from llmprune.text.loading import check_texts, fits, model_positions, tokenizer_for
+from llmprune.text.loading import check_texts, fits, model_positions, tokenizer_for, whole_size
 from llmprune.text.mix import TextMix
 from llmprune.units import format_size
 
@@ -375,7 +374,7 @@ def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
         if isinstance(text, TextMix):
             yield f"The {name} text is a mix of {text.summary}."
     if any(part.source == "self" for text in recipe.texts.values() for part in text.parts):
-        size = sum(math.prod(parameter.shape) for parameter in source.model.parameters()) * source.dtype.itemsize
+        size = whole_size(source)
         slow = (
             ""
             if fits(size, resolve_device(recipe.device))

@@ -85,7 +85,7 @@ def test_the_peak_of_a_process_of_its_own_is_the_predicted_one(tmp_path: Path, m
     command = [sys.executable, "-c", _PROGRAM, tmp_path / "text.txt", tmp_path / "out", *more]
     finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     memory = json.loads(finished.stdout.splitlines()[-1])
-    # What a process frees and takes again differs from machine to machine: 0.69 to 0.78 with AVX2 alone, 1 with AVX-512.
+    # What a process frees and takes again differs between machines: 0.69 to 0.78 with AVX2 alone, 1 with AVX-512.
     assert 0.5 < memory["measured_bytes"] / memory["predicted_bytes"] < 1.2
     assert memory["resident_bytes"] >= memory["baseline_bytes"] + memory["measured_bytes"]
 
