@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from llmprune.errors import DeviceError
+from llmprune.units import quantity
 
 # How long a rate is measured.
 _RATE_SECONDS = 0.08
@@ -90,8 +91,7 @@ def processor_name() -> str:
 
 def cpu_threads() -> str:
     """How many threads torch uses, in words."""
-    count = torch.get_num_threads()
-    return f"{count} thread{'' if count == 1 else 's'}"
+    return quantity(torch.get_num_threads(), "thread")
 
 
 def free_bytes(device: torch.device) -> int:

@@ -15,6 +15,11 @@ def spans(numbers: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
+def quantity(count: int, noun: str, plural: str | None = None) -> str:
+    """A number of things in words: "1 batch", "2 batches"."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
 def format_seconds(value: float) -> str:
     """Seconds to about three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"

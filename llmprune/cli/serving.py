@@ -11,6 +11,7 @@ from llmprune.cli import console
 from llmprune.cli.layout import DEPLOY, add
 from llmprune.cli.options import AsJson, ComputeDtype, Device, DeviceMap, Dtype, Model, Quiet, explained, quieten
 from llmprune.progress import Progress
+from llmprune.units import quantity
 
 if TYPE_CHECKING:
     from llmprune.serving.loader import Written
@@ -164,7 +165,7 @@ def _ignore(_: str) -> None:
 
 
 def _speed(written: "Written") -> str:
-    tokens = f"{written.tokens} token{'s' * (written.tokens != 1)} in {written.seconds:.2f} s"
+    tokens = f"{quantity(written.tokens, 'token')} in {written.seconds:.2f} s"
     rate = written.tokens_per_second
     later = "" if rate is None else f", then {rate:.1f} tokens/s"
     return f"{tokens}: time to first token {written.first_token_seconds:.2f} s{later}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmprune.storage.report import MatrixRow
+from llmprune.units import quantity
 
 # The size of a chart on a phone, in pixels: labels that fit there fit everywhere.
 _WIDTH, _HEIGHT = 250, 370
@@ -88,7 +89,7 @@ def short_recipe(recipe: Mapping[str, Any]) -> str:
         steps = method if isinstance(method, list) else [method]
         parts.append(f"{' + '.join(next(iter(step)) for step in steps)} {recipe.get('pattern')}")
     if rules := recipe.get("rules"):
-        parts.append(f"{len(rules)} rule{'s' if len(rules) > 1 else ''}")
+        parts.append(quantity(len(rules), "rule"))
     if recipe.get("format", "dense") != "dense":
         parts.append(f"packed as {recipe['format']}")
     return ", ".join(parts) or "nothing removed"

@@ -8,6 +8,7 @@ import yaml
 
 from llmprune.pages.charts import Axis, Series, lines
 from llmprune.pages.page import Chart, Facts, Listing, Part, Table
+from llmprune.units import quantity
 
 
 def trained_line(header: Mapping[str, Any]) -> str:
@@ -19,7 +20,7 @@ def trained_line(header: Mapping[str, Any]) -> str:
     training = header["training"]
     name = Path(str(header.get("model") or "The model")).name
     stages = training["recipe"]["schedule"]["stages"]
-    done = f"{name} was pruned in {stages} stage{'s' if stages > 1 else ''} while it trained ({training['name']})"
+    done = f"{name} was pruned in {quantity(stages, 'stage')} while it trained ({training['name']})"
     return f"{done}: {_share(training)} of the weights in its matrices are zero; {_cost(training)}."
 
 

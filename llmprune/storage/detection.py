@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import PatternError
+from llmprune.units import quantity
 
 _DENSE_BELOW = 0.01
 _GROUPS = (2, 4, 8, 16, 32)
@@ -110,7 +111,7 @@ def _zero_lines(by_row: Tensor, by_column: Tensor, zeros: int) -> tuple[str, flo
 
 def _note(by_row: Tensor, by_column: Tensor) -> str:
     counts = {"row": int((by_row == 0).sum()), "column": int((by_column == 0).sum())}
-    return "".join(f", {count} zero {line}{'s' * (count > 1)}" for line, count in counts.items() if count)
+    return "".join(f", {quantity(count, f'zero {line}')}" for line, count in counts.items() if count)
 
 
 def _groups(mask: Tensor, density: float, along: str) -> str | None:

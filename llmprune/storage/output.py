@@ -24,6 +24,7 @@ from llmprune.storage.manifest import CommittedLayer, Manifest, changes, manifes
 from llmprune.storage.packed_config import with_packing_record
 from llmprune.storage.report import MatchRow, MatrixRow, StructureRow
 from llmprune.storage.source_watch import SourceWatch
+from llmprune.units import quantity
 
 # The files that make the shards a model.
 _DESCRIBING = (CONFIG_NAME, INDEX_NAME)
@@ -231,7 +232,7 @@ class OutputFolder:
             self.told.append(f"evaluated again, not pruned again: {'; '.join(self.reevaluated)}")
         self.notes += manifest.notes
         if manifest.processes != self.processes and not manifest.complete:
-            begun = f"{manifest.processes} process{'es' * (manifest.processes > 1)}"
+            begun = quantity(manifest.processes, "process", "processes")
             self.notes.append(
                 f"begun with {begun}, continued with {self.processes}: what is left may differ by rounding"
             )

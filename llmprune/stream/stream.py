@@ -26,6 +26,7 @@ from llmprune.stream.recorder import CapturedError, Recorder, replaced
 from llmprune.stream.resident import ResidentLayer
 from llmprune.stream.windows import LOGIT_BYTES, Window, window_positions, windows
 from llmprune.timing import Stages
+from llmprune.units import quantity
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +255,8 @@ def require_batches(settings: StreamSettings, samples: int) -> None:
     if (batches := -(-counted // settings.batch_size)) < size:
         change = f"set batch_size to at most {counted // size}" if counted >= size else f"read {size} sequences or more"
         raise CalibrationError(
-            f"{size} processes for {batches} batch{'es' * (batches != 1)}: {counted} calibration sequences, "
+            f"{size} processes for {quantity(batches, 'batch', 'batches')}: {counted} calibration sequences, "
             f"{settings.batch_size} in a batch",
             expected="a batch for each process",
-            fix=f"{change}, or start at most {batches} process{'es' * (batches != 1)}",
+            fix=f"{change}, or start at most {quantity(batches, 'process', 'processes')}",
         )

@@ -13,7 +13,7 @@ from llmprune.cli.console import facts, new_table
 from llmprune.pages.fitted import fitting_facts
 from llmprune.pages.headline import headline
 from llmprune.pages.labels import divergence, massive_line, opened, text_name
-from llmprune.units import factor_stderr, format_change, format_seconds, format_size, spans
+from llmprune.units import factor_stderr, format_change, format_seconds, format_size, quantity, spans
 
 if TYPE_CHECKING:
     from llmprune.pruning.forecast.plan import DryRun, LayerPlan
@@ -40,9 +40,9 @@ def report_table(report: "Report", folder: Path) -> RenderableType:
         *_allocation_facts(header.get("allocation")),
         ("relative output error", error),
         *fitting_facts(report),
-        *([("dampening increased", f"for {_matrices(climbed)}")] if climbed else []),
+        *([("dampening increased", f"for {quantity(climbed, 'matrix', 'matrices')}")] if climbed else []),
         *([("massive activations", massive_line(report.massive))] if report.massive else []),
-        *([("too few tokens", f"for {_matrices(priors)} of experts")] if priors else []),
+        *([("too few tokens", f"for {quantity(priors, 'matrix', 'matrices')} of experts")] if priors else []),
         ("seconds", f"{format_seconds(header['seconds']['total'])}: {', '.join(stages)}"),
         (
             "peak memory",
@@ -86,7 +86,7 @@ def _answers(report: "Report") -> list[RenderableType]:
 
 def _sparsity(report: "Report") -> str:
     overall = "" if report.overall_sparsity is None else f", {report.overall_sparsity:.2%} of all weights"
-    return f"{report.sparsity:.2%} in {_matrices(len(report.rows))}{overall}"
+    return f"{report.sparsity:.2%} in {quantity(len(report.rows), 'matrix', 'matrices')}{overall}"
 
 
 def _allocation_facts(record: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -273,7 +273,3 @@ def _disk(plan: "DryRun") -> str:
         else ""
     )
     return f"{format_size(plan.disk_bytes)} for the pruned checkpoint{spilled}"
-
-
-def _matrices(count: int) -> str:
-    return f"{count} matri{'x' if count == 1 else 'ces'}"

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from llmprune.cli.console import facts, new_table
 from llmprune.cli.tables.comparing import comparison_tables
-from llmprune.units import format_seconds, format_size
+from llmprune.units import format_seconds, format_size, quantity
 
 if TYPE_CHECKING:
     from llmprune.pruning.sweep.sweep import Sweep, SweepForecast
@@ -35,6 +35,6 @@ def forecast_table(forecast: "SweepForecast") -> RenderableType:
                 row.name, format_seconds(row.seconds), format_size(row.peak_bytes), format_size(row.disk_bytes)
             )
     totals = format_seconds(forecast.seconds), format_size(forecast.peak_bytes), format_size(forecast.disk_bytes)
-    count = f"{len(forecast.rows)} run{'s' * (len(forecast.rows) != 1)}"
+    count = quantity(len(forecast.rows), "run")
     table.add_row(Text(count, "bold"), *(Text(total, "bold") for total in totals))
     return table

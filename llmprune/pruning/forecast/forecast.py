@@ -66,7 +66,7 @@ from llmprune.structures.removable import Removable
 from llmprune.structures.survey import check_budget
 from llmprune.text.loading import check_texts, fits, model_positions, tokenizer_for, whole_size
 from llmprune.text.mix import TextMix
-from llmprune.units import format_size
+from llmprune.units import format_size, quantity
 
 # Samples and length for probing a layer: few tokens, and sizes that hardly any dimension of a model has, so that a
 # tensor's shape shows which of its dimensions grow with the batch and with the length.
@@ -343,7 +343,7 @@ def _outside_notes(source: CheckpointSource, found: Removable | None) -> Iterato
     if copied := _copied(source, found):
         size = format_size(sum(source.stored[key].nbytes for key in copied))
         yield (
-            f"Copied as they are, 4 MB at a time: {len(copied)} tensor{'s' * (len(copied) > 1)}, {size}, such as "
+            f"Copied as they are, 4 MB at a time: {quantity(len(copied), 'tensor')}, {size}, such as "
             f"{copied[0]}, which transformers does not build."
         )
 
