@@ -19,8 +19,9 @@ test: $(VENV)/ready
 test-rest: $(VENV)/ready
 	$(PYTEST) -m "$(SPECIAL)"
 
-test-all: test
-	$(MAKE) test-rest
+# In one go: collecting twice would take most of a minute.
+test-all: $(VENV)/ready
+	$(PYTEST)
 
 # vLLM pins versions of its own, so that it lives in an environment of its own, with llmprune as a wheel. Started outside
 # this folder, whose triton_kernels it would take for another package. Not in .ci/run: it downloads half a gigabyte.

@@ -7,6 +7,7 @@ import sys
 from types import ModuleType
 
 import pytest
+from fresh_processes import TRANSFORMERS, FreshProcesses
 
 import llmprune
 
@@ -51,12 +52,12 @@ def test_importing_waits_for_nothing() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_the_old_name_of_the_tasks_works_and_warns() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "llmprune.evaluation", "--help"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "llmprune.evaluation is llmprune.measuring.tasks now" in done.stderr
+def test_the_old_name_of_the_tasks_works_and_warns(run_fresh: FreshProcesses) -> None:
+    run = "runpy.run_module('llmprune.evaluation', run_name='__main__')"
+    program = f"import runpy, sys; sys.argv[1:] = ['--help']; {run}"
+    done = run_fresh(program, TRANSFORMERS)
+    assert done.status == 0, done.printed
+    assert "llmprune.evaluation is llmprune.measuring.tasks now" in done.printed
     with pytest.warns(FutureWarning, match="goes with 0.2"):
         old = importlib.import_module("llmprune.evaluation")
     assert old.run_tasks is llmprune.run_tasks

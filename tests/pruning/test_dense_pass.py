@@ -62,12 +62,11 @@ def assert_separate_runs_are_equal(model: Path, recipe: Mapping[str, Any], found
         ({"pattern": [0.5, 0.6], "activation_budget": [0]}, 1),
         # In this order each pass would be needed twice.
         ({"pattern": [0.5, 0.6], "compute_dtype": ["float32", "bfloat16"]}, 2),
-        ({"pattern": [0.5, 0.6], "batch_size": [2, 1]}, 2),
         ({"evaluation.order": ["text", "shuffled"], "pattern": [0.5, 0.6]}, 2),
         # Smaller models, whose heads are other ones than the dense model's.
         ({"structures": [None, {"ffn": {"remove": 0.25}}, {"width": {"remove": 0.25}}]}, 1),
     ],
-    ids=["plain", "spilled", "dtypes", "batches", "texts", "structures"],
+    ids=["plain", "spilled", "dtypes", "texts", "structures"],
 )
 def test_runs_share_the_dense_pass_and_are_those_of_prune(
     model: Path,

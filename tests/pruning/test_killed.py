@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 # Instead of a number: the kill comes from outside, at a moment that no hook sees.
 WHILE_WRITING = 0
 # Runs are killed at every step of the first layer and of the last; each more would take as long again.
-LAYERS = 3
+LAYERS = 2
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_killed_while_it_replaces_a_checkpoint(whole: Whole, runner: Runner, tmp
     before, ways = contents(tmp_path / "earlier"), set()
     seen: list[tuple[str, int]] = []
     # From shortly before the exchange on: until then, the old files are not touched.
-    for kill_at in range(40, 300):
+    for kill_at in range(46, 300):
         folder = tmp_path / str(kill_at) / "pruned"
         shutil.copytree(tmp_path / "earlier", folder)
         ended, _ = runner(folder, kill_at, overwrite=True)

@@ -36,7 +36,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "loss weight": ("llama", {"method": "sparsegpt", "statistics": {"loss_weight": "tokens"}}),
     "experts": ("mixtral", {"experts": {"min_tokens": 8}, "calibration": {"samples": 9, "length": 4}}),
     "layers fitted": ("llama", {"method": "wanda", "reconstruct": _FITTED, "quantise": {}}),
-    "quantised": ("llama", {"method": "wanda", "quantise": {}}),
     "attention fitted": ("llama", {"method": "wanda", "reconstruct": {**_FITTED, "window": "attention+mlp"}}),
     "structures": ("llama", {"structures": {"heads": {"remove": 1}, "ffn": {"remove": 0.25}}}),
     "experts removed": ("mixtral", {"structures": {"experts": {"remove": 1, "method": "reap"}}}),
