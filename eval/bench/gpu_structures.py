@@ -64,11 +64,11 @@ def _recipe(plan: Plan, work: Path) -> Iterator[Row]:
     """The bundled model pruned by a recipe, on the device and on the CPU: the perplexities must agree."""
     from llmprune.pruning.pipeline import prune
 
-    text = {"source": "self", "samples": 4 if plan.rehearsal else 64, "length": 32 if plan.rehearsal else 256}
+    text = {"source": "self", "samples": 4 if plan.rehearsal else 64, "length": 16 if plan.rehearsal else 256}
     recipe: dict[str, Any] = {
         "structures": {"heads": {"remove": 0.25}, "ffn": {"remove": 0.25}, "depth": {"remove": 1}},
         "calibration": text,
-        "evaluation": {**text, "seed": 1, "samples": 4},
+        "evaluation": {**text, "seed": 1, "samples": 4, "prompts": []},
         "held_back": 1,
         "compute_dtype": "float32",
     }

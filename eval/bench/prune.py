@@ -143,7 +143,7 @@ def measure(folder: Path, output: Path, recipe, samples: int, length: int) -> di
     tokens, sizes = samples * length, pruned.sizes
     forward_flops = 2.0 * 2 * tokens * sum(rows * columns for layer in sizes for rows, columns in layer.shapes)
     gram_flops = 2.0 * tokens * sum(width**2 for layer in sizes for width in layer.gram_widths)
-    rates = measure_rates(source.model.dtype, run.device, 2048 if run.device.type == "cpu" else 8192)
+    rates = measure_rates(source.model.dtype, run.device, 1024 if run.device.type == "cpu" else 8192)
     floor = forward_flops / rates["forward"] + gram_flops / rates["gram"]
     return {
         "model": folder.name,

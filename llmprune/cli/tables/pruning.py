@@ -237,7 +237,12 @@ def _work_table(plan: "DryRun") -> Table:
         *([("block matching", work.matching, rates.forward, seconds.matching)] if work.matching else []),
     ):
         table.add_row(name, f"{done / 1e9:,.1f}", f"{rate / 1e9:,.0f}", format_seconds(duration))
-    for name, duration in (("sampling text", plan.around.sampling), ("perplexity", plan.around.evaluation)):
+    around = plan.around
+    for name, duration in (
+        ("choosing zeros by score", around.choosing),
+        ("sampling text", around.sampling),
+        ("perplexity", around.evaluation),
+    ):
         if duration:
             table.add_row(name, "", "", format_seconds(duration))
     table.add_row(

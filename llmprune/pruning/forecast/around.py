@@ -1,21 +1,28 @@
-"""How long a run takes before and after its layers are pruned: sampling text, and measuring perplexity.
+"""How long a run takes beside its large matmuls: sampling text, measuring perplexity, and choosing zeros by scores.
 
-One decoder layer is timed, as are the head and the draw of a token, with random inputs of the shapes of the run:
+One decoder layer is timed, as are the head, the draw of a token and some rows of each kind of matrix, with random
+inputs of the shapes of the run:
 
     sampling     for every position: all layers and the head on one token of each sequence of a batch, and a draw
     evaluation   all layers on every token, of the dense and of the pruned model; both heads, and their comparison
+    choosing     the lowest scores under each pattern, for the methods that multiply nothing
 
 Left out: attention to the tokens before, in sampling; loading the model; reading texts; a GPU's graphs and clocks.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmprune.devices import runs_per_second
+from llmprune.methods import METHODS
+from llmprune.methods.method import Selection, select
 from llmprune.models.sizes import active_experts, flops, layer_size
 from llmprune.models.source import Source
-from llmprune.pruning.forecast.plan import Around
+from llmprune.patterns import Block, parse
+from llmprune.pruning.forecast.plan import Around, LayerPlan, MatrixPlan
 from llmprune.recipe.recipe import Recipe
 from llmprune.stream.resident import ResidentLayer
 from llmprune.stream.stream import Stream, StreamSettings
@@ -24,19 +31,23 @@ from llmprune.text.generated import SAMPLING_BATCH, draw
 
 # How many tokens of one sequence, positions of the head and rows of its matrix are timed; the rest is extrapolated.
 _TOKENS, _POSITIONS, _ROWS = 256, 64, 8192
+# How many rows of a matrix are pruned.
+_CHOSEN = 1024
 
 
-def measure_around(source: Source, recipe: Recipe, device: torch.device) -> Around:
+def measure_around(source: Source, recipe: Recipe, device: torch.device, layers: Sequence[LayerPlan] = ()) -> Around:
     """Time single steps on this machine, and add up what a run makes of them.
 
     Args:
         source: the dense model.
         recipe: with the lengths of its texts resolved.
         device: where the run computes.
+        layers: what is done to them.
 
     Returns:
         Seconds; 0 for what the recipe does not do.
     """
+    choosing = _choosing_seconds(layers, device)
     sampling = 0.0
     for spec in (part for text in recipe.texts.values() for part in text.parts):
         if spec.source == "self":
@@ -45,11 +56,35 @@ def measure_around(source: Source, recipe: Recipe, device: torch.device) -> Arou
                 if batches and size:
                     sampling += batches * spec.tokens * _step_seconds(source, size, spec.top_p, device)
     if recipe.evaluation is None:
-        return Around(sampling, 0.0)
+        return Around(sampling, 0.0, choosing)
     length = min(recipe.evaluation.tokens, _TOKENS)
     tokens = recipe.evaluation.sequences * recipe.evaluation.tokens
-    layers = _layers_seconds(source, (1, length), device) / length
-    return Around(sampling, tokens * (2 * layers + _scoring_seconds(source, device)))
+    token = 2 * _layers_seconds(source, (1, length), device) / length + _scoring_seconds(source, device)
+    return Around(sampling, tokens * token, choosing)
+
+
+def _choosing_seconds(layers: Sequence[LayerPlan], device: torch.device) -> float:
+    """Over all matrices whose method is a score; equal ones are timed once."""
+    rows: dict[tuple[str, int], float] = {}
+    total = 0.0
+    for plan in layers:
+        for matrix in plan.matrices:
+            method = METHODS.get(matrix.method or "")
+            if method is not None and issubclass(method, Selection):
+                kind = matrix.pattern, matrix.shape[1]
+                if kind not in rows:
+                    rows[kind] = _rows_per_second(matrix, device)
+                total += len(plan.indices) * matrix.shape[0] / rows[kind]
+    return total
+
+
+def _rows_per_second(matrix: MatrixPlan, device: torch.device) -> float:
+    """A score costs about as much as a magnitude times the norm of a column."""
+    pattern = parse(matrix.pattern).compared("matrix")
+    height = pattern.size[0] if isinstance(pattern, Block) else 1
+    rows = max(min(matrix.shape[0], _CHOSEN) // height, 1) * height
+    weight, norms = torch.randn(rows, matrix.shape[1], device=device), torch.rand(matrix.shape[1], device=device)
+    return rows * runs_per_second(lambda: select(weight, weight.abs() * norms, pattern), device)
 
 
 def _layers_seconds(source: Source, shape: tuple[int, int], device: torch.device) -> float:

@@ -143,7 +143,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
             *allocation_notes(settings, result, jobs, rates.forward),
         ),
         structures=structures,
-        around=measure_around(source, settings, device),
+        around=measure_around(source, settings, device, layers),
     )
 
 
@@ -366,9 +366,9 @@ def _matrix_plan(name: str, shape: tuple[int, int], job: Job | None) -> MatrixPl
 def _notes(recipe: Recipe, source: CheckpointSource) -> Iterator[str]:
     yield "A dry run does not read the calibration text, so errors in the text only show up in the real run."
     yield (
-        "The time of pruning is a lower bound: matmuls only. Elementwise operations, attention, column updates, "
-        "loading and writing take additional time. The times of sampling and of perplexity are extrapolated from "
-        "single steps; sampling leaves out attention to earlier tokens."
+        "The time of pruning is a lower bound: matmuls and choosing by scores. Other elementwise "
+        "operations, attention, column updates, loading and writing take additional time. The times of sampling and of "
+        "perplexity are extrapolated from single steps; sampling leaves out attention to earlier tokens."
     )
     for name, text in recipe.texts.items():
         if isinstance(text, TextMix):

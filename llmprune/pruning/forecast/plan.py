@@ -50,20 +50,22 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """Seconds of what a run does before and after its layers are pruned.
+    """Seconds of what a run does beside its large matmuls.
 
     Attributes:
         sampling: text from the dense model.
         evaluation: the forward passes of the dense and of the pruned model over the evaluation text, and both heads.
+        choosing: zeros by the scores of weights, where a method does nothing else.
     """
 
     sampling: float = 0.0
     evaluation: float = 0.0
+    choosing: float = 0.0
 
     @property
     def total(self) -> float:
         """The sum."""
-        return self.sampling + self.evaluation
+        return self.sampling + self.evaluation + self.choosing
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ class DryRun:
         spilled_bytes: hidden states beyond the activation budget, in the temporary folder.
         notes: what the figures do not include.
         structures: what will be removed physically.
-        around: seconds of sampling and evaluation, extrapolated from steps that this dry run timed.
+        around: seconds of sampling, evaluation and choosing, extrapolated from steps that this dry run timed.
     """
 
     model: str

@@ -9,7 +9,8 @@ import torch
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.pruning.forecast import around
 from llmprune.pruning.forecast.around import measure_around
-from llmprune.pruning.forecast.plan import Around
+from llmprune.pruning.forecast.memory import LayerMemory
+from llmprune.pruning.forecast.plan import Around, LayerPlan, MatrixPlan, Work
 from llmprune.recipe.recipe import load_recipe
 
 CPU = torch.device("cpu")
@@ -62,3 +63,20 @@ def test_evaluation_is_two_passes_and_two_heads(source: CheckpointSource, made: 
     layers, head = 2 * 0.25 / 24, 0.25 / 64
     assert found == Around(0.0, pytest.approx(2 * 24 * (2 * layers + head)))
     assert look(source, calibration=FILE, evaluation=None) == Around()
+
+
+def planned(method: str | None, pattern: str, shape: tuple[int, int], layers: int) -> LayerPlan:
+    matrices = (MatrixPlan("m", shape, pattern, method, 0),)
+    return LayerPlan(tuple(range(layers)), matrices, Work(0, 0, 0), LayerMemory(0, 0, 0, 0, 0))
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "0.6/row", "0.6/layer", "2:4", "0.5@24x8"])
+def test_zeros_are_chosen_in_some_rows_of_every_kind_of_matrix(
+    source: CheckpointSource, made: list[Any], pattern: str
+) -> None:
+    plans = [planned("wanda", pattern, (4800, 16), 3), planned("sparsegpt", pattern, (4800, 16), 2)]
+    recipe = tiny_models.recipe(calibration=FILE, evaluation=None)
+    found = measure_around(source, load_recipe(recipe).fitted(64, "cpu"), CPU, plans)
+    (chosen,) = made
+    assert chosen.mask.shape == (1008 if "@" in pattern else 1024, 16)
+    assert found == Around(choosing=pytest.approx(3 * 4800 / chosen.mask.shape[0] * 0.25))
