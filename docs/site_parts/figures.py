@@ -115,7 +115,8 @@ def cpu_kernels(name: str) -> str:
         "own": "torch's own",
         "own-huge": "torch's own, huge pages",
         "prepacked": "oneDNN, prepacked",
-        "float32": "torch's, weights in float32",
+        "float32": "`F.linear`, weights in float32",
+        "prepacked-float32": "oneDNN, prepacked, weights in float32",
         "2:4": "2:4",
         "int8-0.5": "int8 bitmask, 50%",
         "int8-2:4": "int8, 2:4",
@@ -343,6 +344,26 @@ def vllm() -> str:
     return f"{shown}\n\n{note} {_where(host)}"
 
 
+def large() -> str:
+    """Models larger than memory: what was planned, and what some of their layers took."""
+    rows = [row for name in ("large-8b", "large-70b") for row in read(name)]
+    body = [
+        (
+            f"{row['shape']}, {row['layers']} of {row['of_layers']} layers",
+            f"{row['method']} {row['pattern']}",
+            f"{row['tokens']}",
+            *(f"{row['memory'][key] / 1e9:.2f}" for key in ("predicted_bytes", "above_imports_bytes")),
+            f"{row['seconds']['total'] / 60:.0f}",
+            f"{row['whole_seconds'] / 60:,.0f}",
+            f"{row['plan']['disk_bytes'] / 1e9:.0f}",
+        )
+        for row in rows
+    ]
+    minutes = ("minutes", "whole model, minutes", "its checkpoint, GB")
+    columns = ("model", "method", "tokens", "memory predicted, GB", "measured", *minutes)
+    return f"{table(columns, body)}\n\nMade by `python -m llmprune.eval.bench.large`. {_where(rows[0])}"
+
+
 def _where(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return f"*Measured on: {result['device']}; {versions}.*"
@@ -367,4 +388,5 @@ PARTS = {
     "onnx": onnx,
     "families": families,
     "vllm": vllm,
+    "large": large,
 }

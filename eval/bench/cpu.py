@@ -6,9 +6,8 @@ Weights are random, in bfloat16. Every product rotates through copies that excee
 turns with a plain read of memory, so that other load on the machine affects them alike; a wrong result is not timed.
 Each timed product follows one of the same kind that is not, as in a model: the first one after another's is slower.
 Dense: F.linear, as transformers calls it; torch's own product (F.linear without oneDNN), also with its weights in huge
-pages, in which packed matrices are; and oneDNN's with weights in its own order. A processor that does not multiply
-bfloat16 gets a product with weights in float32 in place of the last one: `llmprune.load` holds them so there, and from
-a few tokens on it is the fastest.
+pages, in which packed matrices are; and oneDNN's with weights in its own order. On a processor that does not multiply
+bfloat16, F.linear also has weights in float32, as `llmprune.load` holds them there, and oneDNN's order is theirs.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from llmprune.timing import Timing, rotated_bytes
 
 Call = Callable[[Tensor], Tensor]
 INT8 = "int8-"
-DENSE = ("linear", "own", "own-huge", "prepacked", "float32")
+DENSE = ("linear", "own", "own-huge", "prepacked", "float32", "prepacked-float32")
 
 # Floats in each of the parts that the plain read goes through.
 _STREAMED = 16 << 20
@@ -96,9 +95,9 @@ def measure(
 
 
 def dense_products() -> tuple[str, ...]:
-    """The dense products of this processor; oneDNN orders weights only where it multiplies bfloat16."""
-    other = "float32" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "prepacked"
-    return tuple(name for name in DENSE if name != other)
+    """The dense products of this processor; oneDNN orders bfloat16 only where it multiplies it."""
+    left_out = DENSE[4:] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ("prepacked",)
+    return tuple(name for name in DENSE if name not in left_out)
 
 
 def pruned(weight: Tensor, sparsity: str) -> Tensor:
@@ -116,8 +115,9 @@ def pattern_of(sparsity: str) -> Pattern:
 def _copies(name: str, weight: Tensor) -> tuple[list[Call], int]:
     """Products over different memory, and the bytes that each reads."""
     if name in DENSE:
-        calls = {"linear": _linear, "own": _own, "own-huge": _own, "prepacked": _prepacked, "float32": _linear}
-        call, weight = calls[name], weight.float() if name == "float32" else weight
+        calls = {"prepacked": _prepacked, "own": _own, "own-huge": _own}
+        call = calls.get(name.removesuffix("-float32"), _linear)
+        weight = weight.float() if name.endswith("float32") else weight
         huge = name in ("own-huge", "float32")
         nbytes, another = weight.nbytes, (lambda: in_huge_pages(weight)) if huge else weight.clone
     else:
@@ -153,7 +153,7 @@ def _own(weight: Tensor) -> Call:
 
 def _prepacked(weight: Tensor) -> Call:
     ordered = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, ordered, None, "none", [], "")
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), ordered, None, "none", [], "")
 
 
 def _sparse(packed: Tensor) -> Call:
