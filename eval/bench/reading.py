@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,9 +25,9 @@ from llmprune.storage.files import write_json
 _KINDS = {"ahead": checkpoint_source.read_ahead, "not ahead": lambda tensors: None}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write JSON."""
-    args = _parse()
+    args = _parse(arguments)
     folder = write_model(args.shape, args.layers, args.work / "layers", holes=False)
     recipe = load_recipe({"method": args.method, "pattern": "2:4", "batch_size": 1, "evaluation": None, "held_back": 1})
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _KINDS}
@@ -59,7 +59,7 @@ def _drop(files: Iterable[Path]) -> None:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _parse() -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=list(SHAPES))
     parser.add_argument("--layers", type=int, default=8, help="decoder layers of the checkpoint")
@@ -69,7 +69,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3, help="runs of each kind")
     parser.add_argument("--work", type=Path, required=True, help="a folder with room for the layers, twice")
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
