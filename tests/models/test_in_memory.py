@@ -104,8 +104,11 @@ def test_a_compiled_model_is_pruned_as_the_model_inside(
     compile_model: Callable[[PreTrainedModel], nn.Module], tmp_path: Path
 ) -> None:
     plain, model = build("llama"), build("llama")
-    prune(plain, recipe(), tmp_path / "plain", tokenizer=tokenizer())
-    prune(compile_model(model), recipe(), tmp_path / "compiled", tokenizer=tokenizer())  # type: ignore[arg-type]
+    # No sampling, for which lengths are compiled one after another.
+    (tmp_path / "text.txt").write_text(" ".join(f"w{number % 120 + 4}" for number in range(100)))
+    settings = recipe(calibration={"source": str(tmp_path / "text.txt"), "samples": 3, "length": 8})
+    prune(plain, settings, tmp_path / "plain", tokenizer=tokenizer())
+    prune(compile_model(model), settings, tmp_path / "compiled", tokenizer=tokenizer())  # type: ignore[arg-type]
     one, other = tensors(tmp_path / "plain"), tensors(tmp_path / "compiled")
     assert one.keys() == other.keys()
     assert all(same(one[key], other[key]) for key in one)

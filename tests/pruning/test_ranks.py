@@ -35,8 +35,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "in turn": ("llama", {"method": "sparsegpt", "statistics": {"sequential": True, "alpha": 0.5}}),
     "loss weight": ("llama", {"method": "sparsegpt", "statistics": {"loss_weight": "tokens"}}),
     "experts": ("mixtral", {"experts": {"min_tokens": 8}, "calibration": {"samples": 9, "length": 4}}),
-    "layers fitted": ("llama", {"method": "wanda", "reconstruct": _FITTED, "quantise": {}}),
-    "attention fitted": ("llama", {"method": "wanda", "reconstruct": {**_FITTED, "window": "attention+mlp"}}),
+    "parts fitted": (
+        "llama",
+        {"method": "wanda", "reconstruct": {**_FITTED, "window": "attention+mlp"}, "quantise": {}},
+    ),
     "structures": ("llama", {"structures": {"heads": {"remove": 1}, "ffn": {"remove": 0.25}}}),
     "experts removed": ("mixtral", {"structures": {"experts": {"remove": 1, "method": "reap"}}}),
     "layers replaced": ("llama", {"structures": {"depth": {"remove": 1, "replace": "linear"}}}),

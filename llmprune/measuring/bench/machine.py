@@ -10,6 +10,7 @@ import torch
 
 from llmprune import __version__
 from llmprune.devices import cpu_threads, processor_name
+from llmprune.precision import computed_in
 from llmprune.timing import Effort, time_calls
 
 _PACKAGES = ("torch", "triton", "transformers", "nvidia-cusparselt-cu13", "nvidia-cublas")
@@ -17,6 +18,8 @@ _PACKAGES = ("torch", "triton", "transformers", "nvidia-cusparselt-cu13", "nvidi
 # Bytes of the buffer that is copied, and the size of the square matrices that are multiplied.
 _COPIED = {"cuda": 1 << 30, "cpu": 256 << 20}
 _MULTIPLIED = {"cuda": 8192, "cpu": 1024}
+# Where a CPU takes seconds for a matrix of that size, in a dtype that it lacks.
+_EMULATED = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, effort: Effort) -> R
         dtype: of the dense matmul.
         effort: seconds for each of them.
     """
-    size = _MULTIPLIED.get(device.type, 1024)
+    size = _MULTIPLIED.get(device.type, 1024) if computed_in(dtype, device) == dtype else _EMULATED
     source = torch.ones(_COPIED.get(device.type, 1 << 28), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copying = time_calls([lambda: target.copy_(source)], device, effort.seconds)
