@@ -201,7 +201,7 @@ def _load_dense(source: Source, folder: Path, device: torch.device) -> PreTraine
 
 
 def whole_size(source: Source) -> int:
-    """Bytes of the whole model in the dtype that generates text."""
+    """Bytes of the whole model in the dtype in which the run computes."""
     return sum(math.prod(parameter.shape) for parameter in source.model.parameters()) * source.dtype.itemsize
 
 

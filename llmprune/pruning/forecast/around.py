@@ -21,8 +21,8 @@ from llmprune.methods import METHODS
 from llmprune.methods.method import Selection, select
 from llmprune.models.sizes import active_experts, flops, layer_size
 from llmprune.models.source import Source
-from llmprune.patterns import Block, parse
-from llmprune.pruning.forecast.plan import Around, LayerPlan, MatrixPlan
+from llmprune.patterns import Block, Pattern, parse
+from llmprune.pruning.forecast.plan import Around, LayerPlan
 from llmprune.recipe.recipe import Recipe
 from llmprune.stream.resident import ResidentLayer
 from llmprune.stream.stream import Stream, StreamSettings
@@ -73,17 +73,16 @@ def _choosing_seconds(layers: Sequence[LayerPlan], device: torch.device) -> floa
             if method is not None and issubclass(method, Selection):
                 kind = matrix.pattern, matrix.shape[1]
                 if kind not in rows:
-                    rows[kind] = _rows_per_second(matrix, device)
+                    rows[kind] = _rows_per_second(matrix.shape, parse(matrix.pattern).compared(method.scope), device)
                 total += len(plan.indices) * matrix.shape[0] / rows[kind]
     return total
 
 
-def _rows_per_second(matrix: MatrixPlan, device: torch.device) -> float:
+def _rows_per_second(shape: tuple[int, int], pattern: Pattern, device: torch.device) -> float:
     """A score costs about as much as a magnitude times the norm of a column."""
-    pattern = parse(matrix.pattern).compared("matrix")
     height = pattern.size[0] if isinstance(pattern, Block) else 1
-    rows = max(min(matrix.shape[0], _CHOSEN) // height, 1) * height
-    weight, norms = torch.randn(rows, matrix.shape[1], device=device), torch.rand(matrix.shape[1], device=device)
+    rows = max(min(shape[0], _CHOSEN) // height, 1) * height
+    weight, norms = torch.randn(rows, shape[1], device=device), torch.rand(shape[1], device=device)
     return rows * runs_per_second(lambda: select(weight, weight.abs() * norms, pattern), device)
 
 
