@@ -21,6 +21,7 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from llmprune.errors import NumericsError, PatternError
+from llmprune.kernels.cpu import keep_in_groups_compiled
 
 Scope = Literal["row", "matrix", "layer"]
 
@@ -265,7 +266,7 @@ def keep_highest(scores: Shaped[Tensor, "groups n"], count: int) -> Bool[Tensor,
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = _kth_smallest(scores, count)
     keep = scores > threshold
-    missing = scores.shape[-1] - count - keep.sum(-1)
+    missing = scores.shape[-1] - count - _count_each(keep)
     for group in missing.nonzero().view(-1).tolist():
         _keep_last(keep[group], scores[group] == threshold[group], int(missing[group]))
     return keep
@@ -314,6 +315,13 @@ def _keep_last(keep: Tensor, tied: Tensor, count: int) -> None:
     keep[places[len(places) - count :].unbind(1)] = True
 
 
+def _count_each(mask: Tensor) -> Tensor:
+    """How many are True in each group; torch would add them up one by one."""
+    if mask.device.type != "cpu":
+        return mask.sum(-1)
+    return torch.from_numpy(_count_nonzero(mask))
+
+
 def _refuse_nan(scores: Tensor) -> None:
     # amax propagates NaN, so that one pass without a mask suffices.
     if scores.numel() and bool(torch.isnan(scores.amax())):
@@ -334,12 +342,20 @@ def _partition(scores: Tensor, position: int):  # type: ignore[no-untyped-def]
     return np.partition(scores.detach().numpy(), position, axis=-1)
 
 
+def _count_nonzero(mask: Tensor):  # type: ignore[no-untyped-def]
+    import numpy as np
+
+    return np.count_nonzero(mask.numpy(), axis=-1)
+
+
 def _keep_in_groups(groups: Tensor, keep: int) -> Tensor:
     """Keep the `keep` highest of each group; up to a length of 16, comparing all pairs is cheaper than selection."""
     size = groups.shape[1]
+    _refuse_nan(groups)
+    if (found := keep_in_groups_compiled(groups, keep)) is not None:
+        return found
     if size > 16:
         return keep_highest(groups, size - keep)
-    _refuse_nan(groups)
     columns = groups.unbind(1)
     beaten_by = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
     for low in range(size):

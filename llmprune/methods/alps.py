@@ -68,7 +68,7 @@ class ALPS(Alternating):
                 multipliers += penalty * (solution - projected)
                 if step % self.every:
                     continue
-                changed = int((mask != seen).sum()) / max(2 * int(mask.sum()), 1)
+                changed = int((mask != seen).count_nonzero()) / max(2 * int(mask.count_nonzero()), 1)
                 if not changed:
                     break
                 penalty *= next(factor for share, factor in _GROWTH if changed > share)

@@ -120,7 +120,7 @@ def _shira(model: nn.Module, targets: list[str], masks: Mapping[str, Tensor], ra
     pruned = {id(weight): masks.get(f"{name}.weight") for name, weight in weights}
     for name, weight in weights:
         mask = pruned[id(weight)]
-        kept = weight.numel() if mask is None else int((~mask).sum())
+        kept = weight.numel() if mask is None else mask.numel() - int(mask.count_nonzero())
         if rank * sum(weight.shape) > kept:
             raise RecoveryError(
                 f"SHiRA of rank {rank} trains {rank * sum(weight.shape)} weights of {name}, which has kept {kept}",

@@ -113,7 +113,7 @@ def load_masks(file: Path, model: nn.Module) -> dict[str, Tensor]:
 
 def count_zeros(masks: Masks) -> dict[str, int]:
     """How many weights of each matrix are pruned."""
-    return {name: int(mask.sum()) for name, mask in masks.items()}
+    return {name: int(mask.count_nonzero()) for name, mask in masks.items()}
 
 
 def revived(model: nn.Module, masks: Masks) -> dict[str, int]:

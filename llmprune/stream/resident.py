@@ -145,7 +145,8 @@ class ResidentLayer:
 
     def count_zeros(self, name: str) -> int:
         """The number of zeros currently in the matrix."""
-        return int((self._view(name) == 0).sum())
+        view = self._view(name)
+        return view.numel() - int(view.count_nonzero())
 
     def output_error(self, group: Group, name: str, original: Tensor) -> float | None:
         """Relative output error ||(W - V) X||^2 / ||W X||^2, W the original [out, in], V the current matrix.

@@ -117,7 +117,7 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
     @property
     def sparsity(self) -> float:
         """The fraction of the weights that is pruned now."""
-        pruned = sum(int((~mask).sum()) for mask in self.state.kept.values())
+        pruned = sum(mask.numel() - int(mask.count_nonzero()) for mask in self.state.kept.values())
         return pruned / sum(mask.numel() for mask in self.state.kept.values())
 
     @property

@@ -87,13 +87,41 @@ def test_the_number_of_threads_changes_no_bit():
             sums, keep, total = inputs[0].clone(), inputs[4].clone(), torch.zeros(700, 700)
             sweep_block(sums, *inputs[1:4], keep, (2, 4))
             add_gram(total, x)
-            found.append((sums, keep, total.tril()))
+            found.append((sums, keep, cpu.keep_in_groups_compiled(inputs[1].view(-1, 4), 2), total.tril()))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
-        assert all(torch.equal(*pair) for pair in zip(found[0][:2], other[:2], strict=True))
+        assert all(torch.equal(*pair) for pair in zip(found[0][:3], other[:3], strict=True))
         if cpu.library().level >= 2:
-            assert torch.equal(found[0][2], other[2])
+            assert torch.equal(found[0][3], other[3])
+
+
+@needs_kernels
+@pytest.mark.parametrize("of", [1, 2, 3, 4, 5, 8, 16, 31, 32])
+def test_groups_keep_their_highest_scores_and_of_equal_ones_the_last(of):
+    generator = torch.Generator().manual_seed(of)
+    for count, keep in [(0, 1), (1, 0), (3, of), (67, 1), (1000, of // 2)]:
+        # Few values, so that most groups have equal ones; zero has two signs.
+        scores = torch.randint(-2, 3, (count, of), generator=generator) * torch.tensor(-0.5)
+        scores[:, ::3] = scores[:, ::3].clamp(0).mul(float("inf")).nan_to_num(0, float("inf"))
+        found = cpu.library().choose(scores, keep)
+        order = scores.sort(dim=1, stable=True).indices
+        expected = torch.zeros_like(found).scatter_(1, order[:, of - keep :], True)
+        assert torch.equal(found, expected)
+
+
+@needs_kernels
+def test_scores_of_another_layout_or_dtype_are_refused_or_left_to_torch():
+    wide = torch.randn(6, 8)
+    assert torch.equal(
+        cpu.keep_in_groups_compiled(wide[:, ::2], 2), cpu.keep_in_groups_compiled(wide[:, ::2].clone(), 2)
+    )
+    assert cpu.keep_in_groups_compiled(wide.double(), 2) is None
+    assert cpu.keep_in_groups_compiled(torch.randn(2, cpu.MOST_GROUP + 1), 2) is None
+    with pytest.raises(ValueError, match="contiguous"):
+        cpu.library().choose(wide[:, ::2], 2)
+    with pytest.raises(ValueError, match="does not go together"):
+        cpu.library().choose(wide, 9)
 
 
 @needs_bf16

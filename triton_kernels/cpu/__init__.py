@@ -14,7 +14,8 @@ int8 weights are multiplied by activations of 16 bits, exactly within 128 column
 with the scales of both. x that is not finite gives results that are not a number.
 
 The same library has what pruning takes most of its time for on a CPU: the column loop of SparseGPT
-(`kernels.obs_sweep`), and the Gram matrix of bfloat16 inputs where there are instructions for it.
+(`kernels.obs_sweep`), the choice of weights in N:M groups, and the Gram matrix of bfloat16 inputs where there are
+instructions for it.
 
 The weights are constants. Gradients flow to x and the bias, through the dense matrix.
 """
@@ -22,6 +23,7 @@ The weights are constants. Gradients flow to x and the bias, through the dense m
 from .choices import dense_from, measured_limit, shape_key
 from .finding import library, unavailable
 from .gram import add_gram_compiled
+from .groups import keep_in_groups_compiled
 from .library import FOLD, KINDS, LEVELS, MOST_COLUMNS, MOST_GROUP, TYPES, CorruptMatrixError, new_memory
 from .measuring import measure_dense_from
 from .operator import dense, expanded_linear, linear, pack, unpack
@@ -38,6 +40,7 @@ __all__ = [
     "dense",
     "dense_from",
     "expanded_linear",
+    "keep_in_groups_compiled",
     "library",
     "linear",
     "measure_dense_from",

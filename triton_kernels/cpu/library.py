@@ -23,7 +23,7 @@ _DTYPES = tuple(STORED)
 # The instruction sets by number; the rest of this module passes the number.
 LEVELS = ("none", "AVX2", "AVX-512 with BF16")
 
-# What `sweep` takes at most.
+# What `sweep` and `choose` take at most.
 MOST_COLUMNS, MOST_GROUP = 256, 32
 
 # One thread for each of these bytes: below, waking another one costs more than it reads.
@@ -56,6 +56,7 @@ _SIGNATURES = {
     ),
     "expand": (_number, (_address, _size, _size, _size, _address, _number, _number)),
     "sweep": (_number, (*[_address] * 5, *[_size] * 4, _number, _number)),
+    "choose": (_number, (_address, *[_size] * 3, _address, _number)),
     "gram": (_number, (_address, _size, _size, _address, _address, _number, _number)),
     "gram_scratch": (_size, (_size, _size)),
     "stream": (ctypes.c_float, (_address, _size, _number)),
@@ -235,6 +236,20 @@ class Library:
             self.level if level is None else level, self.threads(columns * sums.nbytes),
         )  # fmt: skip
         self._require(result)
+
+    def choose(self, scores: Tensor, keep: int) -> Tensor:
+        """True for the `keep` highest of each group; of equal ones the last.
+
+        Args:
+            scores: [groups, of], float32, contiguous, no NaN; `of` at most `MOST_GROUP`.
+            keep: at most `of`.
+        """
+        if scores.dtype != torch.float32 or not scores.is_contiguous():
+            raise ValueError(f"{scores.dtype} scores; expected contiguous float32")
+        stays = torch.empty(scores.shape, dtype=torch.bool, device="cpu")
+        pointers, threads = (scores.data_ptr(), stays.data_ptr()), self.threads(scores.nbytes)
+        self._require(self._choose(pointers[0], len(scores), keep, scores.shape[1], pointers[1], threads))
+        return stays
 
     def add_gram(self, total: Tensor, x: Tensor) -> None:
         """Add the lower triangle of x^T x to `total` [width, width], float32; x is [tokens, width], bfloat16."""

@@ -85,7 +85,7 @@ class SoftMovement(Rule):
         bound = self.threshold * moment.sparsity / moment.end
         masks = {name: score.sigmoid() > bound for name, score in moment.scores.items()}
         for name, mask in masks.items():
-            if int(mask.sum()) < _LEAST * mask.numel():
+            if int(mask.count_nonzero()) < _LEAST * mask.numel():
                 masks[name] = moment.selection.masks({name: moment.scores[name]}, 1 - _LEAST)[name]
         return masks
 

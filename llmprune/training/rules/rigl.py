@@ -65,7 +65,7 @@ class RigL(Rule):
 
 def _moved(size: Tensor, slope: Tensor, kept: Tensor, share: float) -> Tensor:
     """Masks [out, in] with a share of the kept weights moved."""
-    count = int(kept.sum())
+    count = int(kept.count_nonzero())
     moving = int(share * count)
     total = kept.numel()
     sizes = size.masked_fill(~kept, -torch.inf).reshape(1, -1)

@@ -34,6 +34,7 @@ struct Activations {
 #include "columns.h"
 #include "dense.h"
 #include "gram.h"
+#include "groups.h"
 
 typedef void (*Kernel)(const Matrix&, int64_t tile, const void* x, float* out);
 
@@ -345,6 +346,20 @@ int llmprune_sweep(float* sums, const float* original, const float* upper, const
   if (misaligned(sums, 4) || misaligned(original, 4) || misaligned(upper, 4) || misaligned(importance, 4)) return MISALIGNED;
   Columns work{columns, rows, keep, of, sums, original, upper, importance, stays, level};
   if (columns && rows) in_threads(sweep_share, &work, threads);
+  return DONE;
+#else
+  return UNSUPPORTED;
+#endif
+}
+
+// Which weights of `groups` groups of `of` (at most 32) stay: see groups.h. Scores are numbers.
+int llmprune_choose(const float* scores, int64_t groups, int64_t keep, int64_t of, uint8_t* stays, int threads) {
+#if HAVE_KERNELS
+  if (llmprune_level() < AVX2) return UNSUPPORTED;
+  if (groups < 0 || of < 1 || of > MOST_CHOSEN || keep < 0 || keep > of) return REFUSED;
+  if (misaligned(scores, 4)) return MISALIGNED;
+  Groups work{scores, groups, keep, of, stays};
+  if (groups) in_threads(choose_share, &work, threads);
   return DONE;
 #else
   return UNSUPPORTED;
