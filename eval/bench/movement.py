@@ -5,8 +5,8 @@
 
 The classifier is the bundled model with a new head. It is fine-tuned to tell passages from passages whose words were
 shuffled; both files of labelled texts are made from the given ones, in the folder. Each rule has one dense stage,
-then six stages along a cubic schedule, with the same steps. Measured is the accuracy on passages from the held-out
-text. Rows of other rules, sparsities and seeds in the JSON file are kept, so that a run may be made in parts.
+then stages along a cubic schedule. Measured is the accuracy on passages from the held-out text. Rows of other rules,
+sparsities and seeds in the JSON file are kept, so that a run may be made in parts.
 """
 
 import argparse
@@ -66,7 +66,9 @@ def measure(rule: str, sparsity: float, seed: int, args: argparse.Namespace) -> 
     model = make_classifier(args.folder / f"classifier-{seed}", seed)
     recipe = {
         "rule": rule,
-        "schedule": {"kind": "cubic", "stages": 6, "end": sparsity, "every": args.every, "dense": args.every},
+        "schedule": {
+            "kind": "cubic", "stages": args.stages, "end": sparsity, "every": args.every, "dense": args.dense,
+        },
         "training": {
             "learning_rate": args.rate, "batch_size": args.batch_size, "held_back": 64, "seed": seed, "cycle": "run",
         },
@@ -94,7 +96,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rules", nargs="+", default=["magnitude", "movement"])
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.85, 0.95])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--stages", type=int, default=6, help="after the dense one")
     parser.add_argument("--every", type=int, default=8, help="steps of a stage")
+    parser.add_argument("--dense", type=int, default=8, help="steps of the dense stage")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
