@@ -79,10 +79,11 @@ class Stream:
         self.source, self.settings = source, settings or StreamSettings()
         self.stages = stages or Stages()
         self.hidden = HiddenStates(self.settings.activation_budget)
-        # Held-back samples have batches of their own, so that the statistics include a whole batch or none of it.
-        counted = len(ids) - self.settings.held_back
-        size = self.settings.batch_size
-        self.batches = [*ids[:counted].split(size), *(ids[counted:].split(size) if self.settings.held_back else ())]
+        # Held-back samples have batches of their own, so that the statistics include a whole batch or none of it. They
+        # are few: each of several processes gets some of them, and waits for no other.
+        held_back, size = self.settings.held_back, self.settings.batch_size
+        counted, part = len(ids) - held_back, min(size, -(-held_back // self.settings.ranks.size))
+        self.batches = [*ids[:counted].split(size), *(ids[counted:].split(part) if held_back else ())]
         self.statistics_batches = -(-counted // size)
         numbers, share = range(len(self.batches)), self.settings.ranks.own
         self.counted, self.validation = (

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from folders import contents, tensors
-from tiny_models import build, recipe, save
+from streams import stream
+from tiny_models import build, random_ids, recipe, save
 
 from llmprune.errors import CalibrationError, DeviceError, PeerError, RecipeError
 from llmprune.progress import Progress
@@ -151,6 +152,15 @@ def test_a_killed_process_ends_the_run_which_one_process_continues(tmp_path: Pat
     assert told[0] in (output / "report.html").read_text("utf-8")
     assert report.sparsity == pytest.approx(0.5)
     assert len(report.rows) == 28
+
+
+def test_held_back_samples_are_shared_out() -> None:
+    for size, shares in ((1, [[4]]), (2, [[2], [2]]), (3, [[2], [2], []]), (6, [[1], [1], [1], [1], [], []])):
+        found = [
+            stream(build("llama"), random_ids(10, 4), held_back=4, batch_size=8, ranks=Ranks(rank, size))
+            for rank in range(size)
+        ]
+        assert [[len(run.batches[batch]) for batch in run.validation] for run in found] == shares
 
 
 def test_more_processes_than_batches_are_refused() -> None:
