@@ -9,6 +9,8 @@ import typer
 
 from llmprune import torchrun
 from llmprune.cli import console
+from llmprune.cli.options import explained
+from llmprune.errors import DeviceError
 
 
 def number(processes: int | None) -> int:
@@ -20,11 +22,12 @@ def number(processes: int | None) -> int:
     return processes
 
 
-def launch(processes: int) -> None:
+def launch(processes: int, *, as_json: bool) -> None:
     """Start the command that runs in several processes, and exit as they do.
 
     Args:
         processes: how many.
+        as_json: also print the death of one as JSON on stdout.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -42,7 +45,9 @@ def launch(processes: int) -> None:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             memory = ", as the system does when memory runs out" if failure.signal_name() == "SIGKILL" else ""
-            console.tell(f"process {rank} was ended by {failure.signal_name()}{memory}; continue with --resume")
+            with explained(as_json):
+                what = f"process {rank} was ended by {failure.signal_name()}{memory}"
+                raise DeviceError(what, fix="continue with --resume") from None
         raise typer.Exit(failure.exitcode if failure.exitcode > 0 else 1) from None
     except SignalException as error:
         if error.sigval != signal.SIGINT:  # of which the first process says itself how to continue

@@ -142,7 +142,7 @@ def prune(
     if sharing > 1 and not torchrun.started():
         with explained(as_json), wanted.spelled():
             _require_startable(wanted, further, sharing)
-        launching.launch(sharing)
+        launching.launch(sharing, as_json=as_json)
     options = [part for key, value in chosen.items() if value for part in (f"--{key}", value)]
     options += ["--push-to-hub", push_to_hub] if push_to_hub else []
     options += ["--processes", str(torchrun.processes())] if torchrun.started() else []

@@ -71,7 +71,7 @@ def test_what_cannot_be_shared_is_refused_before_a_process_starts(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr("llmprune.pruning.tracking.find_spec", lambda name: None)
-    monkeypatch.setattr(launching, "launch", lambda processes: pytest.fail("started"))
+    monkeypatch.setattr(launching, "launch", lambda processes, as_json: pytest.fail("started"))
     done = run("prune", "testbed", "--output", tmp_path / "out", "--device", "cpu", *options, *more)
     assert done.exit_code == 1
     assert what in done.stderr
@@ -108,7 +108,7 @@ def test_the_processes_share_the_threads_of_one(monkeypatch: pytest.MonkeyPatch)
         if given is None:
             monkeypatch.delenv("OMP_NUM_THREADS")
         with pytest.raises(typer.Exit):
-            launching.launch(2)
+            launching.launch(2, as_json=False)
         assert os.environ["OMP_NUM_THREADS"] == threads
 
 
@@ -154,9 +154,11 @@ def test_the_command_ends_as_its_processes_do(
     monkeypatch.setattr("torch.distributed.run.main", main)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with pytest.raises(typer.Exit) as caught:
-        launching.launch(2)
+        launching.launch(2, as_json=True)
     assert caught.value.exit_code == status
     killed = isinstance(ended, ChildFailedError) and ended.get_first_failure()[1].exitcode < 0
-    told = capfd.readouterr().err
-    assert ("process 1 was ended by SIGKILL, as the system does when memory runs out" in told) == killed
-    assert ("ended by SIGTERM; continue with --resume" in told) == (status == 143)
+    printed = capfd.readouterr()
+    what = "process 1 was ended by SIGKILL, as the system does when memory runs out"
+    assert (what in printed.err) == killed
+    assert (json.loads(printed.out)["error"]["what"] if printed.out else "") == (what if killed else "")
+    assert ("ended by SIGTERM; continue with --resume" in printed.err) == (status == 143)
