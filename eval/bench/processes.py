@@ -6,7 +6,8 @@
 Each run is `llmprune prune` in a process of its own; one process and several take turns, and medians are compared.
 `statistics` are forward passes and Gram matrices, `talking` is what the processes spend on adding sums and handing over
 matrices, waiting for each other included. Masks and perplexities of the last two runs are compared, and those of one
-process with another batch size beside them, since sums in another order alone decide ties otherwise.
+process with another batch size beside them, since sums in another order alone decide ties otherwise. A random model has
+no tokenizer: without one in its folder it samples its text, which takes minutes.
 """
 
 import argparse
@@ -95,6 +96,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--other-batches", action=argparse.BooleanOptionalAction, default=True,
+        help="also compare with one process and another batch size, in a run more",
+    )  # fmt: skip
     parser.add_argument("--work", type=Path, default=Path("out/bench"))
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
@@ -104,9 +109,13 @@ def main() -> None:
     for _ in range(args.repeats):
         for count, output in places.items():
             runs[count].append(run(folder, output, count, args, args.batch_size))
-    other = args.work / "other-batches"
-    run(folder, other, 1, args, max(args.batch_size // 2, 1))
     alone, together = places.values()
+    same, results = agreement(alone, together), [alone, together]
+    if args.other_batches:
+        other = args.work / "other-batches"
+        run(folder, other, 1, args, max(args.batch_size // 2, 1))
+        same["masks_other_batch_size"] = agreement(alone, other)["masks"]
+        results.append(other)
     medians = {
         count: {name: statistics.median(each[name] for each in found) for name in found[0]}
         for count, found in runs.items()
@@ -121,8 +130,8 @@ def main() -> None:
         "all_seconds": runs,
         "faster": {name: medians[1][name] / medians[args.processes][name] for name in ("statistics", "pruning")},
         "talking_share": medians[args.processes]["talking"] / medians[args.processes]["pruning"],
-        "same": {**agreement(alone, together), "masks_other_batch_size": agreement(alone, other)["masks"]},
-        "perplexity": [perplexity(folder) for folder in (alone, together, other)],
+        "same": same,
+        "perplexity": [perplexity(folder) for folder in results],
         "device": load_report(alone).header["device"],
         "versions": load_report(alone).header["version"],
     }
