@@ -351,11 +351,12 @@ def _count_nonzero(mask: Tensor):  # type: ignore[no-untyped-def]
 def _keep_in_groups(groups: Tensor, keep: int) -> Tensor:
     """Keep the `keep` highest of each group; up to a length of 16, comparing all pairs is cheaper than selection."""
     size = groups.shape[1]
-    _refuse_nan(groups)
     if (found := keep_in_groups_compiled(groups, keep)) is not None:
+        _refuse_nan(groups)
         return found
     if size > 16:
         return keep_highest(groups, size - keep)
+    _refuse_nan(groups)
     columns = groups.unbind(1)
     beaten_by = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
     for low in range(size):

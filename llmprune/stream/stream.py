@@ -80,7 +80,7 @@ class Stream:
         self.stages = stages or Stages()
         self.hidden = HiddenStates(self.settings.activation_budget)
         # Held-back samples have batches of their own, so that the statistics include a whole batch or none of it. They
-        # are few: each of several processes gets some of them, and waits for no other.
+        # are few: one batch of them would have all processes but one wait.
         held_back, size = self.settings.held_back, self.settings.batch_size
         counted, part = len(ids) - held_back, min(size, -(-held_back // self.settings.ranks.size))
         self.batches = [*ids[:counted].split(size), *(ids[counted:].split(part) if held_back else ())]

@@ -1,4 +1,4 @@
-"""The CPU kernels that pruning uses: the column loop and the Gram matrix, against float64, on any number of threads."""
+"""The CPU kernels that pruning uses, against float64 or by definition, on any number of threads."""
 
 from unittest import mock
 

@@ -16,6 +16,9 @@ def keep_in_groups_compiled(scores: Tensor, keep: int) -> Tensor | None:
 
     Returns:
         [groups, of], bool; None unless scores are float32 on a CPU that has kernels, in groups of at most `MOST_GROUP`.
+
+    Raises:
+        ValueError: `keep` is no number from 0 to `of`.
     """
     fits = scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.shape[1] <= MOST_GROUP
     if not fits or unavailable() is not None:

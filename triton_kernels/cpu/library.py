@@ -243,12 +243,18 @@ class Library:
         Args:
             scores: [groups, of], float32, contiguous, no NaN; `of` at most `MOST_GROUP`.
             keep: at most `of`.
+
+        Returns:
+            [groups, of], bool.
+
+        Raises:
+            ValueError: the scores are of another dtype or layout, or the numbers do not go together.
         """
         if scores.dtype != torch.float32 or not scores.is_contiguous():
             raise ValueError(f"{scores.dtype} scores; expected contiguous float32")
         stays = torch.empty(scores.shape, dtype=torch.bool, device="cpu")
         pointers, threads = (scores.data_ptr(), stays.data_ptr()), self.threads(scores.nbytes)
-        self._require(self._choose(pointers[0], len(scores), keep, scores.shape[1], pointers[1], threads))
+        self._require(self._choose(pointers[0], len(scores), int(keep), scores.shape[1], pointers[1], threads))
         return stays
 
     def add_gram(self, total: Tensor, x: Tensor) -> None:

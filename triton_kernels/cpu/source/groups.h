@@ -7,8 +7,6 @@ struct Groups {
   uint8_t* stays;
 };
 
-constexpr int64_t MOST_CHOSEN = 32;  // of
-
 // A score stays if fewer than `keep` others of its group beat it: higher ones, and equal ones behind it.
 static void choose_each(const float* scores, int64_t keep, int64_t of, uint8_t* stays) {
   for (int64_t i = 0; i < of; i++) {
@@ -22,15 +20,16 @@ static void choose_each(const float* scores, int64_t keep, int64_t of, uint8_t* 
 // Groups of 2, 4 or 8 in a vector of 8: each turn compares every score with the one `turn` places behind it, which for
 // the last ones of a group is one before.
 template <int OF>
-__attribute__((target("avx2"))) static void choose_vectors(const float* scores, int64_t count, int64_t keep, uint8_t* stays) {
+__attribute__((target("avx2"))) static void choose_vectors(const float* scores, int64_t count, int64_t keep,
+                                                           uint8_t* stays) {
   __m256i turned[OF];
   __m256 around[OF];
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), in_group = _mm256_and_si256(lane, _mm256_set1_epi32(OF - 1));
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), last = _mm256_set1_epi32(OF - 1);
+  const __m256i in_group = _mm256_and_si256(lane, last);
   for (int turn = 1; turn < OF; turn++) {
     const __m256i moved = _mm256_add_epi32(in_group, _mm256_set1_epi32(turn));
-    turned[turn] = _mm256_or_si256(_mm256_andnot_si256(_mm256_set1_epi32(OF - 1), lane),
-                                   _mm256_and_si256(moved, _mm256_set1_epi32(OF - 1)));
-    around[turn] = _mm256_castsi256_ps(_mm256_cmpgt_epi32(moved, _mm256_set1_epi32(OF - 1)));
+    turned[turn] = _mm256_or_si256(_mm256_andnot_si256(last, lane), _mm256_and_si256(moved, last));
+    around[turn] = _mm256_castsi256_ps(_mm256_cmpgt_epi32(moved, last));
   }
   const __m256i least = _mm256_set1_epi32(-(int)keep);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -39,7 +38,8 @@ __attribute__((target("avx2"))) static void choose_vectors(const float* scores, 
     __m256i beaten_by = _mm256_setzero_si256();  // negative
     for (int turn = 1; turn < OF; turn++) {
       const __m256 other = _mm256_permutevar8x32_ps(own, turned[turn]);
-      const __m256 beats = _mm256_blendv_ps(_mm256_cmp_ps(other, own, _CMP_GE_OQ), _mm256_cmp_ps(other, own, _CMP_GT_OQ), around[turn]);
+      const __m256 behind = _mm256_cmp_ps(other, own, _CMP_GE_OQ), before = _mm256_cmp_ps(other, own, _CMP_GT_OQ);
+      const __m256 beats = _mm256_blendv_ps(behind, before, around[turn]);
       beaten_by = _mm256_add_epi32(beaten_by, _mm256_castps_si256(beats));
     }
     return _mm256_cmpgt_epi32(beaten_by, least);
@@ -59,7 +59,7 @@ static void choose_share(void* data) {
   const Groups& g = *(const Groups*)data;
   int me;
   const int parts = team(&me);
-  // Whole vectors, and no byte of the mask that two threads write.
+  // Whole vectors for all threads but the last.
   const int64_t unit = 64, from = g.count / unit * me / parts * unit;
   const int64_t to = me + 1 == parts ? g.count : g.count / unit * (me + 1) / parts * unit;
   const float* scores = g.scores + from * g.of;

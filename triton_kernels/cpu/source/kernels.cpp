@@ -356,7 +356,7 @@ int llmprune_sweep(float* sums, const float* original, const float* upper, const
 int llmprune_choose(const float* scores, int64_t groups, int64_t keep, int64_t of, uint8_t* stays, int threads) {
 #if HAVE_KERNELS
   if (llmprune_level() < AVX2) return UNSUPPORTED;
-  if (groups < 0 || of < 1 || of > MOST_CHOSEN || keep < 0 || keep > of) return REFUSED;
+  if (groups < 0 || of < 1 || of > MOST_GROUP || keep < 0 || keep > of) return REFUSED;
   if (misaligned(scores, 4)) return MISALIGNED;
   Groups work{scores, groups, keep, of, stays};
   if (groups) in_threads(choose_share, &work, threads);
