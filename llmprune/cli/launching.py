@@ -42,13 +42,15 @@ def launch(processes: int, *, as_json: bool) -> None:
     try:
         main(["--standalone", f"--nproc-per-node={processes}", "-m", "llmprune", *without_number(sys.argv[1:])])
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
+        # The others fail because of one that was killed, some in the same second.
+        killed = [item for item in error.failures.items() if item[1].exitcode < 0]
+        rank, failure = killed[0] if killed else error.get_first_failure()
+        if killed:
             memory = ", as the system does when memory runs out" if failure.signal_name() == "SIGKILL" else ""
             with explained(as_json):
                 what = f"process {rank} was ended by {failure.signal_name()}{memory}"
                 raise DeviceError(what, fix="continue with --resume") from None
-        raise typer.Exit(failure.exitcode if failure.exitcode > 0 else 1) from None
+        raise typer.Exit(failure.exitcode) from None
     except SignalException as error:
         if error.sigval != signal.SIGINT:  # of which the first process says itself how to continue
             console.tell(f"ended by {signal.Signals(error.sigval).name}; continue with --resume")

@@ -138,7 +138,7 @@ def test_the_processes_get_the_same_command_without_their_number() -> None:
         (SignalException("Ctrl-C", signal.SIGINT), 130),
         (SignalException("the scheduler", signal.SIGTERM), 143),
         (ChildFailedError("llmprune", {1: ProcessFailure(1, 7, 1, "")}), 1),
-        (ChildFailedError("llmprune", {1: ProcessFailure(1, 7, -9, "")}), 1),
+        (ChildFailedError("llmprune", {0: ProcessFailure(0, 6, 1, ""), 1: ProcessFailure(1, 7, -9, "")}), 1),
         (None, 0),
     ],
     ids=["Ctrl-C", "terminated", "an error", "killed", "finished"],
@@ -156,7 +156,7 @@ def test_the_command_ends_as_its_processes_do(
     with pytest.raises(typer.Exit) as caught:
         launching.launch(2, as_json=True)
     assert caught.value.exit_code == status
-    killed = isinstance(ended, ChildFailedError) and ended.get_first_failure()[1].exitcode < 0
+    killed = isinstance(ended, ChildFailedError) and 0 in ended.failures
     printed = capfd.readouterr()
     what = "process 1 was ended by SIGKILL, as the system does when memory runs out"
     assert (what in printed.err) == killed
