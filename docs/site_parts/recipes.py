@@ -1,9 +1,8 @@
 """Parts about recipes: every key with type, default and meaning; every bundled recipe with its figures."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from importlib.resources import files
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -15,6 +14,7 @@ from pydantic.fields import FieldInfo
 from llmprune.methods import Method
 from llmprune.patterns import Pattern
 from llmprune.recipe.allocation import RULES, Allocation
+from llmprune.recipe.bundled import Command, recipe_texts
 from llmprune.recipe.fields import MOST
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.recipe.reconstruct import Reconstruct
@@ -140,9 +140,18 @@ def structure_keys() -> str:
 
 def bundled_table() -> str:
     """One line per bundled recipe, with its result on the bundled model."""
+    return _bundled("prune", lambda name: f"[{name}](#{name})")
+
+
+def training_recipes() -> str:
+    """One line per bundled recipe of `llmprune train`, with its result, and the command that made it."""
+    return f"{_bundled('train', literal)}\n\n{_made_by(recipe_texts('train'))}"
+
+
+def _bundled(command: Command, shown: Callable[[str], str]) -> str:
     rows = [
-        (f"[{name}](#{name})", str(yaml.safe_load(text)["description"]), _figures(text)["Testbed"])
-        for name, text in sources().items()
+        (shown(name), str(yaml.safe_load(text)["description"]), _figures(text)["Testbed"])
+        for name, text in recipe_texts(command).items()
     ]
     return table(("recipe", "what it does", "on the bundled model"), rows)
 
@@ -150,7 +159,7 @@ def bundled_table() -> str:
 def bundled_recipes() -> str:
     """Each bundled recipe: its purpose, its figures and its text."""
     parts = []
-    for name, text in sources().items():
+    for name, text in recipe_texts().items():
         body = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
         parts.append(f"### {name}\n\n{_remarks(text)}\n\n{_figures(text)['Testbed']}\n\n{code(body, 'yaml')}")
     return "\n\n".join(parts)
@@ -158,14 +167,12 @@ def bundled_recipes() -> str:
 
 def made_by() -> str:
     """The command that made the figures in the recipes, and the hardware."""
-    (line,) = {made for text in sources().values() if (made := _figures(text).get("Made by"))}
+    return _made_by(recipe_texts())
+
+
+def _made_by(texts: Mapping[str, str]) -> str:
+    (line,) = {made for text in texts.values() if (made := _figures(text).get("Made by"))}
     return "Made by " + re.sub(r"^python -m [\w.]+", lambda command: literal(command[0]), line)
-
-
-def sources() -> dict[str, str]:
-    """The source of the bundled recipes: name -> text."""
-    entries = [entry for entry in files("llmprune.recipes").iterdir() if entry.name.endswith(".yaml")]
-    return dict(sorted((entry.name.removesuffix(".yaml"), entry.read_text("utf-8")) for entry in entries))
 
 
 def _keys(model: type[BaseModel], defaults: Mapping[str, str] | None = None) -> str:
@@ -239,4 +246,5 @@ PARTS = {
     "bundled-table": bundled_table,
     "bundled-recipes": bundled_recipes,
     "bundled-protocol": made_by,
+    "training-recipes": training_recipes,
 }

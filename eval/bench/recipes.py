@@ -100,12 +100,16 @@ def comment(row: dict[str, Any]) -> str:
 
 
 def write_comment(name: str, row: dict[str, Any]) -> None:
-    """Write a recipe's figures into its file, replacing old ones, or else below the other comments at its top."""
-    file = RECIPES / f"{name}.yaml"
+    """Write a recipe's figures into its file."""
+    write_lines(RECIPES / f"{name}.yaml", comment(row))
+
+
+def write_lines(file: Path, lines: str) -> None:
+    """Write comment lines with figures into a recipe, in place of old ones or below the other comments at its top."""
     text = re.sub(r"^# (Testbed:|Made by) .*\n", "", file.read_text("utf-8"), flags=re.MULTILINE)
     head = re.match(r"(description:.*\n)?(#.*\n)*", text)
     assert head is not None
-    file.write_text(f"{head[0]}{comment(row)}\n{text[head.end() :]}", "utf-8")
+    file.write_text(f"{head[0]}{lines}\n{text[head.end() :]}", "utf-8")
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

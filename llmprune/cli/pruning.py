@@ -178,26 +178,34 @@ def prune(
 def recipes(
     recipe: Annotated[
         str | None,
-        typer.Argument(metavar="RECIPE", help="A bundled recipe or a YAML file to print with all of its keys."),
+        typer.Argument(
+            metavar="RECIPE", help="A bundled recipe, or a YAML file for llmprune prune, to print with all of its keys."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the bundled recipes, or print a recipe with every default filled in."""
+    """List the bundled recipes of prune and train, or print a recipe with every default filled in."""
     with explained(as_json):
         from llmprune.cli.tables.pruning import recipes_table
-        from llmprune.recipe.bundled import bundled_recipes
+        from llmprune.recipe.bundled import bundled_recipes, recipe_texts
         from llmprune.recipe.recipe import load_recipe
+        from llmprune.training.recipe import load_train_recipe
 
+        listed = {"prune": bundled_recipes(), "train": bundled_recipes("train")}
         if recipe is not None:
-            resolved = load_recipe(recipe)
+            resolved = load_train_recipe(recipe) if recipe in recipe_texts("train") else load_recipe(recipe)
             if as_json:
                 console.show_json(resolved.to_dict())
             else:
                 typer.echo(resolved.to_yaml(), nl=False)
         elif as_json:
-            console.show_json([{"name": name, "description": line} for name, line in bundled_recipes()])
+            console.show_json([
+                {"name": name, "description": line, "command": command}
+                for command, recipes in listed.items()
+                for name, line in recipes
+            ])  # fmt: skip
         else:
-            console.show(recipes_table(bundled_recipes()))
+            console.show(recipes_table(listed))
 
 
 def _require_startable(wanted: Wanted, further: list[str], processes: int) -> None:

@@ -13,9 +13,9 @@ from llmprune.torchrun import follows
 _EXAMPLES = """
 Examples:
 
-llmprune train org/model --text text.jsonl --set schedule.end=0.8 --output out/trained
+llmprune train org/model --recipe gradual-80 --text text.jsonl --output out/trained
 
-llmprune train org/classifier --recipe movement.yaml --text labelled.jsonl --output out/trained
+llmprune train org/classifier --recipe movement-90 --text labelled.jsonl --output out/trained
 
 llmprune train org/model --set method=sparsegpt --set schedule.kind=linear --text text.jsonl --dry-run
 """
@@ -35,7 +35,11 @@ def train(
     recipe: Annotated[
         str | None,
         _option(
-            "--recipe", "FILE", "YAML with a rule or a method, a schedule and the training. Default: magnitude.", WHAT
+            "--recipe",
+            "RECIPE",
+            "A bundled recipe (see `llmprune recipes`), or a YAML file with a rule or a method, a schedule and the "
+            "training. Default: magnitude, to half of the weights.",
+            WHAT,
         ),
     ] = None,
     overrides: Annotated[

@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,6 +188,21 @@ def _enter(section: dict[str, Any], part: str, where: str) -> dict[str, Any]:
             f"{where} is {shown_value(child)}, which has no keys to set", fix="set the whole value with one --set"
         )
     return child
+
+
+def tell_changes(document: Document, overrides: Sequence[str], keys: str) -> None:
+    """Append the overrides of what the description describes to it, if there is a description.
+
+    Args:
+        document: changed in place.
+        overrides: KEY=VALUE each.
+        keys: what it describes, as alternatives of a regular expression.
+    """
+    described = document.data.get("description")
+    given = sorted(change.strip() for change in overrides)
+    changes = [change for change in given if re.match(rf"({keys})\b", change)]
+    if changes and described and not any(change.startswith("description") for change in given):
+        document.data["description"] = f"{described}; changed: {', '.join(changes)}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -13,7 +13,6 @@ pydantic checks the types. Added here are the bundled names, the overrides, and 
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from fnmatch import fnmatchcase
@@ -34,20 +33,18 @@ from pydantic import (
 
 from llmprune.errors import RecipeError
 from llmprune.methods import METHODS, STEPS, Method
-from llmprune.paths import user_path
 from llmprune.patterns import Pattern
 from llmprune.recipe.aliases import known_assignment, rename_keys
 from llmprune.recipe.allocation import RULES, AllocationField, Uniform, check_allocation
-from llmprune.recipe.bundled import recipe_texts
+from llmprune.recipe.bundled import open_recipe
 from llmprune.recipe.document import (
     Document,
     KeyPath,
     RecipeDumper,
-    did_you_mean,
-    one_of,
     override,
     parse_document,
     refusal,
+    tell_changes,
 )
 from llmprune.recipe.fields import (
     MOST,
@@ -299,7 +296,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
         override(document, assignment)
         rename_keys(document)
         spread_mixes(document)
-    _tell_changes(document, overrides)
+    tell_changes(document, overrides, "pattern|method|structures|rules")
     try:
         # As JSON, for which pydantic's strict types accept lists as tuples and mappings as dataclasses.
         return Recipe.model_validate_json(json.dumps(document.data), strict=True)
@@ -313,15 +310,6 @@ def _evaluated(text: Mapping[str, Any]) -> dict[str, Any]:
     # Published perplexities are of a text's first sequences; self-generated text has no order to choose.
     order = {} if text.get("source", "self") == "self" else {"order": "text"}
     return {"seed": _EVALUATION["seed"], **order, **text}
-
-
-def _tell_changes(document: Document, overrides: Sequence[str]) -> None:
-    """Append the overrides of what the description describes to it, if there is a description."""
-    described = document.data.get("description")
-    given = sorted(change.strip() for change in overrides)
-    changes = [change for change in given if re.match(r"(pattern|method|structures|rules)\b", change)]
-    if changes and described and not any(change.startswith("description") for change in given):
-        document.data["description"] = f"{described}; changed: {', '.join(changes)}"
 
 
 def _check_reachable(rule: Rule, earlier: Sequence[Rule]) -> None:
@@ -343,17 +331,7 @@ def _open(recipe: str | Path | Mapping[str, Any] | Recipe) -> Document:
         raise RecipeError(f"a recipe of type {type(recipe).__name__}", expected=_RECIPE_FORMS, fix="pass one of these")
     if isinstance(recipe, str) and "\n" in recipe:
         return parse_document(recipe, "recipe")
-    bundled = recipe_texts()
-    if isinstance(recipe, str) and recipe in bundled:
-        return parse_document(bundled[recipe], f"{recipe}.yaml")
-    try:
-        return parse_document(user_path(recipe, RecipeError).read_text("utf-8"), str(recipe))
-    except FileNotFoundError as error:
-        hint = did_you_mean(Path(recipe).name.removesuffix(".yaml"), bundled)
-        raise RecipeError(f"no recipe {str(recipe)!r}{hint}", expected=f"a YAML file, or {one_of(bundled)}") from error
-    except (OSError, UnicodeError) as error:
-        fix = "check the path, or save the file as UTF-8 text"
-        raise RecipeError(f"{recipe} cannot be read: {error}", expected="a YAML file in UTF-8", fix=fix) from error
+    return open_recipe(recipe, "prune")
 
 
 def _known_keys(section: KeyPath) -> list[str]:

@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from llmprune.errors import LlmpruneError, RecipeError, TrainingError
-from llmprune.paths import user_path
-from llmprune.recipe.document import Document, one_of, override, parse_document
+import yaml
+
+from llmprune.errors import LlmpruneError, TrainingError
+from llmprune.recipe.bundled import open_recipe
+from llmprune.recipe.document import Document, RecipeDumper, one_of, override, parse_document, tell_changes
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.recovery.options import RecoveryOptions
 from llmprune.training.reading import WHOLE, read_keys, read_rule, read_schedule, read_selection
@@ -76,6 +78,10 @@ class TrainRecipe:
             "training": {**options, "cycle": self.cycle},
         }
 
+    def to_yaml(self) -> str:
+        """As YAML that `load_train_recipe` reads back to an equal recipe."""
+        return yaml.dump(_written(self), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
+
     @property
     def name(self) -> str:
         """The rule, or the method, in a word."""
@@ -133,13 +139,15 @@ def load_train_recipe(
     """Read a recipe and fill in defaults.
 
     Args:
-        recipe: the path of a YAML file, YAML text of more than one line, a mapping, or a recipe; None: all defaults,
-            gradual magnitude pruning to 50 % in ten stages.
+        recipe: the name of a bundled recipe (which takes precedence over a file of that name), the path of a YAML file,
+            YAML text of more than one line, a mapping, or a recipe; None: all defaults, gradual magnitude pruning to
+            50 % in ten stages.
         overrides: KEY=VALUE each, such as "schedule.end=0.8".
 
     Raises:
         TrainingError: a key is unknown, a value out of range, or two contradict each other.
-        RecipeError: the file cannot be read as YAML, or the method is unknown.
+        RecipeError: there is no such recipe, or it is one of `llmprune prune`; the file cannot be read as YAML; or the
+            method is unknown.
 
     Example:
         >>> load_train_recipe({"rule": "movement"}, ["schedule.end=0.9"]).schedule.end
@@ -152,6 +160,7 @@ def load_train_recipe(
     document = _open(recipe)
     for assignment in overrides:
         override(document, assignment)
+    tell_changes(document, overrides, "rule|method|pattern|schedule|from_scratch")
     return _checked(read_keys(_Keys, document.data, WHOLE))
 
 
@@ -164,14 +173,7 @@ def _open(recipe: str | Path | Mapping[str, Any] | None) -> Document:
         return Document(json.loads(json.dumps(dict(recipe or {}), default=str)), "recipe")
     if isinstance(recipe, str) and "\n" in recipe:
         return parse_document(recipe, "recipe")
-    try:
-        return parse_document(user_path(recipe, RecipeError).read_text("utf-8"), str(recipe))
-    except (OSError, UnicodeError) as error:
-        raise RecipeError(
-            f"the recipe {recipe} cannot be read: {error}",
-            expected="a YAML file with keys such as rule and schedule",
-            fix="check the path; the bundled recipes are for llmprune prune",
-        ) from error
+    return open_recipe(recipe, "train")
 
 
 def _checked(keys: _Keys) -> TrainRecipe:

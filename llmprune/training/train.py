@@ -95,7 +95,8 @@ def train(
         model: a checkpoint, dense or pruned, or a hub id; never changed.
         output: folder for the result, in the dtype of `model`.
         text: what is trained on, or its source; for a classifier, a .jsonl or .csv file with texts and labels.
-        recipe: a YAML file, YAML text, a mapping or a `TrainRecipe`; None: gradual magnitude pruning to 50 %.
+        recipe: a bundled recipe's name, a YAML file, YAML text, a mapping or a `TrainRecipe`; None: gradual magnitude
+            pruning to 50 %.
         overrides: changes to the recipe, "key.path=value".
         evaluation: a text on which both models are measured in the end; for a classifier, a labelled file.
         device: "auto", "cpu" or "cuda".

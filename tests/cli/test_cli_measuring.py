@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llmprune.recipe.bundled import bundled_recipes
 from llmprune.recipe.recipe import load_recipe
+from llmprune.training.recipe import load_train_recipe
 
 TESTBED = Path(__file__).parents[2] / "eval" / "testbed"
 
@@ -185,14 +186,17 @@ def test_inspect_mistakes_are_explained(tmp_path: Path) -> None:
 def test_recipes_are_listed_with_a_line_each() -> None:
     shown = " ".join(run("recipes").stdout.split())
     content = json.loads(run("recipes", "--json").stdout)
-    assert content == [{"name": name, "description": line} for name, line in bundled_recipes()]
-    for name, line in bundled_recipes():
+    listed = [(*one, command) for command in ("prune", "train") for one in bundled_recipes(command)]
+    assert content == [{"name": name, "description": line, "command": command} for name, line, command in listed]
+    for name, line, _ in listed:
         assert f"{name} {line}" in shown
 
 
 def test_a_recipe_is_printed_with_every_default() -> None:
     assert load_recipe(run("recipes", "wanda-50").stdout) == load_recipe("wanda-50")
     assert load_recipe(json.loads(run("recipes", "wanda-50", "--json").stdout)) == load_recipe("wanda-50")
+    assert load_train_recipe(run("recipes", "rigl-80").stdout) == load_train_recipe("rigl-80")
+    assert load_train_recipe(json.loads(run("recipes", "rigl-80", "--json").stdout)) == load_train_recipe("rigl-80")
     result = run("recipes", "wnda-50")
     assert result.exit_code == 1
     assert "did you mean 'wanda-50'?" in result.stderr

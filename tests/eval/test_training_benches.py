@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmprune.eval.bench import lottery, masks, movement
+from llmprune.eval.bench import lottery, masks, movement, training
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def test_the_classifier_is_made_fine_tuned_and_measured(tmp_path: Path, text: st
     file = tmp_path / "out.json"
     movement.main(
         ["--text", text, "--heldout", text, "--folder", str(tmp_path / "out"), "--rules", "movement", "--seeds", "0",
-         "--sparsities", "0.85", "--every", "1", "--batch-size", "2", "--length", "12", "--examples", "72",
-         "--tested", "4", "--json", str(file)]
+         "--sparsities", "0.85", "--stages", "2", "--every", "1", "--dense", "1", "--batch-size", "2",
+         "--length", "12", "--examples", "72", "--tested", "4", "--json", str(file)]
     )  # fmt: skip
     (row,) = json.loads(file.read_text())
     assert row["accuracy"] in (0, 0.25, 0.5, 0.75, 1)
@@ -46,6 +46,24 @@ def test_the_classifier_is_made_fine_tuned_and_measured(tmp_path: Path, text: st
     first, second = (json.loads(line) for line in (tmp_path / "out" / "test.jsonl").read_text().splitlines()[:2])
     assert (first["label"], second["label"]) == (0, 1)
     assert len(first["text"].split()) == movement.WORDS
+
+
+@pytest.mark.slow
+def test_a_bundled_recipe_is_trained_and_its_figures_are_written(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = tmp_path / "recipes" / "training"
+    recipes.mkdir(parents=True)
+    (recipes / "snip-80.yaml").write_text("description: as it is\n# A remark.\nrule: snip\n")
+    for name, value in (("STEPS", 2), ("LENGTH", 16), ("BATCH", 2), ("RECIPES", tmp_path / "recipes")):
+        monkeypatch.setattr(training, name, value)
+    words = ["--text", text, "--heldout", text, "--folder", str(tmp_path / "out"), "--json", str(tmp_path / "out.json")]
+    training.main([*words, "--recipes", "snip-80", "--write"])
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert (row["steps"], row["from_scratch"], row["sparsity"]) == (2, True, pytest.approx(0.8, abs=1e-4))
+    written = (recipes / "snip-80.yaml").read_text()
+    assert written == f"description: as it is\n# A remark.\n{training.comment(row)}\nrule: snip\n"
+    assert "after 2 steps from scratch; 80.0% sparsity" in written
 
 
 @pytest.mark.slow

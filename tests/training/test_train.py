@@ -282,7 +282,7 @@ def test_what_it_refuses(causal: Made, classifier: Made, tmp_path: Path) -> None
         with pytest.raises(kind, match=words_):
             train(model, tmp_path / "out", causal.text, recipe)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match="no recipe"):
         train(causal.model, tmp_path / "out", causal.text, "missing.yaml")
     with pytest.raises(ResumeError, match="--overwrite"):
         train(causal.model, causal.output, causal.text, RECIPE)

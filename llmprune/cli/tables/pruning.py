@@ -1,7 +1,7 @@
 """Tables of a run, planned and finished, and of the recipes."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,9 +136,12 @@ def _size_facts(size: dict[str, int] | None) -> list[tuple[str, str]]:
     return [("checkpoint size", format_size(stored) + ratio)]
 
 
-def recipes_table(recipes: Iterable[tuple[str, str]]) -> RenderableType:
-    """The bundled recipes, one line each."""
-    return facts(*recipes)
+def recipes_table(listed: Mapping[str, Sequence[tuple[str, str]]]) -> RenderableType:
+    """The bundled recipes of each command, one line each."""
+    parts: list[RenderableType] = []
+    for command, recipes in listed.items():
+        parts += [Text(f"llmprune {command} --recipe", style="bold"), facts(*recipes), Text()]
+    return Group(*parts[:-1])
 
 
 def dry_run_tables(plan: "DryRun") -> list[RenderableType]:
