@@ -188,11 +188,12 @@ def recipes(
     with explained(as_json):
         from llmprune.cli.tables.pruning import recipes_table
         from llmprune.recipe.bundled import bundled_recipes, recipe_texts
-        from llmprune.recipe.recipe import load_recipe
-        from llmprune.training.recipe import load_train_recipe
 
         listed = {"prune": bundled_recipes(), "train": bundled_recipes("train")}
-        if recipe is not None:
+        if recipe is not None:  # whose readers take seconds to import, for the list nothing
+            from llmprune.recipe.recipe import load_recipe
+            from llmprune.training.recipe import load_train_recipe
+
             resolved = load_train_recipe(recipe) if recipe in recipe_texts("train") else load_recipe(recipe)
             if as_json:
                 console.show_json(resolved.to_dict())
