@@ -1,7 +1,10 @@
 """Progress events of a long run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +42,10 @@ Watcher = Callable[[Progress], None]
 
 def ignore(progress: Progress) -> None:
     """Discard progress events."""
+
+
+def counted(watch: Watcher, stage: str, items: Sequence[T], unit: str) -> Iterator[T]:
+    """Tell before each item how many are done."""
+    for number, item in enumerate(items):
+        watch(Progress(stage, number, len(items), unit=unit))
+        yield item

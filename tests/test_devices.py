@@ -1,6 +1,7 @@
 """Names of devices."""
 
 import mmap
+import os
 import platform
 import subprocess
 import sys
@@ -47,6 +48,38 @@ def test_the_peak_leaves_out_pages_of_files_and_the_resident_size_does_not(tmp_p
         watch.read()
     assert kept.nbytes == size
     assert watch.peak - watch.baseline > size // 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
+def test_what_a_step_frees_the_next_one_gets_without_new_pages() -> None:
+    program = """
+import resource, torch, psutil
+from llmprune.devices import freed_memory_kept, map_large_blocks
+map_large_blocks()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def step():
+    sizes = [64 << 20, 1 << 20, 8 << 20]
+    return [torch.ones(size, dtype=torch.uint8) for size in sizes] and None
+def faults_of_steps():
+    for _ in range(4):
+        step()
+    before = faults()
+    for _ in range(8):
+        step()
+    return faults() - before
+with freed_memory_kept():
+    print(faults_of_steps())
+print(faults_of_steps())
+print(psutil.Process().memory_info().rss - psutil.Process().memory_info().shared)
+"""
+    small_pages = {**os.environ, "THP_MEM_ALLOC_ENABLE": "0"}
+    finished = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=small_pages
+    )
+    within, after, held = (int(line) for line in finished.stdout.split())
+    assert within < 100
+    assert after > 8 * (72 << 20) // 4096 / 2
+    assert held < 300 << 20
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")

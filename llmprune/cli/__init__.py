@@ -6,11 +6,11 @@ torch and transformers take seconds to import, so every command imports what it 
 import io
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from llmprune import __version__
+from llmprune import __version__, torchrun
 from llmprune.cli import (
     allocating,
     checkpoints,
@@ -50,7 +50,20 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names that the terminal's encoding lacks are escaped
             stream.reconfigure(errors="backslashreplace")
+    if torchrun.follows():
+        _follow()
     app(prog_name="llmprune")
+
+
+def _follow() -> NoReturn:
+    """Run the command in a process that shows nothing: what is wrong with its words, the first one says first."""
+    usage_error: Any = typer.BadParameter.__base__  # typer does not export it
+    try:
+        sys.exit(app(prog_name="llmprune", standalone_mode=False))
+    except usage_error as error:
+        torchrun.let_first_speak()
+        error.show()
+        sys.exit(error.exit_code)
 
 
 def _print_version(wanted: bool) -> None:

@@ -82,15 +82,17 @@ def sensitivity(
 
         quieten(quiet)
         chosen = scanning.DEFAULT_RECIPE if recipe is None else recipe
+        display = console.Display(quiet=quiet)
         if output is None or dry_run:
-            cost, sentence = scanning.forecast_sensitivity(model, chosen, levels=sparsities, overrides=settings)
+            with display.planning():
+                cost, sentence = scanning.forecast_sensitivity(model, chosen, levels=sparsities, overrides=settings)
             if as_json:
                 console.show_json(scanning.to_plain(cost))
             else:
                 console.show(sentence)
             return
         folder = expanded(output)
-        with console.Display(quiet=quiet) as display:
+        with display:
             result = scanning.sensitivity(model, folder, chosen, levels=sparsities, overrides=settings, watch=display)
         if as_json:
             console.show_json(result)

@@ -96,6 +96,13 @@ class Display:
         if self._live:
             self._live.stop()
 
+    def planning(self) -> "Display":
+        """The display of a dry run, which has one step; on a terminal it is live at once."""
+        self.progress = Progress("planning", unit="plan")
+        if self._live:
+            self._live.start()
+        return self
+
     def __call__(self, progress: Progress) -> None:
         """Show one step."""
         with self._lock:

@@ -136,7 +136,7 @@ def prune(
     if output is None or dry_run:
         _dry_run(
             model, wanted, further, output, push_to_hub,
-            resume=resume, overwrite=overwrite, processes=sharing, as_json=as_json,
+            resume=resume, overwrite=overwrite, processes=sharing, as_json=as_json, quiet=quiet,
         )  # fmt: skip
         return
     if sharing > 1 and not torchrun.started():
@@ -229,24 +229,26 @@ def _dry_run(
     overwrite: bool,
     processes: int,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     if torchrun.follows():
         return
     with explained(as_json, lambda: "interrupted; nothing was written"), wanted.spelled():
-        from llmprune.cli.tables.pruning import dry_run_tables
-        from llmprune.pruning.forecast.forecast import dry_run
-        from llmprune.storage.folders import expanded, require_empty, require_free, require_space
+        with console.Display(quiet=quiet) as display:
+            from llmprune.cli.tables.pruning import dry_run_tables
+            from llmprune.pruning.forecast.forecast import dry_run
+            from llmprune.storage.folders import expanded, require_empty, require_free, require_space
 
-        uploading.check(push_to_hub)
-        folder = None if output is None else expanded(output)
-        if folder is not None:
-            require_free(folder)
-            require_empty(folder, resume=resume, overwrite=overwrite)
-        if processes > 1:
-            _require_startable(wanted, further, processes)
-        plan = dry_run(model, wanted.name, [*wanted.settings(), *further])
-        if folder is not None:
-            require_space(folder, plan.disk_bytes, resume=resume)
+            uploading.check(push_to_hub)
+            folder = None if output is None else expanded(output)
+            if folder is not None:
+                require_free(folder)
+                require_empty(folder, resume=resume, overwrite=overwrite)
+            if processes > 1:
+                _require_startable(wanted, further, processes)
+            plan = dry_run(model, wanted.name, [*wanted.settings(), *further], display)
+            if folder is not None:
+                require_space(folder, plan.disk_bytes, resume=resume)
         if as_json:
             console.show_json(plan.to_dict())
         else:

@@ -164,7 +164,8 @@ def recover(
         measured = None if eval_dataset is None else TextSpec(eval_dataset, length=max_seq_length)
         result: Any
         if output is None or dry_run:
-            result = room.plan_recovery(pruned, text, teacher, options, device=device or "auto")
+            with display.planning():
+                result = room.plan_recovery(pruned, text, teacher, options, device=device or "auto")
             shown = plan_table(result)
         else:
             with display:

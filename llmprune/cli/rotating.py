@@ -132,7 +132,8 @@ def rotate(
         if output is None or dry_run:
             from llmprune.pruning.rotation.plan import plan_rotation
 
-            result = plan_rotation(model, options, text, settings)
+            with display.planning():
+                result = plan_rotation(model, options, text, settings)
             shown = plan_table(result)
         else:
             from llmprune.pruning.rotation.rotate import rotate as run

@@ -140,7 +140,7 @@ def sweep(
         eval_dataset=eval_dataset,
     )
     if output is None or dry_run:
-        _dry_run(model, wanted, output, shard, resume=resume, overwrite=overwrite, as_json=as_json)
+        _dry_run(model, wanted, output, shard, resume=resume, overwrite=overwrite, as_json=as_json, quiet=quiet)
         return
     if slurm:
         _submit(model, wanted, output, jobs or 1, slurm, as_json=as_json)
@@ -203,15 +203,19 @@ def _dry_run(
     resume: bool,
     overwrite: bool,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     with explained(as_json, lambda: "interrupted; nothing was written"), wanted.spelled():
-        from llmprune.cli.tables.sweeping import forecast_table
-        from llmprune.pruning.sweep.shards import Shard
-        from llmprune.pruning.sweep.sweep import forecast
-        from llmprune.recipe.grid import read_grid
+        with console.Display(quiet=quiet) as display:
+            from llmprune.cli.tables.sweeping import forecast_table
+            from llmprune.pruning.sweep.shards import Shard
+            from llmprune.pruning.sweep.sweep import forecast
+            from llmprune.recipe.grid import read_grid
 
-        grid, part = read_grid(wanted.settings()), None if shard is None else Shard.parse(shard)
-        plan = forecast(model, wanted.name, grid, output, resume=resume, overwrite=overwrite, shard=part)
+            grid, part = read_grid(wanted.settings()), None if shard is None else Shard.parse(shard)
+            plan = forecast(
+                model, wanted.name, grid, output, resume=resume, overwrite=overwrite, shard=part, watch=display
+            )
         if as_json:
             console.show_json(plan.to_dict())
         else:

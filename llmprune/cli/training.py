@@ -103,7 +103,8 @@ def train(
         changes = overrides or []
         result: Any
         if output is None or dry_run:
-            result = room.plan_training(model, text, recipe, overrides=changes, device=device or "auto")
+            with display.planning():
+                result = room.plan_training(model, text, recipe, overrides=changes, device=device or "auto")
             shown = plan_table(result)
         else:
             with display:

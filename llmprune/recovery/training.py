@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from llmprune.devices import resolve_device
+from llmprune.devices import freed_memory_kept, resolve_device
 from llmprune.errors import LlmpruneError, NumericsError
 from llmprune.progress import Progress, Watcher
 from llmprune.recovery.keeping import KeepZeros
@@ -117,6 +117,11 @@ class WeightsTrainer(Trainer):  # type: ignore[misc] # transformers is not typed
 
     # Whether the result may be of an earlier step, so that weights that are not finite do no harm.
     _goes_back = False
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """Train, with all memory in hand: each step allocates what the last one has freed."""
+        with freed_memory_kept():
+            return super().train(*arguments, **options)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the weights that train under the names of the model's own parameters, each tied one once.

@@ -133,6 +133,15 @@ def test_a_step_that_takes_long_is_said_to_go_on(capsys: pytest.CaptureFixture[s
     assert lines == [f"pruning, layer 2 of 3, statistics, {seconds} s so far" for seconds in (9, 18, 27)]
 
 
+def test_a_dry_run_that_takes_long_is_said_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    display = Display(clock=clock).planning()
+    for now in range(20):
+        clock.now = float(now)
+        display.tick()
+    assert capsys.readouterr().err.splitlines() == ["planning, 9 s so far", "planning, 18 s so far"]
+
+
 def test_whoever_waits_in_a_library_hears_of_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from llmprune import torchrun
-from llmprune.cli import launching
+from llmprune.cli import launching, main, options
 from llmprune.cli.options import explained
 from llmprune.errors import RecipeError
 
@@ -44,6 +44,27 @@ def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.count("gone") == 1, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [("prune",), ("prune", "testbed", "--gone"), ("gone",), ("explain", "gone")])
+def test_the_first_process_is_waited_for_before_another_says_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    waited: list[str] = []
+    monkeypatch.setattr(sys, "argv", ["llmprune", *words])
+    for module in (torchrun, options):
+        monkeypatch.setattr(module, "let_first_speak", lambda: waited.append(capfd.readouterr().err))
+    ends = []
+    for size in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        monkeypatch.setenv("RANK", "1")
+        with pytest.raises(SystemExit) as ended:
+            main()
+        ends.append((ended.value.code, waited.copy()))
+        assert capfd.readouterr().err
+    (alone, none), (following, said_before) = ends
+    assert following == alone
+    assert (none, said_before) == ([], [""])
 
 
 def test_torchrun_and_processes_are_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from llmprune.models.decoder import prunable_matrices
 from llmprune.models.sizes import ends_bytes
 from llmprune.patterns import Unstructured
 from llmprune.precision import dtype_name
+from llmprune.progress import Progress, Watcher, counted, ignore
 from llmprune.pruning.allocating.allocate import require_allocatable
 from llmprune.pruning.allocating.cost import allocation_notes
 from llmprune.pruning.context import Run
@@ -74,7 +75,10 @@ _SAMPLES, _LENGTH = 2, 61
 
 
 def dry_run(
-    model: str | Path, recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()
+    model: str | Path,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str] = (),
+    watch: Watcher = ignore,
 ) -> DryRun:
     """Work out what `prune` would do with a checkpoint, without writing anything.
 
@@ -82,14 +86,16 @@ def dry_run(
         model: a hub id, a local checkpoint folder or "testbed".
         recipe: a bundled recipe's name, a YAML file, a mapping or a `Recipe`.
         overrides: changes to the recipe, "key.path=value".
+        watch: told about every step.
 
     Raises:
         LlmpruneError: everything that a run would refuse regardless of the text: the recipe, the model, its tokenizer,
             a pattern that does not fit, an unavailable device, a matrix that is never used; or there is not enough
             memory for one layer.
     """
-    run = Run.begin(load_recipe(recipe, overrides))
+    run = Run.begin(load_recipe(recipe, overrides), watch)
     with run.watch:
+        run.watch(Progress("opening the model", 0, 1, unit="step"))
         folder = resolve_model(model)
         source = run.open(folder)
         tokenizer_for(run.recipe.texts.values(), folder, source.config)
@@ -112,13 +118,15 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     look = _Look(source, settings, device, reduction)
     backward = plan_backward(source, settings, jobs, look.hidden_bytes)
     look.set_backward(backward)
-    layers = tuple(look.plan(indices, jobs) for indices in _kinds(source, jobs))
+    kinds = counted(run.watch, "planning the layers", _kinds(source, jobs), "kind")
+    layers = tuple(look.plan(indices, jobs) for indices in kinds)
     structures = plan_structures(found)
     hidden = look.hidden_bytes
     sets = settings.hidden_sets
     resident = sets * min(hidden, int(settings.activation_budget))
     largest = max((plan.memory for plan in layers), key=lambda memory: memory.total)
     libraries = library_bytes(device)
+    run.watch(Progress("timing this machine", 0, 1, unit="step"))
     rates = measure_rates(device, source.model.dtype)
     return DryRun(
         model=model,

@@ -225,6 +225,7 @@ def forecast(
     resume: bool = False,
     overwrite: bool = False,
     shard: Shard | None = None,
+    watch: Watcher = ignore,
 ) -> SweepForecast:
     """Work out what `sweep` would do with a checkpoint, without writing anything.
 
@@ -236,6 +237,7 @@ def forecast(
         resume: as for `sweep`.
         overwrite: as for `sweep`.
         shard: as for `sweep`; the others' runs are left out.
+        watch: told about every step.
 
     Raises:
         LlmpruneError: everything that `sweep` would refuse, and that `llmprune.dry_run` refuses for any combination,
@@ -255,13 +257,14 @@ def forecast(
             earlier = [row for row in known if row.state != "replaced"]
     found: list[ForecastRow] = []
     mistakes: list[tuple[dict[str, Any], LlmpruneError]] = []
-    planned = enumerate(zip(plan_rows(combinations, earlier), combinations, strict=True))
-    for row, combination in (pair for place, pair in planned if shard is None or shard.has(place)):
+    planned = list(zip(plan_rows(combinations, earlier), combinations, strict=True))
+    own = [pair for place, pair in enumerate(planned) if shard is None or shard.has(place)]
+    for number, (row, combination) in enumerate(own, start=1):
         if row.state == "finished":
             found.append(ForecastRow(row.name, row.settings, finished=True))
             continue
         try:
-            plan = dry_run(folder, combination.recipe)
+            plan = dry_run(folder, combination.recipe, watch=_numbered(watch, number, len(own)))
         except LlmpruneError as error:
             mistakes.append((row.settings, error))
         else:

@@ -12,6 +12,7 @@ from llmprune.cli.tables.pruning import dry_run_tables
 from llmprune.devices import describe_device
 from llmprune.errors import DeviceError, PatternError, RecipeError
 from llmprune.models.checkpoint_source import CheckpointSource
+from llmprune.progress import Progress
 from llmprune.pruning.forecast.forecast import dry_run
 from llmprune.pruning.forecast.plan import Around, DryRun, Work
 from llmprune.pruning.forecast.rates import measure_rates
@@ -106,6 +107,14 @@ def test_layers_of_another_structure_stand_apart(tmp_path: Path) -> None:
     assert [layer.indices for layer in plan.layers] == [(0,), (1, 2)]
     assert not any(".experts." in matrix.name for matrix in plan.layers[0].matrices)
     assert sum(".experts." in matrix.name for matrix in plan.layers[1].matrices) == 12
+
+
+def test_it_says_what_it_is_doing(folder: Path) -> None:
+    steps: list[Progress] = []
+    dry_run(folder, tiny_models.recipe(exclude=["*.0.*"]), watch=steps.append)
+    told = [(step.stage, step.layer, step.layers) for step in steps]
+    layers = [("planning the layers", number, 2) for number in (0, 1)]
+    assert told == [("opening the model", 0, 1), *layers, ("timing this machine", 0, 1)]
 
 
 def test_matrices_without_a_job_are_listed_as_dense(folder: Path) -> None:
