@@ -129,8 +129,8 @@ def freed_memory_kept() -> Iterator[None]:
     """Have the C library keep what is freed for the blocks that are allocated next; does nothing where it is not glibc.
 
     Every step of training allocates what the one before has freed. Pages that went back to the system in between have
-    to be cleared each time: a sixth of the time of a training on a CPU, a third after `map_large_blocks`. Afterwards, the
-    heap is as `map_large_blocks` leaves it.
+    to be cleared each time: a sixth of the time of a training on a CPU, a third after `map_large_blocks`, as whose
+    heap it is left afterwards.
     """
     _set_heap({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
     try:

@@ -65,6 +65,10 @@ class ResumeError(LlmpruneError):
     """An output folder that cannot be continued, or must not be overwritten."""
 
 
+class HeldError(ResumeError):
+    """An output folder that another run is writing into."""
+
+
 class RecoveryError(LlmpruneError):
     """Training in which pruned weights would not stay zero, or settings with which it cannot run."""
 

@@ -7,6 +7,7 @@ gives the same bytes.
 
 import contextlib
 import datetime
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,18 +16,28 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from llmprune import torchrun
 from llmprune.devices import is_shortage
 from llmprune.errors import DeviceError, PeerError
+from llmprune.heartbeat import Heartbeat, meet
 
 T = TypeVar("T")
 
 # Of a tensor that travels at once: what the owner of a sum needs in addition to it.
 _SLAB_BYTES = 64 << 20
 
+# Into how many slabs a triangle is cut at least: the more, the less of the other triangle goes with it.
+_STEPS = 8
+
 # A process may wait for others that solve, or that read a large checkpoint. One that has died closes its connections.
 _TIMEOUT = datetime.timedelta(days=2)
+
+# How long machines wait for each other in the beginning.
+_MEETING = datetime.timedelta(minutes=10)
+
+_heartbeat: Heartbeat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,28 +62,28 @@ class Ranks:
         return list(numbers[self.rank :: self.size])
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, in order; each gets them."""
+        """The values of all processes, in order; each gets them, with tensors on the CPU."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         with _talking():
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, _portable(value))
         return values
 
     def gather_at(self, owner: int, value: T) -> list[T]:
-        """The values of all processes, in order; only the owner gets them, the others an empty list."""
+        """The values of all processes, in order; only the owner gets them, with tensors on the CPU, the others none."""
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.rank == owner else None
         with _talking():
-            dist.gather_object(value, values, dst=owner)
+            dist.gather_object(_portable(value), values, dst=owner)
         return values or []
 
     def share(self, value: T | None) -> T:
-        """The first process's value; each gets it."""
+        """The first process's value; each gets it, with tensors on the CPU."""
         if self.size == 1:
             return cast(T, value)
-        box = [value if self.first else None]
+        box = [_portable(value) if self.first else None]
         with _talking():
             dist.broadcast_object_list(box, src=0)
         return cast(T, box[0])
@@ -99,6 +110,8 @@ class Ranks:
             return
         rows = tensor.view(len(tensor), -1) if tensor.dim() > 1 else tensor.view(-1, 1)
         step = max(1, _SLAB_BYTES // max(rows[:1].nbytes, 1))
+        if lower:
+            step = min(step, -(-len(rows) // _STEPS))
         with _talking():
             for start in range(0, len(rows), step):
                 slab = rows[start : start + step]
@@ -173,22 +186,66 @@ def join(device: str) -> Ranks:
         on_gpu = _on_gpu(device)
         if on_gpu:
             torch.cuda.set_device(torchrun.place())
-        try:
+        with _meeting():
+            _await_machines()
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
-        except (RuntimeError, ValueError) as error:
-            raise DeviceError(
-                f"the processes of the run cannot meet: {str(error).splitlines()[0]}",
-                expected="torchrun's environment variables, and a network between the nodes",
-                fix="start with torchrun --nproc-per-node N -m llmprune prune ..., or --processes N",
-            ) from error
-    torchrun.meet()
+            _listen_to_machines()
+    elif "cpu:" not in (config := dist.get_backend_config()):
+        raise DeviceError(
+            f"this program has initialised torch.distributed with {config} alone, and counts are summed on the CPU",
+            expected="a process group for tensors on the CPU as well",
+            fix='init_process_group("cpu:gloo,cuda:nccl"), or leave it to llmprune',
+        )
+    if _heartbeat is not None:
+        _heartbeat.finished = False
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
-def leave() -> None:
-    """Part from the other processes; they are not waited for."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def finished() -> None:
+    """The run is over: from now on, this process may end without the others."""
+    if _heartbeat is not None:
+        _heartbeat.finished = True
+
+
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise DeviceError(
+            f"the processes of the run cannot meet: {str(error).splitlines()[0]}",
+            expected="torchrun's environment variables, and a network between the nodes",
+            fix="start with torchrun --nproc-per-node N -m llmprune prune ..., or --processes N",
+        ) from error
+
+
+def _await_machines() -> None:
+    """Where torchrun on one machine has started and on another has not, or has failed, say so."""
+    if not torchrun.on_several_machines() or not torchrun.holds_store():
+        return
+    missing = meet(_store(), torchrun.number(), torchrun.processes(), _MEETING.total_seconds())
+    if missing:
+        others = ", ".join(map(str, missing))
+        raise RuntimeError(f"after {_MEETING.total_seconds() / 60:.0f} minutes, without {others}")
+
+
+def _listen_to_machines() -> None:
+    global _heartbeat
+    if torchrun.on_several_machines():
+        _heartbeat = Heartbeat(_store(), dist.get_rank(), dist.get_world_size())
+        _heartbeat.start()
+
+
+def _store() -> dist.Store:
+    """A connection of its own to the store by which the processes meet."""
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*place, is_master=False, timeout=_MEETING)
+    return dist.PrefixStore(f"llmprune/{torchrun.attempt()}", store)
+
+
+def _portable(value: T) -> T:
+    """The value with its tensors on the CPU: another process has other GPUs, or would use that of this one."""
+    return cast(T, tree_map_only(Tensor, Tensor.cpu, value))
 
 
 def _said(error: RuntimeError) -> str:

@@ -11,8 +11,6 @@ _PATIENCE_SECONDS = 15.0
 # How often a process looks whether torchrun is still there.
 _INTERVAL_SECONDS = 1.0
 
-_met = False
-
 
 def processes() -> int:
     """How many processes torchrun has started."""
@@ -26,23 +24,32 @@ def started() -> bool:
 
 def follows() -> bool:
     """Whether this process is one of several, and not the first: then it writes and shows nothing."""
-    return started() and os.environ.get("RANK", "0") != "0"
+    return started() and number() > 0
+
+
+def number() -> int:
+    """The number of this process among all."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def attempt() -> str:
+    """How often torchrun has started the processes again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def holds_store() -> bool:
+    """Whether it is torchrun that holds the store by which the processes meet, rather than the first of them."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def on_several_machines() -> bool:
+    """Whether some of the processes are elsewhere."""
+    return neighbours() < processes()
 
 
 def neighbours() -> int:
     """How many of the processes are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def meet() -> None:
-    """Note that this process works with the others from now on."""
-    global _met
-    _met = True
-
-
-def shows_errors() -> bool:
-    """Whether this process shows its errors: until the processes meet, all have the same, and the first one does."""
-    return _met or not follows()
 
 
 def end_with_torchrun() -> None:
@@ -58,7 +65,7 @@ def _watch(parent: int) -> None:
 
 
 def let_first_speak() -> None:
-    """Wait for the end of the first process, which has failed as this one has: torchrun then ends this one as well.
+    """Wait for the end of the first process, which most likely has failed as this one has: torchrun then ends both.
 
     Were this process to end before it, torchrun would end the first one before it has said anything. If this returns,
     the first one has not failed, and this one has to say what is wrong.

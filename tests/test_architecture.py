@@ -16,7 +16,7 @@ FILES = [path for folder in (PACKAGE, KERNELS) for path in sorted(folder.rglob("
 # above it; never from another room of its own line, and never from below.
 ROOMS = (
     ("kernels",),
-    ("errors", "precision", "progress", "timing", "torchrun", "units"),
+    ("errors", "heartbeat", "precision", "progress", "timing", "torchrun", "units"),
     ("devices", "paths", "patterns", "statistics"),
     ("losses", "ranks"),
     ("storage.formats",),

@@ -64,6 +64,8 @@ def _follow() -> NoReturn:
         torchrun.let_first_speak()
         error.show()
         sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(1)
 
 
 def _print_version(wanted: bool) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from llmprune.cli import console
 from llmprune.errors import DeviceError, LlmpruneError, PeerError
-from llmprune.torchrun import follows, let_first_speak, shows_errors
+from llmprune.torchrun import follows, let_first_speak
 
 EXIT_CODES = (
     "Exit codes: 0 success; 1 an error (the message says how to fix it) or a closed pipe; 2 usage error; 130 Ctrl-C."
@@ -74,7 +74,7 @@ def explained(
             console.show_error(error)
         raise typer.Exit(1) from None
     except LlmpruneError as error:
-        if not shows_errors():
+        if follows():
             let_first_speak()
         console.show_error(error)
         if isinstance(error, DeviceError) and (advice := out_of_memory()):

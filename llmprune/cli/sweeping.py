@@ -121,10 +121,10 @@ def sweep(
         raise typer.BadParameter(
             "jobs are SLURM's: give --slurm as well, or a --shard to each process", param_hint="--jobs"
         )
-    if torchrun.started() and not (shard or slurm or dry_run):
+    if torchrun.started():
         raise typer.BadParameter(
-            f"missing: torchrun has started {torchrun.processes()} processes, which would all make the same runs",
-            param_hint="--shard",
+            f"torchrun has started {torchrun.processes()} processes, which would all make the same runs: start as many "
+            "without it, each with a --shard of its own"
         )
     if overwrite and (shard or slurm):
         raise typer.BadParameter("shards continue what is in DIR: leave --overwrite out", param_hint="--overwrite")

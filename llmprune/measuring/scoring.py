@@ -62,7 +62,7 @@ class Scores:
             ranks.total(sums)
         self.nats = sum(ranks.gather(self.nats))
         bins = [found for found in ranks.gather(self._bins) if found is not None]
-        self._bins = torch.stack([found.cpu() for found in bins]).sum(0) if bins else None
+        self._bins = torch.stack(bins).sum(0) if bins else None
 
     @property
     def stderr(self) -> float | None:

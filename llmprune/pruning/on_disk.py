@@ -30,7 +30,7 @@ from llmprune.pruning.reporting import (
     reevaluated,
 )
 from llmprune.pruning.rotation.rotating import Rotating, discard_rotated, rotated_folder
-from llmprune.pruning.sharing import require_shareable
+from llmprune.pruning.sharing import require_same, require_shareable
 from llmprune.pruning.tracking import track
 from llmprune.pruning.writing import Writer
 from llmprune.ranks import SINGLE
@@ -88,10 +88,12 @@ class _Begun:
     Attributes:
         texts: the tokens.
         target: the output folder, to be read only.
+        made_by: the checkpoint, and what the result depends on as well.
     """
 
     texts: dict[str, Tokens]
     target: OutputFolder
+    made_by: dict[str, Any]
 
 
 def _lead(run: Run, name: str, folder: Path, output: Path, *, resume: bool, overwrite: bool) -> Report:
@@ -119,7 +121,8 @@ def _lead(run: Run, name: str, folder: Path, output: Path, *, resume: bool, over
     require_batches(run.shared, len(texts["calibration"].ids))
     run.watch(Progress("digesting the source"))
     digests = {text: tokens.digest for text, tokens in texts.items()}
-    keys = {**recipe, "tokens": digests, "source": checkpoint_digest(folder), **made_by}
+    made_by = {"source": checkpoint_digest(folder), **made_by}
+    keys = {**recipe, "tokens": digests, **made_by}
     with locked(output):
         target = OutputFolder.open(
             output, keys, resume=resume, overwrite=overwrite, source=unchanged, processes=run.ranks.size
@@ -134,7 +137,7 @@ def _lead(run: Run, name: str, folder: Path, output: Path, *, resume: bool, over
             return _evaluate_again(target, run, name, source, texts) if target.reevaluated else load_report(output)
         keep_samples(target.path, texts, tokenizer)
         write_text(target.path / RECIPE_NAME, run.recipe.to_yaml())
-        run.ranks.share(_Begun(texts, target.followed()))
+        run.ranks.share(_Begun(texts, target.followed(), made_by))
         return _together(target, run, name, source, texts, found, tokenizer, rotating)
 
 
@@ -144,6 +147,7 @@ def _follow(run: Run, name: str, folder: Path) -> Report:
     if begun is not None:
         run.watch.resumable = True
         source = run.open(folder)
+        require_same(begun.made_by, environment(run, source) | {"source": checkpoint_digest(folder)}, run.ranks.rank)
         tokenizer = tokenizer_for(run.recipe.texts.values(), folder, source.config)
         run, found, _, _ = _planned(run, source)
         _together(begun.target, run, name, source, begun.texts, found, tokenizer)
@@ -260,7 +264,8 @@ def _measured_with(
     result: CheckpointSource | None,
 ) -> Report:
     """Take part in measuring the result; the first process makes the report of it."""
-    evaluate(run, result or run.open(target.path), texts, dense)
+    if dense is not None:  # otherwise the first process may have moved what it has finished
+        evaluate(run, result or run.open(target.path), texts, dense)
     return Report(layers.rows, {}, layers.structures, layers.matches)
 
 

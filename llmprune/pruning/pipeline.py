@@ -27,7 +27,7 @@ from llmprune.pruning.reporting import (
     make_report,
 )
 from llmprune.pruning.saving import evaluating, save_dense, save_pruned, take_over
-from llmprune.ranks import join
+from llmprune.ranks import finished, join
 from llmprune.recipe.allocation import Uniform
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.storage.folders import (
@@ -90,7 +90,9 @@ def prune(
         run.ranks.once(lambda: resolve_model(model) and None)  # what is wrong is said by the first process alone
         folder = resolve_model(model)
         with run.watch:
-            return prune_checkpoint(run, str(model), folder, expanded(output), resume=resume, overwrite=overwrite)
+            report = prune_checkpoint(run, str(model), folder, expanded(output), resume=resume, overwrite=overwrite)
+        finished()
+        return report
     if run.ranks.size > 1:
         raise RecipeError(
             f"{run.ranks.size} processes for a model in memory",

@@ -71,16 +71,17 @@ def quantise_fitted(
     groups = layer.observe(dict.fromkeys(waiting, Gram), token_weight)
     add_priors(layer, groups, min_tokens, ranks)
     with torch.no_grad(), stages("solve"):
+        owners = {name: group.owner for group in groups for name in group.names}
         while groups:
             group = groups.pop(0)
-            for name in group.names:
-                if group.owner == ranks.rank:
-                    tell(f"quantising {name.removeprefix(layer.name + '.')}")
-                    assert isinstance(group.statistics, Gram), "it was asked for"
-                    weight = layer.weight(name)
-                    layer.replace(name, _quantised(layer, name, weight, weight != 0, group.statistics, jobs[name]))
-                if ranks.size > 1:
-                    layer.receive(name, group.owner)
+            for name in group.names if group.owner == ranks.rank else ():
+                tell(f"quantising {name.removeprefix(layer.name + '.')}")
+                assert isinstance(group.statistics, Gram), "it was asked for"
+                weight = layer.weight(name)
+                layer.replace(name, _quantised(layer, name, weight, weight != 0, group.statistics, jobs[name]))
+        if ranks.size > 1:
+            for name, owner in owners.items():
+                layer.receive(name, owner)
     return [replace(row, zeros=layer.count_zeros(row.name)) for row in rows]
 
 

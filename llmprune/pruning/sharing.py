@@ -1,11 +1,16 @@
 """What several processes cannot share is refused: by one process, and before any text is sampled or read."""
 
-from llmprune.devices import resolve_device
-from llmprune.errors import RecipeError
+from collections.abc import Mapping
+from typing import Any
+
+from llmprune.devices import resolve_device, same_but_threads
+from llmprune.errors import DeviceError, RecipeError
 from llmprune.pruning.context import require_runnable
 from llmprune.ranks import Ranks, require_gpus
 from llmprune.recipe.recipe import Recipe
 from llmprune.stream.stream import StreamSettings, require_batches
+
+_SPELLED = {"source": "checkpoint", "version": "set of versions"}
 
 
 def require_startable(recipe: Recipe, processes: int, here: int) -> None:
@@ -46,3 +51,24 @@ def require_shareable(recipe: Recipe, processes: int) -> None:
     settings = StreamSettings(batch_size=recipe.batch_size, held_back=recipe.held_back, ranks=Ranks(0, processes))
     sequences = recipe.fitted(None, resolve_device(recipe.device).type).calibration.sequences
     require_batches(settings, sequences + recipe.held_back)
+
+
+def require_same(first: Mapping[str, Any], own: Mapping[str, Any], rank: int) -> None:
+    """Refuse to add up what processes have computed of other models, or with other libraries or processors.
+
+    Args:
+        first: what the result of the first process depends on.
+        own: what that of this one depends on.
+        rank: of this process.
+
+    Raises:
+        DeviceError: names what differs, apart from the number of threads.
+    """
+    for key, expected in first.items():
+        if own[key] == expected or (key == "device" and same_but_threads(own[key], expected)):
+            continue
+        raise DeviceError(
+            f"process {rank} has another {_SPELLED.get(key, key)} than the first one: {own[key]} instead of {expected}",
+            expected="the same checkpoint, versions and kind of processor: each process decides some things by itself",
+            fix="use a folder that all machines share, or the same revision on each, and the same environment",
+        )

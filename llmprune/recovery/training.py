@@ -30,7 +30,6 @@ from llmprune.recovery.objective import UNSCORED, Objective
 from llmprune.recovery.options import RecoveryOptions
 from llmprune.storage.files import listed, reading, write_shard
 from llmprune.text.tokens import Tokens
-from llmprune.torchrun import meet
 
 _WEIGHTS, _STATE, FINISHED = "weights.safetensors", "trainer_state.json", "finished"
 # How many points of the loss are kept.
@@ -96,7 +95,6 @@ def arguments_for(
         use_cpu=device.type == "cpu",
         ddp_find_unused_parameters=False,
     )
-    meet()
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # DataParallel would copy the model in every step; torchrun is for several GPUs
     return arguments

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from llmprune.errors import CheckpointError, ResumeError
+from llmprune.errors import CheckpointError, HeldError, ResumeError
 from llmprune.paths import user_path
 from llmprune.storage.companions import CONFIG_NAME
 from llmprune.storage.files import INDEX_NAME
@@ -33,7 +33,7 @@ def locked(path: Path) -> Iterator[None]:
     The operating system holds the lock as long as this process lives; a lock file left by a killed run does not block.
 
     Raises:
-        ResumeError: another run is writing into the folder.
+        HeldError: another run is writing into the folder.
         CheckpointError: the folder cannot be written.
     """
     lock = FileLock(path / LOCK_NAME)
@@ -42,7 +42,7 @@ def locked(path: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise ResumeError(
+            raise HeldError(
                 f"another run of llmprune is writing into {path}",
                 expected="one run at a time in an output folder",
                 fix="wait for it to end, or choose another output folder",

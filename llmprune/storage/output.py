@@ -222,7 +222,8 @@ class OutputFolder:
 
     def evaluated_again(self) -> None:
         """Record the keys of a finished run whose evaluation is now another one."""
-        write_json(self.path / MANIFEST_NAME, {**read_json(self.path / MANIFEST_NAME), "keys": self.keys})
+        made_by = {"keys": self.keys, "processes": self.processes}
+        write_json(self.path / MANIFEST_NAME, {**read_json(self.path / MANIFEST_NAME), **made_by})
 
     def _continue(self, file: Path) -> None:
         """Go on from the manifest of an interrupted run, or of a finished one, which may have been damaged since."""
@@ -231,12 +232,6 @@ class OutputFolder:
         if self.reevaluated:
             self.told.append(f"evaluated again, not pruned again: {'; '.join(self.reevaluated)}")
         self.notes += manifest.notes
-        if manifest.processes != self.processes and not manifest.complete:
-            begun = quantity(manifest.processes, "process", "processes")
-            self.notes.append(
-                f"begun with {begun}, continued with {self.processes}: what is left may differ by rounding"
-            )
-            self.told.append(self.notes[-1])
         for name, layer in manifest.layers.items():
             # A missing or damaged shard is written again, and so is every layer after it.
             if self._found(layer) is None:
@@ -245,6 +240,12 @@ class OutputFolder:
         self.decisions = manifest.decisions
         finished = file.parent == self.output
         self.complete = finished and manifest.complete and self._is_whole(manifest)
+        if manifest.processes != self.processes and not self.complete:
+            begun = quantity(manifest.processes, "process", "processes")
+            self.notes.append(
+                f"begun with {begun}, continued with {self.processes}: what is left may differ by rounding"
+            )
+            self.told.append(self.notes[-1])
         with writing_to(self.output):
             if self.complete:
                 shutil.rmtree(self.path, ignore_errors=True)

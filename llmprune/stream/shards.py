@@ -20,7 +20,7 @@ def collect(observer: Observer, ranks: Ranks, matrices: Mapping[str, Matrix], *,
         observer: of a finished pass; its groups become the same in all processes, and get owners.
         ranks: the processes.
         matrices: name -> matrix, of the layer.
-        everywhere: every process gets the sums, not only the owner.
+        everywhere: every process gets the sums and what is held back, not only the owner.
     """
     observer.regroup(_united(ranks.gather([group.names for group in observer.groups])))
     for group, owner in zip(observer.groups, _owners(observer.groups, matrices, ranks.size), strict=True):
@@ -30,7 +30,7 @@ def collect(observer: Observer, ranks: Ranks, matrices: Mapping[str, Matrix], *,
         tokens, weighted, errors = (list(column) for column in zip(*(found[place] for found in counts), strict=True))
         _add(group.statistics, group.owner, ranks, sum(tokens), any(errors), everywhere=everywhere)
         _add(group.weighted, group.owner, ranks, sum(weighted), any(errors), everywhere=everywhere)
-        _hand_over(group, ranks, observer.device)
+        _hand_over(group, ranks, observer.device, everywhere=everywhere)
 
 
 def _facts(group: Group) -> tuple[int, int, bool]:
@@ -82,10 +82,10 @@ def _add(
         sums.summed(tokens)
 
 
-def _hand_over(group: Group, ranks: Ranks, device: torch.device) -> None:
-    """Give the rows that were held back, and how much each token weighed, to the owner."""
-    rows = [[part.cpu() for part in parts] for parts in (group.held_back, group.energies)]
-    found = ranks.gather_at(group.owner, rows)
+def _hand_over(group: Group, ranks: Ranks, device: torch.device, *, everywhere: bool) -> None:
+    """Give the rows that were held back, and how much each token weighed, to the owner, or to all."""
+    rows = [group.held_back, group.energies]
+    found = ranks.gather(rows) if everywhere else ranks.gather_at(group.owner, rows)
     if found:
         group.held_back = [part.to(device) for process in found for part in process[0]]
         group.energies = [part for process in found for part in process[1]]

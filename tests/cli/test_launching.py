@@ -112,7 +112,6 @@ def test_an_error_of_one_process_alone_is_shown_once_the_first_one_has_gone_on(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(torchrun, "_met", False)
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
     with pytest.raises(typer.Exit), explained(as_json=False):

@@ -191,6 +191,7 @@ def rotate_checkpoint(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    processes: int = 1,
 ) -> RotationReport:
     """Rotate a checkpoint into another folder.
 
@@ -202,6 +203,7 @@ def rotate_checkpoint(
         job: what is asked for.
         resume: as for `rotate`.
         overwrite: as for `rotate`.
+        processes: how many share the run of which this is a part, and so how many threads each has.
 
     Raises:
         LlmpruneError: as for `rotate`.
@@ -215,7 +217,9 @@ def rotate_checkpoint(
         "device": describe_device(job.settings.device),
     }
     with locked(output):
-        target = OutputFolder.open(output, keys, resume=resume, overwrite=overwrite, source=rotatable.unchanged)
+        target = OutputFolder.open(
+            output, keys, resume=resume, overwrite=overwrite, source=rotatable.unchanged, processes=processes
+        )
         job.watch.resumable = True
         if target.complete:
             return load_rotation_report(output)

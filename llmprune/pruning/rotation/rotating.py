@@ -67,7 +67,7 @@ class Rotating:
         """
         counted = replace(tokens, ids=tokens.ids[: len(tokens.ids) - run.recipe.held_back])
         return rotate_checkpoint(
-            name, self.rotatable, counted, rotated_folder(staging), self.job, resume=True
+            name, self.rotatable, counted, rotated_folder(staging), self.job, resume=True, processes=run.ranks.size
         ).to_dict()
 
 

@@ -17,6 +17,10 @@ from llmprune.storage.folders import expanded
 _COMMON = {"time": "timeout_min", "mem_gb": "mem_gb", "cpus": "cpus_per_task", "gpus": "gpus_per_node"}
 
 
+# How often a job may run out of time and continue; submitit's own limit is 3.
+_TIMES = 1000
+
+
 @dataclass(frozen=True)
 class ShardJob:
     """One shard, as a job: called on a node, and submitted again when its time is over.
@@ -89,7 +93,7 @@ def submit(
 
     folder = expanded(output)
     try:
-        executor = submitit.AutoExecutor(folder / JOBS_NAME / "%j", cluster=cluster)
+        executor = submitit.AutoExecutor(folder / JOBS_NAME / "%j", cluster=cluster, slurm_max_num_timeout=_TIMES)
         executor.update_parameters(**_parameters(options))
         with executor.batch():
             found = [

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import LlmpruneError, ResumeError
+from llmprune.errors import HeldError, LlmpruneError, ResumeError
 from llmprune.pages import Comparison, compare
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.pruning.context import Run, versions
@@ -293,6 +293,8 @@ def _run_all(runs: Sequence[tuple[SweepRow, Recipe]], record: Record, model: str
             run = Run.begin(recipe, _numbered(watch, number, len(runs)), dense)
             with run.watch:
                 _prune(run, model, source, record.folder / row.name, row)
+        except HeldError:
+            watch(Progress(f"run {number} of {len(runs)} is left to the process that makes it: {row.name}"))
         except ResumeError:
             # The user has changed something about an existing run: the record must keep its state.
             record.note(row)
