@@ -21,7 +21,7 @@ from llmprune.serving.forms import NOT_A_GPU, Choice, Form, choose_form
 from llmprune.storage.files import Stored, read_index, read_json
 from llmprune.storage.formats import Layout
 from llmprune.storage.packed_config import PackedWeight, as_dense, is_uneven, packed_layouts
-from llmprune.vllm_plugin.assembly import choose as vllm_choice
+from llmprune.vllm_plugin.assembly import choose_all
 
 # Refusals that only say that a kernel is for another layout or kind of device, and what to say if no other is left.
 _OTHERS = (NOT_TWO_OF_FOUR, NOT_UNSTRUCTURED, NOT_INT8, "not block-sparse", NOT_A_CPU, NOT_A_GPU)
@@ -140,9 +140,11 @@ def explain(folder: Path, device: torch.device) -> Explanation:
     tensors = as_dense(read_index(folder), layouts)
     name = device_name(device)
     result = read_results(folder / BENCH_NAME).get(name, {})
-    packed = tuple(
-        _packed_row(stored, device, result) for stored in tensors.values() if isinstance(stored, PackedWeight)
-    )
+    weights = [stored for stored in tensors.values() if isinstance(stored, PackedWeight)]
+    in_vllm = {}
+    for dtype in {stored.dtype for stored in weights}:
+        in_vllm |= choose_all({_name(one): one.layout for one in weights if one.dtype == dtype}, device, dtype)
+    packed = tuple(_packed_row(stored, device, result, in_vllm[_name(stored)]) for stored in weights)
     others = {key: stored for key, stored in tensors.items() if isinstance(stored, Stored)}
     dense = tuple(_dense_rows(others, packed=bool(packed)))
     read_anyway = _read_by_each_token(others)
@@ -162,8 +164,12 @@ def served_bytes(form: Form, layout: Layout, dtype: torch.dtype) -> int:
     return sum(tensor.nbytes for tensor in form.build(layout, stored).values())
 
 
-def _packed_row(stored: PackedWeight, device: torch.device, result: Mapping[str, Any]) -> PackedRow:
-    layout, name = stored.layout, stored.key.removesuffix(".weight")
+def _name(stored: PackedWeight) -> str:
+    return stored.key.removesuffix(".weight")
+
+
+def _packed_row(stored: PackedWeight, device: torch.device, result: Mapping[str, Any], in_vllm: Choice) -> PackedRow:
+    layout, name = stored.layout, _name(stored)
     choice = choose_form(layout, device, stored.dtype)
     return PackedRow(
         name=name,
@@ -176,7 +182,7 @@ def _packed_row(stored: PackedWeight, device: torch.device, result: Mapping[str,
         packed_bytes=stored.packed_bytes,
         served_bytes=served_bytes(choice.form, layout, stored.dtype),
         gains=gains(dict(result), name, layout.to_dict()),
-        vllm=vllm_choice(layout, device, stored.dtype).form.name,
+        vllm=in_vllm.form.name,
     )
 
 

@@ -19,12 +19,15 @@ from llmprune.serving.cpu_forms import measure_alone
 from llmprune.serving.forms import Choice, Served, Unpacked, choose_form
 from llmprune.serving.sparse_linear import SparseLinear, self_tests_wanted
 from llmprune.storage.formats import BlockLayout, DenseLayout, Layout, NMLayout, Spec
-from llmprune.storage.formats.parts import Packed, can_stack, cut_columns, cut_rows, share, stack
+from llmprune.storage.formats.parts import Packed, can_stack, cut_columns, cut_rows, share, stack, stacked
 
 # How vLLM names the parts of a fused layer: by number, q, k and v by letter, several as a tuple, and all as None.
 ShardId = str | int | tuple[int, ...] | None
 
 _LETTERS = ("q", "k", "v")
+
+# What vLLM fuses, as most of its models have it.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +137,7 @@ class Assembly:
         return [self._settled(group, device) for group in self._groups()]
 
     def _cut(self, shard: _Shard) -> None:
-        whole = _packed(shard).require()
+        whole = self._whole(shard)
         tensors = {name: _cast(tensor, self.shape.dtype) for name, tensor in whole.tensors.items()}
         whole, shard.arrived, shard.done = Packed(whole.layout, tensors), {}, True
         _require_finite(shard.name, whole)
@@ -149,6 +152,19 @@ class Assembly:
                 raise error.at(shard.name) from error
             self._pieces[part] = Packed(piece.layout, _owned(piece.tensors, tensors))
             first += rows
+
+    def _whole(self, shard: _Shard) -> Packed:
+        """The matrix as the checkpoint has it; what kernels would read without a look is checked."""
+        if shard.layout is not None:
+            whole = Packed(shard.layout, shard.arrived).require()
+            if isinstance(shard.layout, BlockLayout):
+                shard.layout.require_places(whole.tensors)
+            return whole
+        found = tuple(shard.arrived["weight"].shape)
+        wanted = _rows(self.shape, shard.parts), self.shape.inputs[0]
+        if found != wanted:
+            raise _misfit(shard.name, found, self.name, wanted, self.shape.ranks)
+        return Packed(DenseLayout(wanted), shard.arrived)
 
     def _groups(self) -> Iterator[list[Packed]]:
         """The pieces in order, with neighbours of one kind together; they are handed over."""
@@ -193,38 +209,73 @@ def choose(layout: Layout, device: torch.device, dtype: torch.dtype) -> Choice:
     return choose_form(layout, device, dtype, served_in(layout, device, dtype))
 
 
+def choose_all(matrices: Mapping[str, Layout], device: torch.device, dtype: torch.dtype) -> dict[str, Choice]:
+    """The form in which an engine serves each packed matrix of a checkpoint: as one with its neighbours."""
+    groups: list[list[str]] = []
+    before = None
+    for name in sorted(matrices, key=_place):
+        place = _place(name)
+        follows = before is not None and before[:2] == place[:2] and before[2] + 1 == place[2]
+        if not (follows and can_stack(matrices[groups[-1][-1]], matrices[name])):
+            groups.append([])
+        groups[-1].append(name)
+        before = place
+    choices = (choose(stacked([matrices[name] for name in group]), device, dtype) for group in groups)
+    return {name: choice for group, choice in zip(groups, choices, strict=True) for name in group}
+
+
+def _place(name: str) -> tuple[str, str, int]:
+    """The module that a matrix is in, the layer of vLLM there, and its part of this layer."""
+    parent, _, last = name.rpartition(".")
+    fused = next((names for names in _FUSED if last in names), (last,))
+    return parent, fused[0], fused.index(last)
+
+
 def _filled(name: str, layouts: Mapping[str, Layout | None], shape: Shape) -> list[_Shard]:
     """Which parts of the layer each matrix fills: one each, or as many as its rows take."""
     shards, part, count = [], 0, len(shape.outputs)
-    for number, (matrix, layout) in enumerate(layouts.items()):
-        last = part + 1
-        if number + 1 == len(layouts):
-            last = count
-        elif layout is not None and len(layouts) < count:
-            while last < count and _rows(shape, range(part, last)) < layout.shape[0]:
-                last += 1
-        wanted = _rows(shape, range(part, last)), shape.inputs[0]
-        if part >= count or (layout is not None and layout.shape != wanted):
-            found = f"{layout.shape[0]} x {layout.shape[1]}" if layout else "dense"
-            raise ModelError(
-                f"config.json packs {matrix} as {found}; {name} has room for {wanted[0]} x {wanted[1]}",
-                expected="the model that was packed",
-                fix="serve config.json and weights from the same folder",
-            )
-        shards.append(_Shard(matrix, layout, tuple(range(part, last))))
-        part = last
+    for matrix, layout, parts in zip(layouts, layouts.values(), _counts(list(layouts.values()), shape), strict=True):
+        filled = range(part, min(part + parts, count))
+        wanted = _rows(shape, filled), shape.inputs[0]
+        if part + parts > count or (layout is not None and layout.shape != wanted):
+            raise _misfit(matrix, layout.shape if layout else None, name, wanted, shape.ranks)
+        shards.append(_Shard(matrix, layout, tuple(filled)))
+        part += parts
     return shards
+
+
+def _counts(layouts: list[Layout | None], shape: Shape) -> list[int]:
+    """How many parts each matrix fills; what is left is for the only dense one, or else for the last."""
+    count = len(shape.outputs)
+    counts = [1] * len(layouts)
+    if len(layouts) >= count:
+        return counts
+    elastic = layouts.index(None) if layouts.count(None) == 1 else len(layouts) - 1
+    ends = range(elastic), range(len(layouts) - 1, elastic, -1)
+    places = list(range(count)), list(range(count - 1, -1, -1))
+    for numbers, parts in zip(ends, places, strict=True):
+        for number in numbers:
+            layout = layouts[number]
+            taken = [parts.pop(0)]
+            while layout is not None and parts and _rows(shape, taken) < layout.shape[0]:
+                taken.append(parts.pop(0))
+            counts[number] = len(taken)
+    counts[elastic] = max(1, count - sum(counts) + counts[elastic])
+    return counts
+
+
+def _misfit(matrix: str, found: tuple[int, ...] | None, layer: str, wanted: tuple[int, int], ranks: int) -> ModelError:
+    what = "dense" if found is None else " x ".join(map(str, found))
+    return ModelError(
+        f"the checkpoint has {matrix} as {what}; {layer} has room for {wanted[0]} x {wanted[1]}",
+        expected="the model that was packed",
+        fix="serve config.json and weights from the same folder"
+        + ("; some layers of vLLM are wider on several ranks: try one (-tp 1)" if ranks > 1 else ""),
+    )
 
 
 def _rows(shape: Shape, parts: Sequence[int]) -> int:
     return sum(shape.outputs[part][0] for part in parts)
-
-
-def _packed(shard: _Shard) -> Packed:
-    if shard.layout is not None:
-        return Packed(shard.layout, shard.arrived)
-    rows, columns = shard.arrived["weight"].shape
-    return Packed(DenseLayout((rows, columns)), shard.arrived)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

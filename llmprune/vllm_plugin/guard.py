@@ -43,6 +43,53 @@ def shadowed(folder: Path) -> ModelError:
     )
 
 
+# Models that vLLM multiplies with rows in another order than the checkpoint has them: it reorders the tensors called
+# weight, and no others.
+_REORDERED = {
+    "llama4": "reorders the rows of q_proj and k_proj",
+    "llama4_text": "reorders the rows of q_proj and k_proj",
+    "falcon": "reorders the rows of query_key_value",
+    "bloom": "reorders the rows of query_key_value",
+}
+
+# Models whose blocks in place of attention do not ask for packed layers.
+_UNASKED = ("mamba", "falcon_mamba", "jamba")
+
+
+def require_untouched(config: Mapping[str, Any], layouts: Mapping[str, str]) -> None:
+    """Refuse models whose tensors vLLM changes before a packed layer gets them.
+
+    Args:
+        config: the content of config.json.
+        layouts: the name of the layout of each packed matrix.
+
+    Raises:
+        ModelError: names a matrix that would be wrong.
+    """
+    for part in (config, config.get("text_config") or {}):
+        kind = str(part.get("model_type"))
+        what = _REORDERED.get(kind, "has no packed layers there" if kind in _UNASKED else "")
+        for name, layout in layouts.items() if what else ():
+            if _is_touched(part, kind, name, layout):
+                raise ModelError(
+                    f"{name} is packed as {layout}, and vLLM's model for {kind} {what}",
+                    expected="a model whose layers vLLM loads as they are",
+                    fix="unpack the checkpoint (llmprune unpack) and serve it dense, or use llmprune serve",
+                )
+
+
+def _is_touched(config: Mapping[str, Any], kind: str, name: str, layout: str) -> bool:
+    last = name.rpartition(".")[2]
+    if kind == "falcon":  # with one KV head for all, rows are in vLLM's order
+        grouped = bool(config.get("new_decoder_architecture")) or not config.get("multi_query", True)
+        return grouped and last == "query_key_value"
+    if kind == "bloom":  # rows of N:M are moved with all that belongs to them
+        return last == "query_key_value" and layout not in ("nm", "int8-nm")
+    if kind in _UNASKED:
+        return ".mixer." in name or ".mamba." in name
+    return last in ("q_proj", "k_proj")
+
+
 def require_even(config: Mapping[str, Any]) -> None:
     """Refuse decoder layers that differ in size or lack a block: vLLM's models build all layers alike.
 

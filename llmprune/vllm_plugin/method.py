@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
@@ -15,10 +16,14 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, regist
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from llmprune.errors import ModelError
+from llmprune.serving.sparse_linear import SparseLinear
 from llmprune.storage.formats import Layout
 from llmprune.storage.packed_config import QUANT_METHOD, read_layouts, require_version
 from llmprune.vllm_plugin.assembly import Assembly, Shape, ShardId
-from llmprune.vllm_plugin.guard import require_even, require_not_shadowed
+from llmprune.vllm_plugin.guard import require_even, require_not_shadowed, require_untouched
+
+# Of these, attention with latent keys and values takes the weights themselves, and keeps them dense anyway.
+_READ_AS_WEIGHTS = ("kv_b_proj",)
 
 
 class LlmpruneConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not installed here
@@ -31,6 +36,7 @@ class LlmpruneConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not in
     def __init__(self, layouts: Mapping[str, Layout]) -> None:
         super().__init__()
         self.layouts = dict(layouts)
+        self._claimed: set[str] = set()
 
     @classmethod
     def get_name(cls) -> str:
@@ -52,13 +58,16 @@ class LlmpruneConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not in
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Refuse uneven layers: this is where vLLM shows the whole config.
+        """Refuse what would go wrong: this is where vLLM shows the whole config.
 
         Raises:
-            ModelError: decoder layers differ.
+            ModelError: decoder layers differ, or vLLM changes tensors before a packed layer gets them.
         """
         if hf_quant_cfg.get("quant_method") == QUANT_METHOD and hf_config is not None:
-            require_even(hf_config.to_dict())
+            config = hf_config.to_dict()
+            require_even(config)
+            layouts = read_layouts(hf_quant_cfg.get("modules") or {})
+            require_untouched(config, {name: layout.name for name, layout in layouts.items()})
         return None
 
     @classmethod
@@ -77,6 +86,21 @@ class LlmpruneConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not in
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the layers as vLLM renames the checkpoint's tensors."""
         self.layouts = hf_to_vllm_mapper.apply_dict(self.layouts)
+
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """Nothing to rename; vLLM asks when its model is built and before it reads weights.
+
+        Raises:
+            ModelError: a packed matrix is in no layer.
+        """
+        lost = [name for name in self.layouts if name not in self._claimed]
+        if lost and get_pp_group().world_size == 1:  # otherwise other ranks have the layers of other stages
+            raise ModelError(
+                f"vLLM's model has no layer that asks how {lost[0]} is packed",
+                expected="a model all of whose linear layers may be quantised",
+                fix="unpack the checkpoint (llmprune unpack) and serve it dense, or use llmprune serve",
+            )
+        return super().get_checkpoint_weight_mapper()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer is held: packed, if one of its matrices is.
@@ -102,6 +126,7 @@ class LlmpruneConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not in
         names = [prefix]
         if prefix not in self.layouts and last in self.packed_modules_mapping:
             names = [f"{parent}{dot}{shard}" for shard in self.packed_modules_mapping[last]]
+        self._claimed.update(names)
         return {name: self.layouts.get(name) for name in names}
 
 
@@ -165,8 +190,11 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is not 
         for suffix in assembly.arriving:
             delattr(layer, suffix)
         del layer.llmprune_assembly
-        layer.llmprune_parts = nn.ModuleList(parts)
-        layer.llmprune_sizes = [part.out_features for part in parts]
+        if self.name.rpartition(".")[2] in _READ_AS_WEIGHTS:
+            _make_dense(layer, parts)
+        else:
+            layer.llmprune_parts = nn.ModuleList(parts)
+            layer.llmprune_sizes = [part.out_features for part in parts]
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """X [..., in] times the transposed matrices, one after another, plus the bias."""
@@ -183,6 +211,14 @@ def register() -> None:
     """Make vLLM know `quant_method: llmprune`."""
     if QUANT_METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(QUANT_METHOD)(LlmpruneConfig)
+
+
+def _make_dense(layer: LinearBase, parts: list[SparseLinear]) -> None:
+    """Give a layer its weights, as if it had never been packed."""
+    weight = torch.cat([part.unpack() for part in parts])
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.quant_method = UnquantizedLinearMethod()
+    layer.quant_method.process_weights_after_loading(layer)
 
 
 def _loader(assembly: Assembly, suffix: str) -> Any:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from llmprune.errors import CheckpointError, FormatError, ModelError, NumericsError, PatternError
 from llmprune.patterns import parse
 from llmprune.storage.formats import DenseLayout, Layout, fit_layout, quantise
-from llmprune.vllm_plugin.assembly import Assembly, Shape, choose, served_in
+from llmprune.vllm_plugin.assembly import Assembly, Shape, choose, choose_all, served_in
 
 CPU = torch.device("cpu")
 PATTERNS = {
@@ -109,6 +109,66 @@ def test_a_matrix_that_fills_several_parts() -> None:
     assert close(product(layers, x), F.linear(x, torch.cat([wide[2][16:32], wide[2][40:48], narrow[2][24:]])))
 
 
+@pytest.mark.parametrize("dense_first", [True, False])
+def test_a_dense_matrix_fills_what_the_packed_ones_leave(dense_first: bool) -> None:
+    sizes = (32, 16, 48) if dense_first else (48, 32, 16)
+    shape = Shape((64, 64), tuple((size, size) for size in sizes), 0, 1, torch.float32)
+    packed, dense = matrix("nm", 48, 64, 1), matrix("dense", 48, 64, 2)
+    names = {"qkv": dense, "z": packed} if dense_first else {"z": packed, "qkv": dense}
+    layers = assembled(shape, names, [(0, 1), 2] if dense_first else [0, (1, 2)])
+    x = torch.randn(2, 64)
+    assert close(product(layers, x), F.linear(x, torch.cat([weight for _, _, weight in names.values()])))
+
+
+def test_a_dense_matrix_of_another_model_is_refused() -> None:
+    shape = Shape((64, 64), ((64, 64), (32, 32)), 0, 1, torch.float32)
+    assembly = Assembly("layer", {"q": matrix("nm", 64, 64)[0], "k": None}, shape)
+    for wrong in (torch.ones(64, 64), torch.ones(32, 128), torch.ones(32)):
+        with pytest.raises(ModelError, match=r"the checkpoint has k as .*; layer has room for 32 x 64"):
+            assembly.take("weight", wrong, 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_blocks_outside_the_matrix_are_refused_by_every_rank(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMPRUNE_SELFTEST", "0")
+    layout, tensors, _ = matrix("block", 64, 64)
+    tensors["col"][-1] = 4
+    for rank in range(ranks):
+        with pytest.raises(FormatError, match="'col' has a block column out of range"):
+            assembled(
+                Shape((64, 64 // ranks), ((64, 64),), rank, ranks, torch.float32),
+                {"down": (layout, tensors, None)},
+                [None],
+            )
+
+
+def test_matrices_are_chosen_for_as_vllm_stacks_them() -> None:
+    sizes = {"v_proj": ("nm", 16), "q_proj": ("bitmask", 64), "k_proj": ("nm", 16), "o_proj": ("nm", 64)}
+    matrices = {name: matrix(kind, rows, 64)[0] for name, (kind, rows) in sizes.items()}
+    chosen = choose_all({f"a.{name}": layout for name, layout in matrices.items()}, CPU, torch.float32)
+    stacked = fit_layout("nm", torch.zeros(32, 64), parse("2:4").compared("row"))
+    assert {name: choice.form.name for name, choice in chosen.items()} == {
+        "a.q_proj": choose(matrices["q_proj"], CPU, torch.float32).form.name,
+        "a.k_proj": choose(stacked, CPU, torch.float32).form.name,
+        "a.v_proj": choose(stacked, CPU, torch.float32).form.name,
+        "a.o_proj": choose(matrices["o_proj"], CPU, torch.float32).form.name,
+    }
+
+
+@needs_kernels
+def test_a_matrix_with_few_zeros_is_served_as_its_neighbours_are() -> None:
+    made = {"q_proj": 0.25, "k_proj": 0.7, "v_proj": 0.7}
+    layouts = {}
+    for name, sparsity in made.items():
+        pattern = parse(str(sparsity)).compared("row")
+        weight = torch.randn(64, 64)
+        layouts[name] = fit_layout("bitmask", weight * pattern.mask(weight.abs()), pattern)
+    alone = {name: choose(layout, CPU, torch.bfloat16).form.name for name, layout in layouts.items()}
+    together = {name: choice.form.name for name, choice in choose_all(layouts, CPU, torch.bfloat16).items()}
+    assert alone["q_proj"] == "dense"
+    assert together == dict.fromkeys(layouts, "cpu-bitmask")
+
+
 def test_weights_are_cast_and_only_the_share_of_a_rank_is_kept() -> None:
     layout, tensors, weight = matrix("nm", 64, 64)
     assembly = Assembly("layer", {"up": layout}, Shape((64, 64), ((64, 16),), 3, 4, torch.bfloat16))
@@ -176,7 +236,7 @@ def test_what_does_not_belong_is_refused() -> None:
 
 def test_a_record_of_another_model_is_refused() -> None:
     layout = matrix("nm", 64, 64)[0]
-    with pytest.raises(ModelError, match="packs up as 64 x 64; layer has room for 48 x 64"):
+    with pytest.raises(ModelError, match="the checkpoint has up as 64 x 64; layer has room for 48 x 64"):
         Assembly("layer", {"up": layout}, Shape((64, 64), ((48, 48),), 0, 1, torch.float32))
 
 

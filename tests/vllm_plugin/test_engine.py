@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import EVEN, PATTERNS, UNEVEN, save, save_cut, save_experts
 from engines import engine, generated, judged, needs_vllm
 
 from llmprune.errors import ModelError
+from llmprune.measuring.explain import explain
 
 pytestmark = [needs_vllm, pytest.mark.slow]
 
@@ -47,6 +49,9 @@ def test_the_forms_are_those_that_explain_names(tmp_path: Path) -> None:
         (forms,) = llm.apply_model(_forms)
     assert forms["model.layers.0.self_attn.qkv_proj"] == ["cpu-nm", "dense", "cpu-nm"]
     assert forms["model.layers.0.mlp.gate_up_proj"] == ["cpu-bitmask", "blocks"]
+    explained = {row.name: row.vllm for row in explain(packed, torch.device("cpu")).packed}
+    names = ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    assert [explained[f"model.layers.0.{name}"] for name in names] == ["cpu-nm", "cpu-nm", "cpu-bitmask", "blocks"]
     assert "model.layers.0.self_attn.o_proj" not in forms
 
 

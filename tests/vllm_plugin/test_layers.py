@@ -158,3 +158,43 @@ def test_a_compiled_layer_gives_the_same() -> None:
     compiled = torch.compile(lambda x: layer(x)[0], backend="eager", fullgraph=True, dynamic=True)
     assert torch.equal(compiled(x), before)
     assert torch.equal(compiled(x[:3].contiguous()), layer(x[:3].contiguous())[0])
+
+
+def test_what_attention_reads_as_weights_is_dense() -> None:
+    from vllm.model_executor.layers.linear import ColumnParallelLinear
+    from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
+
+    layout, tensors, weight = matrix("nm", 96, 64)
+    layer = ColumnParallelLinear(
+        64,
+        96,
+        bias=False,
+        params_dtype=torch.float32,
+        quant_config=config({"kv_b_proj": layout}, {}),
+        prefix=f"{PREFIX}.kv_b_proj",
+    )
+    load(layer, tensors)
+    x = torch.randn(3, 64)
+    assert close(run(layer, x), F.linear(x, weight))
+    assert torch.equal(get_and_maybe_dequant_weights(layer, torch.float32), weight)
+
+
+def test_a_matrix_that_no_layer_asks_for_is_refused_before_weights_are_read() -> None:
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    layout = matrix("nm", 48, 64)[0]
+    made = config({"o_proj": layout, "in_proj": layout}, {})
+    ReplicatedLinear(64, 48, bias=False, quant_config=made, prefix=f"{PREFIX}.o_proj")
+    with pytest.raises(ModelError, match=r"no layer that asks how .*in_proj is packed(.|\n)*llmprune unpack"):
+        made.get_checkpoint_weight_mapper()
+    ReplicatedLinear(64, 48, bias=False, quant_config=made, prefix=f"{PREFIX}.in_proj")
+    made.get_checkpoint_weight_mapper()
+
+
+def test_names_are_mapped_as_vllm_maps_those_of_tensors() -> None:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    layout = matrix("nm", 48, 64)[0]
+    made = config({"o_proj": layout}, {})
+    made.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    assert made.layouts == {f"language_model.{PREFIX}.o_proj": layout}

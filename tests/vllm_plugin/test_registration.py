@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,3 +80,43 @@ def test_uneven_layers_are_refused_with_what_to_do() -> None:
     for config in (uneven, {"text_config": uneven}):
         with pytest.raises(ModelError, match=r"differ in size or lack a block(.|\n)*fix: serve it with llmprune serve"):
             guard.require_even(config)
+
+
+ATTENTION, MIXER = "model.layers.0.self_attn", "model.layers.0.mixer"
+
+
+@pytest.mark.parametrize(
+    ("config", "layouts", "what"),
+    [
+        ({"model_type": "llama4"}, {f"{ATTENTION}.q_proj": "nm"}, "reorders the rows of q_proj and k_proj"),
+        ({"text_config": {"model_type": "llama4_text"}}, {f"{ATTENTION}.k_proj": "block"}, "reorders the rows"),
+        ({"model_type": "falcon", "multi_query": False}, {"h.0.self_attention.query_key_value": "nm"}, "reorders"),
+        (
+            {"model_type": "falcon", "multi_query": True, "new_decoder_architecture": True},
+            {"h.0.self_attention.query_key_value": "bitmask"},
+            "reorders the rows of query_key_value",
+        ),
+        ({"model_type": "bloom"}, {"h.0.self_attention.query_key_value": "bitmask"}, "reorders"),
+        ({"model_type": "mamba"}, {f"{MIXER}.in_proj": "nm"}, "has no packed layers there"),
+        ({"model_type": "jamba"}, {"model.layers.0.mamba.in_proj": "nm"}, "has no packed layers there"),
+    ],
+)
+def test_what_vllm_reorders_is_refused(config: dict[str, Any], layouts: dict[str, str], what: str) -> None:
+    with pytest.raises(ModelError, match=rf"is packed as \w+, and vLLM's model for \w+ {what}") as caught:
+        guard.require_untouched(config, layouts)
+    assert "llmprune unpack" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("config", "layouts"),
+    [
+        ({"model_type": "llama"}, {f"{ATTENTION}.q_proj": "nm"}),
+        ({"model_type": "llama4"}, {f"{ATTENTION}.o_proj": "nm"}),
+        ({"model_type": "falcon", "multi_query": True}, {"h.0.self_attention.query_key_value": "nm"}),
+        ({"model_type": "falcon", "multi_query": False}, {"h.0.self_attention.dense": "nm"}),
+        ({"model_type": "bloom"}, {"h.0.self_attention.query_key_value": "nm", "h.0.mlp.dense_h_to_4h": "block"}),
+        ({"model_type": "jamba"}, {f"{ATTENTION}.q_proj": "nm"}),
+    ],
+)
+def test_what_vllm_loads_as_it_is_passes(config: dict[str, Any], layouts: dict[str, str]) -> None:
+    guard.require_untouched(config, layouts)

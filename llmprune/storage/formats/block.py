@@ -134,6 +134,14 @@ class BlockLayout:
     def nbytes(self, itemsize: int) -> int:
         return total_bytes(self, itemsize)
 
+    def require_places(self, tensors: Mapping[str, Tensor]) -> None:
+        """Check where the blocks are: kernels read there without a look.
+
+        Raises:
+            FormatError: they are not in ascending order inside the matrix.
+        """
+        self._places(tensors["crow"].long(), tensors["col"].long())
+
     def _tiles(self, bits: Integer[Tensor, "out in"]) -> Integer[Tensor, "rows size columns size"]:
         rows, columns = self.grid
         return bits.view(rows, self.block, columns, self.block)

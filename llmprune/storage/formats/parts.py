@@ -140,17 +140,25 @@ def stack(matrices: Sequence[Packed]) -> Packed:
     """One matrix of the rows of several that `can_stack`, in their order; a single one is returned as it is."""
     if len(matrices) == 1:
         return matrices[0]
-    layouts = [matrix.layout for matrix in matrices]
+    layout = stacked([matrix.layout for matrix in matrices])
+    tensors = {name: torch.cat([matrix.tensors[name] for matrix in matrices]) for name in layout.tensors()}
+    if isinstance(layout, BlockLayout):
+        counts = torch.cat([matrix.tensors["crow"].diff() for matrix in matrices])
+        return _with_counts(layout.block, layout.shape, counts, tensors["values"], tensors["col"])
+    return Packed(layout, tensors)
+
+
+def stacked(layouts: Sequence[Layout]) -> Layout:
+    """The layout of several matrices as one."""
     first, shape = layouts[0], (sum(layout.shape[0] for layout in layouts), layouts[0].shape[1])
     assert all(can_stack(first, layout) for layout in layouts[1:])
-    tensors = {name: torch.cat([matrix.tensors[name] for matrix in matrices]) for name in first.tensors()}
     if isinstance(first, BitmaskLayout | Int8BitmaskLayout):
-        return Packed(replace(first, shape=shape, nonzeros=len(tensors["values"])), tensors)
+        return replace(first, shape=shape, nonzeros=sum(layout.nonzeros for layout in layouts))
     if isinstance(first, BlockLayout):
-        counts = torch.cat([matrix.tensors["crow"].diff() for matrix in matrices])
-        return _with_counts(first.block, shape, counts, tensors["values"], tensors["col"])
+        blocks, balanced = sum(layout.blocks for layout in layouts), len({layout.per_row for layout in layouts}) == 1
+        return replace(first, shape=shape, blocks=blocks, balanced=first.balanced and balanced)
     assert isinstance(first, NMLayout | Int8NMLayout | DenseLayout)
-    return Packed(replace(first, shape=shape), tensors)
+    return replace(first, shape=shape)
 
 
 def _kind(layout: Layout) -> tuple[object, ...]:
