@@ -33,7 +33,7 @@ class Whole(NamedTuple):
 
 
 @contextmanager
-def uninterrupted(folder: Path, layers: int = LAYERS) -> Iterator[Whole]:
+def uninterrupted(folder: Path, layers: int = LAYERS, *, evaluated: bool = True) -> Iterator[Whole]:
     """Prune a Llama in one go; its source must stay as it is."""
     model = build("llama", torch.bfloat16, num_hidden_layers=layers)
     source = save(model, folder / "dense")
@@ -42,7 +42,7 @@ def uninterrupted(folder: Path, layers: int = LAYERS) -> Iterator[Whole]:
     calibration = {"source": str(folder / "text.txt"), "samples": 4, "length": 16}
     # No prompts: two whole models would be loaded to answer them, after each of hundreds of kills.
     evaluation = {"samples": 1, "source": str(folder / "text.txt"), "prompts": []}
-    settings = dict(recipe(calibration=calibration, evaluation=evaluation))
+    settings = dict(recipe(calibration=calibration, evaluation=evaluation if evaluated else None))
     before = contents(source)
     report = prune(source, settings, folder / "pruned")
     yield Whole(source, settings, folder / "pruned", report)

@@ -72,9 +72,10 @@ def stepper(model: Any, ids: torch.Tensor) -> Step:
 
 def measure(rounds: int, batch_size: int, length: int) -> list[dict[str, Any]]:
     """Seconds of a step, in each way."""
-    ids = torch.randint(10, 4000, (batch_size, length), generator=torch.Generator().manual_seed(0))
     with contextlib.ExitStack() as stack:
         found = ways(stack)
+        vocabulary = found["none"][0].config.vocab_size
+        ids = torch.randint(vocabulary, (batch_size, length), generator=torch.Generator().manual_seed(0))
         seconds: dict[str, list[float]] = {name: [] for name in found}
         steps = {name: stepper(model, ids) for name, (model, _) in found.items()}
         for number in range(rounds + 11):  # the first steps of keep_zeros check the optimizer

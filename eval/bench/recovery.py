@@ -28,7 +28,7 @@ from llmprune.recovery.recover import recover
 from llmprune.text.tokens import TextSpec
 
 LENGTH, CALIBRATED = 256, 128
-KNOBS = {"learning_rate": 3e-4, "epochs": 2.0, "batch_size": 8, "evaluations": 4}
+KNOBS = {"learning_rate": 3e-4, "epochs": 4.0, "batch_size": 8, "evaluations": 4}
 
 
 def measure(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_models import build
 
 from llmprune.eval.bench import lottery, masks, movement, training
 
@@ -67,8 +68,9 @@ def test_a_bundled_recipe_is_trained_and_its_figures_are_written(
 
 
 @pytest.mark.slow
-def test_the_price_of_masks_is_measured_in_turns(tmp_path: Path) -> None:
+def test_the_price_of_masks_is_measured_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "out.json"
+    monkeypatch.setattr(masks, "load", lambda: build("llama"))
     masks.main(["--rounds", "1", "--batch-size", "1", "--length", "4", "--json", str(file)])
     rows = json.loads(file.read_text())
     assert [row["masks"] for row in rows] == ["none", "keep_zeros", "magnitude", "sr-ste", "movement"]
