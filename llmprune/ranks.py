@@ -236,11 +236,11 @@ def _listen_to_machines() -> None:
         _heartbeat.start()
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
     """A connection of its own to the store by which the processes meet."""
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(*place, is_master=False, timeout=_MEETING)
-    return dist.PrefixStore(f"llmprune/{torchrun.attempt()}", store)
+    store = dist.TCPStore(*place, is_master=False, timeout=_MEETING)  # type: ignore[attr-defined] # not in __all__
+    return dist.PrefixStore(f"llmprune/{torchrun.attempt()}", store)  # type: ignore[attr-defined]
 
 
 def _portable(value: T) -> T:

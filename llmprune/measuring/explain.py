@@ -141,7 +141,7 @@ def explain(folder: Path, device: torch.device) -> Explanation:
     name = device_name(device)
     result = read_results(folder / BENCH_NAME).get(name, {})
     weights = [stored for stored in tensors.values() if isinstance(stored, PackedWeight)]
-    in_vllm = {}
+    in_vllm: dict[str, Choice] = {}
     for dtype in {stored.dtype for stored in weights}:
         in_vllm |= choose_all({_name(one): one.layout for one in weights if one.dtype == dtype}, device, dtype)
     packed = tuple(_packed_row(stored, device, result, in_vllm[_name(stored)]) for stored in weights)

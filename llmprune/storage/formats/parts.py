@@ -16,6 +16,7 @@ matrix, tensor for tensor, and cuts of columns store the same weights. Their ten
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
+from typing import cast
 
 import torch
 from jaxtyping import UInt8
@@ -153,10 +154,12 @@ def stacked(layouts: Sequence[Layout]) -> Layout:
     first, shape = layouts[0], (sum(layout.shape[0] for layout in layouts), layouts[0].shape[1])
     assert all(can_stack(first, layout) for layout in layouts[1:])
     if isinstance(first, BitmaskLayout | Int8BitmaskLayout):
-        return replace(first, shape=shape, nonzeros=sum(layout.nonzeros for layout in layouts))
+        masked = cast("Sequence[BitmaskLayout | Int8BitmaskLayout]", layouts)
+        return replace(first, shape=shape, nonzeros=sum(layout.nonzeros for layout in masked))
     if isinstance(first, BlockLayout):
-        blocks, balanced = sum(layout.blocks for layout in layouts), len({layout.per_row for layout in layouts}) == 1
-        return replace(first, shape=shape, blocks=blocks, balanced=first.balanced and balanced)
+        blocks = cast("Sequence[BlockLayout]", layouts)
+        balanced = first.balanced and len({layout.per_row for layout in blocks}) == 1
+        return replace(first, shape=shape, blocks=sum(layout.blocks for layout in blocks), balanced=balanced)
     assert isinstance(first, NMLayout | Int8NMLayout | DenseLayout)
     return replace(first, shape=shape)
 
