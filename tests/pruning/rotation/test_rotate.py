@@ -1,6 +1,7 @@
 """Rotated checkpoints: stock, with the same logits; interrupted, resumed, refused, and pruned by a recipe."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from llmprune.pruning.rotation.plan import plan_rotation
 from llmprune.pruning.rotation.report import load_rotation_report
 from llmprune.storage.files import read_index
 from llmprune.storage.folders import STAGING_NAME
+from llmprune.stream.guard import MemoryGuard
+from llmprune.stream.stream import StreamSettings
 
 TEXT = TextSpec("self", samples=4, length=24)
 
@@ -249,3 +252,22 @@ def test_what_changes_between_layers_is_noticed(damage: str, tmp_path: Path, mon
         rotate(folder, tmp_path / "out", {"kind": "random"}, TEXT)
     with pytest.raises(ResumeError, match="is damaged"):
         rotate(folder, tmp_path / "out", {"kind": "random"}, TEXT, resume=True)
+
+
+def test_another_number_of_processes_goes_on_with_other_threads(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = StreamSettings(torch.device("cpu"))
+    job = rotating.RotationJob(
+        rotating.read_options({"kind": "random", "untie": True}), settings, MemoryGuard(settings)
+    )
+    rotatable = rotating.open_rotatable(dense, job)
+    tokens = rotating._text(rotatable.source, dense, TEXT, job)
+    go_on = partial(rotating.rotate_checkpoint, "model", rotatable, tokens, tmp_path / "out", job, resume=True)
+    device = "x86_64 CPU, {}"
+    monkeypatch.setattr(rotating, "describe_device", lambda _: device.format("1 thread"))
+    report = go_on(processes=2)
+    monkeypatch.setattr(rotating, "describe_device", lambda _: device.format("2 threads"))
+    assert go_on(processes=1) == report
+    with pytest.raises(ResumeError, match="device was x86_64 CPU, 1 thread and is now x86_64 CPU, 2 threads"):
+        go_on(processes=2)

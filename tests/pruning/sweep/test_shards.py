@@ -42,6 +42,19 @@ def test_an_interrupted_shard_continues_and_leaves_the_others_alone(model: Path,
     assert states(output) == dict(zip(NAMES, ("finished", "waiting", "finished", "waiting"), strict=True))
 
 
+def test_a_run_that_another_process_makes_is_left_to_it(model: Path, tmp_path: Path) -> None:
+    settings, output = on_text(write_text(tmp_path)), tmp_path / "out"
+    told = list[Progress]()
+    sweep(model, settings, GRID, output, shard=Shard(5, 6))  # begins it
+    (output / NAMES[0]).mkdir()
+    with FileLock(output / NAMES[0] / LOCK_NAME):
+        made = sweep(model, settings, GRID, output, shard=Shard(1, 2), watch=told.append)
+    assert [row.state for row in made.rows] == ["running", "finished"]
+    assert made.failed == ()
+    left = f"run 1 of 2 is left to the process that makes it: {NAMES[0]}"
+    assert left in [step.stage for step in told]
+
+
 def test_a_shard_without_runs_says_so(model: Path, tmp_path: Path) -> None:
     told = list[Progress]()
     made = sweep(model, on_text(write_text(tmp_path)), GRID, tmp_path / "out", shard=Shard(5, 6), watch=told.append)
