@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ pytestmark = [needs_vllm, pytest.mark.slow]
 TOLERANCE = {"int8": 2e-3}
 
 
-def require_the_same(packed: Path, dense: Path, tolerance: float = 1e-4, exact: bool = True) -> None:
+def require_the_same(packed: Path, dense: Path, tolerance: float = 1e-4, exact: bool = True, **options: Any) -> None:
     """Compare an engine with transformers: greedy tokens, and log-probabilities of the prompts."""
-    tokens, logs = generated(packed)
+    tokens, logs = generated(packed, **options)
     worst, wanted = judged(dense, tokens)
     pairs = [(one, other) for one, other in zip(logs, wanted, strict=True) if len(one)]
     largest = max(float((one - other).abs().max()) for one, other in pairs)
@@ -36,6 +37,11 @@ def test_greedy_tokens_and_log_probabilities_are_those_of_transformers(name: str
     # In float32, 8-bit weights are not rounded to the dtype of the dense checkpoint.
     judge = packed if name == "int8" else dense
     require_the_same(packed, judge, TOLERANCE.get(name, 1e-4), exact=name != "int8")
+
+
+def test_a_compiled_engine_gives_the_same(tmp_path: Path) -> None:
+    dense, packed = save("mixed", tmp_path)
+    require_the_same(packed, dense, enforce_eager=False)
 
 
 def test_a_mixture_of_experts_has_packed_attention_and_dense_experts(tmp_path: Path) -> None:
