@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 # How often a process counts, how long it may be silent, and how long one waits to learn that the run has just ended.
-INTERVAL_SECONDS, SILENT_SECONDS, ENDING_SECONDS = 1.0, 20.0, 5.0
+INTERVAL_SECONDS, SILENT_SECONDS, ENDING_SECONDS = 1.0, 20.0, 3.0
 
 _LOST, _OVER = "lost", b"over"
 
@@ -63,13 +63,13 @@ class Heartbeat:
                     break
                 self._store.set(_name(self._rank), str(count))
                 now = self._store.get(_name(self._next)) if self._store.check([_name(self._next)]) else b""
+                if now != heard:
+                    heard, since = now, time.monotonic()
+                elif heard != _OVER and time.monotonic() - since > SILENT_SECONDS:
+                    self._store.set(_LOST, str(self._next))
             except RuntimeError:
                 what = "the first machine cannot be reached any more"
                 break
-            if now != heard:
-                heard, since = now, time.monotonic()
-            elif heard != _OVER and time.monotonic() - since > SILENT_SECONDS:
-                self._store.set(_LOST, str(self._next))
         else:
             return
         self._finish(what)
