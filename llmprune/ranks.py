@@ -226,7 +226,7 @@ def _await_machines() -> None:
     missing = meet(_store(), torchrun.number(), torchrun.processes(), _MEETING.total_seconds())
     if missing:
         others = ", ".join(map(str, missing))
-        raise RuntimeError(f"after {_MEETING.total_seconds() / 60:.0f} minutes, without {others}")
+        raise RuntimeError(f"after {_MEETING.total_seconds() / 60:.0f} minutes, without process {others}")
 
 
 def _listen_to_machines() -> None:

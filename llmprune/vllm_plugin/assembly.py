@@ -246,21 +246,19 @@ def _filled(name: str, layouts: Mapping[str, Layout | None], shape: Shape) -> li
 
 def _counts(layouts: list[Layout | None], shape: Shape) -> list[int]:
     """How many parts each matrix fills; what is left is for the only dense one, or else for the last."""
-    count = len(shape.outputs)
-    counts = [1] * len(layouts)
-    if len(layouts) >= count:
+    counts, spare = [1] * len(layouts), len(shape.outputs) - len(layouts)
+    if spare <= 0:
         return counts
     elastic = layouts.index(None) if layouts.count(None) == 1 else len(layouts) - 1
-    ends = range(elastic), range(len(layouts) - 1, elastic, -1)
-    places = list(range(count)), list(range(count - 1, -1, -1))
-    for numbers, parts in zip(ends, places, strict=True):
+    sizes = [whole for whole, _ in shape.outputs]
+    for numbers, outputs in ((range(elastic), sizes), (range(len(layouts) - 1, elastic, -1), sizes[::-1])):
+        place = 0
         for number in numbers:
             layout = layouts[number]
-            taken = [parts.pop(0)]
-            while layout is not None and parts and _rows(shape, taken) < layout.shape[0]:
-                taken.append(parts.pop(0))
-            counts[number] = len(taken)
-    counts[elastic] = max(1, count - sum(counts) + counts[elastic])
+            while layout is not None and spare and sum(outputs[place : place + counts[number]]) < layout.shape[0]:
+                counts[number], spare = counts[number] + 1, spare - 1
+            place += counts[number]
+    counts[elastic] += spare
     return counts
 
 

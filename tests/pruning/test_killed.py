@@ -33,7 +33,7 @@ LAYERS = 2
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
-    # Measuring takes half of the time, and writes nothing.
+    # Measuring takes long, and writes nothing.
     with uninterrupted(tmp_path_factory.mktemp("whole"), LAYERS, evaluated=False) as run:
         yield run
 

@@ -120,6 +120,14 @@ def test_a_dense_matrix_fills_what_the_packed_ones_leave(dense_first: bool) -> N
     assert close(product(layers, x), F.linear(x, torch.cat([weight for _, _, weight in names.values()])))
 
 
+def test_a_matrix_that_would_fill_all_parts_is_refused() -> None:
+    shape = Shape((64, 64), ((16, 16),) * 4, 0, 1, torch.float32)
+    large, small = matrix("nm", 96, 64)[0], matrix("nm", 16, 64)[0]
+    for names in ({"a": large, "b": small, "c": small}, {"a": None, "b": small, "c": large}, {"a": large, "b": large}):
+        with pytest.raises(ModelError, match="has room for"):
+            Assembly("layer", names, shape)
+
+
 def test_a_dense_matrix_of_another_model_is_refused() -> None:
     shape = Shape((64, 64), ((64, 64), (32, 32)), 0, 1, torch.float32)
     assembly = Assembly("layer", {"q": matrix("nm", 64, 64)[0], "k": None}, shape)
