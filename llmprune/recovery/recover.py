@@ -34,7 +34,7 @@ from llmprune.recovery.options import RecoveryOptions
 from llmprune.recovery.plan import RecoveryPlan, disk_needs, make_plan, memory_needs
 from llmprune.recovery.reporting import make_report, measure, versions
 from llmprune.recovery.result import compare_zeros, load_whole, write_result
-from llmprune.recovery.texts import read_training, require_same_tokens, tokenizer_folder, training_spec
+from llmprune.recovery.texts import read_evaluation, read_training, require_same_tokens, tokenizer_folder, training_spec
 from llmprune.recovery.training import (
     RecoveryTrainer,
     Schedule,
@@ -52,7 +52,7 @@ from llmprune.storage.packed_config import packed_layouts
 from llmprune.storage.report import Report, load_report
 from llmprune.stream.guard import MemoryGuard
 from llmprune.stream.stream import StreamSettings
-from llmprune.text.loading import load_texts, model_positions, tokenizer_for
+from llmprune.text.loading import tokenizer_for
 from llmprune.text.openings import Tokenizer
 from llmprune.text.tokens import TextSpec, Tokens
 from llmprune.timing import Stages
@@ -250,8 +250,7 @@ def _evaluation_text(run: Recovery, text: TextSpec | None) -> Tokens | None:
         return None
     source = run.teacher or run.source
     with run.stages("text"):
-        spec = text.fitted(model_positions(source.config), run.device.type)
-        return load_texts({"evaluation": spec}, source, run.tokenizer, run.device, run.watch)["evaluation"]
+        return read_evaluation(text, source, run.tokenizer, run.device, run.watch)
 
 
 def _require_same_vocabulary(source: CheckpointSource, teacher: CheckpointSource | None) -> None:

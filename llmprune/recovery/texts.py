@@ -1,4 +1,4 @@
-"""The text that a pruned model is trained on: all of it, unless a number of sequences is given."""
+"""The texts that a pruned model is trained and measured on: what there is, unless a number of sequences is given."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +46,28 @@ def read_training(
     if text.samples is None:
         text = replace(text, samples=_available(text, source, tokenizer, device))
     return load_texts({"training": text}, source, tokenizer, device, watch)["training"]
+
+
+def read_evaluation(
+    text: TextSpec, source: CheckpointSource, tokenizer: Tokenizer, device: torch.device, watch: Watcher
+) -> Tokens:
+    """Read what perplexity is measured on: as many sequences as a run usually takes, or all that the text has.
+
+    Args:
+        text: its length and number of sequences may be open.
+        source: the model, for the positions that it has.
+        tokenizer: its tokenizer.
+        device: where it is measured.
+        watch: told about every step.
+
+    Raises:
+        CalibrationError: the text cannot be read, or has fewer sequences than are asked for.
+    """
+    fitted = text.fitted(model_positions(source.config), device.type)
+    check_texts({"evaluation": fitted}, source)
+    if text.samples is None and text.source != "self":
+        fitted = replace(fitted, samples=min(fitted.sequences, _available(fitted, source, tokenizer, device)))
+    return load_texts({"evaluation": fitted}, source, tokenizer, device, watch)["evaluation"]
 
 
 def _available(text: TextSpec, source: CheckpointSource, tokenizer: Tokenizer, device: torch.device) -> int:

@@ -361,6 +361,15 @@ def test_the_evaluation_text_is_read_before_training(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_short_evaluation_text_is_measured_whole(made: Made, tmp_path: Path) -> None:
+    """The text of a first try: recover has no flag for the number of sequences, so that it takes what there is."""
+    words_ = Path(made.text.source).read_text().split()
+    Path(tmp_path, "short.txt").write_text(" ".join(words_[: len(words_) // 8]))
+    short = TextSpec(str(tmp_path / "short.txt"), length=16)
+    report = recover(made.pruned, tmp_path / "out", made.text, made.dense, {**OPTIONS, "epochs": 0.1}, evaluation=short)
+    assert 1 < report.header["evaluation"]["dense"]["samples"] < 32
+
+
 def test_weights_packed_in_8_bits_are_not_trained(made: Made, tmp_path: Path) -> None:
     settings = {"source": made.text.source, "samples": 4, "length": 16}
     recipe = {"pattern": "2:4", "method": "magnitude", "quantise": {"bits": 8}, "calibration": settings}

@@ -17,10 +17,10 @@ from llmprune.recovery.halves import Halves
 from llmprune.recovery.objective import UNSCORED, Objective
 from llmprune.recovery.options import RecoveryOptions
 from llmprune.recovery.result import load_whole, write_result
-from llmprune.recovery.texts import read_training, training_spec
+from llmprune.recovery.texts import read_evaluation, read_training, training_spec
 from llmprune.recovery.training import first_half_only, rows_of, scored_in
 from llmprune.stream.stream import StreamSettings
-from llmprune.text.loading import load_texts, model_positions, tokenizer_for
+from llmprune.text.loading import tokenizer_for
 from llmprune.text.tokens import TextSpec
 from llmprune.training.subjects.subject import Row, Subject
 
@@ -61,9 +61,7 @@ class CausalSubject(Subject):
         tokens = read_training(spec, self.source, self.tokenizer, self.device, watch)
         self.rows, self.digest, self.text = rows_of(tokens), tokens.digest, tokens.description
         if self._evaluation is not None:
-            fitted = self._evaluation.fitted(model_positions(self.source.config), self.device.type)
-            texts = load_texts({"evaluation": fitted}, self.source, self.tokenizer, self.device, watch)
-            self._measured = texts["evaluation"]
+            self._measured = read_evaluation(self._evaluation, self.source, self.tokenizer, self.device, watch)
 
     def load(self, device: torch.device, *, teacher: bool) -> None:
         """Read the weights."""
