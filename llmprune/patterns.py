@@ -265,7 +265,7 @@ def keep_highest(scores: Shaped[Tensor, "groups n"], count: int) -> Bool[Tensor,
     if count >= scores.shape[-1]:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = _kth_smallest(scores, count)
-    keep = scores > threshold
+    keep = _above(scores, threshold)
     missing = scores.shape[-1] - count - _count_each(keep)
     for group in missing.nonzero().view(-1).tolist():
         _keep_last(keep[group], scores[group] == threshold[group], int(missing[group]))
@@ -315,6 +315,13 @@ def _keep_last(keep: Tensor, tied: Tensor, count: int) -> None:
     keep[places[len(places) - count :].unbind(1)] = True
 
 
+def _above(scores: Tensor, threshold: Tensor) -> Tensor:
+    """Whether each score is above its threshold; numpy compares ten times as fast on a CPU."""
+    if _is_for_numpy(scores):
+        return torch.from_numpy(_greater(scores, threshold))
+    return scores > threshold
+
+
 def _count_each(mask: Tensor) -> Tensor:
     """How many are True in each group; torch would add them up one by one."""
     if mask.device.type != "cpu":
@@ -330,10 +337,14 @@ def _refuse_nan(scores: Tensor) -> None:
 
 def _kth_smallest(scores: Tensor, count: int) -> Tensor:
     """The `count`-th smallest of each row as [groups, 1]; numpy's vectorised selection is far faster on a CPU."""
-    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
+    if _is_for_numpy(scores):
         part = torch.from_numpy(_partition(scores, count - 1))
         return part[:, count - 1 : count].clone()
     return torch.kthvalue(scores, count, dim=-1, keepdim=True).values
+
+
+def _is_for_numpy(scores: Tensor) -> bool:
+    return scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64)
 
 
 def _partition(scores: Tensor, position: int):  # type: ignore[no-untyped-def]
@@ -342,9 +353,17 @@ def _partition(scores: Tensor, position: int):  # type: ignore[no-untyped-def]
     return np.partition(scores.detach().numpy(), position, axis=-1)
 
 
+def _greater(scores: Tensor, threshold: Tensor):  # type: ignore[no-untyped-def]
+    import numpy as np
+
+    return np.greater(scores.detach().numpy(), threshold.numpy())
+
+
 def _count_nonzero(mask: Tensor):  # type: ignore[no-untyped-def]
     import numpy as np
 
+    if mask.shape[0] == 1:  # far faster than along an axis
+        return np.array([np.count_nonzero(mask.numpy())])
     return np.count_nonzero(mask.numpy(), axis=-1)
 
 

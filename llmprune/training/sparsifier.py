@@ -180,9 +180,11 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
     def _gradient_hook(self, name: str) -> Callable[[Tensor], Tensor]:
         def take(gradient: Tensor) -> Tensor:
             if self._reads_gradients():
-                # What was accumulated is gone if the user has dropped it, as after a step that was skipped.
+                # What was accumulated is gone if the user has dropped it, as after a step that was skipped. A gradient
+                # that is passed on belongs to the weight, which adds to it in place.
                 before = self._dense.get(name) if accumulates(self._weights[name]) else None
-                self._dense[name] = gradient.detach().clone() if before is None else before.add_(gradient.detach())
+                own = gradient.detach().clone() if self._rule.passes else gradient.detach()
+                self._dense[name] = own if before is None else before + own
             return gradient if self._rule.passes else masked(gradient, self.state.kept[name])
 
         return take
@@ -235,6 +237,7 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
             if last and rule.control == "random-ticket":
                 self._set_masks(random_ticket(self._views(self.state.kept), self.state.generator))
             self._rewind(fresh=last and rule.control == "random-init")
+        self._restore()
         self._show()
 
     @torch.no_grad()
@@ -270,11 +273,15 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         self._stale = {name: ~(mask & self.state.kept[name]) for name, mask in before.items()}
 
     @torch.no_grad()
+    def _restore(self) -> None:
+        """Put the weights behind the masks back, if the rule has any."""
+        for name, latent in self.state.latent.items():
+            self._weights[name].copy_(latent)
+
+    @torch.no_grad()
     def _show(self) -> None:
-        """Have the model compute with the pruned weights."""
+        """Have the model compute with the pruned weights; until now it has those behind the masks."""
         for name, weight in self._weights.items():
-            if self._rule.latent:
-                weight.copy_(self.state.latent[name])
             mask_(weight, self.state.kept[name])
 
     @torch.no_grad()
@@ -304,9 +311,8 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         average(self._dense)
         if self.state.adam is not None:
             self._step_scores(self.state.adam)
+        self._restore()
         for name, weight in self._weights.items():
-            if self._rule.latent:
-                weight.copy_(self.state.latent[name])
             if self._rule.passes and weight.grad is not None:
                 weight.grad.copy_(self._rule.gradient(weight.grad, weight, self.state.kept[name]))
 

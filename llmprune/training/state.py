@@ -13,6 +13,8 @@ from llmprune.storage.formats.layout import from_bytes, to_bytes
 
 # What is before the first dot of a name in the file.
 _KEPT, _LATENT, _SCORE, _EARLY = "kept", "latent", "score", "early"
+# Where Adam has one kernel for a step; elsewhere it passes over all scores several times.
+_FUSED = ("cpu", "cuda")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -40,7 +42,8 @@ class State:
 
     def train_scores(self, rate: float) -> None:
         """Let Adam train the scores."""
-        self.adam = torch.optim.Adam(list(self.scores.values()), lr=rate)
+        fused = all(score.device.type in _FUSED for score in self.scores.values())
+        self.adam = torch.optim.Adam(list(self.scores.values()), lr=rate, fused=fused)
 
     def move_to(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Bring everything to the devices that the weights are on by now."""
