@@ -146,7 +146,11 @@ def layout_name(wanted: Format, pattern: Pattern, *, eight_bits: bool = False) -
     of 8 bits are stored as such, except in blocks.
     """
     suits = "nm" if isinstance(pattern, NM) else "block" if _is_servable(pattern) else "bitmask"
-    chosen = "bitmask" if wanted == "bitmask" else suits if wanted in ("auto", suits) else None
+    # No kernel multiplies `nm` other than 2:4, and a bitmask of 4:8 is smaller.
+    if wanted == "bitmask" or (wanted == "auto" and suits == "nm" and pattern != NM(2, 4)):
+        chosen: str | None = "bitmask"
+    else:
+        chosen = suits if wanted in ("auto", suits) else None
     return f"int8-{chosen}" if eight_bits and chosen in ("nm", "bitmask") else chosen
 
 

@@ -166,7 +166,7 @@ def test_groups_are_found_beside_zero_rows(tmp_path: Path) -> None:
     content[key][:32] = 0
     save_file(content, file, metadata={"format": "pt"})
     assert detect_pattern(content[key]) == "3:8, 32 zero rows"
-    pack(folder, tmp_path / "packed")
+    pack(folder, tmp_path / "packed", "nm")
     record = read_json(tmp_path / "packed" / "config.json")["quantization_config"]["modules"]
     assert record["model.layers.0.mlp.up_proj"] == {"layout": "nm", "shape": [96, 64], "keep": 3, "of": 8}
 

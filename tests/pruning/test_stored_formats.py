@@ -43,6 +43,7 @@ def layouts(folder: Path) -> dict[str, str]:
         ("block", "0.5@16x16", "block"),
         ("bitmask", "2:4", "bitmask"),
         ("auto", "2:4", "nm"),
+        ("auto", "4:8", "bitmask"),
         ("auto", "0.5@16x16", "block"),
         ("auto", "0.5@16x32", "bitmask"),
         ("auto", "0.7", "bitmask"),
