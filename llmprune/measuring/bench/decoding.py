@@ -5,7 +5,7 @@ Models that are compared run alternately, so that other load on the machine affe
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ def measure_decoding(
     fewest, most = _NEW_TOKENS
     positions = min(model_positions(model.config) or prompt_tokens + most for model in models)
     prompt_tokens = max(1, min(prompt_tokens, positions // 2))
-    runs = [_Decoding(model, batch, prompt_tokens) for model in models]
+    runs = [Generation(model, batch, prompt_tokens) for model in models]
     # The first run compiles kernels, and captures graphs for a length.
     for run in runs:
         run(fewest)
@@ -78,11 +78,7 @@ def measure_decoding(
     count = max(fewest, min(most, positions - prompt_tokens, int(seconds / (_RUNS[0] + 1) / token)))
     working = [_working_bytes(run, count) for run in runs]
     rounds = max(_RUNS[0], min(_RUNS[1], int(seconds / (token * count))))
-    times: list[list[tuple[float, float]]] = [[] for _ in runs]
-    for number in range(rounds):
-        # Every other round in reverse order, so that no model always comes first.
-        for own, run in list(zip(times, runs, strict=True))[:: -1 if number % 2 else 1]:
-            own.append(run(count))
+    times = take_turns(runs, count, rounds)
     return [
         Decoding(
             batch,
@@ -96,8 +92,34 @@ def measure_decoding(
     ]
 
 
-class _Decoding:
-    """Generates from random prompts; a call returns the seconds to the first token and those for all others."""
+def take_turns(
+    runs: Sequence[Callable[[int], tuple[float, float]]], new_tokens: int, rounds: int
+) -> list[list[tuple[float, float]]]:
+    """Call each in every round, every other round in reverse order, so that none always comes first.
+
+    Args:
+        runs: new tokens -> seconds to the first, and of all others.
+        new_tokens: for each call.
+        rounds: how often each is called.
+
+    Returns:
+        For each what it has returned.
+    """
+    times: list[list[tuple[float, float]]] = [[] for _ in runs]
+    for number in range(rounds):
+        for own, run in list(zip(times, runs, strict=True))[:: -1 if number % 2 else 1]:
+            own.append(run(new_tokens))
+    return times
+
+
+class Generation:
+    """Generates from random prompts; a call returns the seconds to the first token and those for all others.
+
+    Args:
+        model: as in `measure_decoding`.
+        batch: number of sequences.
+        prompt_tokens: of each.
+    """
 
     def __init__(self, model: PreTrainedModel, batch: int, prompt_tokens: int) -> None:
         self.model = model
@@ -132,7 +154,7 @@ class _Clock(BaseStreamer):  # type: ignore[misc] # transformers leaves it untyp
         pass
 
 
-def _working_bytes(run: _Decoding, new_tokens: int) -> int:
+def _working_bytes(run: Generation, new_tokens: int) -> int:
     return_freed_memory()
     with PeakWatch(input_device(run.model)) as memory:
         run(new_tokens)
