@@ -7,7 +7,8 @@ checkpoint, in bfloat16. All models are in memory together and generate in turns
 random prompt. Perplexity is that of the runtime which is timed, on sequences of the text.
 
 Needs llama-cpp-python, whose wheel is compiled for the machine: CMAKE_ARGS=-DGGML_NATIVE=ON pip install
-llama-cpp-python. Its source distribution holds the clone of llama.cpp (vendor/llama.cpp) that --llama-cpp names.
+llama-cpp-python. Its source distribution holds the clone of llama.cpp (vendor/llama.cpp) that --llama-cpp names, whose
+converter needs the packages gguf and sentencepiece.
 """
 
 import argparse
