@@ -305,11 +305,18 @@ def _require_finite(weights: Mapping[str, Tensor]) -> None:
         )
 
 
-def last_state(folder: Path) -> Path | None:
-    """The newest state that an interrupted training has saved completely; unfinished ones are removed."""
+def last_state(folder: Path, *needed: str) -> Path | None:
+    """The newest state that an interrupted training has saved completely; unfinished ones are removed.
+
+    Args:
+        folder: of all states.
+        needed: files that a complete state has, besides those of every training.
+    """
     found: dict[int, Path] = {}
     for state in folder.glob("checkpoint-*"):
         try:
+            for name in (_WEIGHTS, *needed):
+                (state / name).stat()
             step = int(json.loads((state / _STATE).read_text("utf-8"))["global_step"])
         except (OSError, ValueError, KeyError):
             shutil.rmtree(state, ignore_errors=True)

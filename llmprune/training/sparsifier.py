@@ -24,6 +24,7 @@ from llmprune.errors import TrainingError
 from llmprune.paths import user_path
 from llmprune.recovery.masks import mask_, masked
 from llmprune.recovery.optimizers import require_keeping
+from llmprune.training.checks import require_continued, require_initialising, require_planned, require_supported
 from llmprune.training.gradients import accumulates, average
 from llmprune.training.rules import Lottery, Rule, Selection
 from llmprune.training.rules.lottery import random_ticket
@@ -87,13 +88,14 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         self._stale: dict[str, Tensor] | None = {}
         self._handles: list[RemovableHandle] = []
         self._busy = False
+        # The last file that was saved, and its step: a Trainer of ours saves it before it calls `on_save`.
+        self._saved: tuple[Path, int] | None = None
         # The optimizer that took the last step, and those before it.
         self._optimizer: ref[Optimizer] | None = None
         self._retired: WeakSet[Optimizer] = WeakSet()
-        if isinstance(rule, Lottery):
-            _require_initialising(model, rule)
-            if rule.rewind == 0:
-                self._remember()
+        require_initialising(model, rule)
+        if isinstance(rule, Lottery) and rule.rewind == 0:
+            self._remember()
 
     def __enter__(self) -> "Sparsifier":
         self._stop()
@@ -125,13 +127,23 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         """Name of a parameter -> bool in its shape, True for pruned, as `keep_zeros` takes them."""
         return {name: ~mask for name, mask in self.state.kept.items() if not bool(mask.all())}
 
+    def require_planned(self) -> None:
+        """Refuse to end with other masks than planned.
+
+        Raises:
+            TrainingError: fewer weights are pruned.
+        """
+        require_planned(self.state, self._targets, self._rule, self.plan, solved=self._solve is not None)
+
     def save(self, file: str | Path) -> None:
         """Write masks, scores and the weights behind the masks, for a later process that continues this training.
 
         Raises:
             CheckpointError: it cannot be written.
         """
-        self.state.save(user_path(file, TrainingError, expected="a file for the state"))
+        path = user_path(file, TrainingError, expected="a file for the state")
+        self.state.save(path)
+        self._saved = path, self.state.step
 
     def load(self, file: str | Path) -> None:
         """Continue from what `save` wrote; the model must have its weights of that step.
@@ -149,23 +161,19 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         """Begin as the Trainer does, from the state in its checkpoint if there is one.
 
         Raises:
-            TrainingError: it shards the weights.
+            TrainingError: it shards the weights, or resumes without the state of its step.
         """
-        if args.fsdp or args.deepspeed:
-            raise TrainingError(
-                "sparsify with FSDP or DeepSpeed, which shard the weights",
-                expected="one device, or a copy of the model on each (DDP)",
-                fix="train without them, for example with torchrun alone",
-            )
-        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_NAME
-        if state.global_step and state.global_step != self.state.step and file.exists():
-            self.load(file)
+        require_supported(args)
+        folder, step = Path(args.output_dir) / f"checkpoint-{state.global_step}", int(state.global_step)
+        if step and step != self.state.step and (folder / STATE_NAME).exists():
+            self.load(folder / STATE_NAME)
+        require_continued(self.state, self._weights, step, folder, may_skip=bool(args.fp16))
         self.__enter__()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Save the state with the Trainer's checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.should_save and folder.is_dir():
+        if args.should_save and folder.is_dir() and self._saved != (folder / STATE_NAME, self.state.step):
             self.save(folder / STATE_NAME)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
@@ -367,14 +375,6 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         self._dense = {}
         if isinstance(self._rule, Lottery) and self.state.step == self._rule.rewind:
             self._remember()
-
-
-def _require_initialising(model: nn.Module, rule: Lottery) -> None:
-    if rule.control == "random-init" and not isinstance(model, PreTrainedModel):
-        raise TrainingError(
-            f"random-init of a {type(model).__name__}",
-            expected="a model of transformers, which initialises its weights",
-        )
 
 
 def initialised(model: nn.Module, seed: int) -> dict[str, Tensor]:

@@ -100,9 +100,27 @@ class StagedTrainer(WeightsTrainer):
         self.control: TrainerControl = handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the weights that train, and the masks with them: only then the Trainer says that a state is complete.
+
+        Raises:
+            NumericsError: training has diverged.
+        """
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self._sparsifier.save(Path(output_dir or self.args.output_dir) / STATE_NAME)
+
     def run(self) -> None:
-        """Train, from the end of the last finished stage if there is one."""
-        folder = last_state(Path(self.args.output_dir))
+        """Train, from the end of the last finished stage if there is one.
+
+        Raises:
+            TrainingError: the masks do not fit the plan in the end.
+        """
+        self._run()
+        self._sparsifier.require_planned()
+
+    def _run(self) -> None:
+        folder = last_state(Path(self.args.output_dir), STATE_NAME)
         saved = None if folder is None else TrainerState.load_from_json(str(folder / "trainer_state.json"))
         if folder is None or saved is None or saved.global_step < self._sparsifier.plan.steps:
             self.args.eval_on_start &= folder is None

@@ -1,0 +1,91 @@
+"""What a training with masks is refused for: arguments of the Trainer, states of another step, masks not as planned."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from llmprune.errors import TrainingError
+from llmprune.storage.files import listed
+from llmprune.training.rules import Lottery, Rule, SoftMovement
+from llmprune.training.stages import Plan
+from llmprune.training.state import State
+from llmprune.training.targets import Target
+
+
+def require_initialising(model: nn.Module, rule: Rule) -> None:
+    """Refuse a new initialisation of a model that does not initialise itself."""
+    if isinstance(rule, Lottery) and rule.control == "random-init" and not isinstance(model, PreTrainedModel):
+        raise TrainingError(
+            f"random-init of a {type(model).__name__}",
+            expected="a model of transformers, which initialises its weights",
+        )
+
+
+def require_supported(arguments: TrainingArguments) -> None:
+    """Refuse ways of the Trainer in which masks do not work."""
+    if arguments.fsdp or arguments.deepspeed:
+        raise TrainingError(
+            "sparsify with FSDP or DeepSpeed, which shard the weights",
+            expected="one device, or a copy of the model on each (DDP)",
+            fix="train without them, for example with torchrun alone",
+        )
+
+
+def require_continued(
+    state: State, weights: Mapping[str, nn.Parameter], step: int, folder: Path, *, may_skip: bool
+) -> None:
+    """Refuse a Trainer that resumes without the state of its step: training would begin anew with all masks.
+
+    Args:
+        state: as it is now.
+        weights: that are pruned, by the names of the state.
+        step: that the Trainer goes on from; 0: it begins.
+        folder: where the state would have been found.
+        may_skip: whether the Trainer counts steps that it skips, as it does after an overflow in float16.
+
+    Raises:
+        TrainingError: the state is of another step, or pruned weights are not zero.
+    """
+    if not step:
+        return
+    fix = 'call masks.load(".../checkpoint-N/sparsifier.safetensors") of the folder that is resumed, before train()'
+    if state.step != step and not (may_skip and 0 < state.step < step):
+        raise TrainingError(
+            f"the Trainer resumes at step {step}, the masks are of step {state.step}, and {folder} has no others",
+            expected="the state that was saved with the checkpoint",
+            fix=fix,
+        )
+    if revived := [name for name, weight in weights.items() if bool((weight.detach() != 0)[~state.kept[name]].any())]:
+        raise TrainingError(
+            f"pruned weights of {listed(revived)} are not zero at step {step}: the masks are of another checkpoint",
+            expected="the state that was saved with the checkpoint",
+            fix=fix,
+        )
+
+
+def require_planned(state: State, targets: Sequence[Target], rule: Rule, plan: Plan, *, solved: bool) -> None:
+    """Refuse a result with fewer zeros than its plan ends with.
+
+    Args:
+        state: at the end of the training.
+        targets: what was pruned.
+        rule: soft movement does not say how many weights are pruned.
+        plan: of the training.
+        solved: a one-shot method has pruned, in place of the rule.
+
+    Raises:
+        TrainingError: says how many are missing.
+    """
+    kept = {target.matrix.name: target.view(state.kept[target.name]) for target in targets}
+    total = sum(mask.numel() for mask in kept.values())
+    pruned = total - sum(int(mask.count_nonzero()) for mask in kept.values())
+    # Each matrix rounds by itself, and one that a method has pruned row by row rounds in each of them.
+    rounded = sum(mask.shape[0] for mask in kept.values()) if solved else len(kept)
+    if not isinstance(rule, SoftMovement) and pruned + rounded < plan.end * total:
+        raise TrainingError(
+            f"{pruned} of {total} weights are pruned after step {state.step}",
+            expected=f"{plan.end:.1%} of them, as planned",
+            fix="start again with --overwrite; if that does not help, report it as a bug",
+        )
