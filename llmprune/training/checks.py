@@ -3,15 +3,18 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from llmprune.errors import TrainingError
+from llmprune.patterns import NM
 from llmprune.storage.files import listed
 from llmprune.training.rules import Lottery, Rule, SoftMovement
 from llmprune.training.stages import Plan
 from llmprune.training.state import State
 from llmprune.training.targets import Target
+
+_AGAIN = "start again with --overwrite; if that does not help, report it as a bug"
 
 
 def require_initialising(model: nn.Module, rule: Rule) -> None:
@@ -23,13 +26,19 @@ def require_initialising(model: nn.Module, rule: Rule) -> None:
         )
 
 
-def require_supported(arguments: TrainingArguments) -> None:
-    """Refuse ways of the Trainer in which masks do not work."""
+def require_supported(arguments: TrainingArguments, rule: Rule) -> None:
+    """Refuse ways of the Trainer in which masks, or the scores of a rule, do not work."""
     if arguments.fsdp or arguments.deepspeed:
         raise TrainingError(
             "sparsify with FSDP or DeepSpeed, which shard the weights",
             expected="one device, or a copy of the model on each (DDP)",
             fix="train without them, for example with torchrun alone",
+        )
+    if arguments.fp16 and rule.score_rate:
+        raise TrainingError(
+            f"{type(rule).__name__} with fp16, which scales the gradients that its scores learn from",
+            expected="float32 or bfloat16",
+            fix="set bf16=True in place of fp16=True",
         )
 
 
@@ -65,18 +74,21 @@ def require_continued(
         )
 
 
-def require_planned(state: State, targets: Sequence[Target], rule: Rule, plan: Plan, *, solved: bool) -> None:
-    """Refuse a result with fewer zeros than its plan ends with.
+def require_planned(
+    state: State, targets: Sequence[Target], rule: Rule, plan: Plan, pattern: NM | None, *, solved: bool
+) -> None:
+    """Refuse a result with fewer zeros than its plan ends with, or in other places than its pattern says.
 
     Args:
         state: at the end of the training.
         targets: what was pruned.
         rule: soft movement does not say how many weights are pruned.
         plan: of the training.
+        pattern: N:M that it ends with; None: zeros may be anywhere.
         solved: a one-shot method has pruned, in place of the rule.
 
     Raises:
-        TrainingError: says how many are missing.
+        TrainingError: says how many are missing, or in which matrices.
     """
     kept = {target.matrix.name: target.view(state.kept[target.name]) for target in targets}
     total = sum(mask.numel() for mask in kept.values())
@@ -87,5 +99,17 @@ def require_planned(state: State, targets: Sequence[Target], rule: Rule, plan: P
         raise TrainingError(
             f"{pruned} of {total} weights are pruned after step {state.step}",
             expected=f"{plan.end:.1%} of them, as planned",
-            fix="start again with --overwrite; if that does not help, report it as a bug",
+            fix=_AGAIN,
         )
+    broken = [name for name, mask in kept.items() if pattern and int(_most_kept(mask, pattern)) > pattern.keep]
+    if broken:
+        raise TrainingError(
+            f"{listed(broken)} have groups of {pattern} with more weights after step {state.step}",
+            expected=f"zeros in the pattern {pattern}",
+            fix=_AGAIN,
+        )
+
+
+def _most_kept(mask: Tensor, pattern: NM) -> Tensor:
+    """Of any group of a mask [out, in]."""
+    return mask.reshape(-1, pattern.of).sum(1).max()

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 from llmprune.errors import TrainingError
 from llmprune.patterns import NM, parse
 from llmprune.storage.records import wrong_type
-from llmprune.training.rules import RULES, SNIP, GraSP, Lottery, Rule, Schedule, Selection
+from llmprune.training.rules import RULES, SNIP, GraSP, Lottery, Rule, Schedule, Selection, SoftMovement
 from llmprune.training.rules.rule import Scope
 
 Value = TypeVar("Value")
@@ -66,7 +66,8 @@ def read_selection(rule: Rule, pattern: str | NM | None, scope: str | None) -> S
         scope: "matrix", "model" or None.
 
     Raises:
-        TrainingError: the scope is unknown, or the pattern is not N:M.
+        TrainingError: the scope is unknown, or does not matter with a pattern; the pattern is not N:M, or the rule
+            cannot follow one.
     """
     read = parse(pattern) if isinstance(pattern, str) else pattern
     if read is not None and not isinstance(read, NM):
@@ -74,6 +75,18 @@ def read_selection(rule: Rule, pattern: str | NM | None, scope: str | None) -> S
             f"pattern {read} for a training",
             expected="N:M, such as 2:4; other zeros may be anywhere, as many as schedule.end says",
             fix="set schedule.end to the sparsity",
+        )
+    if read is not None and isinstance(rule, SoftMovement):
+        raise TrainingError(
+            f"soft-movement with the pattern {read}: its scores decide how many weights of each group are kept",
+            expected="a rule that keeps as many as it is told to",
+            fix="choose movement or sr-ste, or leave the pattern out",
+        )
+    if read is not None and scope is not None:
+        raise TrainingError(
+            f"scope {scope} with the pattern {read}, which compares the weights of each group",
+            expected="one of them",
+            fix="remove scope",
         )
     if scope is None:
         return Selection("model" if isinstance(rule, Lottery | SNIP | GraSP) else "matrix", read)

@@ -69,7 +69,7 @@ class TrainRecipe:
             "description": self.description,
             **chosen,
             "pattern": None if pattern is None else str(pattern),
-            "scope": self.selection.scope,
+            **({} if self.method or pattern else {"scope": self.selection.scope}),
             "schedule": asdict(self.schedule),
             "include": list(self.include),
             "exclude": list(self.exclude),
@@ -182,6 +182,12 @@ def _checked(keys: _Keys) -> TrainRecipe:
             "the recipe has a rule and a method",
             expected=f"a rule ({', '.join(RULES)}), or a one-shot method such as sparsegpt for each stage",
             fix="remove one of them",
+        )
+    if keys.scope is not None and keys.method is not None:
+        raise TrainingError(
+            f"scope {keys.scope} with a method, which prunes each matrix by itself",
+            expected="a scope with a rule",
+            fix="remove scope",
         )
     rule = GradualMagnitude() if keys.method is not None else read_rule(keys.rule or "magnitude")
     selection = read_selection(rule, keys.pattern, keys.scope)

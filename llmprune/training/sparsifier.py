@@ -77,6 +77,8 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         self._weights = {target.name: target.parameter for target in targets}
         self._ids = {id(weight) for weight in self._weights.values()}
         self.state = State(self._weights, latent=rule.latent, seed=seed)
+        if not rule.grows:
+            self._take_first_zeros()
         self.state.scores = rule.first_scores(self._weights, loss)
         if rule.score_rate:
             self.state.train_scores(rule.score_rate)
@@ -133,7 +135,8 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         Raises:
             TrainingError: fewer weights are pruned.
         """
-        require_planned(self.state, self._targets, self._rule, self.plan, solved=self._solve is not None)
+        pattern, solved = self._selection.pattern, self._solve is not None
+        require_planned(self.state, self._targets, self._rule, self.plan, pattern, solved=solved)
 
     def save(self, file: str | Path) -> None:
         """Write masks, scores and the weights behind the masks, for a later process that continues this training.
@@ -161,9 +164,10 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         """Begin as the Trainer does, from the state in its checkpoint if there is one.
 
         Raises:
-            TrainingError: it shards the weights, or resumes without the state of its step.
+            TrainingError: it shards the weights or scales the gradients of scores, or resumes without the state of
+                its step.
         """
-        require_supported(args)
+        require_supported(args, self._rule)
         folder, step = Path(args.output_dir) / f"checkpoint-{state.global_step}", int(state.global_step)
         if step and step != self.state.step and (folder / STATE_NAME).exists():
             self.load(folder / STATE_NAME)
@@ -243,7 +247,8 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         rule = self._rule
         if isinstance(rule, Lottery) and stage.number:
             if last and rule.control == "random-ticket":
-                self._set_masks(random_ticket(self._views(self.state.kept), self.state.generator))
+                pattern = self._selection.pattern
+                self._set_masks(random_ticket(self._views(self.state.kept), self.state.generator, pattern))
             self._rewind(fresh=last and rule.control == "random-init")
         self._restore()
         self._show()
@@ -254,6 +259,14 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         for name, weight in self._weights.items():
             self.state.kept[name].copy_(weight != 0)
         self._stale = {name: ~mask for name, mask in self.state.kept.items()}
+
+    @torch.no_grad()
+    def _take_first_zeros(self) -> None:
+        """The zeros of a model that is pruned already; a matrix of nothing else has yet to be trained, as in a LoRA."""
+        for target in self._targets:
+            filled = target.view(target.parameter) != 0
+            if bool(filled.any()):
+                target.view(self.state.kept[target.name]).copy_(filled)
 
     @torch.no_grad()
     def _choose(self, stage: Stage, *, begins: bool) -> None:

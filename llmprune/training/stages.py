@@ -1,10 +1,11 @@
 """When the stages of a training begin, and how long each of them takes."""
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
 from llmprune.errors import TrainingError
-from llmprune.training.rules import Lottery, Rule, Schedule
+from llmprune.training.rules import Lottery, RigL, Rule, Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,8 @@ class Plan:
             every: optimizer steps of a stage, at least 1.
 
         Raises:
-            TrainingError: a rule rewinds to a step that the dense stage does not reach.
+            TrainingError: a rule rewinds to a step that the dense stage does not reach, or is to move zeros and has no
+                step to do so.
         """
         rewind = rule.rewind if isinstance(rule, Lottery) else 0
         dense = schedule.dense
@@ -70,7 +72,24 @@ class Plan:
         for number, sparsity in enumerate(schedule.sparsities, start=1):
             stages.append(Stage(number, sparsity, begin, every - rewind, rewind))
             begin += every - rewind
-        return cls(tuple(stages), schedule.end)
+        plan = cls(tuple(stages), schedule.end)
+        if isinstance(rule, RigL):
+            plan._require_moves(rule)
+        return plan
+
+    def _require_moves(self, rule: RigL) -> None:
+        """Refuse a plan in which no zero ever moves: what it gives is no RigL."""
+        end = rule.until * self.steps
+        for step in range(rule.interval, math.ceil(end), rule.interval):
+            if self.at(step).sparsity and self.at(step) is self.at(step - 1):  # a stage that begins chooses by size
+                return
+        raise TrainingError(
+            f"rigl moves no zeros: none of every {rule.interval} steps is within a stage and before step {end:g}, "
+            f"{rule.until:g} of {self.steps}",
+            expected="at least one move",
+            fix=f"lower interval (to {max(1, min(stage.steps for stage in self.stages) // 10)}), or raise "
+            "schedule.every",
+        )
 
     @property
     def steps(self) -> int:

@@ -15,6 +15,7 @@ from llmprune.training.reading import read_rule, read_schedule, read_selection
 from llmprune.training.rules import RULES, GraSP, RigL, Rule, Schedule, Selection, SoftMovement
 from llmprune.training.rules.lottery import Lottery, random_ticket
 from llmprune.training.rules.rule import Moment
+from llmprune.training.stages import Plan
 
 WEIGHT = torch.tensor([[4.0, -1.0, 3.0, 2.0], [-0.5, 6.0, -7.0, 8.0]])
 ALL = torch.ones(2, 4, dtype=torch.bool)
@@ -136,6 +137,17 @@ def test_rigl_moves_a_share_of_the_weights_to_where_the_gradient_is_largest() ->
     assert rule.choose(replace(now, step=100))["w"].equal(mask)
 
 
+def test_rigl_moves_zeros_within_groups_if_there_is_a_pattern() -> None:
+    rule = RigL(interval=10, fraction=0.5, until=1.0)
+    mask = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1]]).bool()
+    slope = torch.tensor([[0.0, 0.5, 0.1, 0.9], [9.0, 8.0, 0.0, 0.0]])
+    selection = Selection(pattern=NM(2, 4))
+    now = moment(0.5, begins=False, kept={"w": mask}, gradients={"w": slope}, selection=selection)
+    # Half of the four kept weights are dropped, 4 and 3: both of the first group, where 0.9 and 0.5 are grown. The
+    # larger gradients of the second group have no place to be grown at.
+    assert kept(rule.choose(now)["w"]) == [[0, 1, 0, 1], [0, 0, 1, 1]]
+
+
 def test_rigl_begins_with_random_places_if_told_to() -> None:
     rule = RigL(initial="random")
     weight = torch.arange(1.0, 1001.0).view(10, 100)
@@ -193,6 +205,20 @@ def test_a_random_ticket_has_as_many_weights_of_each_matrix() -> None:
         assert share == pytest.approx(float(mask.float().mean()), abs=0.15)  # in places of their own
 
 
+def test_a_random_ticket_follows_the_pattern() -> None:
+    mask = NM(2, 4).mask(torch.rand(30, 40))
+    drawn = random_ticket({"a": mask}, torch.Generator().manual_seed(1), NM(2, 4))["a"]
+    assert drawn.view(-1, 4).sum(1).eq(2).all()
+    assert 0.4 < float((drawn & mask).sum() / mask.sum()) < 0.6
+
+
+@pytest.mark.parametrize("name", ["magnitude", "lottery", "snip", "grasp"])
+def test_what_is_pruned_already_stays_so_even_if_it_is_more_than_asked_for(name: str) -> None:
+    mask = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0]]).bool()
+    found = read_rule(name).choose(moment(0.25, kept={"w": mask}, scores={"w": WEIGHT}))["w"]
+    assert found.equal(mask)
+
+
 def scored(rule: Rule, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     parameters = {name: weight.requires_grad_() for name, weight in weights.items()}
     return rule.first_scores(
@@ -222,6 +248,20 @@ def test_every_rule_prunes_exactly_as_many_as_asked_and_changes_no_input(name: s
 
 
 @pytest.mark.parametrize(
+    ("interval", "stages", "every", "moves"),
+    [(100, 1, 80, False), (60, 1, 80, False), (59, 1, 80, True), (10, 8, 10, False), (10, 4, 20, True)],
+)
+def test_rigl_without_a_single_move_is_refused(interval: int, stages: int, every: int, moves: bool) -> None:
+    """Up to three quarters of 80 steps; where a stage ends, the next one chooses by size."""
+    schedule = Schedule("linear", stages=stages, end=0.5)
+    if moves:
+        assert Plan.of(schedule, RigL(interval), every).steps == 80
+        return
+    with pytest.raises(TrainingError, match=r"rigl moves no zeros(.|\n)*lower interval"):
+        Plan.of(schedule, RigL(interval), every)
+
+
+@pytest.mark.parametrize(
     "rule",
     [
         "obd", {"rigl": {"interval": 0}}, {"rigl": {"fraction": 1.0}}, {"rigl": {"until": 0}}, {"rigl": {"alpha": 1}},
@@ -244,6 +284,10 @@ def test_selections_refuse() -> None:
         read_schedule({"end": 0.6}, read_selection(Lottery(), "2:4", None))
     assert read_schedule({}, read_selection(Lottery(), "1:4", None)).end == 0.75
     assert read_selection(Lottery(), None, None).scope == "model"
+    with pytest.raises(TrainingError, match=r"soft-movement with the pattern 2:4(.|\n)*sr-ste"):
+        read_selection(SoftMovement(), "2:4", None)
+    with pytest.raises(TrainingError, match=r"scope model with the pattern 2:4(.|\n)*remove scope"):
+        read_selection(Lottery(), "2:4", "model")
     with pytest.raises(PatternError, match="multiple of 4"):
         Selection(pattern=NM(2, 4)).masks({"w": torch.ones(2, 6)}, 0.5)
     with pytest.raises(NumericsError, match="NaN"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import build
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from llmprune import keep_zeros, sparsify
 from llmprune.errors import CheckpointError, PatternError, TrainingError
@@ -293,14 +293,59 @@ def test_muon_is_refused_where_zeros_stay_zero() -> None:
         step(model, muon, [1.0, 1.0, 1.0, 1.0])
 
 
+@pytest.mark.parametrize("rule", ["magnitude", "lottery", "rigl"])
+def test_zeros_of_a_pruned_model_stay_unless_the_rule_grows_weights(rule: str) -> None:
+    model = Net([4.0, 0.0, 3.0, 2.0])
+    schedule = {"kind": "one-shot", "stages": 1, "end": 0.25, "every": 4, "dense": 2}
+    with sparsify(model, {rule: {"interval": 1} if rule == "rigl" else {}}, schedule) as masks:
+        optimizer = sgd(model)
+        for _ in range(2):
+            step(model, optimizer, [1.0, 1.0, 1.0, 1.0])
+            assert (model.weight[0, 1] == 0) == (rule != "rigl")  # in the dense steps, too
+    assert (masks.sparsity == 0.25) == (rule != "rigl")
+
+
+def test_a_matrix_of_zeros_has_yet_to_be_trained() -> None:
+    """As the second factor of a new LoRA."""
+    assert sparsify(Net([0.0] * 4), "magnitude", {"stages": 1, "end": 0.25, "every": 4}).sparsity == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(RULES) - {"soft-movement"}))
+def test_every_rule_ends_with_its_pattern(name: str) -> None:
+    knobs = {"rigl": {"interval": 1, "fraction": 0.9, "until": 1.0}, "lottery": {"control": "random-ticket"}}
+    model = build("llama")
+    schedule = {"kind": "linear", "stages": 2, "every": 3}
+    masks = sparsify(model, {name: knobs.get(name, {})}, schedule, pattern="2:4", loss=loss_of(model))
+    trained(masks, model, torch.optim.AdamW(model.parameters(), lr=1e-2), batches(masks.plan.steps))
+    masks.require_planned()
+    for target in find_targets(model):
+        assert target.view(target.parameter.detach()).reshape(-1, 4).ne(0).sum(1).le(2).all(), target.matrix.name
+    # What is asserted at the end of a training sees another pattern.
+    target.view(masks.state.kept[target.name]).view(-1, 4)[:2] = torch.tensor([[True] * 4, [False] * 4])
+    with pytest.raises(TrainingError, match=r"have groups of 2:4 with more weights"):
+        masks.require_planned()
+
+
+def test_scores_are_not_learned_from_scaled_gradients(tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    arguments.fp16 = True
+    state = TrainerState()
+    for rule in ("movement", "soft-movement"):
+        with pytest.raises(TrainingError, match=r"ovement with fp16(.|\n)*bf16=True"):
+            sparsify(build("llama"), rule, {"every": 5}).on_train_begin(arguments, state, TrainerControl())
+    with sparsify(build("llama"), "sr-ste", {"every": 5}) as masks:
+        masks.on_train_begin(arguments, state, TrainerControl())
+
+
 @pytest.mark.parametrize("rule", ["movement", "rigl", "snip"])
 def test_frozen_matrices_are_not_chosen_by_gradients(rule: str) -> None:
     model = Net([4.0, -1.0, 3.0, 2.0])
     model.weight.requires_grad_(False)
     schedule = {"kind": "one-shot", "stages": 1, "end": 0.5, "every": 2}
+    knobs = {"interval": 1} if rule == "rigl" else {}
     with (
         pytest.raises(TrainingError, match=r"layers\.0\.weight(.|\n)*exclude"),
-        sparsify(model, rule, schedule, loss=lambda temperature: model(torch.ones(1, 4))),
+        sparsify(model, {rule: knobs}, schedule, loss=lambda temperature: model(torch.ones(1, 4))),
     ):
         pass
     with sparsify(model, "magnitude", schedule):

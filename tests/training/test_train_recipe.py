@@ -30,6 +30,7 @@ NAMES = [name for name, _ in bundled_recipes("train")]
         ({"rule": {"rigl": [1]}}, r"rule rigl is \[1\]"),
         ({"include": 5}, "include is 5"),
         ({"pattern": 0.5}, r"pattern 0\.5 for a training(.|\n)*schedule\.end"),
+        ({"method": "wanda", "scope": "model"}, r"scope model with a method(.|\n)*remove scope"),
         ({"calibration_samples": 2.5, "method": "wanda"}, "calibration_samples is 2.5"),
     ],
 )
@@ -43,6 +44,12 @@ def test_a_bundled_recipe_is_read_and_written_back(name: str) -> None:
     recipe = load_train_recipe(name)
     assert recipe.description
     assert load_train_recipe(recipe.to_yaml()) == recipe
+
+
+def test_a_recipe_with_a_scope_or_a_method_is_written_back() -> None:
+    for keys in ({"scope": "model"}, {"method": "wanda"}, {"pattern": "2:4"}):
+        recipe = load_train_recipe(keys)
+        assert load_train_recipe(recipe.to_yaml()) == recipe
 
 
 def test_changes_are_added_to_the_description() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llmprune.errors import TrainingError
-from llmprune.training.rules.rule import Loss, Matrices, Moment, Rule, among_kept
+from llmprune.training.rules.rule import Loss, Matrices, Moment, Rule, highest_left
 
 
 class _Before(Rule):
@@ -19,7 +19,7 @@ class _Before(Rule):
 
     def choose(self, moment: Moment) -> dict[str, Tensor]:
         """The highest scores of those that are left."""
-        return moment.selection.masks(among_kept(moment.scores, moment.kept), moment.sparsity)
+        return highest_left(moment.scores, moment)
 
 
 @dataclass(frozen=True, slots=True)

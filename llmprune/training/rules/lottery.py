@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import TrainingError
+from llmprune.patterns import NM
 from llmprune.training.rules.magnitude import GradualMagnitude
 
 Control = Literal["none", "random-ticket", "random-init"]
@@ -39,14 +40,25 @@ class Lottery(GradualMagnitude):
             raise TrainingError(f"control is {self.control!r}", expected=", ".join(get_args(Control)))
 
 
-def random_ticket(kept: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+def random_ticket(
+    kept: Mapping[str, Tensor], generator: torch.Generator, pattern: NM | None = None
+) -> dict[str, Tensor]:
     """As many weights of each matrix, in random places.
 
     Args:
         kept: the ticket, bool [out, in].
         generator: on the CPU.
+        pattern: N:M, with as many weights of each group; None: they may be anywhere.
     """
+    if pattern is not None:
+        return {name: _within(mask.reshape(-1, pattern.of), generator).view(mask.shape) for name, mask in kept.items()}
     return {
         name: mask.reshape(-1)[torch.randperm(mask.numel(), generator=generator).to(mask.device)].view(mask.shape)
         for name, mask in kept.items()
     }
+
+
+def _within(groups: Tensor, generator: torch.Generator) -> Tensor:
+    """Each row in an order of its own."""
+    order = torch.multinomial(torch.ones(groups.shape), groups.shape[1], generator=generator)
+    return groups.gather(1, order.to(groups.device))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmprune.training.rules.rule import Moment, Rule, among_kept
+from llmprune.training.rules.rule import Moment, Rule, highest_left
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,4 +18,4 @@ class GradualMagnitude(Rule):
     def choose(self, moment: Moment) -> dict[str, Tensor]:
         """The largest of the weights that are left."""
         sizes = {name: weight.abs() for name, weight in moment.weights.items()}
-        return moment.selection.masks(among_kept(sizes, moment.kept), moment.sparsity)
+        return highest_left(sizes, moment)

@@ -27,6 +27,7 @@ class Movement(Rule):
     """
 
     latent: ClassVar[bool] = True
+    grows: ClassVar[bool] = True
     score_rate: float = 1e-2
 
     def __post_init__(self) -> None:
@@ -61,6 +62,7 @@ class SoftMovement(Rule):
     """
 
     latent: ClassVar[bool] = True
+    grows: ClassVar[bool] = True
     score_rate: float = 1e-2
     threshold: float = 0.1
     strength: float = 400.0

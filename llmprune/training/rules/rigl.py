@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import TrainingError
-from llmprune.patterns import keep_highest
-from llmprune.training.rules.rule import Moment, Rule, among_kept
+from llmprune.patterns import NM, keep_highest
+from llmprune.training.rules.rule import Moment, Rule, highest_left
 
 
 @dataclass(frozen=True, slots=True)
 class RigL(Rule):
-    """Moves zeros to other places, at an unchanged number in each matrix; grown weights start from zero.
+    """Moves zeros to other places, at an unchanged number in each matrix, or each group; grown weights start from zero.
 
     Attributes:
         interval: steps between two moves, at least 1.
@@ -28,6 +28,7 @@ class RigL(Rule):
     """
 
     watches: ClassVar[bool] = True
+    grows: ClassVar[bool] = True
     interval: int = 100
     fraction: float = 0.3
     until: float = 0.75
@@ -51,24 +52,26 @@ class RigL(Rule):
             if self.initial == "random" and all(bool(mask.all()) for mask in moment.kept.values()):
                 random = {name: torch.rand(w.shape, generator=moment.generator) for name, w in scores.items()}
                 scores = {name: value.to(scores[name].device) for name, value in random.items()}
-            return moment.selection.masks(among_kept(scores, moment.kept), moment.sparsity)
+            return highest_left(scores, moment)
         if moment.step >= self.until * moment.steps:
             return dict(moment.kept)
         share = self.fraction / 2 * (1 + math.cos(math.pi * moment.step / (self.until * moment.steps)))
         return {
-            name: _moved(weight.abs(), moment.gradients[name].abs(), moment.kept[name], share)
+            name: _moved(weight.abs(), moment.gradients[name].abs(), moment.kept[name], share, moment.pattern)
             if name in moment.gradients
             else moment.kept[name]
             for name, weight in moment.weights.items()
         }
 
 
-def _moved(size: Tensor, slope: Tensor, kept: Tensor, share: float) -> Tensor:
-    """Masks [out, in] with a share of the kept weights moved."""
+def _moved(size: Tensor, slope: Tensor, kept: Tensor, share: float, pattern: NM | None) -> Tensor:
+    """Masks [out, in] with a share of the kept weights moved; with a pattern, each within its group."""
     count = int(kept.count_nonzero())
     moving = int(share * count)
     total = kept.numel()
     sizes = size.masked_fill(~kept, -torch.inf).reshape(1, -1)
     staying = keep_highest(sizes, total - count + moving).view(kept.shape)
+    if pattern is not None:
+        return pattern.mask(slope.masked_fill(staying, torch.inf))  # whose groups lack as many as they have dropped
     slopes = slope.masked_fill(staying, -torch.inf).reshape(1, -1)
     return staying | keep_highest(slopes, total - moving).view(kept.shape)

@@ -90,6 +90,11 @@ class Moment:
     scores: Matrices = field(default_factory=dict)
     generator: torch.Generator | None = None
 
+    @property
+    def pattern(self) -> NM | None:
+        """N:M of this stage; None: zeros may be anywhere."""
+        return None if self.selection.pattern is None else self.selection.at(self.sparsity)
+
 
 class Rule(ABC):
     """A way to choose masks: a frozen dataclass of knobs, without any state.
@@ -98,11 +103,13 @@ class Rule(ABC):
         latent: pruned weights keep values, which the forward pass does not see, and may come back with them; otherwise
             they are zero.
         watches: needs the gradients of all weights in the step before masks are chosen.
+        grows: weights that are zero may be kept again; otherwise the zeros that a model begins with stay.
         passes: gradients of pruned weights reach the optimizer, through `gradient`; otherwise they are masked.
     """
 
     latent: ClassVar[bool] = False
     watches: ClassVar[bool] = False
+    grows: ClassVar[bool] = False
     passes: ClassVar[bool] = False
 
     @property
@@ -154,6 +161,8 @@ class Rule(ABC):
         return {}
 
 
-def among_kept(scores: Matrices, kept: Matrices) -> dict[str, Tensor]:
-    """Scores with which no pruned weight is kept before one that is not."""
-    return {name: score.masked_fill(~kept[name], -torch.inf) for name, score in scores.items()}
+def highest_left(scores: Matrices, moment: Moment) -> dict[str, Tensor]:
+    """Keep the highest scores of the weights that are left; no pruned one returns, even if more are than asked for."""
+    left = {name: score.masked_fill(~moment.kept[name], -torch.inf) for name, score in scores.items()}
+    masks = moment.selection.masks(left, moment.sparsity)
+    return {name: mask & moment.kept[name] for name, mask in masks.items()}

@@ -23,6 +23,7 @@ class SRSTE(Rule):
     """
 
     latent: ClassVar[bool] = True
+    grows: ClassVar[bool] = True
     passes: ClassVar[bool] = True
     decay: float = 2e-4
 
