@@ -87,6 +87,15 @@ def add_adapters(
     return {now[name]: mask for name, mask in masks.items()}
 
 
+def trained_numbers(decoder: Decoder, rank: int) -> int:
+    """How many numbers adapters of a rank have, of either kind, before they are added.
+
+    Raises:
+        RecoveryError: there are no linear layers that could have one.
+    """
+    return sum(rank * sum(decoder.model.get_parameter(f"{name}.weight").shape) for name in _targets(decoder))
+
+
 def _targets(decoder: Decoder) -> list[str]:
     """The linear layers inside the decoder layers."""
     linears = {name for name, module in decoder.model.named_modules() if isinstance(module, nn.Linear)}

@@ -10,6 +10,7 @@ import torch
 from llmprune.devices import describe_device, runs_per_second
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.sizes import matmul_weights, parameter_count
+from llmprune.recovery.adapters import trained_numbers
 from llmprune.recovery.options import RecoveryOptions
 from llmprune.recovery.training import Schedule
 
@@ -80,9 +81,15 @@ def memory_needs(
     return parameter_count(source.model) * state + dense + activations + logits
 
 
-def disk_needs(source: CheckpointSource) -> int:
-    """Bytes in the output folder: the result, and up to three saved states with weights and moments."""
-    return source.sizes()["stored_bytes"] + 3 * 12 * parameter_count(source.model)
+def disk_needs(source: CheckpointSource, options: RecoveryOptions) -> int:
+    """Bytes in the output folder: the result, and up to three saved states with weights that train and their moments.
+
+    Raises:
+        RecoveryError: the model has no layers that could have an adapter.
+    """
+    every = options.adapter == "none"
+    trained = parameter_count(source.model) if every else trained_numbers(source.decoder, options.rank)
+    return source.sizes()["stored_bytes"] + 3 * 12 * trained
 
 
 def seconds_for(
@@ -130,5 +137,5 @@ def make_plan(
     seconds = seconds_for(source, teacher, options, trained + math.ceil(scored), device)
     return RecoveryPlan(
         *names, asdict(options), sequences - held_back, held_back, length, schedule.steps, seconds,
-        memory_needs(source, teacher, options, length), disk_needs(source), describe_device(device),
+        memory_needs(source, teacher, options, length), disk_needs(source, options), describe_device(device),
     )  # fmt: skip

@@ -227,7 +227,8 @@ def _opened(
         require_same_tokens(folder, dense)
         _require_storable(folder, read)
         if output is not None and not follows():
-            require_space(expanded(output), disk_needs(source), resume=resume)
+            purpose = "the recovered checkpoint and the saved states of its training"
+            require_space(expanded(output), disk_needs(source, read), resume=resume, purpose=purpose)
         tokenizer = tokenizer_for(filter(None, texts), tokenizer_folder(folder, dense), source.config)
         names = str(pruned), "" if teacher is None else str(teacher)
         yield Recovery(names, source, dense_source, read, place, guard, tokenizer)

@@ -161,13 +161,14 @@ def require_empty(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise ResumeError(f"{path} is not empty", expected="a new or empty folder", fix=way_on)
 
 
-def require_space(path: Path, nbytes: int, *, resume: bool = False) -> None:
+def require_space(path: Path, nbytes: int, *, resume: bool = False, purpose: str = "the pruned checkpoint") -> None:
     """Refuse to start a run whose result will not fit on the disk, beside an earlier one in the folder.
 
     Args:
         path: the output folder.
-        nbytes: size of the pruned checkpoint.
-        resume: the shards that an interrupted run has written count as free space.
+        nbytes: size of the checkpoint, and of all else that is large and beside it while the run lasts.
+        resume: what an interrupted run has written counts as free space; a finished one needs none.
+        purpose: what takes the space.
 
     Raises:
         CheckpointError: the folder is not writable, or there is not enough space.
@@ -176,13 +177,16 @@ def require_space(path: Path, nbytes: int, *, resume: bool = False) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise CheckpointError(f"{existing} is not writable", fix="fix the permissions or choose another output folder")
     begun = path / STAGING_NAME
-    kept = (begun if begun.exists() else path).glob("*.safetensors") if resume else ()
-    free = shutil.disk_usage(existing).free + sum(shard.stat().st_size for shard in kept)
+    if resume and not begun.exists() and (path / MANIFEST_NAME).exists():
+        return
+    kept = begun.rglob("*") if begun.exists() else path.glob("*.safetensors")
+    held = sum(file.stat().st_size for file in kept if file.is_file()) if resume else 0
+    free = shutil.disk_usage(existing).free + held
     needed = nbytes + _BESIDE_BYTES
     if free < needed:
         raise CheckpointError(
             f"only {format_size(free)} are free under {existing}",
-            expected=f"{format_size(needed)} for the pruned checkpoint, its tokenizer and its report",
+            expected=f"{format_size(needed)} for {purpose}, its tokenizer and its report",
             fix="choose another output folder or free some space",
         )
 

@@ -186,7 +186,8 @@ def _opened(
         subject = _subject(folder, spec, measured, read, place)
         _require_fitting(subject, read)
         if output is not None and not follows():
-            require_space(expanded(output), disk_needs(subject), resume=resume)
+            purpose = "the trained checkpoint and the saved states of its training"
+            require_space(expanded(output), disk_needs(subject), resume=resume, purpose=purpose)
         yield Training(str(model), read, subject, spec, guard)
 
 

@@ -13,10 +13,12 @@ from word_texts import words
 
 from llmprune import TextSpec, pack, prune, recover
 from llmprune.errors import MissingPackageError, RecoveryError
+from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.decoder import Decoder
-from llmprune.recovery.adapters import adapted_linear, add_adapters, merge_saved, remove_adapters
+from llmprune.recovery.adapters import adapted_linear, add_adapters, merge_saved, remove_adapters, trained_numbers
 from llmprune.recovery.masks import masks_of
-from llmprune.recovery.options import Adapter
+from llmprune.recovery.options import Adapter, RecoveryOptions
+from llmprune.recovery.plan import disk_needs
 from llmprune.storage.files import read_index
 
 IDS = random_ids(2, 12)
@@ -46,6 +48,24 @@ def trained(model: Any, kind: Adapter = "lora") -> dict[str, torch.Tensor]:
         model(input_ids=IDS, labels=IDS).loss.backward()
         optimizer.step()
     return masks
+
+
+@pytest.mark.parametrize("kind", ["lora", "shira", "low-rank"])
+def test_the_numbers_that_train_are_known_before_there_are_any(kind: Adapter) -> None:
+    """Saved states hold these and their moments, and not the weights of the model."""
+    model = pruned_llama()
+    expected = trained_numbers(Decoder.find(model), 2)
+    add_adapters(Decoder.find(model), masks_of(model), rank=2, seed=0, kind=kind)
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == expected
+
+
+def test_adapters_need_less_disk_space(tmp_path: Path) -> None:
+    source = CheckpointSource(save(build("llama"), tmp_path / "model"), torch.float32)
+    stored = source.sizes()["stored_bytes"]
+    whole = 36 * sum(parameter.numel() for parameter in source.model.parameters())
+    assert disk_needs(source, RecoveryOptions()) == stored + whole
+    options = RecoveryOptions(adapter="low-rank", rank=2)
+    assert disk_needs(source, options) == stored + 36 * trained_numbers(source.decoder, 2) < stored + whole / 4
 
 
 def test_a_step_is_that_of_the_masked_product() -> None:

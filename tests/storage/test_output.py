@@ -301,15 +301,21 @@ def test_a_full_disk_is_noticed_before_the_work(source: Path, tmp_path: Path, mo
 def test_only_what_a_resumed_run_has_written_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(900))
     (tmp_path / STAGING_NAME).mkdir()
-    (tmp_path / STAGING_NAME / "model.safetensors").write_bytes(bytes(600))
+    (tmp_path / STAGING_NAME / "model.safetensors").write_bytes(bytes(400))
+    (tmp_path / STAGING_NAME / "training" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / STAGING_NAME / "training" / "checkpoint-5" / "optimizer.pt").write_bytes(bytes(200))
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: type("usage", (), {"free": 400}))
     monkeypatch.setattr(folders, "_BESIDE_BYTES", 300)
     require_space(tmp_path, 700, resume=True)
-    with pytest.raises(CheckpointError, match=r"1\.0 kB are free"):
-        require_space(tmp_path, 701, resume=True)
+    with pytest.raises(CheckpointError, match=r"1\.0 kB are free(.|\n)*for the states, its"):
+        require_space(tmp_path, 701, resume=True, purpose="the states")
     require_space(tmp_path, 100)
     with pytest.raises(CheckpointError, match="400 B are free"):
         require_space(tmp_path, 101)
+    # A finished run has nothing to write.
+    shutil.rmtree(tmp_path / STAGING_NAME)
+    (tmp_path / MANIFEST_NAME).touch()
+    require_space(tmp_path, 5000, resume=True)
 
 
 # --- two runs at once
