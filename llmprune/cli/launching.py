@@ -2,8 +2,10 @@
 
 import logging
 import os
+import shlex
 import signal
 import sys
+from collections.abc import Sequence
 
 import typer
 
@@ -20,6 +22,37 @@ def number(processes: int | None) -> int:
     if torchrun.started():
         raise typer.BadParameter("torchrun has started the processes already", param_hint="--processes")
     return processes
+
+
+def again(words: Sequence[str]) -> str:
+    """A command of llmprune that torchrun starts if it has started this one, for a shell.
+
+    Args:
+        words: the command, from its name on.
+    """
+    if not torchrun.started():
+        return shlex.join(["llmprune", *words])
+    here = torchrun.neighbours()
+    machines = ["--nnodes", str(torchrun.processes() // here)] if torchrun.on_several_machines() else []
+    return shlex.join(["torchrun", *machines, "--nproc-per-node", str(here), "-m", "llmprune", *words])
+
+
+def interrupted(where: str, words: Sequence[str], output: str | None, since: str = "") -> str:
+    """One line for an interrupted training: where it stopped, and how to go on.
+
+    Args:
+        where: it was, as the display says; empty before its first step.
+        words: its command and model.
+        output: its folder; None: it writes nothing.
+        since: what it goes on from.
+    """
+    from llmprune.storage.folders import MANIFEST_NAME, STAGING_NAME, expanded
+
+    stopped = f"interrupted ({where})" if where else "interrupted"
+    if output is None or not (expanded(output) / STAGING_NAME / MANIFEST_NAME).exists():
+        return f"{stopped}; nothing was written"
+    command = again([*words, "--output", output])
+    return f"{stopped}; continue {since}with --resume and the same options: {command} ... --resume"
 
 
 def launch(processes: int, *, as_json: bool) -> None:

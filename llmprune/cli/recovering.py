@@ -1,12 +1,11 @@
 """`llmprune recover`."""
 
-import shlex
 from enum import Enum
 from typing import Annotated, Any
 
 import typer
 
-from llmprune.cli import console
+from llmprune.cli import console, launching
 from llmprune.cli.layout import OUTPUT, PRUNE, TEXT, Overwrite, Resume, add
 from llmprune.cli.options import AsJson, Device, Quiet, explained, quieten
 from llmprune.torchrun import follows
@@ -159,7 +158,8 @@ def recover(
         "patience": patience, "seed": seed,
     }  # fmt: skip
     display = console.Display(quiet=quiet)
-    with explained(as_json, lambda: _advice(display, pruned, output)):
+    written = None if dry_run else output
+    with explained(as_json, lambda: launching.interrupted(display.where(), ["recover", pruned], written)):
         from llmprune.cli.tables.recovering import plan_table, recovery_table
         from llmprune.recovery import recover as room
         from llmprune.text.tokens import TextSpec
@@ -184,12 +184,3 @@ def recover(
                 console.show_json(result.to_dict())
             else:
                 console.show(shown)
-
-
-def _advice(display: console.Display, pruned: str, output: str | None) -> str:
-    """One line for an interrupted run: where it stopped, and how to go on."""
-    begun = display.progress is not None and display.progress.layers > 0 and display.progress.unit in ("step", "file")
-    if output is None or not begun:
-        return "interrupted; nothing was written"
-    again = shlex.join(["llmprune", "recover", pruned, "--output", output])
-    return f"interrupted ({display.where()}); continue with --resume and the same options: {again} ... --resume"

@@ -1,11 +1,10 @@
 """`llmprune train`."""
 
-import shlex
 from typing import Annotated, Any
 
 import typer
 
-from llmprune.cli import console
+from llmprune.cli import console, launching
 from llmprune.cli.layout import OUTPUT, PRUNE, TEXT, WHAT, Overwrite, Resume, add
 from llmprune.cli.options import AsJson, Device, Model, Quiet, explained, quieten
 from llmprune.torchrun import follows
@@ -92,7 +91,10 @@ def train(
     if resume and overwrite:
         raise typer.BadParameter("--resume continues the run in DIR, --overwrite replaces it: give only one of them")
     display = console.Display(quiet=quiet)
-    with explained(as_json, lambda: _advice(display, model, output)):
+    with explained(
+        as_json,
+        lambda: launching.interrupted(display.where(), ["train", model], output, "from the last finished stage "),
+    ):
         from llmprune.cli.tables.training import plan_table, training_table
         from llmprune.text.tokens import TextSpec
         from llmprune.training import train as room
@@ -118,15 +120,3 @@ def train(
                 console.show_json(result.to_dict())
             else:
                 console.show(shown)
-
-
-def _advice(display: console.Display, model: str, output: str | None) -> str:
-    """One line for an interrupted run: where it stopped, and how to go on."""
-    begun = display.progress is not None and display.progress.layers > 0 and display.progress.unit in ("step", "file")
-    if output is None or not begun:
-        return "interrupted; nothing was written"
-    again = shlex.join(["llmprune", "train", model, "--output", output])
-    return (
-        f"interrupted ({display.where()}); continue from the last finished stage with --resume and the same options: "
-        f"{again} ... --resume"
-    )
