@@ -32,7 +32,7 @@ _SLAB_BYTES = 64 << 20
 _STEPS = 8
 
 # A process may wait for others that solve, or that read a large checkpoint. One that has died closes its connections.
-_TIMEOUT = datetime.timedelta(days=2)
+TIMEOUT = datetime.timedelta(days=2)
 
 # How long machines wait for each other in the beginning.
 _MEETING = datetime.timedelta(minutes=10)
@@ -188,7 +188,7 @@ def join(device: str) -> Ranks:
             torch.cuda.set_device(torchrun.place())
         with _meeting():
             _await_machines()
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
             _listen_to_machines()
     elif "cpu:" not in (config := dist.get_backend_config()):
         raise DeviceError(

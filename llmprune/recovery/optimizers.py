@@ -7,7 +7,12 @@ weights, so that the update is not zero where the gradient is. Masking afterward
 of such an update is no longer the optimizer's.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+
 from torch.optim import Optimizer
+from transformers.training_args import OptimizerNames
 
 from llmprune.errors import RecoveryError
 
@@ -20,7 +25,49 @@ _MIXING = {
     "soap": "it runs Adam in the rotated space of Shampoo's preconditioners",
 }
 
+# The same for those that a training of ours does not offer, although they keep zeros in one that fits them.
+_UNFITTING = {
+    "apollo": "it needs optim_target_modules, which there is no option for",
+    "lomo": "it steps inside the backward pass, before gradients are complete and clipped",
+    "adalomo": "it steps inside the backward pass, before gradients are complete and clipped",
+    "schedulefree": "it has other weights for training than those that are scored and saved",
+}
+
 _EXPECTED = "an optimizer that treats each weight by itself: SGD, Adam, AdamW, Adafactor, Lion and their relatives"
+
+
+def require_offered(name: str) -> None:
+    """Refuse what a training of ours cannot use as its optimizer.
+
+    Args:
+        name: of transformers' `optim`.
+
+    Raises:
+        RecoveryError: it would bring pruned weights back, does not fit, or is unknown; says why.
+    """
+    require_known(name)
+    plain = name.lower().replace("_", "")
+    if reason := next((reason for start, reason in _UNFITTING.items() if plain.startswith(start)), ""):
+        raise RecoveryError(f"the optimizer {name} is not offered: {reason}", expected=_EXPECTED, fix="use AdamW")
+    if name not in (names := [kind.value for kind in OptimizerNames]):
+        raise RecoveryError(
+            f"transformers has no optimizer {name!r}",
+            expected="a name of its `optim`, such as adamw_torch_fused, sgd or adafactor",
+            fix=f"did you mean {near[0]}?" if (near := get_close_matches(name, names, 1)) else "use adamw_torch",
+        )
+
+
+@contextmanager
+def constructing(name: str) -> Iterator[None]:
+    """Turn what goes wrong while an optimizer is made into a `RecoveryError`."""
+    try:
+        yield
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise RecoveryError(
+            f"the optimizer {name} cannot be made: {error}",
+            expected="an optimizer whose package is installed, and that knows this device",
+            fix="install what it needs, or use adamw_torch",
+        ) from error
 
 
 def require_keeping(optimizer: Optimizer) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from llmprune.errors import RecoveryError
-from llmprune.recovery.optimizers import require_known
+from llmprune.recovery.optimizers import require_offered
 from llmprune.storage.records import wrong_type
 
 Loss = Literal["kl", "cross-entropy", "mix"]
@@ -28,7 +28,7 @@ class RecoveryOptions:
         accumulation: forward passes per step, at least 1.
         weight_decay: of AdamW, at least 0.
         clip: largest norm of the gradient of kept weights; 0: it is not clipped.
-        optimizer: a name of transformers' `optim` whose optimizer keeps zeros.
+        optimizer: a name of transformers' `optim` whose optimizer keeps zeros; not LOMO, APOLLO or schedule-free.
         adapter: "lora": train masked adapters of low rank, which are merged in the end, in place of all weights;
             "shira": train some of the kept weights; "low-rank": train ordinary adapters, which are saved beside the
             sparse weights, for PEFT.
@@ -40,7 +40,7 @@ class RecoveryOptions:
         seed: of the order of the sequences, in [0, 2^32).
 
     Raises:
-        RecoveryError: a value is out of range, or the optimizer brings pruned weights back.
+        RecoveryError: a value is out of range; the optimizer is unknown, brings pruned weights back, or does not fit.
     """
 
     loss: Loss = "kl"
@@ -86,7 +86,7 @@ class RecoveryOptions:
         for name, valid, expected in checks:
             if not valid:
                 raise RecoveryError(f"{name} {getattr(self, name)!r}", expected=expected)
-        require_known(self.optimizer)
+        require_offered(self.optimizer)
 
     @classmethod
     def read(cls, options: "RecoveryOptions | Mapping[str, Any] | None") -> "RecoveryOptions":

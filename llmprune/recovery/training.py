@@ -25,8 +25,10 @@ from transformers.utils import logging as transformers_logging
 from llmprune.devices import freed_memory_kept, resolve_device
 from llmprune.errors import LlmpruneError, NumericsError
 from llmprune.progress import Progress, Watcher
+from llmprune.ranks import TIMEOUT
 from llmprune.recovery.keeping import KeepZeros
 from llmprune.recovery.objective import UNSCORED, Objective
+from llmprune.recovery.optimizers import constructing
 from llmprune.recovery.options import RecoveryOptions
 from llmprune.storage.files import listed, reading, write_shard
 from llmprune.text.tokens import Tokens
@@ -61,7 +63,11 @@ class Schedule:
 def arguments_for(
     options: RecoveryOptions, folder: Path, schedule: Schedule, device: torch.device, autocast: torch.dtype | None
 ) -> TrainingArguments:
-    """The Trainer's arguments; under torchrun, making them joins the other processes."""
+    """The Trainer's arguments; under torchrun, making them joins the other processes.
+
+    Raises:
+        RecoveryError: the optimizer's package is not installed.
+    """
     arguments = TrainingArguments(
         str(folder),
         max_steps=schedule.steps,
@@ -94,7 +100,10 @@ def arguments_for(
         dataloader_pin_memory=device.type == "cuda",
         use_cpu=device.type == "cpu",
         ddp_find_unused_parameters=False,
+        ddp_timeout=int(TIMEOUT.total_seconds()),  # the others wait while the first process writes and measures
     )
+    with constructing(options.optimizer):
+        Trainer.get_optimizer_cls_and_kwargs(arguments)  # now, rather than when the models have been loaded
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # DataParallel would copy the model in every step; torchrun is for several GPUs
     return arguments
@@ -120,6 +129,15 @@ class WeightsTrainer(Trainer):  # type: ignore[misc] # transformers is not typed
         """Train, with all memory in hand: each step allocates what the last one has freed."""
         with freed_memory_kept():
             return super().train(*arguments, **options)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The optimizer.
+
+        Raises:
+            RecoveryError: it cannot be made, for example on this device.
+        """
+        with constructing(str(getattr(self.args.optim, "value", self.args.optim))):
+            return super().create_optimizer(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the weights that train under the names of the model's own parameters, each tied one once.
