@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import PretrainedConfig
 
-from llmprune.errors import ModelError, TrainingError
+from llmprune.errors import CalibrationError, ModelError, TrainingError
 from llmprune.models.boundary import build_classifier, explained, load_classifier, load_tokenizer, read_stock_config
 from llmprune.models.checkpoint_source import positive_zeros
 from llmprune.models.skeleton import quiet_transformers, refuse_quantised
@@ -23,7 +24,7 @@ from llmprune.recovery.options import RecoveryOptions
 from llmprune.storage.companions import copy_companions
 from llmprune.storage.files import read_index
 from llmprune.storage.folders import writing_to
-from llmprune.training.subjects.labelled import read_examples
+from llmprune.training.subjects.labelled import Example, read_examples
 from llmprune.training.subjects.subject import Row, Subject
 
 # Tokens of a text, if neither the user nor the model says.
@@ -53,12 +54,13 @@ class ClassifierSubject(Subject):
         text: the file that is trained on.
         evaluation: the file on which accuracy is measured in the end; None: it is not.
         length: of a text in tokens at most; None: what the model allows, at most 512.
-        samples: how many texts of the file are used; None: all.
+        samples: how many texts of the file are used, drawn by the seed of the options; None: all.
         options: of the training.
         device: where it is trained.
 
     Raises:
         ModelError: it has one output, as a regression has, or several labels at once.
+        TrainingError: its tokenizer has no padding token that the model knows.
     """
 
     measure = "accuracy"
@@ -87,21 +89,32 @@ class ClassifierSubject(Subject):
         with init_empty_weights(include_buffers=False), quiet_transformers():
             self.model = build_classifier(config)
         self._tokenizer = load_tokenizer(folder)
+        self._require_padding(config.get_text_config().vocab_size)
         most = getattr(config, "max_position_embeddings", None) or _LENGTH
         self._length = min(length or _LENGTH, most)
         self._teacher: Any = None
 
     def read(self, watch: Watcher) -> None:
-        """Read the labelled texts, with held-back ones at the end, and those for the evaluation."""
+        """Read the labelled texts, shuffled, with held-back ones at the end, and those for the evaluation.
+
+        Files are often sorted by label: of one that is, the first texts would be of one class, and the last of another.
+
+        Raises:
+            CalibrationError: all texts to train on have the same label.
+        """
         watch(Progress("training text", step=self._source))
-        self.rows = self._rows(self._source)[: self._samples]
+        examples = read_examples(self._source, self._classes)
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.options.seed)).tolist()
+        chosen = [examples[place] for place in order[: self._samples]]
+        self._require_classes(chosen[: len(chosen) - self.options.kept_back(len(chosen))])
+        self.rows = self._rows(chosen, self._source)
         digest = hashlib.sha256()
         for row in self.rows:
             for key, value in sorted(row.items()):
                 digest.update(key.encode() + value.numpy().tobytes())
         self.digest = digest.hexdigest()
         if self._evaluation is not None:
-            self._measured = self._rows(self._evaluation)
+            self._measured = self._rows(read_examples(self._evaluation, self._classes), self._evaluation)
         self.text = {"source": self._source, "examples": len(self.rows), "classes": self._classes}
 
     def load(self, device: torch.device, *, teacher: bool) -> None:
@@ -193,13 +206,38 @@ class ClassifierSubject(Subject):
             right += self.score({"logits": model(**batch).logits}, labels)[0]
         return right / len(rows)
 
-    def _rows(self, source: str) -> list[Row]:
-        examples = read_examples(source, self._classes)
+    def _require_padding(self, vocabulary: int) -> None:
+        number = self._tokenizer.pad_token_id
+        if number is None or number >= vocabulary:
+            found = "no padding token" if number is None else f"padding token {number}, of {vocabulary} in the model"
+            raise TrainingError(
+                f"the tokenizer of {self.folder} has {found}",
+                expected="a padding token that the model knows: texts of a batch differ in length",
+                fix="set pad_token in tokenizer_config.json, for example to the EOS token",
+            )
+
+    def _require_classes(self, trained: Sequence[Example]) -> None:
+        """Refuse to learn one class of several; of classes that are missing, say so."""
+        found = {example.label for example in trained}
+        missing = [name for name, number in self._classes.items() if number not in found]
+        if len(found) < 2:
+            raise CalibrationError(
+                f"all {len(trained)} texts to train on of {self._source} have the same label",
+                expected="texts of every class",
+                fix="use more of the file (--num-samples), or another one",
+            )
+        if missing:
+            warnings.warn(
+                f"no text to train on of {self._source} has the label {' or '.join(missing)}, which the model unlearns",
+                stacklevel=2,
+            )
+
+    def _rows(self, examples: Sequence[Example], source: str) -> list[Row]:
         texts = [example.text for example in examples]
         pairs = [example.pair for example in examples]
         with explained(
             f"the tokenizer of {self.folder} cannot encode {source}",
-            expected="a tokenizer with a padding token",
+            expected="a tokenizer that pads and truncates texts",
             fix="correct tokenizer_config.json",
             raised=TrainingError,
         ):
@@ -215,4 +253,8 @@ class ClassifierSubject(Subject):
 
     def _loaded(self, folder: Path) -> Any:
         with quiet_transformers():
-            return load_classifier(folder)
+            model = load_classifier(folder)
+        for config in (model.config, model.config.get_text_config()):
+            if getattr(config, "pad_token_id", None) is None:  # by which decoders find the last token of a text
+                config.pad_token_id = self._tokenizer.pad_token_id
+        return model
