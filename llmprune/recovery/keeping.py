@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmprune.errors import NumericsError, RecoveryError
 from llmprune.paths import user_path
+from llmprune.recovery.hooks import Hooks
 from llmprune.recovery.masks import (
     Masks,
     load_masks,
@@ -97,26 +97,30 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
         self._weights = {name: weight for name, weight in weights_of(model) if name in masks}
         self._names = {id(weight): name for name, weight in self._weights.items()}
         self.masks: dict[str, Tensor] = dict(masks)
-        self._handles: list[RemovableHandle] = []
+        self._hooks = Hooks("keep_zeros", self._weights.values(), RecoveryError)
         # Optimizer -> [whether it had state at its first step here, steps that are checked so far].
         self._seen: WeakKeyDictionary[Optimizer, list[int]] = WeakKeyDictionary()
 
     def __enter__(self) -> "KeepZeros":
-        self._stop()
+        self._start()
+        return self
+
+    def _start(self, run: object = None) -> None:
         self._warn_of_16_bits()
+        self._hooks.begin(run)
         for name, weight in self._weights.items():
             if weight.grad is not None:
                 weight.grad.masked_fill_(self._mask(name), 0)
             if weight.requires_grad:
-                self._handles.append(weight.register_hook(self._gradient_hook(name)))
-        self._handles.append(register_optimizer_step_pre_hook(self._before_step))
-        self._handles.append(register_optimizer_step_post_hook(self._after_step))
-        return self
+                self._hooks.add(weight.register_hook(self._gradient_hook(name)))
+        self._hooks.add(
+            register_optimizer_step_pre_hook(self._before_step), register_optimizer_step_post_hook(self._after_step)
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        self._hooks.end()
         if error is None:
             self.require_zeros()
 
@@ -142,7 +146,8 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
         """Begin as the Trainer does.
 
         Raises:
-            RecoveryError: its optimizer, or the way it distributes the weights, does not keep zeros.
+            RecoveryError: its optimizer, or the way it distributes the weights, does not keep zeros; or another context
+                has the weights.
         """
         if args.fsdp or args.deepspeed:
             raise RecoveryError(
@@ -155,7 +160,7 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         if isinstance(optimizer, Optimizer):
             require_keeping(optimizer)
-        self.__enter__()
+        self._start(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Refuse a checkpoint in which pruned weights are not zero."""
@@ -164,11 +169,6 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """End as the Trainer does, and check the zeros."""
         self.__exit__(None, None, None)
-
-    def _stop(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
     def _mask(self, name: str) -> Tensor:
         """On the device that its weight is on by now."""
@@ -225,7 +225,7 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
             warnings.warn(
                 f"{len(small)} pruned matrices train in {dtype}, where steps below 1/256 of a weight are lost "
                 "(1/2048 in float16): load the model in float32, and compute in 16 bits with autocast",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

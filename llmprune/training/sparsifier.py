@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmprune.errors import TrainingError
 from llmprune.paths import user_path
+from llmprune.recovery.hooks import Hooks
 from llmprune.recovery.masks import mask_, masked
 from llmprune.recovery.optimizers import require_keeping
 from llmprune.training.checks import require_continued, require_initialising, require_planned, require_supported
@@ -88,7 +88,7 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         self._stage = -1
         # Optimizer state that the next step must not use: of these weights, or all of it.
         self._stale: dict[str, Tensor] | None = {}
-        self._handles: list[RemovableHandle] = []
+        self._hooks = Hooks("sparsify", self._weights.values(), TrainingError)
         self._busy = False
         # The last file that was saved, and its step: a Trainer of ours saves it before it calls `on_save`.
         self._saved: tuple[Path, int] | None = None
@@ -100,23 +100,25 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
             self._remember()
 
     def __enter__(self) -> "Sparsifier":
-        self._stop()
+        self._start()
+        return self
+
+    def _start(self, run: object = None) -> None:
         require_trained(self._targets, self._rule)
         self.state.move_to(self._weights)
-        self._handles = [
-            weight.register_hook(self._gradient_hook(name))
-            for name, weight in self._weights.items()
-            if weight.requires_grad
-        ]
-        self._handles.append(self._model.register_forward_pre_hook(self._before_forward))
-        self._handles.append(register_optimizer_step_pre_hook(self._before_step))
-        self._handles.append(register_optimizer_step_post_hook(self._after_step))
-        return self
+        self._hooks.begin(run)
+        trained = ((name, weight) for name, weight in self._weights.items() if weight.requires_grad)
+        self._hooks.add(*(weight.register_hook(self._gradient_hook(name)) for name, weight in trained))
+        self._hooks.add(
+            self._model.register_forward_pre_hook(self._before_forward),
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        self._hooks.end()
 
     @property
     def sparsity(self) -> float:
@@ -165,14 +167,14 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
 
         Raises:
             TrainingError: it shards the weights or scales the gradients of scores, or resumes without the state of
-                its step.
+                its step; or another context has the weights.
         """
         require_supported(args, self._rule)
         folder, step = Path(args.output_dir) / f"checkpoint-{state.global_step}", int(state.global_step)
         if step and step != self.state.step and (folder / STATE_NAME).exists():
             self.load(folder / STATE_NAME)
         require_continued(self.state, self._weights, step, folder, may_skip=bool(args.fp16))
-        self.__enter__()
+        self._start(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Save the state with the Trainer's checkpoint."""
@@ -182,12 +184,7 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """End as the Trainer does."""
-        self._stop()
-
-    def _stop(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._hooks.end()
 
     def _gradient_hook(self, name: str) -> Callable[[Tensor], Tensor]:
         def take(gradient: Tensor) -> Tensor:

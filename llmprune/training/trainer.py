@@ -116,7 +116,8 @@ class StagedTrainer(WeightsTrainer):
         Raises:
             TrainingError: the masks do not fit the plan in the end.
         """
-        self._run()
+        with self._sparsifier:  # ends it after an exception, of which the Trainer tells no callback
+            self._run()
         self._sparsifier.require_planned()
 
     def _run(self) -> None:

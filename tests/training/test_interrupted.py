@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny_models import build, save
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from word_texts import words
 
-from llmprune import inspect_checkpoint, sparsify, train
-from llmprune.errors import TrainingError
+from llmprune import inspect_checkpoint, keep_zeros, sparsify, train
+from llmprune.errors import RecoveryError, TrainingError
 from llmprune.recovery.folder import WORK_NAME
 from llmprune.recovery.training import last_state
 from llmprune.training.sparsifier import STATE_NAME, Sparsifier
@@ -64,6 +64,31 @@ def test_fewer_zeros_than_planned_are_no_result() -> None:
     with masks:
         model(input_ids=ids)
     masks.require_planned()
+
+
+def test_what_an_interrupted_trainer_leaves_does_not_mask_the_next_training(tmp_path: Path) -> None:
+    """It tells its callbacks nothing; a context that is in use, though, is refused a second one."""
+    model = build("llama")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[:, ::2] = 0
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    first, second = TrainerState(), TrainerState()
+    keep_zeros(model).on_train_begin(arguments, first, TrainerControl())
+    schedule = {"kind": "one-shot", "stages": 1, "end": 0.1, "every": 1}
+    with pytest.raises(TrainingError, match=r"sparsify on weights that keep_zeros is in use on(.|\n)*one of them"):
+        sparsify(model, "sr-ste", schedule).on_train_begin(arguments, first, TrainerControl())
+    masks = sparsify(model, "sr-ste", schedule)
+    masks.on_train_begin(arguments, second, TrainerControl())  # of another Trainer: the first one is over
+    ids = torch.arange(8)[None] + 4
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert weight.grad is not None
+    assert weight.grad[:, ::2].ne(0).any()
+    with keep_zeros(model), pytest.raises(RecoveryError, match="keep_zeros on weights that keep_zeros is in use on"):
+        keep_zeros(model).on_train_begin(arguments, second, TrainerControl())
+    weight.grad = None
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert weight.grad[:, ::2].ne(0).any()  # nothing is left
 
 
 def batches(count: int) -> list[dict[str, Tensor]]:

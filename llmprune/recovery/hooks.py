@@ -1,0 +1,64 @@
+"""Hooks of a context in which a model trains: put on together, taken off together, one context at a time.
+
+A Trainer that ends by an exception, as Ctrl-C is in a notebook, tells its callbacks nothing. What such a run leaves on
+must not mask the gradients of the next one.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from llmprune.errors import LlmpruneError
+
+# Those that are on. The hooks of torch's optimizers hold them anyway.
+_LIVE: list["Hooks"] = []
+
+
+class Hooks:
+    """Hooks on weights, of one context.
+
+    Args:
+        name: of the context, as a user calls it.
+        weights: that it masks.
+        raised: the class of its errors.
+    """
+
+    def __init__(self, name: str, weights: Iterable[nn.Parameter], raised: type[LlmpruneError]) -> None:
+        self._name, self._raised = name, raised
+        self._weights = {id(weight) for weight in weights}
+        self._handles: list[RemovableHandle] = []
+        self._run: object = None
+
+    def begin(self, run: object = None) -> None:
+        """Take off what is left of an earlier run, on these weights, before any of these are put on.
+
+        Args:
+            run: stands for a run of a Trainer, whose end may not be told; None: the context is a `with`.
+
+        Raises:
+            LlmpruneError: another context is in use on the same weights.
+        """
+        self.end()
+        for other in [other for other in _LIVE if other._weights & self._weights]:
+            if other._run is None or other._run is run:
+                raise self._raised(
+                    f"{self._name} on weights that {other._name} is in use on",
+                    expected="one of them at a time: each masks the gradients of all of its weights",
+                    fix=f"end {other._name} first, and pass its masks on: keep_zeros(model, other.masks)",
+                )
+            other.end()
+        self._run = run
+        _LIVE.append(self)
+
+    def add(self, *handles: RemovableHandle) -> None:
+        """Hooks that were put on."""
+        self._handles += handles
+
+    def end(self) -> None:
+        """Take them off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self in _LIVE:
+            _LIVE.remove(self)
