@@ -362,9 +362,8 @@ def test_the_evaluation_text_is_read_before_training(
 
 
 def test_a_short_evaluation_text_is_measured_whole(made: Made, tmp_path: Path) -> None:
-    """The text of a first try: recover has no flag for the number of sequences, so that it takes what there is."""
-    words_ = Path(made.text.source).read_text().split()
-    Path(tmp_path, "short.txt").write_text(" ".join(words_[: len(words_) // 8]))
+    whole = Path(made.text.source).read_text()
+    Path(tmp_path, "short.txt").write_text(whole[: len(whole) // 8])
     short = TextSpec(str(tmp_path / "short.txt"), length=16)
     report = recover(made.pruned, tmp_path / "out", made.text, made.dense, {**OPTIONS, "epochs": 0.1}, evaluation=short)
     assert 1 < report.header["evaluation"]["dense"]["samples"] < 32
