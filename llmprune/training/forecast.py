@@ -10,6 +10,7 @@ from llmprune.devices import describe_device, runs_per_second
 from llmprune.models.sizes import matmul_weights, parameter_count
 from llmprune.storage.files import read_index
 from llmprune.training.recipe import TrainRecipe
+from llmprune.training.rules import Lottery
 from llmprune.training.stages import Plan
 from llmprune.training.subjects.subject import Subject
 from llmprune.training.targets import find_targets
@@ -60,9 +61,7 @@ class TrainingPlan:
 def memory_needs(subject: Subject, recipe: TrainRecipe) -> int:
     """Bytes on one device: weights, gradients, moments, masks, what a rule has beside them, and activations."""
     config = subject.model.config.get_text_config()
-    pruned = sum(
-        {t.name: t.parameter.numel() for t in find_targets(subject.model, recipe.include, recipe.exclude)}.values()
-    )
+    pruned = _prunable(subject, recipe)
     beside = 1 + 4 * recipe.rule.latent + 16 * bool(recipe.rule.score_rate) + 4 * recipe.rule.watches
     tokens = recipe.options.batch_size * subject.token_count
     layers = int(getattr(config, "num_hidden_layers", 1))
@@ -73,10 +72,18 @@ def memory_needs(subject: Subject, recipe: TrainRecipe) -> int:
     return _STATE_BYTES * parameter_count(subject.model) + beside * pruned + teacher + activations + logits
 
 
-def disk_needs(subject: Subject) -> int:
-    """Bytes in the output folder: the result, and two saved states with weights, moments and weights behind masks."""
+def disk_needs(subject: Subject, recipe: TrainRecipe) -> int:
+    """Bytes in the output folder: the result, and two saved states with moments and what a rule has beside weights."""
     stored = sum(tensor.nbytes for tensor in read_index(subject.folder).values())
-    return stored + 2 * 24 * parameter_count(subject.model)
+    early = 4 * isinstance(recipe.rule, Lottery)
+    beside = 1 + 4 * recipe.rule.latent + 12 * bool(recipe.rule.score_rate)
+    return stored + 2 * ((12 + early) * parameter_count(subject.model) + beside * _prunable(subject, recipe))
+
+
+def _prunable(subject: Subject, recipe: TrainRecipe) -> int:
+    """How many weights masks are of, each tied one once."""
+    targets = find_targets(subject.model, recipe.include, recipe.exclude)
+    return sum({target.name: target.parameter.numel() for target in targets}.values())
 
 
 def make_plan(name: str, subject: Subject, recipe: TrainRecipe, plan: Plan) -> TrainingPlan:
@@ -98,5 +105,5 @@ def make_plan(name: str, subject: Subject, recipe: TrainRecipe, plan: Plan) -> T
     stages = tuple({"stage": one.number, "sparsity": one.sparsity, "steps": one.steps} for one in plan.stages)
     return TrainingPlan(
         name, recipe.to_dict(), stages, len(subject.rows) - held_back, held_back, subject.token_count, plan.steps,
-        work / rate, memory_needs(subject, recipe), disk_needs(subject), describe_device(subject.device),
+        work / rate, memory_needs(subject, recipe), disk_needs(subject, recipe), describe_device(subject.device),
     )  # fmt: skip

@@ -187,7 +187,7 @@ def _opened(
         _require_fitting(subject, read)
         if output is not None and not follows():
             purpose = "the trained checkpoint and the saved states of its training"
-            require_space(expanded(output), disk_needs(subject), resume=resume, purpose=purpose)
+            require_space(expanded(output), disk_needs(subject, read), resume=resume, purpose=purpose)
         yield Training(str(model), read, subject, spec, guard)
 
 
