@@ -114,11 +114,34 @@ def test_operands_that_do_not_fit_are_refused():
         cpu.linear(x, [one], torch.ones(64), [64])
     with pytest.raises(ValueError, match="bias"):
         cpu.linear(x, [one], torch.ones(63).bfloat16(), [64])
-    for packed, sizes, some in (([one, other], [64, 64], x), ([one], [63], x), ([one], [64], x[:, 1:])):
-        with pytest.raises(ValueError, match="does not go together"):
-            cpu.linear(some, packed, None, sizes)
+    with pytest.raises(ValueError, match="does not go together"):
+        cpu.linear(x, [one, other], None, [64, 64])
     with pytest.raises(ValueError, match="meta"):
         cpu.linear(x.to("meta"), [one], None, [64])
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens", [1, cpu.choices.DEFAULT_TOKENS])
+def test_operands_of_other_shapes_are_refused(tokens):
+    """Also for so many tokens that rows are expanded, into memory of the size that was asked for."""
+    one, other = (make("bitmask", (rows, 64), torch.bfloat16).packed for rows in (64, 32))
+    x = torch.ones(tokens, 64).bfloat16()
+    for packed, sizes, columns in (
+        ([one], [64], 63), ([one], [64], 1), ([one], [64], 65), ([one], [63], 64), ([one], [1 << 20], 64),
+        ([one, other], [32, 64], 64), ([one, other], [96], 64), ([one], [64, 32], 64),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="expected those of matrices"):
+            cpu.linear(torch.ones(tokens, columns).bfloat16(), packed, None, sizes)
+    assert cpu.linear(x, [one, other], None, [64, 32]).shape == (tokens, 96)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [64 * 63, 65 * 64, 0])
+def test_rows_are_expanded_only_into_memory_of_their_size(size):
+    packed, memory = make("bitmask", (64, 64), torch.bfloat16).packed, torch.zeros(1 << 13).bfloat16()
+    with pytest.raises(ValueError, match="does not go together"):
+        cpu.library().expand(packed, range(64), memory[:size])
+    assert not memory.any()
 
 
 def test_without_a_compiler_it_says_so(fresh, monkeypatch):

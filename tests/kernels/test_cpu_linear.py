@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from cpu_matrices import SHAPES, error, make, needs_kernels, of
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from llmprune.kernels import configurations, cpu
@@ -188,6 +189,42 @@ def test_it_is_compiled_without_a_break_and_differentiated():
         torch.ops.llmprune.cpu_linear.default, (x.detach(), [matrix.packed], bias.detach(), [32]),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
+
+
+# torch's own tracing and forward derivatives use what it deprecates.
+tracing = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+
+@tracing
+def test_a_trace_records_it():
+    matrix, bias = make("nm", (32, 64), torch.bfloat16), torch.randn(32).bfloat16()
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: cpu.linear(x, [matrix.packed], bias, [32]), torch.zeros(3, 64).bfloat16())
+        x = torch.randn(3, 64).bfloat16()
+        assert torch.equal(traced(x), cpu.linear(x, [matrix.packed], bias, [32]))
+
+
+@tracing
+def test_transforms_and_forward_derivatives_go_through_the_dense_matrix():
+    parts = [make("bitmask", (rows, 64), torch.float32) for rows in (24, 8)]
+    weight, bias, x = torch.cat([part.weight for part in parts]), torch.randn(32), torch.randn(5, 3, 64)
+
+    def product(x):
+        return cpu.linear(x, [part.packed for part in parts], bias, [24, 8])
+
+    def expected(x):
+        return F.linear(x, weight, bias)
+
+    for transform in (
+        lambda call: torch.func.vmap(call, in_dims=1, out_dims=1)(x),
+        lambda call: torch.func.jvp(call, (x,), (x + 1,))[1],
+        lambda call: torch.func.vmap(torch.func.grad(lambda one: call(one).square().sum()))(x),
+    ):
+        assert torch.equal(transform(product), transform(expected))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        found, wanted = (forward_ad.unpack_dual(call(dual)).tangent for call in (product, expected))
+        assert torch.equal(found, wanted)
 
 
 def test_a_copy_of_a_matrix_is_one():

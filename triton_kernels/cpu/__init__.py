@@ -17,7 +17,8 @@ The same library has what pruning takes most of its time for on a CPU: the colum
 (`kernels.obs_sweep`), the choice of weights in N:M groups, and the Gram matrix of bfloat16 inputs where there are
 instructions for it.
 
-The weights are constants. Gradients flow to x and the bias, through the dense matrix.
+The weights are constants. Gradients flow to x and the bias, through the dense matrix; so do the transforms of
+torch.func and derivatives that are carried forward.
 """
 
 from .choices import dense_from, measured_limit, shape_key

@@ -54,7 +54,7 @@ _SIGNATURES = {
         _number,
         (_address, _address, _size, _number, _address, _size, _size, *[_address] * 2, _size, _address, *[_number] * 2),
     ),
-    "expand": (_number, (_address, _size, _size, _size, _address, _number, _number)),
+    "expand": (_number, (_address, *[_size] * 3, _address, _size, *[_number] * 2)),
     "sweep": (_number, (*[_address] * 5, *[_size] * 4, _number, _number)),
     "choose": (_number, (_address, *[_size] * 3, _address, _number)),
     "gram": (_number, (_address, _size, _size, _address, _address, _number, _number)),
@@ -159,6 +159,13 @@ class Library:
         dtype = _DTYPES[peaks] if group else _DTYPES[stored]
         return Described(_KIND_NAMES[kind], _DTYPES[stored], (rows, columns), nonzeros, group, dtype)
 
+    def shape(self, packed: Tensor) -> tuple[int, int]:
+        """Rows and columns of a packed matrix: less work than `describe`, for each product."""
+        sizes = (_size * 7)()
+        if result := self._describe(packed.data_ptr(), packed.nbytes, ctypes.addressof(sizes)):
+            self._require(result)
+        return sizes[2], sizes[3]
+
     def unpack(self, packed: Tensor, bits: Tensor, values: Tensor, peaks: Tensor | None) -> None:
         """Write the tensors on disk; `bits` is zero before."""
         threads = self.threads(packed.nbytes)
@@ -196,11 +203,18 @@ class Library:
             self._require(result)
 
     def expand(self, packed: Tensor, rows: range, dense: Tensor, level: int | None = None) -> None:
-        """Write rows of the dense matrix, of the stored type; they begin and end at multiples of 16, or at the end."""
+        """Write rows of the dense matrix.
+
+        Args:
+            packed: the matrix.
+            rows: they begin and end at multiples of 16, or at the end.
+            dense: [rows, in], of the stored type; overwritten.
+            level: the instruction set; None: the best.
+        """
         level = self.level if level is None else level
-        threads = self.threads(dense.nbytes)
+        pointers, threads = (packed.data_ptr(), dense.data_ptr()), self.threads(dense.nbytes)
         self._require(
-            self._expand(packed.data_ptr(), packed.nbytes, rows.start, rows.stop, dense.data_ptr(), level, threads)
+            self._expand(pointers[0], packed.nbytes, rows.start, rows.stop, pointers[1], dense.nbytes, level, threads)
         )
 
     def sweep(

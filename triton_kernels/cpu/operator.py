@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .choices import FEWEST_TOKENS, dense_from
 from .finding import library
@@ -79,10 +80,12 @@ def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int
         TypeError: x or the bias is not of the matrices' dtype.
         ValueError: a shape or an address is not as above, or a packed tensor is damaged.
     """
-    # The dispatcher costs several times what the call itself does, more than a small matrix.
-    plain = type(x) is Tensor and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
-    if plain and not (torch.is_grad_enabled() and _differentiable(x, bias)):
-        return _linear(x, packed, bias, sizes)
+    if not torch.compiler.is_compiling():
+        if _is_transformed():
+            return _transformable_linear(x, packed, bias, sizes)
+        # The dispatcher costs several times what the call itself does, more than a small matrix.
+        if not _is_recorded(x) and not (torch.is_grad_enabled() and _differentiable(x, bias)):
+            return _linear(x, packed, bias, sizes)
     y: Tensor = _operator(x, packed, bias, sizes)
     return y
 
@@ -160,7 +163,7 @@ def expanded_linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes:
         slab = _scratch_rows(min(step, size), columns, stored)
         for start in range(0, size, step):
             rows = range(start, min(start + step, size))
-            library().expand(matrix, rows, slab)
+            library().expand(matrix, rows, slab[: len(rows)])
             place = slice(first + rows.start, first + rows.stop)
             y[:, place] = F.linear(x, slab[: len(rows)].to(x.dtype), None if bias is None else bias[place])
         first += size
@@ -184,6 +187,23 @@ def _narrowed(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.bfloat16).view(*values.shape, 2)[..., 1].contiguous()
 
 
+def _is_transformed() -> bool:
+    """Whether torch.func transforms the call, or derivatives are carried forward through it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _transformable_linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> Tensor:
+    """The product by the dense matrix: transforms know no operator of ours, or take its derivative for zero."""
+    rows = [_dense_operator(matrix, size, x.shape[-1]) for matrix, size in zip(packed, sizes, strict=True)]
+    return F.linear(x, torch.cat(rows), bias)
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Whether a tensor subclass, a mode or a trace has to see the call: what is written to memory it does not see."""
+    modes = torch._C._len_torch_dispatch_stack()
+    return type(x) is not Tensor or modes > 0 or torch._C._get_tracing_state() is not None
+
+
 def _differentiable(x: Tensor, bias: Tensor | None) -> bool:
     return x.requires_grad or (bias is not None and bias.requires_grad)
 
@@ -197,3 +217,6 @@ def _check(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int
         raise ValueError(f"cpu_linear: x on {x.device}; expected the CPU")
     if bias is not None and (bias.shape != (sum(sizes),) or not bias.is_contiguous()):
         raise ValueError(f"cpu_linear: bias is {list(bias.shape)}; expected [{sum(sizes)}], contiguous")
+    shapes, columns = [library().shape(matrix) for matrix in packed], x.shape[-1]
+    if shapes != [(size, columns) for size in sizes]:
+        raise ValueError(f"cpu_linear: x has {columns} columns, sizes are {sizes}; expected those of matrices {shapes}")

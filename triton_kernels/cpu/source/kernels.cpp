@@ -320,13 +320,16 @@ int llmprune_multiply(const void* const* matrices, const int64_t* bytes, int64_t
 #endif
 }
 
-// Rows [from, to) of the dense matrix, of the stored type; `from` is a multiple of 16, `to` too or the last row.
-int llmprune_expand(const void* matrix, int64_t bytes, int64_t from, int64_t to, void* out, int level, int threads) {
+// Rows [from, to) of the dense matrix, of the stored type; `from` is a multiple of 16, `to` too or the last row. `out` has
+// `out_bytes`, exactly what they take.
+int llmprune_expand(const void* matrix, int64_t bytes, int64_t from, int64_t to, void* out, int64_t out_bytes, int level,
+                    int threads) {
 #if HAVE_KERNELS
   if (const int result = check(matrix, bytes)) return result;
   const Matrix& m = *(const Matrix*)matrix;
   if (level < AVX2 || level > llmprune_level()) return UNSUPPORTED;
   if (from < 0 || from > to || to > m.rows || from % ROWS || (to % ROWS && to != m.rows)) return REFUSED;
+  if (out_bytes != (to - from) * m.columns * item(dense_type(m))) return REFUSED;
   if (misaligned(out, item(dense_type(m)))) return MISALIGNED;
   Dense dense{&m, from / ROWS, (to + ROWS - 1) / ROWS, (char*)out, level};
   in_threads(expand_share, &dense, threads);
