@@ -11,7 +11,8 @@ shape of each matrix:
 
     {"version": 1, "files": ["csr-model.safetensors"], "matrices": {"model.layers.0.mlp.up_proj": [1536, 576]}}
 
-In 16-bit dtypes CSR takes 6 bytes for each stored weight: less than dense from 67 % zeros on.
+In 16-bit dtypes CSR takes 6 bytes for each stored weight: less than dense from 67 % zeros on. On CPUs torch multiplies
+CSR tensors of float32 and float64 only, to which `load_csr` converts them if asked to.
 """
 
 import warnings
@@ -83,22 +84,24 @@ def to_csr(weight: Tensor) -> dict[str, Tensor]:
     return {"crow": crow, "col": columns.to(torch.int32), "values": weight[rows, columns]}
 
 
-def load_csr(folder: str | Path) -> dict[str, Tensor]:
+def load_csr(folder: str | Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Read what `llmprune export --to csr` wrote, as a state dict whose pruned weights are sparse CSR tensors.
 
     Args:
         folder: the folder.
+        dtype: of the floating-point tensors; None: as they are stored. A product on a CPU needs float32 or float64.
 
     Returns:
-        Tensors by the checkpoint's keys; `weight.to_dense()` is the dense matrix, bit for bit except for -0.0.
+        Tensors by the checkpoint's keys; `weight.to_dense()` is the dense matrix, unless converted bit for bit except
+        for -0.0.
 
     Raises:
         CheckpointError: a file is missing or cannot be read.
         FormatError: csr.json is damaged, or tensors do not match it.
 
     Example:
-        >>> state = load_csr("out/pruned-csr")  # doctest: +SKIP
-        >>> state["model.layers.0.mlp.up_proj.weight"] @ torch.ones(576, dtype=torch.bfloat16)  # doctest: +SKIP
+        >>> state = load_csr("out/pruned-csr", dtype=torch.float32)  # doctest: +SKIP
+        >>> y = state["model.layers.0.mlp.up_proj.weight"] @ torch.ones(576)  # doctest: +SKIP
     """
     path = expanded(folder)
     index = read_as(path / INDEX_NAME, _Index, expected="what `llmprune export` wrote", fix=_FIX, raised=FormatError)
@@ -106,11 +109,16 @@ def load_csr(folder: str | Path) -> dict[str, Tensor]:
     state = {}
     for name, shape in index.matrices.items():
         parts = {part: stored.pop(f"{name}.{part}", None) for part in _PARTS}
-        state[f"{name}.weight"] = _sparse(name, {part: one for part, one in parts.items() if one is not None}, shape)
-    return state | {key: tensor[...] for key, tensor in stored.items()}
+        found = {part: one for part, one in parts.items() if one is not None}
+        state[f"{name}.weight"] = _sparse(name, found, shape, dtype)
+    return state | {key: _converted(tensor[...], dtype) for key, tensor in stored.items()}
 
 
-def _sparse(name: str, parts: Mapping[str, Stored], shape: tuple[int, int]) -> Tensor:
+def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _sparse(name: str, parts: Mapping[str, Stored], shape: tuple[int, int], dtype: torch.dtype | None) -> Tensor:
     if set(parts) != set(_PARTS):
         raise _damaged(f"{name} has only {sorted(parts)}", "crow, col and values")
     crow, col, values = (parts[part][...] for part in _PARTS)
@@ -120,7 +128,7 @@ def _sparse(name: str, parts: Mapping[str, Stored], shape: tuple[int, int]) -> T
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             # torch checks everything that its products would read by.
-            return torch.sparse_csr_tensor(crow, col, values, shape, check_invariants=True)
+            return torch.sparse_csr_tensor(crow, col, _converted(values, dtype), shape, check_invariants=True)
     except (RuntimeError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise _damaged(f"{name} is no CSR matrix of {shape[0]} x {shape[1]}: {first}", "what was exported") from error

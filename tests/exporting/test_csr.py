@@ -1,5 +1,6 @@
 """CSR tensors: written, read by the loader and by torch, and refused when damaged."""
 
+import doctest
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -40,10 +41,15 @@ def test_every_tensor_comes_back(made: Path, kind: str) -> None:
     assert "14 of 14 as CSR" in report.facts["matrices"]
 
 
-def test_products_are_those_of_the_dense_matrix(made: Path) -> None:
-    weight = load_csr(export(made / "dense", "csr").output)[f"{LAYER}.weight"].float()
-    inputs = torch.randn(weight.shape[1], 3)
-    torch.testing.assert_close(weight @ inputs, weight.to_dense() @ inputs)
+def test_products_are_those_of_the_dense_matrix_as_documented(made: Path) -> None:
+    weight = tensors(made / "dense")[f"{LAYER}.weight"]
+    assert weight.dtype == torch.bfloat16
+    folder, names = export(made / "dense", "csr").output, dict[str, Any](load_csr=load_csr, torch=torch)
+    for example in doctest.DocTestParser().get_examples(str(load_csr.__doc__)):
+        exec(example.source.replace("out/pruned-csr", str(folder)).replace("576", str(weight.shape[1])), names)
+    torch.testing.assert_close(names["y"], weight.float().sum(1))
+    assert {tensor.dtype for tensor in names["state"].values()} == {torch.float32}
+    assert same(names["state"][f"{LAYER}.weight"].to_dense(), weight.float() + 0.0)
 
 
 def test_shards_stay_shards_and_nothing_takes_them_for_a_checkpoint(tmp_path: Path) -> None:
