@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +15,7 @@ import psutil
 import torch
 
 from llmprune.errors import DeviceError
+from llmprune.kernels.configurations import processor_name
 from llmprune.units import quantity
 
 # How long a rate is measured.
@@ -81,16 +81,6 @@ def describe_host(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
-
-
-def processor_name() -> str:
-    """The processor's model name, or its architecture if the system does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or f"{platform.machine()} CPU"
 
 
 def cpu_threads() -> str:

@@ -3,12 +3,14 @@
 A choice is looked up by operation, device and exact shape in the file where tuning records what it measured:
 `kernels.json` in the folder `$LLMPRUNE_CACHE`, by default `~/.cache/llmprune`. It is read once per process. If the file
 lacks the shape, `measured` returns None and the operation uses its own calculated default. A choice belongs to the
-versions of torch, Triton and our kernels that it was measured with: others do not find it.
+versions of torch, Triton and our kernels that it was measured with: others do not find it. Where the file cannot be
+written, choices last as long as the process.
 """
 
 import functools
 import json
 import os
+import platform
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -24,6 +26,9 @@ Configuration = TypeVar("Configuration")
 
 # Increase it when a kernel changes so much that earlier measurements no longer apply.
 KERNELS_VERSION = 1
+
+# What could not be written, for this process: (operation, device, shape) -> choice.
+_unwritten: dict[tuple[str, str, str], Choice] = {}
 
 
 def measured(op: str, device: torch.device, **shape: int) -> Choice | None:
@@ -90,33 +95,63 @@ def record(op: str, device: torch.device, choice: Choice, **shape: int) -> None:
 
     Raises:
         TypeError: a value of the choice is not an int, a float or a string.
-        OSError: the cache folder cannot be written.
+        OSError: the cache folder cannot be written; this process finds the choice all the same.
     """
     if not _is_choice(choice):
         raise TypeError(f"choice {choice!r} for {op}: expected a dict with str keys and int, float or str values")
+    key = op, device_key(device), _shape_key(shape)
+    try:
+        _write(*key, dict(choice))
+        _unwritten.pop(key, None)
+    except OSError:
+        _unwritten[key] = dict(choice)
+        raise
+    finally:
+        _choices.cache_clear()
+
+
+def _write(op: str, device: str, shape: str, choice: Choice) -> None:
     path = cache_file()
     content = _read(path)
-    ours = content.setdefault(_versions(), {})
-    ours.setdefault(device_key(device), {}).setdefault(op, {})[_shape_key(shape)] = dict(choice)
+    content.setdefault(_versions(), {}).setdefault(device, {}).setdefault(op, {})[shape] = choice
     _replace(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
-    forget()
 
 
 def forget() -> None:
-    """Read the cache file again at the next look-up."""
+    """Read the cache file again at the next look-up, and forget what could not be written."""
+    _unwritten.clear()
     _choices.cache_clear()
 
 
 def cache_file() -> Path:
-    """The file in which measured choices are stored; it need not exist."""
-    folder = os.environ.get("LLMPRUNE_CACHE")
-    return (Path(folder).expanduser() if folder else Path.home() / ".cache" / "llmprune") / "kernels.json"
+    """The file in which measured choices are stored; it need not exist.
+
+    Raises:
+        OSError: its folder would be in a home folder that the user does not have.
+    """
+    folder = os.environ.get("LLMPRUNE_CACHE") or "~/.cache/llmprune"
+    try:
+        return Path(folder).expanduser() / "kernels.json"
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{folder} for the cache: {error}; set LLMPRUNE_CACHE to another folder") from error
 
 
 @functools.cache
 def device_key(device: torch.device) -> str:
-    """The device's name as its driver gives it, such as "NVIDIA H200"; "cpu" for the CPU."""
+    """The device's name as its driver gives it, such as "NVIDIA H200"; for the CPU `processor_name`."""
+    if device.type == "cpu":
+        return processor_name()
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def processor_name() -> str:
+    """The processor's model name, or its architecture if the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or f"{platform.machine()} CPU"
 
 
 @functools.cache
@@ -129,14 +164,15 @@ def sm_count(device: torch.device) -> int:
 def _choices() -> dict[tuple[str, str, str], Choice]:
     try:
         cached = _read(cache_file()).get(_versions(), {})
-    except RuntimeError:  # a user without a home folder has no cache either
+    except OSError:  # a user without a home folder has no cache either
         cached = {}
-    return {
+    written = {
         (op, device, shape): choice
         for device, operations in cached.items()
         for op, shapes in operations.items()
         for shape, choice in shapes.items()
     }
+    return written | _unwritten
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -203,7 +203,7 @@ def _known(matrices: list[Tensor]) -> bool:
 def _measure_limit(products: Sequence[Packed]) -> None:
     matrices, sizes = products[0]
     if cpu.measured_limit(matrices, sizes) is None:
-        with contextlib.suppress(OSError):  # without a cache that can be written, the default limit is used
+        with contextlib.suppress(OSError):  # without a cache that can be written, it is kept in this process
             cpu.measure_dense_from([matrices for matrices, _ in products], sizes)
 
 

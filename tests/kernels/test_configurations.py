@@ -145,8 +145,42 @@ def test_folder_is_under_home_unless_the_environment_says_otherwise(folder, monk
     assert str(cache_file()) == "/home/somebody/.cache/llmprune/kernels.json"
 
 
-def test_a_cpu_has_a_name_and_one_multiprocessor():
-    assert configurations.device_key(CPU) == "cpu"
+@pytest.mark.parametrize("folder_name", ["", "~no-such-user/cache"])
+def test_without_a_home_folder_choices_last_as_long_as_the_process(folder, monkeypatch, folder_name):
+    def unknown(*arguments):
+        raise KeyError
+
+    monkeypatch.setenv("LLMPRUNE_CACHE", folder_name)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert measured("op", CPU, rows=1) is None
+    with pytest.raises(OSError, match="set LLMPRUNE_CACHE"):
+        record("op", CPU, CHOICE, rows=1)
+    assert measured("op", CPU, rows=1) == CHOICE
+    forget()
+    assert measured("op", CPU, rows=1) is None
+
+
+def test_what_cannot_be_written_counts_until_it_is(folder, monkeypatch):
+    record("op", CPU, CHOICE, rows=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.replace", lambda *arguments: (_ for _ in ()).throw(PermissionError("read-only")))
+        with pytest.raises(OSError, match="read-only"):
+            record("op", CPU, {"warps": 1}, rows=1)
+    assert measured("op", CPU, rows=1) == {"warps": 1}
+    record("op", CPU, {"warps": 2}, rows=1)
+    assert measured("op", CPU, rows=1) == {"warps": 2}
+    forget()
+    assert measured("op", CPU, rows=1) == {"warps": 2}
+
+
+def test_a_cpu_is_known_by_its_model_and_has_one_multiprocessor(monkeypatch):
+    assert configurations.device_key(CPU) == configurations.processor_name() != "cpu"
+    record("op", CPU, CHOICE, rows=1)
+    configurations.device_key.cache_clear()
+    monkeypatch.setattr(configurations, "processor_name", lambda: "another")
+    assert measured("op", CPU, rows=1) is None
+    configurations.device_key.cache_clear()
     assert configurations.sm_count(CPU) == 1
 
 

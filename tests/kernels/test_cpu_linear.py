@@ -158,6 +158,8 @@ def test_a_measured_limit_is_recorded(tmp_path, monkeypatch):
     limit = cpu.measure_dense_from([[matrix.packed]], [64])
     assert limit in (*cpu.measuring.COUNTS, cpu.measuring.NEVER)
     assert cpu.measured_limit([matrix.packed], [64]) == cpu.dense_from([matrix.packed], [64]) == limit
+    monkeypatch.setattr(cpu.choices, "source_hash", lambda: "others")
+    assert cpu.measured_limit([matrix.packed], [64]) is None
     configurations.forget()
 
 

@@ -242,6 +242,9 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(monkeypatch):
     model = nn.Sequential(layer_of(make("nm", (16, 32), torch.bfloat16))[0], nn.Linear(16, 4).bfloat16())
     measure_products(model)
     assert type(model[1]) is dense_product.DenseLinear
+    assert cpu.measured_limit([model[0].held["packed"]], [16]) is not None
+    monkeypatch.setattr(cpu_forms.cpu, "measure_dense_from", lambda *_: pytest.fail("measured twice"))
+    measure_products(model)
     configurations.forget()
 
 

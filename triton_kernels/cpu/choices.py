@@ -1,8 +1,8 @@
 """From how many tokens on expanded rows are faster than the sparse kernel on this machine, as measured.
 
 The limit is measured once for a shape (`.measuring`) and recorded where tuning records its choices
-(`..configurations`), under the instruction set and the number of threads. Until then the sparse kernel takes fewer than
-`DEFAULT_TOKENS` tokens.
+(`..configurations`), under the processor, the hash of the kernels' sources, the instruction set and the number of
+threads. Until then the sparse kernel takes fewer than `DEFAULT_TOKENS` tokens.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import configurations
+from .compiler import source_hash
 from .finding import library
 from .library import KINDS, STORED
 
@@ -33,16 +34,16 @@ def dense_from(packed: Sequence[Tensor], sizes: Sequence[int]) -> int:
 
 def measured_limit(packed: Sequence[Tensor], sizes: Sequence[int]) -> int | None:
     """The same as far as it was measured; None: not yet."""
-    return configurations.measured_as(_limit, OPERATION, _CPU, **shape_key(packed, sizes))
+    return configurations.measured_as(_limit, _operation(), _CPU, **shape_key(packed, sizes))
 
 
 def record_limit(packed: Sequence[Tensor], sizes: Sequence[int], limit: int) -> None:
     """Record a measured limit.
 
     Raises:
-        OSError: the cache folder cannot be written.
+        OSError: the cache folder cannot be written; the limit holds in this process.
     """
-    configurations.record(OPERATION, _CPU, {"limit": limit}, **shape_key(packed, sizes))
+    configurations.record(_operation(), _CPU, {"limit": limit}, **shape_key(packed, sizes))
 
 
 def shape_key(packed: Sequence[Tensor], sizes: Sequence[int]) -> dict[str, int]:
@@ -57,6 +58,11 @@ def shape_key(packed: Sequence[Tensor], sizes: Sequence[int]) -> dict[str, int]:
         "level": library().level,
         "threads": torch.get_num_threads(),
     }
+
+
+def _operation() -> str:
+    # Kernels that were changed since are measured anew.
+    return f"{OPERATION}.{source_hash()}"
 
 
 def _limit(limit: int) -> int:

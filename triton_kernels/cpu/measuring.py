@@ -26,7 +26,7 @@ def measure_dense_from(copies: Sequence[Sequence[Tensor]], sizes: Sequence[int])
         sizes: the rows of each of a product's matrices.
 
     Raises:
-        OSError: the cache folder cannot be written.
+        OSError: the cache folder cannot be written; the limit holds in this process.
     """
     limit = find_limit(lambda tokens: _expanding_wins(copies, sizes, tokens))
     record_limit(copies[0], sizes, limit)

@@ -38,7 +38,8 @@ HIGHEST_DECODE_TOKENS = 64
 def supported(device: torch.device) -> str | None:
     """The reason why a device cannot run `linear_24` on sparse tensor cores; None if it can."""
     if device.type != "cuda" or torch.version.hip:
-        return f"{configurations.device_key(device)} is not an NVIDIA GPU"
+        name = configurations.device_key(device) if device.type == "cuda" else device.type
+        return f"{name} is not an NVIDIA GPU"
     if not _has_triton():
         return "triton is not installed"
     major, minor = torch.cuda.get_device_capability(device)

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from llmprune import __version__
-from llmprune.devices import cpu_threads, processor_name
+from llmprune.devices import cpu_threads
+from llmprune.kernels.configurations import processor_name
 from llmprune.precision import computed_in
 from llmprune.timing import Effort, time_calls
 
