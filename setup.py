@@ -13,6 +13,13 @@ FOLDER = Path(__file__).parent / "triton_kernels" / "cpu"
 class BuildKernels(build_ext):
     """Compiles them as the package itself would on first use; a failure leaves that to it."""
 
+    def run(self) -> None:
+        """Compile, unless setuptools itself, which has no part in it, stumbles over $CC or $CXX."""
+        try:
+            super().run()
+        except ValueError as error:
+            self._say(error)
+
     def get_ext_filename(self, fullname: str) -> str:
         """The library belongs to no version of Python."""
         return f"{Path(*fullname.split('.'))}.so"
@@ -24,8 +31,11 @@ class BuildKernels(build_ext):
         spec.loader.exec_module(compiler)
         try:
             compiler.compile_library(compiler.find_compiler(), Path(self.get_ext_fullpath(ext.name)))
-        except compiler.CompilerError as error:
-            self.warn(f"the CPU kernels are not compiled: {error}; llmprune tries again on first use")
+        except (compiler.CompilerError, OSError) as error:
+            self._say(error)
+
+    def _say(self, error: Exception) -> None:
+        self.warn(f"the CPU kernels are not compiled: {error}; llmprune tries again on first use")
 
 
 class AnyPython(bdist_wheel):

@@ -1,5 +1,6 @@
 """What the CPU kernels refuse, and where their library comes from."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ def fresh(monkeypatch, tmp_path):
     finding._found.cache_clear()
     yield tmp_path / "cpu"
     finding._found.cache_clear()
+
+
+def compiler_script(monkeypatch, folder, text):
+    """Have $CXX name a shell script."""
+    script = folder / "cxx"
+    script.write_text(f"#!/bin/sh\n{text}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
 
 
 @needs_kernels
@@ -156,14 +165,85 @@ def test_without_a_compiler_it_says_so(fresh, monkeypatch):
 
 
 def test_a_compiler_that_fails_is_quoted(fresh, monkeypatch, tmp_path):
-    script = tmp_path / "cxx"
-    script.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "kernels.cpp:1: error: no such thing" >&2\nexit 1\n'
-    )
-    script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
+    script = '[ "$1" = --version ] && exit 0\necho "kernels.cpp:1: error: no such thing" >&2\nexit 1'
+    compiler_script(monkeypatch, tmp_path, script)
     assert "error: no such thing" in str(cpu.unavailable())
     assert list(fresh.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("printf '\\377'; exit 1", "exit status 1"),
+        ("sleep 60; true", "has not finished after 0.2 s"),
+        ('[ "$1" = --version ] || sleep 60; true', "has not finished after 0.2 s"),
+    ],
+)
+def test_a_compiler_that_hangs_or_stammers_is_named(fresh, monkeypatch, tmp_path, script, reason):
+    compiler_script(monkeypatch, tmp_path, script)
+    monkeypatch.setattr(compiler, "_VERSION_SECONDS", 0.2)
+    monkeypatch.setattr(compiler, "_SECONDS", 0.2 if "sleep" in script else 60)
+    started = time.monotonic()
+    assert reason in str(cpu.unavailable())
+    assert str(tmp_path / "cxx") in str(cpu.unavailable())
+    assert time.monotonic() - started < 30
+
+
+def test_a_command_that_is_none_is_quoted(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "g++ '")
+    assert '$CXX is "g++ \'", which is no command' in str(cpu.unavailable())
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(fresh, monkeypatch, tmp_path):
+    compiler_script(monkeypatch, tmp_path, "exit 0")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path / "file"))
+    reason = str(cpu.unavailable())
+    assert str(tmp_path / "file" / "cpu") in reason
+    assert "set LLMPRUNE_CACHE to a folder that can be written" in reason
+
+
+@pytest.fixture
+def compiled():
+    """The content of the library that is used here."""
+    return finding._compiled().read_bytes()
+
+
+@needs_kernels
+@pytest.mark.parametrize("damage", ["empty", "half", "of other sources"])
+def test_a_damaged_library_in_the_cache_is_compiled_once_more(compiled, fresh, monkeypatch, damage):
+    made = []
+
+    def compile_anew(command, path):
+        path.write_bytes(compiled)
+        made.append(path)
+
+    monkeypatch.setattr(finding, "compile_library", compile_anew)
+    fresh.mkdir()
+    path = fresh / f"{compiler.source_hash()}-{compiler.compiler_id(compiler.find_compiler())}.so"
+    path.write_bytes({"empty": b"", "half": compiled[: len(compiled) // 2]}.get(damage, compiled[:-1] + b"?"))
+    assert cpu.unavailable() is None
+    finding._found.cache_clear()
+    assert cpu.unavailable() is None
+    assert made == [path]
+    # Without a compiler a damaged one is not opened. Another file: the first one is in use.
+    path.unlink()
+    path.write_bytes(compiled[: len(compiled) // 2])
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    finding._found.cache_clear()
+    assert "no C++ compiler" in str(cpu.unavailable())
+
+
+def test_a_library_that_does_not_load_is_named(fresh, monkeypatch, tmp_path):
+    """As from a file system whose files must not be executed."""
+    compiler_script(monkeypatch, tmp_path, """[ "$1" = --version ] && exit 0
+while [ "$1" != -o ]; do shift; done; echo no library > "$2"
+""")  # fmt: skip
+    reason = str(cpu.unavailable())
+    (made,) = fresh.iterdir()
+    assert str(made) in reason
+    assert "delete the file, or set LLMPRUNE_CACHE to a folder whose files may be executed" in reason
+    assert finding.is_whole(made)
 
 
 def test_they_can_be_disabled_and_need_their_processor(fresh, monkeypatch):

@@ -2,7 +2,8 @@
 
 It is looked for beside this file, where an installation puts it, then in the folder `cpu` of the user's cache
 (`$LLMPRUNE_CACHE`, by default `~/.cache/llmprune`), named by the hash of its sources and its compiler; otherwise it is
-compiled into that folder, once, with a message. `LLMPRUNE_CPU_KERNELS=0` does without it.
+compiled into that folder, once, with a message. A file there that is damaged, or of other sources, is replaced.
+`LLMPRUNE_CPU_KERNELS=0` does without it.
 """
 
 import functools
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .. import configurations
-from .compiler import INSTALLED, CompilerError, compile_library, compiler_id, find_compiler, source_hash
+from .compiler import INSTALLED, CompilerError, compile_library, compiler_id, find_compiler, is_whole, source_hash
 from .library import TYPES, Described, Library
 
 _MACHINES = ("x86_64", "AMD64")
@@ -42,8 +43,8 @@ def _found() -> Library | str:
     if platform.machine() not in _MACHINES:
         return f"the CPU kernels need a processor with AVX2 or AVX-512, not {platform.machine()}"
     try:
-        loaded = _load_installed() or Library(_compiled())
-    except (CompilerError, OSError, AttributeError, RuntimeError) as error:
+        loaded = _load_installed() or _load_cached()
+    except (CompilerError, OSError) as error:
         return str(error)
     if loaded.level == 0:
         return "the CPU kernels need a processor with AVX2 or AVX-512"
@@ -82,18 +83,36 @@ def _load_installed() -> Library | None:
     return loaded if loaded.source == source_hash() else None
 
 
+def _load_cached() -> Library:
+    """The library in the user's cache, compiled if it is not there.
+
+    Raises:
+        CompilerError: there is no compiler, it fails, or what it made cannot be written or loaded.
+        OSError: there is no cache.
+    """
+    path = _compiled()
+    try:
+        return Library(path)
+    except OSError as error:
+        fix = "delete the file, or set LLMPRUNE_CACHE to a folder whose files may be executed"
+        raise CompilerError(f"the compiled CPU kernels {path} do not load: {error}; {fix}") from error
+
+
 def _compiled() -> Path:
-    """The library in the user's cache, compiled if it is not there."""
     folder = configurations.cache_file().parent / "cpu"
     try:
         compiler = find_compiler()
     except CompilerError:
-        made = sorted(folder.glob(f"{source_hash()}-*.so"))
+        made = [path for path in sorted(folder.glob(f"{source_hash()}-*.so")) if is_whole(path)]
         if not made:
             raise
         return made[0]
     path = folder / f"{source_hash()}-{compiler_id(compiler)}.so"
-    if not path.exists():
+    if not is_whole(path):
         sys.stderr.write(f"llmprune: compiling the CPU kernels with {compiler[0]}, once, into {folder}\n")
-        compile_library(compiler, path)
+        try:
+            compile_library(compiler, path)
+        except OSError as error:
+            fix = "set LLMPRUNE_CACHE to a folder that can be written"
+            raise CompilerError(f"the CPU kernels cannot be compiled into {path}: {error}; {fix}") from error
     return path
