@@ -279,11 +279,46 @@ def test_it_is_compiled_once_with_a_message(fresh, monkeypatch, capfd):
 
 
 @needs_kernels
-def test_a_library_with_wrong_results_is_not_used(fresh, monkeypatch):
-    real = finding.Library.multiply
+@pytest.mark.parametrize(
+    ("function", "harm"),
+    [
+        ("multiply", lambda result, packed, x, bias, y: y[-1, -1].add_(1)),
+        ("multiply", lambda result, packed, x, bias, y: y[-1, -1].fill_(torch.nan) if len(x) > 1 else None),
+        ("expand", lambda result, packed, rows, dense: dense[-1, -1].add_(1)),
+        ("unpack", lambda result, packed, bits, values, peaks: values.view(-1)[-1].add_(1)),
+        ("sweep", lambda result, sums, *others: sums[-1, -1].add_(1e-3)),
+        ("sweep", lambda result, *others: others[4].logical_not_() if others[5] else None),
+        ("choose", lambda result, *others: result.copy_(result.flip(1))),
+        ("add_gram", lambda result, total, x: total[-1, -1].add_(1e-2)),
+    ],
+)
+def test_a_library_with_wrong_results_is_not_used(fresh, monkeypatch, function, harm):
+    real = getattr(finding.Library, function)
     monkeypatch.delenv("LLMPRUNE_CACHE")
-    monkeypatch.setattr(finding.Library, "multiply", lambda *args: (real(*args), args[-1].add_(1)))
+    assert cpu.unavailable() is None
+    if function == "add_gram" and cpu.library().level < 2:
+        pytest.skip("no AVX-512 BF16")
+
+    def wrong(loaded, *arguments):
+        result = real(loaded, *arguments)
+        harm(result, *arguments)
+        return result
+
+    monkeypatch.setattr(finding.Library, function, wrong)
+    finding._found.cache_clear()
     assert "wrong results" in str(cpu.unavailable())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_the_caller_changes_no_trial(dtype):
+    """transformers sets it to that of the model which it loads."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert finding.is_right(cpu.library())
+    finally:
+        torch.set_default_dtype(before)
 
 
 @needs_kernels

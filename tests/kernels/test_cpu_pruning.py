@@ -168,6 +168,10 @@ def test_shapes_that_do_not_go_together_are_refused():
     sums, original, upper, importance, keep = operands(16, 5)
     with pytest.raises(ValueError, match="contiguous"):
         cpu.library().sweep(sums, original[:8], upper, importance, keep, None)
+    with pytest.raises(ValueError, match="float32"):
+        cpu.library().sweep(sums.bfloat16(), original, upper, importance, keep, None)
+    with pytest.raises(ValueError, match="float32"):
+        cpu.library().add_gram(torch.zeros(5, 5), original)
     with pytest.raises(ValueError, match="go together"):
         cpu.library().sweep(sums, original, upper, importance, keep, (2, 5))
     with pytest.raises(ValueError, match="go together"):

@@ -16,7 +16,8 @@ import torch
 
 from .. import configurations
 from .compiler import INSTALLED, CompilerError, compile_library, compiler_id, find_compiler, is_whole, source_hash
-from .library import TYPES, Described, Library
+from .library import Library
+from .trial import is_right
 
 _MACHINES = ("x86_64", "AMD64")
 
@@ -49,27 +50,8 @@ def _found() -> Library | str:
     if loaded.level == 0:
         return "the CPU kernels need a processor with AVX2 or AVX-512"
     with torch.device("cpu"):  # whatever the caller's default is
-        right = _is_right(loaded)
+        right = is_right(loaded)
     return loaded if right else "the CPU kernels give wrong results as compiled here: set CXX to another compiler"
-
-
-def _is_right(loaded: Library) -> bool:
-    """Whether small products are right: what a compiler makes of the kernels is not taken on trust."""
-    generator = torch.Generator().manual_seed(0)
-    for dtype in TYPES:
-        weight = torch.randn(24, 6, generator=generator).to(dtype)
-        x = torch.randn(3, 6, generator=generator).to(dtype)
-        y = torch.empty(3, 24, dtype=dtype)
-        mask = torch.full((24, 1), 0b101101, dtype=torch.uint8)
-        kept = torch.tensor([True, False, True, True, False, True])
-        found = Described("bitmask", dtype, (24, 6), 24 * 4, 0, dtype)
-        packed = loaded.pack(found, mask, weight[:, kept], None, dtype)
-        loaded.multiply([packed], x, None, y)
-        exact = x.double() @ (weight * kept).double().T
-        # Sums of four products, each below 16.
-        if not bool(((y.double() - exact).abs() <= 64 * torch.finfo(dtype).eps).all()):
-            return False
-    return True
 
 
 def _load_installed() -> Library | None:

@@ -241,10 +241,11 @@ class Library:
         columns, rows = sums.shape
         operands = (sums, original, upper, importance, keep)
         wanted = ((columns, rows), (columns, rows), (columns, columns), (columns,), (columns, rows))
-        if any(
-            tuple(one.shape) != shape or not one.is_contiguous() for one, shape in zip(operands, wanted, strict=True)
-        ):
-            raise ValueError(f"shapes {[list(one.shape) for one in operands]}; expected {wanted}, contiguous")
+        dtypes = [one.dtype for one in operands]
+        shapes = [tuple(one.shape) for one in operands if one.is_contiguous()]
+        if shapes != list(wanted) or dtypes != [*[torch.float32] * 4, torch.bool]:
+            found = f"{[list(one.shape) for one in operands]}, {dtypes}"
+            raise ValueError(f"shapes {found}; expected {wanted}, float32 and for the mask bool, contiguous")
         result = self._sweep(
             *(tensor.data_ptr() for tensor in operands), columns, rows, *(group or (0, 0)),
             self.level if level is None else level, self.threads(columns * sums.nbytes),
@@ -274,6 +275,8 @@ class Library:
     def add_gram(self, total: Tensor, x: Tensor) -> None:
         """Add the lower triangle of x^T x to `total` [width, width], float32; x is [tokens, width], bfloat16."""
         tokens, width = x.shape
+        if (total.dtype, x.dtype) != (torch.float32, torch.bfloat16):
+            raise ValueError(f"sums of {total.dtype} for inputs of {x.dtype}; expected float32 for bfloat16")
         if total.shape != (width, width) or not (total.is_contiguous() and x.is_contiguous()):
             raise ValueError(f"sums of shape {list(total.shape)} for inputs of width {width}; expected both contiguous")
         scratch = torch.empty(self._gram_scratch(tokens, width), dtype=torch.uint8, device="cpu")
