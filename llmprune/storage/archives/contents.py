@@ -73,12 +73,25 @@ def members(folder: Path) -> tuple[list[Member], list[str]]:
     that lead out of the checkpoint.
 
     Raises:
-        CheckpointError: a name is not UTF-8, or lies too deep.
+        CheckpointError: a name is not UTF-8, or lies too deep, or a folder cannot be listed.
     """
+    try:
+        return _members(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be archived whole: {error}",
+            expected="folders that you may list, and files that you may read",
+            fix="fix the permissions, or move what must not be read out of the folder",
+        ) from error
+
+
+def _members(folder: Path) -> tuple[list[Member], list[str]]:
     found, left_out = [], []
-    for path in sorted(_visible(folder)):
+    for path in sorted(_paths(folder)):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file():
+        if _is_hidden(path.name) and path.is_dir():
+            left_out.append(f"{name} was left out: it is a hidden folder")
+        elif not path.is_file():
             left_out.append(f"{name} was left out: it is not a file")
         elif not is_inside_folder(name):
             raise CheckpointError(
@@ -94,16 +107,25 @@ def members(folder: Path) -> tuple[list[Member], list[str]]:
     return found, left_out
 
 
-def _visible(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        links = [name for name in folders if (Path(parent) / name).is_symlink()]
+def _paths(folder: Path) -> Iterator[Path]:
+    """Files, links, and hidden folders without what is in them."""
+    for parent, folders, files in os.walk(folder, onerror=_raise):
+        apart = [name for name in folders if _is_hidden(name) or (Path(parent) / name).is_symlink()]
+        folders[:] = [name for name in folders if not _is_hidden(name)]
         passing = (LOCK_NAME, STAGING_NAME)
-        yield from (Path(parent) / name for name in (*files, *links) if name not in passing and not _unfinished(name))
+        yield from (Path(parent) / name for name in (*files, *apart) if name not in passing and not _unfinished(name))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _unfinished(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".partial")
+    return _is_hidden(name) and name.endswith(".partial")
 
 
 def _spans(file: Path, size: int) -> Iterator[Span]:

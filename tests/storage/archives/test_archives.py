@@ -93,8 +93,26 @@ def test_what_lies_beside_the_weights_comes_too(dense: Path, tmp_path: Path) -> 
     assert contents(tmp_path / "a") == before
     said = [progress.stage for progress in told if "left out" in progress.stage]
     assert said == [
+        ".cache was left out: it is a hidden folder", ".git was left out: it is a hidden folder",
         f"out.json was left out: it is a link that leads out of {dense}", "pipe was left out: it is not a file",
     ]  # fmt: skip
+
+
+def test_folders_that_cannot_be_listed_are_refused(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (dense / "more").mkdir()
+    (dense / "more" / "notes.txt").write_text("x")
+    real = os.scandir
+
+    def denied(path: str) -> object:
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(CheckpointError, match="more") as caught:
+        archive(dense)
+    assert "permissions" in str(caught.value.fix)
+    assert list(dense.parent.glob("*.llmprune")) == []
 
 
 def test_links_of_the_hub_cache_are_followed(dense: Path, tmp_path: Path) -> None:
