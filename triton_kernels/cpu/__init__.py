@@ -2,10 +2,12 @@
 
 Decode is bound by the bytes of the weights. A bitmask of 50 % sparsity reads 0.5625 of the dense bytes in bfloat16, and
 2:4 as much. The weights are packed in memory in tiles of 16 rows (source/matrix.h), which a vector of sums reads in one
-pass for up to 16 tokens; sums are float32. The result does not depend on the number of threads.
+pass for up to 16 tokens; sums are float32. What a kernel computes does not depend on the number of threads.
 
 Many tokens are bound by arithmetic: the dense rows are expanded into scratch memory of at most 64 MiB at a time, and
-multiplied by torch. From which number of tokens on, is measured: see `choices`.
+multiplied by torch. From which number of tokens on, is measured for each processor and number of threads: see
+`choices`. Since the two ways round differently, so may results of some numbers of tokens on two machines, with another
+number of threads, or before and after the measurement.
 
 float32 weights that bfloat16 holds exactly, such as those of a bfloat16 checkpoint on a processor without instructions
 for it, are stored as bfloat16: their bytes, not their values, are halved.

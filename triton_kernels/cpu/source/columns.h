@@ -76,10 +76,17 @@ BODY void sweep_rows(const Columns& c, ColumnTile& t, int64_t first) {
 __attribute__((target("avx2,fma"))) static void sweep_rows_avx2(const Columns& c, ColumnTile& t, int64_t first) {
   sweep_rows(c, t, first);
 }
-__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) static void sweep_rows_avx512(
+// clang, which does not know the preference, would ignore the whole attribute.
+#ifdef __clang__
+#define WIDE ""
+#else
+#define WIDE ",prefer-vector-width=512"
+#endif
+__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq" WIDE))) static void sweep_rows_avx512(
     const Columns& c, ColumnTile& t, int64_t first) {
   sweep_rows(c, t, first);
 }
+#undef WIDE
 
 static void sweep_share(void* data) {
   const Columns& c = *(const Columns*)data;
