@@ -39,6 +39,9 @@ from llmprune.storage.formats.nm import NMLayout
 # Columns of a group where nothing else is asked for.
 GROUP = 128
 
+# Groups that are looked for in weights, the usual ones first; a row is tried after the first.
+_USUAL_GROUPS = (GROUP, None, 256, 64, 32)
+
 _HIGHEST = 127
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -223,10 +226,13 @@ def quantise(weight: Float[Tensor, "out in"], group: int = GROUP) -> Float[Tenso
 
 
 def quantised_group(weight: Float[Tensor, "out in"]) -> int | None:
-    """The columns that share a peak if a weight [out, in] is of the form that 8 bits store: 128, or all; else None."""
+    """The columns that share a peak if a weight [out, in] is of the form that 8 bits store.
+
+    They are 32, 64, 128, 256 or all; None if it is not of this form, or has other groups.
+    """
     if weight.dtype not in _DTYPES or not weight.numel() or not bool(torch.isfinite(weight).all()):
         return None
-    for group in dict.fromkeys((_fitting(GROUP, (weight.shape[0], weight.shape[1])), weight.shape[1])):
+    for group in dict.fromkeys(min(group or weight.shape[1], weight.shape[1]) for group in _USUAL_GROUPS):
         # Other weights fail in the first slab.
         if all(torch.equal(quantise(weight[rows], group), weight[rows]) for rows in _few_then_all(weight.shape[0])):
             return group

@@ -10,7 +10,7 @@ from weights import hexadecimal
 
 from llmprune.errors import FormatError, PatternError
 from llmprune.patterns import NM, Unstructured
-from llmprune.storage.formats import Int8BitmaskLayout, Int8NMLayout, fit_layout, quantise
+from llmprune.storage.formats import Int8BitmaskLayout, Int8NMLayout, fit_layout, quantise, quantised_group
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -64,6 +64,13 @@ def test_a_quantised_weight_is_found_from_its_values(dtype, group, seed, scale):
     rounding = torch.finfo(dtype)
     allowed = peaks / 254 + weight.double().abs() * 2 * rounding.eps + rounding.smallest_normal * rounding.eps
     assert bool(((quantised.double() - weight.double()).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 256, 500])
+def test_the_usual_groups_are_found(group):
+    weight = torch.randn(20, 500, generator=torch.Generator().manual_seed(group)).bfloat16()
+    assert quantised_group(quantise(weight, group)) == group
+    assert quantised_group(weight) is None
 
 
 @pytest.mark.parametrize("dtype", TYPES)
