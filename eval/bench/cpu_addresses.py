@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             **os.environ,
             "CXX": f"{compiler} {_FLAGS}",
             "LLMPRUNE_CACHE": cache,
-            "LD_PRELOAD": _sanitizer(compiler),
+            # With the exceptions of C++, or the first one that torch throws would end the process.
+            "LD_PRELOAD": f"{_library(compiler, 'libasan.so')} {_library(compiler, 'libstdc++.so.6')}",
             # Python itself keeps memory until it ends.
             "ASAN_OPTIONS": "detect_leaks=0",
         }
@@ -60,12 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(subprocess.run(command, env=environment, check=False).returncode)
 
 
-def _sanitizer(compiler: str) -> str:
-    """The library that has to be loaded before all others."""
-    command = [*compiler.split(), "-print-file-name=libasan.so"]
+def _library(compiler: str, name: str) -> str:
+    """A library that has to be loaded before all others."""
+    command = [*compiler.split(), f"-print-file-name={name}"]
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if not Path(path).is_absolute():
-        raise SystemExit(f"{compiler} has no address sanitizer: install libasan")
+        raise SystemExit(f"{compiler} has no {name}: install its address sanitizer (libasan) and C++ library")
     return path
 
 
