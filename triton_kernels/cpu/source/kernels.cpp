@@ -320,8 +320,7 @@ int llmprune_multiply(const void* const* matrices, const int64_t* bytes, int64_t
 #endif
 }
 
-// Rows [from, to) of the dense matrix, of the stored type; `from` is a multiple of 16, `to` too or the last row. `out` has
-// `out_bytes`, exactly what they take.
+// Rows [from, to) of the dense matrix, of the stored type, into exactly their bytes; `from` and `to` are multiples of 16.
 int llmprune_expand(const void* matrix, int64_t bytes, int64_t from, int64_t to, void* out, int64_t out_bytes, int level,
                     int threads) {
 #if HAVE_KERNELS
