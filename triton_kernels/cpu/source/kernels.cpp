@@ -35,6 +35,7 @@ struct Activations {
 #include "dense.h"
 #include "gram.h"
 #include "groups.h"
+#include "reading.h"
 
 typedef void (*Kernel)(const Matrix&, int64_t tile, const void* x, float* out);
 
@@ -171,21 +172,6 @@ static void multiply_share(void* data) {
     for (; tile < end && tile < before + tiles(m); tile++) multiply_tile(job, m, tile - before, offset);
     before += tiles(m), offset += m.rows;
   }
-}
-
-// ------------------------------------------------------------------------------------------------- reading memory
-struct Stream {
-  const float* from;
-  int64_t n;
-  float sums[256];  // of threads; more than that share
-};
-
-static void stream_share(void* data) {
-  Stream& s = *(Stream*)data;
-  int me;
-  const int parts = team(&me);
-  const int64_t from = s.n / 64 * me / parts * 64, to = s.n / 64 * (me + 1) / parts * 64;
-  s.sums[me % 256] = avx2::sum(s.from + from, to - from);
 }
 #endif  // HAVE_KERNELS
 
