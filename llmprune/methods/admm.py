@@ -58,7 +58,9 @@ class Alternating(ABC):
         if not pattern.zeros(shape):
             return select(weight, weight, pattern)
         values, mask = self.solve(problem, pattern)
-        return Pruned(problem.unscaled(values, mask), mask, self.damping, (self.damping,))
+        # A kept block may have dead inputs, whose weights stay.
+        values = weight.where(problem.dead & mask, problem.unscaled(values, mask)).contiguous()
+        return Pruned(values, mask, self.damping, (self.damping,))
 
     def shared_work(self, width: int) -> float:
         """One factorisation, for the scores."""
@@ -100,7 +102,7 @@ class ADMM(Alternating):
                 shifted = current + multipliers
                 if step < self.ramp:
                     share = 1 - (1 - (step + 1) / self.ramp) ** 3
-                    mask = partial(pattern, share).mask(problem.ranked(shifted))
+                    mask = partial(pattern, share).mask(shifted.square())
                 projected = shifted * mask
                 multipliers = shifted - projected
                 current = (target + projected - multipliers) @ solve
@@ -122,10 +124,10 @@ class Scaled:
     """A regression whose inputs are scaled to a unit diagonal.
 
     Attributes:
-        weight: W s, [out, in].
+        weight: W s, [out, in]; zero, and thus ranked last, where the input is dead.
         gram: G / (s s^T) plus the damping, [in, in].
         scale: s, [in], root of the diagonal of G.
-        dead: [in], True for inputs that were always zero: their weights are removed first.
+        dead: [in], True for inputs that were always zero.
     """
 
     weight: Float[Tensor, "out in"]
@@ -140,7 +142,8 @@ class Scaled:
         scale = matrix.diagonal().sqrt()
         matrix /= scale[:, None] * scale
         matrix.diagonal().add_(damping)
-        return cls(weight * scale, matrix, scale, statistics.squares == 0)
+        dead = statistics.squares == 0
+        return cls((weight * scale).masked_fill_(dead, 0), matrix, scale, dead)
 
     @property
     def target(self) -> Float[Tensor, "out in"]:
@@ -166,13 +169,9 @@ class Scaled:
                 )
             return torch.cholesky_inverse(factor)
 
-    def ranked(self, values: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """The squares by which weights are ranked; below all others where the input is dead."""
-        return values.square().masked_fill_(self.dead, -1)
-
     def unscaled(self, values: Float[Tensor, "out in"], mask: Tensor) -> Float[Tensor, "out in"]:
         """Weights for the inputs as they are; zero outside the mask."""
-        return (values / self.scale).where(mask, values.new_zeros(())).contiguous()
+        return (values / self.scale).where(mask, values.new_zeros(()))
 
 
 def partial(pattern: Pattern, share: float) -> Pattern:

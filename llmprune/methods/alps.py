@@ -56,14 +56,14 @@ class ALPS(Alternating):
     def _alternate(self, problem: Scaled, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """ADMM; returns the projection and its mask."""
         target, penalty = problem.target, self.penalty
-        mask = seen = pattern.mask(problem.ranked(problem.weight))
+        mask = seen = pattern.mask(problem.weight.square())
         projected, multipliers = problem.weight * mask, torch.zeros_like(problem.weight)
         solve = problem.inverse(penalty)
         with float32_products("ieee"):
             for step in range(1, self.iterations + 1):
                 solution = (target - multipliers + penalty * projected) @ solve
                 shifted = solution + multipliers / penalty
-                mask = pattern.mask(problem.ranked(shifted))
+                mask = pattern.mask(shifted.square())
                 projected = shifted * mask
                 multipliers += penalty * (solution - projected)
                 if step % self.every:

@@ -74,7 +74,7 @@ class Quantiser:
         """
         upper = gram.factor(self.damping).upper.to(weight.dtype)
         with float32_products("ieee"):
-            return _Columns(weight, mask, upper, self, stored).run().T.contiguous()
+            return _Columns(weight, mask, upper, gram.squares == 0, self, stored).run().T.contiguous()
 
     def work(self, shape: tuple[int, int]) -> float:
         """2 out in^2, for the matmuls of the column updates."""
@@ -94,9 +94,13 @@ class Quantiser:
 class _Columns:
     """The operands of one pass over the columns, transposed: a column of W is contiguous."""
 
-    def __init__(self, weight: Tensor, mask: Tensor, upper: Tensor, quantiser: Quantiser, stored: torch.dtype) -> None:
+    def __init__(
+        self, weight: Tensor, mask: Tensor, upper: Tensor, dead: Tensor, quantiser: Quantiser, stored: torch.dtype
+    ) -> None:
         width = weight.shape[1]
         self._quantiser, self._stored, self._upper = quantiser, stored, upper
+        # Dead inputs have a diagonal of 1, which no peak may be chosen for.
+        self._importance = upper.diagonal().square().masked_fill(dead, 0)
         self._group = min(quantiser.group or width, max(width, 1))
         self._values, self._keep = weight.T.contiguous(), mask.T.contiguous()
         self._sums = torch.zeros_like(self._values)
@@ -134,7 +138,7 @@ class _Columns:
         for start in range(0, high - low, self._group):
             group = present[start : start + self._group]
             largest, place = group.abs().max(0)
-            importance = self._upper.diagonal()[low + start : low + start + len(group)].square()
+            importance = self._importance[low + start : low + start + len(group)]
             peak = self._clipped(group, largest, importance).to(self._stored).to(present.dtype)
             peaks[start : start + self._group] = peak
             signs = group.gather(0, place[None]).sign()

@@ -43,7 +43,9 @@ class Refit:
     def __call__(self, weight: Float[Tensor, "out in"], gram: Gram, pattern: Pattern, pruned: Pruned) -> Pruned:
         """Keep the mask; start from the pruned weights."""
         matrix = damped(gram, self.damping).to(weight.dtype)
-        return replace(pruned, weight=least_squares(weight, pruned.weight, pruned.mask, matrix, self.iterations))
+        # Weights of dead inputs stay as they are: their diagonal of 1 must not decide when a row is finished.
+        target = pruned.weight.where(gram.squares == 0, weight)
+        return replace(pruned, weight=least_squares(target, pruned.weight, pruned.mask, matrix, self.iterations))
 
     def refuses(self, pattern: Pattern) -> str:
         """Every pattern will do."""

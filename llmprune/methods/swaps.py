@@ -5,6 +5,8 @@ weights that have been updated, and the restored weight gets its best value inst
 error of a row and c = G d, removing weight i and restoring weight j with the value x changes the loss d G d^T by
 
     2 v_i c_i + v_i^2 G_ii - 2 x (c_j + v_i G_ij) + x^2 G_jj,    smallest for x = (c_j + v_i G_ij) / G_jj.
+
+Weights of inputs that are always zero do nothing: removing one costs nothing, and none is restored.
 """
 
 from dataclasses import dataclass, replace
@@ -48,15 +50,18 @@ class Swaps:
     def __call__(self, weight: Float[Tensor, "out in"], gram: Gram, pattern: Pattern, pruned: Pruned) -> Pruned:
         """Swap until no row gains; the number of zeros in each row (N:M: group) stays."""
         matrix = damped(gram, self.damping).to(weight.dtype)
-        values, mask = pruned.weight.clone(), pruned.mask.clone(memory_format=torch.contiguous_format)
+        dead = gram.squares == 0
+        mask = pruned.mask.clone(memory_format=torch.contiguous_format)
+        # The diagonal of 1 that a dead input has would price its weights; without them, there is nothing to price.
+        weight, values = weight.masked_fill(dead, 0), pruned.weight.masked_fill(dead, 0)
         size = pattern.of if isinstance(pattern, NM) else None
         width = weight.shape[1]
         pairs = width * size if size else _CANDIDATES**2
         rows = max(_CHUNK_BYTES // (16 * (pairs + 8 * width)), 1)
         for start in range(0, len(weight), rows):
             part = slice(start, start + rows)
-            _improve(weight[part], values[part], mask[part], matrix, size, self.sweeps)
-        return replace(pruned, weight=values, mask=mask)
+            _improve(weight[part], values[part], mask[part], matrix, dead, size, self.sweeps)
+        return replace(pruned, weight=pruned.weight.where(dead & mask, values), mask=mask)
 
     def refuses(self, pattern: Pattern) -> str:
         """Blocks would have to be swapped as a whole."""
@@ -72,8 +77,10 @@ class Swaps:
         return matrix_workspace(shape) + 4 * shape[1] ** 2 + 2 * _CHUNK_BYTES
 
 
-def _improve(weight: Tensor, values: Tensor, mask: Tensor, gram: Tensor, size: int | None, sweeps: int) -> None:
-    """Swap in these rows, in place."""
+def _improve(
+    weight: Tensor, values: Tensor, mask: Tensor, gram: Tensor, dead: Tensor, size: int | None, sweeps: int
+) -> None:
+    """Swap in these rows, in place; weights of dead inputs are zero in both."""
     with float32_products("ieee"):
         slopes = (weight - values) @ gram
     diagonal = gram.diagonal()
@@ -81,7 +88,7 @@ def _improve(weight: Tensor, values: Tensor, mask: Tensor, gram: Tensor, size: i
     for _ in range(sweeps):
         present, slope, kept = values[active], slopes[active], mask[active]
         costs = (2 * present * slope + present.square() * diagonal).masked_fill(~kept, torch.inf)
-        gains = (-slope.square() / diagonal).masked_fill(kept, torch.inf)
+        gains = (-slope.square() / diagonal).masked_fill(kept | dead, torch.inf)
         change, out, back = _best_pairs(costs, gains, present, slope, gram, size)
         loss = ((weight[active] - present) * slope).sum(1)
         better = change < -_LEAST_GAIN * loss

@@ -66,6 +66,28 @@ def test_no_swap_is_left_that_would_gain() -> None:
             assert (row - tried) @ products @ (row - tried) >= error * (1 - 1e-4)
 
 
+@pytest.mark.parametrize("text", ["0.5/row", "2:4"])
+@pytest.mark.parametrize("steps", [("swaps",), ("swaps", "refit")], ids="+".join)
+def test_dead_inputs_keep_and_get_no_weight_at_any_scale(steps: tuple[str, ...], text: str) -> None:
+    """A magnitude mask keeps large weights of dead inputs, which are removed at no cost for others."""
+    weight, _, inputs = case()
+    inputs[:, ::3] = 0
+    weight[:, ::6] *= 3
+    found = []
+    for scale in (1.0, 2.0**-12):
+        gram = Gram.empty(48)
+        gram.update(inputs * scale)
+        found.append(chain(*steps, method=Magnitude)(weight, gram, parse(text)))
+        added = found[-1].mask & ~Magnitude()(weight, None, parse(text).compared("matrix")).mask
+        assert not added[:, ::3].any()
+        assert not (found[-1].weight[:, ::3] != weight[:, ::3])[found[-1].mask[:, ::3]].any()
+        assert added.any()
+        if text != "2:4":
+            assert not found[-1].mask[:, ::3].any()
+    assert torch.equal(found[0].mask, found[1].mask)
+    assert torch.equal(found[0].weight, found[1].weight)
+
+
 @pytest.mark.parametrize("text", ["0.5", "2:4", "0.5@8x8", "0.9"])
 def test_a_refit_reaches_least_squares(text: str) -> None:
     weight, gram, inputs = case()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmprune import methods
 from llmprune.errors import NumericsError, PatternError
+from llmprune.losses import relative_loss
 from llmprune.methods import Chain, Method, Pruned, Random, Refit, SparseGPT, gradient_kind, with_gradient
 from llmprune.patterns import Block, Pattern, parse
 from llmprune.statistics import ColumnNorm, Gram
@@ -217,6 +218,28 @@ def test_dead_inputs_go_first(name: str, text: str) -> None:
     pruned = prune(name, weight, inputs, text)
     check(pruned, weight, name, text)
     assert not pruned.mask[:, dead].any()
+
+
+@pairs([n for n in CALIBRATED if n not in ("wanda", "ria")], ["0.5@8x8", "0.5@16x16", "0.5@8x8/row"])
+def test_dead_inputs_do_not_decide_which_blocks_go(name: str, text: str) -> None:
+    """Weak inputs on the right, and as many dead ones everywhere but in the strongest columns, which have more."""
+    weight = 0.02 * torch.randn(48, 96, generator=torch.Generator().manual_seed(0))
+    inputs = 0.2 * torch.randn(1000, 96, generator=torch.Generator().manual_seed(1))
+    inputs[:, 48:] *= 0.2
+    inputs[:, [*range(0, 48, 4), *range(48, 96, 16)]] = 0
+    pruned = prune(name, weight, inputs, text)
+    assert not pruned.mask[:, 48:].any()
+    assert relative_loss(weight, pruned.weight, collect(METHODS[name](), inputs)) < 0.05
+
+
+@pairs(CALIBRATED, ["0.5", "0.6/row", "2:4", "0.5@8x8"])
+def test_the_scale_of_the_inputs_changes_nothing(name: str, text: str) -> None:
+    """Not a bit, for a power of two; nor beside dead inputs, whose diagonal no scale changes."""
+    weight, inputs = weight_of(), correlated_inputs(200, SHAPE[1])
+    inputs[:, [0, 5, 6, 17, 30, 47]] = 0
+    one, other = (prune(name, weight, inputs * scale, text) for scale in (1, 2**-12))
+    assert torch.equal(one.mask, other.mask)
+    assert torch.equal(one.weight, other.weight)
 
 
 @pytest.mark.parametrize("tokens", [0, 200])

@@ -107,3 +107,16 @@ def test_inputs_are_not_changed():
 def test_groups_without_columns_are_refused():
     with pytest.raises(RecipeError, match="quantise"):
         Quantiser(group=0)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 128), (4, None), (8, 20)])
+def test_the_scale_of_the_inputs_changes_nothing_beside_dead_ones(bits, group):
+    weight, _ = problem()
+    inputs = torch.randn(600, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    inputs[:, ::5] = 0
+    results = []
+    for scale in (1.0, 2.0**-12):
+        gram = Gram.empty(weight.shape[1])
+        gram.update(inputs * scale)
+        results.append(Quantiser(bits, group)(weight, torch.ones_like(weight, dtype=torch.bool), gram, torch.float32))
+    assert torch.equal(*results)
