@@ -12,10 +12,13 @@ All top-k selection of the project happens here: the count is exact, and among t
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
 import math
+import operator
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
@@ -264,11 +267,15 @@ def keep_highest(scores: Shaped[Tensor, "groups n"], count: int) -> Bool[Tensor,
         return torch.ones_like(scores, dtype=torch.bool)
     if count >= scores.shape[-1]:
         return torch.zeros_like(scores, dtype=torch.bool)
+    scores = _comparable(scores)
     threshold = _kth_smallest(scores, count)
-    keep = _above(scores, threshold)
+    keep = _compare(operator.gt, scores, threshold)
     missing = scores.shape[-1] - count - _count_each(keep)
-    for group in missing.nonzero().view(-1).tolist():
-        _keep_last(keep[group], scores[group] == threshold[group], int(missing[group]))
+    if len(keep) == 1:
+        if int(missing):
+            _keep_last(keep[0], _compare(operator.eq, scores[0], threshold[0]), int(missing))
+    elif len(groups := missing.nonzero().view(-1)):
+        keep[groups] |= _last_tied(_compare(operator.eq, scores, threshold)[groups], missing[groups])
     return keep
 
 
@@ -302,6 +309,7 @@ def _keep_highest_of_all(scores: Tensor, count: int) -> Tensor:
     if not 0 < count < scores.numel():
         return keep_highest(scores, count)
     _refuse_nan(scores)
+    scores = _comparable(scores)
     threshold = _kth_smallest(scores.mT.reshape(1, -1), count)
     keep = scores > threshold
     if missing := scores.numel() - count - int(keep.count_nonzero()):
@@ -315,18 +323,34 @@ def _keep_last(keep: Tensor, tied: Tensor, count: int) -> None:
     keep[places[len(places) - count :].unbind(1)] = True
 
 
-def _above(scores: Tensor, threshold: Tensor) -> Tensor:
-    """Whether each score is above its threshold; numpy compares ten times as fast on a CPU."""
-    if _is_for_numpy(scores):
-        return torch.from_numpy(_greater(scores, threshold))
-    return scores > threshold
+def _last_tied(tied: Tensor, counts: Tensor) -> Tensor:
+    """Of the tied scores of each group, the last so many: those that fewer than that follow."""
+    if tied.is_cpu:
+        place = torch.from_numpy(np.cumsum(tied.numpy(), axis=-1, dtype=np.int32))  # torch takes five times as long
+    else:
+        place = tied.cumsum(-1, dtype=torch.int32)
+    return tied.logical_and_(place > (place[:, -1] - counts).int()[:, None])
+
+
+def _comparable(scores: Tensor) -> Tensor:
+    """The scores in a dtype that numpy knows, if they are on a CPU; 16-bit floats become wider, in the same order."""
+    return scores.float() if scores.is_cpu and scores.dtype in (torch.bfloat16, torch.float16) else scores
+
+
+def _compare(relation: Callable[..., Any], scores: Tensor, threshold: Tensor) -> Tensor:
+    """Compare each score with its threshold; numpy does so ten times as fast on a CPU."""
+    if scores.is_cpu:
+        return torch.from_numpy(relation(scores.detach().numpy(), threshold.numpy()))
+    return relation(scores, threshold)
 
 
 def _count_each(mask: Tensor) -> Tensor:
     """How many are True in each group; torch would add them up one by one."""
-    if mask.device.type != "cpu":
+    if not mask.is_cpu:
         return mask.sum(-1)
-    return torch.from_numpy(_count_nonzero(mask))
+    if len(mask) == 1:  # far faster than along an axis
+        return torch.tensor([np.count_nonzero(mask.numpy())])
+    return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=-1))
 
 
 def _refuse_nan(scores: Tensor) -> None:
@@ -337,34 +361,10 @@ def _refuse_nan(scores: Tensor) -> None:
 
 def _kth_smallest(scores: Tensor, count: int) -> Tensor:
     """The `count`-th smallest of each row as [groups, 1]; numpy's vectorised selection is far faster on a CPU."""
-    if _is_for_numpy(scores):
-        part = torch.from_numpy(_partition(scores, count - 1))
+    if scores.is_cpu:
+        part = torch.from_numpy(np.partition(scores.detach().numpy(), count - 1, axis=-1))
         return part[:, count - 1 : count].clone()
     return torch.kthvalue(scores, count, dim=-1, keepdim=True).values
-
-
-def _is_for_numpy(scores: Tensor) -> bool:
-    return scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64)
-
-
-def _partition(scores: Tensor, position: int):  # type: ignore[no-untyped-def]
-    import numpy as np
-
-    return np.partition(scores.detach().numpy(), position, axis=-1)
-
-
-def _greater(scores: Tensor, threshold: Tensor):  # type: ignore[no-untyped-def]
-    import numpy as np
-
-    return np.greater(scores.detach().numpy(), threshold.numpy())
-
-
-def _count_nonzero(mask: Tensor):  # type: ignore[no-untyped-def]
-    import numpy as np
-
-    if mask.shape[0] == 1:  # far faster than along an axis
-        return np.array([np.count_nonzero(mask.numpy())])
-    return np.count_nonzero(mask.numpy(), axis=-1)
 
 
 def _keep_in_groups(groups: Tensor, keep: int) -> Tensor:

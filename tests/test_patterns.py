@@ -188,6 +188,17 @@ def test_keep_highest_equals_the_sorting_reference(rows: int, columns: int, data
     assert keep_highest(scores, count).tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_ties_in_many_groups_take_no_loop_over_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The group-wise path, which is for one group, is never entered; some groups have no ties, one nothing else."""
+    scores = tied_scores((40, 120), values=30).to(dtype)
+    scores[3], scores[5], scores[7, 50:] = torch.arange(120), 1.0, -3.0
+    monkeypatch.setattr("llmprune.patterns._keep_last", None)
+    for count in (1, 37, 60, 119):
+        expected = slow_mask(scores.float().numpy(), Unstructured(count / 120, "row"))
+        assert keep_highest(scores, count).tolist() == expected.tolist()
+
+
 TIES = [
     ("0.5/row", [[0, 0, 1, 1], [0, 0, 1, 1]]),
     ("0.5/matrix", [[0, 0, 0, 0], [1, 1, 1, 1]]),
