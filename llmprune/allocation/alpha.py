@@ -18,9 +18,15 @@ def hill(eigenvalues: Tensor) -> float:
     The tail begins at l_min, the left edge of the fullest of 100 bins of log10 l.
 
     Args:
-        eigenvalues: of W^T W, any order; zeros are left out. At least one is positive.
+        eigenvalues: of W^T W, any order; zeros are left out.
+
+    Returns:
+        Infinite if no eigenvalue is positive, or all that are positive are equal.
     """
     values = eigenvalues.double()
+    values = values[values > 0]
+    if not len(values):
+        return math.inf
     values = values[values > _LEAST * values.max()]
     logs = values.log()
     low, high = float(logs.min()), float(logs.max())

@@ -56,6 +56,8 @@ def test_the_hill_estimate_against_a_plain_reference() -> None:
     # Eigenvalues that are zero but for rounding do not belong to the spectrum.
     assert hill(torch.from_numpy(np.append(values, [0.0, 1e-14]))) == pytest.approx(expected, rel=1e-9)
     assert hill(torch.ones(3)) == math.inf
+    # A matrix of zeros, as rounding may leave them, and one without any eigenvalue.
+    assert hill(torch.zeros(3)) == hill(torch.tensor([0.0, -1e-30])) == hill(torch.empty(0)) == math.inf
 
 
 def test_a_heavier_tail_has_a_smaller_exponent() -> None:
