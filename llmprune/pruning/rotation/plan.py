@@ -38,8 +38,8 @@ class RotationPlan:
         memory_bytes: the largest layer or the embeddings and the LM head, with a layer's Grams and what is kept of the
             terms; without activations.
         disk_bytes: of the rotated checkpoint.
-        step_operations: floating-point operations of a step.
-        seconds: of all steps, a lower bound: matmuls only.
+        step_operations: floating-point operations of a step's products with R.
+        seconds: of all steps and the one before them, a lower bound: products with R only.
     """
 
     model: str
@@ -93,15 +93,16 @@ def _planned(model: str, rotatable: Rotatable, text: TextSpec, job: RotationJob)
     source, residual, device = rotatable.source, rotatable.residual, job.settings.device
     learned = job.options.kind == "learned"
     size = residual.size
-    elements, inverses, grams = _terms(rotatable)
+    elements, inverses, grams, readers = _terms(rotatable)
     term_bytes = 4 * (elements + inverses) if learned else 0
     resident = min(term_bytes, job.settings.activation_budget)
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in source.layers)
     # R and its gradients, factorisation and moments.
     search = resident + 4 * (8 * size * size + 6 * layer) if learned else 0
     statistics = 4 * (layer + grams) + resident if learned else 0
-    # Forward, and twice as much backward.
-    operations = 6.0 * size * elements if learned else 0.0
+    # One product of every weight with R and of every reader's inverse Gram matrix, and one for the gradient of R: none
+    # has a gradient of its own.
+    operations = 4.0 * size * (elements + readers * size**2) if learned else 0.0
     rate = measure_rates(device, torch.float32).solve if learned else 1.0
     return RotationPlan(
         model,
@@ -117,14 +118,15 @@ def _planned(model: str, rotatable: Rotatable, text: TextSpec, job: RotationJob)
         max(ends_bytes(source) + rotatable.untied_bytes, 3 * 4 * layer, search, statistics),
         rotatable.nbytes,
         operations,
-        job.options.steps * operations / rate,
+        (job.options.steps + 1) * operations / rate,
     )
 
 
-def _terms(rotatable: Rotatable) -> tuple[int, int, int]:
-    """Elements of all weights in the loss, of all inverses, and of the largest layer's Gram matrices."""
+def _terms(rotatable: Rotatable) -> tuple[int, int, int, int]:
+    """Elements of all weights in the loss, of all inverses, and of the largest layer's Gram matrices; the readers."""
     source, residual = rotatable.source, rotatable.residual
     elements = inverses = largest = 0
+    readers: set[str] = set()
     for index, layer in enumerate(source.layers):
         prefix = source.layer_name(index)
         norms = sum(gain.startswith(f"{prefix}.") for gain in residual.norms)
@@ -135,11 +137,13 @@ def _terms(rotatable: Rotatable) -> tuple[int, int, int]:
             if name not in residual.places:
                 continue
             elements += matrix.shape[0] * matrix.shape[1]
-            if name not in residual.folds:
+            if name in residual.folds:
+                readers.add(name)
+            else:
                 own += matrix.shape[1] ** 2
                 values = residual.values.get(index)
                 inverses += matrix.shape[1] * (
                     values.rows.shape[1] if values is not None and values.consumer == matrix.parameter else 1
                 )
         largest = max(largest, own)
-    return elements, inverses, largest
+    return elements, inverses, largest, len(readers)

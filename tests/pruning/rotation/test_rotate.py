@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import build, marked, random_ids, recipe, save
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from llmprune import TextSpec, dry_run, prune, rotate
@@ -18,10 +19,13 @@ from llmprune.pruning.rotation import check
 from llmprune.pruning.rotation import rotate as rotating
 from llmprune.pruning.rotation.plan import plan_rotation
 from llmprune.pruning.rotation.report import load_rotation_report
+from llmprune.pruning.rotation.rotate import RotationJob, open_rotatable, read_options
+from llmprune.pruning.rotation.terms import Terms
+from llmprune.rotation.search import learn
 from llmprune.storage.files import read_index
 from llmprune.storage.folders import STAGING_NAME
 from llmprune.stream.guard import MemoryGuard
-from llmprune.stream.stream import StreamSettings
+from llmprune.stream.stream import Stream, StreamSettings
 
 TEXT = TextSpec("self", samples=4, length=24)
 
@@ -162,8 +166,19 @@ def test_the_plan_is_what_is_written(tmp_path: Path) -> None:
     assert plan.disk_bytes == sum(stored.nbytes for stored in read_index(tmp_path / "rotated").values())
     assert plan.untied_bytes == report.untied_bytes == 128 * 32 * 4
     assert (plan.rotated_values, plan.layers, plan.tokens) == (3, 3, 4 * 24)
-    assert plan.step_operations > 0
     assert plan_rotation(folder, {"kind": "random", "untie": True}, TEXT).term_bytes == 0
+
+
+def test_the_planned_operations_are_a_lower_bound_of_a_steps(dense: Path) -> None:
+    """Counted by torch in the loss before the first step and its gradient; rotations of values are left out."""
+    plan = plan_rotation(dense, {"steps": 1}, TEXT)
+    job = RotationJob(read_options({"steps": 1}), StreamSettings(), MemoryGuard(StreamSettings()))
+    found = open_rotatable(dense, job)
+    terms = Terms(found.residual, Stream(found.source, random_ids(4, 24), job.settings), job.watch)
+    with FlopCounterMode(display=False) as counter:
+        learn(plan.hidden_size, found.residual.head_sizes, plan.layers, terms.loss, steps=0)
+    assert 0.9 * counter.get_total_flops() < plan.step_operations <= counter.get_total_flops()
+    assert plan.seconds > 0
 
 
 def test_a_recipe_rotates_and_then_prunes(dense: Path, tmp_path: Path) -> None:
