@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ def solve_in_turn(
         NumericsError: as for `solve_layer`.
     """
     rows: list[MatrixRow] = []
-    for names in _turns(layer, layer.observe(dict.fromkeys(jobs), batches=1)):
+    for names in turns(layer, layer.observe(dict.fromkeys(jobs), batches=1)):
         step(f"statistics of {', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
         needs = {name: jobs[name].needs for name in names}
         paired = None if dense is None else dense(names)
@@ -117,7 +117,7 @@ def solve_in_turn(
     return rows
 
 
-def _turns(layer: ResidentLayer, groups: list[Group]) -> list[list[str]]:
+def turns(layer: ResidentLayer, groups: Sequence[Group]) -> list[list[str]]:
     """The matrices of each turn: those that share an input, and the same matrix of all experts."""
     turns: dict[str, list[str]] = {}
     for group in groups:

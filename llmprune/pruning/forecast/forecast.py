@@ -1,16 +1,8 @@
 """What a run would do and need, without running it: the plan, its arithmetic, its memory and its disk space.
 
 The checkpoint's structure determines what happens to each matrix. One layer of every kind is loaded and run on a few
-random tokens, which shows which matrices share an input and what fraction of the tokens each expert receives. Only
-matmuls are counted:
-
-    forward   2 x elements x tokens for each matrix of a layer, in two forward passes: to observe the layer, to advance
-    Gram      2 x tokens x d^2 for each group of width d; twice that with corrected targets, which take two more
-              forward passes
-    solve     as the methods state (`Method.work`, `Method.shared_work`): for SparseGPT d^3 / 3 for each group's
-              factorisation, and 2 x out x d^2 for each matrix
-    matching  if layers are fitted as a whole: 6 x elements x training tokens for each epoch, 2 x elements x validation
-              tokens for each and once before, and one more forward pass of the dense layer
+random tokens, which shows which matrices share an input and what fraction of the tokens each expert receives. What is
+counted is said in `llmprune.pruning.forecast.work`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from llmprune.devices import describe_device, resolve_device
 from llmprune.measuring.answers import too_large
-from llmprune.methods.correction import correction_work
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.models.decoder import prunable_matrices
 from llmprune.models.sizes import ends_bytes
@@ -34,7 +25,7 @@ from llmprune.progress import Progress, Watcher, counted, ignore
 from llmprune.pruning.allocating.allocate import require_allocatable
 from llmprune.pruning.allocating.cost import allocation_notes
 from llmprune.pruning.context import Run
-from llmprune.pruning.fitting import find_parts, repeated_share
+from llmprune.pruning.fitting import find_parts
 from llmprune.pruning.forecast.around import measure_around
 from llmprune.pruning.forecast.backward import BackwardPlan, plan_backward
 from llmprune.pruning.forecast.memory import (
@@ -43,23 +34,20 @@ from llmprune.pruning.forecast.memory import (
     matching_memory,
     replacing_memory,
 )
-from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan, Work
+from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, MemoryPlan
 from llmprune.pruning.forecast.rates import measure_rates
+from llmprune.pruning.forecast.work import WorkCounter
 from llmprune.pruning.jobs import Job, plan_jobs, require_packable
 from llmprune.pruning.rotation.rotating import Rotating
 from llmprune.recipe.recipe import Recipe, load_recipe
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.statistics import ColumnNorm
 from llmprune.storage.hub import resolve_model
 from llmprune.stream.observation import Group
 from llmprune.stream.resident import ResidentLayer
 from llmprune.stream.stream import Stream, StreamSettings
 from llmprune.structures.plan import (
     consumer_shapes,
-    kept_share,
-    observations,
     plan_structures,
-    removal_work,
-    replacing_work,
     structure_notes,
 )
 from llmprune.structures.reduction import Reduction
@@ -172,12 +160,12 @@ class _Look:
         self._stream = Stream(source, ids, StreamSettings(device, _SAMPLES))
         self._stream.capture()
         self._seen = ids.numel()
-        self._backward = 0
         self._parts = find_parts(source, recipe.reconstruct)
+        self._counter = WorkCounter(recipe, reduction, self._parts, max(self._batches) * self._length)
 
     def set_backward(self, plan: BackwardPlan) -> None:
         """Count the passes over the layers before the first one is pruned."""
-        self._backward = plan.passes
+        self._counter.backward = plan.passes
 
     @property
     def hidden_bytes(self) -> int:
@@ -216,7 +204,7 @@ class _Look:
             left = self._left(layer)
             found = None if self._reduction is None else self._reduction.found
             replacing = replacing_memory(layer, found, self._recipe.reconstruct, memory, batch_tokens)
-            work = self._work(layer, groups, jobs[index], left)
+            work = self._counter.count(layer, groups, jobs[index], left, self._shares(layer, groups))
         finally:
             self._source.free_layer(index)
         prefix = layer.name + "."
@@ -230,65 +218,6 @@ class _Look:
         if self._reduction is None:
             return {name: matrix.shape for name, matrix in layer.matrices.items()}
         return {m.name: m.shape for m in prunable_matrices(self._reduction.result.layers[layer.index], layer.name)}
-
-    def _work(
-        self,
-        layer: ResidentLayer,
-        groups: Sequence[Group],
-        jobs: Mapping[str, Job],
-        left: Mapping[str, tuple[int, int]],
-    ) -> Work:
-        shares = self._shares(layer, groups)
-        counted = self._recipe.calibration.sequences * self._length
-        products = factors = solving = 0.0
-        for group in groups:
-            width = left[group.names[0]][1]
-            if isinstance(group.statistics, Gram):
-                corrected = self._corrects(layer, group)
-                products += (1 + corrected) * 2 * counted * shares[group.names[0]] * width**2
-                solving += corrected * sum(correction_work(left[name]) for name in group.names)
-            # Matrices with one input share its factorisation; the most expensive one is counted.
-            factors += max(jobs[name].shared_work(width) for name in group.names)
-        solving += sum(job.work(left[name]) for name, job in jobs.items())
-        # Statistics once more, of the layer as it has been fitted.
-        late = any(job.quantiser is not None and job.late for job in jobs.values())
-        products, factors = products * (1 + late), factors * (1 + late)
-        elements = sum(shares[name] * rows * columns for name, (rows, columns) in left.items())
-        forward = (1 + bool(jobs) + late + self._compared(jobs)) * elements + self._backward * elements
-        if self._reduction is not None:
-            dense = sum(shares[name] * m.shape[0] * m.shape[1] for name, m in layer.matrices.items())
-            forward += observations(self._reduction.found, layer.index) * dense
-            gram, solve = removal_work(self._reduction.found, layer.index, counted)
-            products, factors = products + gram, factors + solve
-            passes, gram, solve = replacing_work(self._reduction.found, self.tokens, counted)
-            forward, products, factors = forward + passes * dense, products + gram, factors + solve
-        return Work(2 * forward * self.tokens, products, factors + solving, self._matching(layer, shares, elements))
-
-    def _corrects(self, layer: ResidentLayer, group: Group) -> bool:
-        """Whether the inputs of a group are compared with the dense model's."""
-        return self._recipe.statistics.alpha > 0 and not layer.matrices[group.names[0]].routed
-
-    def _compared(self, jobs: Mapping[str, Job]) -> int:
-        """Forward passes of the dense layer for that: to observe it, and to advance, unless block matching does."""
-        if not self._recipe.statistics.alpha:
-            return 0
-        options = self._recipe.reconstruct
-        return bool(jobs) + (options is None or options.target == "local")
-
-    def _matching(self, layer: ResidentLayer, shares: Mapping[str, float], elements: float) -> float:
-        """Operations of fitting the layer, with this many elements left for each token, in all epochs.
-
-        Which layers are removed is not known yet: each counts for as much of itself as is kept on average.
-        """
-        options = self._recipe.reconstruct
-        if options is None:
-            return 0.0
-        training, validation = (n * self._length for n in (self._recipe.calibration.sequences, self._recipe.held_back))
-        dense = sum(shares[name] * m.shape[0] * m.shape[1] for name, m in layer.matrices.items())
-        validated = 2 * elements * validation * (options.epochs + 1)
-        kept = 1.0 if self._reduction is None else kept_share(self._reduction.found)
-        again = 1 + repeated_share(layer, None if self._parts is None else self._parts[layer.index])
-        return again * (kept * (6 * elements * training * options.epochs + validated) + 2 * dense * self.tokens)
 
     def _shares(self, layer: ResidentLayer, groups: Sequence[Group]) -> dict[str, float]:
         """The fraction of the tokens that each matrix receives: 1, except for experts."""

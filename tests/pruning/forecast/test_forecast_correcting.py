@@ -1,15 +1,18 @@
-"""What the dry run says about corrected targets."""
+"""What the dry run says about options of the statistics: corrected targets, the order in a layer, weights."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import build, recipe, save
+from torch.utils.flop_counter import FlopCounterMode
 
 from llmprune import dry_run, prune
 from llmprune.methods.correction import correction_bytes
 from llmprune.pruning.forecast.forecast import measure_rates
 from llmprune.pruning.forecast.plan import Around, Work
+from llmprune.pruning.layers import LayerDriver, PrunedLayers
 
 SAMPLES, HELD_BACK, LENGTH = 6, 2, 24
 ATTENTION, MLP = 2 * 32 * 32 + 2 * 16 * 32, 3 * 32 * 48
@@ -59,7 +62,8 @@ def test_what_comes_on_top_in_memory(llama: Path) -> None:
 def test_what_comes_on_top_in_operations(llama: Path) -> None:
     plain, corrected = (dry_run(llama, correcting(alpha)).work for alpha in (0.0, 0.5))
     tokens = (SAMPLES + HELD_BACK) * LENGTH
-    assert corrected.forward - plain.forward == 2 * 2 * 2 * (ATTENTION + MLP) * tokens
+    # To observe the dense layers, without held-back rows, and to advance.
+    assert corrected.forward - plain.forward == 2 * 2 * (ATTENTION + MLP) * (tokens + SAMPLES * LENGTH)
     assert corrected.gram == 2 * plain.gram
     targets = 4 * (ATTENTION * 32 + (MLP // 3) * (2 * 32 + 48))
     assert corrected.solve - plain.solve == 2 * targets
@@ -73,3 +77,56 @@ def test_every_set_of_hidden_states_is_counted(llama: Path, target: str | None, 
         plan = dry_run(llama, correcting(reconstruct=fitted, activation_budget=budget))
         assert plan.memory.hidden_states == sets * min(whole, budget)
         assert plan.spilled_bytes == sets * (whole - min(whole, budget))
+
+
+def test_what_the_order_within_a_layer_takes_is_what_torch_counts(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run in turn and one at once, which differ in nothing but forward passes; with the dense layer's beside."""
+    drive, counter = LayerDriver.drive, FlopCounterMode(display=False)
+
+    def count(driver: LayerDriver) -> PrunedLayers:
+        with counter:
+            return drive(driver)
+
+    monkeypatch.setattr(LayerDriver, "drive", count)
+    planned, counted = [], []
+    for sequential in (False, True):
+        settings = correcting(batch_size=4, statistics={"alpha": 0.5, "sequential": sequential})
+        planned.append(dry_run(llama, settings).work)
+        prune(llama, settings, tmp_path / str(sequential))
+        operations = counter.get_flop_counts()["Global"]
+        counted.append(sum(operations.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm)))
+    once, turns = planned
+    # At once, the forecast counts the last product, before which passes end after their first batch of four.
+    last = 2 * 2 * (MLP // 3) * ((SAMPLES + HELD_BACK - 4) + (SAMPLES - 4)) * LENGTH
+    assert turns.forward - (once.forward - last) == pytest.approx(counted[1] - counted[0], rel=1e-3)
+    assert (turns.gram, turns.solve) == (once.gram, once.solve)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_weights_by_the_loss_take_a_second_gram(llama: Path, alpha: float) -> None:
+    plain, weighted = (
+        dry_run(llama, correcting(statistics={"alpha": alpha, "loss_weight": kind})) for kind in ("none", "tokens")
+    )
+    assert weighted.work.gram == 2 * plain.work.gram
+    assert weighted.seconds.gram == 2 * plain.seconds.gram
+
+
+def test_quantising_after_a_fit_takes_plain_products_once_more(llama: Path) -> None:
+    extra = {"quantise": {"bits": 8}, "reconstruct": {"epochs": 1}}
+    plain, whole = (
+        dry_run(llama, correcting(statistics={"alpha": 0.5, "loss_weight": "tokens"}, **more)).work.gram
+        for more in ({}, extra)
+    )
+    assert whole == plain * 5 / 4
+
+
+def test_experts_have_only_plain_products(tmp_path: Path) -> None:
+    """They read other tokens in both models, and in an order of their own."""
+    source = save(build("mixtral"), tmp_path / "dense")
+    plain, weighted = (
+        dry_run(source, correcting(0.0, include=["*experts*"], statistics={"loss_weight": kind})).work.gram
+        for kind in ("none", "tokens")
+    )
+    assert weighted == plain > 0
