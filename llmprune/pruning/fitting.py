@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 
+import torch
+
 from llmprune.errors import RecipeError
 from llmprune.models.decoder import Decoder
 from llmprune.models.source import Source
@@ -12,7 +14,7 @@ from llmprune.pruning.targets import Targets
 from llmprune.recipe.reconstruct import Reconstruct
 from llmprune.storage.report import MatchRow
 from llmprune.stream.activations import HiddenStates
-from llmprune.stream.matching import match_layer
+from llmprune.stream.matching import layer_error, match_layer, trained_parameters
 from llmprune.stream.resident import ResidentLayer
 from llmprune.stream.stream import Stream
 from llmprune.structures.find.subblocks import PARTS, SubBlocks, find_subblocks, without
@@ -68,15 +70,31 @@ class Fitting:
             states: as `prepare` returned them.
             names: its matrices that may be trained.
             tell: told about each epoch.
+
+        Returns:
+            A row for each part; none leaves the layer as a whole worse than it was, or both are undone.
         """
         if self._blocks is None:
             return [self._match(layer, states, names, tell)]
         modules = attention_names(self._blocks[layer.index])
         assert self._between is not None, "targets are prepared before a layer is pruned"
         halfway, self._between = (states[0], self._between), None
+        solved = {
+            parameter: parameter.detach().clone()
+            for _, parameter in trained_parameters(layer, names, self._options.train)
+        }
+        start, before = time.perf_counter(), layer_error(layer, *states)
+        measuring = time.perf_counter() - start
         with self._without_mlp(layer):
             first = self._match(layer, halfway, names, tell, lambda name: name.startswith(modules))
         rest = self._match(layer, states, names, tell, lambda name: not name.startswith(modules))
+        rest = replace(rest, before=before, seconds=rest.seconds + measuring)
+        if rest.after > before:
+            # A better attention can be worse together with the MLP that it was fitted without.
+            with torch.no_grad():
+                for parameter, values in solved.items():
+                    parameter.copy_(values)
+            first, rest = (replace(row, after=row.before, best=0) for row in (first, rest))
         return [replace(first, part="attention"), rest]
 
     def _without_mlp(self, layer: ResidentLayer) -> AbstractContextManager[None]:

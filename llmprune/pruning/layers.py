@@ -177,7 +177,8 @@ class LayerDriver:
         if dense is not None:
             tell("dense outputs")
             states, dense = self._prepare(dense, after), None
-        if self._fitting is not None and states is not None:
+        # What is excluded as a whole stays as it is, down to its norms.
+        if self._fitting is not None and states is not None and fitted:
             matches += self._fitting.match(layer, states, fitted, tell)
             # A trained weight may round to zero.
             rows = [replace(row, zeros=layer.count_zeros(row.name)) for row in rows]

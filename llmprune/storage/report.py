@@ -133,7 +133,8 @@ class MatchRow:
         layer: dotted name of the decoder layer.
         target: what it was fitted to, as in the recipe: dense, local or corrected. "linear": a map of its MLP's output,
             fitted to the outputs of the removed layers after it; "merge": those layers were merged into it.
-        before: mean over the tokens of the validation sequences of ||f(h) - T||^2 / ||T||^2, before.
+        before: mean over the tokens of the validation sequences of ||f(h) - T||^2 / ||T||^2, before; of a layer whose
+            attention was fitted first, before that.
         after: the same afterwards; never higher.
         epochs: epochs that were run.
         best: the epoch that was kept; 0: the layer stays as it was.

@@ -5,17 +5,20 @@ trained together by Adam on the layer's output, through its non-linearities (the
 lunch in LLM compression"). The error of a token is divided by the size of its target: plain squares serve the few
 tokens whose activations are hundreds of times larger than all others (Sun et al. 2024, arXiv 2402.17762). Validation
 sequences decide: the best epoch is kept, and the layer stays as it was if none is better.
+
+A layer in float16 is fitted in float32: gradients of an error that is divided by the size of its target and by the
+number of tokens are mostly smaller than the smallest float16.
 """
 
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from llmprune.errors import NumericsError
 from llmprune.stream.activations import HiddenStates
@@ -88,12 +91,24 @@ def match_layer(
     Raises:
         NumericsError: the loss is not finite.
     """
-    fit = _Fit(layer, inputs, targets, options)
     with layer.stream.stages("match"):
         masters = _masters(layer, pruned, options.train, among)
+        fit = _Fit(layer, inputs, targets, options, _widened(layer, masters))
         error = fit.validate(masters)
         # Layers before the first change have nothing to make up for.
         return fit.run(masters, error, watch) if masters and error else Matched(error, error, 0, 0)
+
+
+def layer_error(layer: ResidentLayer, inputs: HiddenStates, targets: HiddenStates) -> float:
+    """The mean relative squared error of a token on the validation sequences, of a resident layer as it is.
+
+    Args:
+        layer: the layer.
+        inputs: as for `match_layer`.
+        targets: likewise.
+    """
+    with layer.stream.stages("match"):
+        return _Fit(layer, inputs, targets, Matching(), _widened(layer, ())).validate({})
 
 
 @dataclass(slots=True)
@@ -114,8 +129,16 @@ class _Master:
 class _Fit:
     """Trains one layer."""
 
-    def __init__(self, layer: ResidentLayer, inputs: HiddenStates, targets: HiddenStates, options: Matching) -> None:
+    def __init__(
+        self,
+        layer: ResidentLayer,
+        inputs: HiddenStates,
+        targets: HiddenStates,
+        options: Matching,
+        widened: dict[str, Tensor] | None,
+    ) -> None:
         self._layer, self._inputs, self._targets, self._options = layer, inputs, targets, options
+        self._widened = widened
         self._ranks = layer.stream.settings.ranks
         self._training = list(range(layer.stream.statistics_batches))
 
@@ -198,6 +221,9 @@ class _Fit:
         args, kwargs = stream.calls.get(self._layer.index, batch)
         hidden, target = (states[batch].to(stream.settings.device) for states in (self._inputs, self._targets))
         parameters = {name: master.rounded().to(master.dtype) for name, master in masters.items()}
+        if self._widened is not None:
+            hidden, args, kwargs = tree_map(_wider, (hidden, args, kwargs))
+            parameters = {**self._widened, **parameters}
         output = tree_leaves(functional_call(self._layer.module, parameters, (hidden, *args), kwargs))[0]
         target = target.float()
         size = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
@@ -223,8 +249,21 @@ def _masters(
         stored = layer.stream.source.stored_dtype(layer.index, name)
         values = parameter.detach().float().clone().requires_grad_()
         mask = parameter.detach() != 0 if name in matrices else None
-        masters[name] = _Master(values, mask, parameter.dtype, stored)
+        computed = torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
+        masters[name] = _Master(values, mask, computed, stored)
     return masters
+
+
+def _widened(layer: ResidentLayer, masters: Collection[str]) -> dict[str, Tensor] | None:
+    """What is not trained of a layer in float16, in float32; None for other layers."""
+    state = [*layer.module.named_parameters(), *layer.module.named_buffers()]
+    narrow = {name: tensor for name, tensor in state if tensor.dtype == torch.float16}
+    return {name: _wider(tensor.detach()) for name, tensor in narrow.items() if name not in masters} if narrow else None
+
+
+def _wider(value: Any) -> Any:
+    """A tensor in float16 as float32; anything else as it is."""
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.float16 else value
 
 
 def trained_parameters(

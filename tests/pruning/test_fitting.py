@@ -1,7 +1,7 @@
 """Runs that fit each layer as a whole: what the report has, and that no interruption shows in the result."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -20,7 +20,10 @@ from llmprune.cli.tables.pruning import report_table
 from llmprune.errors import RecipeError
 from llmprune.pages.fitted import fitting_facts, match_parts
 from llmprune.pages.page import Chart
+from llmprune.pruning import fitting as fit
 from llmprune.storage.report import load_report
+from llmprune.stream.matching import Matched
+from llmprune.stream.resident import ResidentLayer
 
 TARGETS = ("dense", "local", "corrected")
 QUICK = {"epochs": 2, "lr": 3e-3, "sequences": 2}
@@ -79,6 +82,37 @@ def test_attention_first_then_the_rest(llama: Path, tmp_path: Path, stopped: Any
     assert [row[0] for row in chart.table.rows[:3]] == ["0 attention", "0", "1 attention"]
 
 
+def test_parts_that_make_the_whole_layer_worse_are_undone(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attention of layer 1 is fitted so that it doubles, and said to be better; the rest cannot make up for it."""
+    match_layer = fit.match_layer
+
+    def mislead(layer: ResidentLayer, *arguments: Any) -> Matched:
+        matched = match_layer(layer, *arguments)
+        if layer.index != 1 or not arguments[-1]("self_attn.o_proj.weight"):
+            return matched
+        for name, parameter in layer.module.named_parameters():
+            if "self_attn" in name:
+                parameter.data.mul_(20.0)
+        return replace(matched, after=matched.before / 2, best=1)
+
+    monkeypatch.setattr(fit, "match_layer", mislead)
+    settings = fitting(reconstruct={**QUICK, "epochs": 1, "lr": 1e-5, "window": "attention+mlp"})
+    report = prune(llama, settings, tmp_path / "out")
+    rows = [row for row in report.matches if row.layer == "model.layers.1"]
+    assert [(row.part, row.best, row.after) for row in rows] == [
+        ("attention", 0, rows[0].before),
+        ("layer", 0, rows[1].before),
+    ]
+    # Norms are those of the dense model again, and so are the weights that Wanda kept.
+    before, after = tensors(llama), tensors(tmp_path / "out")
+    for name in (name for name in after if ".layers.1." in name):
+        kept = after[name] != 0
+        assert torch.equal(after[name][kept], before[name][kept]), name
+    assert any(row.best for row in report.matches if row.layer != "model.layers.1")
+
+
 def test_layers_without_both_parts_are_refused_before_any_text_is_read(tmp_path: Path) -> None:
     source = save(build("bloom"), tmp_path / "dense")
     settings = fitting(reconstruct={**QUICK, "window": "attention+mlp"})
@@ -116,10 +150,15 @@ def test_zeros_are_those_of_the_solver(tmp_path: Path, dtype: torch.dtype) -> No
 
 
 def test_only_pruned_matrices_are_trained(llama: Path, tmp_path: Path) -> None:
-    prune(llama, fitting(include=["*.mlp.*"], exclude=["*.3.*"]), tmp_path / "out")
+    report = prune(llama, fitting(include=["*.mlp.*"], exclude=["*.3.*"]), tmp_path / "out")
     before, after = tensors(llama), tensors(tmp_path / "out")
-    changed = {name for name in before if name.endswith("proj.weight") and not torch.equal(before[name], after[name])}
-    assert changed == {f"model.layers.{i}.mlp.{kind}_proj.weight" for i in range(3) for kind in ("gate", "up", "down")}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    weights = {name for name in changed if name.endswith("proj.weight")}
+    assert weights == {f"model.layers.{i}.mlp.{kind}_proj.weight" for i in range(3) for kind in ("gate", "up", "down")}
+    assert any("layernorm" in name for name in changed)
+    # A layer that is excluded as a whole keeps its norms and biases as well.
+    assert not any(name.startswith("model.layers.3.") for name in changed)
+    assert [row.layer for row in report.matches] == [f"model.layers.{i}" for i in range(3)]
 
 
 def test_norms_alone(llama: Path, tmp_path: Path) -> None:

@@ -57,9 +57,11 @@ class Case:
             return float(self.error(self.layer.module, range(self.run.statistics_batches, len(self.run.batches))))
 
 
-def case(family: str = "llama", dtype: torch.dtype = torch.float32) -> Case:
+def case(family: str = "llama", dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Case:
     run = stream(build(family, dtype), IDS, held_back=2)
     run.capture()
+    for batch in range(len(run.batches)):
+        run.hidden[batch] = run.hidden[batch] * scale
     layer = ResidentLayer(run, 0)
     targets = run.hidden.copy()
     layer.advance(targets)
@@ -213,6 +215,16 @@ def test_bfloat16_layers_hold_what_was_trained_rounded() -> None:
     matched = layer.match()
     assert matched.after == pytest.approx(layer.validation, rel=1e-4)
     assert matched.before > matched.after
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_gradients_below_the_smallest_float16_still_train(family: str) -> None:
+    """Hidden states of a thousand: the gradient of the relative error at the layer's output is below 1e-8."""
+    layer = case(family, torch.float16, scale=1000.0)
+    matched = layer.match()
+    assert matched.after < 0.9 * matched.before
+    assert all(value.dtype == torch.float16 for value in layer.now.values())
+    assert {matrix.parameter for matrix in layer.layer.matrices.values()} & layer.changed
 
 
 def test_a_loss_that_is_not_finite_names_the_layer_and_the_way_out() -> None:

@@ -27,7 +27,9 @@ solving         what the method states for the current matrix (`Method.workspace
 matching        if layers are fitted as a whole: for each parameter trained at a time 16 bytes (float32 values, the
                 gradient and both moments of Adam), 4 for the best epoch's, 1 for the mask and one in the compute dtype,
                 which the layer runs with; 12 more for those of the largest matrix; and what the backward pass needs of
-                one batch: inputs and outputs of all matrices that a token visits, and 8 hidden sizes in float32
+                one batch: inputs and outputs of all matrices that a token visits, and 8 hidden sizes in float32. In
+                float16, all of this is in float32, and so is a copy of what is not trained. Of parts that are fitted in
+                turn, the parameters of both once more
 replacing       if layers stand for removed ones (structures.depth with `replace` or block matching): one of these, in
                 the compute dtype, or the fit of `replace`: 40 d^2 bytes for the hidden size d, the matrices that take
                 up the map (once more, and 12 bytes for each value of the largest), and four hidden states of a batch in
@@ -172,13 +174,16 @@ def matching_memory(
 
     Args:
         layer: the layer; its parameters may be on the meta device.
-        names: its matrices that are trained.
+        names: its matrices that are trained; none: it stays as it is.
         fitted: how; None: it is not.
         batch_tokens: tokens in a forward pass.
         parts: of the layer, if its attention is trained before the rest; None: all at once, which takes most.
     """
-    if fitted is None:
+    if fitted is None or not names:
         return 0
+    every = list(layer.module.parameters())
+    widened = any(parameter.dtype == torch.float16 for parameter in every)
+    itemsize = 4 if widened else max(parameter.element_size() for parameter in every)
     first = () if parts is None else attention_names(parts)
     windows: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
     for name, parameter in trained_parameters(layer, names, fitted.train):
@@ -186,10 +191,14 @@ def matching_memory(
     if not any(windows):
         return 0
     states = max(
-        sum(p.numel() * (21 + p.element_size()) for p in trained) + 12 * max((p.numel() for p in trained), default=0)
+        sum(p.numel() * (21 + (4 if widened else p.element_size())) for p in trained)
+        + 12 * max((p.numel() for p in trained), default=0)
+        + widened * 4 * (sum(p.numel() for p in every) - sum(p.numel() for p in trained))
         for trained in windows
     )
-    itemsize = max(parameter.element_size() for parameter in layer.module.parameters())
+    if parts is not None:
+        # As they were before the attention was trained, to go back to.
+        states += sum(p.nbytes for trained in windows for p in trained)
     active = active_experts(layer.stream.source.model.config)
     seen = sum((active if m.routed else 1.0) * sum(m.shape) for m in layer.matrices.values())
     hidden = max((min(matrix.shape) for matrix in layer.matrices.values()), default=0)

@@ -93,16 +93,39 @@ def test_operations_of_a_dense_model(tmp_path: Path) -> None:
 
 
 def test_parts_fitted_in_turn_take_less_memory_and_more_work(tmp_path: Path) -> None:
-    """An attention of 3,072 elements runs once more for its own fit; the other 4,608, and norms, are trained then."""
+    """An attention of 3,072 elements runs once more for its own fit; the other 4,608, and norms, are trained then.
+
+    The whole layer is validated before, and everything is kept as it was.
+    """
     source = save(build("llama"), tmp_path / "dense")
     plans = [
         dry_run(source, fitting(reconstruct={"window": window, "train": ["weights"]}))
         for window in ("layer", "attention+mlp")
     ]
-    assert plans[1].work.matching == pytest.approx(plans[0].work.matching * (1 + 3072 / 7680))
+    validation = 2 * 2 * 7680 * VALIDATION * LENGTH
+    assert plans[1].work.matching == pytest.approx(plans[0].work.matching * (1 + 3072 / 7680) + validation)
     saved = plans[0].memory.layer.matching - plans[1].memory.layer.matching
-    assert saved == 3072 * (21 + 4)
+    assert saved == 3072 * (21 + 4) - 7680 * 4
     assert plans[1].memory.hidden_states == 1.5 * plans[0].memory.hidden_states
+
+
+def test_layers_that_are_excluded_are_not_fitted(tmp_path: Path) -> None:
+    source = save(build("llama"), tmp_path / "dense")
+    whole, half = (dry_run(source, fitting(exclude=exclude)) for exclude in ([], ["*.1.*"]))
+    followed = 2 * 7680 * (TRAINING + VALIDATION) * LENGTH
+    assert half.work.matching == whole.work.matching / 2 + followed
+    excluded = next(plan for plan in half.layers if plan.indices == (1,))
+    assert excluded.memory.matching == 0
+    assert excluded.work.matching == followed
+
+
+def test_a_layer_in_float16_is_fitted_with_the_memory_of_float32(tmp_path: Path) -> None:
+    source = save(build("llama"), tmp_path / "dense")
+    needs = {
+        dtype: dry_run(source, fitting(compute_dtype=dtype)).memory.layer.matching
+        for dtype in ("float32", "float16", "bfloat16")
+    }
+    assert needs["float16"] == needs["float32"] > needs["bfloat16"]
 
 
 def test_every_set_of_hidden_states_has_a_budget_of_its_own(tmp_path: Path) -> None:
