@@ -6,7 +6,7 @@ A method chooses which weights are removed; steps improve its result. Recipes ch
 from llmprune.methods.admm import ADMM
 from llmprune.methods.alps import ALPS
 from llmprune.methods.block_obs import BlockOBS
-from llmprune.methods.gradients import Fisher, Gradient, Taylor, gradient_kind, with_gradient
+from llmprune.methods.gradients import Fisher, Gradient, Taylor, gradient_kind, lacks_gradient, with_gradient
 from llmprune.methods.magnitude import Magnitude
 from llmprune.methods.method import Method, Pruned, check_pattern
 from llmprune.methods.random import Random
@@ -47,5 +47,5 @@ def method_name(method: Method) -> str:
 __all__ = [
     "ADMM", "ALPS", "METHODS", "RIA", "STEPS", "BlockOBS", "Chain", "Fisher", "Gradient", "Magnitude", "Method",
     "Pruned", "Random", "Refit", "SparseGPT", "Step", "Swaps", "Taylor", "Wanda", "check_pattern", "gradient_kind",
-    "method_name", "with_gradient",
+    "lacks_gradient", "method_name", "with_gradient",
 ]  # fmt: skip

@@ -1,4 +1,8 @@
-"""Scores by gradients of the dense model's loss. The run makes one backward pass and hands each matrix its own."""
+"""Scores by gradients of the dense model's loss. The run makes one backward pass and hands each matrix its own.
+
+An expert that no calibration token reached has no gradient. Scores that are zero throughout a matrix say nothing, and
+of equal ones those with the lowest indices would go, half of its neurons: there, magnitudes decide.
+"""
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
 from abc import abstractmethod
@@ -9,9 +13,9 @@ from typing import ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from llmprune.methods.method import Method, Selection, matrix_workspace
+from llmprune.methods.method import Method, Pruned, Selection, matrix_workspace, select
 from llmprune.methods.step import Chain
-from llmprune.patterns import Scope
+from llmprune.patterns import Pattern, Scope
 from llmprune.statistics import ColumnNorm, Gram, check_finite
 
 # Over calibration samples, of the gradient of each sample's mean loss.
@@ -84,10 +88,24 @@ class _Given(Selection):
         """The score's."""
         return self.score.scope
 
-    def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
+    def rated(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The score's."""
         check_finite(weight, "the weight")
         return self.score.rate(weight, self.read().to(weight))
+
+    def scores(self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None) -> Float[Tensor, "out in"]:
+        """The score's; where they are zero throughout, magnitudes."""
+        scores = self.rated(weight)
+        return scores if bool(scores.any()) else weight.abs()
+
+    def __call__(
+        self, weight: Float[Tensor, "out in"], statistics: ColumnNorm | Gram | None, pattern: Pattern
+    ) -> Pruned:
+        """As every selection; the result says whether magnitudes decided."""
+        scores = self.rated(weight)
+        zero = not bool(scores.any())
+        pruned = select(weight, weight.abs() if zero else scores, pattern.compared(self.scope))
+        return replace(pruned, by_magnitude=zero)
 
     def workspace(self, shape: tuple[int, int]) -> int:
         """The score's."""
@@ -99,6 +117,13 @@ def gradient_kind(method: Method) -> GradientKind | None:
     if isinstance(method, Chain):
         return gradient_kind(method.method)
     return method.gradient if isinstance(method, GradientScore) else None
+
+
+def lacks_gradient(method: Method, weight: Float[Tensor, "out in"]) -> bool:
+    """Whether the scores by which a method, or the first one of a chain, would choose are zero throughout a matrix."""
+    if isinstance(method, Chain):
+        return lacks_gradient(method.method, weight)
+    return isinstance(method, _Given) and not bool(method.rated(weight).any())
 
 
 def with_gradient(method: Method, read: Callable[[], Tensor]) -> Method:

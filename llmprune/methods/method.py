@@ -24,6 +24,7 @@ class Pruned:
         damping: the damping used; None if the method factorises nothing.
         tried: every damping tried, in order; more than one means that the factorisation failed with the first.
         losses: after each part of a chain; empty for a method by itself.
+        by_magnitude: whether magnitudes decided, because the method's scores were zero throughout.
     """
 
     weight: Float[Tensor, "out in"]
@@ -31,6 +32,7 @@ class Pruned:
     damping: float | None = None
     tried: tuple[float, ...] = ()
     losses: tuple[StepLoss, ...] = ()
+    by_magnitude: bool = False
 
 
 @runtime_checkable  # so that annotations that name it can be executed in the tests

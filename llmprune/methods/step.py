@@ -86,7 +86,7 @@ class Chain:
             kept = loss <= losses[-1].loss
             losses.append(StepLoss(name, loss if kept else losses[-1].loss, None if kept else loss))
             if kept:
-                pruned = replace(improved, damping=pruned.damping, tried=pruned.tried)
+                pruned = replace(pruned, weight=improved.weight, mask=improved.mask)
         return replace(pruned, losses=tuple(losses))
 
     def work(self, shape: tuple[int, int], pattern: Pattern) -> float:

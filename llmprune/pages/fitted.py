@@ -1,4 +1,4 @@
-"""What chains of steps, corrected targets and block matching have brought, in a line for each."""
+"""What chains of steps, corrected targets, gradients and block matching have brought, in a line for each."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,10 +7,11 @@ from llmprune.pages.charts import Axis, Series, lines
 from llmprune.pages.layers import LAYER, number
 from llmprune.pages.page import Chart, Part, Table
 from llmprune.storage.report import STANDING, MatchRow, MatrixRow, Report
+from llmprune.units import quantity
 
 
 def fitting_facts(report: Report) -> list[tuple[str, str]]:
-    """Names and lines for the summary; empty if a recipe has no chains, `alpha`, `reconstruct` or `replace`.
+    """Names and lines for the summary; empty where none of these is part of the run.
 
     Args:
         report: the run's report.
@@ -22,6 +23,8 @@ def fitting_facts(report: Report) -> list[tuple[str, str]]:
     facts = [("loss after each step", chain_line(rows)) for rows in chains.values()]
     if corrections := [row.correction for row in report.rows if row.correction is not None]:
         facts.append(("error correction", correction_line(corrections)))
+    if blind := sum(row.by_magnitude for row in report.rows):
+        facts.append(("no gradients", f"for {quantity(blind, 'matrix', 'matrices')}, chosen by magnitude instead"))
     standing, matched = _divided(report.matches)
     if standing:
         facts.append(("standing for removed layers", match_line(standing)))

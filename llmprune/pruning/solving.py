@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmprune.devices import return_freed_memory
 from llmprune.errors import NumericsError
-from llmprune.methods import Method, Pruned
+from llmprune.methods import Method, Pruned, lacks_gradient
 from llmprune.methods.correction import corrected
 from llmprune.patterns import Pattern, Unstructured, layer_shares
 from llmprune.pruning.jobs import Job
@@ -136,7 +136,7 @@ def _solve_matrix(
     if job.quantiser is not None and not job.late:
         assert isinstance(group.statistics, Gram), "a job with a quantiser needs it"
         pruned = quantise_solved(layer, name, target, pruned, group.statistics, job)
-    damping, tried, losses = pruned.damping, pruned.tried, pruned.losses
+    damping, tried, losses, by_magnitude = pruned.damping, pruned.tried, pruned.losses, pruned.by_magnitude
     layer.replace(name, pruned.weight)
     del pruned, target  # freed before the difference is computed
     statistics = group.statistics
@@ -165,6 +165,7 @@ def _solve_matrix(
         peak_bytes=layer.stream.peak_bytes,
         losses=losses,
         correction=correction,
+        by_magnitude=by_magnitude,
     )
 
 
@@ -203,7 +204,17 @@ def _layer_shares(
         # Each by its own job: equal methods may have been given different gradients.
         own = [name for name in names if owners[name] == ranks.rank]
         targets = ((name, _target(layer.weight(name), statistics[name], alpha, name)[0]) for name in own)
-        scores = {name: jobs[name].method.scores(target, statistics[name]) for name, target in targets}
+        # Experts that no token reached cannot be compared with others: they get the sparsity that all have together.
+        scores = {
+            name: jobs[name].method.scores(target, statistics[name])
+            for name, target in targets
+            if not lacks_gradient(jobs[name].method, target)
+        }
         found = {name: score for process in ranks.gather(scores) for name, score in process.items()}
-        shares.update(layer_shares({name: found[name] for name in names}, sparsity))
+        if found:
+            sizes = {name: math.prod(layer.matrices[name].shape) for name in names}
+            alone = sum(Unstructured(sparsity).zeros((1, sizes[name])) for name in names if name not in found)
+            left = Unstructured(sparsity).zeros((1, sum(sizes.values()))) - alone
+            rest = left / sum(sizes[name] for name in found)
+            shares.update(layer_shares({name: found[name] for name in names if name in found}, rest))
     return shares

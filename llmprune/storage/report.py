@@ -48,6 +48,7 @@ class MatrixRow:
         losses: of a chain, after each of its parts; empty for other methods.
         correction: ||W' - W|| / ||W||, with W' what corrects earlier errors (`statistics.alpha`) and was solved for in
             place of the dense W; above 0.3, W was. None if errors were not collected.
+        by_magnitude: whether magnitudes decided, because all gradients were zero, as in experts without tokens.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = CLOSED
@@ -69,6 +70,7 @@ class MatrixRow:
     top_tokens: float | None = None
     losses: tuple[StepLoss, ...] = ()
     correction: float | None = None
+    by_magnitude: bool = False
 
     @property
     def sparsity(self) -> float:

@@ -1,22 +1,28 @@
 """Pruning by gradients of the dense model's loss: scores of weights, and weights of tokens."""
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from folders import tensors
+from rich.console import Console
 from tiny_models import build, random_ids, recipe, save
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from llmprune import prune
+from llmprune.cli.tables.pruning import report_table
 from llmprune.errors import RecipeError
-from llmprune.methods import METHODS
+from llmprune.methods import METHODS, Magnitude
+from llmprune.models.decoder import prunable_matrices
 from llmprune.models.source import ModelSource
+from llmprune.patterns import parse
 from llmprune.progress import Progress
 from llmprune.pruning.context import Run
 from llmprune.pruning.forecast.forecast import dry_run
-from llmprune.pruning.gradients import dense_gradients, importance
+from llmprune.pruning.gradients import DenseGradients, dense_gradients, importance
 from llmprune.pruning.jobs import plan_jobs
 from llmprune.recipe.recipe import load_recipe
 from llmprune.statistics import Gram
@@ -138,6 +144,41 @@ def test_a_run_spills_and_resumes_to_the_same_bytes(tmp_path: Path, family: str,
         prune(source, {**settings, "statistics": {**change["statistics"], "loss_weight": "none"}}, tmp_path / "plain")
         plain = tensors(tmp_path / "plain")
         assert not all(torch.equal(plain[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern"), [("gradient", "0.5"), (["fisher", "refit"], "0.501/layer"), ("taylor", "2:4")], ids=str
+)
+def test_experts_without_gradients_are_pruned_by_magnitude(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str | list[str], pattern: str
+) -> None:
+    """As if no token had reached expert 2: neither its first neurons go, nor all of it."""
+    read = DenseGradients._read
+    monkeypatch.setattr(DenseGradients, "_read", lambda self, name: read(self, name) * (".experts.2." not in name))
+    source = save(build("mixtral"), tmp_path / "dense")
+    report = prune(source, recipe(method=method, pattern=pattern), tmp_path / "out")
+    blind = [row for row in report.rows if ".experts.2." in row.name]
+    assert [row for row in report.rows if row.by_magnitude] == blind != []
+    before, after = prunable(source), prunable(tmp_path / "out")
+    for row in blind:
+        wanted = Magnitude()(before[row.name], None, parse(pattern)).mask
+        assert torch.equal(after[row.name] != 0, wanted), row.name
+    elements = sum(row.shape[0] * row.shape[1] for row in report.rows)
+    assert sum(row.zeros for row in report.rows) == 2 * round(elements // 2 * parse(pattern).sparsity)
+    shown = StringIO()
+    Console(width=200, file=shown).print(report_table(report, tmp_path / "out"))
+    for text in (shown.getvalue(), (tmp_path / "out" / "report.html").read_text("utf-8")):
+        assert f"for {len(blind)} matrices, chosen by magnitude instead" in text
+
+
+def prunable(folder: Path) -> dict[str, Tensor]:
+    """All matrices of a checkpoint's layers, by the names that reports give them."""
+    source = ModelSource(AutoModelForCausalLM.from_pretrained(folder))
+    return {
+        matrix.name: matrix.view(layer.get_parameter(matrix.parameter)).detach()
+        for index, layer in enumerate(source.layers)
+        for matrix in prunable_matrices(layer, f"{source.layers_path}.{index}")
+    }
 
 
 def test_scores_by_gradients_of_a_full_size_model_are_refused_with_structures() -> None:
