@@ -1,5 +1,6 @@
 """Plain, slow references, written from the papers' formulas; they share no code with the package."""
 
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 from math import floor
@@ -146,6 +147,84 @@ def wanda_scores(weight: Tensor, inputs: Tensor) -> Tensor:
         mean_square = sum(float(value) ** 2 for value in values) / len(values)
         scores[:, column] = weight[:, column].double().abs() * mean_square**0.5
     return scores
+
+
+def ria_scores(weight: Tensor, inputs: Tensor, power: float = 0.5) -> Tensor:
+    """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||^power (Zhang et al., ICLR 2024), for [tokens, in].
+
+    ||X_j|| is the root mean square over the tokens, which leaves the order of all scores as it is.
+    """
+    size, scores = weight.double().abs(), torch.empty(weight.shape, dtype=torch.float64)
+    for i, j in product(range(weight.shape[0]), range(weight.shape[1])):
+        column, row = sum(float(value) for value in size[:, j]), sum(float(value) for value in size[i])
+        norm = (sum(float(value) ** 2 for value in inputs[:, j].double()) / len(inputs)) ** 0.5
+        scores[i, j] = (float(size[i, j]) / column + float(size[i, j]) / row) * norm**power
+    return scores
+
+
+def textbook_admm(weight: Tensor, inputs: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Boza 2024 (arXiv 2401.02938) with its cubic ramp: 20 iterations, 15 of them on the ramp, rho 1.
+
+    Weights [out, in] and mask, for inputs [tokens, in]; float64, row by row, with an explicit inverse. On the ramp, N:M
+    (not in the paper) removes the nearest whole number a group, and blocks are judged by their sums of squares.
+    """
+    scale, hessian, target = _unit_diagonal(weight, inputs, 0.1)
+    inverse = np.linalg.inv(hessian + np.eye(len(hessian)))
+    found, multipliers = target.copy(), np.zeros_like(target)
+    for step in range(20):
+        if step < 15:
+            share = 1 - (1 - (step + 1) / 15) ** 3
+            mask = slow_mask((found + multipliers) ** 2, _part(pattern, share))
+        kept = (found + multipliers) * mask
+        multipliers = multipliers + found - kept
+        for row in range(len(target)):
+            found[row] = inverse @ (hessian @ target[row] + kept[row] - multipliers[row])
+    return torch.from_numpy(kept / scale), torch.from_numpy(mask)
+
+
+def textbook_alps(weight: Tensor, inputs: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """ALPS (arXiv 2406.07831): rho from 0.1, looked at every third iteration, until the support stands.
+
+    Weights [out, in] and mask, for inputs [tokens, in]; float64, row by row, with explicit inverses. The second stage
+    is solved exactly rather than by conjugate gradient. It begins with the largest scaled weights; blocks are judged by
+    their sums of squares.
+    """
+    scale, hessian, target = _unit_diagonal(weight, inputs, 0.01)
+    penalty, seen = 0.1, slow_mask(target**2, pattern)
+    kept, multipliers, found = target * seen, np.zeros_like(target), np.zeros_like(target)
+    for step in range(1, 301):
+        inverse = np.linalg.inv(hessian + penalty * np.eye(len(hessian)))
+        for row in range(len(target)):
+            found[row] = inverse @ (hessian @ target[row] - multipliers[row] + penalty * kept[row])
+        mask = slow_mask((found + multipliers / penalty) ** 2, pattern)
+        kept = (found + multipliers / penalty) * mask
+        multipliers = multipliers + penalty * (found - kept)
+        if step % 3 == 0:
+            entered = np.sum(mask & ~seen) / np.sum(mask)
+            if entered == 0:
+                break
+            penalty *= 1.3 if entered > 0.1 else 1.2 if entered > 0.005 else 1.1
+            seen = mask
+    for row, keep in enumerate(mask):
+        kept[row, keep] = np.linalg.inv(hessian[np.ix_(keep, keep)]) @ (hessian @ target[row])[keep]
+    return torch.from_numpy(kept / scale), torch.from_numpy(mask)
+
+
+def _unit_diagonal(
+    weight: Tensor, inputs: Tensor, damping: float
+) -> tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]:
+    """s, the roots of the Gram's diagonal; the Gram of the inputs divided by it, damped; and the weights times it."""
+    gram = inputs.double().numpy().T @ inputs.double().numpy()
+    scale = np.sqrt(np.diag(gram))
+    return scale, gram / np.outer(scale, scale) + damping * np.eye(len(gram)), weight.double().numpy() * scale
+
+
+def _part(pattern: Pattern, share: float) -> Pattern:
+    """The pattern with this share of its zeros."""
+    if isinstance(pattern, NM):
+        return NM(pattern.of - round((pattern.of - pattern.keep) * share), pattern.of)
+    assert isinstance(pattern, Unstructured | Block)
+    return replace(pattern, sparsity=pattern.sparsity * share)
 
 
 def output_error(weight: Tensor, pruned: Tensor, inputs: Tensor) -> float:
