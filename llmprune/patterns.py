@@ -271,9 +271,8 @@ def keep_highest(scores: Shaped[Tensor, "groups n"], count: int) -> Bool[Tensor,
     threshold = _kth_smallest(scores, count)
     keep = _compare(operator.gt, scores, threshold)
     missing = scores.shape[-1] - count - _count_each(keep)
-    if len(keep) == 1:
-        if int(missing):
-            _keep_last(keep[0], _compare(operator.eq, scores[0], threshold[0]), int(missing))
+    if len(keep) == 1 and int(missing):
+        _keep_last(keep[0], _compare(operator.eq, scores[0], threshold[0]), int(missing))
     elif len(groups := missing.nonzero().view(-1)):
         keep[groups] |= _last_tied(_compare(operator.eq, scores, threshold)[groups], missing[groups])
     return keep
@@ -325,10 +324,8 @@ def _keep_last(keep: Tensor, tied: Tensor, count: int) -> None:
 
 def _last_tied(tied: Tensor, counts: Tensor) -> Tensor:
     """Of the tied scores of each group, the last so many: those that fewer than that follow."""
-    if tied.is_cpu:
-        place = torch.from_numpy(np.cumsum(tied.numpy(), axis=-1, dtype=np.int32))  # torch takes five times as long
-    else:
-        place = tied.cumsum(-1, dtype=torch.int32)
+    cpu = tied.is_cpu  # where torch takes five times as long as numpy
+    place = torch.from_numpy(np.cumsum(tied.numpy(), -1, np.int32)) if cpu else tied.cumsum(-1, dtype=torch.int32)
     return tied.logical_and_(place > (place[:, -1] - counts).int()[:, None])
 
 
@@ -362,8 +359,7 @@ def _refuse_nan(scores: Tensor) -> None:
 def _kth_smallest(scores: Tensor, count: int) -> Tensor:
     """The `count`-th smallest of each row as [groups, 1]; numpy's vectorised selection is far faster on a CPU."""
     if scores.is_cpu:
-        part = torch.from_numpy(np.partition(scores.detach().numpy(), count - 1, axis=-1))
-        return part[:, count - 1 : count].clone()
+        return torch.from_numpy(np.partition(scores.detach().numpy(), count - 1)[:, count - 1 : count].copy())
     return torch.kthvalue(scores, count, dim=-1, keepdim=True).values
 
 
@@ -392,11 +388,8 @@ def _count(sparsity: float, total: int) -> int:
 
 def _check_sparsity(sparsity: float) -> None:
     if not 0 <= sparsity <= 1:
-        raise PatternError(
-            f"sparsity {sparsity}",
-            expected="the fraction set to zero, in [0, 1]",
-            fix="write 0.5 or 50% for half",
-        )
+        fix = "write 0.5 or 50% for half"
+        raise PatternError(f"sparsity {sparsity}", expected="the fraction set to zero, in [0, 1]", fix=fix)
 
 
 def _number(text: str, percent: str, whole: str) -> float:
