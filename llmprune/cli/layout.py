@@ -1,9 +1,11 @@
 """How help is laid out: commands and options in groups, and every value by its own word rather than a Python type."""
 
+import copy
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from llmprune.cli.options import EXIT_CODES
@@ -53,6 +55,14 @@ class _Plain:
             option.metavar = ""
             self._plain(option)
         return option
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, in which "[wanda, swaps]" is no markup."""
+        shown = copy.copy(self)
+        shown.params = [copy.copy(param) for param in self.params]
+        for param in shown.params:
+            param.help = escape(param.help or "")
+        super(_Plain, shown).format_help(ctx, formatter)  # type: ignore[misc] # as above
 
     def _plain(self, option: Any) -> None:
         if option.is_flag and option.metavar is None:

@@ -43,3 +43,7 @@ def test_options_of_prune_stand_in_groups_and_the_rest_comes_last() -> None:
     order = ["What to prune", "--sparsity", "─ Text ", "--dataset", "─ Output ", "--format", "Other options", "--help"]
     places = [shown.index(words) for words in order]
     assert places == sorted(places)
+
+
+def test_brackets_are_shown() -> None:
+    assert '"[wanda, swaps, refit]"' in run("prune", "--help").stdout
