@@ -5,7 +5,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -13,6 +14,9 @@ from llmprune import torchrun
 from llmprune.cli import console
 from llmprune.cli.options import explained
 from llmprune.errors import DeviceError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 
 def number(processes: int | None) -> int:
@@ -75,8 +79,7 @@ def launch(processes: int, *, as_json: bool) -> None:
     try:
         main(["--standalone", f"--nproc-per-node={processes}", "-m", "llmprune", *without_number(sys.argv[1:])])
     except ChildFailedError as error:
-        # The others fail because of one that was killed, some in the same second.
-        killed = [item for item in error.failures.items() if item[1].exitcode < 0]
+        killed = _killed(error.failures)
         rank, failure = killed[0] if killed else error.get_first_failure()
         if killed:
             memory = ", as the system does when memory runs out" if failure.signal_name() == "SIGKILL" else ""
@@ -89,6 +92,18 @@ def launch(processes: int, *, as_json: bool) -> None:
             console.tell(f"ended by {signal.Signals(error.sigval).name}; continue with --resume")
         raise typer.Exit(128 + int(error.sigval)) from None
     raise typer.Exit(0)
+
+
+def _killed(failures: Mapping[int, "ProcessFailure"]) -> list[tuple[int, "ProcessFailure"]]:
+    """The processes that somebody has killed, by rank: the others fail because of them, some in the same second.
+
+    What torchrun itself ends by SIGTERM, because another one has failed, comes after that one.
+    """
+    return [
+        (rank, failure)
+        for place, (rank, failure) in enumerate(failures.items())
+        if failure.exitcode < 0 and (place == 0 or failure.exitcode != -signal.SIGTERM)
+    ]
 
 
 def without_number(words: list[str]) -> list[str]:

@@ -43,6 +43,7 @@ def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
     done = llmprune("prune", str(tmp_path / "gone"), "--output", str(tmp_path / "out"), "--processes=2", "--quiet")
     assert done.returncode == 1
     assert done.stderr.count("gone") == 1, done.stderr
+    assert done.stderr.count("Error: ") == 1, done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -152,19 +153,26 @@ def test_the_processes_get_the_same_command_without_their_number() -> None:
     assert launching.without_number(words) == ["prune", "m", "-o", "out"]
 
 
+def failed(*exits: tuple[int, int]) -> ChildFailedError:
+    """What torchrun raises: rank and exit code of each process, in the order in which they have ended."""
+    return ChildFailedError("llmprune", {rank: ProcessFailure(rank, 6, code, "") for rank, code in exits})
+
+
 @pytest.mark.parametrize(
-    ("ended", "status"),
+    ("ended", "status", "said"),
     [
-        (SignalException("Ctrl-C", signal.SIGINT), 130),
-        (SignalException("the scheduler", signal.SIGTERM), 143),
-        (ChildFailedError("llmprune", {1: ProcessFailure(1, 7, 1, "")}), 1),
-        (ChildFailedError("llmprune", {0: ProcessFailure(0, 6, 1, ""), 1: ProcessFailure(1, 7, -9, "")}), 1),
-        (None, 0),
+        (SignalException("Ctrl-C", signal.SIGINT), 130, ""),
+        (SignalException("the scheduler", signal.SIGTERM), 143, ""),
+        (failed((1, 1)), 1, ""),
+        (failed((0, 1), (1, -15)), 1, ""),
+        (failed((1, -15), (0, 1)), 1, "process 1 was ended by SIGTERM"),
+        (failed((0, 1), (1, -9)), 1, "process 1 was ended by SIGKILL, as the system does when memory runs out"),
+        (None, 0, ""),
     ],
-    ids=["Ctrl-C", "terminated", "an error", "killed", "finished"],
+    ids=["Ctrl-C", "terminated", "an error", "an error, then torchrun", "one terminated", "killed", "finished"],
 )
 def test_the_command_ends_as_its_processes_do(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], ended: Exception | None, status: int
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], ended: Exception | None, status: int, said: str
 ) -> None:
     def main(words: list[str]) -> None:
         assert words[:4] == ["--standalone", "--nproc-per-node=2", "-m", "llmprune"]
@@ -176,9 +184,7 @@ def test_the_command_ends_as_its_processes_do(
     with pytest.raises(typer.Exit) as caught:
         launching.launch(2, as_json=True)
     assert caught.value.exit_code == status
-    killed = isinstance(ended, ChildFailedError) and 0 in ended.failures
     printed = capfd.readouterr()
-    what = "process 1 was ended by SIGKILL, as the system does when memory runs out"
-    assert (what in printed.err) == killed
-    assert (json.loads(printed.out)["error"]["what"] if printed.out else "") == (what if killed else "")
+    assert said in printed.err
+    assert (json.loads(printed.out)["error"]["what"] if printed.out else "") == said
     assert ("ended by SIGTERM; continue with --resume" in printed.err) == (status == 143)
