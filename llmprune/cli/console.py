@@ -18,6 +18,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from llmprune import torchrun
 from llmprune.cli.pace import RunPace
 from llmprune.errors import LlmpruneError
 from llmprune.progress import Progress
@@ -60,6 +61,8 @@ def escaped(text: str) -> str:
 class Display:
     """The display of a run: live on a terminal, otherwise lines, of which none is more than ten seconds after the last.
 
+    Of several processes, the first one alone shows it.
+
     Attributes:
         progress: the last step seen; None before the first.
     """
@@ -67,12 +70,12 @@ class Display:
     def __init__(self, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = new_console(stderr=True)
         self._clock, self._pace = clock, RunPace()
-        self._silent = quiet
+        self._silent = quiet or torchrun.follows()
         self._printed = self._changed = clock()
         self.progress: Progress | None = None
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._live = None
-        if self._console.is_terminal and not quiet:
+        if self._console.is_terminal and not self._silent:
             self._live = Live(
                 get_renderable=self._render,
                 console=self._console,

@@ -148,7 +148,7 @@ def prune(
     options += ["--processes", str(torchrun.processes())] if torchrun.started() else []
     options += [*["--json"] * as_json, *["--quiet"] * quiet]
     command = ["llmprune", "prune", model, *wanted.words(output), *options]
-    display = console.Display(quiet=quiet or torchrun.follows())
+    display = console.Display(quiet=quiet)
     advice = (
         lambda: _advice(display, command, resume=resume, overwrite=overwrite),
         lambda: _advice_on_memory(display, command),

@@ -255,8 +255,9 @@ def require_batches(settings: StreamSettings, samples: int) -> None:
     counted, size = samples - settings.held_back, settings.ranks.size
     if (batches := -(-counted // settings.batch_size)) < size:
         change = f"set batch_size to at most {counted // size}" if counted >= size else f"read {size} sequences or more"
+        sequences = quantity(counted, "calibration sequence")
         raise CalibrationError(
-            f"{size} processes for {quantity(batches, 'batch', 'batches')}: {counted} calibration sequences, "
+            f"{size} processes for {quantity(batches, 'batch', 'batches')}: {sequences}, "
             f"{settings.batch_size} in a batch",
             expected="a batch for each process",
             fix=f"{change}, or start at most {quantity(batches, 'process', 'processes')}",

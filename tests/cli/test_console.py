@@ -39,6 +39,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save(tiny_models.build("llama"), tmp_path_factory.mktemp("llama"))
 
 
+def test_of_several_processes_the_first_one_alone_shows_its_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shown = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        Display()(Progress("training"))
+        shown.append(capsys.readouterr().err)
+    assert shown == ["training\n", ""]
+
+
 HOSTILE = "a\x1b]0;owned\x07b\x9bc\u202ed\re\x7f"
 SHOWN = r"a\x1b]0;owned\x07b\x9bc\u202ed\re\x7f"
 
