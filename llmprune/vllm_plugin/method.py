@@ -3,6 +3,7 @@
 Imported by `register` only, since it needs vLLM.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from llmprune.errors import ModelError
 from llmprune.serving.sparse_linear import SparseLinear
@@ -30,11 +32,20 @@ class LlmpruneConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not in
     """The record of packed layers in config.json.
 
     Args:
-        layouts: by the name of the linear layer.
+        layouts: by the name of the linear layer; vLLM leaves them out where config.json has no record.
+
+    Raises:
+        ModelError: there is no record.
     """
 
-    def __init__(self, layouts: Mapping[str, Layout]) -> None:
+    def __init__(self, layouts: Mapping[str, Layout] | None = None) -> None:
         super().__init__()
+        if layouts is None:
+            raise ModelError(
+                "--quantization llmprune for a checkpoint without packed layers",
+                expected="a checkpoint that llmprune has packed, for which vLLM needs no flag",
+                fix="leave the flag out, or pack the checkpoint first (llmprune pack)",
+            )
         self.layouts = dict(layouts)
         self._claimed: set[str] = set()
 
@@ -211,6 +222,24 @@ def register() -> None:
     """Make vLLM know `quant_method: llmprune`."""
     if QUANT_METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(QUANT_METHOD)(LlmpruneConfig)
+        _require_all_tensors()
+
+
+def _require_all_tensors() -> None:
+    """Make vLLM refuse packed checkpoints in which a tensor is missing that is not packed, such as a norm.
+
+    vLLM looks for them in checkpoints without a quant_method only. In others it serves what the memory happens to hold.
+    """
+    load_weights = DefaultModelLoader.load_weights
+
+    @functools.wraps(load_weights)
+    def load_all(self: Any, model: nn.Module, model_config: Any) -> None:
+        # Whoever sets it in --model-loader-extra-config has the last word.
+        if model_config.quantization == QUANT_METHOD and self.enable_weights_track is None:
+            self.enable_weights_track = True
+        load_weights(self, model, model_config)
+
+    DefaultModelLoader.load_weights = load_all
 
 
 def _make_dense(layer: LinearBase, parts: list[SparseLinear]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoints import EVEN, PATTERNS, UNEVEN, save, save_cut, save_experts
 from engines import engine, generated, judged, needs_vllm
+from safetensors.torch import load_file, save_file
 
 from llmprune.errors import ModelError
 from llmprune.measuring.explain import explain
@@ -82,4 +83,20 @@ def test_uneven_layers_are_refused_with_the_way_out(name: str, tmp_path: Path) -
         pytest.raises(ModelError, match=r"differ in size or lack a block(.|\n)*fix: serve it with llmprune serve"),
         engine(pruned),
     ):
+        pass
+
+
+@pytest.mark.parametrize("missing", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_a_missing_tensor_that_is_not_packed_is_refused(missing: str, tmp_path: Path) -> None:
+    _, packed = save("nm", tmp_path)
+    tensors = load_file(packed / "model.safetensors")
+    del tensors[missing]
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"not initialized from checkpoint: .*{missing}"), engine(packed):
+        pass
+
+
+def test_a_dense_checkpoint_needs_no_flag(tmp_path: Path) -> None:
+    dense, _ = save("dense", tmp_path)
+    with pytest.raises(ModelError, match=r"(.|\n)*leave the flag out"), engine(dense, quantization="llmprune"):
         pass
