@@ -28,6 +28,9 @@ from llmprune.cli import (
 from llmprune.cli.layout import Group
 from llmprune.cli.options import EXIT_CODES
 
+# The commands that torchrun may start in several processes; sweep says itself what to do instead.
+_SHARED = ("prune", "recover", "train", "sweep")
+
 app = typer.Typer(
     cls=Group,
     help="Prune large language models one decoder layer at a time.",
@@ -76,6 +79,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _common(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -83,7 +87,11 @@ def _common(
         ),
     ] = False,
 ) -> None:
-    pass
+    if torchrun.started() and context.invoked_subcommand not in _SHARED:
+        raise typer.BadParameter(
+            f"torchrun has started {torchrun.processes()} processes, which would all do the same: start "
+            f"`llmprune {context.invoked_subcommand}` without it"
+        )
 
 
 for _part in (

@@ -47,7 +47,10 @@ def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("words", [("prune",), ("prune", "testbed", "--gone"), ("gone",), ("explain", "gone")])
+@pytest.mark.parametrize(
+    "words",
+    [("prune",), ("prune", "testbed", "--gone"), ("gone",), ("prune", "testbed", "--recipe", "gone.yaml", "-o", "out")],
+)
 def test_the_first_process_is_waited_for_before_another_says_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
@@ -119,6 +122,16 @@ def test_an_error_of_one_process_alone_is_shown_once_the_first_one_has_gone_on(
         raise RecipeError("no recipe on this machine")
     assert sum(waited) >= 10, "the first process has time to say the same, and torchrun to end this one"
     assert "no recipe on this machine" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("pack", "gone"), ("perplexity", "gone", "--text", "gone"), ("recipes", "--json")])
+def test_what_every_process_would_do_alike_is_refused_under_torchrun(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run(*words)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"start `llmprune {words[0]}` without it" in " ".join(done.stderr.replace("│", " ").split())
 
 
 def test_the_processes_share_the_threads_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
