@@ -260,5 +260,5 @@ def require_batches(settings: StreamSettings, samples: int) -> None:
             f"{size} processes for {quantity(batches, 'batch', 'batches')}: {sequences}, "
             f"{settings.batch_size} in a batch",
             expected="a batch for each process",
-            fix=f"{change}, or start at most {quantity(batches, 'process', 'processes')}",
+            fix=f"{change} (not with --resume), or start at most {quantity(batches, 'process', 'processes')}",
         )

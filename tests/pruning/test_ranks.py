@@ -170,11 +170,11 @@ def test_more_processes_than_batches_are_refused() -> None:
     require_batches(settings, 14)
     with pytest.raises(CalibrationError, match="3 processes for 2 batches: 8 calibration sequences, 4 in") as caught:
         require_batches(settings, 10)
-    assert caught.value.fix == "set batch_size to at most 2, or start at most 2 processes"
+    assert caught.value.fix == "set batch_size to at most 2 (not with --resume), or start at most 2 processes"
     require_batches(replace(settings, batch_size=2), 10)
     with pytest.raises(CalibrationError, match="3 processes for 1 batch: 2 calibration") as caught:
         require_batches(settings, 4)
-    assert caught.value.fix == "read 3 sequences or more, or start at most 1 process"
+    assert caught.value.fix == "read 3 sequences or more (not with --resume), or start at most 1 process"
     require_batches(replace(settings, batch_size=1), 5)
 
 
