@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from llmprune.errors import MissingPackageError
 from llmprune.serving.registration import register_with_transformers
 
 if TYPE_CHECKING:
@@ -99,4 +100,20 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+def _require_kernels() -> None:
+    """Refuse a clone that is not installed: started in its root, Python finds it before an llmprune that is installed.
+
+    The kernels stand beside this folder in a clone, under another name; installing maps it.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("llmprune.kernels") is None:
+        raise MissingPackageError(
+            f"llmprune is imported from {__path__[0]}, a clone that is not installed in this environment",
+            expected="an installed llmprune",
+            fix="start in another folder if llmprune is installed, or else install the clone (pip install -e .)",
+        )
+
+
+_require_kernels()
 register_with_transformers()

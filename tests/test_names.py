@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -61,3 +62,12 @@ def test_the_old_name_of_the_tasks_works_and_warns(run_fresh: FreshProcesses) ->
     with pytest.warns(FutureWarning, match="goes with 0.2"):
         old = importlib.import_module("llmprune.evaluation")
     assert old.run_tasks is llmprune.run_tasks
+
+
+def test_a_clone_that_is_not_installed_says_so() -> None:
+    """As where an engine starts in its root, with llmprune installed elsewhere."""
+    clone = Path(__file__).parents[1]
+    code = "import llmprune"  # -S: without site-packages, and so without what an installation has mapped
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=clone, capture_output=True, text=True, check=False)
+    assert "a clone that is not installed in this environment" in done.stderr
+    assert "fix: start in another folder" in done.stderr
