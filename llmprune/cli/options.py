@@ -63,7 +63,7 @@ def explained(
     """Turn user errors and Ctrl-C into a message and an exit code; any other exception keeps its traceback.
 
     Args:
-        as_json: also print the error as JSON on stdout.
+        as_json: also print the error as JSON on stdout, whichever it is.
         interrupted: returns the message for Ctrl-C.
         out_of_memory: returns an extra line for a device error; none if it is empty.
     """
@@ -80,15 +80,24 @@ def explained(
         if isinstance(error, DeviceError) and (advice := out_of_memory()):
             console.tell(advice)
         if as_json:
-            kind = type(error).__name__
-            console.show_json(
-                {"error": {"kind": kind, "what": error.what, "expected": error.expected, "fix": error.fix}}
-            )
+            _show_json(error, error.what, error.expected, error.fix)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         if not follows():
             console.tell(interrupted())
         raise typer.Exit(INTERRUPTED) from None
+    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+        raise
+    except Exception as error:
+        if follows():
+            let_first_speak()
+        if as_json:
+            _show_json(error, str(error), fix="this is a bug of llmprune: report it with the traceback on stderr")
+        raise
+
+
+def _show_json(error: Exception, what: str, expected: str = "", fix: str = "") -> None:
+    console.show_json({"error": {"kind": type(error).__name__, "what": what, "expected": expected, "fix": fix}})
 
 
 def quieten(quiet: bool) -> None:

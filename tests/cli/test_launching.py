@@ -134,6 +134,24 @@ def test_what_every_process_would_do_alike_is_refused_under_torchrun(
     assert f"start `llmprune {words[0]}` without it" in " ".join(done.stderr.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_bug_is_printed_as_json_beside_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], rank: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    with pytest.raises(ZeroDivisionError), explained(as_json=True):
+        raise ZeroDivisionError("no rows")
+    found = json.loads(capfd.readouterr().out)["error"]
+    assert (found["kind"], found["what"]) == ("ZeroDivisionError", "no rows")
+    assert bool(waited) == (rank == "1")
+    with pytest.raises(typer.BadParameter), explained(as_json=True):
+        raise typer.BadParameter("no number")
+    assert not capfd.readouterr().out
+
+
 def test_the_processes_share_the_threads_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.run.main", lambda words: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
