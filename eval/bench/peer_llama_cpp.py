@@ -3,8 +3,8 @@
     python -m llmprune.eval.bench.peer_llama_cpp MODEL --pruned FOLDER ... --llama-cpp CLONE --text FILE --json FILE
 
 llama.cpp runs MODEL, converted by its own converter to each of --types; llmprune runs MODEL dense and each --pruned
-checkpoint, in bfloat16. All models are in memory together and generate in turns, one sequence, greedily, from the same
-random prompt. Perplexity is that of the runtime which is timed, on sequences of the text.
+checkpoint, in the dtype that it chooses for the machine. All models are in memory together and generate in turns, one
+sequence, greedily, from a random prompt. Perplexity is that of the runtime which is timed, on sequences of the text.
 
 Needs llama-cpp-python, whose wheel is compiled for the machine: CMAKE_ARGS=-DGGML_NATIVE=ON pip install
 llama-cpp-python. Its source distribution holds the clone of llama.cpp (vendor/llama.cpp) that --llama-cpp names, whose
@@ -98,7 +98,7 @@ def perplexity(engine: Engine, ids: Tensor) -> float:
 
 def ours(name: str, folder: Path, prompt: int) -> Engine:
     """A checkpoint as llmprune serves it."""
-    model = llmprune.load(folder, device="cpu", dtype="bfloat16")
+    model = llmprune.load(folder, device="cpu")
 
     @torch.inference_mode()
     def logits(ids: Tensor) -> Tensor:
