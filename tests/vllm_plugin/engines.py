@@ -40,13 +40,12 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(
-        str(folder),
-        **{"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 32, **options},
-    )
+    usual = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 32}
+    llm = None
     try:
+        llm = LLM(str(folder), **{**usual, **options})
         yield llm
-    finally:
+    finally:  # one that was refused has groups of processes, too
         del llm
         cleanup_dist_env_and_memory()
         gc.collect()
