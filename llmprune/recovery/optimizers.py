@@ -59,12 +59,12 @@ def require_offered(name: str) -> None:
 
 @contextmanager
 def constructing(name: str) -> Iterator[None]:
-    """Turn what goes wrong while an optimizer is made into a `RecoveryError`."""
+    """Raise a `RecoveryError` for whatever goes wrong inside, where an optimizer is constructed."""
     try:
         yield
     except (ImportError, ValueError, RuntimeError) as error:
         raise RecoveryError(
-            f"the optimizer {name} cannot be made: {error}",
+            f"the optimizer {name} cannot be constructed: {error}",
             expected="an optimizer whose package is installed, and that knows this device",
             fix="install what it needs, or use adamw_torch",
         ) from error

@@ -45,12 +45,12 @@ def test_an_optimizer_is_refused_with_the_arguments_if_it_cannot_be_made(tmp_pat
             made.append(kind.value)
         except RecoveryError as error:
             refused.append((kind.value, error.what))
-    assert all(f"the optimizer {name} cannot be made: " in what for name, what in refused)
+    assert all(f"the optimizer {name} cannot be constructed: " in what for name, what in refused)
     assert {"adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop"} <= set(made)
 
 
 def test_what_an_optimizer_says_when_it_is_made_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RecoveryError, match="the optimizer sgd cannot be made: no such device"), constructing("sgd"):
+    with pytest.raises(RecoveryError, match="sgd cannot be constructed: no such device"), constructing("sgd"):
         raise RuntimeError("no such device")
 
     def fail(*_: object) -> None:
@@ -59,7 +59,7 @@ def test_what_an_optimizer_says_when_it_is_made_is_an_error_of_ours(monkeypatch:
     monkeypatch.setattr("transformers.Trainer.create_optimizer", fail)
     trainer = WeightsTrainer.__new__(WeightsTrainer)
     trainer.args = type("Arguments", (), {"optim": OptimizerNames.SGD})  # type: ignore[assignment]
-    with pytest.raises(RecoveryError, match="the optimizer sgd cannot be made: no parameters"):
+    with pytest.raises(RecoveryError, match="the optimizer sgd cannot be constructed: no parameters"):
         trainer.create_optimizer()
 
 
