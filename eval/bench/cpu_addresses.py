@@ -16,7 +16,7 @@ from pathlib import Path
 
 _FLAGS = "-fsanitize=address -fno-omit-frame-pointer -g"
 
-_TESTS = ("test_cpu_library.py", "test_cpu_linear.py", "test_cpu_int8.py", "test_cpu_pruning.py")
+_TESTS = tuple(f"test_cpu_{part}.py" for part in ("library", "linear", "int8", "halves", "pruning"))
 
 # What an installation compiled has no sanitizer, and is not taken.
 _WITHOUT_INSTALLED = """

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from llmprune.errors import DeviceError, ModelError
+from llmprune.kernels import cpu
 from llmprune.models import boundary
 from llmprune.models.checkpoint_source import require_consistent
 from llmprune.models.headers import require_finite
@@ -30,6 +31,7 @@ from llmprune.serving.cpu_forms import measure_products
 from llmprune.serving.decode_graphs import DecodeGraphs
 from llmprune.serving.forms import Served
 from llmprune.serving.fusion import can_fuse, fuse
+from llmprune.serving.halves import narrow
 from llmprune.serving.placement import DeviceMap, input_device, map_for, require_placement
 from llmprune.storage.hub import resolve_model
 from llmprune.storage.packed_config import is_recorded
@@ -50,7 +52,8 @@ def load(
     Args:
         model: "testbed", a local folder, or a hub id.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: of the weights, also by name; "auto": the checkpoint's, or float32 on a CPU without instructions for it.
+        dtype: of the weights, also by name; "auto": the checkpoint's, or on a CPU without instructions for it float32,
+            with large dense weights kept in 16 bits: see `serving.halves`.
         served: how packed matrices are held. "auto": in the fastest form; "packed": in the least memory; "dense":
             as ordinary weights; "cusparselt": as auto, with a second copy of 2:4 matrices for prefill with cuSPARSELt.
         fused: use one kernel launch for packed matrices that read the same input; not with a device map.
@@ -88,14 +91,18 @@ def load(
     packed = is_recorded(config)  # then the quantizer makes the same checks, for `from_pretrained` too
     if not packed:
         require_consistent(folder)
+    stored = config.dtype or torch.float32
+    halves = dtype == "auto" and target.type == "cpu" and device_map is None and stored in cpu.HALVES
     if dtype == "auto":
-        dtype = computed_in(config.dtype or torch.float32, target)
+        dtype = computed_in(stored, target)
     _choose_served(config, served, folder)
     loaded = boundary.load_stock_model(folder, config, dtype=dtype, device_map=map_for(target, device_map))
     if not packed:
         require_finite(folder, loaded.named_parameters())
     if fused and device_map is None and can_fuse(loaded):
         fuse(loaded, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=target))
+    if halves and dtype == torch.float32 and cpu.unavailable() is None:
+        narrow(loaded, stored, input_ids=torch.zeros(1, 1, dtype=torch.int64))
     measure_products(loaded)
     if graphs:
         DecodeGraphs(loaded)

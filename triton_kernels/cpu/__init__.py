@@ -15,6 +15,8 @@ for it, are stored as bfloat16: their bytes, not their values, are halved.
 int8 weights are multiplied by activations of 16 bits, exactly within 128 columns, whose sums are added up in float32
 with the scales of both. x that is not finite gives results that are not a number.
 
+Dense weights of 16 bits are multiplied by float32 activations as they are, on processors that multiply only float32.
+
 The same library has what pruning takes most of its time for on a CPU: the column loop of SparseGPT
 (`kernels.obs_sweep`), the choice of weights in N:M groups, and the Gram matrix of bfloat16 inputs where there are
 instructions for it.
@@ -27,12 +29,14 @@ from .choices import dense_from, measured_limit, shape_key
 from .finding import library, unavailable
 from .gram import add_gram_compiled
 from .groups import keep_in_groups_compiled
+from .halves import HALVES, halves_linear
 from .library import FOLD, KINDS, LEVELS, MOST_COLUMNS, MOST_GROUP, TYPES, CorruptMatrixError, new_memory
 from .measuring import measure_dense_from
 from .operator import dense, expanded_linear, linear, pack, unpack
 
 __all__ = [
     "FOLD",
+    "HALVES",
     "KINDS",
     "LEVELS",
     "MOST_COLUMNS",
@@ -43,6 +47,7 @@ __all__ = [
     "dense",
     "dense_from",
     "expanded_linear",
+    "halves_linear",
     "keep_in_groups_compiled",
     "library",
     "linear",

@@ -54,6 +54,7 @@ _SIGNATURES = {
         _number,
         (_address, _address, _size, _number, _address, _size, _size, *[_address] * 2, _size, _address, *[_number] * 2),
     ),
+    "rows": (_number, (_address, _number, _size, _size, _address, _size, _address, _address, _number)),
     "expand": (_number, (_address, *[_size] * 3, _address, _size, *[_number] * 2)),
     "sweep": (_number, (*[_address] * 5, *[_size] * 4, _number, _number)),
     "choose": (_number, (_address, *[_size] * 3, _address, _number)),
@@ -201,6 +202,21 @@ class Library:
         )  # fmt: skip
         if result:
             self._require(result)
+
+    def multiply_rows(self, weight: Tensor, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """Write x times the transposed dense weight, plus the bias, to y.
+
+        Args:
+            weight: [out, in], bfloat16 or float16.
+            x: [tokens, in], float32.
+            bias: [out], float32, or None.
+            y: [tokens, out], float32; overwritten.
+        """
+        (rows, columns), tokens = weight.shape, len(x)
+        pointers = weight.data_ptr(), x.data_ptr(), _pointer(bias), y.data_ptr()
+        threads = self.threads(weight.nbytes)
+        sizes = TYPES[weight.dtype], rows, columns
+        self._require(self._rows(pointers[0], *sizes, pointers[1], tokens, *pointers[2:], threads))
 
     def expand(self, packed: Tensor, rows: range, dense: Tensor, level: int | None = None) -> None:
         """Write rows of the dense matrix.

@@ -84,7 +84,7 @@ def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int
         if _is_transformed():
             return _transformable_linear(x, packed, bias, sizes)
         # The dispatcher costs several times what the call itself does, more than a small matrix.
-        if not _is_recorded(x) and not (torch.is_grad_enabled() and _differentiable(x, bias)):
+        if not _is_recorded(x) and not _needs_gradients(x, bias):
             return _linear(x, packed, bias, sizes)
     y: Tensor = _operator(x, packed, bias, sizes)
     return y
@@ -154,13 +154,13 @@ def expanded_linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes:
     columns, stored = x.shape[1], library().describe(packed[0]).dtype
     step = max(16, _SLAB // max(1, columns * x.itemsize) // 16 * 16)
     if sum(sizes) <= step:
-        weight = _scratch_rows(sum(sizes), columns, stored)
+        weight = scratch_rows(sum(sizes), columns, stored)
         for matrix, size, rows in zip(packed, sizes, weight.split(sizes), strict=True):
             library().expand(matrix, range(size), rows)
         return F.linear(x, weight.to(x.dtype), bias)
     first, y = 0, x.new_empty(len(x), sum(sizes))
     for matrix, size in zip(packed, sizes, strict=True):
-        slab = _scratch_rows(min(step, size), columns, stored)
+        slab = scratch_rows(min(step, size), columns, stored)
         for start in range(0, size, step):
             rows = range(start, min(start + step, size))
             library().expand(matrix, rows, slab[: len(rows)])
@@ -170,7 +170,7 @@ def expanded_linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes:
     return y
 
 
-def _scratch_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def scratch_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Rows of this thread's scratch memory: new memory for each product would cost more time than expanding them."""
     count = rows * columns * dtype.itemsize
     held: Tensor | None = getattr(_scratch, "bytes", None)
@@ -204,8 +204,13 @@ def _is_recorded(x: Tensor) -> bool:
     return type(x) is not Tensor or modes > 0 or torch._C._get_tracing_state() is not None
 
 
-def _differentiable(x: Tensor, bias: Tensor | None) -> bool:
-    return x.requires_grad or (bias is not None and bias.requires_grad)
+def _needs_gradients(x: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def is_plain(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing but the numbers is wanted of a product: no trace, no transform and no gradient."""
+    return not (_is_transformed() or _is_recorded(x) or _needs_gradients(x, bias))
 
 
 def _check(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> None:

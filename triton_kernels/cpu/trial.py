@@ -25,7 +25,9 @@ def is_right(loaded: Library) -> bool:
         _is_product_right(loaded, kind, stored, dtype, generator) for kind in KINDS for stored, dtype in _DTYPES
     )
     sweeps = (_is_sweep_right(loaded, group, generator) for group in (None, (2, 4)))
-    return all(products) and all(sweeps) and _is_choice_right(loaded, generator) and _is_gram_right(loaded, generator)
+    halves = (_are_rows_right(loaded, dtype, generator) for dtype in (torch.bfloat16, torch.float16))
+    others = (check(loaded, generator) for check in (_is_choice_right, _is_gram_right))
+    return all(products) and all(halves) and all(sweeps) and all(others)
 
 
 def _is_product_right(
@@ -66,6 +68,18 @@ def _are_products_right(
         y = torch.empty(tokens, 2 * _ROWS, dtype=dtype)
         loaded.multiply([packed, packed], inputs[:tokens], bias, y)
         right = right and _is_near(y, exact[:tokens], allowed)
+    return right
+
+
+def _are_rows_right(loaded: Library, dtype: torch.dtype, generator: torch.Generator) -> bool:
+    """Dense weights of 16 bits, with rows and columns beyond whole blocks, by one token and by three."""
+    weight, bias = _normal(generator, 6, 19).to(dtype), _normal(generator, 6)
+    x = _normal(generator, 3, 19)
+    exact, right = _product(x, weight.double()) + bias.double(), True
+    for tokens in (1, 3):
+        y = torch.empty(tokens, 6, dtype=torch.float32)
+        loaded.multiply_rows(weight, x[:tokens], bias, y)
+        right = right and _is_near(y, exact[:tokens], 1e-5)
     return right
 
 

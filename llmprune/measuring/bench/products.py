@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmprune.kernels import cpu
 from llmprune.measuring.bench.machine import Rates
 from llmprune.serving import dense_product
 from llmprune.serving.cpu_forms import CpuInt8
@@ -157,8 +158,10 @@ def compare_product(
     device, dtype = weight.device, weight.dtype
     served = served_bytes(layers)
     sparse = _copies(lambda: copy.deepcopy(list(layers)), list(layers), effort.copies(served, device))
-    dense = _copies(lambda: weight.clone(), weight, effort.copies(weight.nbytes, device))
-    dense_product.choose(dense)  # on a CPU: the faster one, as a dense model is loaded
+    held = _as_served(weight)
+    dense = _copies(lambda: held.clone(), held, effort.copies(held.nbytes, device))
+    if held is weight:
+        dense_product.choose(dense)  # on a CPU: the faster one, as a dense model is loaded
     for count in tokens:
         x = random_inputs(count, weight)
         exact = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
@@ -175,7 +178,7 @@ def compare_product(
             )
         moved = (x.nbytes + count * weight.shape[0] * dtype.itemsize, 2.0 * count * weight.numel())
         floor, bound = rates.floor(moved[0] + served, moved[1] * _stored_share(layers))
-        dense_floor, _ = rates.floor(moved[0] + weight.nbytes, moved[1])
+        dense_floor, _ = rates.floor(moved[0] + held.nbytes, moved[1])
         yield TimedProduct(count, error, dense_error, *times, floor, bound, dense_floor)
 
 
@@ -231,7 +234,17 @@ def _copies(another: Callable[[], Any], first: Any, count: int) -> list[Any]:
     return [first, *(another() for _ in range(count - 1))]
 
 
+def _as_served(weight: Tensor) -> Tensor:
+    """A dense weight as a model holds it: see `serving.halves`."""
+    if weight.device.type != "cpu" or weight.dtype is not torch.float32 or cpu.unavailable() is not None:
+        return weight
+    narrow = (weight.to(dtype) for dtype in cpu.HALVES)
+    return next((half for half in narrow if torch.equal(half.float(), weight)), weight)
+
+
 def _dense_call(weight: Tensor, bias: Tensor | None, x: Tensor) -> Callable[[], object]:
+    if weight.dtype is not x.dtype:
+        return lambda: cpu.halves_linear(x, weight, bias)
     return lambda: dense_product.linear(x, weight, bias)
 
 

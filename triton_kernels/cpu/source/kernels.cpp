@@ -36,6 +36,7 @@ struct Activations {
 #include "gram.h"
 #include "groups.h"
 #include "reading.h"
+#include "rows.h"
 
 typedef void (*Kernel)(const Matrix&, int64_t tile, const void* x, float* out);
 
@@ -80,43 +81,7 @@ static Kernel choose(int level, int32_t kind, int32_t stored, bool pairs) {
   return choose<avx512::Float32, avx2::Float32, M>(level, kind);
 }
 
-// ------------------------------------------------------------------------------------------------- activations
-// x [tokens][columns] becomes blocks of M = 1, 2, 4, 8 or 16 tokens, each [units][M][elements of a unit], so that one
-// pointer walks through all of them: token rows 2^n bytes apart would fall into one set of the L1 cache. A unit is what
-// one instruction broadcasts. Columns are padded with zeros to whole steps.
-template <int64_t Bytes>
-static void place_units(const char* row, int64_t count, int64_t stride, char* to) {
-  for (int64_t i = 0; i < count; i++) memcpy(to + i * stride, row + i * Bytes, Bytes);
-}
-
-// 16-bit numbers of one token instead of floats, each fold with its scale.
-static void scale_words(const float* row, int64_t columns, int64_t stride, float* scales, int16_t* words) {
-  for (int64_t c = 0; c < columns; c += FOLD)
-    scales[c / FOLD * stride] = avx2::to_words(row + c, columns - c < FOLD ? columns - c : FOLD, words + c);
-}
-
-// `row`: room for one token as floats.
-static void arrange(const Job& job, const Activations& a, const char* x, int64_t given, float* row, char* to) {
-  const int64_t unit = a.unit * a.element, units = a.columns / a.unit;
-  for (int64_t t0 = 0; t0 < job.tokens;) {
-    const int64_t m = INT64_C(1) << block(job.tokens - t0, job.most);
-    for (int64_t t = 0; t < m; t++) {
-      const char* from = x + (t0 + t) * given * item(job.type);
-      char* block = to + t0 * a.bytes();
-      if (a.pairs) memcpy(row, from, given * a.element);
-      else avx2::to_floats(from, job.type, given, row);
-      // In place: a number is read before its half is written.
-      if (a.words) scale_words(row, given, m, (float*)block + t, (int16_t*)row);
-      memset((char*)row + given * a.element, 0, (a.columns - given) * a.element);
-      char* place = block + m * a.scales * sizeof(float) + t * unit;
-      if (m == 1) memcpy(place, row, a.columns * a.element);
-      else if (unit == 4) place_units<4>((const char*)row, units, m * unit, place);
-      else if (unit == 8) place_units<8>((const char*)row, units, m * unit, place);
-      else place_units<16>((const char*)row, units, m * unit, place);
-    }
-    t0 += m;
-  }
-}
+#include "arranging.h"
 
 // ------------------------------------------------------------------------------------------------- products
 static int64_t bytes_before(const Matrix& m, int64_t tile) {
@@ -300,6 +265,22 @@ int llmprune_multiply(const void* const* matrices, const int64_t* bytes, int64_t
     return MISALIGNED;
   }
   if (tokens && job.outputs) in_threads(multiply_share, &job, threads);
+  return DONE;
+#else
+  return UNSUPPORTED;
+#endif
+}
+
+// y [tokens][rows] = x [tokens][columns] times the transposed weights [rows][columns], bfloat16 or float16, plus the bias
+// [rows] or null; floats but for the weights.
+int llmprune_rows(const uint16_t* weights, int type, int64_t rows, int64_t columns, const float* x, int64_t tokens,
+                  const float* bias, float* y, int threads) {
+#if HAVE_KERNELS
+  if (llmprune_level() < AVX2) return UNSUPPORTED;
+  if ((type != BFLOAT16 && type != FLOAT16) || rows < 0 || columns < 0 || tokens < 0) return REFUSED;
+  if (misaligned(weights, 2) || misaligned(x, 4) || misaligned(bias, 4) || misaligned(y, 4)) return MISALIGNED;
+  Rows job{weights, type, rows, columns, tokens, x, bias, y};
+  if (rows && tokens) in_threads(rows_share, &job, threads);
   return DONE;
 #else
   return UNSUPPORTED;
