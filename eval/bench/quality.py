@@ -2,8 +2,8 @@
 
     python -m llmprune.eval.bench.quality --calibration calibration.jsonl --heldout heldout.jsonl --json quality.json
 
---methods takes methods, chains such as "[wanda, swaps, refit]", and bundled recipes such as best, whose settings are
-kept apart from the pattern and the texts.
+--methods takes methods, chains such as "[wanda, swaps, refit]", and recipes: bundled ones such as best, and files, whose
+settings are kept apart from the pattern and the texts.
 
 Protocol: weights and activations in float32; calibration on the first 128 packed sequences of 256 tokens, with a BOS
 token in front of each document but not of each sequence (the layout `pack-bare`, so that the figures compare with
@@ -117,9 +117,9 @@ def measure(protocol: Protocol, method: str, pattern: str, keep: Path | None = N
 
 
 def _settings(method: str) -> dict[str, Any]:
-    """The settings of a method, a chain, or a bundled recipe."""
-    bundled = dict(bundled_recipes())
-    if method not in bundled or method in METHODS:
+    """The settings of a method, a chain, a bundled recipe, or a recipe's file."""
+    is_recipe = method.endswith(".yaml") or method in dict(bundled_recipes())
+    if not is_recipe or method in METHODS:
         return {"method": yaml.safe_load(method), "batch_size": 16}
     return {key: value for key, value in load_recipe(method).to_dict().items() if key not in ("description", "rules")}
 
