@@ -2,7 +2,7 @@
 
     python -m llmprune.eval.bench.quality --calibration calibration.jsonl --heldout heldout.jsonl --json quality.json
 
---methods takes methods, chains such as "[wanda, swaps, refit]", and recipes: bundled ones such as best, and files, whose
+--methods takes methods, chains such as "[wanda, swaps, refit]", and recipes, bundled ones such as best or files, whose
 settings are kept apart from the pattern and the texts.
 
 Protocol: weights and activations in float32; calibration on the first 128 packed sequences of 256 tokens, with a BOS
