@@ -7,7 +7,8 @@ turns with a plain read of memory, so that other load on the machine affects the
 Each timed product follows one of the same kind that is not, as in a model: the first one after another's is slower.
 Dense: F.linear, as transformers calls it; torch's own product (F.linear without oneDNN), also with its weights in huge
 pages, in which packed matrices are; and oneDNN's with weights in its own order. On a processor that does not multiply
-bfloat16, F.linear also has weights in float32, as `llmprune.load` holds them there, and oneDNN's order is theirs.
+bfloat16, F.linear also has weights in float32, oneDNN's order is theirs, and "halves" are weights in bfloat16 with
+activations in float32, as `llmprune.load` serves them there.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from llmprune.timing import Timing, rotated_bytes
 
 Call = Callable[[Tensor], Tensor]
 INT8 = "int8-"
-DENSE = ("linear", "own", "own-huge", "prepacked", "float32", "prepacked-float32")
+DENSE = ("linear", "own", "own-huge", "prepacked", "float32", "prepacked-float32", "halves")
 
 # Floats in each of the parts that the plain read goes through.
 _STREAMED = 16 << 20
@@ -115,10 +116,10 @@ def pattern_of(sparsity: str) -> Pattern:
 def _copies(name: str, weight: Tensor) -> tuple[list[Call], int]:
     """Products over different memory, and the bytes that each reads."""
     if name in DENSE:
-        calls = {"prepacked": _prepacked, "own": _own, "own-huge": _own}
+        calls = {"prepacked": _prepacked, "own": _own, "own-huge": _own, "halves": _halves}
         call = calls.get(name.removesuffix("-float32"), _linear)
         weight = weight.float() if name.endswith("float32") else weight
-        huge = name in ("own-huge", "float32")
+        huge = name in ("own-huge", "float32", "halves")
         nbytes, another = weight.nbytes, (lambda: in_huge_pages(weight)) if huge else weight.clone
     else:
         kind = "nm" if name.endswith("2:4") else "bitmask"
@@ -149,6 +150,10 @@ def _linear(weight: Tensor) -> Call:
 
 def _own(weight: Tensor) -> Call:
     return lambda x: own_product(x, weight, None)
+
+
+def _halves(weight: Tensor) -> Call:
+    return lambda x: cpu.halves_linear(x.float(), weight, None)
 
 
 def _prepacked(weight: Tensor) -> Call:

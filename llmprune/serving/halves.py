@@ -97,7 +97,8 @@ def narrow(model: nn.Module, stored: torch.dtype, **example: Any) -> None:
     changed = []
     for weight, layers in _owners(model).items():
         if all(_fits(layer, weight) for layer in layers) and torch.equal(weight.to(stored).float(), weight):
-            halves = nn.Parameter(weight.to(stored).view(torch.int16), requires_grad=False)
+            room = cpu.new_memory(weight.numel() * stored.itemsize).view(stored).view(weight.shape)
+            halves = nn.Parameter(room.copy_(weight).view(torch.int16), requires_grad=False)
             changed.append([_narrowed(layer, halves, stored) for layer in layers])
     model(**example)
     for halved in changed:
