@@ -26,6 +26,9 @@ _ANSWERING = {"cpu": 10.0, "cuda": 300.0}
 # Products of float32 sums, and in float32.
 _GRAM, _SOLVING = 2.0, 3.0
 
+# Passes that show the inputs of a layer's matrices one after another, each as far as it has to go.
+_TURNS = 2.5
+
 # Log-softmax of two models and their divergence, in float32, compared with the head's matmuls.
 _SCORING = 3.0
 
@@ -54,6 +57,9 @@ def expected_shares(
     scored = sizes.get("evaluation", 0)
     observed = sizes["calibration"]
     fitted = 0 if recipe.reconstruct is None else 1 + 3 * recipe.reconstruct.epochs
+    statistics = recipe.statistics
+    shown = (_TURNS if statistics.sequential else 1) * (2 if statistics.alpha else 1) + (statistics.alpha > 0)
+    solving = sum(_solving(source, *job, observed) for job in enumerate(jobs))
     surveyed = 0 if recipe.structures is None else 1
     kind = "cpu" if device.type == "cpu" else "cuda"
     prompts = 0 if recipe.evaluation is None else len(recipe.evaluation.prompts)
@@ -61,7 +67,7 @@ def expected_shares(
         "sampling text": _DECODING[kind] * sampled * (layers + head),
         "dense perplexity": scored * layers,
         "survey": surveyed * observed * layers,
-        "pruning": (2 + fitted) * observed * layers + sum(_solving(source, *job, observed) for job in enumerate(jobs)),
+        "pruning": (1 + shown + fitted) * observed * layers + solving,
         "pruned perplexity": scored * layers,
         "perplexity, head": 2 * _SCORING * scored * head,
         "answers": _ANSWERING[kind] * 2 * prompts * TOKENS * (layers + head),

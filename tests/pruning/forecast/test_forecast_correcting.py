@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llmprune import dry_run, prune
 from llmprune.methods.correction import correction_bytes
+from llmprune.progress import Progress
 from llmprune.pruning.forecast.forecast import measure_rates
 from llmprune.pruning.forecast.plan import Around, Work
 from llmprune.pruning.layers import LayerDriver, PrunedLayers
@@ -130,3 +131,21 @@ def test_experts_have_only_plain_products(tmp_path: Path) -> None:
         for kind in ("none", "tokens")
     )
     assert weighted == plain > 0
+
+
+class SharesKnown(Exception):
+    """Ends a run that has said what its stages cost."""
+
+
+@pytest.mark.parametrize("more", [{"alpha": 0.5}, {"sequential": True}])
+def test_the_time_left_begins_with_the_passes_on_top(llama: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    def pruning_share(**statistics: Any) -> float:
+        def watch(progress: Progress) -> None:
+            if progress.shares:
+                raise SharesKnown(progress.shares["pruning"])
+
+        with pytest.raises(SharesKnown) as known:
+            prune(llama, recipe(statistics=statistics), tmp_path / "out", watch=watch)
+        return float(known.value.args[0])
+
+    assert pruning_share(**more) > 1.2 * pruning_share()
