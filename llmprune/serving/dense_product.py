@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmprune.kernels import configurations
+from llmprune.kernels import configurations, cpu
 
 OPERATION = "cpu_dense.own_product"
 
@@ -42,7 +42,13 @@ class DenseLinear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear; one token is multiplied by torch itself where `choose` found that faster."""
+    """F.linear; one token is multiplied by torch itself where `choose` found that faster.
+
+    Weights of 16 bits on a CPU may have x in float32.
+    """
+    if x.dtype is torch.float32 and weight.dtype in cpu.HALVES and not torch.is_autocast_enabled(x.device.type):
+        on_cpu = x.device.type == "cpu" and cpu.unavailable() is None
+        return cpu.halves_linear(x, weight, bias) if on_cpu else F.linear(x, weight.float(), bias)
     # What is being compiled is left to the compiler, which has products of its own.
     one_token = bool(_own) and x.numel() == x.shape[-1] and x.device.type == "cpu" and not torch.compiler.is_compiling()
     if one_token and (weight.shape, weight.dtype, torch.get_num_threads()) in _own:

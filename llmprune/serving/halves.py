@@ -1,4 +1,4 @@
-"""Dense layers that compute in float32 and hold their weights in the 16 bits of their file.
+"""Dense weights that stay in the 16 bits of their file while the model computes in float32.
 
 A processor without instructions for a 16-bit dtype computes in float32. Weights in float32 would take twice the memory,
 and one token is bound by reading them: the LM head, which stays dense, and all others of a dense model.
@@ -12,100 +12,62 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmprune.devices import return_freed_memory
 from llmprune.kernels import cpu
 from llmprune.serving.cpu_forms import MEASURED_WEIGHTS
+from llmprune.serving.dense_product import DenseLinear
+from llmprune.serving.sparse_linear import SparseLinear
 
 
-class _Halves(nn.Module):
-    """What the two layers share: `halves`, the weight's bits as int16, so that it is not taken for the model's dtype.
+class HalvesEmbedding(nn.Embedding):
+    """An embedding, often the one that an LM head is tied to, whose rows are used in another dtype.
 
     Attributes:
-        stored: bfloat16 or float16.
-        asked: whether somebody has read the weight, which makes a copy.
+        computed: the dtype of the rows that it returns.
     """
 
-    stored: torch.dtype
-    asked: bool
-
-    @property
-    def narrow(self) -> Tensor:
-        """The weight as it is stored."""
-        return self._parameters["halves"].detach().view(self.stored)  # type: ignore[union-attr]
-
-    def widen(self, weight: nn.Parameter | None = None) -> None:
-        """Become the ordinary layer again, with its weight [out, in] in float32, or the one given."""
-        wide = weight if weight is not None else nn.Parameter(self.narrow.float(), requires_grad=False)
-        del self._parameters["halves"]
-        self.__class__ = nn.Linear if isinstance(self, nn.Linear) else nn.Embedding  # type: ignore[assignment]
-        self.register_parameter("weight", wide)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight" and "halves" in self.__dict__["_parameters"]:
-            self.asked = True
-            return self.narrow.float()
-        return super().__getattr__(name)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # torch passes a function without its purpose: an empty tensor shows whether it casts or moves.
-        probe = fn(torch.empty(0, dtype=torch.float32, device="cpu"))
-        if (probe.dtype, probe.device.type) != (torch.float32, "cpu"):
-            self.widen()
-        return nn.Module._apply(self, fn, recurse)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.narrow.float()
-        if (bias := self._parameters.get("bias")) is not None:
-            destination[prefix + "bias"] = bias if keep_vars else bias.detach()
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        self.widen()
-        self._load_from_state_dict(*arguments)
-
-
-class HalvesLinear(_Halves, nn.Linear):
-    """A linear layer."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply x [..., in]."""
-        if torch.is_autocast_enabled(x.device.type):
-            return F.linear(x, self.narrow.float(), self.bias)
-        return cpu.halves_linear(x, self.narrow, self.bias)
-
-
-class HalvesEmbedding(_Halves, nn.Embedding):
-    """An embedding, often the one that an LM head is tied to."""
+    computed = torch.float32
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The rows of ids [...], float32: [..., features]."""
-        return F.embedding(ids, self.narrow).float()
+        """The rows of ids [...]: [..., features]."""
+        return F.embedding(ids, self.weight, self.padding_idx).to(self.computed)
 
-
-_KINDS: dict[type[nn.Module], type[_Halves]] = {nn.Linear: HalvesLinear, nn.Embedding: HalvesEmbedding}
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # torch passes a function without its purpose: an empty tensor shows whether it casts.
+        self.computed = fn(torch.empty(0, dtype=self.computed, device="cpu")).dtype
+        return super()._apply(fn, recurse)
 
 
 @torch.no_grad()
-def narrow(model: nn.Module, stored: torch.dtype, **example: Any) -> None:
+def keep_halves(model: nn.Module, stored: torch.dtype, **example: Any) -> None:
     """Hold large dense weights in the dtype in which they are stored, where that loses nothing.
 
-    A weight that the model itself reads, past its layer, stays as it is.
+    They stay ordinary parameters. One whose dtype the model itself takes for that of activations stays in float32.
 
     Args:
-        model: on the CPU, in float32, from a checkpoint of this dtype.
-        stored: bfloat16 or float16.
+        model: on the CPU, in float32, with the layers that `cpu_forms.measure_products` leaves.
+        stored: bfloat16 or float16, the dtype of its file.
         example: arguments of one short forward pass, for example `input_ids` of one token.
     """
-    changed = []
+    halved = []
     for weight, layers in _owners(model).items():
         if all(_fits(layer, weight) for layer in layers) and torch.equal(weight.to(stored).float(), weight):
+            # In huge pages: a look-up for each 4 KB costs a fifth of one token's time.
             room = cpu.new_memory(weight.numel() * stored.itemsize).view(stored).view(weight.shape)
-            halves = nn.Parameter(room.copy_(weight).view(torch.int16), requires_grad=False)
-            changed.append([_narrowed(layer, halves, stored) for layer in layers])
-    model(**example)
-    for halved in changed:
-        if any(layer.asked for layer in halved):
-            weight = nn.Parameter(halved[0].narrow.float(), requires_grad=False)
-            for layer in halved:
-                layer.widen(weight)
+            weight.data = room.copy_(weight)
+            halved.append(weight)
+            for layer in layers:
+                if type(layer) is nn.Embedding:
+                    layer.__class__ = HalvesEmbedding
+    for weight in _misread(model, example, halved):
+        weight.data = weight.data.float()
+    return_freed_memory()
+
+
+def computed_dtype(model: Any) -> torch.dtype:
+    """The dtype of a model's activations, which that of its first weight is not if large ones stay in 16 bits."""
+    dtype: torch.dtype = model.dtype
+    return next((layer.computed for layer in model.modules() if isinstance(layer, HalvesEmbedding)), dtype)
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
@@ -119,15 +81,33 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
 
 
 def _fits(layer: nn.Module, weight: nn.Parameter) -> bool:
-    # Subclasses may do more with their weight.
-    return type(layer) in _KINDS and layer._parameters.get("weight") is weight and type(weight.data) is Tensor
+    # Subclasses may do more with their weight, and `max_norm` changes it.
+    dense = isinstance(layer, SparseLinear) and layer.form is not None and layer.form.name == "dense"
+    known = dense or type(layer) in (DenseLinear, nn.Embedding)
+    plain = type(weight.data) is Tensor and weight.dtype is torch.float32 and getattr(layer, "max_norm", None) is None
+    return known and plain and layer._parameters.get("weight") is weight
 
 
-def _narrowed(layer: nn.Module, halves: nn.Parameter, stored: torch.dtype) -> _Halves:
-    kind = _KINDS[type(layer)]
-    del layer._parameters["weight"]
-    layer.__class__ = kind
-    assert isinstance(layer, _Halves)
-    layer.register_parameter("halves", halves)
-    layer.stored, layer.asked = stored, False
-    return layer
+def _misread(model: nn.Module, example: dict[str, Any], halved: list[nn.Parameter]) -> list[nn.Parameter]:
+    """The weights by whose dtype the model has cast the input; all of them if it cannot be tried."""
+    found: list[nn.Parameter] = []
+
+    def note(layer: nn.Module, given: tuple[Any, ...]) -> None:
+        weight = layer._parameters.get("weight")
+        if weight is not None and given and isinstance(given[0], Tensor) and given[0].dtype is weight.dtype:
+            found.append(weight)
+
+    hooks = [
+        layer.register_forward_pre_hook(note)
+        for layer in model.modules()
+        if any(layer._parameters.get("weight") is weight for weight in halved)
+    ]
+    try:
+        model(**example)
+    # Whatever the model asks for beyond token ids: nothing is known of it then.
+    except Exception:  # noqa: BLE001
+        return halved
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

@@ -31,7 +31,7 @@ from llmprune.serving.cpu_forms import measure_products
 from llmprune.serving.decode_graphs import DecodeGraphs
 from llmprune.serving.forms import Served
 from llmprune.serving.fusion import can_fuse, fuse
-from llmprune.serving.halves import narrow
+from llmprune.serving.halves import keep_halves
 from llmprune.serving.placement import DeviceMap, input_device, map_for, require_placement
 from llmprune.storage.hub import resolve_model
 from llmprune.storage.packed_config import is_recorded
@@ -52,8 +52,9 @@ def load(
     Args:
         model: "testbed", a local folder, or a hub id.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: of the weights, also by name; "auto": the checkpoint's, or on a CPU without instructions for it float32,
-            with large dense weights kept in 16 bits: see `serving.halves`.
+        dtype: of the weights, also by name; "auto": the checkpoint's. On a CPU without instructions for it, "auto" computes
+            in float32 and leaves large dense weights in the checkpoint's 16 bits (`serving.halves`): to train them, to
+            merge an adapter exactly or to resize the embeddings, ask for "float32".
         served: how packed matrices are held. "auto": in the fastest form; "packed": in the least memory; "dense":
             as ordinary weights; "cusparselt": as auto, with a second copy of 2:4 matrices for prefill with cuSPARSELt.
         fused: use one kernel launch for packed matrices that read the same input; not with a device map.
@@ -101,9 +102,9 @@ def load(
         require_finite(folder, loaded.named_parameters())
     if fused and device_map is None and can_fuse(loaded):
         fuse(loaded, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=target))
-    if halves and dtype == torch.float32 and cpu.unavailable() is None:
-        narrow(loaded, stored, input_ids=torch.zeros(1, 1, dtype=torch.int64))
     measure_products(loaded)
+    if halves and dtype == torch.float32 and cpu.unavailable() is None:
+        keep_halves(loaded, stored, input_ids=torch.zeros(1, 1, dtype=torch.int64))
     if graphs:
         DecodeGraphs(loaded)
     return loaded

@@ -57,20 +57,51 @@ def test_neither_threads_nor_other_tokens_change_a_result():
         torch.set_num_threads(before)
 
 
-def test_gradients_transforms_and_other_dtypes_are_those_of_torch():
-    weight, bias = torch.randn(6, 16).bfloat16(), torch.randn(6)
-    x = torch.randn(3, 16, requires_grad=True)
-    (gradient,) = torch.autograd.grad(cpu.halves_linear(x, weight, bias).square().sum(), x)
-    (wanted,) = torch.autograd.grad(F.linear(x, weight.float(), bias).square().sum(), x)
-    torch.testing.assert_close(gradient, wanted)
-    plain = x.detach()
-    mapped = torch.vmap(lambda row: cpu.halves_linear(row, weight, bias))(plain)
-    torch.testing.assert_close(mapped, F.linear(plain, weight.float(), bias))
-    for dtype in (torch.bfloat16, torch.float64):
-        y = cpu.halves_linear(plain.to(dtype), weight, bias.to(dtype))
-        torch.testing.assert_close(y, F.linear(plain.to(dtype), weight.to(dtype), bias.to(dtype)))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        cpu.halves_linear(torch.randn(1, 15), weight, bias)
+@pytest.mark.parametrize("tokens", [3, 50])
+def test_gradients_are_those_of_the_widened_weight(tokens, monkeypatch):
+    monkeypatch.setattr(halves, "_PIECE", 1024)
+    operands = [torch.randn(2, tokens, 16), torch.randn(70, 16).bfloat16(), torch.randn(70)]
+    for wanted in ((True, True, True), (True, False, False), (False, True, False)):
+        ours = [one.clone().requires_grad_(needs) for one, needs in zip(operands, wanted, strict=True)]
+        theirs = [one.detach().float().requires_grad_(one.requires_grad) for one in ours]
+        cpu.halves_linear(*ours).square().sum().backward()
+        F.linear(*theirs).square().sum().backward()
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one.grad is None) == (other.grad is None)
+            if one.grad is not None:
+                torch.testing.assert_close(
+                    one.grad.float(), other.grad, rtol=0.01 if one is ours[1] else 1e-4, atol=1e-3
+                )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_transforms_compiled_and_traced_calls_are_right():
+    x, weight, bias = torch.randn(3, 16), torch.randn(6, 16).bfloat16(), torch.randn(6)
+    wanted = F.linear(x, weight.float(), bias)
+    mapped = torch.vmap(lambda row: cpu.halves_linear(row, weight, bias))(x)
+    torch.testing.assert_close(mapped, wanted)
+    compiled = torch.compile(lambda given: cpu.halves_linear(given, weight, bias), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), wanted)
+    weight.requires_grad_()
+    compiled(x).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(6, 16).bfloat16())
+    weight.requires_grad_(False)
+    traced = torch.jit.trace(lambda given: cpu.halves_linear(given, weight, bias), (torch.zeros(3, 16),))
+    torch.testing.assert_close(traced(x), wanted)
+
+
+def test_strided_operands_are_right_and_wrong_ones_refused():
+    x, weight, bias = torch.randn(3, 16), torch.randn(16, 6).bfloat16().T, torch.randn(6)
+    torch.testing.assert_close(
+        cpu.halves_linear(x[:, ::2], weight[:, ::2], bias), F.linear(x[:, ::2], weight[:, ::2].float(), bias)
+    )
+    for wrong in (
+        (x[:, :15], weight, bias), (x.double(), weight, bias), (x, weight.float(), bias), (x, weight, bias.bfloat16()),
+        (x, weight, bias[:3]), (x, weight, torch.randn(12)[::2]), (x.to("meta"), weight, bias),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="cpu_halves"):
+            cpu.halves_linear(*wrong)
+    assert cpu.halves_linear(torch.randn(2, 0), torch.randn(4, 0).bfloat16(), None).equal(torch.zeros(2, 4))
 
 
 def test_the_library_refuses_what_is_not_as_described():

@@ -81,10 +81,10 @@ def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int
         ValueError: a shape or an address is not as above, or a packed tensor is damaged.
     """
     if not torch.compiler.is_compiling():
-        if _is_transformed():
+        if is_transformed():
             return _transformable_linear(x, packed, bias, sizes)
         # The dispatcher costs several times what the call itself does, more than a small matrix.
-        if not _is_recorded(x) and not _needs_gradients(x, bias):
+        if is_plain(x, bias):
             return _linear(x, packed, bias, sizes)
     y: Tensor = _operator(x, packed, bias, sizes)
     return y
@@ -187,7 +187,7 @@ def _narrowed(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.bfloat16).view(*values.shape, 2)[..., 1].contiguous()
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func transforms the call, or derivatives are carried forward through it."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
@@ -204,13 +204,13 @@ def _is_recorded(x: Tensor) -> bool:
     return type(x) is not Tensor or modes > 0 or torch._C._get_tracing_state() is not None
 
 
-def _needs_gradients(x: Tensor, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+def _needs_gradients(*operands: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in operands)
 
 
-def is_plain(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether nothing but the numbers is wanted of a product: no trace, no transform and no gradient."""
-    return not (_is_transformed() or _is_recorded(x) or _needs_gradients(x, bias))
+def is_plain(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether nothing but the numbers is wanted of a product: no trace and no gradient."""
+    return not (_is_recorded(x) or _needs_gradients(x, *others))
 
 
 def _check(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> None:

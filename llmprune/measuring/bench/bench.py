@@ -28,6 +28,7 @@ from llmprune.measuring.extent import measure_stored
 from llmprune.models.skeleton import quiet_transformers
 from llmprune.precision import dtype_name
 from llmprune.progress import Progress, Watcher, ignore
+from llmprune.serving.halves import computed_dtype
 from llmprune.serving.placement import require_placement
 from llmprune.storage.files import listed
 from llmprune.timing import Effort
@@ -102,16 +103,16 @@ def bench(
     load: Load = partial(_load, device, settings)
     tuned = _tune(lambda: load(folder), settings, watch) if settings.tune and device.type == "cuda" else []
     models = [_loaded(lambda: load(folder), watch, "model")]
-    products = packed_products(models[0])
+    products, dtype = packed_products(models[0]), computed_dtype(models[0])
     result: dict[str, Any] = {
         "device": device_name(device),
         "finished": "",
         "versions": versions(),
         "commit": commit(),
         "model": str(folder),
-        "dtype": dtype_name(models[0].dtype),
+        "dtype": dtype_name(dtype),
         "tuned": tuned,
-        **measure_products(products, device, models[0].dtype, settings, watch),
+        **measure_products(products, device, dtype, settings, watch),
     }
     del products
     if against is not None or result["products"]:

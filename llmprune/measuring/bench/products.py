@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from llmprune.kernels import cpu
 from llmprune.measuring.bench.machine import Rates
 from llmprune.serving import dense_product
-from llmprune.serving.cpu_forms import CpuInt8
+from llmprune.serving.cpu_forms import MEASURED_WEIGHTS, CpuInt8
 from llmprune.serving.quantizer import sparse_layers
 from llmprune.serving.sparse_linear import SparseLinear
 from llmprune.storage.formats import BitmaskLayout, BlockLayout, Int8BitmaskLayout, Layout
@@ -158,7 +158,7 @@ def compare_product(
     device, dtype = weight.device, weight.dtype
     served = served_bytes(layers)
     sparse = _copies(lambda: copy.deepcopy(list(layers)), list(layers), effort.copies(served, device))
-    held = _as_served(weight)
+    held = _as_served(layers, weight)
     dense = _copies(lambda: held.clone(), held, effort.copies(held.nbytes, device))
     if held is weight:
         dense_product.choose(dense)  # on a CPU: the faster one, as a dense model is loaded
@@ -234,17 +234,17 @@ def _copies(another: Callable[[], Any], first: Any, count: int) -> list[Any]:
     return [first, *(another() for _ in range(count - 1))]
 
 
-def _as_served(weight: Tensor) -> Tensor:
-    """A dense weight as a model holds it: see `serving.halves`."""
-    if weight.device.type != "cpu" or weight.dtype is not torch.float32 or cpu.unavailable() is not None:
+def _as_served(layers: Sequence[SparseLinear], weight: Tensor) -> Tensor:
+    """The dense weight [out, in] as `load` would hold it: see `serving.halves`."""
+    stored = {cpu.library().describe(layer.held["packed"]).stored for layer in layers if "packed" in layer.held}
+    if weight.dtype is not torch.float32 or torch.float32 in stored or not stored:
         return weight
-    narrow = (weight.to(dtype) for dtype in cpu.HALVES)
-    return next((half for half in narrow if torch.equal(half.float(), weight)), weight)
+    # The dense model of matrices in 8 bits has 16.
+    half = stored.pop() if torch.int8 not in stored else torch.bfloat16
+    return weight.to(half) if weight.numel() >= MEASURED_WEIGHTS else weight
 
 
 def _dense_call(weight: Tensor, bias: Tensor | None, x: Tensor) -> Callable[[], object]:
-    if weight.dtype is not x.dtype:
-        return lambda: cpu.halves_linear(x, weight, bias)
     return lambda: dense_product.linear(x, weight, bias)
 
 
