@@ -8,7 +8,7 @@ import typer
 
 from llmprune.cli import console, uploading
 from llmprune.cli.layout import DEPLOY, MEASURE, OUTPUT, Overwrite, add
-from llmprune.cli.options import AsJson, Folder, Model, Quiet, explained
+from llmprune.cli.options import AsJson, Folder, Quiet, explained
 from llmprune.cli.uploading import PushToHub
 
 if TYPE_CHECKING:
@@ -40,25 +40,33 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def inspect(
-    model: Model,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help='A hub id, the folder of a model, "testbed", or one file: safetensors, or a state dict of torch.save.',
+        ),
+    ],
     every: Annotated[bool, typer.Option("--all", help="List every matrix, even if there are many.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Report the sparsity of each matrix and its pattern.
 
-    Works on any safetensors checkpoint, whichever tool pruned it. A long list is summarised per layer unless --all is
-    given.
+    Works on any safetensors checkpoint or state dict, whichever tool pruned it, also with the masks of
+    torch.nn.utils.prune; no code in a file runs. A long list is summarised per layer unless --all is given.
     """
     with explained(as_json):
         from llmprune.cli.tables.checkpoints import inspection_tables
         from llmprune.errors import ModelError
         from llmprune.measuring.inspection import inspect_checkpoint
         from llmprune.paths import user_path
+        from llmprune.storage.files import PICKLES
         from llmprune.storage.hub import resolve_model
 
         # Any folder with safetensors files will do, even one that cannot be pruned.
-        folder = user_path(model, ModelError)
-        inspection = inspect_checkpoint(folder if folder.is_dir() else resolve_model(model))
+        path = user_path(model, ModelError)
+        is_file = path.suffix in {".safetensors", *PICKLES}
+        inspection = inspect_checkpoint(path if path.is_dir() or is_file else resolve_model(model))
         if as_json:
             console.show_json(inspection.to_dict())
         else:

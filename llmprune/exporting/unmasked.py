@@ -6,7 +6,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from llmprune.errors import CheckpointError
@@ -20,6 +19,7 @@ from llmprune.storage.exchange import replacing
 from llmprune.storage.files import INDEX_NAME, read_header, read_json, weight_files, write_json, write_shard
 from llmprune.storage.folders import expanded, require_empty, require_free, require_other
 from llmprune.storage.packed_config import without_packing_record
+from llmprune.storage.state_dict import read_state_dict
 from llmprune.storage.torch_prune import MASK, ORIGINAL, masked_keys, merged
 
 _EXPECTED = "a folder with safetensors files, or a state dict that torch.save wrote (.pt, .pth or .bin)"
@@ -86,7 +86,7 @@ def import_masked(
 def _parts(path: Path) -> tuple[list[str], Callable[[], Iterator[Mapping[str, Tensor]]]]:
     """The keys of all tensors, and a function that reads them, a file at a time, originals with their masks."""
     if not path.is_dir():
-        state = _state(path)
+        state = read_state_dict(path)
         return list(state), lambda: iter([state])
     standard = any((path / name).is_file() for name in ("model.safetensors", INDEX_NAME))
     files = weight_files(path) if standard else sorted(path.glob("*.safetensors"))
@@ -107,16 +107,6 @@ def _parts(path: Path) -> tuple[list[str], Callable[[], Iterator[Mapping[str, Te
     return list(stored), read
 
 
-def _state(path: Path) -> dict[str, Tensor]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", expected=_EXPECTED, fix="check the path") from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise CheckpointError(f"{path} is no state dict", expected=_EXPECTED, fix="save model.state_dict()")
-    return found
-
-
 def _write(parts: Iterator[Mapping[str, Tensor]], plain: list[str], target: Path, watch: Watcher) -> None:
     """Write each part as a file, and the index."""
     weight_map: dict[str, str] = {}
@@ -127,9 +117,6 @@ def _write(parts: Iterator[Mapping[str, Tensor]], plain: list[str], target: Path
         own = [key for key in plain if f"{key}{ORIGINAL}" in tensors]
         taken = {f"{key}{end}" for key in own for end in (ORIGINAL, MASK)}
         result = {key: tensor for key, tensor in tensors.items() if key not in taken}
-        seen: dict[int, str] = {}
-        # A state dict has a tied tensor under each of its names; a checkpoint has it once.
-        result = {key: tensor for key, tensor in result.items() if seen.setdefault(tensor.data_ptr(), key) == key}
         for key in own:
             result[key] = merged(key, tensors[f"{key}{ORIGINAL}"], tensors[f"{key}{MASK}"])
         write_shard(target / name, result)

@@ -5,7 +5,7 @@ shows which kernels could run a checkpoint of unknown origin.
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,8 +18,9 @@ from torch import Tensor
 from llmprune.errors import CheckpointError
 from llmprune.precision import dtype_name
 from llmprune.storage.detection import describe_mask
-from llmprune.storage.files import read_header, read_json, weight_files
+from llmprune.storage.files import PICKLES, read_header, read_json, weight_files
 from llmprune.storage.packed_config import PackedWeight, as_dense, packed_layouts
+from llmprune.storage.state_dict import read_state_dict
 from llmprune.storage.torch_prune import MASK, ORIGINAL, masked_keys, merged
 
 _EMBEDDINGS = re.compile(r"embed|lm_head|wte|wpe")
@@ -80,9 +81,9 @@ class Inspection:
     """The zeros of a checkpoint, tensor by tensor.
 
     Attributes:
-        folder: of the checkpoint.
+        folder: of the checkpoint; or its only file.
         rows: one per tensor, layers in numerical order.
-        bytes_on_disk: size of its safetensors files.
+        bytes_on_disk: size of its files of weights.
         contradiction: how config.json and the tensors disagree, if there is a config.json of a causal LM; else None.
     """
 
@@ -120,18 +121,21 @@ class Inspection:
 
 
 def inspect_checkpoint(folder: Path) -> Inspection:
-    """Count the zeros of every tensor of a checkpoint and find their patterns.
+    """Count the zeros of every tensor of a checkpoint, or of a state dict, and find their patterns.
 
     The matrices of a packed checkpoint are unpacked one at a time; `weight_orig` and `weight_mask` of a model pruned by
     torch.nn.utils.prune are counted as the weight that is their product.
 
     Args:
         folder: has safetensors files, with or without an index; config.json says what is packed, and is compared with
-            the tensors.
+            the tensors. Or one file: safetensors, or a state dict that torch.save wrote, of which no code runs.
 
     Raises:
-        CheckpointError: there are no safetensors files, one is damaged or missing, or two contain the same tensor.
+        CheckpointError: there are no safetensors files, one is damaged or missing, or two contain the same tensor; the
+            file is no state dict.
     """
+    if folder.suffix in PICKLES and not folder.is_dir():
+        return Inspection(str(folder), _ordered(_state_rows(folder)), folder.stat().st_size)
     files = _files(folder)
     packed = _packed(folder, files)
     parts = {part.key for weight in packed for part in weight.parts.values()}
@@ -147,17 +151,20 @@ def inspect_checkpoint(folder: Path) -> Inspection:
                     fix="remove the files that belong to another checkpoint",
                 )
             rows[row.name] = row
-    ordered = sorted(rows.values(), key=lambda row: _numerically(row.name))
     from llmprune.models.checkpoint_source import find_contradiction  # transformers is slow to import
 
     nbytes = sum(path.stat().st_size for path in files)
-    return Inspection(str(folder), tuple(ordered), nbytes, find_contradiction(folder))
+    return Inspection(str(folder), _ordered(rows), nbytes, None if folder.is_file() else find_contradiction(folder))
 
 
 def _files(folder: Path) -> list[Path]:
+    if folder.suffix == ".safetensors" and folder.is_file():
+        return [folder]
     if not folder.is_dir():
         raise CheckpointError(
-            f"no folder {folder}", expected="a folder with safetensors files", fix="check the spelling"
+            f"{folder} is a file of another kind" if folder.exists() else f"no folder {folder}",
+            expected=f"a folder with safetensors files, or a file named *.safetensors, *{', *'.join(PICKLES)}",
+            fix="check the spelling",
         )
     named = sorted(file for file in folder.glob("*.safetensors") if file.is_file())  # reading a pipe would hang
     standard = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
@@ -184,11 +191,27 @@ def _masked(files: Sequence[Path]) -> tuple[dict[str, TensorRow], set[str]]:
             places |= dict.fromkeys(file.keys(), file)
         for key in masked_keys(places):
             halves = [f"{key}{ORIGINAL}", f"{key}{MASK}"]
-            original, mask = (places[half].get_tensor(half) for half in halves)
-            row = _row(key, merged(key, original, mask))
-            rows[key] = replace(row, bytes=original.nbytes + mask.nbytes, layout="torch-prune")
+            rows[key] = _masked_row(key, *(places[half].get_tensor(half) for half in halves))
             parts |= {*halves}
     return rows, parts
+
+
+def _masked_row(key: str, original: Tensor, mask: Tensor) -> TensorRow:
+    row = _row(key, merged(key, original, mask))
+    return replace(row, bytes=original.nbytes + mask.nbytes, layout="torch-prune")
+
+
+def _state_rows(file: Path) -> dict[str, TensorRow]:
+    """The rows of a state dict, an original and its mask being one."""
+    state = read_state_dict(file)
+    plain = masked_keys(state)
+    with _readable(file):
+        rows = {key: _masked_row(key, state.pop(f"{key}{ORIGINAL}"), state.pop(f"{key}{MASK}")) for key in plain}
+        return rows | {name: _row(name, tensor) for name, tensor in state.items()}
+
+
+def _ordered(rows: Mapping[str, TensorRow]) -> tuple[TensorRow, ...]:
+    return tuple(sorted(rows.values(), key=lambda row: _numerically(row.name)))
 
 
 def _as_stored(weight: PackedWeight) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from llmprune.storage.records import is_plain_name, read_as
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# What torch.save writes is named so.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _NAME_SHOWN = 80
 
@@ -327,7 +328,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def without_weights(where: str, names: Sequence[str]) -> CheckpointError:
     """The error for a folder or repository with these file names, which is not a readable checkpoint."""
-    pickles = sorted(name for name in names if name.endswith(_PICKLES))
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
     others = sorted(name for name in names if name.endswith((".safetensors", ".gguf")))
     if pickles:
         what = f"{where} has only pickled weights, which can run code when they are read: {listed(pickles)}"

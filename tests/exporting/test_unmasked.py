@@ -90,6 +90,32 @@ def test_inspect_counts_masked_weights_as_one(tmp_path: Path) -> None:
     assert [row.name for row in plain.rows] == list(rows)
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_inspect_counts_a_state_dict_as_the_folder(tmp_path: Path, family: str) -> None:
+    model = pruned_by_torch(family)
+    save(model, tmp_path / "masked")
+    torch.save(model.state_dict(), tmp_path / "pruned.pt")
+    folder = inspect_checkpoint(tmp_path / "masked")
+    done = run("inspect", tmp_path / "pruned.pt", "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    own = {row.name: row for row in folder.rows}
+    rows = {row["name"]: row for row in found["tensors"]}
+    # Of tied tensors, a folder has the embedding, a state dict the one that the model has first: the same.
+    assert rows.keys() == own.keys()
+    assert all(
+        (row["zeros"], row["pattern"], row["layout"], row["bytes"])
+        == (own[name].zeros, own[name].pattern, own[name].layout, own[name].bytes)
+        for name, row in rows.items()
+    )
+    assert found["matrix_sparsity"] == folder.matrix_sparsity == 0.25
+    assert found["bytes_on_disk"] == (tmp_path / "pruned.pt").stat().st_size
+    assert "0.25" in run("inspect", tmp_path / "pruned.pt").stdout
+    single = inspect_checkpoint(tmp_path / "masked" / "model.safetensors")
+    assert single.rows == folder.rows
+    assert run("inspect", tmp_path / "absent.pt").exit_code == 1
+
+
 def test_masks_in_memory_go_both_ways() -> None:
     model = build("llama")
     masks = sparsify(model, "magnitude", {"kind": "one-shot", "stages": 1, "end": 0.5, "every": 1})
