@@ -36,18 +36,27 @@ def require_plain(model: nn.Module) -> None:
     # Adapters other than LoRA name their modules differently; PEFT leaves its configuration in either place.
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
         raise _with_adapter(model, "peft_config")
-    if computed := next(_computed(modules), None):
-        raise ModelError(
-            f"the weight of {computed} is computed from other tensors at each call (a mask or a parametrization)",
-            expected="weights that are parameters",
-            fix="make it permanent first: torch.nn.utils.prune.remove(MODULE, 'weight') for a mask, "
-            "torch.nn.utils.parametrize.remove_parametrizations(MODULE, 'weight') for a parametrization",
-        )
+    require_parameters(model)
     if compiled := [name for name in modules if name.split(".")[-1] == _COMPILED]:
         raise ModelError(
             f"{compiled[0].rpartition('.')[0]} is wrapped by torch.compile, which changes the names of its weights",
             expected="a model that is compiled as a whole, or not at all",
             fix="prune the model first and compile its parts afterwards; module.compile() keeps the names",
+        )
+
+
+def require_parameters(model: nn.Module) -> None:
+    """Refuse a model in which a weight is no parameter.
+
+    Raises:
+        ModelError: it is computed from other tensors.
+    """
+    if computed := next(_computed(dict(model.named_modules())), None):
+        raise ModelError(
+            f"the weight of {computed} is computed from other tensors at each call (a mask or a parametrization)",
+            expected="weights that are parameters",
+            fix="make it permanent first: torch.nn.utils.prune.remove(MODULE, 'weight') for a mask, "
+            "torch.nn.utils.parametrize.remove_parametrizations(MODULE, 'weight') for a parametrization",
         )
 
 

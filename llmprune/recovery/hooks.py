@@ -4,8 +4,10 @@ A Trainer that ends by an exception, as Ctrl-C is in a notebook, tells its callb
 must not mask the gradients of the next one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -62,3 +64,27 @@ class Hooks:
         self._handles = []
         if self in _LIVE:
             _LIVE.remove(self)
+
+
+class ForwardHook:
+    """A hook of a module's forward pass that stays with it: in copies and pickles of the module, it does nothing.
+
+    torch.compile calls it as it is, between the graphs that it makes.
+
+    Args:
+        hook: what `register_forward_pre_hook` would take.
+    """
+
+    def __init__(self, hook: Callable[[nn.Module, Any], None]) -> None:
+        self._hook: Callable[[nn.Module, Any], None] = torch.compiler.disable(hook)
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        """Call the hook."""
+        self._hook(module, inputs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (_nothing,)
+
+
+def _nothing(module: nn.Module, inputs: Any) -> None:
+    pass

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmprune.errors import NumericsError, RecoveryError
+from llmprune.models.in_memory import require_parameters, unwrapped
 from llmprune.paths import user_path
 from llmprune.recovery.hooks import Hooks
 from llmprune.recovery.masks import (
@@ -59,6 +60,7 @@ def keep_zeros(model: nn.Module, masks: str | Path | Masks | None = None) -> "Ke
         RecoveryError: the model has no zeros; a matrix that trains is all zero, as the second factor of a new LoRA is;
             weights are not whole in memory; a mask does not fit; pruned weights are not zero.
         CheckpointError: the file cannot be read, or is of another model.
+        ModelError: weights are computed from other tensors, such as the masks of torch.nn.utils.prune.
 
     Example:
         >>> with keep_zeros(model):  # doctest: +SKIP
@@ -68,6 +70,8 @@ def keep_zeros(model: nn.Module, masks: str | Path | Masks | None = None) -> "Ke
         ...         optimizer.zero_grad()
         >>> Trainer(model, arguments, train_dataset=data, callbacks=[keep_zeros(model)]).train()  # doctest: +SKIP
     """
+    model = unwrapped(model)
+    require_parameters(model)
     if masks is None:
         masks = masks_of(model)
         _require_some(model, masks)
@@ -211,12 +215,17 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
                 fix="lower the learning rate, or begin with a longer warm-up",
             )
         if moved:
-            raise revived_by(optimizer, moved, had_state=bool(had_state))
+            raise revived_by(optimizer, moved, had_state=bool(had_state), by_hand=self._has_gradients(names))
         self._seen[optimizer] = [had_state, steps + 1]
 
     def _moved(self, names: list[str]) -> int:
         counts = [(self._weights[name] != 0).logical_and_(self._mask(name)).sum() for name in names]
         return int(torch.stack([count.to(counts[0].device) for count in counts]).sum())
+
+    def _has_gradients(self, names: list[str]) -> bool:
+        """Whether pruned weights have gradients, which those of a backward pass have not."""
+        found = ((self._weights[name].grad, self._mask(name)) for name in names)
+        return any(gradient is not None and bool((gradient != 0)[mask].any()) for gradient, mask in found)
 
     def _warn_of_16_bits(self) -> None:
         small = [name for name, weight in self._weights.items() if weight.requires_grad and weight.itemsize < 4]

@@ -89,15 +89,23 @@ def require_known(name: str) -> None:
         )
 
 
-def revived_by(optimizer: Optimizer, count: int, *, had_state: bool) -> RecoveryError:
+def revived_by(optimizer: Optimizer, count: int, *, had_state: bool, by_hand: bool = False) -> RecoveryError:
     """The error for an optimizer whose step has moved pruned weights.
 
     Args:
         optimizer: as it is after the step.
         count: how many weights it has moved.
         had_state: whether it had taken steps before the zeros were kept.
+        by_hand: whether gradients of pruned weights are not zero, as they are when a backward pass has made them.
     """
     kind = type(optimizer).__name__
+    if by_hand:
+        return RecoveryError(
+            f"{kind} moved {count} pruned weights, which are zero again: their gradients were not zero, so that they "
+            "have been set or changed after the backward pass",
+            expected="gradients as backward() leaves them, clipped or scaled at most",
+            fix="multiply what you add to a gradient by ~keeping.masks[NAME], or put it into the loss",
+        )
     if had_state:
         return RecoveryError(
             f"{kind} moved {count} pruned weights, which are zero again: its state dates from before they were masked",

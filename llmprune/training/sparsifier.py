@@ -20,8 +20,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmprune.errors import TrainingError
+from llmprune.models.in_memory import unwrapped
 from llmprune.paths import user_path
-from llmprune.recovery.hooks import Hooks
+from llmprune.recovery.hooks import ForwardHook, Hooks
 from llmprune.recovery.masks import mask_, masked
 from llmprune.recovery.optimizers import require_keeping
 from llmprune.training.checks import require_continued, require_initialising, require_planned, require_supported
@@ -72,7 +73,8 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         for target in targets:
             if selection.pattern is not None:
                 selection.pattern.check(target.matrix.shape)
-        self._model, self._targets, self._rule, self._selection = model, targets, rule, selection
+        self._called, self._model = model, unwrapped(model)
+        self._targets, self._rule, self._selection = targets, rule, selection
         self._solve, self._seed, self.plan = solve, seed, plan
         self._weights = {target.name: target.parameter for target in targets}
         self._ids = {id(weight) for weight in self._weights.values()}
@@ -95,7 +97,7 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         # The optimizer that took the last step, and those before it.
         self._optimizer: ref[Optimizer] | None = None
         self._retired: WeakSet[Optimizer] = WeakSet()
-        require_initialising(model, rule)
+        require_initialising(self._model, rule)
         if isinstance(rule, Lottery) and rule.rewind == 0:
             self._remember()
 
@@ -110,7 +112,7 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         trained = ((name, weight) for name, weight in self._weights.items() if weight.requires_grad)
         self._hooks.add(*(weight.register_hook(self._gradient_hook(name)) for name, weight in trained))
         self._hooks.add(
-            self._model.register_forward_pre_hook(self._before_forward),
+            self._called.register_forward_pre_hook(ForwardHook(self._before_forward)),
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
         )

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from llmprune.errors import TrainingError
+from llmprune.models.in_memory import require_parameters, unwrapped
 from llmprune.patterns import NM
 from llmprune.training.reading import read_rule, read_schedule, read_selection
 from llmprune.training.rules import Rule, Schedule
@@ -47,6 +48,7 @@ def sparsify(
 
     Raises:
         TrainingError: a value is out of range, or the model has no matrices to prune.
+        ModelError: weights are computed from other tensors, such as the masks of torch.nn.utils.prune.
         PatternError: the pattern does not fit a matrix.
 
     Example:
@@ -62,4 +64,6 @@ def sparsify(
     if plan_schedule.every is None:
         raise TrainingError("schedule.every is missing", expected="optimizer steps of each stage, such as 100")
     plan = Plan.of(plan_schedule, chosen, plan_schedule.every)
-    return Sparsifier(model, find_targets(model, include, exclude), chosen, plan, selection, loss=loss, seed=seed)
+    require_parameters(unwrapped(model))
+    targets = find_targets(unwrapped(model), include, exclude)
+    return Sparsifier(model, targets, chosen, plan, selection, loss=loss, seed=seed)

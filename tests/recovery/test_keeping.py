@@ -10,11 +10,12 @@ import pytest
 import torch
 from tiny_models import build
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
 from llmprune import keep_zeros
-from llmprune.errors import RecoveryError
+from llmprune.errors import ModelError, RecoveryError
 
 # Two weights kept, two pruned, and a gradient that is not zero anywhere.
 WEIGHT = ((1.0, 0.0), (0.0, -2.0))
@@ -194,6 +195,31 @@ def test_nan_gradients_of_pruned_weights_do_no_harm() -> None:
         (model.weight * torch.where(PRUNED, torch.nan, 1.0)).sum().backward()
     assert model.weight.grad is not None
     assert model.weight.grad.equal((~PRUNED).float())
+
+
+def test_gradients_that_are_changed_by_hand_are_named() -> None:
+    model = Matrix()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with keep_zeros(model):
+        model.weight.grad = GRADIENT.clone()
+        with pytest.raises(RecoveryError, match="set or changed after the backward pass"):
+            optimizer.step()
+    assert torch.equal(model.weight == 0, PRUNED)
+
+
+def test_a_compiled_model_has_the_names_of_its_own_weights(tmp_path: Path) -> None:
+    model = Matrix()
+    keep_zeros(torch.compile(model, backend="eager")).save(tmp_path / "masks.safetensors")
+    assert torch.equal(keep_zeros(model, tmp_path / "masks.safetensors").masks["weight"], PRUNED)
+
+
+def test_masks_of_torch_are_made_permanent_first() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(ModelError, match=r"the weight of 0 is computed(.|\n)*prune\.remove"):
+        keep_zeros(model)
+    prune.remove(model[0], "weight")
+    assert keep_zeros(model).masks.keys() == {"0.weight"}
 
 
 def test_nothing_is_masked_afterwards() -> None:
