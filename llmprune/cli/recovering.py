@@ -170,7 +170,10 @@ def recover(
         result: Any
         if output is None or dry_run:
             with display.planning():
-                result = room.plan_recovery(pruned, text, teacher, options, device=device or "auto")
+                result = room.plan_recovery(
+                    pruned, text, teacher, options, output=output, evaluation=measured, device=device or "auto",
+                    resume=resume, overwrite=overwrite,
+                )  # fmt: skip
             shown = plan_table(result)
         else:
             with display:

@@ -91,9 +91,10 @@ def train(
     if resume and overwrite:
         raise typer.BadParameter("--resume continues the run in DIR, --overwrite replaces it: give only one of them")
     display = console.Display(quiet=quiet)
+    written = None if dry_run else output
     with explained(
         as_json,
-        lambda: launching.interrupted(display.where(), ["train", model], output, "from the last finished stage "),
+        lambda: launching.interrupted(display.where(), ["train", model], written, "from the last finished stage "),
     ):
         from llmprune.cli.tables.training import plan_table, training_table
         from llmprune.text.tokens import TextSpec
@@ -106,7 +107,10 @@ def train(
         result: Any
         if output is None or dry_run:
             with display.planning():
-                result = room.plan_training(model, text, recipe, overrides=changes, device=device or "auto")
+                result = room.plan_training(
+                    model, text, recipe, overrides=changes, output=output, evaluation=measured, device=device or "auto",
+                    resume=resume, overwrite=overwrite,
+                )  # fmt: skip
             shown = plan_table(result)
         else:
             with display:

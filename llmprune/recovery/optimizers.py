@@ -49,11 +49,13 @@ def require_offered(name: str) -> None:
     plain = name.lower().replace("_", "")
     if reason := next((reason for start, reason in _UNFITTING.items() if plain.startswith(start)), ""):
         raise RecoveryError(f"the optimizer {name} is not offered: {reason}", expected=_EXPECTED, fix="use AdamW")
-    if name not in (names := [kind.value for kind in OptimizerNames]):
+    names = [kind.value for kind in OptimizerNames]
+    if name not in names:
+        near = [other for other in names if name and other.startswith(name)] or get_close_matches(name, names, 1)
         raise RecoveryError(
             f"transformers has no optimizer {name!r}",
             expected="a name of its `optim`, such as adamw_torch_fused, sgd or adafactor",
-            fix=f"did you mean {near[0]}?" if (near := get_close_matches(name, names, 1)) else "use adamw_torch",
+            fix=f"did you mean {near[0]}?" if near else "use adamw_torch",
         )
 
 

@@ -169,15 +169,24 @@ def plan_recovery(
     teacher: str | Path | None = None,
     options: RecoveryOptions | Mapping[str, Any] | None = None,
     *,
+    output: str | Path | None = None,
+    evaluation: TextSpec | str | None = None,
     device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> RecoveryPlan:
     """Say what `recover` would take, without training; the arguments are its own.
+
+    Without an output folder, or a text to evaluate on, those are not looked at.
 
     Raises:
         LlmpruneError: as for `recover`.
     """
-    spec = _spec(text)
-    with _opened(pruned, None, (spec, None), teacher, options, device, ignore) as run:
+    spec, measured = _spec(text), None if evaluation is None else _spec(evaluation)
+    flags = {"resume": resume, "overwrite": overwrite}
+    with _opened(pruned, output, (spec, measured), teacher, options, device, ignore, **flags) as run:
+        if measured is not None and measured.source != "self":
+            _evaluation_text(run, measured)
         if spec.source == "self":
             fitted = training_spec(spec, run.source, run.device)
             shape = fitted.sequences, fitted.tokens

@@ -144,14 +144,21 @@ def plan_training(
     recipe: str | Path | Mapping[str, Any] | TrainRecipe | None = None,
     *,
     overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    evaluation: TextSpec | str | None = None,
     device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> TrainingPlan:
     """Say what `train` would take, without training; the arguments are its own.
+
+    Without an output folder, or a text to evaluate on, those are not looked at.
 
     Raises:
         LlmpruneError: as for `train`.
     """
-    with _opened(model, None, text, recipe, overrides, None, device, ignore) as run:
+    flags = {"resume": resume, "overwrite": overwrite}
+    with _opened(model, output, text, recipe, overrides, evaluation, device, ignore, **flags) as run:
         run.subject.read(run.watch)
         return make_plan(run.name, run.subject, run.recipe, run.plan)
 

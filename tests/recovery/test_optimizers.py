@@ -17,6 +17,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("adamw", r"did you mean adamw_torch\?"),
         ("adam_torch", r"transformers has no optimizer 'adam_torch'(.|\n)*did you mean adamw_torch"),
         ("xyz", r"transformers has no optimizer 'xyz'(.|\n)*use adamw_torch"),
         ("apollo_adamw", "apollo_adamw is not offered: it needs optim_target_modules"),

@@ -340,9 +340,10 @@ def test_the_command_line(made: Made, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert "loss of held-back text" in " ".join(done.stdout.split())
     assert "zeros" in done.stdout
-    refused = run("recover", *common, "--output", tmp_path / "out")
-    assert refused.exit_code == 1
-    assert "--overwrite" in refused.stderr
+    for plan_only in ([], ["--dry-run"]):
+        refused = run("recover", *common, "--output", tmp_path / "out", *plan_only)
+        assert (refused.exit_code, "--overwrite" in refused.stderr) == (1, True)
+    assert "absent.txt" in run("recover", *common, "--eval-dataset", tmp_path / "absent.txt", "--dry-run").stderr
     assert run("recover", made.pruned, "--output", tmp_path / "x").exit_code == 2
 
 

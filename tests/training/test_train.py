@@ -351,9 +351,11 @@ def test_the_command_line(causal: Made, classifier: Made, tmp_path: Path) -> Non
     shown = " ".join(done.stdout.split())
     assert "43.8%" in shown  # after the first of two cubic stages
     assert "pruned in 2 stages while it trained (magnitude)" in shown
-    refused = run(*common, "--output", tmp_path / "out")
-    assert refused.exit_code == 1
-    assert "--overwrite" in refused.stderr
+    for plan_only in ([], ["--dry-run"]):
+        refused = run(*common, "--output", tmp_path / "out", *plan_only)
+        assert refused.exit_code == 1
+        assert "--overwrite" in refused.stderr
+    assert "absent.txt" in run(*common, "--eval-dataset", tmp_path / "absent.txt", "--dry-run").stderr
     assert run("train", causal.model, "--output", tmp_path / "x").exit_code == 2
     labelled = run("train", classifier.model, "--text", classifier.text.source, "--dry-run")
     assert labelled.exit_code == 0, labelled.stderr
