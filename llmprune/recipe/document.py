@@ -89,7 +89,7 @@ def parse_document(text: str, name: str) -> Document:
 
     data, lines = _read_yaml(text, place)
     if not isinstance(data, dict):
-        raise RecipeError(f"{name} holds {shown_value(data)}", expected="keys and values, at least pattern and method")
+        raise RecipeError(f"{name} holds {shown_value(data)}", expected="keys and values, such as pattern: 2:4")
     return Document(data, name, {path: place(line) for path, line in lines.items()})
 
 

@@ -124,6 +124,8 @@ class WeightsTrainer(Trainer):  # type: ignore[misc] # transformers is not typed
 
     # Whether the result may be of an earlier step, so that weights that are not finite do no harm.
     _goes_back = False
+    # What to do where it may not.
+    _advice = "lower the learning rate"
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Train, with all memory in hand: each step allocates what the last one has freed."""
@@ -147,7 +149,7 @@ class WeightsTrainer(Trainer):  # type: ignore[misc] # transformers is not typed
         """
         trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         if not self._goes_back:
-            _require_finite(trained)
+            _require_finite(trained, self._advice)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -179,6 +181,8 @@ class RecoveryTrainer(WeightsTrainer):
         patience: as in the options.
         watch: told about every step.
     """
+
+    _advice = "lower the learning rate, or hold back sequences"
 
     def __init__(
         self,
@@ -314,12 +318,12 @@ def first_half_only(objective: Objective) -> Iterator[None]:
         vars(student.model).pop("_original_forward", None)  # accelerate's
 
 
-def _require_finite(weights: Mapping[str, Tensor]) -> None:
+def _require_finite(weights: Mapping[str, Tensor], advice: str) -> None:
     if broken := [name for name, weight in weights.items() if not bool(weight.detach().isfinite().all())]:
         raise NumericsError(
             f"training has diverged: {listed(broken)} have values that are not finite",
             expected="finite weights",
-            fix="lower the learning rate, or hold back sequences, and start again with --overwrite",
+            fix=f"{advice}, and start again with --overwrite",
         )
 
 

@@ -126,8 +126,8 @@ class _Keys:
     pattern: Any = None
     scope: str | None = None
     schedule: Mapping[str, Any] = field(default_factory=dict)
-    include: Sequence[str] = ("*",)
-    exclude: Sequence[str] = ()
+    include: Any = ("*",)
+    exclude: Any = ()
     calibration_samples: int = 32
     from_scratch: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -232,6 +232,6 @@ def _flag(value: Any) -> bool:
 
 
 def _globs(value: Any, key: str) -> tuple[str, ...]:
-    if isinstance(value, str) or not all(isinstance(glob, str) for glob in value):
+    if not isinstance(value, list | tuple) or not all(isinstance(glob, str) for glob in value):
         raise TrainingError(f"{key} is {value!r}", expected='a list of globs such as ["*.mlp.*"]')
     return tuple(value)

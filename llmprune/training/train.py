@@ -121,6 +121,7 @@ def train(
         target = expanded(output)
         with run.stages("text"):
             run.subject.read(run.watch)
+        _require_calibration(run)
         plan = run.plan
         arguments = _arguments(run, plan, target)
         run.watch(Progress("digesting the source"))
@@ -160,6 +161,7 @@ def plan_training(
     flags = {"resume": resume, "overwrite": overwrite}
     with _opened(model, output, text, recipe, overrides, evaluation, device, ignore, **flags) as run:
         run.subject.read(run.watch)
+        _require_calibration(run)
         return make_plan(run.name, run.subject, run.recipe, run.plan)
 
 
@@ -237,6 +239,20 @@ def _require_fitting(subject: Subject, recipe: TrainRecipe) -> None:
             f"the method {recipe.name} in {processes()} processes",
             expected="one process: every other would prune by itself",
             fix="choose a rule, or run without torchrun",
+        )
+
+
+def _require_calibration(run: Training) -> None:
+    """Refuse a text that is too short for the method, which reads it when its first stage begins."""
+    tokens, length = run.subject.text.get("tokens_available"), run.subject.token_count
+    if run.recipe.method is None or not isinstance(tokens, int):
+        return
+    if (count := tokens // length) < run.recipe.calibration_samples:
+        raise TrainingError(
+            f"calibration_samples is {run.recipe.calibration_samples}, and {run.spec.source} has {count} sequences of "
+            f"{length} tokens",
+            expected=f"as many sequences for the method {run.recipe.name}",
+            fix="lower calibration_samples, add text, or set a shorter length",
         )
 
 

@@ -1,7 +1,5 @@
 """Masks in a training loop: what the model computes with, what the optimizer moves, what is there after a restart."""
 
-import copy
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +8,10 @@ import pytest
 import torch
 from tiny_models import build
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from llmprune import keep_zeros, sparsify
-from llmprune.errors import CheckpointError, ModelError, PatternError, TrainingError
+from llmprune.errors import CheckpointError, PatternError, TrainingError
 from llmprune.training.rules import RULES
 from llmprune.training.sparsifier import Sparsifier
 from llmprune.training.targets import find_targets
@@ -73,41 +70,6 @@ def test_gradual_magnitude_by_hand() -> None:
     with keep_zeros(model, masks.masks):  # hands over to training that keeps them
         step(model, sgd(model), [1.0, 1.0, 1.0, 1.0])
     assert model.weight.tolist() == [pytest.approx([3.575, 0, 2.575, 0])]
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_of_the_model_trains_by_itself(duplicate: Callable[[Net], Net]) -> None:
-    model = Net([4.0, -1.0, 3.0, 2.0])
-    with sparsify(model, "magnitude", {"kind": "one-shot", "stages": 1, "end": 0.5, "every": 2}) as masks:
-        twin = duplicate(model)
-        assert step(twin, sgd(twin), [1.0, 5.0, 1.0, 10.0]) == [4.0, -1.0, 3.0, 2.0]
-        assert twin.weight[0].tolist() == [pytest.approx(value) for value in (3.9, -1.5, 2.9, 1.0)]
-        assert masks.sparsity == masks.state.step == 0
-        assert step(model, sgd(model), [1.0, 1.0, 1.0, 1.0]) == [4.0, 0.0, 3.0, 0.0]
-
-
-def test_a_model_may_be_compiled_before_or_afterwards() -> None:
-    schedule = {"kind": "one-shot", "stages": 1, "end": 0.5, "every": 2}
-    for before in (True, False):
-        torch._dynamo.reset()
-        model = Net([4.0, -1.0, 3.0, 2.0])
-        compiled: Any = torch.compile(model, backend="eager")
-        with sparsify(compiled if before else model, "magnitude", schedule) as masks:
-            optimizer = sgd(model)
-            for _ in range(2):
-                compiled(torch.tensor([[1.0, 5.0, 1.0, 1.0]])).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        assert model.weight[0].tolist() == [pytest.approx(value) for value in (3.8, 0.0, 2.8, 0.0)]
-        assert masks.masks.keys() == {"layers.0.weight"}
-    torch._dynamo.reset()
-
-
-def test_masks_of_torch_are_made_permanent_first() -> None:
-    model = Net([4.0, -1.0, 3.0, 2.0])
-    prune.l1_unstructured(model.layers[0], "weight", 0.5)
-    with pytest.raises(ModelError, match=r"the weight of layers\.0 is computed"):
-        sparsify(model, "magnitude", {"every": 2})
 
 
 def test_movement_by_hand() -> None:

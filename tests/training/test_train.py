@@ -274,6 +274,7 @@ def test_what_it_refuses(causal: Made, classifier: Made, tmp_path: Path) -> None
         (TrainingError, "include is", causal.model, {"include": "*mlp*"}),
         (TrainingError, "no matrices", causal.model, {"include": ["*.nothing"]}),
         (TrainingError, "calibration_samples", causal.model, {"method": "wanda", "calibration_samples": 0}),
+        (TrainingError, "is 999, and .* has", causal.model, {"method": "wanda", "calibration_samples": 999}),
         (PatternError, "multiple of 7", causal.model, {"pattern": "3:7"}),
         (TrainingError, "method wanda on a classifier", classifier.model, {"method": "wanda"}),
         (TrainingError, "training: the optimizer", causal.model, {"training": {"optimizer": "muon"}}),
@@ -387,6 +388,6 @@ def test_each_tensor_of_a_classifier_keeps_its_dtype(classifier: Made, tmp_path:
 
 def test_a_training_that_has_diverged_leaves_no_result(causal: Made, tmp_path: Path) -> None:
     recipe = {"schedule": {"stages": 1, "every": 4}, "training": {**TRAINING, "learning_rate": 1e20}}
-    with pytest.raises(NumericsError, match=r"training has diverged(.|\n)*lower the learning rate"):
+    with pytest.raises(NumericsError, match=r"training has diverged(.|\n)*lower the learning rate, and start"):
         train(causal.model, tmp_path / "out", causal.text, recipe)
     assert not list((tmp_path / "out").glob("*.safetensors"))

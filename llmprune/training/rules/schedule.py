@@ -8,6 +8,9 @@ from llmprune.errors import TrainingError
 
 Kind = Literal["cubic", "linear", "one-shot", "iterative"]
 
+# A typing mistake of a few zeros must not fill the memory with stages.
+_MOST_STAGES = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -18,7 +21,7 @@ class Schedule:
             to prune, arXiv 1710.01878, equation 1); "linear": by the same each time; "iterative": each stage removes
             the same fraction of the weights that are left (Han et al. 2015, arXiv 1506.02626); "one-shot": all at the
             first stage, and the others only train.
-        stages: how many, at least 1.
+        stages: how many, from 1 to 10,000; each is scored, and its state saved.
         start: sparsity before the first stage, in [0, 1).
         end: sparsity of the last stage, in (start, 1).
         every: optimizer steps of training in each stage, at least 1; None: `llmprune train` passes over its text.
@@ -43,7 +46,7 @@ class Schedule:
     def __post_init__(self) -> None:
         checks = (
             ("kind", self.kind in get_args(Kind), ", ".join(get_args(Kind))),
-            ("stages", self.stages >= 1, "at least 1"),
+            ("stages", 1 <= self.stages <= _MOST_STAGES, f"at least 1, and at most {_MOST_STAGES:,}"),
             ("start", 0 <= self.start < 1, "a fraction of zeros, at least 0 and below 1"),
             ("end", self.start < self.end < 1, f"a fraction of zeros above start, which is {self.start}, and below 1"),
             ("every", self.every is None or self.every >= 1, "at least one optimizer step"),
