@@ -251,6 +251,24 @@ def recovery() -> str:
     return _bench("recovery-testbed-cpu", arguments, columns)
 
 
+def stages() -> str:
+    """The experiment in ten stages on a classifier: accuracy after each."""
+    (row,) = read("stages-classifier-cpu")
+    body = [
+        (
+            "before" if point["stage"] is None else "dense" if point["stage"] == 0 else str(point["stage"]),
+            str(point["step"]),
+            f"{point['sparsity']:.1%}",
+            f"{point['accuracy']:.1%}",
+        )
+        for point in row["curve"]
+    ]
+    made = literal("python -m llmprune.eval.bench.movement")
+    held_out = f"{row['accuracy']:.1%} on {row['examples']} held-out passages in the end."
+    shown = table(("stage", "step", "sparsity", "accuracy, held-back passages"), body)
+    return f"{shown}\n\n{held_out} Made by the second command of {made}. {_where(row)}"
+
+
 def lottery() -> str:
     """Tickets and their controls: perplexity over the seeds."""
     command = "lottery --text FILE --heldout FILE"
@@ -383,6 +401,7 @@ PARTS = {
     "harness": harness,
     "archive": archive,
     "recovery": recovery,
+    "stages": stages,
     "lottery": lottery,
     "movement": movement,
     "masks": masks,
