@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from llmprune.errors import CheckpointError, NumericsError
 from llmprune.precision import dtype_name
-from llmprune.storage.files import Stored, listed
+from llmprune.storage.files import Stored, listed, read_header, weight_files
 from llmprune.storage.packed_config import PackedWeight
+from llmprune.storage.torch_prune import masked_keys
 
 _WEIGHTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,10 +84,13 @@ def require_none(folder: Path, missing: Sequence[str]) -> None:
         CheckpointError: any are missing.
     """
     if missing:
+        fix = "download the checkpoint again, or check that config.json belongs to it"
+        if masked_keys(stored.key for file in weight_files(folder) for stored in read_header(file)):
+            fix = f"its tensors have masks of torch.nn.utils.prune: llmprune import {folder} --output NEW merges them"
         raise CheckpointError(
             f"{folder} has no values for {listed([repr(name) for name in missing], most=1)}",
             expected="every parameter of the model in its safetensors files",
-            fix="download the checkpoint again, or check that config.json belongs to it",
+            fix=fix,
         )
 
 

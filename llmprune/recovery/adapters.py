@@ -47,6 +47,20 @@ def require_peft() -> None:
         ) from error
 
 
+def require_no_correction(folder: Path) -> None:
+    """Refuse a checkpoint with a correction beside its weights, which would be left out.
+
+    Raises:
+        RecoveryError: there is one.
+    """
+    if (folder / ADAPTER_FOLDER / "adapter_config.json").exists():
+        raise RecoveryError(
+            f"{folder} has a correction beside its weights ({ADAPTER_FOLDER}/), which training them would leave out",
+            expected="a pruned model as it is",
+            fix=f"name the model that the correction was made for, or remove {folder / ADAPTER_FOLDER}",
+        )
+
+
 def add_adapters(
     decoder: Decoder, masks: Mapping[str, Tensor], rank: int, seed: int, kind: Adapter = "lora"
 ) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from llmprune.recovery.adapters import (
     clear_adapters,
     merge_saved,
     remove_adapters,
+    require_no_correction,
     require_peft,
     save_adapters,
 )
@@ -235,6 +236,7 @@ def _opened(
         _require_same_vocabulary(source, dense_source)
         require_same_tokens(folder, dense)
         _require_storable(folder, read)
+        require_no_correction(folder)
         if output is not None and not follows():
             purpose = "the recovered checkpoint and the saved states of its training"
             require_space(expanded(output), disk_needs(source, read), resume=resume, purpose=purpose)

@@ -159,6 +159,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
     save(pruned_by_torch(), tmp_path / "masked")
     with pytest.raises(ResumeError):
         import_masked(tmp_path / "masked", tmp_path / "plain")
+    refused = run("perplexity", tmp_path / "masked", "--text", tmp_path / "text.pt")
+    assert "llmprune import" in " ".join(refused.stderr.split())
     # A mask of other values than zeros and ones, and a checkpoint of another model.
     odd = tmp_path / "odd"
     odd.mkdir()

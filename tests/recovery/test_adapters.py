@@ -195,6 +195,8 @@ def test_a_low_rank_correction_is_loaded_by_peft_alone(tmp_path: Path) -> None:
     assert (_logits(merged) - plain).abs().max() > 0.1
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["task_type"]) == ("LORA", 4, "CAUSAL_LM")
+    with pytest.raises(RecoveryError, match="has a correction beside its weights"):
+        recover(tmp_path / "out", tmp_path / "again", spec, dense, options)
 
 
 def _prune(folder: Path) -> tuple[Path, TextSpec]:
