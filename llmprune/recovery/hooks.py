@@ -53,6 +53,19 @@ class Hooks:
         self._run = run
         _LIVE.append(self)
 
+    def require_in(self, model: nn.Module | None) -> None:
+        """Refuse a Trainer's model that has none of these weights.
+
+        Raises:
+            LlmpruneError: it would train without masks.
+        """
+        if model is not None and not any(id(weight) in self._weights for weight in model.parameters()):
+            raise self._raised(
+                f"{self._name} was made for another model than the one that the Trainer trains",
+                expected=f"the same model in both: Trainer(model, ..., callbacks=[{self._name}(model)])",
+                fix="make it anew where the model was loaded again; pass a model to the Trainer in place of model_init",
+            )
+
     def add(self, *handles: RemovableHandle) -> None:
         """Hooks that were put on."""
         self._handles += handles

@@ -96,9 +96,9 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
 
     def __init__(self, model: nn.Module, masks: Masks) -> None:
         require_fitting(model, masks)
-        require_zeros(model, masks)
         self._model = model
         self._weights = {name: weight for name, weight in weights_of(model) if name in masks}
+        require_zeros(self._weights, masks)
         self._names = {id(weight): name for name, weight in self._weights.items()}
         self.masks: dict[str, Tensor] = dict(masks)
         self._hooks = Hooks("keep_zeros", self._weights.values(), RecoveryError)
@@ -134,7 +134,9 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
         Raises:
             RecoveryError: names their matrices.
         """
-        require_zeros(self._model, self.masks)
+        # An adapter gives weights other names; whoever puts others in their place keeps the names.
+        named = {name: weight for name, weight in weights_of(self._model) if name in self.masks}
+        require_zeros({**self._weights, **named}, self.masks)
 
     def save(self, file: str | Path) -> None:
         """Write the masks, for a later run that continues this one.
@@ -150,8 +152,8 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
         """Begin as the Trainer does.
 
         Raises:
-            RecoveryError: its optimizer, or the way it distributes the weights, does not keep zeros; or another context
-                has the weights.
+            RecoveryError: its optimizer, or the way it distributes the weights, does not keep zeros; another context
+                has the weights; or it trains another model.
         """
         if args.fsdp or args.deepspeed:
             raise RecoveryError(
@@ -159,6 +161,7 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
                 expected="one device, or a copy of the model on each (DDP)",
                 fix="train without them, for example with torchrun alone",
             )
+        self._hooks.require_in(more.get("model"))
         optimizer = more.get("optimizer")
         require_known(str(getattr(args.optim, "value", args.optim)))
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it

@@ -116,9 +116,8 @@ def count_zeros(masks: Masks) -> dict[str, int]:
     return {name: int(mask.count_nonzero()) for name, mask in masks.items()}
 
 
-def revived(model: nn.Module, masks: Masks) -> dict[str, int]:
+def revived(weights: Mapping[str, Tensor], masks: Masks) -> dict[str, int]:
     """How many pruned weights of each matrix are not zero; matrices without any are left out."""
-    weights = dict(weights_of(model))
     found = {
         name: int((weights[name].detach() != 0).logical_and_(mask.to(weights[name].device)).sum())
         for name, mask in masks.items()
@@ -144,13 +143,13 @@ def require_fitting(model: nn.Module, masks: Masks) -> None:
             )
 
 
-def require_zeros(model: nn.Module, masks: Masks) -> None:
-    """Refuse a model in which pruned weights are not zero.
+def require_zeros(weights: Mapping[str, Tensor], masks: Masks) -> None:
+    """Refuse weights, by the names of their masks, of which pruned ones are not zero.
 
     Raises:
         RecoveryError: names the matrices.
     """
-    if lost := revived(model, masks):
+    if lost := revived(weights, masks):
         raise RecoveryError(
             f"{sum(lost.values())} pruned weights are not zero, in {listed(list(lost))}",
             expected=f"zero in all {sum(count_zeros(masks).values())} pruned weights",

@@ -29,7 +29,7 @@ from llmprune.recovery.card import write_card
 from llmprune.recovery.folder import WORK_NAME, RecoveryFolder
 from llmprune.recovery.halves import Halves
 from llmprune.recovery.keeping import KeepZeros
-from llmprune.recovery.masks import MASKS_NAME, load_masks, masks_of, require_zeros, save_masks
+from llmprune.recovery.masks import MASKS_NAME, load_masks, masks_of, require_zeros, save_masks, weights_of
 from llmprune.recovery.objective import Objective
 from llmprune.recovery.options import RecoveryOptions
 from llmprune.recovery.plan import RecoveryPlan, disk_needs, make_plan, memory_needs
@@ -340,7 +340,7 @@ def _train(
             remove_adapters(source.model, merge=best != 0)
         elif best == 0:
             load_whole(source, device)
-        require_zeros(source.model, masks)
+        require_zeros(dict(weights_of(source.model)), masks)
     predicted = memory_needs(source, run.teacher, options, tokens.ids.shape[1])
     memory = {
         "predicted_bytes": predicted,

@@ -1,5 +1,6 @@
 """What a training with masks is refused for: arguments of the Trainer, states of another step, masks not as planned."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,13 +27,24 @@ def require_initialising(model: nn.Module, rule: Rule) -> None:
         )
 
 
-def require_supported(arguments: TrainingArguments, rule: Rule) -> None:
-    """Refuse ways of the Trainer in which masks, or the scores of a rule, do not work."""
+def require_supported(arguments: TrainingArguments, rule: Rule, plan: Plan, steps: int) -> None:
+    """Refuse ways of the Trainer in which masks, or the scores of a rule, do not work; warn of too few steps of it."""
     if arguments.fsdp or arguments.deepspeed:
         raise TrainingError(
             "sparsify with FSDP or DeepSpeed, which shard the weights",
             expected="one device, or a copy of the model on each (DDP)",
             fix="train without them, for example with torchrun alone",
+        )
+    if arguments.load_best_model_at_end and (len(plan.stages) > 1 or rule.interval):
+        raise TrainingError(
+            "load_best_model_at_end with masks that change: the best checkpoint may be one with fewer zeros",
+            expected="the last weights, which have the masks of the last stage",
+            fix="leave it out, and train with keep_zeros(model, masks.masks) for a best one among the pruned",
+        )
+    if steps < plan.steps:
+        warnings.warn(
+            f"the Trainer takes {steps} steps, and the schedule {plan.steps}: it ends before the last sparsity",
+            stacklevel=3,
         )
     if arguments.fp16 and rule.score_rate:
         raise TrainingError(

@@ -169,9 +169,10 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
 
         Raises:
             TrainingError: it shards the weights or scales the gradients of scores, or resumes without the state of
-                its step; or another context has the weights.
+                its step; another context has the weights; or it trains another model.
         """
-        require_supported(args, self._rule)
+        require_supported(args, self._rule, self.plan, int(state.max_steps))
+        self._hooks.require_in(more.get("model"))
         folder, step = Path(args.output_dir) / f"checkpoint-{state.global_step}", int(state.global_step)
         if step and step != self.state.step and (folder / STATE_NAME).exists():
             self.load(folder / STATE_NAME)

@@ -66,6 +66,7 @@ def test_fewer_zeros_than_planned_are_no_result() -> None:
     masks.require_planned()
 
 
+@pytest.mark.filterwarnings("ignore:the Trainer takes .* steps, and the schedule")
 def test_what_an_interrupted_trainer_leaves_does_not_mask_the_next_training(tmp_path: Path) -> None:
     """It tells its callbacks nothing; a context that is in use, though, is refused a second one."""
     model = build("llama")
@@ -110,6 +111,7 @@ def own_trainer(folder: Path, steps: int) -> tuple[Trainer, Sparsifier]:
     return trainer, masks
 
 
+@pytest.mark.filterwarnings("ignore:the Trainer takes .* steps, and the schedule")
 def test_a_trainer_that_resumes_from_another_folder_needs_the_masks(tmp_path: Path) -> None:
     own_trainer(tmp_path / "a", 3)[0].train()
     state = tmp_path / "a" / "checkpoint-3"

@@ -1,17 +1,19 @@
-"""Copies, compiled models and models with masks of torch, in `sparsify`."""
+"""Copies, compiled models, adapters, masks of torch and other models, in `sparsify` and `keep_zeros`."""
 
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from llmprune import sparsify
-from llmprune.errors import ModelError
+from llmprune import keep_zeros, sparsify
+from llmprune.errors import ModelError, RecoveryError, TrainingError
 
 
 class Net(nn.Module):
@@ -78,3 +80,51 @@ def test_masks_of_torch_are_made_permanent_first() -> None:
     prune.l1_unstructured(model.layers[0], "weight", 0.5)
     with pytest.raises(ModelError, match=r"the weight of layers\.0 is computed"):
         sparsify(model, "magnitude", {"every": 2})
+
+
+def trainer(model: nn.Module, callback: Any, folder: Path, **options: Any) -> Trainer:
+    options = {"max_steps": 2, "report_to": "none", "disable_tqdm": True, "use_cpu": True, **options}
+    rows = [{"slope": torch.ones(4)}] * 2
+    return Trainer(
+        model, TrainingArguments(str(folder), **options), train_dataset=rows, eval_dataset=rows, callbacks=[callback]
+    )
+
+
+def test_a_trainer_with_another_model_is_refused(tmp_path: Path) -> None:
+    schedule = {"kind": "one-shot", "stages": 1, "end": 0.5, "every": 2}
+    with pytest.raises(TrainingError, match=r"another model(.|\n)*model_init"):
+        trainer(Net(), sparsify(Net(), "magnitude", schedule), tmp_path).train()
+    pruned = Net()
+    with torch.no_grad():
+        pruned.weight[0, 1] = 0
+    with pytest.raises(RecoveryError, match="another model"):
+        trainer(Net(), keep_zeros(pruned), tmp_path).train()
+
+
+def test_a_trainer_that_takes_an_earlier_state_or_ends_early_is_noticed(tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    model = Net()
+    masks = sparsify(model, "magnitude", {"stages": 2, "end": 0.5, "every": 2})
+    with pytest.raises(TrainingError, match="load_best_model_at_end"):
+        trainer(model, masks, tmp_path, max_steps=4, **best).train()
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.warns(UserWarning, match="takes 3 steps, and the schedule 4"):
+        masks.on_train_begin(arguments, TrainerState(max_steps=3), TrainerControl(), model=model)
+    masks.on_train_end(arguments, TrainerState(), TrainerControl())
+
+
+def test_zeros_are_found_under_an_adapter_that_was_added_afterwards() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    prune.remove(model[0], "weight")
+    keeping = keep_zeros(model)
+    weight = model[0].weight
+    wrapper = nn.Module()
+    wrapper.base_layer = model[0]
+    model[0] = wrapper  # as PEFT does
+    with keeping:
+        pass
+    with torch.no_grad():
+        weight.fill_(1.0)
+    with pytest.raises(RecoveryError, match=r"pruned weights are not zero, in 0\.weight"):
+        keeping.require_zeros()

@@ -227,6 +227,7 @@ def test_fused_experts_and_transposed_weights_are_pruned_as_matrices() -> None:
             assert groups.eq(0).sum(1).eq(2).all(), target.matrix.name
 
 
+@pytest.mark.filterwarnings("ignore:the Trainer takes .* steps, and the schedule")
 def test_the_trainer_saves_and_resumes_the_masks(tmp_path: Path) -> None:
     rows = [{"input_ids": row, "labels": row} for batch in batches(6) for row in batch]
 
@@ -326,6 +327,7 @@ def test_every_rule_ends_with_its_pattern(name: str) -> None:
         masks.require_planned()
 
 
+@pytest.mark.filterwarnings("ignore:the Trainer takes .* steps, and the schedule")
 def test_scores_are_not_learned_from_scaled_gradients(tmp_path: Path) -> None:
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     arguments.fp16 = True
