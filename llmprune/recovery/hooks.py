@@ -54,12 +54,13 @@ class Hooks:
         _LIVE.append(self)
 
     def require_in(self, model: nn.Module | None) -> None:
-        """Refuse a Trainer's model that has none of these weights.
+        """Refuse a Trainer's model that has none of these weights, if there are any: structures alone leave no zeros.
 
         Raises:
             LlmpruneError: it would train without masks.
         """
-        if model is not None and not any(id(weight) in self._weights for weight in model.parameters()):
+        here = model is None or any(id(weight) in self._weights for weight in model.parameters())
+        if self._weights and not here:
             raise self._raised(
                 f"{self._name} was made for another model than the one that the Trainer trains",
                 expected=f"the same model in both: Trainer(model, ..., callbacks=[{self._name}(model)])",
