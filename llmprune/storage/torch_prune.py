@@ -11,10 +11,21 @@ ORIGINAL, MASK = "_orig", "_mask"
 
 
 def masked_keys(keys: Iterable[str]) -> list[str]:
-    """The plain keys of tensors that are stored as an original and a mask, sorted."""
+    """The plain keys of tensors that are stored as an original and a mask, sorted.
+
+    Raises:
+        CheckpointError: a tensor is there as it is as well.
+    """
     known = set(keys)
     plain = (key.removesuffix(ORIGINAL) for key in known if key.endswith(ORIGINAL))
-    return sorted(key for key in plain if f"{key}{MASK}" in known)
+    found = sorted(key for key in plain if f"{key}{MASK}" in known)
+    if twice := [key for key in found if key in known]:
+        raise CheckpointError(
+            f"there are {twice[0]} and {twice[0]}{ORIGINAL} with a mask",
+            expected="one of them: torch.nn.utils.prune puts the two in place of the first",
+            fix="save the state dict of the pruned model again",
+        )
+    return found
 
 
 def merged(key: str, original: Tensor, mask: Tensor) -> Tensor:

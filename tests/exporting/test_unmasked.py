@@ -141,6 +141,8 @@ def test_what_is_pruned_is_zero_whatever_the_original_is() -> None:
     found = merged("w", original, mask)
     assert found.tolist() == [0.0, -1.0, 0.0]
     assert not torch.signbit(found[0])
+    with pytest.raises(CheckpointError, match="there are w and w_orig with a mask"):
+        merge_masks({"w_orig": original, "w_mask": mask, "w": original})
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
