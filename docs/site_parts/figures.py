@@ -251,6 +251,38 @@ def recovery() -> str:
     return _bench("recovery-testbed-cpu", arguments, columns)
 
 
+# What trains, by the option of `llmprune recover`.
+_TRAINED = {
+    "none": "all kept weights",
+    "lora": "masked LoRA (`lora`)",
+    "shira": "some kept weights (`shira`)",
+    "low-rank": "a correction beside them (`low-rank`)",
+}
+
+
+def adapters() -> str:
+    """All weights and each kind of adapter, trained from one pruned model in as many steps."""
+    rows = read("recovery-adapters-testbed-cpu")
+    body = [
+        (
+            _TRAINED[row["adapter"]],
+            f"{row['options']['learning_rate']:g}",
+            f"{row['perplexity']['recovered']:.2f}",
+            f"{row['gap_closed']:.0%}",
+            f"{row['kl_divergence']:.4f}",
+            f"{row['cpu_seconds']:,.0f}",
+        )
+        for row in rows
+    ]
+    figures = ("perplexity", "gap closed", "KL divergence", "CPU seconds")
+    command = literal(
+        "python -m llmprune.eval.bench.recovery --calibration FILE --heldout FILE --methods sparsegpt "
+        "--adapters none lora shira low-rank --epochs 1 --folder DIR --json recovery-adapters-testbed-cpu.json"
+    )
+    before = "pruned {pruned:.2f}, dense {dense:.2f}".format(**rows[0]["perplexity"])
+    return f"{table(('trained', 'rate', *figures), body)}\n\nPerplexity {before}. Made by {command}. {_where(rows[0])}"
+
+
 def stages() -> str:
     """The experiment in ten stages on a classifier: accuracy after each."""
     (row,) = read("stages-classifier-cpu")
@@ -401,6 +433,7 @@ PARTS = {
     "harness": harness,
     "archive": archive,
     "recovery": recovery,
+    "adapters": adapters,
     "stages": stages,
     "lottery": lottery,
     "movement": movement,
