@@ -51,7 +51,9 @@ def require_offered(name: str) -> None:
         raise RecoveryError(f"the optimizer {name} is not offered: {reason}", expected=_EXPECTED, fix="use AdamW")
     names = [kind.value for kind in OptimizerNames]
     if name not in names:
-        near = [other for other in names if name and other.startswith(name)] or get_close_matches(name, names, 1)
+        refused = (*_MIXING, *_UNFITTING)
+        offered = [other for other in names if not other.replace("_", "").startswith(refused)]
+        near = [other for other in offered if name and other.startswith(name)] or get_close_matches(name, offered, 1)
         raise RecoveryError(
             f"transformers has no optimizer {name!r}",
             expected="a name of its `optim`, such as adamw_torch_fused, sgd or adafactor",

@@ -17,6 +17,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("lom", "use adamw_torch"),
         ("adamw", r"did you mean adamw_torch\?"),
         ("adam_torch", r"transformers has no optimizer 'adam_torch'(.|\n)*did you mean adamw_torch"),
         ("xyz", r"transformers has no optimizer 'xyz'(.|\n)*use adamw_torch"),
