@@ -52,9 +52,9 @@ def load(
     Args:
         model: "testbed", a local folder, or a hub id.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: of the weights, also by name; "auto": the checkpoint's. On a CPU without instructions for it, "auto" computes
-            in float32 and leaves large dense weights in the checkpoint's 16 bits (`serving.halves`): to train them, to
-            merge an adapter exactly or to resize the embeddings, ask for "float32".
+        dtype: of the weights, also by name; "auto": the checkpoint's. On a CPU without instructions for it, "auto"
+            computes in float32 and leaves large dense weights in the checkpoint's 16 bits (`serving.halves`): to train
+            them, to merge an adapter exactly or to resize the embeddings, ask for "float32".
         served: how packed matrices are held. "auto": in the fastest form; "packed": in the least memory; "dense":
             as ordinary weights; "cusparselt": as auto, with a second copy of 2:4 matrices for prefill with cuSPARSELt.
         fused: use one kernel launch for packed matrices that read the same input; not with a device map.
