@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
+# Whatever the surroundings say: compiled once, instead of by each of the hundreds of processes that tests start.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test test-rest test-all test-vllm lint types docs clean
 
 demo: $(VENV)/ready
