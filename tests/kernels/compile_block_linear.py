@@ -1,4 +1,4 @@
-"""Compile the block-sparse kernels for a GPU in every default configuration; JSON on stdout; run by the tests.
+"""Compile the block-sparse kernels for a GPU in the default configurations; JSON on stdout; run by the tests.
 
 python compile_block_linear.py CAPABILITY
 """
@@ -19,10 +19,11 @@ INDICES = {"crow": "*i32", "col": "*i32"}
 SIZES = dict.fromkeys(("tokens", "block_rows", "block_columns", "per_row"), "i32")
 
 
-def cases():
-    """Every kind of tile; the dtypes, balanced rows and steps without a tail where they may matter."""
-    for tokens, block in product((1, 64, 2048), BLOCKS):
-        yield "bf16", tokens, block, None
+def cases(capability):
+    """Every kind of tile, of which other GPUs than Hopper get every other one; the rest where it may matter."""
+    for number, (block, tokens) in enumerate(product(BLOCKS, (1, 64, 2048))):
+        if capability == 90 or number % 2 == 0:
+            yield "bf16", tokens, block, None
     yield "fp16", 20, 16, 8
     yield "fp16", 100, 64, 7
     yield "fp32", 1, 64, None
@@ -56,5 +57,5 @@ def summed(capability):
 
 if __name__ == "__main__":
     capability = int(sys.argv[1])
-    rows = [compiled(capability, *case) for case in cases()]
+    rows = [compiled(capability, *case) for case in cases(capability)]
     print(json.dumps([*rows, summed(capability)]))

@@ -127,7 +127,7 @@ def compiled():
         kernel, name = expand._expand_fragments_kernel, f"expand_fragments sm_{capability}"
         found[name] = compile_ahead(kernel, capability, arguments, constants, warps=expand._WARPS)
         for tokens in TOKENS:
-            for dtype in ("fp16", "bf16"):
+            for dtype in ("fp16", "bf16") if capability == 90 else ("bf16",):
                 choice = choose_default(4096, 4096, tokens, sm_count=132)
                 arguments = dict.fromkeys(("x", "bias", "y"), f"*{dtype}") | {"values": "*i64", "meta": "*u8"}
                 constants = {"tokens": tokens, "rows": 4096, "bytes_per_row": 512, "bytes_per_split": 128}
@@ -182,7 +182,7 @@ def count(instructions, *starts):
 
 @pytest.mark.slow
 def test_compiles_for_gpus_without_spilling(nvidia):
-    assert len(nvidia) == len(CAPABILITIES) * (2 + 2 * len(TOKENS))
+    assert len(nvidia) == len(CAPABILITIES) * (2 + len(TOKENS)) + len(TOKENS)
     for name, used in nvidia.items():
         assert used["STACK"] == 0, name
         assert used["LOCAL"] == 0, name
