@@ -1,9 +1,10 @@
 """Several processes prune what one prunes."""
 
 import json
-import subprocess
-import sys
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from folders import contents, tensors
+from fresh_processes import Finished, FreshProcesses
 from streams import stream
 from tiny_models import build, random_ids, recipe, save
 
@@ -59,16 +61,47 @@ class Pruned:
     together_in: Path
 
 
-def run_together(folder: Path, cases: list[dict[str, Any]], processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run cases in several processes."""
-    file = folder / "cases.json"
-    file.write_text(json.dumps(cases))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run([*launch, str(WORKER), str(file)], capture_output=True, text=True, timeout=300, check=False)
+# What each process of a run is told by torchrun, whose start takes seconds, and which test_launching.py has.
+_TOGETHER = """
+import os, sys
+from pathlib import Path
+folder, cases, processes, port = {arguments!r}
+sys.path.insert(0, folder)
+import ranks_worker
+children = []
+for rank in range(processes):
+    if not (child := os.fork()):
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        os.environ.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
+        ranks_worker.main(Path(cases))
+        sys.exit()
+    children.append(child)
+sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+"""
+_IMPORTED = ("llmprune.pruning.pipeline", "transformers.models.llama.modeling_llama")
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pruned]:
+def run_warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshProcesses]:
+    """Run programs that find imported what every run imports."""
+    with ExitStack() as stack:
+        yield FreshProcesses(tmp_path_factory.mktemp("warm"), stack)
+
+
+def run_together(run_warm: FreshProcesses, folder: Path, cases: list[dict[str, Any]], processes: int = 2) -> Finished:
+    """Run cases in several processes."""
+    file = folder / "cases.json"
+    file.write_text(json.dumps(cases))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (str(WORKER.parent), str(file), processes, port)
+    return run_warm(_TOGETHER.format(arguments=arguments), _IMPORTED)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory, run_warm: FreshProcesses) -> dict[str, Pruned]:
     """Every case, pruned both ways."""
     folder = tmp_path_factory.mktemp("ranks")
     changes: dict[str, dict[str, Any]] = {"llama": {"num_hidden_layers": 4}, "mixtral": {"num_local_experts": 16}}
@@ -77,8 +110,8 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pruned]:
         {"model": str(models[family]), "output": str(folder / "together" / name), "recipe": settings_of(change)}
         for name, (family, change) in CASES.items()
     ]
-    done = run_together(folder, [*cases, {**cases[0], "output": str(folder / "again")}])
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_together(run_warm, folder, [*cases, {**cases[0], "output": str(folder / "again")}])
+    assert done.status == 0, done.printed[-3000:]
     return {
         name: Pruned(
             prune(case["model"], case["recipe"], folder / "alone" / name),
@@ -138,14 +171,14 @@ def test_an_expert_that_one_process_alone_has_seen_is_pruned(pruned: dict[str, P
     assert {1, 0} <= {tokens for tokens, _ in together.values()}, "one token is seen by one process"
 
 
-def test_a_killed_process_ends_the_run_which_one_process_continues(tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_run_which_one_process_continues(tmp_path: Path, run_warm: FreshProcesses) -> None:
     source, output = save(build("llama", num_hidden_layers=4), tmp_path / "dense"), tmp_path / "out"
     case = {"model": str(source), "output": str(output), "recipe": settings_of({"method": "wanda"})}
     begun = time.monotonic()
-    done = run_together(tmp_path, [{**case, "killed": 1, "layers": 2}])
-    assert done.returncode != 0
-    assert time.monotonic() - begun < 100  # 30 s after the process died, and imports before that on a busy machine
-    assert "another process of this run has ended" in done.stderr
+    done = run_together(run_warm, tmp_path, [{**case, "killed": 1, "layers": 2}])
+    assert done.status != 0
+    assert time.monotonic() - begun < 100  # 30 s after the process died, on a busy machine
+    assert "another process of this run has ended" in done.printed
     steps: list[Progress] = []
     report = prune(source, case["recipe"], output, resume=True, watch=steps.append)
     told = [step.stage for step in steps if "processes" in step.stage]
