@@ -6,6 +6,7 @@ from shrinking import by_kind
 from tiny_models import build, random_ids
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
+from transformers.initialization import TORCH_INIT_FUNCTIONS
 
 from llmprune.models.decoder import Decoder
 from llmprune.models.skeleton import build_skeleton
@@ -165,6 +166,14 @@ def test_no_weight_is_needed(family: str) -> None:
     assert expected == described(find_structures(Decoder.find(model))), "not the same at every call"
     assert expected == described(find_structures(Decoder.find(build_skeleton(model.config))))
     assert expected == described(find_structures(Decoder.find(build_skeleton(model.config, torch.bfloat16))))
+
+
+def test_no_number_is_drawn_for_a_model_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, initialize = build("llama").config, PreTrainedModel.initialize_weights
+    monkeypatch.setitem(TORCH_INIT_FUNCTIONS, "normal_", lambda *_, **options: pytest.fail("drawn"))
+    skeleton = build_skeleton(config)
+    assert not [name for name, parameter in skeleton.named_parameters() if vars(parameter)]
+    assert PreTrainedModel.initialize_weights is initialize
 
 
 def test_the_model_stays_as_it_was() -> None:
