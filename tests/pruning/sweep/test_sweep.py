@@ -76,7 +76,8 @@ def test_the_end_is_a_comparison_with_the_dense_model(whole: Sweep, model: Path)
 
 def test_a_watcher_hears_which_run_of_how_many(model: Path, recipe: dict[str, Any], tmp_path: Path) -> None:
     heard: list[str] = []
-    sweep(model, recipe, {"pattern": [0.5, 0.6]}, tmp_path / "grid", watch=lambda p: heard.append(p.stage))
+    asked = {**recipe, "evaluation": {**recipe["evaluation"], "prompts": ["w5"]}}
+    sweep(model, asked, {"pattern": [0.5, 0.6]}, tmp_path / "grid", watch=lambda p: heard.append(p.stage))
     assert list(dict.fromkeys(heard)) == [
         *("run 1 of 2: pattern-0.5", "1/2 evaluation text", "1/2 calibration text", "1/2 digesting the source"),
         *("1/2 dense perplexity", "1/2 pruning", "1/2 writing what is outside the layers"),
