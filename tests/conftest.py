@@ -44,7 +44,7 @@ settings.load_profile("llmprune")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, so that no worker waits for another at the end."""
-    long = {item.path for item in items if item.get_closest_marker("slow")}
+    long = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "families")))}
     items.sort(key=lambda item: item.path not in long)
 
 

@@ -143,6 +143,7 @@ def killed_at(step: int) -> Any:
     return watch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "rule"), [(3, "magnitude"), (12, "magnitude"), (13, "movement")])
 def test_a_killed_run_resumes_to_the_same_bytes(causal: Made, tmp_path: Path, step: int, rule: str) -> None:
     recipe = {**RECIPE, "rule": rule}
