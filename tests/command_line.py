@@ -21,6 +21,7 @@ SMALL = [
         "evaluation.length=24",
         "batch_size=2",
         "held_back=1",
+        "evaluation.prompts=[]",
     )
     for part in ("--set", setting)
 ]
