@@ -3,8 +3,6 @@
 import ast
 import contextlib
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import SMALL, run
+from fresh_processes import FreshProcesses
 from tiny_models import build, recipe, save
 from transformers import AutoTokenizer
 
@@ -112,7 +111,7 @@ def with_own_tokenizer(folder: Path) -> None:
 
 @pytest.mark.parametrize("own", [with_own_model, with_own_tokenizer])
 def test_code_of_a_checkpoint_does_not_run_whatever_stdin_says(
-    own: Callable[[Path], None], llama: Path, text: str, tmp_path: Path
+    own: Callable[[Path], None], llama: Path, text: str, tmp_path: Path, run_fresh: FreshProcesses
 ) -> None:
     own(llama)
     marker, modules = tmp_path / "marker", tmp_path / "modules"
@@ -126,6 +125,10 @@ def test_code_of_a_checkpoint_does_not_run_whatever_stdin_says(
     program = f"""
 import io, os, sys
 os.environ["HF_MODULES_CACHE"] = {str(modules)!r}
+answers, answering = os.pipe()
+os.write(answering, b"y\\n" * 9)
+os.dup2(answers, 0)
+os.close(answering)
 from typer.testing import CliRunner
 from llmprune.cli import app
 for command in {[[str(part) for part in command] for command in commands]!r}:
@@ -133,9 +136,10 @@ for command in {[[str(part) for part in command] for command in commands]!r}:
     result = CliRunner().invoke(app, command, input="y\\n")
     print(result.exit_code, "llmprune never runs" in result.output, "Do you wish" in result.output)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, input="y\n" * 9, check=True)
+    done = run_fresh(program)
     assert not marker.exists()
-    assert done.stdout.split("\n")[:3] == ["1 True False"] * 3, done.stdout + done.stderr
+    assert done.status == 0, done.printed
+    assert done.printed.split("\n")[:3] == ["1 True False"] * 3, done.printed
 
 
 def test_a_known_architecture_is_read_by_transformers_even_if_its_code_lies_beside(llama: Path, tmp_path: Path) -> None:
