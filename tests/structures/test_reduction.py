@@ -30,7 +30,7 @@ def structured(**structures: Any) -> dict[str, Any]:
 
 
 def test_ffn_channels_and_heads_go_and_stock_transformers_loads_the_rest(llama: Path, tmp_path: Path) -> None:
-    text = {"evaluation": {"samples": 2, "length": 16}}
+    text = {"evaluation": {"samples": 2, "length": 16, "prompts": []}}
     report = prune(llama, structured(ffn={"remove": 0.5}, heads={"remove": 1}) | text, tmp_path / "out")
     seconds = dict(report.header["seconds"])
     assert seconds.pop("total") > sum(seconds.values()) > seconds["speed"] > 0

@@ -40,7 +40,7 @@ def kept(report: Report) -> list[int]:
 
 
 def test_the_map_brings_the_kept_layer_closer_to_the_removed_ones(llama: Path, tmp_path: Path) -> None:
-    text = {"evaluation": {"samples": 2, "length": 16}}
+    text = {"evaluation": {"samples": 2, "length": 16, "prompts": []}}
     report = prune(llama, settings(**text), tmp_path / "out")
     assert kept(report)[0] == 0
     assert len(kept(report)) == 3
