@@ -24,7 +24,7 @@ def allowed(x, weight):
 @pytest.mark.parametrize("dtype", cpu.HALVES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_multiplies_every_shape(shape, dtype, monkeypatch):
-    monkeypatch.setattr(halves, "_PIECE", 4096)  # several pieces of the largest
+    monkeypatch.setattr(halves, "PIECE", 4096)  # several pieces of the largest
     weight = torch.randn(shape).to(dtype)
     for bias in (None, torch.randn(shape[0])):
         for tokens in (0, 1, 2, 3, halves.MOST_TOKENS, halves.MOST_TOKENS + 1):
@@ -59,7 +59,7 @@ def test_neither_threads_nor_other_tokens_change_a_result():
 
 @pytest.mark.parametrize("tokens", [3, 50])
 def test_gradients_are_those_of_the_widened_weight(tokens, monkeypatch):
-    monkeypatch.setattr(halves, "_PIECE", 1024)
+    monkeypatch.setattr(halves, "PIECE", 1024)
     operands = [torch.randn(2, tokens, 16), torch.randn(70, 16).bfloat16(), torch.randn(70)]
     for wanted in ((True, True, True), (True, False, False), (False, True, False)):
         ours = [one.clone().requires_grad_(needs) for one, needs in zip(operands, wanted, strict=True)]

@@ -145,6 +145,17 @@ def test_many_tokens_are_multiplied_by_expanded_rows(kind, tmp_path, monkeypatch
     configurations.forget()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_expanded_rows_are_widened_in_parts(kind, monkeypatch):
+    weight = make(kind, (70, 64), torch.bfloat16).weight.float()
+    matrix, x, bias = of(kind, weight), torch.randn(100, 64), torch.randn(140)
+    assert cpu.library().describe(matrix.packed).dtype == torch.bfloat16
+    for piece in (1 << 20, 32 * 64 * 4):
+        monkeypatch.setattr(cpu.operator, "PIECE", piece)
+        y = cpu.expanded_linear(x, [matrix.packed] * 2, bias, [70, 70])
+        assert error(y, x, weight.repeat(2, 1), bias) <= 3
+
+
 @pytest.mark.parametrize("first", [*cpu.measuring.COUNTS, cpu.measuring.NEVER])
 def test_the_limit_is_found_wherever_it_is(first):
     assert cpu.measuring.find_limit(lambda tokens: tokens >= first) == first

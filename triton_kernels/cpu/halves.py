@@ -13,15 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .finding import library
-from .operator import is_plain, is_transformed, scratch_rows
+from .operator import PIECE, is_plain, is_transformed, scratch_rows
 
 HALVES = (torch.bfloat16, torch.float16)
 
 # Up to here the kernel, which reads the weights once for two tokens, is the faster one (eval/bench/LOG.md).
 MOST_TOKENS = 32
-
-# Bytes of the float32 rows that are made and multiplied at a time: they stay in the cache.
-_PIECE = 2 << 20
 
 
 def halves_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -86,7 +83,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         library().multiply_rows(weight, tokens, bias, y)
     else:
         for place, rows in _pieces(weight):
-            y[:, place] = F.linear(tokens, rows, None if bias is None else bias[place])
+            torch.mm(tokens, rows.T, out=y[:, place])
+        if bias is not None:
+            y += bias
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -107,8 +106,8 @@ def _(gradient: Tensor, weight: Tensor) -> Tensor:
 def _pieces(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The rows of a weight in float32, some at a time, in the same memory."""
     columns = weight.shape[1]
-    step = max(16, _PIECE // max(1, columns * 4) // 16 * 16)
-    room = scratch_rows(min(step, len(weight)), columns, torch.float32)
+    step = max(16, PIECE // max(1, columns * 4) // 16 * 16)
+    room = scratch_rows(min(step, len(weight)), columns, torch.float32, "wide")
     for start in range(0, len(weight), step):
         place = slice(start, min(start + step, len(weight)))
         yield place, room[: place.stop - start].copy_(weight[place])

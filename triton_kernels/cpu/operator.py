@@ -15,6 +15,9 @@ from .library import TYPES, Described, new_memory
 
 # Bytes of the dense rows that are expanded and multiplied at a time: copying results together costs more than memory.
 _SLAB = 64 << 20
+
+# The same where they become wider than they are stored, which costs less while they stay in the cache.
+PIECE = 4 << 20
 _scratch = threading.local()
 
 
@@ -152,30 +155,34 @@ def _linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[in
 def expanded_linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> Tensor:
     """X @ W.T + bias, [tokens, out], for X [tokens, in]: the dense rows are expanded and multiplied by the library."""
     columns, stored = x.shape[1], library().describe(packed[0]).dtype
-    step = max(16, _SLAB // max(1, columns * x.itemsize) // 16 * 16)
-    if sum(sizes) <= step:
+    is_wider = stored is not x.dtype
+    step = max(16, (PIECE if is_wider else _SLAB) // max(1, columns * x.itemsize) // 16 * 16)
+    if sum(sizes) <= step and not is_wider:
         weight = scratch_rows(sum(sizes), columns, stored)
         for matrix, size, rows in zip(packed, sizes, weight.split(sizes), strict=True):
             library().expand(matrix, range(size), rows)
-        return F.linear(x, weight.to(x.dtype), bias)
+        return F.linear(x, weight, bias)
     first, y = 0, x.new_empty(len(x), sum(sizes))
     for matrix, size in zip(packed, sizes, strict=True):
-        slab = scratch_rows(min(step, size), columns, stored)
         for start in range(0, size, step):
             rows = range(start, min(start + step, size))
-            library().expand(matrix, rows, slab[: len(rows)])
+            dense_rows = scratch_rows(len(rows), columns, stored)
+            library().expand(matrix, rows, dense_rows)
+            if is_wider:
+                dense_rows = scratch_rows(len(rows), columns, x.dtype, "wide").copy_(dense_rows)
             place = slice(first + rows.start, first + rows.stop)
-            y[:, place] = F.linear(x, slab[: len(rows)].to(x.dtype), None if bias is None else bias[place])
+            y[:, place] = F.linear(x, dense_rows, None if bias is None else bias[place])
         first += size
     return y
 
 
-def scratch_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def scratch_rows(rows: int, columns: int, dtype: torch.dtype, name: str = "stored") -> Tensor:
     """Rows of this thread's scratch memory: new memory for each product would cost more time than expanding them."""
     count = rows * columns * dtype.itemsize
-    held: Tensor | None = getattr(_scratch, "bytes", None)
+    held: Tensor | None = getattr(_scratch, name, None)
     if held is None or held.nbytes < count:
-        held = _scratch.bytes = new_memory(count)
+        held = new_memory(count)
+        setattr(_scratch, name, held)
     return held[:count].view(dtype).view(rows, columns)
 
 
