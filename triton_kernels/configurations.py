@@ -110,6 +110,12 @@ def record(op: str, device: torch.device, choice: Choice, **shape: int) -> None:
         _choices.cache_clear()
 
 
+def hold(op: str, device: torch.device, choice: Choice, **shape: int) -> None:
+    """Let this process alone find a choice: one that was measured while other programs disturbed it."""
+    _unwritten[op, device_key(device), _shape_key(shape)] = dict(choice)
+    _choices.cache_clear()
+
+
 def _write(op: str, device: str, shape: str, choice: Choice) -> None:
     path = cache_file()
     content = _read(path)

@@ -174,6 +174,19 @@ def test_a_measured_limit_is_recorded(tmp_path, monkeypatch):
     configurations.forget()
 
 
+@pytest.mark.parametrize(("times", "is_kept"), [((2, 2, 2, 2.5, 9), True), ((2, 9, 2.7, 2.7, 9), False)])
+def test_a_limit_that_was_measured_beside_other_load_holds_in_this_process(tmp_path, monkeypatch, times, is_kept):
+    monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path))
+    configurations.forget()
+    matrix = make("bitmask", (64, 128), torch.bfloat16)
+    monkeypatch.setattr(cpu.measuring, "_times", lambda copies, sizes, tokens: (times, (1, 1, 1, 1, 1)))
+    assert cpu.measure_dense_from([[matrix.packed]], [64]) == cpu.measuring.FEWEST_TOKENS
+    assert cpu.measured_limit([matrix.packed], [64]) == cpu.measuring.FEWEST_TOKENS
+    configurations.forget()
+    assert (cpu.measured_limit([matrix.packed], [64]) is not None) is is_kept
+    configurations.forget()
+
+
 def test_activations_that_start_anywhere():
     matrix = make("bitmask", (32, 64), torch.bfloat16)
     buffer = torch.randn(65).bfloat16()

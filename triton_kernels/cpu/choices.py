@@ -37,13 +37,14 @@ def measured_limit(packed: Sequence[Tensor], sizes: Sequence[int]) -> int | None
     return configurations.measured_as(_limit, _operation(), _CPU, **shape_key(packed, sizes))
 
 
-def record_limit(packed: Sequence[Tensor], sizes: Sequence[int], limit: int) -> None:
-    """Record a measured limit.
+def record_limit(packed: Sequence[Tensor], sizes: Sequence[int], limit: int, *, kept: bool = True) -> None:
+    """Record a measured limit, for this process alone unless it is to be kept.
 
     Raises:
         OSError: the cache folder cannot be written; the limit holds in this process.
     """
-    configurations.record(_operation(), _CPU, {"limit": limit}, **shape_key(packed, sizes))
+    record = configurations.record if kept else configurations.hold
+    record(_operation(), _CPU, {"limit": limit}, **shape_key(packed, sizes))
 
 
 def shape_key(packed: Sequence[Tensor], sizes: Sequence[int]) -> dict[str, int]:
