@@ -16,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from site_parts import commands, docstrings, figures, recipes
+from site_parts import commands, docstrings, figures, recipes, training_figures
 
-_SOURCES: tuple[dict[str, Any], ...] = (commands.PARTS, docstrings.PARTS, figures.PARTS, recipes.PARTS)
+_SOURCES: tuple[dict[str, Any], ...] = tuple(
+    room.PARTS for room in (commands, docstrings, figures, recipes, training_figures)
+)
 PARTS: dict[str, Callable[..., str]] = {name: part for parts in _SOURCES for name, part in parts.items()}
 
 _MARK = re.compile(r"^<!-- generated: (\S+)((?: \S+)*) -->$", re.MULTILINE)

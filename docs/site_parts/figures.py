@@ -4,7 +4,6 @@ import ast
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from site_parts.markdown import literal, table
@@ -31,7 +30,7 @@ def quality(*keys: str) -> str:
     rows = read("quality-testbed-cpu")
     patterns = dict.fromkeys(row["pattern"] for row in rows)
     shown = [_quality_table(rows, patterns, key) for key in keys]
-    return "\n\n".join((f"Dense perplexity {rows[0]['dense_perplexity']:.2f}.", *shown, _where(rows[0])))
+    return "\n\n".join((f"Dense perplexity {rows[0]['dense_perplexity']:.2f}.", *shown, measured_on(rows[0])))
 
 
 def _quality_table(rows: list[dict[str, Any]], patterns: Mapping[str, None], key: str) -> str:
@@ -65,7 +64,8 @@ def first_run() -> str:
     return (
         f"{Path(result['model']).name}, {literal(result['command'])}: {text['samples']} calibration sequences of "
         f"{text['length']} tokens; perplexity on {heldout['samples']} sequences of {heldout['length']} tokens of "
-        f"{literal(heldout['file'])}.\n\n{shown}\n\nMade by `python -m llmprune.eval.bench.first_run`. {_where(result)}"
+        f"{literal(heldout['file'])}.\n\n{shown}\n\nMade by `python -m llmprune.eval.bench.first_run`. "
+        f"{measured_on(result)}"
     )
 
 
@@ -89,7 +89,7 @@ def pruning_time() -> str:
         "lower bound of the arithmetic, s",
         "peak memory, MB",
     )
-    return f"{table(columns, rows)}\n\n{_where(runs[0])}"
+    return f"{table(columns, rows)}\n\n{measured_on(runs[0])}"
 
 
 def blocks() -> str:
@@ -104,7 +104,7 @@ def blocks() -> str:
         for size, sparsity in kinds
     ]
     columns = ("block", "sparsity", *(f"{count} token{'s' * (count > 1)}" for count in tokens))
-    return f"{table(columns, body)}\n\n{_where(result)}"
+    return f"{table(columns, body)}\n\n{measured_on(result)}"
 
 
 def cpu_kernels(name: str) -> str:
@@ -137,14 +137,14 @@ def cpu_kernels(name: str) -> str:
     columns = ("matrix", "tokens", "product", "ms", "of the bandwidth", "over the best dense", "over `F.linear`")
     rates = [row["stream_bytes_per_second"] / 1e9 for row in result["rows"]]
     note = f"A plain read of memory reaches {min(rates):.0f} to {max(rates):.0f} GB/s; {result['threads']} threads."
-    return f"{table(columns, body)}\n\n{note} {_where(result)}"
+    return f"{table(columns, body)}\n\n{note} {measured_on(result)}"
 
 
 def cpu_models() -> str:
     """Whole models on a CPU: packed ones beside dense ones."""
     body, where = [], ""
     for result in (read("cpu-model-llama-1.1b"), read("cpu-model-smollm2")):
-        where = _where(result)
+        where = measured_on(result)
         for row in result["rows"]:
             served = {"transformers": "dense, transformers", "dense": "dense, `llmprune.load`"}.get(row["model"])
             ratios = (f"{row[over]:.2f}" for over in ("over_dense", "over_transformers"))
@@ -164,7 +164,7 @@ def structured(part: str) -> str:
         "KL divergence": "{kl_divergence:.3f}",
         "parameters left": "{parameters:.1%}",
     }
-    return _bench(f"structured-{part}-testbed-cpu", f"structured {part} --text FOLDER", columns)
+    return bench(f"structured-{part}-testbed-cpu", f"structured {part} --text FOLDER", columns)
 
 
 def structured_speed() -> str:
@@ -178,7 +178,7 @@ def structured_speed() -> str:
         "times fewer FLOPs": "{flop_ratio:.2f}",
         "machine load": "{load:.1f}",
     }
-    return _bench("structured-speed-cpu", "structured speed", columns)
+    return bench("structured-speed-cpu", "structured speed", columns)
 
 
 def structured_solver() -> str:
@@ -191,7 +191,7 @@ def structured_solver() -> str:
         "seconds": "{seconds:.1f}",
         "machine load": "{load:.1f}",
     }
-    return _bench("structured-solver-cpu", "structured solver", columns)
+    return bench("structured-solver-cpu", "structured solver", columns)
 
 
 def harness() -> str:
@@ -203,7 +203,7 @@ def harness() -> str:
         "ours, s": "{medians[llmprune]:.2f}",
         "overhead": "{added:+.1%}",
     }
-    return _bench("harness-testbed-cpu", "harness", columns)
+    return bench("harness-testbed-cpu", "harness", columns)
 
 
 def archive() -> str:
@@ -232,91 +232,7 @@ def archive() -> str:
         "Fractions of the dense bytes: of the checkpoint, whose embeddings are not pruned, and of the pruned matrices "
         "alone. MB of dense bytes a second, in one run."
     )
-    return f"{table(columns, rows)}\n\n{meaning} Made by {command}. {_where(read(name)[0])}"
-
-
-def recovery() -> str:
-    """What training on the calibration text alone wins back on the bundled model."""
-    columns = {
-        "pruned by": "{method}, {pattern}",
-        "dense": "{perplexity[dense]:.2f}",
-        "pruned": "{perplexity[pruned]:.2f}",
-        "recovered": "{perplexity[recovered]:.2f}",
-        "gap closed": "{gap_closed:.0%}",
-        "zeros before": "{zeros[before]:,}",
-        "zeros after": "{zeros[after]:,}",
-        "CPU seconds": "{cpu_seconds:,.0f}",
-    }
-    arguments = "recovery --calibration FILE --heldout FILE --folder DIR"
-    return _bench("recovery-testbed-cpu", arguments, columns)
-
-
-# What trains, by the option of `llmprune recover`.
-_TRAINED = {
-    "none": "all kept weights",
-    "lora": "masked LoRA (`lora`)",
-    "shira": "some kept weights (`shira`)",
-    "low-rank": "a correction beside them (`low-rank`)",
-}
-
-
-def adapters() -> str:
-    """All weights and each kind of adapter, trained from one pruned model in as many steps."""
-    rows = read("recovery-adapters-testbed-cpu")
-    body = [
-        (
-            _TRAINED[row["adapter"]],
-            f"{row['options']['learning_rate']:g}",
-            f"{row['perplexity']['recovered']:.2f}",
-            f"{row['gap_closed']:.0%}",
-            f"{row['kl_divergence']:.4f}",
-            f"{row['cpu_seconds']:,.0f}",
-        )
-        for row in rows
-    ]
-    figures = ("perplexity", "gap closed", "KL divergence", "CPU seconds")
-    command = literal(
-        "python -m llmprune.eval.bench.recovery --calibration FILE --heldout FILE --methods sparsegpt "
-        "--adapters none lora shira low-rank --epochs 1 --folder DIR --json recovery-adapters-testbed-cpu.json"
-    )
-    before = "pruned {pruned:.2f}, dense {dense:.2f}".format(**rows[0]["perplexity"])
-    return f"{table(('trained', 'rate', *figures), body)}\n\nPerplexity {before}. Made by {command}. {_where(rows[0])}"
-
-
-def stages() -> str:
-    """The experiment in ten stages on a classifier: accuracy after each."""
-    (row,) = read("stages-classifier-cpu")
-    body = [
-        (
-            "before" if point["stage"] is None else "dense" if point["stage"] == 0 else str(point["stage"]),
-            str(point["step"]),
-            f"{point['sparsity']:.1%}",
-            f"{point['accuracy']:.1%}",
-        )
-        for point in row["curve"]
-    ]
-    made = literal("python -m llmprune.eval.bench.movement")
-    held_out = f"{row['accuracy']:.1%} on {row['examples']} held-out passages in the end."
-    shown = table(("stage", "step", "sparsity", "accuracy, held-back passages"), body)
-    return f"{shown}\n\n{held_out} Made by the second command of {made}. {_where(row)}"
-
-
-def lottery() -> str:
-    """Tickets and their controls: perplexity over the seeds."""
-    command = "lottery --text FILE --heldout FILE"
-    return _over_seeds("lottery-testbed-cpu", command, "ticket", "perplexity", "{:.1f}")
-
-
-def movement() -> str:
-    """Rules for a classifier: accuracy over the seeds."""
-    command = "movement --text FILE --heldout FILE --folder DIR"
-    return _over_seeds("movement-testbed-cpu", command, "rule", "accuracy", "{:.1%}")
-
-
-def masks() -> str:
-    """What masks cost in each step of training."""
-    columns = {"masks": "{masks}", "ms of a step": "{ms:.0f}", "of a step without": "{ratio:.3f}"}
-    return _bench("masks-testbed-cpu", "masks", columns)
+    return f"{table(columns, rows)}\n\n{meaning} Made by {command}. {measured_on(read(name)[0])}"
 
 
 def onnx() -> str:
@@ -329,7 +245,7 @@ def onnx() -> str:
         "ONNX Runtime, ms": "{onnxruntime_ms:.1f}",
         "packed, ms": "{packed}",
     }
-    return _bench("onnx-cpu", "onnx testbed random --work FOLDER", columns)
+    return bench("onnx-cpu", "onnx testbed random --work FOLDER", columns)
 
 
 def families() -> str:
@@ -345,7 +261,7 @@ def families() -> str:
     return f"{len(names)} families: " + ", ".join(literal(name) for name in names) + "."
 
 
-def _bench(name: str, arguments: str, columns: Mapping[str, str]) -> str:
+def bench(name: str, arguments: str, columns: Mapping[str, str]) -> str:
     """The rows of a result file, with a format string per column; without the file, the command that makes it."""
     command = literal(f"python -m llmprune.eval.bench.{arguments} --json {name}.json")
     if not (RESULTS / f"{name}.json").is_file():
@@ -355,24 +271,7 @@ def _bench(name: str, arguments: str, columns: Mapping[str, str]) -> str:
     rows = [{"packed": f"{row['packed_ms']:.1f}" if "packed_ms" in row else "", **row} for row in rows]
     rows = [{"ms": 1000 * row["seconds"] if isinstance(row.get("seconds"), float) else 0, **row} for row in rows]
     shown = table(list(columns), ([form.format(**row) for form in columns.values()] for row in rows))
-    return f"{shown}\n\nMade by {command}. {_where(rows[0])}"
-
-
-def _over_seeds(name: str, arguments: str, what: str, figure: str, form: str) -> str:
-    """Mean and standard deviation of a figure over the seeds, for each sparsity."""
-    command = literal(f"python -m llmprune.eval.bench.{arguments} --json {name}.json")
-    if not (RESULTS / f"{name}.json").is_file():
-        return f"*Not measured yet; run {command}.*"
-    rows = read(name)
-    found: dict[tuple[float, str], list[float]] = {}
-    for row in rows:
-        found.setdefault((row["sparsity"], row[what]), []).append(row[figure])
-    body = [
-        (f"{sparsity:.0%}", one, form.format(mean(values)), form.format(stdev(values)), str(len(values)))
-        for (sparsity, one), values in found.items()
-    ]
-    shown = table(("sparsity", what, figure, "standard deviation", "seeds"), body)
-    return f"{shown}\n\nMade by {command}. {_where(rows[0])}"
+    return f"{shown}\n\nMade by {command}. {measured_on(rows[0])}"
 
 
 def vllm() -> str:
@@ -392,7 +291,7 @@ def vllm() -> str:
     note = f"{result['model']}, {result['dtype']}, {tokens}; loaded {loads}."
     shown = table(("requests", "dense, tokens/s", "packed", "ratio"), body)
     host = {"device": f"{result['host']['cpu']}, {result['host']['threads']} threads", "versions": result["versions"]}
-    return f"{shown}\n\n{note} {_where(host)}"
+    return f"{shown}\n\n{note} {measured_on(host)}"
 
 
 def large() -> str:
@@ -412,10 +311,11 @@ def large() -> str:
     ]
     minutes = ("minutes", "whole model, minutes", "its checkpoint, GB")
     columns = ("model", "method", "tokens", "memory predicted, GB", "measured", *minutes)
-    return f"{table(columns, body)}\n\nMade by `python -m llmprune.eval.bench.large`. {_where(rows[0])}"
+    return f"{table(columns, body)}\n\nMade by `python -m llmprune.eval.bench.large`. {measured_on(rows[0])}"
 
 
-def _where(result: dict[str, Any]) -> str:
+def measured_on(result: dict[str, Any]) -> str:
+    """The machine and the versions of a result."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return f"*Measured on: {result['device']}; {versions}.*"
 
@@ -432,12 +332,6 @@ PARTS = {
     "structured-solver": structured_solver,
     "harness": harness,
     "archive": archive,
-    "recovery": recovery,
-    "adapters": adapters,
-    "stages": stages,
-    "lottery": lottery,
-    "movement": movement,
-    "masks": masks,
     "onnx": onnx,
     "families": families,
     "vllm": vllm,

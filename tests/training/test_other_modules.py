@@ -8,48 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from one_layer import Net, sgd, step
+from torch import nn
 from torch.nn.utils import prune
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from llmprune import keep_zeros, sparsify
 from llmprune.errors import ModelError, RecoveryError, TrainingError
 
-
-class Net(nn.Module):
-    """One layer in a list; the loss is a sum with known factors: these are the gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 1, bias=False)])
-        self.layers[0].weight = nn.Parameter(torch.tensor([[4.0, -1.0, 3.0, 2.0]]))
-
-    @property
-    def weight(self) -> Tensor:
-        found: Tensor = self.layers[0].weight
-        return found
-
-    def forward(self, slope: Tensor) -> Tensor:
-        return (self.weight * slope).sum()
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-def step(model: Net, optimizer: torch.optim.Optimizer, slope: list[float]) -> list[float]:
-    """One step, and the model's weights before it, in its forward pass."""
-    loss = model(torch.tensor([slope]))
-    seen: list[float] = model.weight.detach()[0].tolist()
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return seen
+WEIGHT = [4.0, -1.0, 3.0, 2.0]
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_the_model_trains_by_itself(duplicate: Callable[[Net], Net]) -> None:
-    model = Net()
+    model = Net(WEIGHT)
     with sparsify(model, "magnitude", {"kind": "one-shot", "stages": 1, "end": 0.5, "every": 2}) as masks:
         twin = duplicate(model)
         assert step(twin, sgd(twin), [1.0, 5.0, 1.0, 10.0]) == [4.0, -1.0, 3.0, 2.0]
@@ -62,7 +34,7 @@ def test_a_model_may_be_compiled_before_or_afterwards() -> None:
     schedule = {"kind": "one-shot", "stages": 1, "end": 0.5, "every": 2}
     for before in (True, False):
         torch._dynamo.reset()
-        model = Net()
+        model = Net(WEIGHT)
         compiled: Any = torch.compile(model, backend="eager")
         with sparsify(compiled if before else model, "magnitude", schedule) as masks:
             optimizer = sgd(model)
@@ -76,7 +48,7 @@ def test_a_model_may_be_compiled_before_or_afterwards() -> None:
 
 
 def test_masks_of_torch_are_made_permanent_first() -> None:
-    model = Net()
+    model = Net(WEIGHT)
     prune.l1_unstructured(model.layers[0], "weight", 0.5)
     with pytest.raises(ModelError, match=r"the weight of layers\.0 is computed"):
         sparsify(model, "magnitude", {"every": 2})
@@ -93,17 +65,17 @@ def trainer(model: nn.Module, callback: Any, folder: Path, **options: Any) -> Tr
 def test_a_trainer_with_another_model_is_refused(tmp_path: Path) -> None:
     schedule = {"kind": "one-shot", "stages": 1, "end": 0.5, "every": 2}
     with pytest.raises(TrainingError, match=r"another model(.|\n)*model_init"):
-        trainer(Net(), sparsify(Net(), "magnitude", schedule), tmp_path).train()
-    pruned = Net()
+        trainer(Net(WEIGHT), sparsify(Net(WEIGHT), "magnitude", schedule), tmp_path).train()
+    pruned = Net(WEIGHT)
     with torch.no_grad():
         pruned.weight[0, 1] = 0
     with pytest.raises(RecoveryError, match="another model"):
-        trainer(Net(), keep_zeros(pruned), tmp_path).train()
+        trainer(Net(WEIGHT), keep_zeros(pruned), tmp_path).train()
 
 
 def test_a_trainer_that_takes_an_earlier_state_or_ends_early_is_noticed(tmp_path: Path) -> None:
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
-    model = Net()
+    model = Net(WEIGHT)
     masks = sparsify(model, "magnitude", {"stages": 2, "end": 0.5, "every": 2})
     with pytest.raises(TrainingError, match="load_best_model_at_end"):
         trainer(model, masks, tmp_path, max_steps=4, **best).train()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_layer import Net, sgd, step
 from tiny_models import build
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -15,40 +16,6 @@ from llmprune.errors import CheckpointError, PatternError, TrainingError
 from llmprune.training.rules import RULES
 from llmprune.training.sparsifier import Sparsifier
 from llmprune.training.targets import find_targets
-
-
-class Net(nn.Module):
-    """One layer in a list, and a head; the loss is a sum with known factors: these are the gradients."""
-
-    def __init__(self, weight: Any) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 1, bias=False)])
-        self.head = nn.Linear(4, 4)
-        self.layers[0].weight = nn.Parameter(torch.tensor([weight]))
-
-    @property
-    def weight(self) -> Tensor:
-        found: Tensor = self.layers[0].weight
-        return found
-
-    def forward(self, slope: Tensor) -> Tensor:
-        return (self.weight * slope).sum()
-
-
-def step(model: Net, optimizer: torch.optim.Optimizer, slope: list[float], parts: int = 1) -> list[float]:
-    """One step, and the model's weights before it, in its forward pass."""
-    seen: list[float] = []
-    for _ in range(parts):
-        loss = model(torch.tensor([slope])) / parts
-        seen = model.weight.detach()[0].tolist()
-        loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return seen
-
-
-def sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), **{"lr": 0.1, **options})
 
 
 def test_gradual_magnitude_by_hand() -> None:
