@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from cpu_matrices import needs_kernels
+from packed_models import save_packed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmprune.serving import halves, loader
@@ -105,6 +106,18 @@ def test_a_model_that_cannot_be_tried_stays_in_float32(folder):
     keep_halves(model, torch.bfloat16, wrong=IDS)
     assert not halved(model)
     assert model(IDS).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_packed_layers_that_are_served_dense(tmp_path, monkeypatch):
+    monkeypatch.setattr(halves, "MEASURED_WEIGHTS", 32 * 32)
+    monkeypatch.setattr(loader, "computed_in", lambda stored, device: torch.float32)
+    folder = save_packed(tmp_path, "bitmask", "0.5", hidden_size=32, intermediate_size=48) / "packed"
+    model, wide = (load(folder, device="cpu", served="dense", dtype=dtype) for dtype in ("auto", "float32"))
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(model(IDS).logits, wide(IDS).logits)
+    state = wide.state_dict()
+    assert all(tensor.to(state[name].dtype).equal(state[name]) for name, tensor in model.state_dict().items())
 
 
 def test_without_kernels_it_is_loaded_in_float32(folder, monkeypatch):

@@ -18,7 +18,7 @@ from .operator import PIECE, is_plain, is_transformed, scratch_rows
 HALVES = (torch.bfloat16, torch.float16)
 
 # Up to here the kernel, which reads the weights once for two tokens, is the faster one (eval/bench/LOG.md).
-MOST_TOKENS = 32
+MOST_TOKENS = 64
 
 
 def halves_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

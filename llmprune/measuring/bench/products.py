@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from llmprune.kernels import cpu
 from llmprune.measuring.bench.machine import Rates
 from llmprune.serving import dense_product
-from llmprune.serving.cpu_forms import MEASURED_WEIGHTS, CpuInt8
+from llmprune.serving.cpu_forms import MEASURED_WEIGHTS, CpuForm, CpuInt8
 from llmprune.serving.quantizer import sparse_layers
 from llmprune.serving.sparse_linear import SparseLinear
 from llmprune.storage.formats import BitmaskLayout, BlockLayout, Int8BitmaskLayout, Layout
@@ -236,12 +236,12 @@ def _copies(another: Callable[[], Any], first: Any, count: int) -> list[Any]:
 
 def _as_served(layers: Sequence[SparseLinear], weight: Tensor) -> Tensor:
     """The dense weight [out, in] as `load` would hold it: see `serving.halves`."""
-    stored = {cpu.library().describe(layer.held["packed"]).stored for layer in layers if "packed" in layer.held}
-    if weight.dtype is not torch.float32 or torch.float32 in stored or not stored:
+    packed = [layer.held["packed"] for layer in layers if isinstance(layer.form, CpuForm)]
+    if not packed or weight.dtype is not torch.float32 or weight.numel() < MEASURED_WEIGHTS:
         return weight
+    stored = cpu.library().describe(packed[0]).stored
     # The dense model of matrices in 8 bits has 16.
-    half = stored.pop() if torch.int8 not in stored else torch.bfloat16
-    return weight.to(half) if weight.numel() >= MEASURED_WEIGHTS else weight
+    return weight.to(torch.bfloat16 if stored is torch.int8 else stored)
 
 
 def _dense_call(weight: Tensor, bias: Tensor | None, x: Tensor) -> Callable[[], object]:

@@ -166,6 +166,21 @@ def test_a_right_product_is_timed_beside_the_dense_one(folder: Path) -> None:
     assert shown["sparse"]["share"] == pytest.approx(row.floor / row.sparse.median, abs=1e-4)
 
 
+@needs_kernels
+@pytest.mark.parametrize("layout", ["bitmask", "int8-bitmask"])
+def test_in_float32_the_dense_side_has_the_weights_of_16_bits_that_load_would_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    model = loader.load(save_packed(tmp_path, layout, "0.5", **SIZES) / "packed", device="cpu", dtype="float32")
+    layers = products.packed_products(model)[0].layers
+    rows = sum(layer.out_features for layer in layers)
+    for least, itemsize in ((0, 2), (1 << 20, 4)):
+        monkeypatch.setattr(products, "MEASURED_WEIGHTS", least)
+        (row,) = products.compare_product(layers, [4], RATES, FAST)
+        assert row.dense is not None
+        assert row.dense_floor == pytest.approx((rows * 64 * itemsize + 4 * (64 + rows) * 4) / RATES.copy)
+
+
 @pytest.mark.parametrize("wrong", [0.05, math.nan])
 def test_a_wrong_product_is_not_timed(folder: Path, monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
     product = products.packed_products(load(folder / "packed"))[0]

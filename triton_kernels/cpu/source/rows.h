@@ -2,7 +2,7 @@
 // multiply only floats: a copy as floats would take twice the bytes, in memory and for each token.
 #pragma once
 
-constexpr int BLOCK = 4;  // rows of a block, which is one thread's
+constexpr int BLOCK = 4;  // rows that are multiplied together
 
 struct Rows {
   const uint16_t* weights;
