@@ -59,12 +59,20 @@ def rotate(
         typer.Option(
             metavar="KIND",
             rich_help_panel=_ROTATION,
-            help="learned: pruning scores are concentrated; hadamard and random need no search.",
+            help="learned: pruning takes as little as possible; hadamard and random need no search.",
         ),
     ] = Kind.learned,
     steps: Annotated[
         int, typer.Option(min=1, metavar="N", rich_help_panel=_ROTATION, help="Steps of the search.")
     ] = 200,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN",
+            rich_help_panel=_ROTATION,
+            help="The zeros that the rotation is learned for: 2:4 (the default), 0.6, 0.5@16x16, ...",
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, metavar="N", rich_help_panel=_ROTATION, help="Seed of random and Hadamard rotations.")
     ] = 0,
@@ -121,7 +129,7 @@ def rotate(
         raise typer.BadParameter("missing; only --dry-run works without it", param_hint="--output")
     if resume and overwrite:
         raise typer.BadParameter("--resume continues the run in DIR, --overwrite replaces it: give only one of them")
-    options = {"kind": kind.value, "steps": steps, "seed": seed, "untie": untie}
+    options = {"kind": kind.value, "steps": steps, "pattern": pattern, "seed": seed, "untie": untie}
     display = console.Display(quiet=quiet)
     with explained(as_json, lambda: _advice(display, model, output, options, overwrite=overwrite)):
         from llmprune.cli.tables.rotating import plan_table, rotation_table

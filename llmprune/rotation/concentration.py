@@ -1,11 +1,13 @@
-"""How concentrated the pruning scores of a matrix are after a rotation, as an entropy.
+"""What pruning would take from a matrix after a rotation.
 
 The residual stream can be rotated by an orthogonal R without changing what a model computes: a matrix that reads it
 becomes W R, and one that writes to it R^T W. The values of each KV head can be rotated by a further R2. The score of a
-weight is that of SparseGPT, w_ij^2 / (G^-1)_jj, with G the Gram matrix of the inputs. Normalised to a sum of 1 over a
-row or a column, the scores are a distribution p; the lower its entropy, sum of -p log p, the fewer weights matter, and
-the less is lost with the others. After DenoiseRotator (Gu et al. 2025, arXiv 2505.23049), which leaves its rotations in
-the network, one pair in each layer; one rotation for all layers can be absorbed into the weights.
+weight is that of SparseGPT, w_ij^2 / (G^-1)_jj, with G the Gram matrix of the inputs: the error of the output if this
+weight alone is removed, and the others compensate for it. What a pattern takes is the sum of the scores that it drops.
+Its logarithm, over all matrices, is the loss: each is compared with itself, whatever the size of its outputs.
+
+DenoiseRotator (Gu et al. 2025, arXiv 2505.23049) minimises the entropy of these scores, which knows no pattern, and
+leaves its rotations in the network, a pair in each layer; one rotation for all layers can be absorbed into the weights.
 """
 
 # No `from __future__ import annotations`: jaxtyping reads the shapes at run time.
@@ -15,8 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Far below any share of a row that matters; keeps the logarithm and its gradient finite where a weight is zero.
-_SMALLEST = 1e-20
+from llmprune.patterns import Pattern
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,52 +80,58 @@ class Writer:
     values: HeadIndex | None = None
 
 
-def entropy(scores: Float[Tensor, "..."], dim: int) -> Float[Tensor, ""]:
-    """The sum over all rows (dim -1) or columns (dim -2) of sum -p log p, p = scores / their sum, in nats.
-
-    Args:
-        scores: at least 0.
-        dim: along which they are compared.
-    """
-    shares = scores / scores.sum(dim, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-    return torch.special.entr(shares.clamp_min(_SMALLEST)).sum()
-
-
-def reader_entropy(
+def reader_scores(
     reader: Reader, rotation: Float[Tensor, "hidden hidden"], heads: Float[Tensor, "heads size size"] | None = None
-) -> Float[Tensor, ""]:
-    """Entropy of every row of W R, scored by (R^T G^-1 R)_jj; of the values' columns, too, if those are rotated.
+) -> Float[Tensor, "rows hidden"]:
+    """Scores of W R, whose inputs have (R^T G^-1 R)_jj.
 
     Args:
         reader: the matrices.
         rotation: R.
-        heads: R2 of each KV head.
+        heads: R2 of each KV head; None: the values are not rotated.
     """
     turned = reader.weight @ rotation
     scales = ((reader.inverse @ rotation) * rotation).sum(0)
-    if reader.values is None or heads is None:
-        return entropy(turned.square() / scales, -1)
-    turned = reader.values.rotate(turned, heads, 0)
-    scores = turned.square() / scales
-    return entropy(scores, -1) + entropy(scores[reader.values.index.flatten().to(scores.device)], -2)
+    if reader.values is not None and heads is not None:
+        turned = reader.values.rotate(turned, heads, 0)
+    return turned.square() / scales
 
 
-def writer_entropy(
+def writer_scores(
     writer: Writer, rotation: Float[Tensor, "hidden hidden"], heads: Float[Tensor, "heads size size"] | None = None
-) -> Float[Tensor, ""]:
-    """Entropy of every column of R^T W, scored by (G^-1)_jj; of the rows, too, if the inputs are rotated by R2.
+) -> Float[Tensor, "matrices hidden width"]:
+    """Scores of R^T W, whose inputs have (G^-1)_jj, or those rotated by R2.
 
     Args:
         writer: the matrices.
         rotation: R.
-        heads: R2 of each KV head.
+        heads: R2 of each KV head; None: the values are not rotated.
     """
     turned = rotation.mT @ writer.weight
-    if writer.values is None or heads is None:
-        return entropy(turned.square() / writer.diagonal[:, None], -2)
-    turned = writer.values.rotate(turned, heads, -1)
-    blocks = torch.einsum("hde,hcdf,hfe->hce", heads, writer.diagonal, heads)
+    if writer.values is None:
+        return turned.square() / writer.diagonal[:, None]
+    if heads is None:
+        blocks = writer.diagonal.diagonal(dim1=-2, dim2=-1)
+    else:
+        turned = writer.values.rotate(turned, heads, -1)
+        blocks = torch.einsum("hde,hcdf,hfe->hce", heads, writer.diagonal, heads)
     order = writer.values.index.flatten().to(turned.device)
     scales = torch.ones(turned.shape[-1], device=turned.device, dtype=turned.dtype)
-    scores = turned.square() / scales.index_copy(0, order, blocks.flatten())
-    return entropy(scores, -2) + entropy(scores, -1)
+    return turned.square() / scales.index_copy(0, order, blocks.flatten())
+
+
+def log_dropped(scores: Float[Tensor, "*matrices out columns"], pattern: Pattern) -> Float[Tensor, ""]:
+    """The logarithm of the sum of the scores that a pattern drops, differentiable.
+
+    Args:
+        scores: of one matrix, or of several that are compared together.
+        pattern: with a scope of comparison.
+
+    Raises:
+        PatternError: the pattern does not divide the shape.
+        NumericsError: a score is NaN.
+    """
+    rows = scores.flatten(0, -2)
+    dropped = (rows * ~pattern.mask(rows.detach())).sum()
+    # Nothing is dropped from a matrix of zeros, or at a sparsity of 0: a constant, without a gradient.
+    return dropped.clamp_min(torch.finfo(scores.dtype).tiny).log()

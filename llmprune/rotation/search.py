@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmprune.errors import NumericsError
 
-_LEARNING_RATE = 0.01
+_LEARNING_RATE = 0.03
 _LARGEST_GRADIENT = 1.0
 
 # The loss of a layer as a function of R and of the R2 of its KV heads, [heads, size, size], or None.

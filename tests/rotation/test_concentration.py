@@ -7,7 +7,8 @@ import torch
 from references import correlated_inputs
 from torch import Tensor
 
-from llmprune.rotation.concentration import HeadIndex, Reader, Writer, entropy, reader_entropy, writer_entropy
+from llmprune.patterns import parse
+from llmprune.rotation.concentration import HeadIndex, Reader, Writer, log_dropped, reader_scores, writer_scores
 from llmprune.rotation.search import random_rotation
 
 HIDDEN, HEADS, SIZE = 8, 2, 3
@@ -16,13 +17,9 @@ ROWS = HeadIndex(torch.tensor([[[5, 4, 3]], [[2, 1, 0]]]))
 COLUMNS = HeadIndex(torch.arange(HEADS * 2 * SIZE).view(HEADS, 2, SIZE))
 
 
-def slow_entropy(values: list[float]) -> float:
-    shares = [value / sum(values) for value in values]
-    return -sum(share * math.log(share) for share in shares if share > 0)
-
-
-def slow_rows(scores: Tensor) -> float:
-    return sum(slow_entropy(row) for row in scores.tolist())
+def slow_dropped(scores: Tensor) -> float:
+    """The two lowest of each four, at 2:4."""
+    return sum(sum(sorted(group)[:2]) for row in scores.tolist() for group in zip(*[iter(row)] * 4, strict=True))
 
 
 def inverse_gram(width: int, seed: int) -> Tensor:
@@ -53,40 +50,42 @@ def turned() -> tuple[Tensor, Tensor]:
     return found.stream, found.heads[0]
 
 
-def test_entropy_of_known_scores() -> None:
-    uniform, single = torch.ones(1, 4), torch.tensor([[0.0, 3.0, 0.0, 0.0]])
-    assert float(entropy(uniform, -1)) == pytest.approx(math.log(4))
-    assert float(entropy(single, -1)) == pytest.approx(0, abs=1e-6)
-    assert float(entropy(torch.zeros(2, 4), -1)) == pytest.approx(0, abs=1e-6)
+def test_what_each_pattern_drops() -> None:
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 60.0, 70.0, 8.0]], dtype=torch.float64)
+    for pattern, dropped in (("2:4", 3 + 13), ("0.25/row", 1 + 5), ("0.25/matrix", 1 + 2), ("0.5@2x2", 68)):
+        assert float(log_dropped(scores, parse(pattern))) == pytest.approx(math.log(dropped))
+    # Experts that are stored together are compared together.
+    assert float(log_dropped(scores[:, None], parse("2:4"))) == pytest.approx(math.log(3 + 13))
 
 
 def test_readers(weights: tuple[Tensor, Tensor], turned: tuple[Tensor, Tensor]) -> None:
     (value, _), (stream, heads), inverse = weights, turned, inverse_gram(HIDDEN, 1)
     product, scales = value @ stream, (stream.T @ inverse @ stream).diagonal()
-    assert float(reader_entropy(Reader(value, inverse), stream)) == pytest.approx(slow_rows(product.square() / scales))
+    torch.testing.assert_close(reader_scores(Reader(value, inverse), stream), product.square() / scales)
     scores = (blockwise(heads, ROWS, HEADS * SIZE).T @ product).square() / scales
-    found = reader_entropy(Reader(value, inverse, ROWS), stream, heads)
-    assert float(found) == pytest.approx(slow_rows(scores) + slow_rows(scores.T))
+    found = reader_scores(Reader(value, inverse, ROWS), stream, heads)
+    torch.testing.assert_close(found, scores)
+    assert math.exp(float(log_dropped(found, parse("2:4")))) == pytest.approx(slow_dropped(scores))
 
 
 def test_writers(weights: tuple[Tensor, Tensor], turned: tuple[Tensor, Tensor]) -> None:
     (_, output), (stream, heads), width = weights, turned, HEADS * 2 * SIZE
     inverse = inverse_gram(width, 2)
     product = stream.T @ output
-    plain = writer_entropy(Writer(output[None], inverse.diagonal()[None]), stream)
-    assert float(plain) == pytest.approx(slow_rows((product.square() / inverse.diagonal()).T))
+    plain = product.square() / inverse.diagonal()
+    torch.testing.assert_close(writer_scores(Writer(output[None], inverse.diagonal()[None]), stream)[0], plain)
     block = blockwise(heads, COLUMNS, width)
     scores = (product @ block).square() / (block.T @ inverse @ block).diagonal()
     blocks = inverse[COLUMNS.index[..., :, None], COLUMNS.index[..., None, :]]
-    found = writer_entropy(Writer(output[None], blocks, COLUMNS), stream, heads)
-    assert float(found) == pytest.approx(slow_rows(scores.T) + slow_rows(scores))
+    torch.testing.assert_close(writer_scores(Writer(output[None], blocks, COLUMNS), stream, heads)[0], scores)
+    torch.testing.assert_close(writer_scores(Writer(output[None], blocks, COLUMNS), stream)[0], plain)
 
 
-def test_experts_are_added_up(turned: tuple[Tensor, Tensor]) -> None:
+def test_scores_of_experts_are_their_own(turned: tuple[Tensor, Tensor]) -> None:
     stream, weight = turned[0], torch.randn(3, HIDDEN, 5, dtype=torch.float64)
     diagonal = torch.rand(3, 5, dtype=torch.float64) + 0.1
-    each = [writer_entropy(Writer(weight[n : n + 1], diagonal[n : n + 1]), stream) for n in range(3)]
-    assert float(writer_entropy(Writer(weight, diagonal), stream)) == pytest.approx(float(sum(each)))
+    each = [writer_scores(Writer(weight[n : n + 1], diagonal[n : n + 1]), stream) for n in range(3)]
+    torch.testing.assert_close(writer_scores(Writer(weight, diagonal), stream), torch.cat(each))
 
 
 def test_heads_are_rotated_in_their_own_places(turned: tuple[Tensor, Tensor]) -> None:
@@ -98,10 +97,11 @@ def test_heads_are_rotated_in_their_own_places(turned: tuple[Tensor, Tensor]) ->
     assert torch.equal(ROWS.rotate(matrix, heads, 1)[:, -1], matrix[:, -1])
 
 
-def test_gradients_are_finite_where_weights_are_zero() -> None:
+@pytest.mark.parametrize("pattern", ["2:4", "0.0/row"])
+def test_gradients_are_finite_where_nothing_is_dropped(pattern: str) -> None:
     rotation = torch.eye(HIDDEN).requires_grad_()
     weight = torch.zeros(3, HIDDEN)
     weight[0, 0] = 1
-    reader_entropy(Reader(weight, torch.eye(HIDDEN)), rotation).backward()
+    log_dropped(reader_scores(Reader(weight, torch.eye(HIDDEN)), rotation), parse(pattern)).backward()
     assert rotation.grad is not None
     assert bool(rotation.grad.isfinite().all())

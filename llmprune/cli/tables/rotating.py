@@ -1,5 +1,6 @@
 """What `llmprune rotate` shows: the result, or what it would need."""
 
+from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ def rotation_table(report: "RotationReport", folder: Path) -> RenderableType:
     logits, loss = report.logits, []
     if report.loss is not None:
         before, after = report.loss
-        loss = [("loss", f"{before:,.0f} to {after:,.0f} nats ({after / before - 1:+.1%}), at step {report.best_step}")]
+        share = f"{exp(after - before):.1%} of what it would take without the rotation"
+        loss = [("loss", f"pruning takes {share} (geometric mean over matrices), at step {report.best_step}")]
     return facts(
         ("rotated", str(folder)),
         ("what", _what(report)),

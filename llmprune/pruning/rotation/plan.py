@@ -11,10 +11,10 @@ from llmprune.devices import describe_device
 from llmprune.models.decoder import prunable_matrices
 from llmprune.models.sizes import ends_bytes
 from llmprune.pruning.forecast.rates import measure_rates
-from llmprune.pruning.rotation.rotate import Rotatable, RotationJob, open_rotatable, read_options
+from llmprune.pruning.rotation.rotate import Rotatable, RotationJob, lone_job, open_rotatable
+from llmprune.pruning.rotation.terms import fitting
 from llmprune.recipe.rotation import RotationOptions
 from llmprune.storage.hub import resolve_model
-from llmprune.stream.guard import MemoryGuard
 from llmprune.stream.stream import StreamSettings
 from llmprune.text.loading import check_texts, model_positions
 from llmprune.text.tokens import TextSpec
@@ -80,7 +80,7 @@ def plan_rotation(
         LlmpruneError: everything that `rotate` would refuse regardless of the text.
     """
     settings = settings or StreamSettings()
-    job = RotationJob(read_options(rotation), settings, MemoryGuard(settings))
+    job = lone_job(rotation, settings)
     with job.watch:
         rotatable = open_rotatable(resolve_model(model), job)
         positions = model_positions(rotatable.source.config)
@@ -93,7 +93,7 @@ def _planned(model: str, rotatable: Rotatable, text: TextSpec, job: RotationJob)
     source, residual, device = rotatable.source, rotatable.residual, job.settings.device
     learned = job.options.kind == "learned"
     size = residual.size
-    elements, inverses, grams, readers = _terms(rotatable)
+    elements, inverses, grams, readers = _terms(rotatable, job)
     term_bytes = 4 * (elements + inverses) if learned else 0
     resident = min(term_bytes, job.settings.activation_budget)
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in source.layers)
@@ -122,7 +122,7 @@ def _planned(model: str, rotatable: Rotatable, text: TextSpec, job: RotationJob)
     )
 
 
-def _terms(rotatable: Rotatable) -> tuple[int, int, int, int]:
+def _terms(rotatable: Rotatable, job: RotationJob) -> tuple[int, int, int, int]:
     """Elements of all weights in the loss, of all inverses, and of the largest layer's Gram matrices; the readers."""
     source, residual = rotatable.source, rotatable.residual
     elements = inverses = largest = 0
@@ -134,7 +134,7 @@ def _terms(rotatable: Rotatable) -> tuple[int, int, int, int]:
         inverses += own
         for matrix in prunable_matrices(layer, prefix):
             name = f"{prefix}.{matrix.parameter}"
-            if name not in residual.places:
+            if name not in residual.places or fitting(job.patterns, matrix) is None:
                 continue
             elements += matrix.shape[0] * matrix.shape[1]
             if name in residual.folds:

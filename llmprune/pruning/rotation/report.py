@@ -42,7 +42,8 @@ class RotationReport:
         layers: decoder layers.
         rotated_values: layers in which the values of the KV heads are rotated, too.
         untied_bytes: by which the checkpoint has grown; 0 if its embeddings were not tied.
-        loss: nats of score entropy before and after; None for rotations that are not learned.
+        loss: mean, over the matrices, of the logarithm of what pruning takes (the sum of the scores that their patterns
+            drop), before and after; None for rotations that are not learned.
         best_step: the step with the lowest loss; None likewise.
         logits: compared with those of the dense model.
         calibration: description and digest of the text.

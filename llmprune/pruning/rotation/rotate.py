@@ -11,15 +11,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llmprune.devices import describe_device, return_freed_memory
-from llmprune.errors import CheckpointError, ResumeError
+from llmprune.errors import CheckpointError, PatternError, ResumeError
 from llmprune.models.checkpoint_source import CheckpointSource, open_checkpoint, positive_zeros, zero_share
+from llmprune.models.decoder import prunable_matrices
 from llmprune.models.patched_config import patched_config
+from llmprune.patterns import NM
 from llmprune.precision import float32_products
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.pruning.context import versions
 from llmprune.pruning.rotation.check import compare_logits
 from llmprune.pruning.rotation.report import RotationReport, load_rotation_report
-from llmprune.pruning.rotation.terms import Terms
+from llmprune.pruning.rotation.terms import PatternOf, Terms, fitting
 from llmprune.recipe.document import Document
 from llmprune.recipe.messages import explain
 from llmprune.recipe.rotation import RotationOptions
@@ -42,6 +44,9 @@ from llmprune.timing import Stages
 # The rotation itself, kept until the result is whole, so that an interrupted run goes on with the same one. Its name
 # begins with a dot: it is no part of the result.
 _KEPT = ".rotation.safetensors"
+
+# What a checkpoint is prepared for if nothing is said: the pattern of the recipes best-fast and best.
+_PATTERN = NM(2, 4)
 
 # Zeros beyond this share of a checkpoint's matrices were pruned: trained weights are hardly ever exactly 0.
 _MOST_ZEROS = 0.05
@@ -86,9 +91,8 @@ def rotate(
         >>> rotate("testbed", "out/rotated", {"steps": 100}).logits.kl_divergence  # doctest: +SKIP
         0.0002
     """
-    options = read_options(rotation)
     settings = replace(settings or StreamSettings(), held_back=0)
-    job = RotationJob(options, settings, MemoryGuard(settings, watch))
+    job = lone_job(rotation, settings, watch)
     with job.watch:
         folder, target = resolve_model(model), expanded(output)
         require_other(target, folder)
@@ -108,6 +112,7 @@ class RotationJob:
         options: of the rotation.
         settings: of every stream, with nothing held back.
         watch: told about every step.
+        patterns: the zeros that the matrices will get.
         decoder_layers: dotted name of the decoder layers; None: they are searched for.
         stages: stopwatch.
     """
@@ -115,6 +120,7 @@ class RotationJob:
     options: RotationOptions
     settings: StreamSettings
     watch: MemoryGuard
+    patterns: PatternOf
     decoder_layers: str | None = None
     stages: Stages = field(default_factory=Stages)
 
@@ -157,6 +163,19 @@ def read_options(rotation: RotationOptions | Mapping[str, Any] | None) -> Rotati
         raise refused from cause
 
 
+def lone_job(
+    rotation: RotationOptions | Mapping[str, Any] | None, settings: StreamSettings, watch: Watcher = ignore
+) -> RotationJob:
+    """What is asked for where there is no recipe: every matrix will get the same zeros.
+
+    Raises:
+        RecipeError: a key is unknown, or a value out of range.
+    """
+    options = read_options(rotation)
+    pattern = (options.pattern or _PATTERN).compared("row")
+    return RotationJob(options, settings, MemoryGuard(settings, watch), lambda name: pattern)
+
+
 def open_rotatable(folder: Path, job: RotationJob) -> Rotatable:
     """Open a checkpoint in float32, and find its residual stream; of each matrix, a few rows are read.
 
@@ -169,9 +188,25 @@ def open_rotatable(folder: Path, job: RotationJob) -> Rotatable:
     unchanged = SourceWatch(folder)
     source = open_checkpoint(folder, job.settings.device, "float32", job.decoder_layers)
     residual = find_residual(source, untie=job.options.untie)
+    if job.options.kind == "learned":
+        _require_pruned(source, job.patterns)
     if (share := zero_share(source)) > _MOST_ZEROS:
         raise _filled(f"{folder} is pruned: {share:.1%} of the weights in its decoder layers are 0")
     return Rotatable(source, residual, 0 if residual.tied is None else embedding_bytes(source), unchanged)
+
+
+def _require_pruned(source: CheckpointSource, patterns: PatternOf) -> None:
+    matrices = [
+        m for index, layer in enumerate(source.layers) for m in prunable_matrices(layer, source.layer_name(index))
+    ]
+    if any(fitting(patterns, matrix) for matrix in matrices):
+        return
+    asked = sorted({str(pattern) for matrix in matrices if (pattern := patterns(matrix.name)) is not None})
+    raise PatternError(
+        f"a rotation is learned for the zeros of a pattern, and {' or '.join(asked) or 'none'} fits no matrix",
+        expected="a pattern that fits at least one of them",
+        fix="name another pattern, or rotate by kind: hadamard, which prepares for none",
+    )
 
 
 def _filled(what: str) -> CheckpointError:
@@ -287,7 +322,7 @@ def _find(
         draw = random_rotation if options.kind == "random" else hadamard_rotation
         return draw(residual.size, heads, options.seed), []
     with job.stages("statistics"):
-        terms = Terms(residual, Stream(source, tokens.ids, job.settings, job.stages), job.watch)
+        terms = Terms(residual, Stream(source, tokens.ids, job.settings, job.stages), job.patterns, job.watch)
         return_freed_memory()
 
     def tell(step: int, loss: float) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmprune.patterns import Pattern
 from llmprune.pruning.context import Run
 from llmprune.pruning.rotation.rotate import Rotatable, RotationJob, open_rotatable, rotate_checkpoint
 from llmprune.text.tokens import Tokens
@@ -35,8 +36,13 @@ class Rotating:
         """
         if run.recipe.rotation is None:
             return None
-        settings = replace(run.settings, held_back=0)
-        job = RotationJob(run.recipe.rotation, settings, run.watch, run.recipe.decoder_layers, run.stages)
+        options, settings = run.recipe.rotation, replace(run.settings, held_back=0)
+
+        def pattern_of(name: str) -> Pattern | None:
+            asked = run.recipe.for_matrix(name)
+            return None if asked is None else (options.pattern or asked[0]).compared(asked[1].scope)
+
+        job = RotationJob(options, settings, run.watch, pattern_of, run.recipe.decoder_layers, run.stages)
         return cls(job, open_rotatable(folder, job))
 
     @property

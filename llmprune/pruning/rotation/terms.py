@@ -4,7 +4,7 @@ They are collected in one pass over the calibration text, and kept as far as the
 on disk, and read again in every step.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmprune.errors import PatternError
 from llmprune.models.decoder import Matrix
+from llmprune.patterns import Pattern
 from llmprune.progress import Progress, Watcher
-from llmprune.rotation.concentration import HeadIndex, Reader, Writer, reader_entropy, writer_entropy
+from llmprune.rotation.concentration import HeadIndex, Reader, Writer, log_dropped, reader_scores, writer_scores
 from llmprune.statistics import Gram
 from llmprune.stream.activations import HiddenStates
 from llmprune.stream.resident import ResidentLayer
@@ -25,6 +27,21 @@ from llmprune.structures.turning import fold_layer, value_columns, value_rows
 # As in SparseGPT, a fraction of the mean diagonal.
 _DAMPING = 0.01
 
+# Full name of a matrix -> which zeros it will get, with their scope of comparison; None: it stays dense.
+PatternOf = Callable[[str], Pattern | None]
+
+
+def fitting(patterns: PatternOf, matrix: Matrix) -> Pattern | None:
+    """The pattern of a matrix; None if it stays dense, or if it fits only once structures have been removed."""
+    pattern = patterns(matrix.name)
+    if pattern is None:
+        return None
+    try:
+        pattern.check(matrix.shape)
+    except PatternError:
+        return None
+    return pattern
+
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
@@ -34,6 +51,7 @@ class _Kept:
     weight: int
     scale: int
     values: HeadIndex | None
+    pattern: Pattern
 
 
 class Terms:
@@ -42,14 +60,15 @@ class Terms:
     Args:
         residual: of the model.
         stream: over the calibration text, not started, of layers in float32.
+        patterns: of the matrices; experts that are stored in one parameter have that of the first.
         watch: told about each layer.
 
     Attributes:
         nbytes: of all tensors.
     """
 
-    def __init__(self, residual: Residual, stream: Stream, watch: Watcher) -> None:
-        self._residual, self._device = residual, stream.settings.device
+    def __init__(self, residual: Residual, stream: Stream, patterns: PatternOf, watch: Watcher) -> None:
+        self._residual, self._device, self._patterns = residual, stream.settings.device, patterns
         # The same budget as for hidden states: those are gone when the search begins.
         self._shelf = HiddenStates(stream.settings.activation_budget)
         self._layers: list[list[_Kept]] = []
@@ -61,21 +80,23 @@ class Terms:
         watch(Progress("statistics", len(self._layers), len(self._layers)))
 
     def loss(self, layer: int, rotation: Tensor, heads: Tensor | None) -> Tensor:
-        """The entropies of one layer's matrices, added up.
+        """The layer's part of the mean, over all matrices, of the logarithm of what pruning takes.
 
         Args:
             layer: its index.
             rotation: R, float32, on the device.
             heads: R2 of its KV heads; None: they are not rotated.
         """
-        total = rotation.new_zeros(())
+        # Zero for a layer that stays dense; it has a gradient all the same.
+        total = 0 * rotation.sum()
         for kept in self._layers[layer]:
             weight, scale = (self._shelf[number].to(self._device) for number in (kept.weight, kept.scale))
             if kept.kind is Reader:
-                total = total + reader_entropy(Reader(weight, scale, kept.values), rotation, heads)
+                scores = reader_scores(Reader(weight, scale, kept.values), rotation, heads)
             else:
-                total = total + writer_entropy(Writer(weight, scale, kept.values), rotation, heads)
-        return total
+                scores = writer_scores(Writer(weight, scale, kept.values), rotation, heads)
+            total = total + log_dropped(scores, kept.pattern)
+        return total / sum(map(len, self._layers))
 
     def _collect(self, layer: ResidentLayer) -> list[_Kept]:
         norms = {gain: name for gain, name in self._residual.norms.items() if gain.startswith(f"{layer.name}.")}
@@ -92,21 +113,22 @@ class Terms:
 
     def _readers(self, layer: ResidentLayer, seen: Mapping[str, Gram]) -> Iterator[_Kept]:
         # Experts share the statistics of all tokens: those of their own would take a Gram matrix each.
-        matrices = {f"{layer.name}.{matrix.parameter}" for matrix in layer.matrices.values()}
+        patterns = self._pruned(layer)
         scales = {gain: self._keep(_inverse(gram)) for gain, gram in seen.items()}
         values = self._residual.values.get(layer.index)
         for name, fold in self._residual.folds.items():
-            if name in matrices and fold.gain in scales:
-                inside = name.removeprefix(f"{layer.name}.")
+            inside = name.removeprefix(f"{layer.name}.")
+            if inside in patterns and fold.gain in scales:
                 weight = layer.module.get_parameter(inside).detach().movedim(fold.dim, -1)
                 own = value_rows(values) if values is not None and values.producer == inside else None
                 number = self._keep(weight.reshape(-1, weight.shape[-1]))
-                yield _Kept(Reader, number, scales[fold.gain], own)
+                yield _Kept(Reader, number, scales[fold.gain], own, patterns[inside])
 
     def _writers(
         self, layer: ResidentLayer, writers: Mapping[str, Matrix], inverses: Mapping[str, Tensor]
     ) -> Iterator[_Kept]:
         values = self._residual.values.get(layer.index)
+        patterns = self._pruned(layer)
         parameters: dict[str, list[str]] = {}
         for name, matrix in writers.items():
             parameters.setdefault(matrix.parameter, []).append(name)
@@ -120,12 +142,22 @@ class Terms:
             else:
                 index = None
                 scale = torch.stack([inverses[name].diagonal() for name in names])
-            yield _Kept(Writer, self._keep(weight), self._keep(scale), index)
+            yield _Kept(Writer, self._keep(weight), self._keep(scale), index, patterns[parameter])
+
+    def _pruned(self, layer: ResidentLayer) -> dict[str, Pattern]:
+        """Parameter, named inside the layer -> the pattern of the first of its matrices that is pruned."""
+        found: dict[str, Pattern] = {}
+        for matrix in layer.matrices.values():
+            pattern = fitting(self._patterns, matrix)
+            if pattern is not None:
+                found.setdefault(matrix.parameter, pattern)
+        return found
 
     def _writes(self, layer: ResidentLayer, matrix: Matrix) -> bool:
-        """Whether a matrix writes to the residual stream, and does not read it, too."""
-        name = f"{layer.name}.{matrix.parameter}"
-        return name in self._residual.places and name not in self._residual.folds
+        """Whether a matrix writes to the residual stream and does not read it, too, and is pruned."""
+        parameter = f"{layer.name}.{matrix.parameter}"
+        ends = parameter in self._residual.places and parameter not in self._residual.folds
+        return ends and fitting(self._patterns, matrix) is not None
 
     def _keep(self, tensor: Tensor) -> int:
         number = len(self._shelf)

@@ -19,12 +19,11 @@ from llmprune.pruning.rotation import check
 from llmprune.pruning.rotation import rotate as rotating
 from llmprune.pruning.rotation.plan import plan_rotation
 from llmprune.pruning.rotation.report import load_rotation_report
-from llmprune.pruning.rotation.rotate import RotationJob, open_rotatable, read_options
+from llmprune.pruning.rotation.rotate import lone_job, open_rotatable
 from llmprune.pruning.rotation.terms import Terms
 from llmprune.rotation.search import learn
 from llmprune.storage.files import read_index
 from llmprune.storage.folders import STAGING_NAME
-from llmprune.stream.guard import MemoryGuard
 from llmprune.stream.stream import Stream, StreamSettings
 
 TEXT = TextSpec("self", samples=4, length=24)
@@ -172,9 +171,9 @@ def test_the_plan_is_what_is_written(tmp_path: Path) -> None:
 def test_the_planned_operations_are_a_lower_bound_of_a_steps(dense: Path) -> None:
     """Counted by torch in the loss before the first step and its gradient; rotations of values are left out."""
     plan = plan_rotation(dense, {"steps": 1}, TEXT)
-    job = RotationJob(read_options({"steps": 1}), StreamSettings(), MemoryGuard(StreamSettings()))
+    job = lone_job({"steps": 1}, StreamSettings())
     found = open_rotatable(dense, job)
-    terms = Terms(found.residual, Stream(found.source, random_ids(4, 24), job.settings), job.watch)
+    terms = Terms(found.residual, Stream(found.source, random_ids(4, 24), job.settings), job.patterns, job.watch)
     with FlopCounterMode(display=False) as counter:
         learn(plan.hidden_size, found.residual.head_sizes, plan.layers, terms.loss, steps=0)
     assert 0.9 * counter.get_total_flops() < plan.step_operations <= counter.get_total_flops()
@@ -273,9 +272,7 @@ def test_another_number_of_processes_goes_on_with_other_threads(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = StreamSettings(torch.device("cpu"))
-    job = rotating.RotationJob(
-        rotating.read_options({"kind": "random", "untie": True}), settings, MemoryGuard(settings)
-    )
+    job = rotating.lone_job({"kind": "random", "untie": True}, settings)
     rotatable = rotating.open_rotatable(dense, job)
     tokens = rotating._text(rotatable.source, dense, TEXT, job)
     go_on = partial(rotating.rotate_checkpoint, "model", rotatable, tokens, tmp_path / "out", job, resume=True)
