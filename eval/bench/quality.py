@@ -18,6 +18,7 @@ and a larger one keeps what it has. --keep DIR saves each pruned model as DIR/ME
 
 import argparse
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from llmprune.text.loading import load_tokenizer
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4")
 # What pruning takes, without texts and perplexities.
-STAGES = ("load", "forward", "gram", "solve", "match")
+STAGES = ("load", "forward", "gram", "solve", "match", "statistics", "search", "write")
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,7 @@ class Protocol:
 
 
 def measure(protocol: Protocol, method: str, pattern: str, keep: Path | None = None) -> dict[str, Any]:
-    """Prune the model in memory, measure it, and save it in a folder of `keep` if that is given."""
-    folder = resolve_model(protocol.model)
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=protocol.dtype, trust_remote_code=False)
+    """Prune a copy of the model with weights of this dtype, and measure it; the result stays in a folder of `keep`."""
     settings = _settings(method)
     recipe = {
         **settings,
@@ -95,11 +94,16 @@ def measure(protocol: Protocol, method: str, pattern: str, keep: Path | None = N
         "pattern": pattern,
         "statistics": {**settings.get("statistics", {}), "loss_weight": protocol.loss_weight},
     }
-    tokenizer = load_tokenizer(folder)
-    report = prune(dense, recipe, tokenizer=tokenizer)
-    if keep is not None:
-        for part in (dense, tokenizer):
-            part.save_pretrained(keep / f"{method}-{pattern.replace(':', 'of')}")
+    with tempfile.TemporaryDirectory() as scratch:
+        dense = Path(scratch) / "dense"
+        folder = resolve_model(protocol.model)
+        for part in (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=protocol.dtype, trust_remote_code=False),
+            load_tokenizer(folder),
+        ):
+            part.save_pretrained(dense)
+        name = f"{Path(method).stem}-{pattern.replace(':', 'of').replace('@', '-')}"
+        report = prune(dense, recipe, (keep or Path(scratch)) / name, overwrite=True)
     evaluation = report.header["evaluation"]
     return {
         "method": method,

@@ -87,6 +87,10 @@ class Run:
         """The same run with the lengths of its texts resolved, for a model with this many positions; None: no limit."""
         return replace(self, recipe=self.recipe.fitted(positions, self.device.type))
 
+    def unrotated(self) -> "Run":
+        """The same run without a rotation."""
+        return replace(self, recipe=self.recipe.model_copy(update={"rotation": None}))
+
     def open(self, folder: Path) -> CheckpointSource:
         """Open a checkpoint in the dtype that this recipe computes in."""
         return open_checkpoint(folder, self.device, self.recipe.compute_dtype, self.recipe.decoder_layers)

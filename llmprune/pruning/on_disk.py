@@ -29,7 +29,7 @@ from llmprune.pruning.reporting import (
     make_report,
     reevaluated,
 )
-from llmprune.pruning.rotation.rotating import Rotating, discard_rotated, rotated_folder
+from llmprune.pruning.rotation.rotating import Rotating, begin_rotation, discard_rotated, rotated_folder
 from llmprune.pruning.sharing import require_same, require_shareable
 from llmprune.pruning.tracking import track
 from llmprune.pruning.writing import Writer
@@ -89,11 +89,13 @@ class _Begun:
         texts: the tokens.
         target: the output folder, to be read only.
         made_by: the checkpoint, and what the result depends on as well.
+        rotates: whether the model is rotated first.
     """
 
     texts: dict[str, Tokens]
     target: OutputFolder
     made_by: dict[str, Any]
+    rotates: bool
 
 
 def _lead(run: Run, name: str, folder: Path, output: Path, *, resume: bool, overwrite: bool) -> Report:
@@ -104,7 +106,7 @@ def _lead(run: Run, name: str, folder: Path, output: Path, *, resume: bool, over
     require_empty(output, resume=resume, overwrite=overwrite)
     unchanged = SourceWatch(folder)
     source = run.open(folder)
-    rotating = Rotating.begin(run, folder)
+    run, rotating, left_out = begin_rotation(run, folder)
     tokenizer = tokenizer_for(run.recipe.texts.values(), folder, source.config)
     run, found, preview, jobs = _planned(run, source)
     require_packable(jobs, source.linear_key, run.recipe.format)
@@ -128,7 +130,8 @@ def _lead(run: Run, name: str, folder: Path, output: Path, *, resume: bool, over
             output, keys, resume=resume, overwrite=overwrite, source=unchanged, processes=run.ranks.size
         )
         run.watch.resumable = True
-        for sentence in target.told:
+        target.notes += [sentence for sentence in left_out if sentence not in target.notes]
+        for sentence in (*left_out, *target.told):
             run.watch(Progress(sentence))
         if target.complete:
             run.ranks.share(None)
@@ -137,7 +140,7 @@ def _lead(run: Run, name: str, folder: Path, output: Path, *, resume: bool, over
             return _evaluate_again(target, run, name, source, texts) if target.reevaluated else load_report(output)
         keep_samples(target.path, texts, tokenizer)
         write_text(target.path / RECIPE_NAME, run.recipe.to_yaml())
-        run.ranks.share(_Begun(texts, target.followed(), made_by))
+        run.ranks.share(_Begun(texts, target.followed(), made_by, rotating is not None))
         return _together(target, run, name, source, texts, found, tokenizer, rotating)
 
 
@@ -149,7 +152,7 @@ def _follow(run: Run, name: str, folder: Path) -> Report:
         source = run.open(folder)
         require_same(begun.made_by, environment(run, source) | {"source": checkpoint_digest(folder)}, run.ranks.rank)
         tokenizer = tokenizer_for(run.recipe.texts.values(), folder, source.config)
-        run, found, _, _ = _planned(run, source)
+        run, found, _, _ = _planned(run if begun.rotates else run.unrotated(), source)
         _together(begun.target, run, name, source, begun.texts, found, tokenizer)
     return run.ranks.share(None)
 

@@ -122,6 +122,10 @@ def prune_in_memory(
     Raises:
         LlmpruneError: as for `prune`.
     """
+    if run.recipe.rotation is not None and run.recipe.rotation.optional:
+        # The caller's model keeps its basis, unless a rotation is insisted on.
+        run.watch(Progress("pruned without a rotation, which is optional: the model is in memory"))
+        run = run.unrotated()
     on_disk = run.recipe.structures is not None or run.recipe.rotation is not None
     if output is not None or on_disk:
         require_savable(model)

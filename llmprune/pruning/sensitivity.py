@@ -115,6 +115,8 @@ def _prepared(
     model: str | Path, recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str], watch: Watcher
 ) -> tuple[Run, CheckpointSource, list[dict[str, Job]], Pool]:
     settings = load_recipe(recipe, overrides)
+    if settings.rotation is not None and settings.rotation.optional:
+        settings = settings.model_copy(update={"rotation": None})
     for key in ("structures", "rotation"):
         if getattr(settings, key) is not None:
             raise RecipeError(

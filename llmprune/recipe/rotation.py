@@ -23,6 +23,7 @@ class RotationOptions(BaseModel):
         pattern: the zeros that a rotation is learned for; None: those of the recipe, and 2:4 without a recipe.
         seed: in [0, 2^63); only of random and Hadamard rotations.
         untie: give the LM head weights of its own where it shares those of the embeddings, which takes their bytes.
+        optional: prune without a rotation, and say why, where it would not be exact; else that is an error.
     """
 
     model_config = STRICT
@@ -32,6 +33,7 @@ class RotationOptions(BaseModel):
     pattern: PatternField | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     untie: bool = False
+    optional: bool = False
 
     @model_validator(mode="after")
     def _check_effect(self) -> "RotationOptions":

@@ -38,7 +38,7 @@ from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, Memory
 from llmprune.pruning.forecast.rates import measure_rates
 from llmprune.pruning.forecast.work import WorkCounter
 from llmprune.pruning.jobs import Job, plan_jobs, require_packable
-from llmprune.pruning.rotation.rotating import Rotating
+from llmprune.pruning.rotation.rotating import begin_rotation
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.statistics import ColumnNorm
 from llmprune.storage.hub import resolve_model
@@ -91,10 +91,10 @@ def dry_run(
 
 
 def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
-    settings, device = run.recipe, run.device
-    settings = settings.fitted(model_positions(source.config), device.type)
+    run, rotating, left_out = begin_rotation(run, source.folder)
+    device = run.device
+    settings = run.recipe.fitted(model_positions(source.config), device.type)
     check_texts(settings.texts, source)
-    rotating = Rotating.begin(run, source.folder)
     found = Removable.find(source, settings.structures) if settings.structures else None
     reduction = Reduction(found, found.preview()) if found else None
     if found is not None:
@@ -132,7 +132,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         spilled_bytes=sets * hidden - resident,
         notes=(
             *_notes(settings, source),
-            *([] if rotating is None else [rotating.note]),
+            *(left_out if rotating is None else [rotating.note]),
             *_outside_notes(source, found),
             *(structure_notes(structures, found.spec) if found else ()),
             *([backward.note] if backward.passes else []),

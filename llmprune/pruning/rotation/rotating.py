@@ -2,12 +2,15 @@
 
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llmprune.errors import CheckpointError, ModelError, PatternError
 from llmprune.patterns import Pattern
 from llmprune.pruning.context import Run
 from llmprune.pruning.rotation.rotate import Rotatable, RotationJob, open_rotatable, rotate_checkpoint
+from llmprune.recipe.recipe import Recipe
 from llmprune.text.tokens import Tokens
 from llmprune.units import format_size
 
@@ -26,24 +29,6 @@ class Rotating:
 
     job: RotationJob
     rotatable: Rotatable
-
-    @classmethod
-    def begin(cls, run: Run, folder: Path) -> "Rotating | None":
-        """Find the residual stream of a checkpoint, before any text is read; None if the recipe has no rotation.
-
-        Raises:
-            ModelError: a rotation would not be exact, or the embeddings are tied.
-        """
-        if run.recipe.rotation is None:
-            return None
-        options, settings = run.recipe.rotation, replace(run.settings, held_back=0)
-
-        def pattern_of(name: str) -> Pattern | None:
-            asked = run.recipe.for_matrix(name)
-            return None if asked is None else (options.pattern or asked[0]).compared(asked[1].scope)
-
-        job = RotationJob(options, settings, run.watch, pattern_of, run.recipe.decoder_layers, run.stages)
-        return cls(job, open_rotatable(folder, job))
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +60,45 @@ class Rotating:
         return rotate_checkpoint(
             name, self.rotatable, counted, rotated_folder(staging), self.job, resume=True, processes=run.ranks.size
         ).to_dict()
+
+
+def begin_rotation(run: Run, folder: Path) -> tuple[Run, Rotating | None, tuple[str, ...]]:
+    """Find the residual stream of a checkpoint, before any text is read.
+
+    Returns:
+        The run, whose recipe has no rotation if there is none; what rotates the model, or None; and a sentence for the
+        report if the recipe has left a rotation out that is not possible.
+
+    Raises:
+        ModelError: a rotation would not be exact, or the embeddings are tied, and it is not optional.
+        CheckpointError: the model is packed or pruned, likewise.
+        PatternError: what the recipe prunes is no matrix that can be rotated, likewise.
+    """
+    options = run.recipe.rotation
+    if options is None:
+        return run, None, ()
+    job = RotationJob(
+        options,
+        replace(run.settings, held_back=0),
+        run.watch,
+        partial(_pattern_of, run.recipe),
+        run.recipe.decoder_layers,
+        run.stages,
+    )
+    try:
+        return run, Rotating(job, open_rotatable(folder, job)), ()
+    except (ModelError, CheckpointError, PatternError) as error:
+        if not options.optional:
+            raise
+        return run.unrotated(), None, (f"pruned without a rotation: {error.what}",)
+
+
+def _pattern_of(recipe: Recipe, name: str) -> Pattern | None:
+    """Which zeros a matrix will get; where the rotation has its own pattern, the recipe only says whether any."""
+    asked = recipe.for_matrix(name)
+    if asked is None or recipe.rotation is None:
+        return None
+    return (recipe.rotation.pattern or asked[0]).compared(asked[1].scope)
 
 
 def rotated_folder(staging: Path) -> Path:

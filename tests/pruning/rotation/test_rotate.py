@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from llmprune import TextSpec, dry_run, prune, rotate
-from llmprune.errors import CheckpointError, LlmpruneError, NumericsError, RecipeError, ResumeError
+from llmprune.errors import CheckpointError, LlmpruneError, NumericsError, PatternError, RecipeError, ResumeError
 from llmprune.pruning import on_disk
 from llmprune.pruning.rotation import check
 from llmprune.pruning.rotation import rotate as rotating
@@ -225,6 +225,49 @@ def test_a_model_in_memory_is_rotated_and_pruned(tmp_path: Path) -> None:
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert torch.equal(model.model.norm.weight, torch.ones(32))
     assert float((model.model.layers[0].mlp.up_proj.weight == 0).float().mean()) == pytest.approx(0.5)
+
+
+def test_an_optional_rotation_is_left_out_where_it_is_not_possible(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tied = save(build("llama-tied"), tmp_path / "tied")
+    settings = recipe(method="magnitude", rotation={"steps": 1, "optional": True})
+    plain = prune(tied, recipe(method="magnitude"), tmp_path / "plain")
+    report = prune(tied, settings, tmp_path / "out")
+    notes = [note for note in report.header["notes"] if note not in plain.header["notes"]]
+    assert [note.partition(" has ")[0] for note in notes] == ["pruned without a rotation: LlamaForCausalLM"]
+    assert "rotation" not in report.header
+    one, two = contents(tmp_path / "plain"), contents(tmp_path / "out")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert set(notes) <= set(dry_run(tied, settings).notes)
+    # Where it is possible, it is made; but not in a model that the caller holds.
+    assert "rotation" in prune(dense, settings, tmp_path / "rotated").header
+    model = build("llama")
+    gain = model.model.norm.weight.clone()
+    said: list[str] = []
+    prune(model, settings, watch=lambda progress: said.append(progress.stage))
+    assert "pruned without a rotation, which is optional: the model is in memory" in said
+    assert torch.equal(model.model.norm.weight, gain)
+
+
+def test_a_rotation_is_learned_for_what_the_recipe_prunes(dense: Path, tmp_path: Path) -> None:
+    """The layers and matrices that stay dense are no part of the loss; a pattern that fits nothing is refused."""
+    patterns: list[Any] = []
+
+    class Listening(Terms):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            patterns.extend([str(kept.pattern) for kept in layer] for layer in self._layers)
+
+    rules = [{"match": "*.mlp.*", "pattern": "0.25"}]
+    settings = recipe(pattern="2:4", exclude=["*.layers.1.*"], rules=rules, rotation={"steps": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rotating, "Terms", Listening)
+        prune(dense, settings, tmp_path / "out")
+    assert patterns[1] == []
+    assert sorted(patterns[0]) == 3 * ["0.25/matrix"] + 4 * ["2:4"]
+    with pytest.raises(PatternError, match="2:7 fits no matrix"):
+        rotate(dense, tmp_path / "rotated", {"pattern": "2:7"}, TEXT)
 
 
 def test_a_pruned_source_is_refused_before_any_text(dense: Path, tmp_path: Path) -> None:
