@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from llmprune.devices import describe_device
-from llmprune.models.decoder import prunable_matrices
+from llmprune.models.decoder import Matrix, prunable_matrices
 from llmprune.models.sizes import ends_bytes
 from llmprune.pruning.forecast.rates import measure_rates
 from llmprune.pruning.rotation.rotate import Rotatable, RotationJob, lone_job, open_rotatable
-from llmprune.pruning.rotation.terms import fitting
+from llmprune.pruning.rotation.terms import fitting, sampled
 from llmprune.recipe.rotation import RotationOptions
 from llmprune.storage.hub import resolve_model
 from llmprune.stream.stream import StreamSettings
@@ -132,18 +132,32 @@ def _terms(rotatable: Rotatable, job: RotationJob) -> tuple[int, int, int, int]:
         norms = sum(gain.startswith(f"{prefix}.") for gain in residual.norms)
         own = norms * residual.size**2
         inverses += own
+        values = residual.values.get(index)
+        parameters: dict[str, list[Matrix]] = {}
         for matrix in prunable_matrices(layer, prefix):
-            name = f"{prefix}.{matrix.parameter}"
-            if name not in residual.places or fitting(job.patterns, matrix) is None:
-                continue
-            elements += matrix.shape[0] * matrix.shape[1]
-            if name in residual.folds:
-                readers.add(name)
+            if f"{prefix}.{matrix.parameter}" in residual.places and fitting(job.patterns, matrix) is not None:
+                parameters.setdefault(matrix.parameter, []).append(matrix)
+        for parameter, matrices in parameters.items():
+            turned = values is not None and parameter in (values.producer, values.consumer)
+            reads = f"{prefix}.{parameter}" in residual.folds
+            rows, columns = _taken(matrices, job, reads=reads, whole=turned)
+            elements += rows * columns
+            if reads:
+                readers.add(f"{prefix}.{parameter}")
             else:
-                own += matrix.shape[1] ** 2
-                values = residual.values.get(index)
-                inverses += matrix.shape[1] * (
-                    values.rows.shape[1] if values is not None and values.consumer == matrix.parameter else 1
-                )
+                own += len(matrices) * matrices[0].shape[1] ** 2
+                inverses += len(matrices) * columns * (values.rows.shape[1] if values is not None and turned else 1)
         largest = max(largest, own)
     return elements, inverses, largest, len(readers)
+
+
+def _taken(matrices: list[Matrix], job: RotationJob, *, reads: bool, whole: bool) -> tuple[int, int]:
+    """Rows of all matrices of one parameter, and columns, that take part in the loss."""
+    pattern, (rows, columns), count = fitting(job.patterns, matrices[0]), matrices[0].shape, len(matrices)
+    assert pattern is not None
+    if whole:
+        return count * rows, columns
+    lines = sampled(pattern, (count * rows, columns), 0) if reads else sampled(pattern, (rows, columns), 1, count)
+    if lines is None:
+        return count * rows, columns
+    return (len(lines), columns) if reads else (count * rows, len(lines))

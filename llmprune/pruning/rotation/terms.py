@@ -27,6 +27,11 @@ from llmprune.structures.turning import fold_layer, value_columns, value_rows
 # As in SparseGPT, a fraction of the mean diagonal.
 _DAMPING = 0.01
 
+# Rows of a parameter that reads the stream, columns of one that writes to it, that take part in the loss: R has to suit
+# all matrices at once, and many times as many numbers as it has are left. Whole strips, so that groups of N:M and
+# blocks stay together.
+_MOST_LINES, _STRIP = 1024, 128
+
 # Full name of a matrix -> which zeros it will get, with their scope of comparison; None: it stays dense.
 PatternOf = Callable[[str], Pattern | None]
 
@@ -41,6 +46,27 @@ def fitting(patterns: PatternOf, matrix: Matrix) -> Pattern | None:
     except PatternError:
         return None
     return pattern
+
+
+def sampled(pattern: Pattern, shape: Sequence[int], dim: int, matrices: int = 1) -> Tensor | None:
+    """Which rows or columns take part in the loss, evenly spread; None: all of them.
+
+    Args:
+        pattern: of the matrix.
+        shape: of one matrix [out, in].
+        dim: 0 for rows, 1 for columns.
+        matrices: how many share the number of lines.
+    """
+    strips, wanted = shape[dim] // _STRIP, max(_MOST_LINES // matrices // _STRIP, 1)
+    if strips <= wanted:
+        return None
+    chosen = torch.linspace(0, strips - 1, wanted).round().long()
+    lines = (chosen[:, None] * _STRIP + torch.arange(_STRIP)).flatten()
+    try:
+        pattern.check((len(lines), shape[1]) if dim == 0 else (shape[0], len(lines)))
+    except PatternError:
+        return None
+    return lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +146,10 @@ class Terms:
             inside = name.removeprefix(f"{layer.name}.")
             if inside in patterns and fold.gain in scales:
                 weight = layer.module.get_parameter(inside).detach().movedim(fold.dim, -1)
+                weight = weight.reshape(-1, weight.shape[-1])
                 own = value_rows(values) if values is not None and values.producer == inside else None
-                number = self._keep(weight.reshape(-1, weight.shape[-1]))
+                lines = sampled(patterns[inside], weight.shape, 0) if own is None else None
+                number = self._keep(weight if lines is None else weight[lines.to(weight.device)])
                 yield _Kept(Reader, number, scales[fold.gain], own, patterns[inside])
 
     def _writers(
@@ -142,6 +170,9 @@ class Terms:
             else:
                 index = None
                 scale = torch.stack([inverses[name].diagonal() for name in names])
+                lines = sampled(patterns[parameter], weight.shape[1:], 1, len(names))
+                if lines is not None:
+                    weight, scale = (part[..., lines.to(part.device)] for part in (weight, scale))
             yield _Kept(Writer, self._keep(weight), self._keep(scale), index, patterns[parameter])
 
     def _pruned(self, layer: ResidentLayer) -> dict[str, Pattern]:
