@@ -144,11 +144,12 @@ def _shira(model: nn.Module, targets: list[str], masks: Mapping[str, Tensor], ra
     for name, weight in weights:
         mask = pruned[id(weight)]
         kept = weight.numel() if mask is None else mask.numel() - int(mask.count_nonzero())
-        if rank * sum(weight.shape) > kept:
+        most = kept // sum(weight.shape)
+        if rank > most:
             raise RecoveryError(
                 f"SHiRA of rank {rank} trains {rank * sum(weight.shape)} weights of {name}, which has kept {kept}",
-                expected=f"a rank of at most {kept // sum(weight.shape)} for this layer",
-                fix="lower the rank (--rank), or choose the adapter lora",
+                expected=f"a rank of at most {most} for this layer" if most else "more weights kept, even at rank 1",
+                fix=f"{'lower the rank (--rank), or ' if most else ''}choose the adapter lora",
             )
     generator = torch.Generator().manual_seed(seed)
 

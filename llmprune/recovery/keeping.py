@@ -105,6 +105,10 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
         # Optimizer -> [whether it had state at its first step here, steps that are checked so far].
         self._seen: WeakKeyDictionary[Optimizer, list[int]] = WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple[type["KeepZeros"], tuple[nn.Module, dict[str, Tensor]]]:
+        # Hooks belong to the model of this process: a copy begins anew, with its own.
+        return type(self), (self._model, self.masks)
+
     def __enter__(self) -> "KeepZeros":
         self._start()
         return self

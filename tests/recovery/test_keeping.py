@@ -1,6 +1,7 @@
 """Zeros that stay zero: every optimizer of torch, worked by hand where it is short, and those that are refused."""
 
 import gc
+import pickle
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -228,6 +229,16 @@ def test_nothing_is_masked_afterwards() -> None:
         pass
     weight = stepped(model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert weight[PRUNED].ne(0).all()
+
+
+def test_copies_keep_the_zeros_of_their_own_model() -> None:
+    model = Matrix()
+    with keep_zeros(model) as keeping:
+        copied = pickle.loads(pickle.dumps({"model": model, "keeping": keeping}))
+    with copied["keeping"]:
+        other = stepped(copied["model"], torch.optim.SGD(copied["model"].parameters(), lr=0.1))
+    assert torch.equal(other == 0, PRUNED)
+    assert torch.equal(model.weight.detach(), torch.tensor(WEIGHT))
 
 
 def test_zeros_that_are_lost_in_another_way_are_found() -> None:
