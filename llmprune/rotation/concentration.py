@@ -55,12 +55,10 @@ class Reader:
 
     Attributes:
         weight: [rows, hidden]; several matrices with the same input may lie below each other.
-        inverse: inverse of the damped Gram matrix of their input, [hidden, hidden].
         values: which rows are the values of attention; None: none of them.
     """
 
     weight: Float[Tensor, "rows hidden"]
-    inverse: Float[Tensor, "hidden hidden"]
     values: HeadIndex | None = None
 
 
@@ -80,18 +78,28 @@ class Writer:
     values: HeadIndex | None = None
 
 
+def input_scales(
+    inverse: Float[Tensor, "hidden hidden"], rotation: Float[Tensor, "hidden hidden"]
+) -> Float[Tensor, " hidden"]:
+    """(R^T G^-1 R)_jj: what the scores of all matrices that read a rotated input are divided by."""
+    return ((inverse @ rotation) * rotation).sum(0)
+
+
 def reader_scores(
-    reader: Reader, rotation: Float[Tensor, "hidden hidden"], heads: Float[Tensor, "heads size size"] | None = None
+    reader: Reader,
+    scales: Float[Tensor, " hidden"],
+    rotation: Float[Tensor, "hidden hidden"],
+    heads: Float[Tensor, "heads size size"] | None = None,
 ) -> Float[Tensor, "rows hidden"]:
-    """Scores of W R, whose inputs have (R^T G^-1 R)_jj.
+    """Scores of W R.
 
     Args:
         reader: the matrices.
+        scales: of their input, by `input_scales`.
         rotation: R.
         heads: R2 of each KV head; None: the values are not rotated.
     """
     turned = reader.weight @ rotation
-    scales = ((reader.inverse @ rotation) * rotation).sum(0)
     if reader.values is not None and heads is not None:
         turned = reader.values.rotate(turned, heads, 0)
     return turned.square() / scales

@@ -8,7 +8,15 @@ from references import correlated_inputs
 from torch import Tensor
 
 from llmprune.patterns import parse
-from llmprune.rotation.concentration import HeadIndex, Reader, Writer, log_dropped, reader_scores, writer_scores
+from llmprune.rotation.concentration import (
+    HeadIndex,
+    Reader,
+    Writer,
+    input_scales,
+    log_dropped,
+    reader_scores,
+    writer_scores,
+)
 from llmprune.rotation.search import random_rotation
 
 HIDDEN, HEADS, SIZE = 8, 2, 3
@@ -61,9 +69,11 @@ def test_what_each_pattern_drops() -> None:
 def test_readers(weights: tuple[Tensor, Tensor], turned: tuple[Tensor, Tensor]) -> None:
     (value, _), (stream, heads), inverse = weights, turned, inverse_gram(HIDDEN, 1)
     product, scales = value @ stream, (stream.T @ inverse @ stream).diagonal()
-    torch.testing.assert_close(reader_scores(Reader(value, inverse), stream), product.square() / scales)
+    torch.testing.assert_close(
+        reader_scores(Reader(value), input_scales(inverse, stream), stream), product.square() / scales
+    )
     scores = (blockwise(heads, ROWS, HEADS * SIZE).T @ product).square() / scales
-    found = reader_scores(Reader(value, inverse, ROWS), stream, heads)
+    found = reader_scores(Reader(value, ROWS), input_scales(inverse, stream), stream, heads)
     torch.testing.assert_close(found, scores)
     assert math.exp(float(log_dropped(found, parse("2:4")))) == pytest.approx(slow_dropped(scores))
 
@@ -102,6 +112,6 @@ def test_gradients_are_finite_where_nothing_is_dropped(pattern: str) -> None:
     rotation = torch.eye(HIDDEN).requires_grad_()
     weight = torch.zeros(3, HIDDEN)
     weight[0, 0] = 1
-    log_dropped(reader_scores(Reader(weight, torch.eye(HIDDEN)), rotation), parse(pattern)).backward()
+    log_dropped(reader_scores(Reader(weight), torch.ones(HIDDEN), rotation), parse(pattern)).backward()
     assert rotation.grad is not None
     assert bool(rotation.grad.isfinite().all())

@@ -21,7 +21,7 @@ def mixed_loss(layer: int, rotation: Tensor, heads: Tensor | None) -> Tensor:
     spread = random_rotation(SIZE, {}, 7).stream.float()
     sparse = torch.zeros(20, SIZE)
     sparse[torch.arange(20), torch.arange(20) % SIZE] = 1.0
-    total = log_dropped(reader_scores(Reader(sparse @ spread.T, torch.eye(SIZE)), rotation), parse("0.5/row"))
+    total = log_dropped(reader_scores(Reader(sparse @ spread.T), torch.ones(SIZE), rotation), parse("0.5/row"))
     return total if heads is None else total + (heads[:, 0, 1] - 0.5).square().sum()
 
 

@@ -242,6 +242,7 @@ def _work_table(plan: "DryRun") -> Table:
         table.add_row(name, f"{done / 1e9:,.1f}", f"{rate / 1e9:,.0f}", format_seconds(duration))
     around = plan.around
     for name, duration in (
+        ("rotation", around.rotation),
         ("choosing zeros by score", around.choosing),
         ("sampling text", around.sampling),
         ("perplexity", around.evaluation),
@@ -267,6 +268,7 @@ def _memory_table(plan: "DryRun") -> Table:
         ("forward pass", layer.forward),
         ("solver", layer.solving),
         *([("block matching", layer.matching)] if layer.matching else []),
+        *([("rotation, before all that", memory.rotation)] if memory.rotation else []),
         *([("standing for removed layers", layer.replacing)] if layer.replacing else []),
     ):
         table.add_row(name, format_size(nbytes))

@@ -38,6 +38,7 @@ from llmprune.pruning.forecast.plan import DryRun, LayerPlan, MatrixPlan, Memory
 from llmprune.pruning.forecast.rates import measure_rates
 from llmprune.pruning.forecast.work import WorkCounter
 from llmprune.pruning.jobs import Job, plan_jobs, require_packable
+from llmprune.pruning.rotation.plan import planned
 from llmprune.pruning.rotation.rotating import begin_rotation
 from llmprune.recipe.recipe import Recipe, load_recipe
 from llmprune.statistics import ColumnNorm
@@ -116,6 +117,11 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
     libraries = library_bytes(device)
     run.watch(Progress("timing this machine", 0, 1, unit="step"))
     rates = measure_rates(device, source.model.dtype)
+    turning = None if rotating is None else planned(model, rotating.rotatable, look.tokens, rotating.job)
+    around = measure_around(source, settings, device, layers)
+    if turning is not None:
+        passes = sum(len(plan.indices) * plan.work.forward for plan in layers) / 2
+        around = replace(around, rotation=turning.seconds + passes / rates.forward)
     return DryRun(
         model=model,
         recipe=settings.to_dict(),
@@ -126,7 +132,14 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
         layers=layers,
         rates=rates,
         memory=MemoryPlan(
-            ends_bytes(source), resident, look.calls_bytes, largest, libraries, backward.kept, backward.peak
+            ends_bytes(source),
+            resident,
+            look.calls_bytes,
+            largest,
+            libraries,
+            backward.kept,
+            backward.peak,
+            0 if turning is None else turning.memory_bytes,
         ),
         disk_bytes=_disk_bytes(source, result, found) + (0 if rotating is None else rotating.nbytes),
         spilled_bytes=sets * hidden - resident,
@@ -139,7 +152,7 @@ def _forecast(run: Run, model: str, source: CheckpointSource) -> DryRun:
             *allocation_notes(settings, result, jobs, rates.forward),
         ),
         structures=structures,
-        around=measure_around(source, settings, device, layers),
+        around=around,
     )
 
 

@@ -56,16 +56,18 @@ class Around:
         sampling: text from the dense model.
         evaluation: the forward passes of the dense and of the pruned model over the evaluation text, and both heads.
         choosing: zeros by the scores of weights, where a method does nothing else.
+        rotation: the matmuls of its search, and a forward pass before it.
     """
 
     sampling: float = 0.0
     evaluation: float = 0.0
     choosing: float = 0.0
+    rotation: float = 0.0
 
     @property
     def total(self) -> float:
         """The sum."""
-        return self.sampling + self.evaluation + self.choosing
+        return self.sampling + self.evaluation + self.choosing + self.rotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ class MemoryPlan:
         libraries: what they and the heap keep.
         kept: what a backward pass of the dense model leaves in memory; 0 without one.
         backward: the peak of that pass, which is over before layers are pruned.
+        rotation: the peak of a rotation without its activations, which is over before that.
     """
 
     ends: int
@@ -106,12 +109,13 @@ class MemoryPlan:
     libraries: int
     kept: int = 0
     backward: int = 0
+    rotation: int = 0
 
     @property
     def peak(self) -> int:
         """The predicted peak, above what the process holds before the first layer."""
         pruning = predict_peak(self.ends, self.hidden_states, self.calls, [self.layer], self.libraries)
-        return max(self.kept + pruning, self.backward)
+        return max(self.kept + pruning, self.backward, self.rotation)
 
 
 @dataclass(frozen=True, slots=True)

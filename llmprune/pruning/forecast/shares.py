@@ -14,6 +14,7 @@ from llmprune.models.decoder import prunable_matrices
 from llmprune.models.sizes import active_experts, flops, layer_size
 from llmprune.models.source import Source
 from llmprune.pruning.jobs import Job
+from llmprune.pruning.rotation.terms import MOST_LINES
 from llmprune.recipe.recipe import Recipe
 from llmprune.statistics import Gram
 
@@ -66,6 +67,8 @@ def expected_shares(
     costs = {
         "sampling text": _DECODING[kind] * sampled * (layers + head),
         "dense perplexity": scored * layers,
+        "statistics": 0.0 if recipe.rotation is None else observed * layers,
+        "rotation": _turning(recipe, source, jobs, config.hidden_size),
         "survey": surveyed * observed * layers,
         "pruning": (1 + shown + fitted) * observed * layers + solving,
         "pruned perplexity": scored * layers,
@@ -73,6 +76,18 @@ def expected_shares(
         "answers": _ANSWERING[kind] * 2 * prompts * TOKENS * (layers + head),
     }
     return {stage: cost for stage, cost in costs.items() if cost}
+
+
+def _turning(recipe: Recipe, source: Source, jobs: Sequence[Mapping[str, Job]], hidden: int) -> float:
+    """The search for a rotation: the products of `llmprune.pruning.rotation.plan`, two inputs a layer."""
+    if recipe.rotation is None or recipe.rotation.kind != "learned":
+        return 0.0
+    elements = 2.0 * hidden**2 * len(source.layers)
+    for index, job in enumerate(jobs):
+        for matrix in prunable_matrices(source.layers[index], f"{source.layers_path}.{index}"):
+            if matrix.name in job and hidden in matrix.shape:
+                elements += hidden * min(matrix.shape[matrix.shape[0] == hidden], MOST_LINES)
+    return _SOLVING * recipe.rotation.steps * 4 * hidden * elements
 
 
 def _solving(source: Source, index: int, jobs: Mapping[str, Job], tokens: int) -> float:

@@ -86,23 +86,31 @@ def plan_rotation(
         positions = model_positions(rotatable.source.config)
         text = (calibration or TextSpec()).fitted(positions, settings.device.type)
         check_texts({"calibration": text}, rotatable.source)
-        return _planned(str(model), rotatable, text, job)
+        return planned(str(model), rotatable, text.sequences * text.tokens, job)
 
 
-def _planned(model: str, rotatable: Rotatable, text: TextSpec, job: RotationJob) -> RotationPlan:
+def planned(model: str, rotatable: Rotatable, tokens: int, job: RotationJob) -> RotationPlan:
+    """Work out what a rotation needs.
+
+    Args:
+        model: as the user gave it.
+        rotatable: the dense checkpoint.
+        tokens: of the calibration text.
+        job: what is asked for.
+    """
     source, residual, device = rotatable.source, rotatable.residual, job.settings.device
     learned = job.options.kind == "learned"
     size = residual.size
-    elements, inverses, grams, readers = _terms(rotatable, job)
+    elements, inverses, grams, inputs = _terms(rotatable, job)
     term_bytes = 4 * (elements + inverses) if learned else 0
     resident = min(term_bytes, job.settings.activation_budget)
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in source.layers)
     # R and its gradients, factorisation and moments.
     search = resident + 4 * (8 * size * size + 6 * layer) if learned else 0
     statistics = 4 * (layer + grams) + resident if learned else 0
-    # One product of every weight with R and of every reader's inverse Gram matrix, and one for the gradient of R: none
+    # One product of every weight with R and of every input's inverse Gram matrix, and one for the gradient of R: none
     # has a gradient of its own.
-    operations = 4.0 * size * (elements + readers * size**2) if learned else 0.0
+    operations = 4.0 * size * (elements + inputs * size**2) if learned else 0.0
     rate = measure_rates(device, torch.float32).solve if learned else 1.0
     return RotationPlan(
         model,
@@ -112,7 +120,7 @@ def _planned(model: str, rotatable: Rotatable, text: TextSpec, job: RotationJob)
         len(source.layers),
         len(residual.values),
         rotatable.untied_bytes,
-        text.sequences * text.tokens,
+        tokens,
         term_bytes,
         term_bytes - resident,
         max(ends_bytes(source) + rotatable.untied_bytes, 3 * 4 * layer, search, statistics),
@@ -123,10 +131,10 @@ def _planned(model: str, rotatable: Rotatable, text: TextSpec, job: RotationJob)
 
 
 def _terms(rotatable: Rotatable, job: RotationJob) -> tuple[int, int, int, int]:
-    """Elements of all weights in the loss, of all inverses, and of the largest layer's Gram matrices; the readers."""
+    """Elements of all weights in the loss, of all inverses, and of the largest layer's Gram matrices; inputs."""
     source, residual = rotatable.source, rotatable.residual
     elements = inverses = largest = 0
-    readers: set[str] = set()
+    gains: set[str] = set()
     for index, layer in enumerate(source.layers):
         prefix = source.layer_name(index)
         norms = sum(gain.startswith(f"{prefix}.") for gain in residual.norms)
@@ -143,12 +151,12 @@ def _terms(rotatable: Rotatable, job: RotationJob) -> tuple[int, int, int, int]:
             rows, columns = _taken(matrices, job, reads=reads, whole=turned)
             elements += rows * columns
             if reads:
-                readers.add(f"{prefix}.{parameter}")
+                gains.add(residual.folds[f"{prefix}.{parameter}"].gain)
             else:
                 own += len(matrices) * matrices[0].shape[1] ** 2
                 inverses += len(matrices) * columns * (values.rows.shape[1] if values is not None and turned else 1)
         largest = max(largest, own)
-    return elements, inverses, largest, len(readers)
+    return elements, inverses, largest, len(gains)
 
 
 def _taken(matrices: list[Matrix], job: RotationJob, *, reads: bool, whole: bool) -> tuple[int, int]:

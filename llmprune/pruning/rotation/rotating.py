@@ -39,9 +39,8 @@ class Rotating:
     def note(self) -> str:
         """What a forecast of the run says about the rotation."""
         return (
-            f"The rotation comes first, and a rotated copy of the checkpoint ({format_size(self.nbytes)}) is in the "
-            "output folder until the run is finished. Its time and memory are not in these figures; "
-            "llmprune rotate --dry-run has them."
+            f"The rotation comes first: a rotated copy of the checkpoint ({format_size(self.nbytes)}) is in the output "
+            "folder until the run is finished."
         )
 
     def rotate(self, run: Run, name: str, tokens: Tokens, staging: Path) -> dict[str, Any]:

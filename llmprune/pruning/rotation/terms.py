@@ -16,7 +16,15 @@ from llmprune.errors import PatternError
 from llmprune.models.decoder import Matrix
 from llmprune.patterns import Pattern
 from llmprune.progress import Progress, Watcher
-from llmprune.rotation.concentration import HeadIndex, Reader, Writer, log_dropped, reader_scores, writer_scores
+from llmprune.rotation.concentration import (
+    HeadIndex,
+    Reader,
+    Writer,
+    input_scales,
+    log_dropped,
+    reader_scores,
+    writer_scores,
+)
 from llmprune.statistics import Gram
 from llmprune.stream.activations import HiddenStates
 from llmprune.stream.resident import ResidentLayer
@@ -30,7 +38,7 @@ _DAMPING = 0.01
 # Rows of a parameter that reads the stream, columns of one that writes to it, that take part in the loss: R has to suit
 # all matrices at once, and many times as many numbers as it has are left. Whole strips, so that groups of N:M and
 # blocks stay together.
-_MOST_LINES, _STRIP = 1024, 128
+MOST_LINES, _STRIP = 1024, 128
 
 # Full name of a matrix -> which zeros it will get, with their scope of comparison; None: it stays dense.
 PatternOf = Callable[[str], Pattern | None]
@@ -57,7 +65,7 @@ def sampled(pattern: Pattern, shape: Sequence[int], dim: int, matrices: int = 1)
         dim: 0 for rows, 1 for columns.
         matrices: how many share the number of lines.
     """
-    strips, wanted = shape[dim] // _STRIP, max(_MOST_LINES // matrices // _STRIP, 1)
+    strips, wanted = shape[dim] // _STRIP, max(MOST_LINES // matrices // _STRIP, 1)
     if strips <= wanted:
         return None
     chosen = torch.linspace(0, strips - 1, wanted).round().long()
@@ -115,11 +123,15 @@ class Terms:
         """
         # Zero for a layer that stays dense; it has a gradient all the same.
         total = 0 * rotation.sum()
+        scales: dict[int, Tensor] = {}
         for kept in self._layers[layer]:
-            weight, scale = (self._shelf[number].to(self._device) for number in (kept.weight, kept.scale))
+            weight = self._shelf[kept.weight].to(self._device)
             if kept.kind is Reader:
-                scores = reader_scores(Reader(weight, scale, kept.values), rotation, heads)
+                if kept.scale not in scales:
+                    scales[kept.scale] = input_scales(self._shelf[kept.scale].to(self._device), rotation)
+                scores = reader_scores(Reader(weight, kept.values), scales[kept.scale], rotation, heads)
             else:
+                scale = self._shelf[kept.scale].to(self._device)
                 scores = writer_scores(Writer(weight, scale, kept.values), rotation, heads)
             total = total + log_dropped(scores, kept.pattern)
         return total / sum(map(len, self._layers))

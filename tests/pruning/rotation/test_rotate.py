@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llmprune import TextSpec, dry_run, prune, rotate
 from llmprune.errors import CheckpointError, LlmpruneError, NumericsError, PatternError, RecipeError, ResumeError
+from llmprune.progress import Progress
 from llmprune.pruning import on_disk
 from llmprune.pruning.rotation import check
 from llmprune.pruning.rotation import rotate as rotating
@@ -175,7 +176,7 @@ def test_the_planned_operations_are_a_lower_bound_of_a_steps(
 ) -> None:
     """Counted by torch in the loss before the first step and its gradient; rotations of values are left out."""
     dense = save(build(family), tmp_path / "dense")
-    monkeypatch.setattr(rotation_terms, "_MOST_LINES", most)
+    monkeypatch.setattr(rotation_terms, "MOST_LINES", most)
     monkeypatch.setattr(rotation_terms, "_STRIP", 8)
     plan = plan_rotation(dense, {"steps": 1}, TEXT)
     job = lone_job({"steps": 1}, StreamSettings())
@@ -184,13 +185,19 @@ def test_the_planned_operations_are_a_lower_bound_of_a_steps(
     with FlopCounterMode(display=False) as counter:
         learn(plan.hidden_size, found.residual.head_sizes, plan.layers, terms.loss, steps=0)
     assert plan.term_bytes == terms.nbytes
-    assert 0.85 * counter.get_total_flops() < plan.step_operations <= counter.get_total_flops()
+    assert 0.8 * counter.get_total_flops() < plan.step_operations <= counter.get_total_flops()
     assert plan.seconds > 0
 
 
 def test_a_recipe_rotates_and_then_prunes(dense: Path, tmp_path: Path) -> None:
     settings = recipe(rotation={"steps": 3}, evaluation={"source": "self", "samples": 2, "length": 16})
-    report = prune(dense, settings, tmp_path / "pruned")
+    seen: list[Progress] = []
+    report = prune(dense, settings, tmp_path / "pruned", watch=seen.append)
+    shares = next(progress.shares for progress in seen if progress.shares is not None)
+    # The time left is estimated for the search as well, in the order in which stages come.
+    told = [stage for stage in dict.fromkeys(progress.stage for progress in seen) if stage in shares]
+    assert {"statistics", "rotation", "pruning"} <= set(told)
+    assert told == [stage for stage in shares if stage in told]
     assert report.header["rotation"]["loss"][1] < report.header["rotation"]["loss"][0]
     assert report.sparsity == pytest.approx(0.5)
     written = json.loads((tmp_path / "pruned" / "report.json").read_text("utf-8"))
@@ -225,6 +232,9 @@ def test_a_dry_run_of_a_recipe_counts_the_rotated_copy(dense: Path) -> None:
     plain, turned = dry_run(dense, settings), dry_run(dense, {**settings, "rotation": {}})
     assert turned.disk_bytes == 2 * plain.disk_bytes
     assert any("rotated copy" in note for note in turned.notes)
+    assert turned.around.rotation > 0
+    assert turned.total_seconds > turned.around.rotation
+    assert turned.memory.peak >= turned.memory.rotation > 0
 
 
 def test_a_model_in_memory_is_rotated_and_pruned(tmp_path: Path) -> None:
