@@ -1,1 +1,1 @@
-"""Rotations that concentrate pruning scores: losses, starting points and the search. No models, no files."""
+"""Rotations after which pruning takes less: the loss, starting points and the search. No models, no files."""

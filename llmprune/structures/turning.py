@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llmprune.errors import CheckpointError
 from llmprune.models.checkpoint_source import CheckpointSource
-from llmprune.rotation.concentration import HeadIndex
+from llmprune.rotation.loss import HeadIndex
 from llmprune.rotation.search import Rotation
 from llmprune.structures.find.residual_reads import Values, reading_dim
 from llmprune.structures.residual import Residual

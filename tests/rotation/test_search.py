@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llmprune.errors import NumericsError
 from llmprune.patterns import parse
-from llmprune.rotation.concentration import Reader, log_dropped, reader_scores
+from llmprune.rotation.loss import Reader, log_dropped, reader_scores
 from llmprune.rotation.search import hadamard_rotation, learn, random_rotation
 
 SIZE, HEADS = 12, {1: (2, 6)}

@@ -89,7 +89,7 @@ def begin_rotation(run: Run, folder: Path) -> tuple[Run, Rotating | None, tuple[
     except (ModelError, CheckpointError, PatternError) as error:
         if not options.optional:
             raise
-        return run.unrotated(), None, (f"pruned without a rotation: {error.what}",)
+        return run.unrotated(), None, (f"pruned without a rotation: {error.what}; it needs {error.expected}",)
 
 
 def _pattern_of(recipe: Recipe, name: str) -> Pattern | None:

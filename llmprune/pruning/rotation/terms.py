@@ -16,7 +16,7 @@ from llmprune.errors import PatternError
 from llmprune.models.decoder import Matrix
 from llmprune.patterns import Pattern
 from llmprune.progress import Progress, Watcher
-from llmprune.rotation.concentration import (
+from llmprune.rotation.loss import (
     HeadIndex,
     Reader,
     Writer,

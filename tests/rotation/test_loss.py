@@ -8,7 +8,7 @@ from references import correlated_inputs
 from torch import Tensor
 
 from llmprune.patterns import parse
-from llmprune.rotation.concentration import (
+from llmprune.rotation.loss import (
     HeadIndex,
     Reader,
     Writer,
