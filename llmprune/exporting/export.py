@@ -71,7 +71,7 @@ def export(
     target = source.with_name(f"{source.name}-{to}") if output is None else expanded(output)
     require_other(target, source)
     require_free(target)
-    require_empty(target, resume=False, overwrite=overwrite)
+    require_empty(target, resume=None, overwrite=overwrite)
     if to == "onnx":
         require_onnx()
     exported = Exported(source, watch)

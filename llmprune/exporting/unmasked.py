@@ -62,7 +62,7 @@ def import_masked(
     for read in (path, companions):
         require_other(target, read)
     require_free(target)
-    require_empty(target, resume=False, overwrite=overwrite)
+    require_empty(target, resume=None, overwrite=overwrite)
     shapes, parts = _parts(path)
     plain = masked_keys(shapes)
     if not plain:

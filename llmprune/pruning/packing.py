@@ -293,7 +293,7 @@ def _update_history(folder: Path, packed: PackReport, stored_bytes: int) -> None
 def _refuse_occupied(target: Path, source: Path, overwrite: bool) -> None:
     require_other(target, source)
     require_free(target)
-    require_empty(target, resume=False, overwrite=overwrite)
+    require_empty(target, resume=None, overwrite=overwrite)
 
 
 def _choose_layouts(

@@ -134,7 +134,7 @@ def prune_in_memory(
     if output is not None:
         require_other(output, model.config._name_or_path)
         require_free(output)
-        require_empty(output, resume=False, overwrite=overwrite)
+        require_empty(output, resume=None, overwrite=overwrite)
         require_space(output, sum(parameter.nbytes for parameter in model.parameters()))
     run = run.fitted(model_positions(model.config))
     source = ModelSource(model, run.recipe.decoder_layers, _compute_dtype(run, model))

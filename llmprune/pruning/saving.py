@@ -50,7 +50,7 @@ def save_pruned(
     with torch.no_grad():
         for parameter in model.parameters():
             positive_zeros(parameter)
-    require_empty(output, resume=False, overwrite=overwrite)
+    require_empty(output, resume=None, overwrite=overwrite)
     with writing_to(output), replacing(output) as new:
         folder = new / "dense"
         save_dense(model, tokenizer, folder)

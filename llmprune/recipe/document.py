@@ -66,7 +66,7 @@ for _kind, _form, _first in (
 
 
 # Keys whose value may be a bare name, and what is set inside of them.
-_NAMED = {"method": "a knob", "allocation": "an option"}
+_NAMED = {"method": "a knob", "rule": "a knob", "allocation": "an option"}
 
 
 def refusal(error: LlmpruneError, *keys: str | int) -> PydanticCustomError:

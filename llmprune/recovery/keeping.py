@@ -31,6 +31,8 @@ from llmprune.recovery.masks import (
     require_fitting,
     require_zeros,
     save_masks,
+    share_of_zeros,
+    warn_of_few_zeros,
     weights_of,
 )
 from llmprune.recovery.optimizers import require_keeping, require_known, revived_by
@@ -57,8 +59,9 @@ def keep_zeros(model: nn.Module, masks: str | Path | Masks | None = None) -> "Ke
 
     Raises:
         NumericsError: training has diverged in one of an optimizer's first steps.
-        RecoveryError: the model has no zeros; a matrix that trains is all zero, as the second factor of a new LoRA is;
-            weights are not whole in memory; a mask does not fit; pruned weights are not zero.
+        RecoveryError: the model has no zeros, whole rows of embeddings aside; a matrix that trains is all zero, as the
+            second factor of a new LoRA is; weights are not whole in memory; a mask does not fit; pruned weights are not
+            zero.
         CheckpointError: the file cannot be read, or is of another model.
         ModelError: weights are computed from other tensors, such as the masks of torch.nn.utils.prune.
 
@@ -246,12 +249,13 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc] # transformers is not ty
 
 
 def _require_some(model: nn.Module, masks: Masks) -> None:
-    if not masks:
+    if not (share := share_of_zeros(model, masks)):
         raise RecoveryError(
-            "the model has no zeros to keep",
+            "the model has no zeros to keep" + " but whole rows of its embeddings" * bool(masks),
             expected="a pruned model, before it is trained",
             fix="load the pruned checkpoint; if structures were removed instead of weights, train it like any other",
         )
+    warn_of_few_zeros(share)
     weights = dict(weights_of(model))
     empty = [name for name, mask in masks.items() if bool(mask.all()) and weights[name].requires_grad]
     if empty:

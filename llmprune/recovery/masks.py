@@ -3,6 +3,7 @@
 A mask is never read from a model that has been trained: a kept weight may be exactly zero by then.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,6 +20,9 @@ MASKS_NAME = "masks.safetensors"
 # Name of a parameter -> bool in its shape, True where the weight is pruned.
 Masks = Mapping[str, Tensor]
 
+
+# Below this share of zeros, a model is probably dense.
+_FEW = 1e-3
 
 # Integers as wide as a number. Products of bits with booleans are exact, whatever the number is (NaN too, and no -0.0
 # comes of it), and take a tenth of the time of masked_fill on a CPU.
@@ -73,6 +77,46 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: zeros for name, zeros in found if bool(zeros.any())}
 
 
+def share_of_zeros(model: nn.Module, masks: Masks) -> float:
+    """The pruned fraction of all weights; zero rows of embeddings, which dense models have, too, do not count."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    pruned, total = 0, 0
+    for name, weight in weights_of(model):
+        total += weight.numel()
+        if (mask := masks.get(name)) is not None:
+            pruned += int(mask.count_nonzero())
+            pruned -= int(mask.all(-1).count_nonzero()) * weight.shape[-1] if id(weight) in embeddings else 0
+    return pruned / max(total, 1)
+
+
+def masks_to_keep(model: nn.Module, dense: nn.Module | None) -> dict[str, Tensor]:
+    """The same, with a warning if the model looks like a dense one.
+
+    Args:
+        model: to be trained.
+        dense: that it was pruned from; one with more weights shows that structures were removed, which leave no zeros.
+    """
+    masks = masks_of(model)
+    if dense is None or _numbers(dense) <= _numbers(model):
+        warn_of_few_zeros(share_of_zeros(model, masks))
+    return masks
+
+
+def _numbers(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def warn_of_few_zeros(share: float) -> None:
+    """Warn of a model that hardly looks pruned: numbers of 16 bits are zero now and then in dense ones."""
+    if share < _FEW:
+        warnings.warn(
+            f"only {share:.2g} of the weights are zero: no others are kept at zero; is this the pruned model?"
+            if share
+            else "no weights are zero, so that none are kept at zero: is this the pruned model?",
+            stacklevel=3,
+        )
+
+
 def save_masks(file: Path, masks: Masks) -> str:
     """Write masks, one bit for each weight; returns the sha256 of the file.
 
@@ -95,7 +139,7 @@ def load_masks(file: Path, model: nn.Module) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file cannot be read, or is of another model.
     """
-    with reading(file):
+    with reading(file, "check the spelling; KeepZeros.save writes such files, and llmprune recover masks.safetensors"):
         stored = load_file(file)
     weights = dict(weights_of(model))
     if unknown := sorted(set(stored) - set(weights)):

@@ -117,7 +117,8 @@ def revived_by(optimizer: Optimizer, count: int, *, had_state: bool, by_hand: bo
             fix="make a new optimizer after pruning, or begin keep_zeros before its first step",
         )
     return RecoveryError(
-        f"{kind} moved {count} pruned weights, which are zero again: it mixes the weights of a matrix",
+        f"{kind} moved {count} pruned weights, which are zero again, although their gradients and moments are zero: it "
+        "seems to mix the weights of a matrix, or adds something to each",
         expected=_EXPECTED,
         fix="use AdamW",
     )

@@ -29,7 +29,7 @@ from llmprune.recovery.card import write_card
 from llmprune.recovery.folder import WORK_NAME, RecoveryFolder
 from llmprune.recovery.halves import Halves
 from llmprune.recovery.keeping import KeepZeros
-from llmprune.recovery.masks import MASKS_NAME, load_masks, masks_of, require_zeros, save_masks, weights_of
+from llmprune.recovery.masks import MASKS_NAME, load_masks, masks_to_keep, require_zeros, save_masks, weights_of
 from llmprune.recovery.objective import Objective
 from llmprune.recovery.options import RecoveryOptions
 from llmprune.recovery.plan import RecoveryPlan, disk_needs, make_plan, memory_needs
@@ -319,7 +319,8 @@ def _train(
             _enable_checkpointing(source.model)
         masks_file = folder.staging / MASKS_NAME
         if not follows() and not masks_file.exists():
-            save_masks(masks_file, masks_of(source.model))
+            dense = None if run.teacher is None else run.teacher.model
+            save_masks(masks_file, masks_to_keep(source.model, dense))
         folder.wait()
         masks = load_masks(masks_file, source.model)
         objective = Objective(student, teacher, options.kl_weight, run.autocast)

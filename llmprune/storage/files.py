@@ -296,14 +296,12 @@ def file_digest(file: Path) -> str:
 
 
 @contextlib.contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Turn a safetensors file that cannot be read into a `CheckpointError`."""
+def reading(file: Path, fix: str = "download the checkpoint again") -> Iterator[None]:
+    """Turn a safetensors file that cannot be read into a `CheckpointError`, with this way out."""
     try:
         yield
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{file} does not exist", expected="a safetensors file", fix="download the checkpoint again"
-        ) from None
+        raise CheckpointError(f"{file} does not exist", expected="a safetensors file", fix=fix) from None
     except PermissionError as error:
         raise CheckpointError(
             f"{file} cannot be read: permission denied", expected="a file that you may read", fix="fix its permissions"
@@ -312,7 +310,7 @@ def reading(file: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{file} is truncated or corrupted: {error}",
             expected="a complete safetensors file",
-            fix="download the checkpoint again",
+            fix=fix,
         ) from error
 
 

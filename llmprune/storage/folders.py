@@ -120,12 +120,12 @@ def require_free(path: Path) -> None:
             pass
 
 
-def require_empty(path: Path, *, resume: bool, overwrite: bool) -> None:
+def require_empty(path: Path, *, resume: bool | None, overwrite: bool) -> None:
     """Refuse a folder that is not empty, unless the user said what to do with its content.
 
     Args:
         path: the output folder.
-        resume: it may hold an interrupted run of llmprune.
+        resume: it may hold an interrupted run of llmprune; None: this kind of run cannot be resumed.
         overwrite: it may hold a checkpoint, which will be replaced.
 
     Raises:
@@ -157,8 +157,9 @@ def require_empty(path: Path, *, resume: bool, overwrite: bool) -> None:
             fix="choose an empty folder",
         )
     if not resume and not overwrite:
-        way_on = "continue the run with --resume, or replace it with --overwrite" if ours else elsewhere
-        raise ResumeError(f"{path} is not empty", expected="a new or empty folder", fix=way_on)
+        if ours and resume is not None:
+            elsewhere = "continue the run with --resume, or replace it with --overwrite"
+        raise ResumeError(f"{path} is not empty", expected="a new or empty folder", fix=elsewhere)
 
 
 def require_space(path: Path, nbytes: int, *, resume: bool = False, purpose: str = "the pruned checkpoint") -> None:

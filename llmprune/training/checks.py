@@ -54,6 +54,24 @@ def require_supported(arguments: TrainingArguments, rule: Rule, plan: Plan, step
         )
 
 
+def warn_of_early_end(step: int, plan: Plan, sparsity: float) -> None:
+    """Warn of a loop that has ended before the last stage has begun: fewer weights are pruned than were asked for."""
+    warnings.warn(
+        f"sparsify ends after step {step} of {plan.steps}, before its last stage, with {sparsity:.1%} of the weights "
+        f"pruned, of {plan.end:.1%} planned: enter it again to go on, or plan as many steps as the loop takes",
+        stacklevel=3,
+    )
+
+
+def unpicklable() -> TrainingError:
+    """The error for a pickle or a copy: hooks and masks belong to the model that trains in this process."""
+    return TrainingError(
+        "a context of sparsify cannot be pickled or copied",
+        expected="its state in a file",
+        fix="save it with masks.save(FILE); sparsify the other model the same way, and call masks.load(FILE)",
+    )
+
+
 def require_continued(
     state: State, weights: Mapping[str, nn.Parameter], step: int, folder: Path, *, may_skip: bool
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar, get_args
 
 from llmprune.errors import TrainingError
 from llmprune.patterns import NM, parse
+from llmprune.recipe.document import did_you_mean, one_of
 from llmprune.storage.records import wrong_type
 from llmprune.training.rules import RULES, SNIP, GraSP, Lottery, Rule, Schedule, Selection, SoftMovement
 from llmprune.training.rules.rule import Scope
@@ -29,7 +30,7 @@ def read_rule(rule: str | Mapping[str, Any] | Rule) -> Rule:
         raise TrainingError(f"rule is {rule!r}", expected="a name, or one name with its knobs: {rigl: {interval: 50}}")
     ((name, knobs),) = named.items()
     if name not in RULES:
-        raise TrainingError(f"there is no rule {name!r}", expected=f"one of {', '.join(RULES)}")
+        raise TrainingError(f"there is no rule {name!r}{did_you_mean(str(name), RULES)}", expected=one_of(RULES))
     found = read_keys(RULES[name], {} if knobs is None else knobs, f"rule {name}")
     assert isinstance(found, Rule)
     return found
@@ -108,7 +109,7 @@ def read_keys(kind: type[Value], keys: Mapping[str, Any], name: str) -> Value:
         )
     if unknown := sorted(set(keys) - set(known)):
         raise TrainingError(
-            f"{name} has no key {unknown[0]!r}", expected=f"one of {', '.join(known)}" if known else "none"
+            f"{name} has no key {unknown[0]!r}{did_you_mean(unknown[0], known)}", expected=one_of(known)
         )
     key, expected = wrong_type(kind, keys)
     if key:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakSet, ref
 
 import torch
@@ -25,7 +25,7 @@ from llmprune.paths import user_path
 from llmprune.recovery.hooks import ForwardHook, Hooks
 from llmprune.recovery.masks import mask_, masked
 from llmprune.recovery.optimizers import require_keeping
-from llmprune.training.checks import require_continued, require_initialising, require_planned, require_supported
+from llmprune.training import checks
 from llmprune.training.gradients import accumulates, average
 from llmprune.training.rules import Lottery, Rule, Selection
 from llmprune.training.rules.lottery import random_ticket
@@ -97,7 +97,7 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         # The optimizer that took the last step, and those before it.
         self._optimizer: ref[Optimizer] | None = None
         self._retired: WeakSet[Optimizer] = WeakSet()
-        require_initialising(self._model, rule)
+        checks.require_initialising(self._model, rule)
         if isinstance(rule, Lottery) and rule.rewind == 0:
             self._remember()
 
@@ -121,6 +121,11 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hooks.end()
+        if error is None and self._stage < self.plan.stages[-1].number:
+            checks.warn_of_early_end(self.state.step, self.plan, self.sparsity)
+
+    def __reduce__(self) -> NoReturn:
+        raise checks.unpicklable()
 
     @property
     def sparsity(self) -> float:
@@ -140,7 +145,7 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
             TrainingError: fewer weights are pruned.
         """
         pattern, solved = self._selection.pattern, self._solve is not None
-        require_planned(self.state, self._targets, self._rule, self.plan, pattern, solved=solved)
+        checks.require_planned(self.state, self._targets, self._rule, self.plan, pattern, solved=solved)
 
     def save(self, file: str | Path) -> None:
         """Write masks, scores and the weights behind the masks, for a later process that continues this training.
@@ -171,12 +176,12 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
             TrainingError: it shards the weights or scales the gradients of scores, or resumes without the state of
                 its step; another context has the weights; or it trains another model.
         """
-        require_supported(args, self._rule, self.plan, int(state.max_steps))
+        checks.require_supported(args, self._rule, self.plan, int(state.max_steps))
         self._hooks.require_in(more.get("model"))
         folder, step = Path(args.output_dir) / f"checkpoint-{state.global_step}", int(state.global_step)
         if step and step != self.state.step and (folder / STATE_NAME).exists():
             self.load(folder / STATE_NAME)
-        require_continued(self.state, self._weights, step, folder, may_skip=bool(args.fp16))
+        checks.require_continued(self.state, self._weights, step, folder, may_skip=bool(args.fp16))
         self._start(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
@@ -215,12 +220,8 @@ class Sparsifier(TrainerCallback):  # type: ignore[misc] # transformers is not t
 
     def _before_forward(self, model: nn.Module, inputs: object) -> None:
         stage = self.plan.at(self.state.step)
-        if (
-            not torch.is_grad_enabled()
-            or self._busy
-            or stage.number == self._stage
-            or self.state.step >= self.plan.steps
-        ):
+        waits = self._busy or stage.number == self._stage or self.state.step >= self.plan.steps
+        if waits or not torch.is_grad_enabled():
             return
         with self._alone():
             self._begin(stage)

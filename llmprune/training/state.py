@@ -75,7 +75,7 @@ class State:
         Raises:
             CheckpointError: the file cannot be read, or is of another training.
         """
-        with reading(file):
+        with reading(file, "check the spelling, or save the state anew"):
             stored = load_file(file)
         try:
             self._take(stored)

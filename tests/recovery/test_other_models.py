@@ -30,6 +30,13 @@ def test_layers_of_different_sizes_are_trained_as_they_are(tmp_path: Path) -> No
     assert model.model.layers[0].mlp.up_proj.weight.equal(after["model.layers.0.mlp.up_proj.weight"])
 
 
+def test_a_dense_model_is_warned_of(tmp_path: Path) -> None:
+    """No structures were removed either."""
+    dense = save(build("llama"), tmp_path / "dense")
+    with pytest.warns(UserWarning, match="no weights are zero, .*: is this the pruned model"):
+        recover(dense, tmp_path / "out", words(tmp_path / "text.txt", 60), dense, OPTIONS)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt2", "llama-tied"])
 def test_fused_transposed_and_tied_weights_are_trained(tmp_path: Path, family: str) -> None:
     folder = save(build(family), tmp_path / "dense")

@@ -16,6 +16,9 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from llmprune import keep_zeros, sparsify
 from llmprune.errors import ModelError, RecoveryError, TrainingError
 
+# Most trainings here are as long as what is tested needs.
+pytestmark = pytest.mark.filterwarnings("ignore:sparsify ends after step")
+
 WEIGHT = [4.0, -1.0, 3.0, 2.0]
 
 
@@ -28,6 +31,13 @@ def test_a_copy_of_the_model_trains_by_itself(duplicate: Callable[[Net], Net]) -
         assert twin.weight[0].tolist() == [pytest.approx(value) for value in (3.9, -1.5, 2.9, 1.0)]
         assert masks.sparsity == masks.state.step == 0
         assert step(model, sgd(model), [1.0, 1.0, 1.0, 1.0]) == [4.0, 0.0, 3.0, 0.0]
+
+
+def test_the_context_itself_is_not_copied() -> None:
+    masks = sparsify(Net(WEIGHT), "magnitude", {"stages": 1, "end": 0.5, "every": 2})
+    for duplicate in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TrainingError, match=r"cannot be pickled or copied(.|\n)*masks\.save"):
+            duplicate(masks)
 
 
 def test_a_model_may_be_compiled_before_or_afterwards() -> None:

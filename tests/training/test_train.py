@@ -299,7 +299,7 @@ def test_what_it_refuses(causal: Made, classifier: Made, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "words_"),
     [
-        ('{"text": "w5"}\n', r"a.jsonl:1 has the label None"),
+        ('{"text": "w5"}\n', r"a.jsonl:1 has no label"),
         ('{"text": "w5", "label": 1}\n{"text": 3, "label": 1}\n', r"a.jsonl:2 has no text"),
         ('{"text": "w5", "label": 2}\n', "has the label 2"),
         ('{"text": "w5", "label": true}\n', "has the label True"),

@@ -48,6 +48,19 @@ def test_a_bundled_recipe_is_read_and_written_back(name: str) -> None:
     assert load_train_recipe(recipe.to_yaml()) == recipe
 
 
+def test_a_knob_of_a_rule_is_set_where_the_rule_is_a_bare_name() -> None:
+    assert load_train_recipe({"rule": "rigl"}, ["rule.rigl.interval=7"]).rule.interval == 7
+    with pytest.raises(RecipeError, match=r"the rule is rigl, not movement(.|\n)*set a knob of this rule"):
+        load_train_recipe({"rule": "rigl"}, ["rule.movement.strength=7"])
+
+
+def test_mistyped_names_have_a_hint() -> None:
+    with pytest.raises(TrainingError, match=r"no rule 'momentum'; did you mean 'movement'\?"):
+        load_train_recipe({"rule": "momentum"})
+    with pytest.raises(TrainingError, match=r"rule rigl has no key 'intervall'; did you mean 'interval'\?"):
+        load_train_recipe({"rule": {"rigl": {"intervall": 5}}})
+
+
 def test_a_recipe_with_a_scope_or_a_method_is_written_back() -> None:
     for keys in ({"scope": "model"}, {"method": "wanda"}, {"pattern": "2:4"}):
         recipe = load_train_recipe(keys)

@@ -76,7 +76,9 @@ def _example(row: Any, classes: Mapping[str, int], place: str) -> Example:
     pair = (row.get("text_pair") or "") if isinstance(row, dict) else ""
     if not isinstance(text, str) or not isinstance(pair, str):
         raise CalibrationError(f"{place} has no text", expected=_FORM)
-    label = row.get("label")
+    if "label" not in row:
+        raise CalibrationError(f"{place} has no label", expected=_FORM)
+    label = row["label"]
     known = {**{str(number): number for number in classes.values()}, **classes}
     if isinstance(label, bool) or str(label) not in known:
         raise CalibrationError(
