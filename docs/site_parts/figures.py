@@ -33,6 +33,15 @@ def quality(*keys: str) -> str:
     return "\n\n".join((f"Dense perplexity {rows[0]['dense_perplexity']:.2f}.", *shown, measured_on(rows[0])))
 
 
+def rotation() -> str:
+    """What rotations change for SparseGPT and for the recipe `best`."""
+    rows = read("quality-rotated-testbed-cpu")
+    patterns = dict.fromkeys(row["pattern"] for row in rows)
+    rotated = [row for row in read("quality-testbed-cpu") if row["method"] == "best" and row["pattern"] in patterns]
+    shown = _quality_table([*rows, *rotated], patterns, "perplexity")
+    return f"Dense perplexity {rows[0]['dense_perplexity']:.2f}.\n\n{shown}\n\n{measured_on(rows[0])}"
+
+
 def _quality_table(rows: list[dict[str, Any]], patterns: Mapping[str, None], key: str) -> str:
     title, form = _MEASURED[key]
     cells = {(row["method"], row["pattern"]): f"{row[key]:{form}}" for row in rows}
@@ -322,6 +331,7 @@ def measured_on(result: dict[str, Any]) -> str:
 
 PARTS = {
     "quality": quality,
+    "rotation": rotation,
     "first-run": first_run,
     "pruning-time": pruning_time,
     "blocks": blocks,

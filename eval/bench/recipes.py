@@ -4,9 +4,9 @@
 
 Protocol: the recipe as it is, but with sequences of 256 tokens, since the bundled model has fewer positions than the
 default length. The text is self-generated, with different seeds for the statistics and the perplexities. CPU time is
-summed over all threads while the layers are pruned: reading, forward passes, statistics, solving and writing, but not
-text and perplexities. Other programs on the machine increase it by up to a half; eval/bench/prune.py measures it
-without them.
+summed over all threads while the layers are rotated and pruned: reading, forward passes, statistics, solving and
+writing, but not text and perplexities. Other programs on the machine increase it by up to a half; eval/bench/prune.py
+measures it without them.
 
 --write puts the figures into the recipes, as the comment lines that start with "# Testbed:" and "# Made by".
 """
@@ -30,12 +30,15 @@ from llmprune.recipe.bundled import bundled_recipes
 from llmprune.storage.files import write_json
 from llmprune.units import format_change
 
+# Stages of a rotation, which comes before the layers are pruned.
+_BEFORE = ("statistics", "rotation")
+
 PROTOCOL = ("calibration.samples=128", "calibration.length=256", "evaluation.length=256")
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 class ProcessorTime:
-    """Watches a run, and sums up the CPU time while layers are pruned.
+    """Watches a run, and sums up the CPU time while layers are rotated and pruned.
 
     Attributes:
         seconds: CPU time so far, of all threads.
@@ -50,7 +53,8 @@ class ProcessorTime:
         now = time.process_time()
         if self._pruning:
             self.seconds += now - self._since
-        self._pruning, self._since = progress.stage == "pruning" and progress.layer < progress.layers, now
+        prunes = progress.stage == "pruning" and progress.layer < progress.layers
+        self._pruning, self._since = prunes or progress.stage in _BEFORE, now
 
 
 def measure(name: str) -> dict[str, Any]:

@@ -65,11 +65,13 @@ def test_writing_figures_replaces_the_old_ones(tmp_path: Path, monkeypatch: pyte
         assert load_recipe(written) == load_recipe(name)
 
 
-def test_the_clock_runs_while_layers_are_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([0.0, 10.0, 11.0, 13.0, 16.0, 100.0])
+def test_the_clock_runs_while_layers_are_rotated_and_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 3.0, 7.0, 10.0, 11.0, 13.0, 16.0, 100.0])
     monkeypatch.setattr(recipes.time, "process_time", lambda: next(times))
     clock = recipes.ProcessorTime()
     for step in [
+        Progress("statistics", 0, 2),
+        Progress("rotation", 0, 9),
         Progress("dense perplexity", 1, 2),
         Progress("pruning", 0, 2, "statistics"),
         Progress("pruning", 0, 2, "writing"),
@@ -78,7 +80,7 @@ def test_the_clock_runs_while_layers_are_pruned(monkeypatch: pytest.MonkeyPatch)
         Progress("pruned perplexity", 0, 2),
     ]:
         clock(step)
-    assert clock.seconds == 1 + 2 + 3
+    assert clock.seconds == (3 + 4) + (1 + 2 + 3)
 
 
 def test_a_refusal_is_said() -> None:
