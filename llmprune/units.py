@@ -15,9 +15,10 @@ def spans(numbers: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def quantity(count: int, noun: str, plural: str | None = None) -> str:
-    """A number of things in words: "1 batch", "2 batches"."""
-    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+def quantity(count: float, noun: str, plural: str | None = None) -> str:
+    """A number of things in words: "1 batch", "2,000 batches", "0.5 epochs"."""
+    shown = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{shown} {noun if count == 1 else plural or noun + 's'}"
 
 
 def format_seconds(value: float) -> str:

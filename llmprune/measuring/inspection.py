@@ -17,6 +17,8 @@ from torch import Tensor
 
 from llmprune.errors import CheckpointError
 from llmprune.precision import dtype_name
+from llmprune.progress import Progress, Watcher, ignore
+from llmprune.storage.companions import MASKS_NAME
 from llmprune.storage.detection import describe_mask
 from llmprune.storage.files import PICKLES, read_header, read_json, weight_files
 from llmprune.storage.packed_config import PackedWeight, as_dense, packed_layouts
@@ -85,12 +87,15 @@ class Inspection:
         rows: one per tensor, layers in numerical order.
         bytes_on_disk: size of its files of weights.
         contradiction: how config.json and the tensors disagree, if there is a config.json of a causal LM; else None.
+        masks: of how many matrices a file of `llmprune.keep_zeros` in the folder says what was pruned; None: there is
+            none.
     """
 
     folder: str
     rows: tuple[TensorRow, ...]
     bytes_on_disk: int
     contradiction: str | None = None
+    masks: int | None = None
 
     @property
     def parameters(self) -> int:
@@ -115,12 +120,15 @@ class Inspection:
 
     def to_dict(self) -> dict[str, object]:
         """Everything as JSON types: the summary's keys, and the rows as "tensors"."""
-        summary = ("folder", "parameters", "nonzeros", "bytes_on_disk", "sparsity", "matrix_sparsity", "contradiction")
+        summary = (
+            "folder", "parameters", "nonzeros", "bytes_on_disk", "sparsity", "matrix_sparsity", "contradiction",
+            "masks",
+        )  # fmt: skip
         tensors = [{**asdict(row), "shape": list(row.shape), "sparsity": row.sparsity} for row in self.rows]
         return {**{key: getattr(self, key) for key in summary}, "tensors": tensors}
 
 
-def inspect_checkpoint(folder: Path) -> Inspection:
+def inspect_checkpoint(folder: Path, watch: Watcher = ignore, stage: str = "counting zeros") -> Inspection:
     """Count the zeros of every tensor of a checkpoint, or of a state dict, and find their patterns.
 
     The matrices of a packed checkpoint are unpacked one at a time; `weight_orig` and `weight_mask` of a model pruned by
@@ -129,6 +137,8 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     Args:
         folder: has safetensors files, with or without an index; config.json says what is packed, and is compared with
             the tensors. Or one file: safetensors, or a state dict that torch.save wrote, of which no code runs.
+        watch: told about every tensor.
+        stage: what it is told that is done to them.
 
     Raises:
         CheckpointError: there are no safetensors files, one is damaged or missing, or two contain the same tensor; the
@@ -138,23 +148,24 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         return Inspection(str(folder), _ordered(_state_rows(folder)), folder.stat().st_size)
     files = _files(folder)
     packed = _packed(folder, files)
-    parts = {part.key for weight in packed for part in weight.parts.values()}
-    rows = {weight.key: replace(_row(weight.key, weight[...]), **_as_stored(weight)) for weight in packed}
-    masked, halves = _masked(files)
-    rows, parts = rows | masked, parts | halves
-    for path in files:
-        for row in _rows(path, parts):
-            if row.name in rows:
-                raise CheckpointError(
-                    f"tensor {row.name} is in {path} and in another file of the folder",
-                    expected="every tensor in only one file",
-                    fix="remove the files that belong to another checkpoint",
-                )
-            rows[row.name] = row
+    rows, halves = _masked(files)
+    parts = {part.key for weight in packed for part in weight.parts.values()} | halves
+    total = len(packed) + sum(len(_names(path) - parts) for path in files)
+    for number, (path, row) in enumerate(_counted(packed, files, parts), start=1):
+        watch(Progress(stage, number, total, unit="tensor"))
+        if row.name in rows:
+            raise CheckpointError(
+                f"tensor {row.name} is in {path} and in another file of the folder",
+                expected="every tensor in only one file",
+                fix="remove the files that belong to another checkpoint",
+            )
+        rows[row.name] = row
     from llmprune.models.checkpoint_source import find_contradiction  # transformers is slow to import
 
     nbytes = sum(path.stat().st_size for path in files)
-    return Inspection(str(folder), _ordered(rows), nbytes, None if folder.is_file() else find_contradiction(folder))
+    contradiction = None if folder.is_file() else find_contradiction(folder)
+    masks = len(_names(folder / MASKS_NAME)) if (folder / MASKS_NAME).is_file() else None
+    return Inspection(str(folder), _ordered(rows), nbytes, contradiction, masks)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -166,7 +177,8 @@ def _files(folder: Path) -> list[Path]:
             expected=f"a folder with safetensors files, or a file named *.safetensors, *{', *'.join(PICKLES)}",
             fix="check the spelling",
         )
-    named = sorted(file for file in folder.glob("*.safetensors") if file.is_file())  # reading a pipe would hang
+    found = (file for file in folder.glob("*.safetensors") if file.is_file())  # reading a pipe would hang
+    named = sorted(file for file in found if file.name != MASKS_NAME)
     standard = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
     return named if named and not standard else weight_files(folder)
 
@@ -218,10 +230,21 @@ def _as_stored(weight: PackedWeight) -> dict[str, Any]:
     return {"bytes": weight.packed_bytes, "layout": weight.layout.name}
 
 
-def _rows(path: Path, parts: Collection[str]) -> Iterator[TensorRow]:
+def _counted(
+    packed: Sequence[PackedWeight], files: Sequence[Path], parts: Collection[str]
+) -> Iterator[tuple[Path, TensorRow]]:
+    """The rows of packed matrices, and of all tensors that are no parts of others, with the file of each."""
+    for weight in packed:
+        yield next(iter(weight.parts.values())).file, replace(_row(weight.key, weight[...]), **_as_stored(weight))
+    for path in files:
+        with _readable(path), safe_open(path, framework="pt") as file:
+            for name in set(file.keys()) - set(parts):
+                yield path, _row(name, file.get_tensor(name))
+
+
+def _names(path: Path) -> set[str]:
     with _readable(path), safe_open(path, framework="pt") as file:
-        for name in set(file.keys()) - set(parts):
-            yield _row(name, file.get_tensor(name))
+        return set(file.keys())
 
 
 @contextmanager

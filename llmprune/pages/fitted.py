@@ -46,7 +46,7 @@ def chain_line(rows: Sequence[MatrixRow]) -> str:
         undone = sum(loss.undone is not None for loss in losses)
         said = f"{part.step or first} {_mean(loss.loss for loss in losses):.4g}"
         parts.append(said + (f" (undone for {undone:,} of {len(rows):,} matrices)" if undone else ""))
-    return f"{', '.join(parts)} (means of {len(rows):,} matrices)"
+    return f"{', '.join(parts)} (means of {quantity(len(rows), 'matrix', 'matrices')})"
 
 
 def correction_line(corrections: Sequence[float]) -> str:

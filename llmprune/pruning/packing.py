@@ -48,7 +48,7 @@ from llmprune.storage.packed_config import (
     without_packing_record,
 )
 from llmprune.storage.report import REPORT_NAME, load_report
-from llmprune.units import format_size
+from llmprune.units import format_size, quantity
 
 # The files that say how llmprune made a checkpoint.
 _HISTORY = (REPORT_NAME, RECIPE_NAME, SAMPLES_NAME, CARD_NAME)
@@ -114,7 +114,7 @@ class PackReport:
     def __repr__(self) -> str:
         packed = sum(row.layout != "dense" for row in self.rows)
         sizes = f"{format_size(self.dense_checkpoint_bytes)} dense, {format_size(self.packed_checkpoint_bytes)} packed"
-        return f"PackReport({self.folder}, {packed} matrices packed, {sizes})"
+        return f"PackReport({self.folder}, {quantity(packed, 'matrix', 'matrices')} packed, {sizes})"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types: totals, and the rows under "matrices"."""

@@ -15,8 +15,6 @@ from llmprune.errors import CheckpointError, RecoveryError
 from llmprune.storage.files import listed, reading, write_shard
 from llmprune.storage.formats.layout import from_bytes, to_bytes
 
-MASKS_NAME = "masks.safetensors"
-
 # Name of a parameter -> bool in its shape, True where the weight is pruned.
 Masks = Mapping[str, Tensor]
 

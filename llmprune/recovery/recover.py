@@ -29,7 +29,7 @@ from llmprune.recovery.card import write_card
 from llmprune.recovery.folder import WORK_NAME, RecoveryFolder
 from llmprune.recovery.halves import Halves
 from llmprune.recovery.keeping import KeepZeros
-from llmprune.recovery.masks import MASKS_NAME, load_masks, masks_to_keep, require_zeros, save_masks, weights_of
+from llmprune.recovery.masks import load_masks, masks_to_keep, require_zeros, save_masks, weights_of
 from llmprune.recovery.objective import Objective
 from llmprune.recovery.options import RecoveryOptions
 from llmprune.recovery.plan import RecoveryPlan, disk_needs, make_plan, memory_needs
@@ -44,7 +44,7 @@ from llmprune.recovery.training import (
     same_verbosity,
     trainer_device,
 )
-from llmprune.storage.companions import CONFIG_NAME
+from llmprune.storage.companions import CONFIG_NAME, MASKS_NAME
 from llmprune.storage.files import read_json
 from llmprune.storage.folders import expanded, require_empty, require_free, require_other, require_space
 from llmprune.storage.formats.int8 import Int8Layout

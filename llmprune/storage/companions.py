@@ -8,6 +8,8 @@ from pathlib import Path
 from llmprune.units import format_size
 
 CONFIG_NAME = "config.json"
+# Masks as `keep_zeros` writes them, beside the weights: no part of the checkpoint.
+MASKS_NAME = "masks.safetensors"
 
 # The names that transformers gives to what it loads, apart from config.json and the weights; tekken.json is read by
 # mistral-common. A list and not globs: what else lies in a folder may be private, and a pickle can run code.

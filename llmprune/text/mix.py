@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmprune.errors import CalibrationError
 from llmprune.text.tokens import PROMPTS, TextSpec, Tokens, digest_of
+from llmprune.units import quantity
 
 _Mix = TypeVar("_Mix", bound="TextMix")
 
@@ -119,7 +120,7 @@ class TextMix:
     def summary(self) -> str:
         """What is read and generated, in words."""
         parts = "; ".join(f"{part.sequences} {part.origin}" for part in self.parts)
-        return f"{self.sequences} sequences of {self.tokens:,} tokens: {parts}"
+        return f"{quantity(self.sequences, 'sequence')} of {self.tokens:,} tokens: {parts}"
 
     @property
     def _size(self) -> TextSpec:

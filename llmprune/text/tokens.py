@@ -32,6 +32,7 @@ from llmprune.errors import CalibrationError
 from llmprune.text.chats import rendered
 from llmprune.text.documents import has_columns, is_single_file, read_documents
 from llmprune.text.openings import Tokenizer, encoded, named, opening_of, spelled_out
+from llmprune.units import quantity
 
 SampleLayout = Literal["pack", "truncate", "pack-bare"]
 Order = Literal["text", "shuffled"]
@@ -161,7 +162,7 @@ class TextSpec:
     @property
     def summary(self) -> str:
         """What is read or generated, in words."""
-        return f"{self.sequences} sequences of {self.tokens:,} tokens, {self.origin}"
+        return f"{quantity(self.sequences, 'sequence')} of {self.tokens:,} tokens, {self.origin}"
 
     def _ignored(self) -> tuple[str, tuple[str, ...]]:
         """What kind of source this is, and the options that have no effect on it."""

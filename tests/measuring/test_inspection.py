@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 from safetensors.torch import save_file
 from tiny_models import build, save
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from llmprune.errors import CheckpointError, PatternError
 from llmprune.measuring.inspection import inspect_checkpoint
 from llmprune.patterns import NM, Block, parse
+from llmprune.progress import Progress
 from llmprune.storage.detection import detect_pattern
 
 SINGLE = "model.safetensors"
@@ -351,3 +353,32 @@ def test_a_file_that_cannot_be_mapped_is_named(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(CheckpointError, match="unable to mmap") as caught:
         inspect_checkpoint(folder)
     assert "more memory" in caught.value.fix
+
+
+def test_masks_in_the_folder_are_counted_and_are_no_weights(tmp_path: Path) -> None:
+    """With an index and without one, where every file of safetensors would be one of weights."""
+    save_file({"a.weight": torch.ones(8, 4)}, tmp_path / "model-00001.safetensors")
+    assert inspect_checkpoint(tmp_path).masks is None
+    save_file({"a.weight": torch.ones(8, 1, dtype=torch.uint8)}, tmp_path / "masks.safetensors")
+    found = inspect_checkpoint(tmp_path)
+    assert ([row.name for row in found.rows], found.masks, found.to_dict()["masks"]) == (["a.weight"], 1, 1)
+
+
+def test_every_tensor_is_told(tmp_path: Path) -> None:
+    """From which the bar has how much is left."""
+    write_shards(tmp_path)
+    told: list[Progress] = []
+    rows = inspect_checkpoint(tmp_path, told.append, "counting").rows
+    assert [(one.stage, one.layer, one.layers) for one in told] == [
+        ("counting", number, len(rows)) for number in range(1, len(rows) + 1)
+    ]
+
+
+def test_the_table_says_what_masks_are_for(tmp_path: Path) -> None:
+    save_file({"a.weight_orig": torch.ones(8, 4), "a.weight_mask": torch.eye(8, 4)}, tmp_path / SINGLE)
+    save_file({"a.weight": torch.ones(8, 1, dtype=torch.uint8)}, tmp_path / "masks.safetensors")
+    shown = " ".join(run("inspect", tmp_path).stdout.split())
+    assert "1 tensor stored with a mask of torch.nn.utils.prune; `llmprune import` writes an ordinary" in shown
+    assert (
+        f"of 1 matrix in {tmp_path / 'masks.safetensors'}, to train on with llmprune.keep_zeros(model, FILE)" in shown
+    )

@@ -33,7 +33,7 @@ def test_every_chain_has_a_line_and_methods_alone_have_none() -> None:
     other = replace(CHAINED[0], method="alps + refit", losses=(StepLoss("", 0.3), StepLoss("refit", 0.25)))
     facts = fitting_facts(Report((*CHAINED, other, row(2, "mlp.up_proj"))))
     assert [text.partition(" ")[0] for _, text in facts] == ["wanda", "alps"]
-    assert "alps 0.3, refit 0.25 (means of 1 matrices)" in facts[1][1]
+    assert "alps 0.3, refit 0.25 (means of 1 matrix)" in facts[1][1]
     assert fitting_facts(report()) == []
 
 

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
@@ -11,7 +12,8 @@ from rich.text import Text
 
 from llmprune.cli.console import facts, new_table
 from llmprune.cli.tables.folding import by_layer
-from llmprune.units import format_size
+from llmprune.storage.companions import MASKS_NAME
+from llmprune.units import format_size, quantity
 
 if TYPE_CHECKING:
     from llmprune.measuring.inspection import Inspection, TensorRow
@@ -44,9 +46,24 @@ def inspection_tables(inspection: "Inspection", *, every: bool) -> list[Renderab
         ),
         ("not listed", f"{len(others)} vectors and other tensors: {kinds}" if others else "none"),
         *([("zeros stored as -0.0", f"{negative:,}")] if negative else []),
+        *_mask_facts(inspection),
         *([("mismatch", f"config.json: {inspection.contradiction}")] if inspection.contradiction else []),
     )
     return [table, totals]
+
+
+def _mask_facts(inspection: "Inspection") -> list[tuple[str, str]]:
+    """Masks in the weights' place or beside them, and what they are for."""
+    found = []
+    if halves := sum(row.layout == "torch-prune" for row in inspection.rows):
+        matrices = quantity(halves, "tensor")
+        said = f"{matrices} stored with a mask of torch.nn.utils.prune; `llmprune import` writes an ordinary checkpoint"
+        found.append(("masks", said))
+    if inspection.masks is not None:
+        file = Path(inspection.folder) / MASKS_NAME
+        matrices = quantity(inspection.masks, "matrix", "matrices")
+        found.append(("masks", f"of {matrices} in {file}, to train on with llmprune.keep_zeros(model, FILE)"))
+    return found
 
 
 def _fold(table: Table, rows: "Sequence[TensorRow]") -> bool:
@@ -86,7 +103,7 @@ def _layer_row(layer: str, rows: Sequence["TensorRow"]) -> tuple[str, ...]:
     named = ", ".join(f"{count} x {pattern}" if len(patterns) > 1 else pattern for pattern, count in patterns[:3])
     return (
         layer,
-        f"{len(rows)} matrices",
+        quantity(len(rows), "matrix", "matrices"),
         ", ".join(dict.fromkeys(row.dtype for row in rows)),
         f"{zeros / max(elements, 1):.2%}",
         named + (", ..." if len(patterns) > 3 else ""),

@@ -12,7 +12,7 @@ from llmprune.cli.console import facts, new_table
 from llmprune.cli.tables.folding import by_layer
 from llmprune.measuring.bench.record import grouped, tokens_a_second
 from llmprune.pages.labels import opened
-from llmprune.units import factor_stderr, format_change, format_seconds, format_size, spans
+from llmprune.units import factor_stderr, format_change, format_seconds, format_size, quantity, spans
 
 if TYPE_CHECKING:
     from llmprune.measuring.explain import DenseRow, Explanation, PackedRow
@@ -54,7 +54,7 @@ def _plus_minus(result: "Perplexity") -> str:
 def _protocol(result: "Perplexity", run: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("text", str(result.text["source"])),
-        ("protocol", f"{result.samples} sequences of {result.length} tokens{opened(result.text)}"),
+        ("protocol", f"{quantity(result.samples, 'sequence')} of {result.length} tokens{opened(result.text)}"),
         ("", f"{result.predicted_tokens:,} tokens predicted"),
         ("tokens", f"sha256 {result.tokens_digest}"),
         ("computed", f"in {result.compute_dtype} on {run['device']}, {format_seconds(run['seconds'])} s"),

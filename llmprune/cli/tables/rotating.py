@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 
 from llmprune.cli.console import facts
-from llmprune.units import format_seconds, format_size
+from llmprune.units import format_seconds, format_size, quantity
 
 if TYPE_CHECKING:
     from llmprune.pruning.rotation.plan import RotationPlan
@@ -53,7 +53,8 @@ def plan_table(plan: "RotationPlan") -> RenderableType:
 
 
 def _what(about: "RotationReport | RotationPlan") -> str:
-    how = f"learned in {about.options['steps']} steps" if about.options["kind"] == "learned" else about.options["kind"]
+    steps = quantity(about.options["steps"], "step")
+    how = f"learned in {steps}" if about.options["kind"] == "learned" else about.options["kind"]
     values = f"values in {about.rotated_values} of {about.layers} layers" if about.rotated_values else "no values"
     return f"{about.hidden_size:,} hidden channels and {values}, {how}"
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune.units import format_size
+from llmprune.units import format_size, quantity
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,8 @@ class ArchiveReport:
         return weights / max(1, self.dense_bytes)
 
     def __repr__(self) -> str:
-        sizes = f"{format_size(self.bytes)} in {len(self.rows)} files, {format_size(self.coded_bytes)} archived"
+        files = quantity(len(self.rows), "file")
+        sizes = f"{format_size(self.bytes)} in {files}, {format_size(self.coded_bytes)} archived"
         return f"ArchiveReport({self.archive}, {sizes})"
 
     def to_dict(self) -> dict[str, Any]:
