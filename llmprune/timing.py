@@ -7,7 +7,7 @@ that launches cost what they do in a captured model.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ class Stages:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._open: list[str] = []
+        self._begun = time.perf_counter()
         self._since = 0.0
 
     @contextmanager
@@ -46,6 +47,19 @@ class Stages:
         finally:
             self._book()
             self._open.pop()
+
+    def spent(self) -> dict[str, float]:
+        """Seconds until now: in "total", and in each stage, open ones included."""
+        self._book()
+        return {"total": time.perf_counter() - self._begun, **self.seconds}
+
+    def go_on(self, before: Mapping[str, float]) -> None:
+        """Count on from what an interrupted run had spent, as its `spent` said."""
+        for stage, seconds in before.items():
+            if stage == "total":
+                self._begun -= seconds
+            else:
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     def _book(self) -> None:
         if torch.cuda.is_available() and torch.cuda.is_initialized():

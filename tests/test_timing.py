@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmprune import timing
-from llmprune.timing import Effort, Timing, time_calls
+from llmprune.timing import Effort, Stages, Timing, time_calls
 
 CPU = torch.device("cpu")
 
@@ -94,3 +94,17 @@ def test_a_gpu_is_timed_by_replays_of_one_graph(monkeypatch: pytest.MonkeyPatch)
     assert found.median == pytest.approx(2e-3)
     assert found.repeats == int(1.0 / 24e-3)
     assert time_calls([gpu.call] * 3, torch.device("cuda"), 1.0, captured=False).median == pytest.approx(5e-3)
+
+
+def test_a_stopwatch_goes_on_from_what_was_spent_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    stages = Stages()
+    with stages("train"):
+        now[0] += 3
+        assert stages.spent() == {"total": 3, "train": 3}  # while the stage is open
+    again = Stages()
+    with again("train"):
+        again.go_on({"total": 5, "text": 1, "train": 3})
+        now[0] += 2
+    assert again.spent() == {"total": 7, "train": 5, "text": 1}

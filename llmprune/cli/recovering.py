@@ -1,5 +1,6 @@
 """`llmprune recover`."""
 
+from dataclasses import asdict
 from enum import Enum
 from typing import Annotated, Any
 
@@ -45,12 +46,19 @@ def _option(name: str, metavar: str, help_text: str, panel: str = _TRAINING, **b
     return typer.Option(*name.split(), metavar=metavar, rich_help_panel=panel, help=help_text, **bounds)
 
 
+def _is_given(context: typer.Context, option: str) -> bool:
+    """Whether the user has set an option, rather than left it at its default."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"
+
+
 def add_commands(app: typer.Typer) -> None:
     """Add the command."""
     add(app, recover, PRUNE, _EXAMPLES)
 
 
 def recover(
+    context: typer.Context,
     pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="The pruned checkpoint: a folder, or a hub id.")],
     teacher: Annotated[
         str | None,
@@ -86,6 +94,14 @@ def recover(
         int | None,
         _option(
             "--held-back", "N", "Sequences that are scored and not trained on; 0: none. Default: 1 in 16.", TEXT, min=0
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        _option(
+            "--recipe",
+            "FILE",
+            "A YAML file with options, such as the recipe.yaml of a recovered checkpoint; these options precede it.",
         ),
     ] = None,
     loss: Annotated[
@@ -162,9 +178,13 @@ def recover(
     with explained(as_json, lambda: launching.interrupted(display.where(), ["recover", pruned], written)):
         from llmprune.cli.tables.recovering import plan_table, recovery_table
         from llmprune.recovery import recover as room
+        from llmprune.recovery.options import RecoveryOptions
         from llmprune.text.tokens import TextSpec
 
         quieten(quiet)
+        if recipe is not None:
+            given = {key: value for key, value in options.items() if _is_given(context, key)}
+            options = asdict(RecoveryOptions.read(recipe)) | given
         text = TextSpec(dataset, samples=num_samples, length=max_seq_length)
         measured = None if eval_dataset is None else TextSpec(eval_dataset, length=max_seq_length)
         result: Any

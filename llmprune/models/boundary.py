@@ -87,6 +87,11 @@ def load_stock_model(folder: Path, config: PretrainedConfig, **options: Any) -> 
         return _auto_class(config).from_pretrained(folder, config=config, **options, trust_remote_code=False)
 
 
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether a config.json describes a sequence classifier."""
+    return any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
 def build_classifier(config: PretrainedConfig) -> PreTrainedModel:
     """Build a sequence classifier with new weights."""
     model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)

@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from llmprune.models.boundary import auto_class_for, read_stock_config
+from llmprune.models.boundary import auto_class_for, is_classifier, read_stock_config
+from llmprune.pages.labels import divergence, repeating_command
 from llmprune.storage.files import read_json, write_text
 from llmprune.storage.packed_config import NOTICE_KEY
+from llmprune.storage.report import Report
 
 CARD_NAME = "README.md"
 
 # What loads models with other towers, such as one for images, whose own class AutoModelForCausalLM does not know.
 _WRAPPER = "AutoModelForImageTextToText"
+# The Hub's task of each class that loads a checkpoint.
+_TASKS = {_WRAPPER: "image-text-to-text", AutoModelForSequenceClassification.__name__: "text-classification"}
 
 
 def save_card(folder: Path, base: str, tags: Sequence[str], body: Sequence[str]) -> None:
@@ -32,7 +36,7 @@ def save_card(folder: Path, base: str, tags: Sequence[str], body: Sequence[str])
     data = ModelCardData(
         base_model=base if hub_id else None,
         library_name="transformers",
-        pipeline_tag="image-text-to-text" if _auto_class(folder) == _WRAPPER else "text-generation",
+        pipeline_tag=_TASKS.get(auto_class(folder), "text-generation"),
         tags=["llmprune", "pruned", *tags],
     )
     text = "\n".join(body)
@@ -58,16 +62,37 @@ def fenced(language: str, text: str) -> list[str]:
     return [f"{fence}{language}", text, fence]
 
 
+def repeated(header: Mapping[str, Any]) -> list[str]:
+    """The lines with the command that repeats a run; none if no command can, but only Python."""
+    command = repeating_command(header)
+    return ["To repeat the run with `recipe.yaml`:", "", *fenced("bash", command)] if command else []
+
+
 def loading(folder: Path) -> str:
     """How the checkpoint is loaded, in a sentence."""
     return _loading(folder, ours=_needs_us(folder))
 
 
-def measured_on(evaluation: Mapping[str, Any]) -> str:
-    """The text of an evaluation, in a sentence."""
-    dense = evaluation["dense"]
-    tokens, length = dense["predicted_tokens"], dense["length"]
-    return f"On {tokens} tokens of text {origin(dense['text'])}, in sequences of {length}."
+def quality_table(report: Report) -> list[str]:
+    """The lines that compare the dense model with the pruned one; none if perplexity was not measured."""
+    if not (evaluation := report.header.get("evaluation")):
+        return []
+    return [
+        "| | dense | pruned |",
+        "|---|---|---|",
+        f"| perplexity | {report.dense_perplexity:.3f} | {report.pruned_perplexity:.3f} |",
+        f"| KL divergence from the dense model (nats/token) | 0 | {divergence(evaluation['kl_divergence'])} |",
+        f"| top-1 agreement with the dense model | 100% | {evaluation['agreement']:.1%} |",
+        "",
+        measured_on(evaluation["dense"]),
+        "",
+    ]
+
+
+def measured_on(figures: Mapping[str, Any]) -> str:
+    """The text that a model was measured on, in a sentence; the figures are those of a report."""
+    tokens, length = figures["predicted_tokens"], figures["length"]
+    return f"On {tokens} tokens of text {origin(figures['text'])}, in sequences of {length}."
 
 
 def origin(text: Mapping[str, Any]) -> str:
@@ -90,13 +115,17 @@ def update_card(folder: Path) -> None:
 
 def _loading(folder: Path, *, ours: bool) -> str:
     how = " where llmprune is installed, after `import llmprune`" if ours else ", like the original"
-    return f"It loads with `{_auto_class(folder)}.from_pretrained`{how}."
+    return f"It loads with `{auto_class(folder)}.from_pretrained`{how}."
 
 
-def _auto_class(folder: Path) -> str:
+def auto_class(folder: Path) -> str:
     """The class of transformers that loads the checkpoint."""
-    found = auto_class_for(read_stock_config(folder)) if (folder / "config.json").exists() else None
-    return (found or AutoModelForCausalLM).__name__
+    if not (folder / "config.json").exists():
+        return AutoModelForCausalLM.__name__
+    config = read_stock_config(folder)
+    if is_classifier(config):
+        return AutoModelForSequenceClassification.__name__
+    return (auto_class_for(config) or AutoModelForCausalLM).__name__
 
 
 def _needs_us(folder: Path) -> bool:

@@ -4,78 +4,20 @@ Perplexities and KL divergences are comparable only if measured on the same toke
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from llmprune.errors import CheckpointError, MissingPackageError
-from llmprune.measuring.perplexity import finite
 from llmprune.pages import labels
-from llmprune.pages.beside import Beside, Evaluation, count_parameters, has_weights, read_beside, stored_bytes
+from llmprune.pages.beside import read_beside
 from llmprune.pages.page import Table
+from llmprune.pages.references import measured_references, references, unrecovered
+from llmprune.pages.run_row import COLUMNS, RunRow, cells, run_row
 from llmprune.paths import user_path
-from llmprune.storage.hub import checkpoint_digest, resolve_model
-from llmprune.storage.report import Report, load_report
-from llmprune.units import format_size
-
-# The columns of a table of runs, in the order of `cells`.
-COLUMNS = (
-    "run", "recipe", "sparsity", "parameters", "nonzero", "checkpoint size", "perplexity", "KL", "top-1 agreement",
-    "prefill speed-up", "decode speed-up", "tasks",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class RunRow:
-    """One run, or the dense reference. None: not measured or unknown.
-
-    Attributes:
-        name: short and unique within the comparison.
-        folder: the checkpoint's folder.
-        model: the model that was pruned.
-        recipe: in a few words; "dense" for the reference.
-        sparsity: fraction of zeros in the pruned matrices, in [0, 1].
-        parameters: of the checkpoint, including zeros.
-        nonzeros: parameters without the zeros made by pruning.
-        stored_bytes: size of the tensors as stored.
-        text: sha256 of the tokens that the next three figures were measured on.
-        perplexity: may be infinite.
-        kl_divergence: from the run's own dense model, in nats/token; may be infinite.
-        agreement: top-1 agreement, the fraction of tokens for which both models predict the same next token.
-        prefill_speedup: speed-up over the dense model in prefill.
-        decode_speedup: speed-up over the dense model in decode.
-        tokens_per_second: of the whole model, at the smallest batch size that was measured.
-        speed_of: what was timed, and on which device.
-        scores: lm-eval task -> its headline score, a fraction.
-        score: mean of the scores over the tasks that all evaluated rows share.
-    """
-
-    name: str
-    folder: str
-    model: str
-    recipe: str
-    sparsity: float | None = None
-    parameters: int | None = None
-    nonzeros: int | None = None
-    stored_bytes: int | None = None
-    text: str | None = None
-    perplexity: float | None = None
-    kl_divergence: float | None = None
-    agreement: float | None = None
-    prefill_speedup: float | None = None
-    decode_speedup: float | None = None
-    tokens_per_second: float | None = None
-    speed_of: str = ""
-    scores: Mapping[str, float] = field(default_factory=dict)
-    score: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, ready for JSON. JSON has no infinity: an infinite figure is null although `text` is not."""
-        numbers = {name: finite(value) for name in ("perplexity", "kl_divergence") if (value := getattr(self, name))}
-        return {**dataclasses.asdict(self), "scores": dict(self.scores), **numbers}
+from llmprune.storage.report import load_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +25,7 @@ class Comparison:
     """A comparison of runs.
 
     Attributes:
-        rows: ordered by group, with the dense reference first in each.
+        rows: ordered by group, with the references first in each, the dense one before the others.
         texts: sha256 of evaluation tokens -> description of the text.
         notes: what cannot be compared, and why.
     """
@@ -94,8 +36,8 @@ class Comparison:
 
     @property
     def runs(self) -> tuple[RunRow, ...]:
-        """The rows without the dense reference."""
-        return tuple(row for row in self.rows if row.recipe != "dense")
+        """The rows without the references."""
+        return tuple(row for row in self.rows if not row.is_reference)
 
     @property
     def groups(self) -> dict[str | None, tuple[RunRow, ...]]:
@@ -139,24 +81,6 @@ class Comparison:
         return Table(tuple(COLUMNS[place] for place in places), rows, text=(0, 1), caption=self.title(text))
 
 
-def cells(row: RunRow) -> tuple[str, ...]:
-    """The formatted cells of a row, empty where a figure is unknown."""
-    return (
-        row.name,
-        row.recipe,
-        _shown(row.sparsity, ".1%"),
-        _count(row.parameters),
-        _count(row.nonzeros),
-        "" if row.stored_bytes is None else format_size(row.stored_bytes),
-        "" if row.perplexity is None else labels.perplexity(row.perplexity),
-        _shown(row.kl_divergence, ".4f"),
-        _shown(row.agreement, ".1%"),
-        _shown(row.prefill_speedup, ".2f", "x"),
-        _shown(row.decode_speedup, ".2f", "x"),
-        _shown(row.score, ".1%"),
-    )
-
-
 def compare(folders: Iterable[str | Path], against: str | Path | None = None) -> Comparison:
     """Compare runs.
 
@@ -178,155 +102,24 @@ def compare(folders: Iterable[str | Path], against: str | Path | None = None) ->
         raise CheckpointError("no folders to compare", expected="the output folder of at least one run")
     runs = [(path, load_report(path), read_beside(path)) for path in paths]
     names = _names(paths)
-    rows = [_row(name, *run) for name, run in zip(names, runs, strict=True)]
+    rows = [run_row(name, *run) for name, run in zip(names, runs, strict=True)]
     notes = [f"{name}: {note}" for name, (_, _, beside) in zip(names, runs, strict=True) for note in beside.notes]
+    before = unrecovered(runs, rows)
     if against is not None:
-        dense, said = _references(against, runs, rows)
-        rows = [*dense, *rows]
+        dense, said = references(against, runs, rows)
+        rows = [*dense, *before, *rows]
         notes += said
     else:
-        rows = [*_measured_references(report for _, report, _ in runs), *rows]
+        rows = [*measured_references(report for _, report, _ in runs), *before, *rows]
     rows, said = _with_mean_scores(rows)
     texts = {
-        evaluation["dense"]["tokens_digest"]: labels.text_line(evaluation["dense"])
+        measured["tokens_digest"]: labels.text_line(measured)
         for _, report, _ in runs
-        if (evaluation := report.header.get("evaluation"))
+        if (measured := labels.measured_text(report.header))
     }
     order = list(dict.fromkeys(row.text for row in rows))
     rows.sort(key=lambda row: order.index(row.text))
     return Comparison(tuple(rows), texts, (*_text_notes(order), *said, *_speed_notes(rows), *notes))
-
-
-def _row(name: str, folder: Path, report: Report, beside: Beside) -> RunRow:
-    header = report.header
-    evaluation = header.get("evaluation")
-    measured: dict[str, Any] = {}
-    if evaluation:
-        measured = {
-            "text": evaluation["dense"]["tokens_digest"],
-            "perplexity": report.pruned_perplexity,
-            "kl_divergence": math.inf if evaluation["kl_divergence"] is None else evaluation["kl_divergence"],
-            "agreement": evaluation["agreement"],
-        }
-    return RunRow(
-        name,
-        str(folder),
-        str(header.get("model", "")),
-        labels.short_recipe(header.get("recipe") or {}),
-        sparsity=report.sparsity if report.rows else None,
-        scores=_scores(beside.evaluations),
-        **_size(folder, report),
-        **measured,
-        **_speed(header, beside),
-    )
-
-
-def _size(folder: Path, report: Report) -> dict[str, Any]:
-    """From the checkpoint, or from the report if the weights are gone."""
-    parameters: int | None
-    stored: int | None
-    if has_weights(folder):
-        parameters, stored = count_parameters(folder), stored_bytes(folder)
-    else:
-        extent, size = report.header.get("extent"), report.header.get("size")
-        parameters = extent and extent["pruned"]["parameters"]
-        stored = size and size["stored_bytes"]
-    zeros = sum(row.zeros for row in report.rows)
-    nonzeros = None if parameters is None else parameters - zeros
-    return {"parameters": parameters, "nonzeros": nonzeros, "stored_bytes": stored}
-
-
-def _speed(header: Mapping[str, Any], beside: Beside) -> dict[str, Any]:
-    """Of the whole model, from the latest bench against a dense one; else of the decoder layers, from the run."""
-    benches = sorted(beside.benches.values(), key=lambda result: str(result["finished"]), reverse=True)
-    for result in benches:
-        model = result["whole_model"]
-        row = min(model["batches"], key=lambda row: row["batch"])
-        rate = {"tokens_per_second": row["tokens_per_second"]}
-        if dense := model.get("dense"):
-            other = next(other for other in dense["batches"] if other["batch"] == row["batch"])
-            return {
-                **rate,
-                "prefill_speedup": other["first_token"]["median_us"] / row["first_token"]["median_us"],
-                "decode_speedup": row["tokens_per_second"] / other["tokens_per_second"],
-                "speed_of": f"whole model, batch {row['batch']}, {result['device']}",
-            }
-    if speed := header.get("speed"):
-        ratios = {
-            name: speed["dense"][key] / max(speed["pruned"][key], 1e-12)
-            for name, key in (("prefill_speedup", "prefill_seconds"), ("decode_speedup", "token_seconds"))
-        }
-        return {**ratios, "speed_of": f"decoder layers, {header.get('device', '')}"}
-    return {}
-
-
-def _references(
-    against: str | Path, runs: Sequence[tuple[Path, Report, Beside]], rows: Sequence[RunRow]
-) -> tuple[list[RunRow], list[str]]:
-    """A row of the dense model for each text, and notes on what is unknown."""
-    folder = resolve_model(against)
-    digest = checkpoint_digest(folder)
-    parameters = count_parameters(folder)
-    own = [(report, beside) for _, report, beside in runs if report.header.get("source") == digest]
-    evaluations = [one for _, beside in own for one in beside.dense] or read_beside(folder).evaluations
-    dense = RunRow(
-        Path(str(against)).name,
-        str(folder),
-        str(against),
-        "dense",
-        parameters=parameters,
-        nonzeros=parameters,
-        stored_bytes=stored_bytes(folder),
-        prefill_speedup=1.0,
-        decode_speedup=1.0,
-        scores=_scores(evaluations),
-    )
-    measured = {
-        report.header["evaluation"]["dense"]["tokens_digest"]: report.dense_perplexity
-        for report, _ in own
-        if report.header.get("evaluation")
-    }
-    found = [
-        dataclasses.replace(dense, text=text, perplexity=measured[text], kl_divergence=0.0, agreement=1.0)
-        if text in measured
-        else dataclasses.replace(dense, text=text)
-        for text in dict.fromkeys(row.text for row in rows)
-    ]
-    notes = [] if own else [f"none of the runs pruned {against}, so its perplexity is unknown"]
-    return found, notes
-
-
-def _measured_references(reports: Iterable[Report]) -> list[RunRow]:
-    """A row of the dense model of each run and text, from the runs' reports alone."""
-    found: dict[tuple[str, str], RunRow] = {}
-    for report in reports:
-        header = report.header
-        if not (evaluation := header.get("evaluation")):
-            continue
-        extent, size, model = header.get("extent"), header.get("size"), str(header.get("model", ""))
-        parameters = extent["dense"]["parameters"] if extent else header.get("parameters")
-        text = evaluation["dense"]["tokens_digest"]
-        row = RunRow(
-            Path(model).name,
-            model,
-            model,
-            "dense",
-            parameters=parameters,
-            nonzeros=parameters,
-            stored_bytes=extent["dense"]["nbytes"] if extent else size and size["dense_bytes"],
-            text=text,
-            perplexity=report.dense_perplexity,
-            kl_divergence=0.0,
-            agreement=1.0,
-            prefill_speedup=1.0,
-            decode_speedup=1.0,
-        )
-        found.setdefault((str(header.get("source") or model), text), row)
-    return list(found.values())
-
-
-def _scores(evaluations: Iterable[Evaluation]) -> dict[str, float]:
-    return {task: one.headline(task) for one in evaluations for task in one.primary}
 
 
 def _with_mean_scores(rows: Sequence[RunRow]) -> tuple[list[RunRow], list[str]]:
@@ -368,16 +161,3 @@ def _names(paths: Sequence[Path]) -> list[str]:
     while len({part[-length:] for part in parts}) < len(set(parts)):
         length += 1
     return ["/".join(part[-length:]) for part in parts]
-
-
-def _count(value: int | None) -> str:
-    """A number of parameters, abbreviated; the JSON has all digits."""
-    if value is None:
-        return ""
-    return f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.2f} M"
-
-
-def _shown(value: float | None, form: str, unit: str = "") -> str:
-    if value is None:
-        return ""
-    return f"{value:{form}}{unit}" if math.isfinite(value) else "infinite"

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmprune.pages.charts import PALETTE, Axis, Series, points
-from llmprune.pages.comparison import COLUMNS, Comparison, RunRow, cells
+from llmprune.pages.comparison import Comparison
 from llmprune.pages.page import Chart, Note, Part, Section, Table, render
+from llmprune.pages.run_row import COLUMNS, RunRow, cells
 from llmprune.storage.files import write_text
 
 # Up to this many points are labelled.

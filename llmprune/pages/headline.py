@@ -4,7 +4,7 @@ import math
 import shlex
 from pathlib import Path
 
-from llmprune.pages.labels import short_recipe
+from llmprune.pages.labels import short_recipe, zeros_line
 from llmprune.pages.recovered import recovered_line
 from llmprune.pages.trained import trained_line
 from llmprune.storage.report import Report
@@ -30,7 +30,7 @@ def headline(report: Report, folder: str = "DIR") -> str:
     if report.header.get("recovery"):
         return recovered_line(report.header)
     if report.header.get("training"):
-        return trained_line(report.header)
+        return trained_line(report)
     name = Path(str(report.header.get("model") or "The model")).name
     recipe = short_recipe(report.header.get("recipe") or {})
     removed = _removed(report)
@@ -44,9 +44,7 @@ def _removed(report: Report) -> str:
         share = extent["pruned"]["parameters"] / max(extent["dense"]["parameters"], 1)
         parts.append(f"{share:.1%} of the parameters are kept")
     if report.rows:
-        overall = report.overall_sparsity
-        among = "" if overall is None else f" ({overall:.1%} of all weights)"
-        parts.append(f"{report.sparsity:.1%} of the weights in {len(report.rows):,} matrices are zero{among}")
+        parts.append(zeros_line(report))
     return " and ".join(parts)
 
 

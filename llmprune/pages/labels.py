@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmprune.storage.report import MatrixRow
+from llmprune.storage.report import MatrixRow, Report
+from llmprune.text.tokens import TextSpec
 from llmprune.units import quantity
 
 # The size of a chart on a phone, in pixels: labels that fit there fit everywhere.
@@ -15,6 +16,9 @@ _WIDTH, _HEIGHT = 250, 370
 _MARKER, _LETTER, _LINE = 8, 7, 16
 # How far a label may reach beyond the chart, into the margin.
 _MARGIN = 16
+
+# What says how a text is read, and has no option in the commands that train.
+_SPECIAL = ("config", "split", "column", "layout", "order", "seed", "temperature", "top_p", "continues")
 
 # Plotly's text positions, best first, and where each puts the middle of a text, in halves of its width and height.
 _POSITIONS = {
@@ -82,17 +86,39 @@ def short_recipe(recipe: Mapping[str, Any]) -> str:
         >>> short_recipe({"structures": {"ffn": {"remove": 0.25}}, "pattern": "2:4", "method": {"sparsegpt": {}}})
         'ffn -25%, sparsegpt 2:4'
     """
+    if schedule := recipe.get("schedule"):
+        aim = recipe.get("pattern") or f"{100 * schedule['end']:g}%"
+        stages = quantity(schedule["stages"], "stage")
+        return f"{methods_of(recipe.get('rule') or recipe.get('method'))} to {aim} in {stages}"
     structures = {name: section for name, section in (recipe.get("structures") or {}).items() if section}
     parts = [f"{name} -{_amount(section['remove'])}" for name, section in structures.items() if section.get("remove")]
     if method := recipe.get("method"):
-        # A chain is a list of steps, each with its settings like a single method.
-        steps = method if isinstance(method, list) else [method]
-        parts.append(f"{' + '.join(next(iter(step)) for step in steps)} {recipe.get('pattern')}")
+        parts.append(f"{methods_of(method)} {recipe.get('pattern')}")
     if rules := recipe.get("rules"):
         parts.append(quantity(len(rules), "rule"))
     if recipe.get("format", "dense") != "dense":
         parts.append(f"packed as {recipe['format']}")
     return ", ".join(parts) or "nothing removed"
+
+
+def short_run(header: Mapping[str, Any]) -> str:
+    """What was done in a run, in a few words, and before it where it went on with a pruned model.
+
+    Args:
+        header: of its report.
+    """
+    if recovery := header.get("recovery"):
+        adapter = recovery["options"].get("adapter", "none")
+        before = [short_recipe(recovery["pruned_by"])] if recovery.get("pruned_by") else []
+        return ", ".join([*before, "recovered" if adapter == "none" else f"recovered ({adapter})"])
+    return short_recipe((header.get("training") or {}).get("recipe") or header.get("recipe") or {})
+
+
+def zeros_line(report: Report) -> str:
+    """How many weights of the pruned matrices are zero."""
+    overall = "" if report.overall_sparsity is None else f" ({report.overall_sparsity:.1%} of all weights)"
+    matrices = quantity(len(report.rows), "matrix", "matrices")
+    return f"{report.sparsity:.1%} of the weights in {matrices} are zero{overall}"
 
 
 def perplexity(value: float | None) -> str:
@@ -107,11 +133,47 @@ def with_error(value: float | None, stderr: float | None) -> str:
 
 
 def repeating_command(header: Mapping[str, Any]) -> str:
-    """The command that repeats a run in its output folder, which has its recipe; the header is its report's."""
-    processes = (header.get("host") or {}).get("processes")
-    shared = ["--processes", str(processes)] if processes else []
-    model = str(header["model"])
-    return shlex.join(["llmprune", "prune", model, "--recipe", "recipe.yaml", "--output", "pruned", *shared])
+    """The command that repeats a run in its output folder, which has its recipe; the header is its report's.
+
+    Empty if no command can: the text of a training was read in a way that only Python offers.
+    """
+    model, recipe = str(header["model"]), ["--recipe", "recipe.yaml"]
+    recovery = header.get("recovery") or {}
+    done = recovery or header.get("training") or {}
+    if not done:
+        processes = (header.get("host") or {}).get("processes")
+        shared = ["--processes", str(processes)] if processes else []
+        return shlex.join(["llmprune", "prune", model, *recipe, "--output", "pruned", *shared])
+    if (texts := _text_options(header)) is None:
+        return ""
+    command, output = ("recover", "recovered") if recovery else ("train", "trained")
+    teacher = ["--teacher", str(done["teacher"])] if done.get("teacher") else []
+    several = done.get("processes", 1) > 1
+    start = ["torchrun", "--nproc-per-node", str(done["processes"]), "-m", "llmprune"] if several else ["llmprune"]
+    return shlex.join([*start, command, model, *recipe, *teacher, *texts, "--output", output])
+
+
+def _text_options(header: Mapping[str, Any]) -> list[str] | None:
+    """The options that name the texts of a training; None if options cannot say how they were read."""
+    text = (header.get("texts") or {}).get("training")
+    measured = (measured_text(header) or {}).get("text") or {}
+    defaults = {key: getattr(TextSpec(), key) for key in _SPECIAL}
+    if not text or any(one.get(key, value) != value for one in (text, measured) for key, value in defaults.items()):
+        return None
+    sizes = (("--num-samples", text.get("samples")), ("--max-seq-length", text.get("length")))
+    words = ["--text", str(text["source"])]
+    words += [word for name, value in sizes if value is not None for word in (name, str(value))]
+    evaluation = measured.get("source") or (header.get("training") or {}).get("evaluated_on")
+    return words + (["--eval-dataset", str(evaluation)] if evaluation else [])
+
+
+def measured_text(header: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The figures of one model, with the text that all were measured on; None if perplexity was not measured."""
+    evaluation = header.get("evaluation")
+    found: Mapping[str, Any] | None = (
+        evaluation["dense"] if evaluation else (header.get("recovery") or {}).get("measured")
+    )
+    return found
 
 
 def divergence(value: float | None) -> str:
@@ -146,6 +208,12 @@ def text_line(evaluated: Mapping[str, Any]) -> str:
     text = text_name(evaluated["text"])
     protocol = f"in sequences of {evaluated['length']:,}{opened(evaluated['text'])}"
     return f"{evaluated['predicted_tokens']:,} tokens of {text}, {protocol}"
+
+
+def methods_of(method: Any) -> str:
+    """The name of a rule or of a method; of a chain, which is a list of steps with settings, the names of all."""
+    steps = method if isinstance(method, list) else [method]
+    return " + ".join(step if isinstance(step, str) else next(iter(step)) for step in steps)
 
 
 def _amount(remove: float) -> str:

@@ -69,7 +69,8 @@ class Cell:
         priors = sum(row.prior_tokens > 0 for row in self.rows)
         said += [f"dampening increased for {climbed}"] if climbed else []
         said += [f"{priors} with too few tokens"] if priors else []
-        said.append(f"solved in {format_seconds(sum(row.seconds for row in self.rows))} s")
+        seconds = sum(row.seconds for row in self.rows)
+        said += [f"solved in {format_seconds(seconds)} s"] if seconds else []
         return "\n".join(said)
 
 
@@ -109,24 +110,16 @@ def pivot(found: Mapping[tuple[int, str], _Value], shown: Callable[[_Value], str
 
 
 def layer_parts(report: Report) -> list[Part]:
-    """Charts of the error and the sparsity of every matrix."""
+    """Charts of the error, if it was measured, and the sparsity of every matrix."""
     if not report.rows:
         return []
     found = cells(report.rows)
     overall = level("all matrices", sorted({cell.layer for cell in found}), report.sparsity)
-    error = lines(_by_kind(found, lambda cell: cell.error), LAYER, Axis(ERROR, log=True, zero=True))
     sparsity = lines(
         [*_by_kind(found, lambda cell: cell.sparsity), overall], LAYER, Axis("sparsity", percent=True, zero=True)
     )
     return [
-        Chart(
-            "chart-error",
-            "Relative output error of each matrix",
-            error,
-            _table(found, lambda cell: "" if cell.error is None else f"{cell.error:.4g}"),
-            "||(W - V) X||² / ||W X||² on held-back (validation) rows, with W before and V after pruning. "
-            "Experts are averaged.",
-        ),
+        *([_error_chart(found)] if any(cell.errors for cell in found) else []),
         Chart(
             "chart-sparsity",
             "Sparsity of each matrix",
@@ -135,6 +128,17 @@ def layer_parts(report: Report) -> list[Part]:
             "Counted in the stored weights. The dashed line is the sparsity of all matrices together.",
         ),
     ]
+
+
+def _error_chart(found: Sequence[Cell]) -> Chart:
+    return Chart(
+        "chart-error",
+        "Relative output error of each matrix",
+        lines(_by_kind(found, lambda cell: cell.error), LAYER, Axis(ERROR, log=True, zero=True)),
+        _table(found, lambda cell: "" if cell.error is None else f"{cell.error:.4g}"),
+        "||(W - V) X||² / ||W X||² on held-back (validation) rows, with W before and V after pruning. "
+        "Experts are averaged.",
+    )
 
 
 def structure_parts(report: Report) -> list[Part]:

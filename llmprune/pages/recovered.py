@@ -6,8 +6,16 @@ from typing import Any
 
 from llmprune.pages.charts import Axis, Series, lines
 from llmprune.pages.page import Chart, Facts, Part, Table
+from llmprune.units import quantity
 
 _STEP = Axis("step")
+
+# What has trained in place of all weights, and where it is afterwards.
+_ADAPTERS = {
+    "lora": ("masked LoRA", "merged into the weights"),
+    "shira": ("SHiRA", "merged into the weights"),
+    "low-rank": ("a low-rank correction", "beside the weights, in adapter/: without it, the model is the pruned one"),
+}
 
 
 def recovered_line(header: Mapping[str, Any]) -> str:
@@ -18,7 +26,9 @@ def recovered_line(header: Mapping[str, Any]) -> str:
     """
     recovery = header["recovery"]
     name = Path(str(header.get("model") or "The model")).name
-    done = f"{name} was trained for {recovery['best_step']:,} steps with its zeros kept"
+    steps = quantity(recovery["best_step"], "step")
+    adapters = _adapters(recovery["options"])
+    done = f"{name} was trained for {steps} with its zeros kept" + (f", by {adapters}" if adapters else "")
     if recovery["best_step"] == 0:
         done = f"{name} is as it was: no training step has lowered the loss of held-back text"
     return f"{done}; {_won(recovery)}."
@@ -31,9 +41,11 @@ def recovered_facts(recovery: Mapping[str, Any]) -> list[tuple[str, str]]:
         "" if recovery["steps"] == recovery["planned_steps"] else f", stopped early of {recovery['planned_steps']:,}"
     )
     loss = options["loss"] + (f" ({options['kl_share']:.0%} KL)" if options["loss"] == "mix" else "")
+    sequences, adapters = quantity(recovery["sequences"], "sequence"), _adapters(options)
     facts = [
+        *([("adapters", adapters)] if adapters else []),
         ("zeros", f"{zeros['after']:,}, before {zeros['before']:,}"),
-        ("text", f"{recovery['sequences']:,} sequences of {recovery['length']:,} tokens, {options['epochs']:g} epochs"),
+        ("text", f"{sequences} of {recovery['length']:,} tokens, {quantity(options['epochs'], 'epoch')}"),
         ("steps", f"{recovery['steps']:,}{stopped}; kept are the weights of step {recovery['best_step']:,}"),
         ("loss", f"{loss}, learning rate {options['learning_rate']:g}"),
     ]
@@ -55,6 +67,14 @@ def recovery_parts(recovery: Mapping[str, Any] | None) -> list[Part]:
         named = [("loss", "eval_loss"), ("negative log-likelihood", "eval_nats")]
         parts.append(_chart("chart-held-back", "Held-back text", named, scores))
     return parts
+
+
+def _adapters(options: Mapping[str, Any]) -> str:
+    """Which adapters have trained, and where they are; empty if all weights have."""
+    if options.get("adapter", "none") == "none":
+        return ""
+    kind, place = _ADAPTERS[options["adapter"]]
+    return f"{kind} of rank {options['rank']}, {place}"
 
 
 def _won(recovery: Mapping[str, Any]) -> str:

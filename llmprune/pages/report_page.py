@@ -16,8 +16,10 @@ from llmprune.pages.headline import headline
 from llmprune.pages.labels import (
     divergence,
     massive_line,
+    measured_text,
+    perplexity,
     repeating_command,
-    short_recipe,
+    short_run,
     text_line,
     text_name,
     with_error,
@@ -29,7 +31,7 @@ from llmprune.pages.recovered import recovery_parts
 from llmprune.pages.trained import training_parts
 from llmprune.storage.files import require_writable, write_text
 from llmprune.storage.report import PAGE_NAME, Report, load_report
-from llmprune.units import factor_stderr, format_seconds, format_size
+from llmprune.units import factor_stderr, format_seconds, format_size, quantity
 
 _MEGA = 1e6
 # Time that belongs to no stage: inspecting the model, planning, small steps in between.
@@ -92,8 +94,8 @@ def report_page(report: Report, beside: Beside, stored_bytes: int | None = None)
         Section("resources", "Time and memory", [*_time(header), *_memory(report)]),
         Section("protocol", "Reproducibility", _protocol(header)),
     )
-    recipe = header.get("recipe") or {}
-    subtitle = " · ".join(filter(None, (short_recipe(recipe), str(recipe.get("description") or ""))))
+    recipe = (header.get("training") or header).get("recipe") or {}
+    subtitle = " · ".join(filter(None, (short_run(header), str(recipe.get("description") or ""))))
     return render(f"{name}, {'recovered' if header.get('recovery') else 'pruned'}", subtitle, sections)
 
 
@@ -101,25 +103,37 @@ def _summary(report: Report, stored_bytes: int | None) -> list[Part]:
     header = report.header
     climbed = sum(len(row.damping_tried) > 1 for row in report.rows)
     priors = sum(row.prior_tokens > 0 for row in report.rows)
-    facts = [("base model", str(header.get("model", ""))), ("finished", str(header.get("finished", "")))]
+    facts = [*_models(header), ("finished", str(header.get("finished", "")))]
     facts += [("device", str(header.get("device", "")))]
-    if evaluation := header.get("evaluation"):
-        facts.append(("perplexity on", text_line(evaluation["dense"])))
-        if evaluation["pruned"].get("nats_stderr") is not None:
-            paired = "; of the factor, paired: both models read the same" if evaluation.get("change_stderr") else ""
-            facts.append(("± of perplexity", f"one standard error, taking sequences as independent draws{paired}"))
+    if measured := measured_text(header):
+        facts.append(("perplexity on", text_line(measured)))
+    if (evaluation := header.get("evaluation")) and evaluation["pruned"].get("nats_stderr") is not None:
+        paired = "; of the factor, paired: both models read the same" if evaluation.get("change_stderr") else ""
+        facts.append(("± of perplexity", f"one standard error, taking sequences as independent draws{paired}"))
     facts += [("note", note) for note in report.notes]
     facts += fitting_facts(report)
     if climbed:
-        facts.append(("dampening increased", f"for {climbed:,} matrices whose factorisation failed at first"))
+        facts.append(("dampening increased", f"for {_matrices(climbed)} whose factorisation failed at first"))
     if massive := report.massive:
         facts.append(("massive activations", massive_line(massive)))
     if priors:
-        facts.append(("too few tokens", f"for {priors:,} matrices of experts"))
+        facts.append(("too few tokens", f"for {_matrices(priors)} of experts"))
     if dropped := header.get("draft_head"):
         facts.append(("draft head", str(dropped)))
     tiles = Tiles(tuple(_tiles(report, stored_bytes)))
     return [Lead(headline(report)), tiles, Facts(tuple(facts)), *_sources(evaluation or {})]
+
+
+def _matrices(count: int) -> str:
+    return quantity(count, "matrix", "matrices")
+
+
+def _models(header: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was pruned, or what was trained further and beside which dense model."""
+    model = str(header.get("model", ""))
+    if (recovery := header.get("recovery")) is None:
+        return [("base model", model)]
+    return [("pruned model", model), *([("dense model", recovery["teacher"])] if recovery.get("teacher") else [])]
 
 
 def _sources(evaluation: Mapping[str, Any]) -> list[Part]:
@@ -147,7 +161,7 @@ def _tiles(report: Report, stored_bytes: int | None) -> list[tuple[str, str, str
     if report.rows:
         overall = report.overall_sparsity
         among = "" if overall is None else f"; {overall:.1%} of all weights"
-        tiles.append(("sparsity", f"{report.sparsity:.1%}", f"in {len(report.rows):,} matrices{among}"))
+        tiles.append(("sparsity", f"{report.sparsity:.1%}", f"in {_matrices(len(report.rows))}{among}"))
     if extent := header.get("extent"):
         part = extent["pruned"]["parameters"] / extent["dense"]["parameters"]
         tiles.append(("parameters", f"{part:.1%}", f"{extent['pruned']['parameters']:,}"))
@@ -167,7 +181,8 @@ def _tiles(report: Report, stored_bytes: int | None) -> list[tuple[str, str, str
 def _quality(report: Report) -> list[tuple[str, str, str]]:
     evaluation = report.header.get("evaluation")
     if not evaluation:
-        return [("perplexity", "not measured", "")]
+        name, change = report.change
+        return [(name or "perplexity", change or "not measured", "")]
     dense, pruned = report.dense_perplexity, report.pruned_perplexity
     assert dense is not None
     assert pruned is not None
@@ -177,8 +192,10 @@ def _quality(report: Report) -> list[tuple[str, str, str]]:
     shown = [
         with_error(value, evaluation[which].get("stderr")) for which, value in (("dense", dense), ("pruned", pruned))
     ]
+    before = ((report.header.get("recovery") or {}).get("perplexity") or {}).get("pruned")
+    unrecovered = "" if before is None else f"before recovery {perplexity(before)}, "
     tiles = [
-        ("perplexity", shown[1], f"dense {shown[0]}{factor}"),
+        ("perplexity", shown[1], f"{unrecovered}dense {shown[0]}{factor}"),
         ("KL divergence", divergence(evaluation["kl_divergence"]), "nats/token"),
         ("top-1 agreement", f"{evaluation['agreement']:.1%}", "with the dense model"),
     ]
@@ -277,7 +294,7 @@ def _memory(report: Report) -> list[Part]:
         note += f" The process was resident with {format_size(resident)} at most, with the pages of files."
     parts: list[Part] = [Chart("chart-memory", "Peak memory, predicted and measured", bars, table, note)]
     seen = [(row.layer, row.peak_bytes) for row in report.structures if row.peak_bytes]
-    seen += [(row.layer, row.peak_bytes) for row in report.rows]
+    seen += [(row.layer, row.peak_bytes) for row in report.rows if row.peak_bytes]
     peaks = dict(sorted((number(layer), max(peak - memory["baseline_bytes"], 0) / _MEGA) for layer, peak in seen))
     if len(peaks) > 1:
         said = [f"up to layer {layer}: {value:,.1f} MB" for layer, value in peaks.items()]
@@ -299,14 +316,17 @@ def _host_fact(name: str, value: object) -> str:
 
 
 def _protocol(header: Mapping[str, Any]) -> list[Part]:
-    pruned = header.get("model") and not (header.get("recovery") or header.get("training"))
-    facts = [("command", repeating_command(header))] if pruned else []
+    command = repeating_command(header) if header.get("model") else ""
+    facts = [("command", command)] if command else []
     facts += [(_HOST.get(name, name), _host_fact(name, value)) for name, value in (header.get("host") or {}).items()]
     facts += [(name, str(version)) for name, version in (header.get("version") or {}).items()]
     for name, digest in (header.get("tokens") or {}).items():
         facts.append((f"{name} tokens", f"sha256 {digest}"))
+    recovery = header.get("recovery") or {}
     if "source" in header:
-        facts.append(("dense checkpoint", f"sha256 {header['source']}"))
+        facts.append((f"{'pruned' if recovery else 'dense'} checkpoint", f"sha256 {header['source']}"))
+    if dense := recovery.get("dense"):
+        facts.append(("dense checkpoint", f"sha256 {dense['source']}"))
     parts: list[Part] = [Facts(tuple(facts))] if facts else []
     if recipe := header.get("recipe"):
         parts.append(Listing("Recipe", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)))

@@ -7,32 +7,31 @@ from typing import Any
 import yaml
 
 from llmprune.pages.charts import Axis, Series, lines
+from llmprune.pages.labels import zeros_line
 from llmprune.pages.page import Chart, Facts, Listing, Part, Table
+from llmprune.storage.report import Report
 from llmprune.units import quantity
 
 
-def trained_line(header: Mapping[str, Any]) -> str:
-    """What was done, and what it cost, in one sentence.
-
-    Args:
-        header: of the report of a training.
-    """
-    training = header["training"]
-    name = Path(str(header.get("model") or "The model")).name
+def trained_line(report: Report) -> str:
+    """What was done, and what it cost, in one sentence; the report is of a training."""
+    training = report.header["training"]
+    name = Path(str(report.header.get("model") or "The model")).name
     stages = training["recipe"]["schedule"]["stages"]
     done = f"{name} was pruned in {quantity(stages, 'stage')} while it trained ({training['name']})"
-    return f"{done}: {_share(training)} of the weights in its matrices are zero; {_cost(training)}."
+    return f"{done}: {zeros_line(report)}; {_cost(training)}."
 
 
 def trained_facts(training: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and lines for tables."""
     recipe = training["recipe"]
     schedule, options = recipe["schedule"], recipe["training"]
+    stages = quantity(schedule["stages"], "stage")
     facts = [
         ("rule" if recipe.get("rule") else "method", str(training["name"])),
-        ("schedule", f"{schedule['kind']}, {schedule['stages']} stages, {schedule['start']:g} to {schedule['end']:g}"),
-        ("zeros", f"{training['zeros']['count']:,} of {training['zeros']['weights']:,} weights in all matrices"),
-        ("text", f"{training['sequences']:,} sequences of {training['length']:,} tokens"),
+        ("schedule", f"{schedule['kind']}, {stages}, {schedule['start']:g} to {schedule['end']:g}"),
+        ("zeros", f"{training['zeros']['count']:,} of {training['zeros']['weights']:,} weights that the recipe prunes"),
+        ("text", f"{quantity(training['sequences'], 'sequence')} of {training['length']:,} tokens"),
         ("steps", f"{training['steps']:,}"),
         ("loss", f"{options['loss']}, learning rate {options['learning_rate']:g}, over each {options['cycle']}"),
     ]
@@ -99,11 +98,6 @@ def _curve(points: list[dict[str, Any]], measure: str) -> Chart:
     return Chart(
         "chart-curve", f"{measure.capitalize()} against sparsity", figure, Table(names, tuple(rows), text=(0,))
     )
-
-
-def _share(training: Mapping[str, Any]) -> str:
-    zeros = training["zeros"]
-    return f"{zeros['count'] / max(zeros['weights'], 1):.1%}"
 
 
 def _cost(training: Mapping[str, Any]) -> str:

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from llmprune.pages.cards import fenced, loading, measured_on, plain, save_card
-from llmprune.pages.labels import repeating_command
+from llmprune.pages.cards import fenced, loading, plain, quality_table, repeated, save_card
 from llmprune.recipe.recipe import Recipe
 from llmprune.storage.report import Report
+from llmprune.units import quantity
 
 
 def write_card(folder: Path, model: str, recipe: Recipe, report: Report) -> None:
@@ -31,14 +31,13 @@ def _body(folder: Path, model: str, recipe: Recipe, report: Report) -> list[str]
         loading(folder),
         "",
         *([plain(dropped), ""] if (dropped := report.header.get("draft_head")) else []),
-        *_table(report),
+        *quality_table(report),
         "## How it was made",
         "",
         *fenced("yaml", recipe.to_yaml().rstrip()),
         "",
-        "`report.json` has a row for every matrix. To reproduce the run with `recipe.yaml`:",
-        "",
-        *fenced("bash", repeating_command(report.header | {"model": model})),
+        "`report.json` has a row for every matrix.",
+        *repeated(report.header | {"model": model}),
         "",
     ]
 
@@ -52,25 +51,7 @@ def _what(report: Report) -> str:
         share = extent["pruned"]["parameters"] / extent["dense"]["parameters"]
         parts.append(f"{share:.1%} of its parameters in total")
     if report.rows:
+        matrices = quantity(len(report.rows), "matrix", "matrices")
         patterns = ", ".join(sorted({f"{row.pattern} by {row.method}" for row in report.rows}))
-        parts.append(
-            f"with {report.sparsity:.1%} of the weights of {len(report.rows)} matrices set to zero ({patterns})"
-        )
+        parts.append(f"with {report.sparsity:.1%} of the weights of {matrices} set to zero ({patterns})")
     return ", ".join(parts)
-
-
-def _table(report: Report) -> list[str]:
-    evaluation = report.header.get("evaluation")
-    if not evaluation:
-        return []
-    divergence = "not finite" if evaluation["kl_divergence"] is None else f"{evaluation['kl_divergence']:.4f}"
-    return [
-        "| | dense | pruned |",
-        "|---|---|---|",
-        f"| perplexity | {report.dense_perplexity:.3f} | {report.pruned_perplexity:.3f} |",
-        f"| KL divergence from the dense model (nats/token) | 0 | {divergence} |",
-        f"| top-1 agreement with the dense model | 100% | {evaluation['agreement']:.1%} |",
-        "",
-        measured_on(evaluation),
-        "",
-    ]

@@ -8,8 +8,8 @@ from llmprune.errors import RecipeError
 from llmprune.paths import user_path
 from llmprune.recipe.document import Document, did_you_mean, one_of, parse_document
 
-# What reads a recipe: `llmprune prune` or `llmprune train`, whose keys are others.
-Command = Literal["prune", "train"]
+# What reads a recipe, each with keys of its own; none come with the package for `llmprune recover`.
+Command = Literal["prune", "train", "recover"]
 _FOLDERS: dict[Command, str] = {"prune": "", "train": "training"}
 
 
@@ -23,6 +23,8 @@ def bundled_recipes(command: Command = "prune") -> list[tuple[str, str]]:
 
 def recipe_texts(command: Command = "prune") -> dict[str, str]:
     """The text of each bundled recipe of a command, sorted by name."""
+    if command not in _FOLDERS:
+        return {}
     place = files("llmprune.recipes")
     folder = place / _FOLDERS[command] if _FOLDERS[command] else place
     entries = [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
@@ -33,7 +35,7 @@ def open_recipe(recipe: str | Path, command: Command) -> Document:
     """Read a bundled recipe by its name, which takes precedence over a file of that name, or a YAML file.
 
     Raises:
-        RecipeError: there is neither, it is a recipe of the other command, or it cannot be read.
+        RecipeError: there is neither, it is a recipe of another command, or it cannot be read.
     """
     bundled = recipe_texts(command)
     if isinstance(recipe, str) and recipe in bundled:
@@ -46,7 +48,8 @@ def open_recipe(recipe: str | Path, command: Command) -> Document:
                 fix = f"run llmprune {other} --recipe {recipe}"
                 raise RecipeError(f"{recipe} is a recipe for llmprune {other}", fix=fix) from error
         hint = did_you_mean(Path(recipe).name.removesuffix(".yaml"), bundled)
-        raise RecipeError(f"no recipe {str(recipe)!r}{hint}", expected=f"a YAML file, or {one_of(bundled)}") from error
+        expected = f"a YAML file, or {one_of(bundled)}" if bundled else "a YAML file"
+        raise RecipeError(f"no recipe {str(recipe)!r}{hint}", expected=expected) from error
     except (OSError, UnicodeError) as error:
         fix = "check the path, or save the file as UTF-8 text"
         raise RecipeError(f"{recipe} cannot be read: {error}", expected="a YAML file in UTF-8", fix=fix) from error

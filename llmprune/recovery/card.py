@@ -5,12 +5,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from llmprune.pages.cards import fenced, loading, measured_on, origin, plain, save_card
+from llmprune.pages.cards import auto_class, fenced, loading, measured_on, origin, plain, repeated, save_card
+from llmprune.pages.labels import measured_text
 from llmprune.pages.recovered import recovered_line
+from llmprune.recovery.adapters import ADAPTER_FOLDER
 from llmprune.recovery.options import RecoveryOptions
 from llmprune.storage.report import Report
-
-_BESIDE = 'The correction of low rank lies beside it, for `PeftModel.from_pretrained(model, "adapter")`.'
+from llmprune.units import quantity
 
 
 def write_card(folder: Path, report: Report) -> None:
@@ -33,18 +34,34 @@ def _body(folder: Path, header: Mapping[str, Any], recovery: Mapping[str, Any]) 
         "",
         f"{plain(recovered_line(header))} By llmprune {header['version']['llmprune']}.",
         loading(folder),
-        *([_BESIDE] if recovery["options"]["adapter"] == "low-rank" else []),
+        *(_beside(folder) if recovery["options"]["adapter"] == "low-rank" else []),
         "",
         *_table(header, recovery),
         "## How it was made",
         "",
-        f"Trained on {recovery['sequences']} sequences of {recovery['length']} tokens of text "
+        f"Trained on {quantity(recovery['sequences'], 'sequence')} of {recovery['length']} tokens of text "
         f"{origin(header['texts']['training'])}:",
         "",
         *fenced("python", _call(recovery)),
         "",
-        "`report.json` has the losses of all steps.",
+        "`report.json` has the losses of all steps, and a row for every matrix.",
+        *repeated(header),
         "",
+    ]
+
+
+def _beside(folder: Path) -> list[str]:
+    """How a model is loaded that has a correction beside its weights, in this folder or from the Hub."""
+    loader, place = auto_class(folder), ADAPTER_FOLDER
+    return [
+        f"That alone is the model before its recovery: the correction is in `{place}/`, which peft adds to it:",
+        "",
+        *fenced(
+            "python",
+            f"from peft import PeftModel\nfrom transformers import {loader}\n\n"
+            f'model = {loader}.from_pretrained("FOLDER")\n'
+            f'model = PeftModel.from_pretrained(model, "FOLDER", subfolder="{place}")',
+        ),
     ]
 
 
@@ -53,13 +70,13 @@ def _table(header: Mapping[str, Any], recovery: Mapping[str, Any]) -> list[str]:
     if not found:
         return []
     shown = ["not finite" if value is None else f"{value:.3f}" for value in found.values()]
-    evaluation = header.get("evaluation")
+    measured = measured_text(header)
     return [
         f"| | {' | '.join(found)} |",
         "|---" * (len(found) + 1) + "|",
         f"| perplexity | {' | '.join(shown)} |",
         "",
-        *([measured_on(evaluation), ""] if evaluation else []),
+        *([measured_on(measured), ""] if measured else []),
     ]
 
 

@@ -3,9 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+import yaml
+
 from llmprune.errors import RecoveryError
+from llmprune.recipe.bundled import open_recipe
+from llmprune.recipe.document import RecipeDumper
 from llmprune.recovery.optimizers import require_offered
 from llmprune.storage.records import wrong_type
 
@@ -89,14 +94,17 @@ class RecoveryOptions:
         require_offered(self.optimizer)
 
     @classmethod
-    def read(cls, options: "RecoveryOptions | Mapping[str, Any] | None") -> "RecoveryOptions":
-        """Options from plain data.
+    def read(cls, options: "RecoveryOptions | Mapping[str, Any] | str | Path | None") -> "RecoveryOptions":
+        """Options from plain data, or from a YAML file such as the recipe.yaml of a recovered checkpoint.
 
         Raises:
             RecoveryError: a key is unknown, or a value out of range.
+            RecipeError: the file cannot be read.
         """
         if isinstance(options, RecoveryOptions):
             return options
+        if isinstance(options, str | Path):
+            options = dict(open_recipe(options, "recover").data)
         names = [field.name for field in fields(cls)]
         if unknown := sorted(set(options or {}) - set(names)):
             raise RecoveryError(f"unknown option {unknown[0]!r}", expected=f"one of {', '.join(names)}")
@@ -104,6 +112,10 @@ class RecoveryOptions:
             return cls(**dict(options or {}))
         except TypeError as error:
             raise RecoveryError(f"an option has a wrong type: {error}", expected="numbers and names") from error
+
+    def to_yaml(self) -> str:
+        """As YAML that `read` reads back to the same options."""
+        return yaml.dump(asdict(self), Dumper=RecipeDumper, sort_keys=False)
 
     def with_held_back(self, count: int) -> "RecoveryOptions":
         """The same, with a number of sequences held back."""

@@ -1,8 +1,6 @@
 """Recover a pruned checkpoint: train its kept weights, write them, and measure what was won."""
 
 import contextlib
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,19 +11,18 @@ import torch
 from llmprune.devices import PeakWatch, describe_device
 from llmprune.errors import RecoveryError
 from llmprune.models.checkpoint_source import CheckpointSource, open_checkpoint
-from llmprune.pages import write_report
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.recovery.adapters import (
     ADAPTER_FOLDER,
     add_adapters,
     clear_adapters,
-    merge_saved,
     remove_adapters,
     require_no_correction,
     require_peft,
     save_adapters,
 )
-from llmprune.recovery.card import write_card
+from llmprune.recovery.clock import Clock
+from llmprune.recovery.finishing import finish
 from llmprune.recovery.folder import WORK_NAME, RecoveryFolder
 from llmprune.recovery.halves import Halves
 from llmprune.recovery.keeping import KeepZeros
@@ -33,8 +30,8 @@ from llmprune.recovery.masks import load_masks, masks_to_keep, require_zeros, sa
 from llmprune.recovery.objective import Objective
 from llmprune.recovery.options import RecoveryOptions
 from llmprune.recovery.plan import RecoveryPlan, disk_needs, make_plan, memory_needs
-from llmprune.recovery.reporting import make_report, measure, versions
-from llmprune.recovery.result import compare_zeros, load_whole, write_result
+from llmprune.recovery.reporting import versions
+from llmprune.recovery.result import load_whole
 from llmprune.recovery.texts import read_evaluation, read_training, require_same_tokens, tokenizer_folder, training_spec
 from llmprune.recovery.training import (
     RecoveryTrainer,
@@ -74,7 +71,6 @@ class Recovery:
         watch: told about every step.
         tokenizer: of both models.
         stages: stopwatch.
-        started: when it began, by `time.perf_counter`.
     """
 
     names: tuple[str, str]
@@ -85,7 +81,6 @@ class Recovery:
     watch: MemoryGuard
     tokenizer: Tokenizer
     stages: Stages = field(default_factory=Stages)
-    started: float = field(default_factory=time.perf_counter)
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -99,7 +94,7 @@ def recover(
     output: str | Path,
     text: TextSpec | str,
     teacher: str | Path | None = None,
-    options: RecoveryOptions | Mapping[str, Any] | None = None,
+    options: RecoveryOptions | Mapping[str, Any] | str | Path | None = None,
     *,
     evaluation: TextSpec | str | None = None,
     device: str = "auto",
@@ -117,7 +112,7 @@ def recover(
         output: folder for the result, which is stored and packed as `pruned` is.
         text: what is trained on, or its source; without a number of samples, all of it, at most 8,192 sequences.
         teacher: the dense model; needed unless the loss is "cross-entropy".
-        options: how it is trained.
+        options: how it is trained; or a YAML file with options, such as the recipe.yaml of a recovered checkpoint.
         evaluation: a text on which dense, pruned and recovered model are measured in the end; it is read before.
         device: "auto", "cpu" or "cuda".
         resume: continue an interrupted run in `output` from its last saved state: on a CPU, to the same bytes.
@@ -160,7 +155,7 @@ def recover(
                 return load_report(target)
             trainer, memory = _train(run, folder, arguments, tokens)
             if not follows():
-                _finish(run, folder, trainer, memory, tokens, measured)
+                finish(run, folder, trainer.state, memory, tokens, measured)
         return load_report(target)
 
 
@@ -168,7 +163,7 @@ def plan_recovery(
     pruned: str | Path,
     text: TextSpec | str,
     teacher: str | Path | None = None,
-    options: RecoveryOptions | Mapping[str, Any] | None = None,
+    options: RecoveryOptions | Mapping[str, Any] | str | Path | None = None,
     *,
     output: str | Path | None = None,
     evaluation: TextSpec | str | None = None,
@@ -203,7 +198,7 @@ def _opened(
     output: str | Path | None,
     texts: tuple[TextSpec, TextSpec | None],
     teacher: str | Path | None,
-    options: RecoveryOptions | Mapping[str, Any] | None,
+    options: RecoveryOptions | Mapping[str, Any] | str | Path | None,
     device: str,
     watch: Watcher,
     *,
@@ -329,6 +324,7 @@ def _train(
         keeping = KeepZeros(source.model, names)
         with run.stages("train"), first_half_only(objective), same_verbosity():
             trainer = RecoveryTrainer(objective, arguments, tokens, held_back, keeping, options.patience, run.watch)
+            trainer.add_callback(Clock(run.stages, Path(arguments.output_dir)))
             with keeping:
                 best = trainer.run()
         if options.adapter == "low-rank":
@@ -351,45 +347,7 @@ def _train(
     return trainer, {**memory, "best_step": best}
 
 
-@contextlib.contextmanager
-def _measurable(run: Recovery, result: Path) -> Iterator[Path]:
-    """The result as a checkpoint of its own: with a correction beside it, that is added to a copy for the while."""
-    if run.options.adapter != "low-rank":
-        yield result
-        return
-    with tempfile.TemporaryDirectory(prefix="llmprune-merged-") as folder:
-        merge_saved(run.source.model, result / ADAPTER_FOLDER)
-        write_result(run.source, Path(folder), run.watch, dense=True)  # there are no zeros left to pack
-        yield Path(folder)
-
-
 def _enable_checkpointing(model: Any) -> None:
     """Have decoder layers compute their activations again; transformers has renamed this."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def _finish(
-    run: Recovery,
-    folder: RecoveryFolder,
-    trainer: RecoveryTrainer,
-    memory: dict[str, int],
-    tokens: Tokens,
-    evaluation: Tokens | None,
-) -> None:
-    """Write the result, count its zeros, measure it, and put it in its place."""
-    pruned, staging = run.source.folder, folder.staging
-    with run.stages("write"):
-        write_result(run.source, staging, run.watch)
-        run.watch(Progress("counting zeros"))
-        zeros = compare_zeros(pruned, staging)
-    measured = None
-    if evaluation is not None:
-        with run.stages("perplexity"), _measurable(run, staging) as recovered:
-            models = [pruned, recovered] if run.teacher is None else [run.teacher.folder, pruned, recovered]
-            measured = measure(models, evaluation, run.device, run.watch)
-    report = make_report(run, folder.keys, trainer.state, memory, tokens, zeros, measured)
-    report.save(staging)
-    write_report(staging)
-    write_card(staging, report)
-    folder.close()

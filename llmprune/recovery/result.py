@@ -71,8 +71,13 @@ def write_result(source: CheckpointSource, target: Path, watch: Watcher, *, dens
     write_json(target / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def compare_zeros(pruned: Path, result: Path) -> dict[str, int]:
+def compare_zeros(pruned: Path, result: Path, watch: Watcher) -> dict[str, int]:
     """Count the zeros of both checkpoints anew, from their files.
+
+    Args:
+        pruned: the one before.
+        result: the one after.
+        watch: told about every tensor.
 
     Returns:
         "before" and "after", over all matrices.
@@ -81,8 +86,8 @@ def compare_zeros(pruned: Path, result: Path) -> dict[str, int]:
         RecoveryError: a matrix has fewer zeros than before.
     """
     before, after = (
-        {row.name: row.zeros for row in inspect_checkpoint(folder).rows if len(row.shape) > 1}
-        for folder in (pruned, result)
+        {row.name: row.zeros for row in inspect_checkpoint(folder, watch, stage).rows if len(row.shape) > 1}
+        for folder, stage in ((pruned, "counting zeros before"), (result, "counting zeros after"))
     )
     if lost := [name for name, zeros in before.items() if after.get(name, 0) < zeros]:
         raise RecoveryError(

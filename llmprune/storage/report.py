@@ -17,7 +17,7 @@ from llmprune.losses import StepLoss
 from llmprune.storage.files import read_json, write_json
 from llmprune.storage.records import CLOSED, read_as
 from llmprune.storage.report_header import Header
-from llmprune.units import format_change
+from llmprune.units import format_change, quantity
 
 REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
@@ -38,11 +38,11 @@ class MatrixRow:
             matrix; None if it could not be measured.
         damping: the damping used; None for methods without one.
         damping_tried: every damping tried, in order; more than one means that the factorisation failed at first.
-        tokens: input rows in the statistics.
+        tokens: input rows in the statistics; 0 without any.
         prior_tokens: imaginary uncorrelated rows added for an expert that received too few tokens.
         dead_inputs: inputs that were always zero; None without statistics.
-        seconds: spent on solving this matrix.
-        peak_bytes: peak memory of the process (CPU) or of the device (CUDA) so far.
+        seconds: spent on solving this matrix; 0 if nothing was solved, as in a training.
+        peak_bytes: peak memory of the process (CPU) or of the device (CUDA) so far; 0 if unknown.
         top_tokens: the share of the squared inputs that the largest 1 % of the tokens have, before they were weighed;
             None without statistics, and in reports from before it was recorded.
         losses: of a chain, after each of its parts; empty for other methods.
@@ -268,13 +268,31 @@ class Report:
         """Perplexity of the pruned model, which may be infinite; None if the recipe measures none."""
         return self._evaluation("pruned")
 
-    def __repr__(self) -> str:
-        figures = [str(self.header.get("model", ""))] if self.header.get("model") else []
-        figures += [f"{len(self.rows)} matrices", f"sparsity {self.sparsity:.1%}"] if self.rows else []
-        figures += [str(left) for left in self.left]
+    @property
+    def change(self) -> tuple[str, str]:
+        """What was measured, and how it changed, in words; empty if nothing was measured.
+
+        Of a recovery that is from the pruned model to the recovered one; otherwise from the dense one to the pruned.
+        """
+        recovery, training = (self.header.get(key) or {} for key in ("recovery", "training"))
+        if found := recovery.get("perplexity"):
+            values = {name: math.inf if value is None else value for name, value in found.items()}
+            dense = f", dense {values['dense']:,.2f}" if "dense" in values else ""
+            return "perplexity", format_change(values["pruned"], values["recovered"]) + dense
+        if training.get("measure") == "accuracy" and "before" in training:
+            return "accuracy", f"{training['before']:.1%} -> {training['after']:.1%}"
         if self.dense_perplexity is not None and self.pruned_perplexity is not None:
-            figures.append(f"perplexity {format_change(self.dense_perplexity, self.pruned_perplexity)}")
-        return f"Report({', '.join(figures)})"
+            return "perplexity", format_change(self.dense_perplexity, self.pruned_perplexity)
+        return "", ""
+
+    def __repr__(self) -> str:
+        figures = [str(self.header.get("model") or "")]
+        figures += [done for key, done in (("recovery", "recovered"), ("training", "trained")) if self.header.get(key)]
+        figures += (
+            [quantity(len(self.rows), "matrix", "matrices"), f"sparsity {self.sparsity:.1%}"] if self.rows else []
+        )
+        figures += [*map(str, self.left), " ".join(filter(None, self.change))]
+        return f"Report({', '.join(filter(None, figures))})"
 
     def to_dataframe(self) -> Any:
         """The matrices as a pandas data frame: one row each, with the fields of `MatrixRow` and the sparsity.
@@ -301,8 +319,7 @@ class Report:
     def _repr_html_(self) -> str:
         """A table for notebooks."""
         rows = [("model", str(self.header.get("model", "")))]
-        if self.dense_perplexity is not None and self.pruned_perplexity is not None:
-            rows.append(("perplexity", f"{self.pruned_perplexity:.4f}, dense {self.dense_perplexity:.4f}"))
+        rows += [self.change] if self.change[0] else []
         rows += [(left.kind, f"{left.amount} {left.where}".strip()) for left in self.left]
         if self.rows:
             overall = "" if self.overall_sparsity is None else f", {self.overall_sparsity:.2%} of all weights"

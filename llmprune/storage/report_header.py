@@ -40,7 +40,14 @@ class _Evaluated(TypedDict):
 
 
 @with_config(ConfigDict(extra="allow"))
+class _Schedule(TypedDict):
+    stages: int
+    end: float
+
+
+@with_config(ConfigDict(extra="allow"))
 class _Recipe(TypedDict):
+    schedule: NotRequired[_Schedule]
     method: NotRequired[str | dict[str, Any] | list[str | dict[str, Any]] | None]
     structures: NotRequired[dict[str, dict[str, Any] | None] | None]
     rules: NotRequired[list[Any] | None]
@@ -103,7 +110,33 @@ class _Extent(TypedDict):
 
 
 @with_config(ConfigDict(extra="allow"))
+class _Distance(TypedDict):
+    kl_divergence: float | None
+    agreement: float
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Perplexities(TypedDict):
+    dense: NotRequired[float | None]
+    pruned: float | None
+    recovered: float | None
+
+
+@with_config(ConfigDict(extra="allow"))
+class _DenseModel(TypedDict):
+    source: str
+    parameters: int
+    nbytes: int
+
+
+@with_config(ConfigDict(extra="allow"))
 class _Recovery(TypedDict):
+    teacher: NotRequired[str | None]
+    dense: NotRequired[_DenseModel | None]
+    pruned_by: NotRequired[_Recipe | None]
+    perplexity: NotRequired[_Perplexities]
+    before: NotRequired[_Distance | None]
+    measured: NotRequired[_Evaluated]
     options: dict[str, Any]
     zeros: dict[str, int]
     sequences: int
@@ -117,7 +150,7 @@ class _Recovery(TypedDict):
 
 @with_config(ConfigDict(extra="allow"))
 class _Training(TypedDict):
-    recipe: dict[str, Any]
+    recipe: _Recipe
     name: str
     measure: Literal["perplexity", "accuracy"]
     sequences: int

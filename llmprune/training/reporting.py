@@ -1,18 +1,26 @@
 """The report of a training in stages: the curve of quality against sparsity, and what it cost."""
 
 import datetime
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerState
 
 from llmprune.devices import describe_device, describe_host
-from llmprune.measuring.inspection import inspect_checkpoint
 from llmprune.measuring.perplexity import finite
-from llmprune.storage.report import Report
+from llmprune.pages.beside import stored_bytes
+from llmprune.pages.labels import methods_of
+from llmprune.recovery.counting import counted_row
+from llmprune.storage.report import MatrixRow, Report
 from llmprune.torchrun import processes
+from llmprune.training.recipe import TrainRecipe
+from llmprune.training.rules import SoftMovement
 from llmprune.training.stages import Plan
+from llmprune.training.subjects.subject import Subject
+from llmprune.training.targets import find_targets
+
+# By so much a sparsity may differ from what was asked for without a word.
+_NEAR = 0.01
 
 if TYPE_CHECKING:
     from llmprune.training.train import Training
@@ -39,7 +47,7 @@ def make_report(
         measured: as the subject's `evaluate` returns it; None: nothing was measured.
     """
     subject, recipe = run.subject, run.recipe
-    rows = [row for row in inspect_checkpoint(result).rows if len(row.shape) > 1]
+    rows = pruned_rows(subject, recipe)
     training = {
         "recipe": recipe.to_dict(),
         "name": recipe.name,
@@ -55,7 +63,7 @@ def make_report(
             for entry in state.log_history
             if "loss" in entry
         ],
-        "zeros": {"count": sum(row.zeros for row in rows), "weights": sum(row.elements for row in rows)},
+        "zeros": {"count": sum(row.zeros for row in rows), "weights": sum(row.shape[0] * row.shape[1] for row in rows)},
         **{key: value for key, value in (measured or {}).items() if key != "evaluation"},
     }
     header = {
@@ -68,12 +76,45 @@ def make_report(
         "device": describe_device(subject.device),
         "host": describe_host(subject.device),
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
-        "seconds": {"total": time.perf_counter() - run.started, **run.stages.seconds},
+        "notes": notes(recipe, Report(rows).sparsity),
+        "seconds": run.stages.spent(),
         "memory": memory,
+        "size": {"stored_bytes": stored_bytes(result), "dense_bytes": stored_bytes(subject.folder)},
         "evaluation": (measured or {}).get("evaluation"),
         "training": training,
     }
-    return Report((), header)
+    return Report(rows, header)
+
+
+def pruned_rows(subject: Subject, recipe: TrainRecipe) -> tuple[MatrixRow, ...]:
+    """The matrices that a recipe prunes, their zeros counted in the model as it is stored."""
+    pattern = recipe.selection.pattern
+    asked = f"{recipe.schedule.end:g}" if recipe.method else f"{recipe.schedule.end:g}/{recipe.selection.scope}"
+    dtypes = subject.stored_dtypes()
+    return tuple(
+        counted_row(
+            target.name.removesuffix(f".{target.matrix.parameter}"), target.matrix, target.parameter,
+            dtypes[target.name], pattern=str(pattern or asked), method=methods_of(recipe.rule_name or recipe.method),
+        )
+        for target in find_targets(subject.model, recipe.include, recipe.exclude)
+    )  # fmt: skip
+
+
+def notes(recipe: TrainRecipe, sparsity: float) -> list[str]:
+    """What is not as asked for: soft movement need not end with the zeros of its schedule, as all else does.
+
+    Args:
+        recipe: what was asked for.
+        sparsity: of the matrices that it prunes, counted.
+    """
+    asked = recipe.schedule.end
+    if not isinstance(recipe.rule, SoftMovement) or abs(sparsity - asked) < _NEAR:
+        return []
+    way = "raise strength or threshold, or train longer" if sparsity < asked else "lower strength or threshold"
+    return [
+        f"{sparsity:.1%} of the weights are zero, and the schedule ends at {asked:.1%}: {recipe.name} prunes what its "
+        f"penalty drives below its threshold, however much that is; {way}"
+    ]
 
 
 def curve(state: TrainerState, plan: Plan, measure: str) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Prune a checkpoint while it trains: stages of pruning and training, saved after each, and the curve of quality."""
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +10,17 @@ import torch
 
 from llmprune.devices import PeakWatch, describe_device
 from llmprune.errors import LlmpruneError, TrainingError
-from llmprune.models.boundary import read_stock_config
+from llmprune.models.boundary import is_classifier, read_stock_config
 from llmprune.pages import write_report
 from llmprune.progress import Progress, Watcher, ignore
+from llmprune.recovery.clock import Clock
 from llmprune.recovery.folder import WORK_NAME, RecoveryFolder
 from llmprune.recovery.reporting import versions
 from llmprune.recovery.training import Schedule as Steps
 from llmprune.recovery.training import arguments_for, same_verbosity, trainer_device
 from llmprune.storage.companions import CONFIG_NAME
-from llmprune.storage.files import read_json
-from llmprune.storage.folders import expanded, require_empty, require_free, require_other, require_space
+from llmprune.storage.files import read_json, write_text
+from llmprune.storage.folders import RECIPE_NAME, expanded, require_empty, require_free, require_other, require_space
 from llmprune.storage.hub import checkpoint_digest, resolve_model
 from llmprune.storage.packed_config import packed_layouts
 from llmprune.storage.report import Report, load_report
@@ -29,6 +29,7 @@ from llmprune.stream.stream import StreamSettings
 from llmprune.text.tokens import TextSpec
 from llmprune.timing import Stages
 from llmprune.torchrun import follows, processes
+from llmprune.training.card import write_card
 from llmprune.training.forecast import TrainingPlan, disk_needs, make_plan, memory_needs
 from llmprune.training.recipe import TrainRecipe, load_train_recipe
 from llmprune.training.reporting import make_report
@@ -37,7 +38,7 @@ from llmprune.training.solving import solver_for
 from llmprune.training.sparsifier import Sparsifier, initialised
 from llmprune.training.stages import Plan
 from llmprune.training.subjects.causal import CausalSubject
-from llmprune.training.subjects.classifier import ClassifierSubject, is_classifier
+from llmprune.training.subjects.classifier import ClassifierSubject
 from llmprune.training.subjects.subject import Subject
 from llmprune.training.targets import find_targets
 from llmprune.training.trainer import StagedTrainer
@@ -55,7 +56,6 @@ class Training:
         spec: of the text.
         watch: told about every step.
         stages: stopwatch.
-        started: when it began, by `time.perf_counter`.
     """
 
     name: str
@@ -64,7 +64,6 @@ class Training:
     spec: TextSpec
     watch: MemoryGuard
     stages: Stages = field(default_factory=Stages)
-    started: float = field(default_factory=time.perf_counter)
 
     @property
     def plan(self) -> Plan:
@@ -299,6 +298,7 @@ def _train(run: Training, folder: RecoveryFolder, arguments: Any, plan: Plan) ->
         )  # fmt: skip
         with run.stages("train"), subject.session(), same_verbosity():
             trainer = StagedTrainer(subject, arguments, sparsifier, recipe.cycle, run.watch)
+            trainer.add_callback(Clock(run.stages, Path(arguments.output_dir)))
             trainer.run()
         folder.wait()
     memory = {
@@ -344,5 +344,7 @@ def _finish(run: Training, folder: RecoveryFolder, trainer: StagedTrainer, plan:
             measured = run.subject.evaluate(folder.staging, run.watch)
     report = make_report(run, folder.keys, trainer.state, plan, memory, folder.staging, measured)
     report.save(folder.staging)
+    write_text(folder.staging / RECIPE_NAME, run.recipe.to_yaml())
     write_report(folder.staging)
+    write_card(folder.staging, run.recipe, report)
     folder.close()

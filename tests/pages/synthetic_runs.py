@@ -68,6 +68,23 @@ def header(**changes: Any) -> dict[str, Any]:
     return {**values, **changes}
 
 
+def recovered(model: str = "out/pruned", dense: str = "d" * 64, **changes: Any) -> dict[str, Any]:
+    """A header of a run that recovered a pruned model, measured beside its dense one."""
+    options = {"loss": "kl", "learning_rate": 1e-4, "epochs": 1.0, "adapter": "none", "rank": 16}
+    recovery = {
+        "teacher": "org/model", "dense": {"source": dense, "parameters": 9_000_000, "nbytes": 18_000_000},
+        "options": options | changes.pop("options", {}), "sequences": 1, "length": 16, "steps": 1, "planned_steps": 1,
+        "best_step": 1, "losses": [], "scores": [], "zeros": {"before": 140, "after": 140},
+        "pruned_by": {"pattern": "2:4", "method": {"wanda": {}}},
+        "perplexity": {"dense": 20.0, "pruned": 40.0, "recovered": 25.0},
+        "before": {"kl_divergence": 0.5, "agreement": 0.5},
+    } | changes.pop("recovery", {})  # fmt: skip
+    text = {"source": "text.txt", "samples": 1, "length": 16, "seed": 0}
+    found = header(model=model, source="e" * 64, recovery=recovery, texts={"training": text}, **changes)
+    del found["recipe"]
+    return found
+
+
 def smaller(**changes: Any) -> dict[str, Any]:
     """A header of a run that removed structures."""
     shares = [

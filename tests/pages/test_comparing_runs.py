@@ -13,6 +13,7 @@ from synthetic_runs import (
     bench,
     header,
     perplexity,
+    recovered,
     report,
     row,
     score,
@@ -123,7 +124,40 @@ def test_what_runs_know_of_their_dense_model_is_a_row(tmp_path: Path) -> None:
 def test_a_model_that_no_run_was_made_from_is_said(tmp_path: Path, dense: Path) -> None:
     found = compare([write_run(tmp_path / "a")], against=str(dense))
     assert found.rows[0].perplexity is None
-    assert found.notes == (f"none of the runs pruned {dense}, so its perplexity is unknown",)
+    assert found.notes == (f"no run has measured {dense}, so its perplexity is unknown",)
+
+
+def test_a_recovery_was_measured_beside_its_teacher(tmp_path: Path, dense: Path) -> None:
+    """And not beside the pruned model that it began with, which has a figure of its own."""
+    folder = write_run(tmp_path / "better", Report((row(0, "x"),), recovered(dense=checkpoint_digest(dense))))
+    reference, before, run = compare([folder]).rows
+    assert (reference.name, reference.recipe, reference.perplexity) == ("model", "dense", 20.0)
+    assert (reference.parameters, reference.stored_bytes) == (9_000_000, 18_000_000)
+    assert (before.name, before.recipe, before.perplexity) == ("pruned, before better", "wanda 2:4", 40.0)
+    assert (before.kl_divergence, before.agreement, before.sparsity, before.model) == (0.5, 0.5, 0.5, "org/model")
+    assert (run.name, run.recipe, run.perplexity, run.sparsity) == ("better", "wanda 2:4, recovered", 25.0, 0.5)
+    assert compare([folder]).runs == (run,)
+    assert compare([folder], against=dense).rows[0].perplexity == 20.0
+    assert compare([folder], against=dense).notes == ()
+
+
+def test_a_pruned_model_that_is_compared_itself_is_no_reference(tmp_path: Path) -> None:
+    pruned = write_run(tmp_path / "pruned", report())
+    headers = [recovered(str(pruned)), recovered(str(pruned), digest=OTHER)]
+    folders = [write_run(tmp_path / name, Report((), found)) for name, found in zip("ab", headers, strict=True)]
+    assert [found.name for found in compare([pruned, *folders]).rows] == [
+        "model", "pruned", "a", "model", "pruned, before b", "b",
+    ]  # fmt: skip
+
+
+def test_a_recovery_without_a_teacher_is_compared_by_its_own_figures(tmp_path: Path) -> None:
+    alone = {
+        "teacher": None, "dense": None, "before": None, "measured": perplexity(25.0, OTHER),
+        "perplexity": {"pruned": 40.0, "recovered": 25.0},
+    }  # fmt: skip
+    folder = write_run(tmp_path / "a", Report((), recovered(recovery=alone, evaluation=None)))
+    before, run = compare([folder]).rows
+    assert (before.perplexity, before.kl_divergence, run.perplexity, run.text) == (40.0, None, 25.0, OTHER)
 
 
 def test_the_whole_model_s_speed_goes_before_that_of_its_layers(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 from report_rows import row
-from synthetic_runs import header, perplexity, smaller
+from synthetic_runs import header, perplexity, recovered, smaller
 
 from llmprune.pages.headline import headline
-from llmprune.pages.labels import short_recipe
+from llmprune.pages.labels import repeating_command, short_recipe, short_run
+from llmprune.pages.recovered import recovered_facts
+from llmprune.pages.trained import trained_facts
 from llmprune.storage.report import Report
 
 
@@ -29,7 +31,7 @@ def said(pruned: float | None, *rows: Any, **changes: Any) -> str:
 )
 def test_the_advice_follows_from_the_loss(pruned: float | None, cost: str, advice: str) -> None:
     found = said(pruned)
-    assert found.startswith("model was pruned (sparsegpt 0.5): 50.0% of the weights in 1 matrices are zero; ")
+    assert found.startswith("model was pruned (sparsegpt 0.5): 50.0% of the weights in 1 matrix are zero; ")
     assert cost in found
     assert advice in found
     assert found.endswith(".")
@@ -72,3 +74,69 @@ def test_an_infinite_dense_model_has_no_factor() -> None:
 def test_a_chain_is_named_by_its_steps() -> None:
     chain = {"pattern": "2:4", "method": [{"wanda": {}}, {"refit": {"damping": 0.01}}]}
     assert short_recipe(chain) == "wanda + refit 2:4"
+
+
+def trained(**changes: Any) -> dict[str, Any]:
+    """A header of a model that was pruned in one stage while it trained."""
+    recipe = {
+        "rule": {"magnitude": {}}, "pattern": None,
+        "schedule": {"kind": "cubic", "stages": 1, "start": 0.0, "end": 0.5},
+        "training": {"loss": "cross-entropy", "learning_rate": 1e-4, "cycle": "stage"},
+    } | changes.pop("recipe", {})  # fmt: skip
+    training = {
+        "name": "magnitude", "recipe": recipe, "measure": "perplexity", "sequences": 1, "length": 16, "steps": 1,
+        "curve": [], "losses": [], "zeros": {"count": 10, "weights": 20}, "before": 20.0, "after": 25.0,
+    }  # fmt: skip
+    return header(**{"training": training, "texts": {"training": {"source": "text.txt"}}, **changes})
+
+
+def test_a_training_counts_the_zeros_of_what_it_prunes() -> None:
+    """10 of 20 weights in its matrix; embeddings and the head, which no recipe prunes, are among 100 in all."""
+    found = headline(Report((row(),), trained(parameters=100)))
+    assert "in 1 stage while it trained (magnitude): 50.0% of the weights in 1 matrix are zero (10.0% of all" in found
+    facts = dict(trained_facts(trained()["training"]))
+    assert (facts["zeros"], facts["schedule"]) == (
+        "10 of 20 weights that the recipe prunes",
+        "cubic, 1 stage, 0 to 0.5",
+    )
+    assert facts["text"] == "1 sequence of 16 tokens"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "named"),
+    [
+        ("none", ""),
+        ("lora", ", by masked LoRA of rank 16, merged into the weights"),
+        ("low-rank", ", by a low-rank correction of rank 16, beside the weights, in adapter/: without it"),
+    ],
+)
+def test_the_adapters_of_a_recovery_are_named(adapter: str, named: str) -> None:
+    found = recovered(options={"adapter": adapter})
+    assert f"pruned was trained for 1 step with its zeros kept{named}" in headline(Report((), found))
+    facts = dict(recovered_facts(found["recovery"]))
+    assert ("adapters" in facts) == (adapter != "none")
+    assert facts["text"] == "1 sequence of 16 tokens, 1 epoch"
+    assert short_run(found) == ("wanda 2:4, recovered" if adapter == "none" else f"wanda 2:4, recovered ({adapter})")
+
+
+def test_trainings_are_named_by_what_they_prune_to() -> None:
+    assert short_run(trained()) == "magnitude to 50% in 1 stage"
+    solved = {"rule": None, "method": ["wanda", {"refit": {}}], "pattern": "2:4"}
+    assert short_run(trained(recipe=solved)) == "wanda + refit to 2:4 in 1 stage"
+    again = recovered(recovery={"pruned_by": trained()["training"]["recipe"]})
+    assert short_run(again) == "magnitude to 50% in 1 stage, recovered"
+
+
+def test_the_command_that_repeats_a_training_names_its_text() -> None:
+    common = "--recipe recipe.yaml"
+    assert repeating_command(header()) == f"llmprune prune org/model {common} --output pruned"
+    assert repeating_command(recovered()) == (
+        f"llmprune recover out/pruned {common} --teacher org/model --text text.txt --num-samples 1 --max-seq-length 16 "
+        "--eval-dataset self --output recovered"
+    )
+    assert repeating_command(trained()).startswith(f"llmprune train org/model {common} --text text.txt")
+    assert repeating_command(recovered(recovery={"processes": 2})).startswith(
+        "torchrun --nproc-per-node 2 -m llmprune recover out/pruned"
+    )
+    python_only = trained(texts={"training": {"source": "text.txt", "split": "test"}})
+    assert repeating_command(python_only) == ""

@@ -127,7 +127,7 @@ def test_experts_are_one_point_that_says_how_far_they_differ(tmp_path: Path) -> 
         "in 1.5 s",
     ):
         assert said in hover
-    assert "dampening increased for 1 matrices" in page.text
+    assert "dampening increased for 1 matrix" in page.text
 
 
 def test_an_error_that_was_not_measured_is_a_gap(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_a_correction_beside_packed_weights_is_measured_also_after_an_interrupti
         return recover(tmp_path / "packed", tmp_path / "out", spec, dense, options, evaluation=spec, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr("llmprune.recovery.recover.write_result", _interrupt)
+        patch.setattr("llmprune.recovery.finishing.write_result", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             again()
     report = again(resume=True)

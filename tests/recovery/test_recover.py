@@ -113,7 +113,7 @@ def _held_back(made: Made) -> list[str]:
 
 def test_the_folder_is_a_checkpoint_with_masks_and_a_report(made: Made) -> None:
     names = {file.name for file in made.recovered.iterdir()}
-    assert {"config.json", "tokenizer.json", "masks.safetensors", "report.json", "report.html"} <= names
+    assert {"config.json", "tokenizer.json", "masks.safetensors", "recipe.yaml", "report.json", "report.html"} <= names
     assert STAGING_NAME not in names
     assert not any("checkpoint" in name for name in names)
     assert load_report(made.recovered).header == json.loads(json.dumps(made.report.header))
@@ -185,7 +185,7 @@ def test_a_run_that_was_killed_while_it_wrote_does_not_train_again(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("llmprune.recovery.recover.write_result", fail)
+        patch.setattr("llmprune.recovery.finishing.write_result", fail)
         with pytest.raises(Killed):
             again(made, tmp_path / "out")
     monkeypatch.setattr(training.RecoveryTrainer, "train", fail)

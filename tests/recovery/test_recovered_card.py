@@ -49,5 +49,8 @@ def test_adapters_are_tagged_and_a_correction_is_named(tmp_path: Path, adapter: 
     found = card(tmp_path, None, measured=False, loss="cross-entropy", adapter=adapter)
     assert found.data.base_model is None
     assert found.data.tags[-1] == adapter
-    assert ('PeftModel.from_pretrained(model, "adapter")' in found.text) == (adapter == "low-rank")
+    how = 'model = PeftModel.from_pretrained(model, "FOLDER", subfolder="adapter")'
+    assert (how in found.text) == (adapter == "low-rank")
+    assert ("That alone is the model before its recovery" in found.text) == (adapter == "low-rank")
+    assert "llmprune recover 'runs/small*one*' --recipe recipe.yaml --text" in found.text
     assert "perplexity |" not in found.text

@@ -176,6 +176,18 @@ def test_a_report_is_one_line_at_the_prompt() -> None:
     assert repr(Report(())) == "Report()"
 
 
+def test_a_report_of_a_training_says_what_it_changed() -> None:
+    recovery = {"perplexity": {"dense": 20.0, "pruned": 40.0, "recovered": 25.0}}
+    found = Report((row(),), {"model": "out/pruned", "recovery": recovery})
+    change = "40.00 -> 25.00 (x0.62), dense 20.00"
+    assert repr(found) == f"Report(out/pruned, recovered, 1 matrix, sparsity 50.0%, perplexity {change})"
+    assert f"<td>{change.replace('>', '&gt;')}</td>" in found._repr_html_()
+    del recovery["perplexity"]["dense"]
+    assert found.change == ("perplexity", "40.00 -> 25.00 (x0.62)")
+    classifier = Report((), {"training": {"measure": "accuracy", "before": 0.5, "after": 0.75}})
+    assert repr(classifier) == "Report(trained, accuracy 50.0% -> 75.0%)"
+
+
 def test_a_report_as_a_data_frame() -> None:
     pandas = pytest.importorskip("pandas", reason="the frame is pandas'")
     frame = Report((row(), row(zeros=5, error=None))).to_dataframe()
@@ -198,7 +210,7 @@ def test_notebooks_show_a_table() -> None:
     evaluation = {"dense": {"perplexity": 20.0}, "pruned": {"perplexity": 25.0}}
     shown = Report((row(),), {"model": "<b>&", "evaluation": evaluation})._repr_html_()
     assert "<th>model</th><td>&lt;b&gt;&amp;</td>" in shown
-    assert "<th>perplexity</th><td>25.0000, dense 20.0000</td>" in shown
+    assert "<th>perplexity</th><td>20.00 -&gt; 25.00 (x1.25)</td>" in shown
     assert "<th>sparsity</th><td>" in shown
     assert "of the weights in the pruned matrices" in shown
     assert Report((), {})._repr_html_() == "<table><tr><th>model</th><td></td></tr></table>"

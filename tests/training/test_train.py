@@ -116,7 +116,7 @@ def test_the_curve_is_of_the_weights_that_are_written(causal: Made) -> None:
 
 def test_the_folder_is_a_checkpoint_with_a_report(causal: Made, tmp_path: Path) -> None:
     names = {file.name for file in causal.output.iterdir()}
-    assert {"config.json", "tokenizer.json", "report.json", "report.html"} <= names
+    assert {"config.json", "tokenizer.json", "recipe.yaml", "report.json", "report.html", "README.md"} <= names
     assert STAGING_NAME not in names
     assert not any("checkpoint" in name for name in names)
     assert load_report(causal.output).header == json.loads(json.dumps(causal.report.header))

@@ -7,7 +7,7 @@ from rich.console import RenderableType
 
 from llmprune.cli.console import facts
 from llmprune.pages.recovered import recovered_facts, recovered_line
-from llmprune.units import format_seconds, format_size
+from llmprune.units import format_seconds, format_size, quantity
 
 if TYPE_CHECKING:
     from llmprune.recovery.plan import RecoveryPlan
@@ -31,7 +31,7 @@ def plan_table(plan: "RecoveryPlan") -> RenderableType:
     return facts(
         ("model", plan.model),
         *([("teacher", plan.teacher)] if plan.teacher else []),
-        ("text", f"{plan.sequences:,} sequences of {plan.length:,} tokens{held_back}"),
+        ("text", f"{quantity(plan.sequences, 'sequence')} of {plan.length:,} tokens{held_back}"),
         ("steps", f"{plan.steps:,}, unless it stops early"),
         (
             "time",

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 
 from llmprune.cli.console import facts, new_table
 from llmprune.pages.trained import curve_rows, trained_facts, trained_line
-from llmprune.units import format_seconds, format_size
+from llmprune.units import format_seconds, format_size, quantity
 
 if TYPE_CHECKING:
     from llmprune.storage.report import Report
@@ -19,7 +19,8 @@ def training_table(report: "Report", folder: str | Path) -> RenderableType:
     training = report.header["training"]
     shown = facts(
         ("trained", str(folder)),
-        ("what", trained_line(report.header)),
+        ("what", trained_line(report)),
+        *(("note", note) for note in report.notes),
         *trained_facts(training),
         ("time", f"{format_seconds(report.header['seconds']['total'])} s"),
         ("report", str(Path(folder) / "report.html")),
@@ -42,7 +43,7 @@ def plan_table(plan: "TrainingPlan") -> RenderableType:
         stages,
         facts(
             ("model", plan.model),
-            ("text", f"{plan.sequences:,} sequences of {plan.length:,} tokens{held_back}"),
+            ("text", f"{quantity(plan.sequences, 'sequence')} of {plan.length:,} tokens{held_back}"),
             ("steps", f"{plan.steps:,}"),
             (
                 "time",

@@ -1,7 +1,7 @@
 """A causal LM, trained on text as `llmprune recover` does: in two halves, the loss a chunk of positions at a time."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from llmprune.measuring.perplexity import compare_perplexity, finite, run_stream
 from llmprune.models.checkpoint_source import CheckpointSource, open_checkpoint
 from llmprune.progress import Watcher
+from llmprune.recovery.counting import stored_dtypes
 from llmprune.recovery.halves import Halves
 from llmprune.recovery.objective import UNSCORED, Objective
 from llmprune.recovery.options import RecoveryOptions
@@ -100,6 +101,10 @@ class CausalSubject(Subject):
     def write(self, target: Path, watch: Watcher) -> None:
         """Write it as its checkpoint is stored."""
         write_result(self.source, target, watch)
+
+    def stored_dtypes(self) -> Mapping[str, torch.dtype]:
+        """Those of the checkpoint."""
+        return stored_dtypes(self.source)
 
     @property
     def evaluates(self) -> bool:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import PretrainedConfig
 
 from llmprune.errors import CalibrationError, ModelError, TrainingError
 from llmprune.models.boundary import build_classifier, explained, load_classifier, load_tokenizer, read_stock_config
@@ -39,11 +38,6 @@ def _dtypes(folder: Path) -> tuple[dict[str, torch.dtype], torch.dtype]:
         sizes[stored.dtype] += stored.nbytes
     main = max(sizes, key=sizes.__getitem__, default=torch.float32)
     return {key: stored.dtype for key, stored in floating.items()}, main
-
-
-def is_classifier(config: PretrainedConfig) -> bool:
-    """Whether a config.json describes a sequence classifier."""
-    return any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 class ClassifierSubject(Subject):
@@ -115,7 +109,10 @@ class ClassifierSubject(Subject):
         self.digest = digest.hexdigest()
         if self._evaluation is not None:
             self._measured = self._rows(read_examples(self._evaluation, self._classes), self._evaluation)
-        self.text = {"source": self._source, "examples": len(self.rows), "classes": self._classes}
+        self.text = {
+            "source": self._source, "samples": self._samples, "length": self._length, "examples": len(self.rows),
+            "classes": self._classes,
+        }  # fmt: skip
 
     def load(self, device: torch.device, *, teacher: bool) -> None:
         """Read the weights."""
@@ -183,6 +180,11 @@ class ClassifierSubject(Subject):
             for left_out in copy_companions(self.folder, target):
                 watch(Progress(left_out))
 
+    def stored_dtypes(self) -> Mapping[str, torch.dtype]:
+        """Those of the checkpoint; of parameters that it lacks, its most common one."""
+        dtypes, main = _dtypes(self.folder)
+        return {name: dtypes.get(name, main) for name, _ in self.model.named_parameters()}
+
     @property
     def evaluates(self) -> bool:
         """Whether there is a file to evaluate on."""
@@ -194,7 +196,7 @@ class ClassifierSubject(Subject):
         for name, folder in (("before", self.folder), ("after", result)):
             watch(Progress(f"accuracy {name}"))
             found[name] = self._accuracy(folder, rows)
-        return {**found, "examples": len(rows)}
+        return {**found, "evaluated_on": self._evaluation, "examples": len(rows)}
 
     @torch.no_grad()
     def _accuracy(self, folder: Path, rows: Sequence[Row]) -> float:

@@ -85,6 +85,10 @@ class Subject(ABC):
         """
 
     @abstractmethod
+    def stored_dtypes(self) -> Mapping[str, torch.dtype]:
+        """The dtype in which each parameter is written."""
+
+    @abstractmethod
     def evaluate(self, result: Path, watch: Watcher) -> dict[str, Any]:
         """Measure the checkpoint and the result on the text for that.
 
