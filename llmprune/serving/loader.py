@@ -29,6 +29,7 @@ from llmprune.paths import user_path
 from llmprune.precision import computed_in
 from llmprune.serving.cpu_forms import measure_products
 from llmprune.serving.decode_graphs import DecodeGraphs
+from llmprune.serving.decode_layers import attach
 from llmprune.serving.forms import Served
 from llmprune.serving.fusion import can_fuse, fuse
 from llmprune.serving.halves import keep_halves
@@ -57,7 +58,8 @@ def load(
             them, to merge an adapter exactly or to resize the embeddings, ask for "float32".
         served: how packed matrices are held. "auto": in the fastest form; "packed": in the least memory; "dense":
             as ordinary weights; "cusparselt": as auto, with a second copy of 2:4 matrices for prefill with cuSPARSELt.
-        fused: use one kernel launch for packed matrices that read the same input; not with a device map.
+        fused: use one kernel launch for packed matrices that read the same input, and on a CPU two calls for a decoder
+            layer and one token in float32 (`serving.decode_layers`); not with a device map.
         graphs: use a static cache and CUDA graphs for `generate`: see `serving.decode_graphs`.
             `model.decode_graphs.warm` records them in advance.
         device_map: shares the model out over several devices, in place of `device`: "auto", "balanced",
@@ -105,6 +107,8 @@ def load(
     measure_products(loaded)
     if halves and dtype == torch.float32 and cpu.unavailable() is None:
         keep_halves(loaded, stored, input_ids=torch.zeros(1, 1, dtype=torch.int64))
+    if fused and device_map is None and target.type == "cpu" and cpu.unavailable() is None:
+        attach(loaded)
     if graphs:
         DecodeGraphs(loaded)
     return loaded

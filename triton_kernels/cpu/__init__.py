@@ -30,9 +30,10 @@ from .finding import library, unavailable
 from .gram import add_gram_compiled
 from .groups import keep_in_groups_compiled
 from .halves import HALVES, halves_linear
+from .layers import Norm, TokenLayer, Weights
 from .library import FOLD, KINDS, LEVELS, MOST_COLUMNS, MOST_GROUP, TYPES, CorruptMatrixError, new_memory
 from .measuring import measure_dense_from
-from .operator import dense, expanded_linear, linear, pack, unpack
+from .operator import dense, expanded_linear, is_plain, is_transformed, linear, pack, unpack
 
 __all__ = [
     "FOLD",
@@ -43,11 +44,16 @@ __all__ = [
     "MOST_GROUP",
     "TYPES",
     "CorruptMatrixError",
+    "Norm",
+    "TokenLayer",
+    "Weights",
     "add_gram_compiled",
     "dense",
     "dense_from",
     "expanded_linear",
     "halves_linear",
+    "is_plain",
+    "is_transformed",
     "keep_in_groups_compiled",
     "library",
     "linear",

@@ -27,7 +27,7 @@ LEVELS = ("none", "AVX2", "AVX-512 with BF16")
 MOST_COLUMNS, MOST_GROUP = 256, 32
 
 # One thread for each of these bytes: below, waking another one costs more than it reads.
-_THREAD_BYTES = 128 << 10
+THREAD_BYTES = 128 << 10
 
 # Pages of this size are asked for where a matrix fills some of them.
 _HUGE_PAGE = 2 << 20
@@ -55,6 +55,8 @@ _SIGNATURES = {
         (_address, _address, _size, _number, _address, _size, _size, *[_address] * 2, _size, _address, *[_number] * 2),
     ),
     "rows": (_number, (_address, _number, _size, _size, _address, _size, _address, _address, _number)),
+    "layer_begin": (_number, (*[_address] * 5, *[_number] * 2)),
+    "layer_end": (_number, (*[_address] * 5, _size, _address, ctypes.c_float, _address, *[_number] * 2)),
     "expand": (_number, (_address, *[_size] * 3, _address, _size, *[_number] * 2)),
     "sweep": (_number, (*[_address] * 5, *[_size] * 4, _number, _number)),
     "choose": (_number, (_address, *[_size] * 3, _address, _number)),
@@ -218,6 +220,46 @@ class Library:
         sizes = TYPES[weight.dtype], rows, columns
         self._require(self._rows(pointers[0], *sizes, pointers[1], tokens, *pointers[2:], threads))
 
+    def begin_layer(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, qkv: Tensor) -> None:
+        """Write the queries, keys and values of one token, which are turned by its position.
+
+        Args:
+            layer: address of a `layers.TokenLayer`'s sizes and addresses.
+            x: [1, 1, hidden], float32.
+            cos: [1, 1, width], float32.
+            sin: [1, 1, width], float32.
+            qkv: [1, heads of q, k and v, 1, width], float32; overwritten.
+        """
+        pointers = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), qkv.data_ptr()
+        if result := self._layer_begin(layer, *pointers, self.level, torch.get_num_threads()):
+            self._require(result)
+
+    def end_layer(
+        self, layer: int, x: Tensor, q: Tensor, cached: tuple[Tensor, Tensor] | None, scale: float, y: Tensor
+    ) -> None:
+        """Write what a layer makes of one token, from its queries or from what attention has made of them.
+
+        Args:
+            layer: address of a `layers.TokenLayer`'s sizes and addresses.
+            x: [1, 1, hidden], float32, its input.
+            q: [1, heads, 1, width], float32: queries, or without `cached` what attention has made.
+            cached: keys and values [1, heads of k, length, width], float32, rows contiguous.
+            scale: of scores.
+            y: [1, 1, hidden], float32; overwritten.
+        """
+        keys = values = strides = None
+        length = 0
+        if cached is not None:
+            length, (_, *of_keys, _), (_, *of_values, _) = cached[0].shape[2], cached[0].stride(), cached[1].stride()
+            strides = (_size * 4)(*of_keys, *of_values)
+            keys, values = cached[0].data_ptr(), cached[1].data_ptr()
+        result = self._layer_end(
+            layer, x.data_ptr(), q.data_ptr(), keys, values, length, strides, scale, y.data_ptr(), self.level,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if result:
+            self._require(result)
+
     def expand(self, packed: Tensor, rows: range, dense: Tensor, level: int | None = None) -> None:
         """Write rows of the dense matrix.
 
@@ -305,7 +347,7 @@ class Library:
 
     def threads(self, nbytes: int) -> int:
         """How many threads read this many bytes: torch's, or fewer where that would cost more than it saves."""
-        return min(torch.get_num_threads(), 1 + nbytes // _THREAD_BYTES)
+        return min(torch.get_num_threads(), 1 + nbytes // THREAD_BYTES)
 
     def _require(self, result: int) -> None:
         if result:

@@ -6,6 +6,7 @@ One small case of each of its functions, against float64, takes some millisecond
 import torch
 from torch import Tensor
 
+from .layers import Norm, TokenLayer, Weights
 from .library import KINDS, LEVELS, TYPES, Described, Library
 
 # More than a tile of rows and a fold of columns, neither a whole number of them, and more than a step of 2:4.
@@ -26,7 +27,7 @@ def is_right(loaded: Library) -> bool:
     )
     sweeps = (_is_sweep_right(loaded, group, generator) for group in (None, (2, 4)))
     halves = (_are_rows_right(loaded, dtype, generator) for dtype in (torch.bfloat16, torch.float16))
-    others = (check(loaded, generator) for check in (_is_choice_right, _is_gram_right))
+    others = (check(loaded, generator) for check in (_is_choice_right, _is_gram_right, _is_layer_right))
     return all(products) and all(halves) and all(sweeps) and all(others)
 
 
@@ -139,6 +140,40 @@ def _is_gram_right(loaded: Library, generator: torch.Generator) -> bool:
     x, total = _normal(generator, 5, 50).bfloat16(), torch.ones(50, 50, dtype=torch.float32)
     loaded.add_gram(total, x)
     return _is_near(total.tril(), (1 + _product(x.T, x.T.double())).tril(), 1e-4)
+
+
+def _is_layer_right(loaded: Library, generator: torch.Generator) -> bool:
+    """Two heads that share keys and values, of which there are more than a vector, and an odd number of channels."""
+    hidden, width, length, inner = 20, 18, 11, 13
+    shapes = [(2 * width, hidden), *[(width, hidden)] * 2, (hidden, 2 * width), *[(inner, hidden)] * 2, (hidden, inner)]
+    dense = [_normal(generator, *shape) / 4 for shape in shapes]
+    gains = [_uniform(generator, size) for size in (hidden, hidden, width, width)]
+    weights = [Weights(matrix, False, None, shape) for matrix, shape in zip(dense, shapes, strict=True)]
+    layer = TokenLayer(loaded, weights, [Norm(gain, 1e-6) for gain in gains], width)
+    x, cos, sin = (_normal(generator, 1, 1, size) for size in (hidden, width, width))
+    keys, values = _normal(generator, 2, 1, 1, length, width)
+    q, k, v = layer.begin(x, cos, sin)
+    found = layer.attend(x, q, keys, values, 0.25)
+
+    exact = [one.double() for one in dense]
+    normal = _normalised(x[0].double(), gains[0])
+    heads = [_product(normal, matrix).view(-1, width) for matrix in exact[:3]]
+    turned = [_turned(_normalised(head, gain), cos[0], sin[0]) for head, gain in zip(heads, gains[2:], strict=False)]
+    weighed = (_product(keys[0, 0], turned[0]).T * 0.25).softmax(-1)
+    y = x[0] + _product(_product(weighed, values[0, 0].double().T).view(1, -1), exact[3])
+    gate, up = (_product(_normalised(y, gains[1]), matrix) for matrix in exact[4:6])
+    y = y + _product(gate * gate.sigmoid() * up, exact[6])
+    pairs = ((q[0, :, 0], turned[0]), (k[0, :, 0], turned[1]), (v[0, :, 0], heads[2]), (found[0], y))
+    return all(_is_near(ours, right, 1e-5 * right.abs().max()) for ours, right in pairs)
+
+
+def _normalised(x: Tensor, gain: Tensor) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * gain
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
 
 
 # The default dtype is whatever the caller has chosen: that of a model, while it is being loaded.

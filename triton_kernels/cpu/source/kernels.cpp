@@ -2,6 +2,7 @@
 //
 // A plain C interface, without any header of torch.
 #include "disk.h"
+#include "layer_sizes.h"
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define HAVE_KERNELS 1
 #include <immintrin.h>
@@ -30,6 +31,17 @@ struct Activations {
   int64_t bytes() const { return columns * element + scales * (int64_t)sizeof(float); }  // of one token
 };
 
+extern "C" int llmprune_level();
+
+static bool misaligned(const void* p, int64_t size) { return (uintptr_t)p % size != 0; }
+
+// Bytes of scratch for x; 0 if the kernels read it as it is.
+static int64_t scratch_bytes(const Matrix& m, int32_t type, int64_t tokens, int level) {
+  const Activations a(m, type, level);
+  if (tokens == 1 && a.columns == m.columns && !a.words && (a.pairs || type == FLOAT32)) return 0;
+  return a.columns * (int64_t)sizeof(float) + tokens * a.bytes();
+}
+
 #if HAVE_KERNELS
 #include "columns.h"
 #include "dense.h"
@@ -37,110 +49,9 @@ struct Activations {
 #include "groups.h"
 #include "reading.h"
 #include "rows.h"
-
-typedef void (*Kernel)(const Matrix&, int64_t tile, const void* x, float* out);
-
-// A matrix, or several with the same columns and layout, whose rows follow one another in y.
-struct Job {
-  const Matrix* const* matrices;
-  int64_t count;
-  const char* x;       // in blocks of tokens: see `arrange`
-  int64_t x_bytes;     // of one token
-  int64_t tokens, outputs;
-  char* y;
-  const char* bias;
-  int32_t type;        // of y and the bias
-  Kernel kernels[5];   // for 1, 2, 4, 8 and 16 tokens
-  int most;            // tokens in a block, as a power of two
-};
-
-static int block(int64_t left, int most) {
-  int power = most;
-  while (INT64_C(1) << power > left) power--;
-  return power;
-}
-
-// ------------------------------------------------------------------------------------------------- which kernel
-template <class Stored512, class Stored2, int M>
-static Kernel choose(int level, int32_t kind) {
-  if (level == AVX512) return kind == BITMASK ? avx512::mask_floats<Stored512, M> : avx512::group_floats<Stored512, M>;
-  if constexpr (M <= 4) return kind == BITMASK ? avx2::mask_floats<Stored2, M> : avx2::group_floats<Stored2, M>;
-  return nullptr;
-}
-template <int M>
-static Kernel choose(int level, int32_t kind, int32_t stored, bool pairs) {
-  if (stored == INT8) {
-    if constexpr (M <= 8)
-      if (level == AVX512) return kind == BITMASK ? avx512::mask_bytes<M> : avx512::group_bytes<M>;
-    if constexpr (M <= 4) return kind == BITMASK ? avx2::mask_bytes<M> : avx2::group_bytes<M>;
-    return nullptr;
-  }
-  if (pairs) return kind == BITMASK ? avx512::mask_pairs<M> : avx512::group_pairs<M>;
-  if (stored == BFLOAT16) return choose<avx512::BFloat16, avx2::BFloat16, M>(level, kind);
-  if (stored == FLOAT16) return choose<avx512::Float16, avx2::Float16, M>(level, kind);
-  return choose<avx512::Float32, avx2::Float32, M>(level, kind);
-}
-
-#include "arranging.h"
-
-// ------------------------------------------------------------------------------------------------- products
-static int64_t bytes_before(const Matrix& m, int64_t tile) {
-  return tile * m.steps * step_bytes(m) + (m.kind == BITMASK ? first_of(m)[tile] * item(m.type) : 0);
-}
-
-// The tile, counted through all matrices, at which a thread's share of the bytes begins.
-static int64_t share(const Job& job, int64_t part, int64_t parts) {
-  int64_t total = 0, tile = 0;
-  for (int64_t i = 0; i < job.count; i++) total += bytes_before(*job.matrices[i], tiles(*job.matrices[i]));
-  int64_t wanted = total / parts * part;
-  for (int64_t i = 0; i < job.count; i++) {
-    const Matrix& m = *job.matrices[i];
-    const int64_t all = bytes_before(m, tiles(m));
-    if (part == parts || wanted > all) {
-      wanted -= all, tile += tiles(m);
-      continue;
-    }
-    int64_t low = 0, high = tiles(m);
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (bytes_before(m, middle) < wanted) low = middle + 1;
-      else high = middle;
-    }
-    return tile + low;
-  }
-  return tile;
-}
-
-static void multiply_tile(const Job& job, const Matrix& m, int64_t tile, int64_t offset) {
-  alignas(64) float out[16 * ROWS], bias[ROWS] = {};
-  const int64_t size = item(job.type), row = ROWS * tile, width = m.rows - row < ROWS ? m.rows - row : ROWS;
-  if (job.bias) avx2::to_floats(job.bias + (offset + row) * size, job.type, width, bias);
-  for (int64_t t0 = 0; t0 < job.tokens;) {
-    const int power = block(job.tokens - t0, job.most);
-    job.kernels[power](m, tile, job.x + t0 * job.x_bytes, out);
-    for (int64_t t = 0; t < INT64_C(1) << power; t++) {
-      for (int64_t n = 0; job.bias && n < ROWS; n++) out[ROWS * t + n] += bias[n];
-      avx2::from_floats(out + ROWS * t, job.type, width, job.y + ((t0 + t) * job.outputs + offset + row) * size);
-    }
-    t0 += INT64_C(1) << power;
-  }
-}
-
-static void multiply_share(void* data) {
-  const Job& job = *(const Job*)data;
-  int me;
-  const int parts = team(&me);
-  int64_t tile = share(job, me, parts), offset = 0, before = 0;
-  const int64_t end = share(job, me + 1, parts);
-  for (int64_t i = 0; i < job.count; i++) {
-    const Matrix& m = *job.matrices[i];
-    for (; tile < end && tile < before + tiles(m); tile++) multiply_tile(job, m, tile - before, offset);
-    before += tiles(m), offset += m.rows;
-  }
-}
+#include "products.h"
+#include "layer.h"
 #endif  // HAVE_KERNELS
-
-static bool misaligned(const void* p, int64_t size) { return (uintptr_t)p % size != 0; }
 
 // ------------------------------------------------------------------------------------------------- the interface
 extern "C" {
@@ -216,10 +127,7 @@ int llmprune_unpack(const void* from, int64_t bytes, uint8_t* bits, void* values
 // Scratch that llmprune_multiply needs for x, in bytes: 0 if it reads x as it is; negative: why the matrix is refused.
 int64_t llmprune_scratch(const void* matrix, int64_t bytes, int type, int64_t tokens, int level) {
   if (const int result = check(matrix, bytes)) return -result;
-  const Matrix& m = *(const Matrix*)matrix;
-  const Activations a(m, type, level);
-  if (tokens == 1 && a.columns == m.columns && !a.words && (a.pairs || type == FLOAT32)) return 0;
-  return a.columns * (int64_t)sizeof(float) + tokens * a.bytes();
+  return scratch_bytes(*(const Matrix*)matrix, type, tokens, level);
 }
 
 // What a packed matrix is.
@@ -237,33 +145,7 @@ int llmprune_multiply(const void* const* matrices, const int64_t* bytes, int64_t
                       int level, int threads) {
 #if HAVE_KERNELS
   Job job{(const Matrix* const*)matrices, count, (const char*)x, 0, tokens, 0, (char*)y, (const char*)bias, type, {}, 0};
-  if (level < AVX2 || level > llmprune_level()) return UNSUPPORTED;
-  if (type < BFLOAT16 || type > FLOAT32 || count < 1 || tokens < 0) return REFUSED;
-  for (int64_t i = 0; i < count; i++) {
-    if (const int result = check(matrices[i], bytes[i])) return result;
-    const Matrix &m = *job.matrices[i], &first = *job.matrices[0];
-    if (m.kind != first.kind || m.type != first.type || m.columns != columns) return REFUSED;
-    job.outputs += m.rows;
-  }
-  if (job.outputs != outputs) return REFUSED;
-  if (misaligned(x, item(type)) || misaligned(y, item(type)) || misaligned(bias, item(type)) || misaligned(scratch, 4))
-    return MISALIGNED;
-  const Matrix& m = *job.matrices[0];
-  const Activations a(m, type, level);
-  job.x_bytes = a.bytes();
-  job.most = level != AVX512 ? 2 : a.words ? 3 : 4;
-  job.kernels[0] = choose<1>(level, m.kind, m.type, a.pairs);
-  job.kernels[1] = choose<2>(level, m.kind, m.type, a.pairs);
-  job.kernels[2] = choose<4>(level, m.kind, m.type, a.pairs);
-  job.kernels[3] = choose<8>(level, m.kind, m.type, a.pairs);
-  job.kernels[4] = choose<16>(level, m.kind, m.type, a.pairs);
-  if (llmprune_scratch(&m, m.bytes, type, tokens, level)) {
-    if (!scratch) return REFUSED;
-    job.x = (char*)scratch + a.columns * sizeof(float);
-    arrange(job, a, (const char*)x, m.columns, (float*)scratch, (char*)job.x);
-  } else if (misaligned(x, 16)) {
-    return MISALIGNED;
-  }
+  if (const int result = begin(job, bytes, columns, outputs, scratch, level)) return result;
   if (tokens && job.outputs) in_threads(multiply_share, &job, threads);
   return DONE;
 #else
@@ -271,14 +153,14 @@ int llmprune_multiply(const void* const* matrices, const int64_t* bytes, int64_t
 #endif
 }
 
-// y [tokens][rows] = x [tokens][columns] times the transposed weights [rows][columns], bfloat16 or float16, plus the bias
-// [rows] or null; floats but for the weights.
-int llmprune_rows(const uint16_t* weights, int type, int64_t rows, int64_t columns, const float* x, int64_t tokens,
+// y [tokens][rows] = x [tokens][columns] times the transposed weights [rows][columns], plus the bias [rows] or null; floats
+// but for the weights, which are of 16 bits or floats.
+int llmprune_rows(const void* weights, int type, int64_t rows, int64_t columns, const float* x, int64_t tokens,
                   const float* bias, float* y, int threads) {
 #if HAVE_KERNELS
   if (llmprune_level() < AVX2) return UNSUPPORTED;
-  if ((type != BFLOAT16 && type != FLOAT16) || rows < 0 || columns < 0 || tokens < 0) return REFUSED;
-  if (misaligned(weights, 2) || misaligned(x, 4) || misaligned(bias, 4) || misaligned(y, 4)) return MISALIGNED;
+  if (type < BFLOAT16 || type > FLOAT32 || rows < 0 || columns < 0 || tokens < 0) return REFUSED;
+  if (misaligned(weights, item(type)) || misaligned(x, 4) || misaligned(bias, 4) || misaligned(y, 4)) return MISALIGNED;
   Rows job{weights, type, rows, columns, tokens, x, bias, y};
   if (rows && tokens) in_threads(rows_share, &job, threads);
   return DONE;
@@ -352,6 +234,32 @@ int llmprune_gram(const uint16_t* x, int64_t tokens, int64_t width, float* total
   in_threads(pack_pairs, &gram, threads);
   in_threads(gram_share, &gram, threads);
   return DONE;
+#else
+  return UNSUPPORTED;
+#endif
+}
+
+// A decoder layer up to its attention, for one token: see layer.h. qkv is [q.rows + k.rows + v.rows].
+int llmprune_layer_begin(const Layer* layer, const float* x, const float* cos, const float* sin, float* qkv, int level,
+                         int threads) {
+#if HAVE_KERNELS
+  if (const int result = refused(*layer, level)) return result;
+  if (misaligned(x, 4) || misaligned(cos, 4) || misaligned(sin, 4) || misaligned(qkv, 4)) return MISALIGNED;
+  return begin_layer(*layer, x, cos, sin, qkv, level, threads);
+#else
+  return UNSUPPORTED;
+#endif
+}
+
+// The rest of the layer, with its attention if there are keys; otherwise `q` is what attention has made.
+int llmprune_layer_end(const Layer* layer, const float* x, const float* q, const float* keys, const float* values,
+                       int64_t length, const int64_t* strides, float scale, float* y, int level, int threads) {
+#if HAVE_KERNELS
+  if (const int result = refused(*layer, level)) return result;
+  if (misaligned(x, 4) || misaligned(q, 4) || misaligned(keys, 4) || misaligned(values, 4) || misaligned(y, 4))
+    return MISALIGNED;
+  if (keys && length < 1) return REFUSED;
+  return end_layer(*layer, x, q, {keys, values, length, strides, scale}, y, level, threads);
 #else
   return UNSUPPORTED;
 #endif

@@ -1,11 +1,11 @@
-// Products of dense weights of 16 bits as they are on disk, [rows][columns], and float activations, for processors that
-// multiply only floats: a copy as floats would take twice the bytes, in memory and for each token.
+// Products of dense weights as they are on disk, [rows][columns], and float activations, for processors that multiply only
+// floats: a copy of weights of 16 bits as floats would take twice the bytes, in memory and for each token.
 #pragma once
 
 constexpr int BLOCK = 4;  // rows that are multiplied together
 
 struct Rows {
-  const uint16_t* weights;
+  const void* weights;
   int32_t type;
   int64_t rows, columns, tokens;
   const float *x, *bias;  // [tokens][columns], [rows] or null
@@ -15,7 +15,8 @@ struct Rows {
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define INLINE TARGET __attribute__((always_inline)) static inline
 
-INLINE __m256 eight_floats(const uint16_t* from, int32_t type) {
+INLINE __m256 eight_floats(const char* from, int32_t type) {
+  if (type == FLOAT32) return _mm256_loadu_ps((const float*)from);
   const __m128i half = _mm_loadu_si128((const __m128i*)from);
   if (type == FLOAT16) return _mm256_cvtph_ps(half);
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
@@ -29,7 +30,8 @@ INLINE float sum_of_eight(__m256 a) {
 // R rows times M tokens. Every sum is added up in the same order, whatever R and M.
 template <int R, int M>
 INLINE void multiply_rows(const Rows& job, int64_t row, int64_t token, int32_t type) {
-  const uint16_t* w = job.weights + row * job.columns;
+  const int64_t size = item(type);
+  const char* w = (const char*)job.weights + row * job.columns * size;
   const float* x = job.x + token * job.columns;
   __m256 sums[R][M];
   for (auto& one : sums)
@@ -38,7 +40,7 @@ INLINE void multiply_rows(const Rows& job, int64_t row, int64_t token, int32_t t
   for (; c + 8 <= job.columns; c += 8) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-      const __m256 eight = eight_floats(w + r * job.columns + c, type);
+      const __m256 eight = eight_floats(w + (r * job.columns + c) * size, type);
 #pragma GCC unroll 4
       for (int t = 0; t < M; t++)
         sums[r][t] = _mm256_fmadd_ps(eight, _mm256_loadu_ps(x + t * job.columns + c), sums[r][t]);
@@ -48,7 +50,8 @@ INLINE void multiply_rows(const Rows& job, int64_t row, int64_t token, int32_t t
     for (int t = 0; t < M; t++) {
       float sum = sum_of_eight(sums[r][t]);
       for (int64_t k = c; k < job.columns; k++) {
-        uint16_t padded[8] = {w[r * job.columns + k]};
+        char padded[32] = {};
+        memcpy(padded, w + (r * job.columns + k) * size, size);
         sum += _mm256_cvtss_f32(eight_floats(padded, type)) * x[t * job.columns + k];
       }
       job.y[(token + t) * job.rows + row + r] = job.bias ? sum + job.bias[row + r] : sum;
@@ -62,21 +65,23 @@ INLINE void multiply_tokens(const Rows& job, int64_t row, int32_t type) {
   if (t < job.tokens) multiply_rows<R, 1>(job, row, t, type);
 }
 
-TARGET static void rows_share(void* data) {
+// The type is a constant in each loop.
+template <int32_t Type>
+TARGET static void multiply_until(const Rows& job, int64_t row, int64_t end) {
+  for (; row + BLOCK <= end; row += BLOCK) multiply_tokens<BLOCK>(job, row, Type);
+  for (; row < end; row++) multiply_tokens<1>(job, row, Type);
+}
+
+static void rows_share(void* data) {
   const Rows& job = *(const Rows*)data;
   int me;
   const int parts = team(&me);
   const int64_t blocks = (job.rows + BLOCK - 1) / BLOCK;
-  const int64_t last = blocks * (me + 1) / parts * BLOCK, end = last < job.rows ? last : job.rows;
-  int64_t row = blocks * me / parts * BLOCK;
-  // The type is a constant in each loop.
-  if (job.type == FLOAT16) {
-    for (; row + BLOCK <= end; row += BLOCK) multiply_tokens<BLOCK>(job, row, FLOAT16);
-    for (; row < end; row++) multiply_tokens<1>(job, row, FLOAT16);
-  } else {
-    for (; row + BLOCK <= end; row += BLOCK) multiply_tokens<BLOCK>(job, row, BFLOAT16);
-    for (; row < end; row++) multiply_tokens<1>(job, row, BFLOAT16);
-  }
+  const int64_t row = blocks * me / parts * BLOCK, last = blocks * (me + 1) / parts * BLOCK;
+  const int64_t end = last < job.rows ? last : job.rows;
+  if (job.type == FLOAT16) multiply_until<FLOAT16>(job, row, end);
+  else if (job.type == FLOAT32) multiply_until<FLOAT32>(job, row, end);
+  else multiply_until<BFLOAT16>(job, row, end);
 }
 #undef TARGET
 #undef INLINE
