@@ -16,7 +16,7 @@ from pathlib import Path
 
 _FLAGS = "-fsanitize=address -fno-omit-frame-pointer -g"
 
-_TESTS = tuple(f"test_cpu_{part}.py" for part in ("library", "linear", "int8", "halves", "pruning"))
+_TESTS = tuple(f"test_cpu_{part}.py" for part in ("library", "linear", "int8", "halves", "layers", "pruning"))
 
 # What an installation compiled has no sanitizer, and is not taken.
 _WITHOUT_INSTALLED = """

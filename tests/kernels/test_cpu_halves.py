@@ -108,7 +108,7 @@ def test_the_library_refuses_what_is_not_as_described():
     weight, x, y = torch.randn(4, 8).bfloat16(), torch.randn(1, 8), torch.empty(1, 4)
     rows = cpu.library()._rows
     pointers = weight.data_ptr(), x.data_ptr(), y.data_ptr()
-    for kind, address, out, columns in ((2, 0, 4, 8), (0, 1, 4, 8), (0, 0, -1, 8), (0, 0, 4, -8)):
+    for kind, address, out, columns in ((3, 0, 4, 8), (0, 1, 4, 8), (0, 0, -1, 8), (0, 0, 4, -8)):
         result = rows(pointers[0] + address, kind, out, columns, pointers[1], 1, None, pointers[2], 1)
         with pytest.raises(ValueError, match=r"does not go together|aligned"):
             cpu.library()._require(result)

@@ -290,6 +290,8 @@ def test_it_is_compiled_once_with_a_message(fresh, monkeypatch, capfd):
         ("sweep", lambda result, *others: others[4].logical_not_() if others[5] else None),
         ("choose", lambda result, *others: result.copy_(result.flip(1))),
         ("add_gram", lambda result, total, x: total[-1, -1].add_(1e-2)),
+        ("begin_layer", lambda result, *others: others[4][0, -1].add_(1e-3)),
+        ("end_layer", lambda result, *others: others[5][..., -1].add_(1e-3)),
     ],
 )
 def test_a_library_with_wrong_results_is_not_used(fresh, monkeypatch, function, harm):
