@@ -2,9 +2,11 @@
 
     python -m llmprune.eval.bench.cpu_models llama-1.1b --json FILE
 
-The model is one of the random shapes of `llmprune.eval.bench.prune` or a checkpoint, in bfloat16. Its linear layers
-outside the LM head lose their smallest weights and are packed, once, into --work. All models are in memory together and
-generate in turns. Packed logits have to be those of the same zeros multiplied densely: otherwise nothing is timed.
+The model is one of the random shapes of `llmprune.eval.bench.prune` or a checkpoint, in bfloat16. On a processor without
+instructions for that, it is computed in float32, as `llmprune.load` does, and that of transformers is in float32. Its
+linear layers outside the LM head lose their smallest weights and are packed, once, into --work. All models are in
+memory together and generate in turns. Packed logits have to be those of the same zeros multiplied densely: otherwise
+nothing is timed.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from llmprune.measuring.bench.decoding import measure_decoding
 from llmprune.measuring.bench.machine import commit, device_name, versions
 from llmprune.measuring.bench.products import relative_error
 from llmprune.patterns import parse
+from llmprune.precision import computed_in
 from llmprune.pruning.packing import pack
 from llmprune.storage.files import write_json
 from llmprune.storage.hub import resolve_model
@@ -102,7 +105,7 @@ def measure(dense: Path, packed: dict[str, Path], lengths: Sequence[int], second
 def require_right(model: PreTrainedModel, folder: Path) -> None:
     """Compare the logits with those of the same checkpoint served dense."""
     ids = torch.arange(1, 9)[None]
-    exact = llmprune.load(folder, device="cpu", dtype="bfloat16", served="dense")(ids).logits.float()
+    exact = llmprune.load(folder, device="cpu", served="dense")(ids).logits.float()
     for count in (1, 8):  # both products of a layer
         error = relative_error(model(ids[:, :count]).logits.float(), exact[:, :count])
         if not error <= _LOGIT_ERROR:
@@ -114,11 +117,12 @@ def _ratio(slow: Any, fast: Any) -> float:
 
 
 def _stock(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False).eval()
+    dtype = computed_in(torch.bfloat16, torch.device("cpu"))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
 
 
 def _load(folder: Path) -> PreTrainedModel:
-    return llmprune.load(folder, device="cpu", dtype="bfloat16")
+    return llmprune.load(folder, device="cpu")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

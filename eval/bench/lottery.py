@@ -15,6 +15,7 @@ import json
 import math
 import statistics
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,10 @@ def run_seed(seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
         return sparsify(model, {"lottery": {"rewind": args.rewind, "control": control}}, schedule, seed=seed)
 
     first = ticket(args.sparsities[0], "none")
-    seconds = train(model, batches, 0, args.rate, first)
+    with warnings.catch_warnings():
+        # The tickets go on from its state.
+        warnings.filterwarnings("ignore", "sparsify ends after step")
+        seconds = train(model, batches, 0, args.rate, first)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rows = [_row(args, seed, 0.0, "dense", perplexity(model, heldout), seconds)]
     state = args.json.with_suffix(f".{seed}.safetensors")

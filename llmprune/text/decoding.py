@@ -26,7 +26,10 @@ def grouped_attention() -> Iterator[None]:
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+        # Not set again, which would hide what is registered later: deleted, it is what it was everywhere else.
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+        if ALL_ATTENTION_FUNCTIONS["sdpa"] is not before:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = before
 
 
 def _grouped(

@@ -61,7 +61,7 @@ def test_other_caches_are_left_alone() -> None:
     assert with_room({"state": 1}, 4) == {"state": 1}
 
 
-def test_attention_is_the_library_s_again_afterwards() -> None:
+def test_attention_is_the_library_s_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def interrupt() -> None:
@@ -71,3 +71,5 @@ def test_attention_is_the_library_s_again_afterwards() -> None:
     with pytest.raises(ValueError, match="False"):
         interrupt()
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", print)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is print
