@@ -2,11 +2,11 @@
 
     python -m llmprune.eval.bench.cpu_models llama-1.1b --json FILE
 
-The model is one of the random shapes of `llmprune.eval.bench.prune` or a checkpoint, in bfloat16. On a processor without
-instructions for that, it is computed in float32, as `llmprune.load` does, and that of transformers is in float32. Its
-linear layers outside the LM head lose their smallest weights and are packed, once, into --work. All models are in
-memory together and generate in turns. Packed logits have to be those of the same zeros multiplied densely: otherwise
-nothing is timed.
+The model is one of the random shapes of `llmprune.eval.bench.prune` or a checkpoint, in bfloat16. On a processor
+without instructions for that, it is computed in float32, as `llmprune.load` does, and that of transformers is in
+float32. Its linear layers outside the LM head lose their smallest weights and are packed, once, into --work. All
+models are in memory together and generate in turns. Packed logits have to be those of the same zeros multiplied
+densely: otherwise nothing is timed.
 """
 
 import argparse
