@@ -149,10 +149,10 @@ def cpu_kernels(name: str) -> str:
     return f"{table(columns, body)}\n\n{note} {measured_on(result)}"
 
 
-def cpu_models() -> str:
-    """Whole models on a CPU: packed ones beside dense ones."""
+def cpu_models(*names: str) -> str:
+    """Whole models on a CPU, from result files of one machine: packed ones beside dense ones."""
     body, where = [], ""
-    for result in (read("cpu-model-llama-1.1b"), read("cpu-model-smollm2")):
+    for result in map(read, names):
         where = measured_on(result)
         for row in result["rows"]:
             served = {"transformers": "dense, transformers", "dense": "dense, `llmprune.load`"}.get(row["model"])
