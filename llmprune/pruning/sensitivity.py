@@ -10,7 +10,7 @@ from llmprune.devices import describe_device
 from llmprune.errors import RecipeError
 from llmprune.models.checkpoint_source import CheckpointSource
 from llmprune.pages.sensitivity_page import sensitivity_page
-from llmprune.progress import Watcher, ignore
+from llmprune.progress import Progress, Watcher, ignore
 from llmprune.pruning.allocating.cost import AllocationCost, scan_cost
 from llmprune.pruning.allocating.measuring import split
 from llmprune.pruning.allocating.pool import Pool, find_pool
@@ -116,6 +116,7 @@ def _prepared(
 ) -> tuple[Run, CheckpointSource, list[dict[str, Job]], Pool]:
     settings = load_recipe(recipe, overrides)
     if settings.rotation is not None and settings.rotation.optional:
+        watch(Progress("measured without the rotation of the recipe, which is optional"))
         settings = settings.model_copy(update={"rotation": None})
     for key in ("structures", "rotation"):
         if getattr(settings, key) is not None:

@@ -23,6 +23,7 @@ from llmprune.pruning.rotation.plan import plan_rotation
 from llmprune.pruning.rotation.report import load_rotation_report
 from llmprune.pruning.rotation.rotate import lone_job, open_rotatable
 from llmprune.pruning.rotation.terms import Terms
+from llmprune.pruning.sensitivity import sensitivity
 from llmprune.rotation.search import learn
 from llmprune.storage.files import read_index
 from llmprune.storage.folders import STAGING_NAME
@@ -266,6 +267,8 @@ def test_an_optional_rotation_is_left_out_where_it_is_not_possible(
     prune(model, settings, watch=lambda progress: said.append(progress.stage))
     assert "pruned without a rotation, which is optional: the model is in memory" in said
     assert torch.equal(model.model.norm.weight, gain)
+    sensitivity(dense, tmp_path / "curves", settings, levels=[0.5], watch=lambda progress: said.append(progress.stage))
+    assert "measured without the rotation of the recipe, which is optional" in said
 
 
 def test_a_rotation_is_learned_for_what_the_recipe_prunes(dense: Path, tmp_path: Path) -> None:
