@@ -21,7 +21,7 @@ from llmprune.pages import write_report
 from llmprune.pages.cards import CARD_NAME, update_card
 from llmprune.patterns import NM, Pattern, Unstructured, parse
 from llmprune.progress import Progress, Watcher, ignore
-from llmprune.storage.companions import CONFIG_NAME, copy_companions
+from llmprune.storage.companions import ADAPTER_NAMES, CONFIG_NAME, MASKS_NAME, copy_companions
 from llmprune.storage.config_files import write_config
 from llmprune.storage.detection import detect_pattern
 from llmprune.storage.exchange import replacing
@@ -50,8 +50,8 @@ from llmprune.storage.packed_config import (
 from llmprune.storage.report import REPORT_NAME, load_report
 from llmprune.units import format_size, quantity
 
-# The files that say how llmprune made a checkpoint.
-_HISTORY = (REPORT_NAME, RECIPE_NAME, SAMPLES_NAME, CARD_NAME)
+# The files that say how llmprune made a checkpoint, and what a recovery has left beside its weights.
+_HISTORY = (REPORT_NAME, RECIPE_NAME, SAMPLES_NAME, CARD_NAME, MASKS_NAME, *ADAPTER_NAMES)
 
 _FORMATS = ("auto", "nm", "block", "bitmask")
 
@@ -275,6 +275,7 @@ class _Writer:
                 self.watch(Progress(left_out))
             for name in _HISTORY:
                 if (self.source / name).is_file():
+                    (self.target / name).parent.mkdir(exist_ok=True)
                     shutil.copyfile(self.source / name, self.target / name)
 
 

@@ -27,10 +27,10 @@ from torch.nn.functional import linear
 from llmprune.errors import MissingPackageError, RecoveryError
 from llmprune.models.decoder import Decoder, prunable_matrices
 from llmprune.recovery.options import Adapter
+from llmprune.storage.companions import ADAPTER_FOLDER
 from llmprune.storage.files import write_shard
 
 _NAME = "default"
-ADAPTER_FOLDER = "adapter"
 
 
 def require_peft() -> None:

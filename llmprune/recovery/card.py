@@ -8,8 +8,8 @@ from typing import Any
 from llmprune.pages.cards import auto_class, fenced, loading, measured_on, origin, plain, repeated, save_card
 from llmprune.pages.labels import measured_text
 from llmprune.pages.recovered import recovered_line
-from llmprune.recovery.adapters import ADAPTER_FOLDER
 from llmprune.recovery.options import RecoveryOptions
+from llmprune.storage.companions import ADAPTER_FOLDER
 from llmprune.storage.report import Report
 from llmprune.units import quantity
 

@@ -10,12 +10,13 @@ from transformers import TrainerState
 
 from llmprune.errors import CheckpointError
 from llmprune.pages import write_report
-from llmprune.recovery.adapters import ADAPTER_FOLDER, merge_saved
+from llmprune.recovery.adapters import merge_saved
 from llmprune.recovery.card import write_card
 from llmprune.recovery.counting import recovered_rows
 from llmprune.recovery.folder import RecoveryFolder
 from llmprune.recovery.reporting import make_report, measure
 from llmprune.recovery.result import compare_zeros, write_result
+from llmprune.storage.companions import ADAPTER_FOLDER
 from llmprune.storage.files import write_text
 from llmprune.storage.folders import RECIPE_NAME
 from llmprune.storage.report import REPORT_NAME, Report, load_report

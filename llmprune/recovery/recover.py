@@ -13,7 +13,6 @@ from llmprune.errors import RecoveryError
 from llmprune.models.checkpoint_source import CheckpointSource, open_checkpoint
 from llmprune.progress import Progress, Watcher, ignore
 from llmprune.recovery.adapters import (
-    ADAPTER_FOLDER,
     add_adapters,
     clear_adapters,
     remove_adapters,
@@ -41,7 +40,7 @@ from llmprune.recovery.training import (
     same_verbosity,
     trainer_device,
 )
-from llmprune.storage.companions import CONFIG_NAME, MASKS_NAME
+from llmprune.storage.companions import ADAPTER_FOLDER, CONFIG_NAME, MASKS_NAME
 from llmprune.storage.files import read_json
 from llmprune.storage.folders import expanded, require_empty, require_free, require_other, require_space
 from llmprune.storage.formats.int8 import Int8Layout

@@ -10,6 +10,9 @@ from llmprune.units import format_size
 CONFIG_NAME = "config.json"
 # Masks as `keep_zeros` writes them, beside the weights: no part of the checkpoint.
 MASKS_NAME = "masks.safetensors"
+# A correction of low rank beside the weights, as peft saves it, and its files.
+ADAPTER_FOLDER = "adapter"
+ADAPTER_NAMES = tuple(f"{ADAPTER_FOLDER}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors"))
 
 # The names that transformers gives to what it loads, apart from config.json and the weights; tekken.json is read by
 # mistral-common. A list and not globs: what else lies in a folder may be private, and a pickle can run code.

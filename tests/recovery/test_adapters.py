@@ -197,6 +197,10 @@ def test_a_low_rank_correction_is_loaded_by_peft_alone(tmp_path: Path) -> None:
     assert (config["peft_type"], config["r"], config["task_type"]) == ("LORA", 4, "CAUSAL_LM")
     with pytest.raises(RecoveryError, match="has a correction beside its weights"):
         recover(tmp_path / "out", tmp_path / "again", spec, dense, options)
+    # Another form of the weights keeps what lies beside them.
+    pack(tmp_path / "out", tmp_path / "packed")
+    for name in ("masks.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def _prune(folder: Path) -> tuple[Path, TextSpec]:
