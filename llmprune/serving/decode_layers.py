@@ -48,8 +48,14 @@ _NUMBERS = ("variance_epsilon", "eps", "head_dim")
 # 3e-4, 22 times the rounding, where int8 weights round activations to 16 bits.
 _TOLERANCE, _ROUNDINGS = 5e-5, 64
 
+# The same where 16 bits are rounded to, in units of the last place: up to 6 were seen (SmolLM2, bfloat16).
+_ROUNDED = 16
+
 # Tokens before the two that are compared.
 _PROMPT = 3
+
+# What a layer is called with.
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class DecodeLayer:
@@ -84,6 +90,7 @@ class DecodeLayer:
             raise ValueError("a module with hooks or a forward pass of its own")
         self._found = found
         self._built: tuple[TokenLayer, list[Tensor | None]] | None = self._build()
+        self._dtype = self._built[0].dtype
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.layer, "forward")  # the copy, which has none in its `__dict__` yet: that of its class
@@ -104,7 +111,13 @@ class DecodeLayer:
     def tolerance(self) -> float:
         """By how much results may differ, as a share of what the layer adds to a token."""
         forms = [getattr(module, "form", None) for module in self._modules.values()]
-        return _TOLERANCE + _ROUNDINGS * max(getattr(form, "rounding", 0.0) for form in forms)
+        tolerance = _TOLERANCE + _ROUNDINGS * max(getattr(form, "rounding", 0.0) for form in forms)
+        return tolerance if self.dtype is torch.float32 else tolerance + _ROUNDED * torch.finfo(self.dtype).eps
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of tokens, when it was made."""
+        return self._dtype
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer's class."""
@@ -182,8 +195,9 @@ class DecodeLayer:
     def _build(self) -> tuple[TokenLayer, list[Tensor | None]]:
         """The library's layer, and the parameters that it is made of."""
         tensors = self._tensors()
-        weights = [_weights(self._modules[name]) for name in (*_ATTENTION, *_MLP)]
         norms = [_norm(self._modules.get(name)) for name in (*_NORMS, *_OF_HEADS)]
+        dtype = None if norms[0] is None else norms[0].weight.dtype
+        weights = [_weights(self._modules[name], dtype) for name in (*_ATTENTION, *_MLP)]
         return TokenLayer(cpu.library(), weights, norms, self._attention.head_dim), tensors
 
 
@@ -192,7 +206,7 @@ def _is_token(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 3 or x.numel() != x.shape[2]:
         return False
     return (
-        x.dtype is torch.float32
+        x.dtype in cpu.TYPES
         and x.is_cpu
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
         and is_plain(x)
@@ -206,7 +220,7 @@ def _are_same(some: Sequence[object], others: Sequence[object]) -> bool:
     return len(some) == len(others) and all(map(is_, some, others))
 
 
-def _weights(module: nn.Module) -> Weights:
+def _weights(module: nn.Module, dtype: torch.dtype | None) -> Weights:
     name = "weight"
     if type(module) is SparseLinear:
         name = "packed" if isinstance(module.form, CpuForm) else name
@@ -215,7 +229,7 @@ def _weights(module: nn.Module) -> Weights:
     matrix, bias = module._parameters.get(name), module._parameters.get("bias")
     if type(matrix) is not nn.Parameter or type(bias) not in (nn.Parameter, type(None)):
         raise ValueError(f"{name} and bias are {type(matrix).__name__} and {type(bias).__name__}")
-    if name == "packed" and matrix.dtype is not torch.float32:
+    if name == "packed" and matrix.dtype is not dtype:
         raise ValueError(f"packed weights for {matrix.dtype}")
     return Weights(matrix, name == "packed", bias, (module.out_features, module.in_features))
 
@@ -252,13 +266,12 @@ def attach(model: PreTrainedModel) -> int:
 @torch.no_grad()
 def _equal(model: PreTrainedModel, layers: list[DecodeLayer]) -> list[DecodeLayer]:
     """Those that give what their layers give: for a token behind a few, and for one at the last position of all."""
+    calls: dict[DecodeLayer, list[_Call]] = {one: [] for one in layers}
     equal: dict[DecodeLayer, list[bool]] = {one: [] for one in layers}
 
     def compare(one: DecodeLayer, *args: Any, **kwargs: Any) -> Any:
-        given = kwargs
-        if (cache := kwargs.get("past_key_values")) is not None:
-            given = kwargs | {"past_key_values": _twin(cache, one)}
-        ours = one.decode(*args, **given) if len(args) == 1 else None
+        calls[one].append((args, _apart(kwargs, one)))
+        ours = one.decode(*args, **_apart(kwargs, one)) if len(args) == 1 else None
         own = type(one.layer).forward(one.layer, *args, **kwargs)
         equal[one].append(_is_near(ours, own, args[0], one.tolerance))
         return own
@@ -279,21 +292,51 @@ def _equal(model: PreTrainedModel, layers: list[DecodeLayer]) -> list[DecodeLaye
     finally:
         for one in layers:
             one.layer.__dict__.pop("forward", None)
-    return [one for one in layers if equal[one] == [True, True]]
+    return [one for one in layers if equal[one] == [True, True] and _agrees(one, calls.pop(one))]
 
 
-def _twin(cache: Any, layer: DecodeLayer) -> Any:
-    """A cache that takes a layer's keys and values in place of the original."""
-    twin, place = copy.copy(cache), layer._attention.layer_idx
+def _agrees(decoding: DecodeLayer, calls: list[_Call]) -> bool:
+    """Whether the same is true of a copy of the layer in float32, since roundings to 16 bits hide other differences."""
+    if decoding.dtype is torch.float32:
+        return True
+    try:
+        config = decoding._attention.config
+        layer = copy.deepcopy(decoding.layer, {id(config): config}).float()
+        wide, agrees = DecodeLayer(layer), True
+        for args, kwargs in (_widened(call, wide) for call in calls):
+            ours = wide.decode(*args, **_apart(kwargs, wide))
+            agrees &= _is_near(ours, type(layer).forward(layer, *args, **kwargs), args[0], wide.tolerance)
+    except Exception:  # noqa: BLE001 - one that cannot be copied, or does more than that in float32
+        return False
+    return agrees
+
+
+def _apart(kwargs: dict[str, Any], decoding: DecodeLayer) -> dict[str, Any]:
+    """The same, with a cache that takes a layer's keys and values in place of the original."""
+    if (cache := kwargs.get("past_key_values")) is None:
+        return kwargs
+    twin, place = copy.copy(cache), decoding._attention.layer_idx
     twin.layers = list(cache.layers)
     twin.layers[place] = copy.deepcopy(cache.layers[place])
-    return twin
+    return kwargs | {"past_key_values": twin}
+
+
+def _widened(call: _Call, decoding: DecodeLayer) -> _Call:
+    """The same in float32."""
+    args, kwargs = call[0], _apart(call[1], decoding)
+    if (cache := kwargs.get("past_key_values")) is not None:
+        held = cache.layers[decoding._attention.layer_idx]
+        held.keys, held.values = held.keys.float(), held.values.float()
+    floats = {name: one.float() for name, one in kwargs.items() if isinstance(one, Tensor) and one.is_floating_point()}
+    angles = tuple(one.float() for one in kwargs.get("position_embeddings") or ())
+    return tuple(one.float() for one in args), kwargs | floats | {"position_embeddings": angles or None}
 
 
 def _is_near(ours: Tensor | None, own: Any, x: Tensor, tolerance: float) -> bool:
     """Whether results are equal but for rounding: feature by feature, since some are thousands of times the others."""
-    if ours is None or type(own) is not Tensor or ours.shape != own.shape or own.dtype is not torch.float32:
+    if ours is None or type(own) is not Tensor or ours.shape != own.shape or own.dtype is not ours.dtype:
         return False
+    ours, own, x, eps = ours.double(), own.double(), x.double(), torch.finfo(own.dtype).eps
     added = (own - x).abs()
-    allowed = tolerance * (added + added.mean()) + 8 * torch.finfo(torch.float32).eps * x.abs()
+    allowed = tolerance * (added + added.mean()) + 8 * eps * x.abs()
     return bool(((ours - own).abs() <= allowed).all())

@@ -20,16 +20,16 @@ SHAPES = (
 FORMS = ("float32", "bfloat16", "float16", "bitmask", "nm", "int8")
 
 
-def matrix(form, shape):
+def matrix(form, shape, dtype):
     """A random matrix as the library takes it, and in float64."""
     if form in ("bitmask", "nm"):
-        made = make(form, shape, torch.float32)
+        made = make(form, shape, dtype)
         return made.packed, made.weight.double()
     weight = torch.randn(shape)
     if form != "int8":
         weight = weight.to(getattr(torch, form))
         return weight, weight.double()
-    weight = quantise(weight * Unstructured(0.5).mask(torch.rand(shape)), 128)
+    weight = quantise(weight.to(dtype) * Unstructured(0.5).mask(torch.rand(shape)), 128)
     layout = Int8BitmaskLayout.fit(weight, Unstructured(0.5), 128)
     stored = layout.pack(weight)
     return cpu.pack("bitmask", shape, stored["mask"], stored["values"], stored["peaks"], layout.group), weight.double()
@@ -38,11 +38,11 @@ def matrix(form, shape):
 class Case:
     """A layer of random weights, one token, and the keys and values before it."""
 
-    def __init__(self, forms, *, biased=True, head_norms=True, length=12):
-        made = [matrix(form, shape) for form, shape in zip(forms, SHAPES, strict=True)]
-        self.biases = [torch.randn(shape[0]) if biased else None for shape in SHAPES]
-        self.gains = [torch.rand(HIDDEN) + 0.5, torch.rand(HIDDEN) + 0.5]
-        self.gains += [torch.rand(WIDTH) + 0.5 for _ in range(2)] if head_norms else [None, None]
+    def __init__(self, forms, *, biased=True, head_norms=True, length=12, dtype=torch.float32):
+        made = [matrix(form, shape, dtype) for form, shape in zip(forms, SHAPES, strict=True)]
+        self.biases = [torch.randn(shape[0]).to(dtype) if biased else None for shape in SHAPES]
+        self.gains = [(torch.rand(HIDDEN) + 0.5).to(dtype) for _ in range(2)]
+        self.gains += [(torch.rand(WIDTH) + 0.5).to(dtype) for _ in range(2)] if head_norms else [None, None]
         self.dense = [weight for _, weight in made]
         self.weights = [
             Weights(tensor, form in ("bitmask", "nm", "int8"), bias, shape)
@@ -50,9 +50,9 @@ class Case:
         ]
         self.norms = [gain if gain is None else Norm(gain, EPS) for gain in self.gains]
         self.layer = TokenLayer(cpu.library(), self.weights, self.norms, WIDTH)
-        self.x, (self.cos, self.sin) = torch.randn(1, 1, HIDDEN), torch.randn(2, 1, 1, WIDTH)
+        self.x, (self.cos, self.sin) = torch.randn(1, 1, HIDDEN).to(dtype), torch.randn(2, 1, 1, WIDTH).to(dtype)
         # Longer than what is read, and with other heads between: views, as caches of a fixed length return them.
-        self.keys, self.values = torch.randn(2, 1, 2 * SHARED, length + 3, WIDTH)[:, :, ::2, :length]
+        self.keys, self.values = torch.randn(2, 1, 2 * SHARED, length + 3, WIDTH).to(dtype)[:, :, ::2, :length]
 
     def ours(self):
         q, k, v = self.layer.begin(self.x, self.cos, self.sin)
@@ -99,6 +99,20 @@ def test_a_layer_of_each_form_is_right(form):
 def test_every_length_is_right_without_biases_and_norms_of_heads(length):
     forms = ["bitmask", "float32", "bfloat16", "nm", "nm", "bitmask", "float16"]
     assert_right(Case(forms, biased=False, head_norms=False, length=length))
+
+
+@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tokens_of_16_bits_are_rounded_where_they_leave_the_layer(dtype, length):
+    form = str(dtype).removeprefix("torch.")
+    case = Case(["bitmask", form, "int8", "nm", "bitmask", form, "nm"], dtype=dtype, length=length)
+    exact = case.exact()
+    for place, (ours, right) in enumerate(zip(case.ours(), exact, strict=True)):
+        assert ours.dtype is dtype
+        # Half a unit in the last place; the result begins with queries that were rounded to as much.
+        eps = torch.finfo(dtype).eps
+        allowed = (0.51 * eps) * right.abs() + 1e-3 * right.abs().max() + (place == 3) * 4 * eps * right.abs().max()
+        assert ((ours.double() - right).abs() <= allowed).all()
 
 
 def test_what_attention_made_elsewhere_is_taken():
@@ -174,6 +188,13 @@ def test_matrices_that_do_not_go_together_are_refused(place):
         weights[place] = case.weights[place]._replace(bias=wrong)
         with pytest.raises(ValueError, match="expected"):
             TokenLayer(cpu.library(), weights, case.norms, WIDTH)
+    for wrong in (None, Norm(torch.ones(HIDDEN).double(), EPS)):
+        with pytest.raises(ValueError, match="expected"):
+            TokenLayer(cpu.library(), case.weights, [wrong, *case.norms[1:]], WIDTH)
+    with pytest.raises(ValueError, match="expected"):
+        TokenLayer(
+            cpu.library(), case.weights, [case.norms[0], Norm(torch.ones(HIDDEN).half(), EPS), None, None], WIDTH
+        )
 
 
 def test_it_notices_weights_that_have_moved():

@@ -223,12 +223,14 @@ class Library:
     def begin_layer(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, qkv: Tensor) -> None:
         """Write the queries, keys and values of one token, which are turned by its position.
 
+        All tensors are of the dtype of the layer's tokens.
+
         Args:
             layer: address of a `layers.TokenLayer`'s sizes and addresses.
-            x: [1, 1, hidden], float32.
-            cos: [1, 1, width], float32.
-            sin: [1, 1, width], float32.
-            qkv: [1, heads of q, k and v, 1, width], float32; overwritten.
+            x: [1, 1, hidden].
+            cos: [1, 1, width].
+            sin: [1, 1, width].
+            qkv: [1, heads of q, k and v, 1, width]; overwritten.
         """
         pointers = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), qkv.data_ptr()
         if result := self._layer_begin(layer, *pointers, self.level, torch.get_num_threads()):
@@ -239,13 +241,15 @@ class Library:
     ) -> None:
         """Write what a layer makes of one token, from its queries or from what attention has made of them.
 
+        All tensors are of the dtype of the layer's tokens.
+
         Args:
             layer: address of a `layers.TokenLayer`'s sizes and addresses.
-            x: [1, 1, hidden], float32, its input.
-            q: [1, heads, 1, width], float32: queries, or without `cached` what attention has made.
-            cached: keys and values [1, heads of k, length, width], float32, rows contiguous.
+            x: [1, 1, hidden], its input.
+            q: [1, heads, 1, width]: queries, or without `cached` what attention has made.
+            cached: keys and values [1, heads of k, length, width], rows contiguous.
             scale: of scores.
-            y: [1, 1, hidden], float32; overwritten.
+            y: [1, 1, hidden]; overwritten.
         """
         keys = values = strides = None
         length = 0

@@ -239,12 +239,13 @@ int llmprune_gram(const uint16_t* x, int64_t tokens, int64_t width, float* total
 #endif
 }
 
-// A decoder layer up to its attention, for one token: see layer.h. qkv is [q.rows + k.rows + v.rows].
-int llmprune_layer_begin(const Layer* layer, const float* x, const float* cos, const float* sin, float* qkv, int level,
+// A decoder layer up to its attention, for one token, all of the layer's type: see layer.h. qkv is [q.rows + k.rows + v.rows].
+int llmprune_layer_begin(const Layer* layer, const void* x, const void* cos, const void* sin, void* qkv, int level,
                          int threads) {
 #if HAVE_KERNELS
   if (const int result = refused(*layer, level)) return result;
-  if (misaligned(x, 4) || misaligned(cos, 4) || misaligned(sin, 4) || misaligned(qkv, 4)) return MISALIGNED;
+  const int64_t size = item(layer->type);
+  if (misaligned(x, size) || misaligned(cos, size) || misaligned(sin, size) || misaligned(qkv, size)) return MISALIGNED;
   return begin_layer(*layer, x, cos, sin, qkv, level, threads);
 #else
   return UNSUPPORTED;
@@ -252,14 +253,15 @@ int llmprune_layer_begin(const Layer* layer, const float* x, const float* cos, c
 }
 
 // The rest of the layer, with its attention if there are keys; otherwise `q` is what attention has made.
-int llmprune_layer_end(const Layer* layer, const float* x, const float* q, const float* keys, const float* values,
-                       int64_t length, const int64_t* strides, float scale, float* y, int level, int threads) {
+int llmprune_layer_end(const Layer* layer, const void* x, const void* q, const void* keys, const void* values,
+                       int64_t length, const int64_t* strides, float scale, void* y, int level, int threads) {
 #if HAVE_KERNELS
   if (const int result = refused(*layer, level)) return result;
-  if (misaligned(x, 4) || misaligned(q, 4) || misaligned(keys, 4) || misaligned(values, 4) || misaligned(y, 4))
-    return MISALIGNED;
+  const void* all[] = {x, q, keys, values, y};
+  for (const void* one : all)
+    if (misaligned(one, item(layer->type))) return MISALIGNED;
   if (keys && length < 1) return REFUSED;
-  return end_layer(*layer, x, q, {keys, values, length, strides, scale}, y, level, threads);
+  return end_layer(*layer, x, q, {(const char*)keys, (const char*)values, length, strides, scale}, y, level, threads);
 #else
   return UNSUPPORTED;
 #endif

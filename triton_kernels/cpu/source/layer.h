@@ -1,15 +1,16 @@
-// A decoder layer for one token of floats, around its key-value cache: norm, q, k and v, rotary embedding; then attention,
-// its output matrix, norm and gated MLP. Between the products there are a few thousand numbers, which one thread takes
-// less time for than a call of any library.
+// A decoder layer for one token, around its key-value cache: norm, q, k and v, rotary embedding; then attention, its output
+// matrix, norm and gated MLP. Between the products there are a few thousand numbers, which one thread takes less time for
+// than a call of any library. All of it is computed in floats, and rounded where it leaves the layer: one token is bound
+// by the bytes of its weights, so that a product of pairs of 16-bit numbers would not be faster.
 #pragma once
 
 enum Norm { BEFORE_ATTENTION, BEFORE_MLP, OF_Q, OF_K };
 enum Place { Q, K, V, O, GATE, UP, DOWN };
 
 // Keys and values of one layer, [heads][length][width] of each, a row contiguous; the strides of keys' heads and rows, and
-// those of values.
+// those of values, in numbers of the layer's type.
 struct Cached {
-  const float *keys, *values;
+  const char *keys, *values;
   int64_t length;
   const int64_t* strides;
   float scale;
@@ -30,10 +31,31 @@ INLINE float dot(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
+// Some numbers of a type at a time, as floats: what is done with number i is the body's.
+constexpr int64_t SOME = 64;
+template <class Body>
+INLINE void each_float(const void* from, int32_t type, int64_t n, Body body) {
+  float some[SOME];
+  for (int64_t i = 0; i < n; i += SOME) {
+    const int64_t count = n - i < SOME ? n - i : SOME;
+    avx2::to_floats((const char*)from + i * item(type), type, count, some);
+    for (int64_t k = 0; k < count; k++) body(i + k, some[k]);
+  }
+}
+TARGET static void add(float* y, const void* from, int32_t type, int64_t n) {
+  each_float(from, type, n, [&](int64_t i, float one) __attribute__((always_inline)) { y[i] += one; });
+}
+
+// n floats as numbers of a type; there is room to read a multiple of 16 of them.
+TARGET static void store(const float* from, int32_t type, int64_t n, void* to) {
+  for (int64_t i = 0; i < n; i += ROWS)
+    avx2::from_floats(from + i, type, n - i < ROWS ? n - i : ROWS, (char*)to + i * item(type));
+}
+
 // x / rms(x), times the weight; `to` may be x.
-TARGET static void normalise(const float* x, int64_t n, const float* weight, float eps, float* to) {
+TARGET static void normalise(const float* x, int64_t n, const void* weight, int32_t type, float eps, float* to) {
   const float scale = 1 / __builtin_sqrtf(dot(x, x, n) / n + eps);
-  for (int64_t i = 0; i < n; i++) to[i] = weight[i] * (x[i] * scale);
+  each_float(weight, type, n, [&](int64_t i, float one) __attribute__((always_inline)) { to[i] = one * (x[i] * scale); });
 }
 
 // Number i and number i + width / 2 of a head are a pair that is turned.
@@ -79,25 +101,29 @@ struct Attention {
   float *scores, *to;  // [heads][length rounded up to 8], [heads][width]
 };
 
-// The scores of four keys at a time.
-INLINE void score(const Layer& l, const Cached& c, const float* q, const float* keys, float* scores) {
-  const int64_t stride = c.strides[1], even = l.width / 8 * 8;
-  int64_t t = 0;
-  for (; t + 4 <= c.length; t += 4) {
-    const float* k = keys + t * stride;
-    __m256 sums[4] = {};
-    for (int64_t i = 0; i < even; i += 8) {
-      const __m256 eight = _mm256_loadu_ps(q + i);
+// The scores of N keys, each `stride` bytes behind the one before.
+template <int32_t Type, int N>
+INLINE void score_keys(const float* q, const char* keys, int64_t stride, int64_t width, float scale, float* scores) {
+  const int64_t even = width / 8 * 8;
+  __m256 sums[N] = {};
+  for (int64_t i = 0; i < even; i += 8) {
+    const __m256 eight = _mm256_loadu_ps(q + i);
 #pragma GCC unroll 4
-      for (int n = 0; n < 4; n++) sums[n] = _mm256_fmadd_ps(eight, _mm256_loadu_ps(k + n * stride + i), sums[n]);
-    }
-    for (int n = 0; n < 4; n++) {
-      float sum = sum_of_eight(sums[n]);
-      for (int64_t i = even; i < l.width; i++) sum += q[i] * k[n * stride + i];
-      scores[t + n] = sum * c.scale;
-    }
+    for (int n = 0; n < N; n++)
+      sums[n] = _mm256_fmadd_ps(eight, eight_floats(keys + n * stride + i * item(Type), Type), sums[n]);
   }
-  for (; t < c.length; t++) scores[t] = dot(q, keys + t * stride, l.width) * c.scale;
+  for (int n = 0; n < N; n++) {
+    float sum = sum_of_eight(sums[n]);
+    for (int64_t i = even; i < width; i++) sum += q[i] * one_float(keys + n * stride + i * item(Type), Type);
+    scores[n] = sum * scale;
+  }
+}
+template <int32_t Type>
+INLINE void score(const Layer& l, const Cached& c, const float* q, const char* keys, float* scores) {
+  const int64_t stride = c.strides[1] * item(Type);
+  int64_t t = 0;
+  for (; t + 4 <= c.length; t += 4) score_keys<Type, 4>(q, keys + t * stride, stride, l.width, c.scale, scores + t);
+  for (; t < c.length; t++) score_keys<Type, 1>(q, keys + t * stride, stride, l.width, c.scale, scores + t);
 }
 
 // Scores become weights, whose sum is returned; what is behind them becomes zero.
@@ -116,7 +142,9 @@ INLINE float weigh(float* scores, int64_t n) {
 }
 
 // Sixty-four numbers of a head at a time, or what is left of them.
-INLINE void average(const Layer& l, const Cached& c, const float* values, const float* weights, float total, float* to) {
+template <int32_t Type>
+INLINE void average(const Layer& l, const Cached& c, const char* values, const float* weights, float total, float* to) {
+  const int64_t size = item(Type), stride = c.strides[3] * size;
   int64_t from = 0;
   for (; from + 64 <= l.width; from += 64) {
     __m256 sums[8] = {};
@@ -124,16 +152,17 @@ INLINE void average(const Layer& l, const Cached& c, const float* values, const 
       const __m256 weight = _mm256_set1_ps(weights[t]);
 #pragma GCC unroll 8
       for (int k = 0; k < 8; k++)
-        sums[k] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(values + t * c.strides[3] + from + 8 * k), sums[k]);
+        sums[k] = _mm256_fmadd_ps(weight, eight_floats(values + t * stride + (from + 8 * k) * size, Type), sums[k]);
     }
     for (int k = 0; k < 8; k++) _mm256_storeu_ps(to + from + 8 * k, _mm256_div_ps(sums[k], _mm256_set1_ps(total)));
   }
   float sums[64] = {};
   for (int64_t t = 0; t < c.length; t++)
-    for (int64_t i = from; i < l.width; i++) sums[i - from] += weights[t] * values[t * c.strides[3] + i];
+    for (int64_t i = from; i < l.width; i++) sums[i - from] += weights[t] * one_float(values + t * stride + i * size, Type);
   for (int64_t i = from; i < l.width; i++) to[i] = sums[i - from] / total;
 }
 
+template <int32_t Type>
 TARGET static void attend_share(void* data) {
   const Attention& a = *(const Attention*)data;
   const Layer& l = *a.layer;
@@ -143,9 +172,9 @@ TARGET static void attend_share(void* data) {
   for (int64_t h = l.heads * me / parts; h < l.heads * (me + 1) / parts; h++) {
     const int64_t of = h / (l.heads / l.shared);
     float* scores = a.scores + h * ((c.length + 7) / 8 * 8);
-    score(l, c, a.q + h * l.width, c.keys + of * c.strides[0], scores);
+    score<Type>(l, c, a.q + h * l.width, c.keys + of * c.strides[0] * item(Type), scores);
     const float total = weigh(scores, c.length);
-    average(l, c, c.values + of * c.strides[2], scores, total, a.to + h * l.width);
+    average<Type>(l, c, c.values + of * c.strides[2] * item(Type), scores, total, a.to + h * l.width);
   }
 }
 #undef TARGET
@@ -170,7 +199,7 @@ static void products_share(void* data) {
 static int begin_packed(Products& all, int64_t i, const Part& part, const float* x, float* y, int level) {
   Job& job = all.jobs[i];
   all.matrices[i] = (const Matrix*)part.data;
-  job = {&all.matrices[i], 1, (const char*)x, 0, 1, 0, (char*)y, (const char*)part.bias, FLOAT32, {}, 0};
+  job = {&all.matrices[i], 1, (const char*)x, 0, 1, 0, (char*)y, nullptr, FLOAT32, {}, 0};
   if (const int result = check(part.data, part.bytes)) return result;
   const int64_t needed = scratch_bytes(*all.matrices[i], FLOAT32, 1, level);
   if (needed && !(all.scratch[i] = malloc(needed))) return NO_MEMORY;
@@ -182,11 +211,12 @@ static int begin_packed(Products& all, int64_t i, const Part& part, const float*
 static int multiply_parts(const Layer& l, int first, int count, const float* x, float* y, int level, int threads) {
   Products all;
   memset(&all, 0, sizeof all);
+  float* const results = y;
   int64_t bytes = 0;
   int result = DONE;
   for (int i = 0; i < count && !result; i++) {
     const Part& part = l.parts[first + i];
-    all.rows[i] = {part.data, (int32_t)part.type, part.rows, part.columns, 1, x, part.bias, y};
+    all.rows[i] = {part.data, (int32_t)part.type, part.rows, part.columns, 1, x, nullptr, y};
     all.shares[i] = {rows_share, &all.rows[i]};
     if (part.type < 0) result = begin_packed(all, i, part, x, y, level);
     bytes += part.bytes, y += part.rows, all.count++;
@@ -194,12 +224,15 @@ static int multiply_parts(const Layer& l, int first, int count, const float* x, 
   const int64_t most = 1 + bytes / l.thread_bytes;
   if (!result) in_threads(products_share, &all, threads < most ? threads : most);
   for (void* scratch : all.scratch) free(scratch);
+  y = results;
+  for (int i = first; i < first + count && !result; y += l.parts[i++].rows)
+    if (l.parts[i].bias) add(y, l.parts[i].bias, l.type, l.parts[i].rows);
   return result;
 }
 
 // ------------------------------------------------------------------------------------------------- the two halves
 static bool misfits(const Part& part, int64_t rows, int64_t columns) {
-  if (part.rows != rows || part.columns != columns || misaligned(part.bias, 4) || part.type > FLOAT32) return true;
+  if (part.rows != rows || part.columns != columns || part.type > FLOAT32) return true;
   return part.type >= 0 && (part.bytes != rows * columns * item(part.type) || misaligned(part.data, item(part.type)));
 }
 
@@ -209,8 +242,11 @@ static int refused(const Layer& l, int level) {
   const int64_t inner = l.parts[GATE].rows, q = l.heads * l.width, kv = l.shared * l.width;
   if (l.hidden < 1 || l.shared < 1 || l.heads < l.shared || l.heads % l.shared || l.width < 2 || l.width % 2) return REFUSED;
   if (inner < 1 || l.thread_bytes < 1 || !l.norms[BEFORE_ATTENTION] || !l.norms[BEFORE_MLP]) return REFUSED;
-  for (const float* norm : l.norms)
-    if (misaligned(norm, 4)) return MISALIGNED;
+  if (l.type < BFLOAT16 || l.type > FLOAT32) return REFUSED;
+  for (const void* norm : l.norms)
+    if (misaligned(norm, item(l.type))) return MISALIGNED;
+  for (const Part& part : l.parts)
+    if (misaligned(part.bias, item(l.type))) return MISALIGNED;
   const bool fits = !misfits(l.parts[Q], q, l.hidden) && !misfits(l.parts[K], kv, l.hidden) &&
                     !misfits(l.parts[V], kv, l.hidden) && !misfits(l.parts[O], l.hidden, q) &&
                     !misfits(l.parts[GATE], inner, l.hidden) && !misfits(l.parts[UP], inner, l.hidden) &&
@@ -222,51 +258,62 @@ static int refused(const Layer& l, int level) {
 static int64_t room(int64_t n) { return (n + 15) / 16 * 16; }
 static float* new_floats(int64_t n) { return (float*)aligned_alloc(64, room(n) * sizeof(float)); }
 
-static int begin_layer(const Layer& l, const float* x, const float* cos, const float* sin, float* qkv, int level, int threads) {
-  float* normal = new_floats(l.hidden);
-  if (!normal) return NO_MEMORY;
-  normalise(x, l.hidden, l.norms[BEFORE_ATTENTION], l.eps[BEFORE_ATTENTION], normal);
-  const int result = multiply_parts(l, Q, 3, normal, qkv, level, threads);
-  free(normal);
-  if (result) return result;
-  for (int64_t h = 0; h < l.heads + l.shared; h++) {
+static int begin_layer(const Layer& l, const void* x, const void* cos, const void* sin, void* qkv, int level, int threads) {
+  const int64_t rows = (l.heads + 2 * l.shared) * l.width, hidden = room(l.hidden), width = room(l.width);
+  float* heads = new_floats(room(rows) + 2 * width + hidden);
+  if (!heads) return NO_MEMORY;
+  float *cosines = heads + room(rows), *sines = cosines + width, *normal = sines + width;
+  const int32_t type = l.type;
+  avx2::to_floats(x, type, l.hidden, normal);
+  avx2::to_floats(cos, type, l.width, cosines);
+  avx2::to_floats(sin, type, l.width, sines);
+  normalise(normal, l.hidden, l.norms[BEFORE_ATTENTION], type, l.eps[BEFORE_ATTENTION], normal);
+  const int result = multiply_parts(l, Q, 3, normal, heads, level, threads);
+  for (int64_t h = 0; h < l.heads + l.shared && !result; h++) {
     const int norm = h < l.heads ? OF_Q : OF_K;
-    float* head = qkv + h * l.width;
-    if (l.norms[norm]) normalise(head, l.width, l.norms[norm], l.eps[norm], head);
-    rotate(head, l.width, cos, sin);
+    float* head = heads + h * l.width;
+    if (l.norms[norm]) normalise(head, l.width, l.norms[norm], type, l.eps[norm], head);
+    rotate(head, l.width, cosines, sines);
   }
-  return DONE;
+  if (!result) store(heads, type, rows, qkv);
+  free(heads);
+  return result;
 }
 
-// y [hidden] is the token behind attention first, then behind the MLP.
-static int finish_layer(const Layer& l, const float* x, float* attended, float* normal, float* inner, float* y, int level,
-                        int threads) {
-  if (const int result = multiply_parts(l, O, 1, attended, y, level, threads)) return result;
-  for (int64_t i = 0; i < l.hidden; i++) y[i] = x[i] + y[i];
-  normalise(y, l.hidden, l.norms[BEFORE_MLP], l.eps[BEFORE_MLP], normal);
+// y [hidden] is the token first, then with attention, then with the MLP.
+static int finish_layer(const Layer& l, float* attended, float* normal, float* inner, float* y, int level, int threads) {
+  if (const int result = multiply_parts(l, O, 1, attended, normal, level, threads)) return result;
+  add(y, normal, FLOAT32, l.hidden);
+  normalise(y, l.hidden, l.norms[BEFORE_MLP], l.type, l.eps[BEFORE_MLP], normal);
   const int64_t n = l.parts[GATE].rows;
   memset(inner + 2 * n, 0, 16 * sizeof(float));
   if (const int result = multiply_parts(l, GATE, 2, normal, inner, level, threads)) return result;
   // Its last vector reaches into the first numbers of up, which are read by then, and that of up into the zeros.
   gate_by_silu(inner, inner + n, n);
   if (const int result = multiply_parts(l, DOWN, 1, inner, normal, level, threads)) return result;
-  for (int64_t i = 0; i < l.hidden; i++) y[i] += normal[i];
+  add(y, normal, FLOAT32, l.hidden);
   return DONE;
 }
 
-static int end_layer(const Layer& l, const float* x, const float* q, const Cached& c, float* y, int level, int threads) {
-  const int64_t attended = room(l.heads * l.width), normal = room(l.hidden), inner = room(2 * l.parts[GATE].rows) + 16;
-  const int64_t scores = c.keys ? l.heads * ((c.length + 7) / 8 * 8) : 0;
-  float* all = new_floats(attended + normal + inner + scores);
+static void attend(const Layer& l, const Cached& c, const float* q, float* scores, float* to, int threads) {
+  Attention work{&l, &c, q, scores, to};
+  const int64_t most = 1 + 2 * c.length * l.heads * l.width * item(l.type) / l.thread_bytes;
+  const auto body = l.type == FLOAT32 ? attend_share<FLOAT32> : l.type == FLOAT16 ? attend_share<FLOAT16> : attend_share<BFLOAT16>;
+  in_threads(body, &work, threads < most ? threads : most);
+}
+
+static int end_layer(const Layer& l, const void* x, const void* q, const Cached& c, void* to, int level, int threads) {
+  const int64_t attended = room(l.heads * l.width), hidden = room(l.hidden), inner = room(2 * l.parts[GATE].rows) + 16;
+  // Queries lie where the results of gate and up will.
+  const int64_t queries = attended > inner ? attended : inner, scores = c.keys ? l.heads * ((c.length + 7) / 8 * 8) : 0;
+  float* all = new_floats(attended + 2 * hidden + queries + scores);
   if (!all) return NO_MEMORY;
-  if (c.keys) {
-    Attention work{&l, &c, q, all + attended + normal + inner, all};
-    const int64_t most = 1 + 2 * c.length * l.heads * l.width * (int64_t)sizeof(float) / l.thread_bytes;
-    in_threads(attend_share, &work, threads < most ? threads : most);
-  } else {
-    memcpy(all, q, l.heads * l.width * sizeof(float));
-  }
-  const int result = finish_layer(l, x, all, all + attended, all + attended + normal, y, level, threads);
+  float *normal = all + attended, *y = normal + hidden, *work = y + hidden;
+  avx2::to_floats(x, l.type, l.hidden, y);
+  avx2::to_floats(q, l.type, l.heads * l.width, c.keys ? work : all);
+  if (c.keys) attend(l, c, work, work + queries, all, threads);
+  const int result = finish_layer(l, all, normal, work, y, level, threads);
+  if (!result) store(y, l.type, l.hidden, to);
   free(all);
   return result;
 }

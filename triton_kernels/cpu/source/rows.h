@@ -21,6 +21,11 @@ INLINE __m256 eight_floats(const char* from, int32_t type) {
   if (type == FLOAT16) return _mm256_cvtph_ps(half);
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
+INLINE float one_float(const char* from, int32_t type) {
+  char padded[32] = {};
+  memcpy(padded, from, item(type));
+  return _mm256_cvtss_f32(eight_floats(padded, type));
+}
 INLINE float sum_of_eight(__m256 a) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -38,6 +43,9 @@ INLINE void multiply_rows(const Rows& job, int64_t row, int64_t token, int32_t t
     for (auto& sum : one) sum = _mm256_setzero_ps();
   int64_t c = 0;
   for (; c + 8 <= job.columns; c += 8) {
+    // The next rows, since some processors fetch nothing beyond the end of a short one by themselves.
+    if (M == 1 && c % 32 == 0)
+      for (int r = 0; r < R; r++) _mm_prefetch(w + ((r + R) * job.columns + c) * size, _MM_HINT_T0);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       const __m256 eight = eight_floats(w + (r * job.columns + c) * size, type);
@@ -49,11 +57,8 @@ INLINE void multiply_rows(const Rows& job, int64_t row, int64_t token, int32_t t
   for (int r = 0; r < R; r++)
     for (int t = 0; t < M; t++) {
       float sum = sum_of_eight(sums[r][t]);
-      for (int64_t k = c; k < job.columns; k++) {
-        char padded[32] = {};
-        memcpy(padded, w + (r * job.columns + k) * size, size);
-        sum += _mm256_cvtss_f32(eight_floats(padded, type)) * x[t * job.columns + k];
-      }
+      for (int64_t k = c; k < job.columns; k++)
+        sum += one_float(w + (r * job.columns + k) * size, type) * x[t * job.columns + k];
       job.y[(token + t) * job.rows + row + r] = job.bias ? sum + job.bias[row + r] : sum;
     }
 }
