@@ -1,8 +1,9 @@
-"""A dense product of one token on a CPU: torch's own, or oneDNN's, whichever is faster on this machine.
+"""A dense product of one token on a CPU: oneDNN's, torch's own or the library's, whichever is the fastest here.
 
 For one token in a 16-bit dtype, oneDNN reads the weights at about half the bandwidth on some processors; torch's own
-product, to which it falls back without oneDNN, reads them at all of it. From two tokens on oneDNN is faster. Which one
-it is, is measured once for a shape and a number of threads, and recorded with the kernels' configurations.
+product, to which it falls back without oneDNN, reads them at all of it on some of those, and the kernel for float32
+activations on more. From two tokens on oneDNN is faster. Which one it is, is measured once for a shape and a number of
+threads, and recorded with the kernels' configurations.
 """
 
 import contextlib
@@ -16,17 +17,19 @@ from torch.nn import functional as F
 
 from llmprune.kernels import configurations, cpu
 
-OPERATION = "cpu_dense.own_product"
+OPERATION = "cpu_dense.product"
 
-# By how much torch's own product has to be faster, beyond noise.
+# By how much another product than oneDNN's has to be faster, beyond noise.
 _MARGIN = 0.95
 _REPEATS = 4
 
 _HALF = (torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
 
-# (shape, dtype, threads) of the weights that torch itself multiplies faster with one token.
-_own: set[tuple[torch.Size, torch.dtype, int]] = set()
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+# By (shape, dtype, threads) of the weights: how one token is multiplied, where that is not by oneDNN.
+_chosen: dict[tuple[torch.Size, torch.dtype, int], Product] = {}
 
 _lock = threading.Lock()
 _without_onednn = 0
@@ -42,7 +45,7 @@ class DenseLinear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear; one token is multiplied by torch itself where `choose` found that faster.
+    """F.linear; one token is multiplied by the product that `choose` found the fastest.
 
     Weights of 16 bits on a CPU may have x in float32.
     """
@@ -50,9 +53,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         on_cpu = x.device.type == "cpu" and cpu.unavailable() is None
         return cpu.halves_linear(x, weight, bias) if on_cpu else F.linear(x, weight.float(), bias)
     # What is being compiled is left to the compiler, which has products of its own.
-    one_token = bool(_own) and x.numel() == x.shape[-1] and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if one_token and (weight.shape, weight.dtype, torch.get_num_threads()) in _own:
-        return own_product(x, weight, bias)
+    one_token = bool(_chosen) and x.numel() == x.shape[-1] and x.device.type == "cpu"
+    if one_token and x.dtype is weight.dtype and not torch.compiler.is_compiling():
+        product = _chosen.get((weight.shape, weight.dtype, torch.get_num_threads()))
+        if product is not None:
+            return product(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -62,43 +67,53 @@ def own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
 
+def library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same by the CPU library, in float32 and rounded once."""
+    return cpu.halves_linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+_PRODUCTS: dict[str, Product] = {"onednn": F.linear, "own": own_product, "library": library_product}
+
+
 @torch.inference_mode()
-def choose(weights: Sequence[Tensor]) -> bool:
+def choose(weights: Sequence[Tensor]) -> str:
     """Decide how one token is multiplied, by measurement unless it was measured before.
 
     Args:
         weights: of one shape [out, in], dtype and device, to rotate through, so that they come from memory.
 
     Returns:
-        Whether by torch's own product; False for weights that are not 16-bit numbers on a CPU.
+        "onednn", "own" or "library"; "onednn" for weights that are not 16-bit numbers on a CPU.
     """
     weight = weights[0]
     if weight.device.type != "cpu" or weight.dtype not in _HALF:
-        return False
+        return "onednn"
     shape = {"out_features": weight.shape[0], "in_features": weight.shape[1], "threads": torch.get_num_threads()}
     operation = f"{OPERATION}.{str(weight.dtype).removeprefix('torch.')}"
-    own = configurations.measured_as(_choice, operation, _CPU, **shape)
-    if own is None:
-        own = _is_own_faster(weights)
+    name = configurations.measured_as(_name, operation, _CPU, **shape)
+    if name is None or (name == "library" and cpu.unavailable() is not None):
+        name = _fastest(weights)
         with contextlib.suppress(OSError):  # a cache that cannot be written: measured again by the next process
-            configurations.record(operation, _CPU, {"own": int(own)}, **shape)
+            configurations.record(operation, _CPU, {"product": list(_PRODUCTS).index(name)}, **shape)
     key = weight.shape, weight.dtype, torch.get_num_threads()
-    (_own.add if own else _own.discard)(key)
-    return own
+    _chosen.pop(key, None)
+    if name != "onednn":
+        _chosen[key] = _PRODUCTS[name]
+    return name
 
 
-def _is_own_faster(weights: Sequence[Tensor]) -> bool:
+def _fastest(weights: Sequence[Tensor]) -> str:
     x = torch.randn(1, weights[0].shape[1]).to(weights[0].dtype)
-    products: tuple[Callable[[Tensor, Tensor, Tensor | None], Tensor], ...] = (F.linear, own_product)
-    least = [float("inf"), float("inf")]
+    least = {name: float("inf") for name in _PRODUCTS if name != "library" or cpu.unavailable() is None}
     for turn in range(_REPEATS):
-        for number, product in enumerate(products):
-            weight = weights[(2 * turn + number) % len(weights)]
+        for number, name in enumerate(least):
+            weight = weights[(len(least) * turn + number) % len(weights)]
             started = time.perf_counter()
-            product(x, weight, None)
+            _PRODUCTS[name](x, weight, None)
             if turn:  # the first wakes threads, and compiles oneDNN's kernel
-                least[number] = min(least[number], time.perf_counter() - started)
-    return least[1] < _MARGIN * least[0]
+                least[name] = min(least[name], time.perf_counter() - started)
+    least["onednn"] *= _MARGIN
+    return min(least, key=least.__getitem__)
 
 
 @contextlib.contextmanager
@@ -122,5 +137,5 @@ def _onednn_disabled() -> Iterator[None]:
                 torch._C._set_mkldnn_enabled(_enabled)
 
 
-def _choice(own: int) -> bool:
-    return bool(own)
+def _name(product: int) -> str:
+    return list(_PRODUCTS)[product]

@@ -31,7 +31,7 @@ NO_COMPILER = "no C++ compiler: install g++"
 @pytest.fixture
 def empty_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr(dense_product, "_own", set())
+    monkeypatch.setattr(dense_product, "_chosen", {})
     configurations.forget()
     yield
     configurations.forget()
@@ -202,12 +202,12 @@ def test_a_model_of_both_layouts_and_dense_matrices(tmp_path):
 @pytest.mark.usefixtures("empty_cache")
 def test_products_are_measured_once_when_a_model_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu_forms, "MEASURED_WEIGHTS", 0)
-    monkeypatch.setattr(dense_product, "_is_own_faster", lambda weights: True)
+    monkeypatch.setattr(dense_product, "_fastest", lambda weights: "own")
     save_packed(tmp_path, "bitmask", "0.5", hidden_size=64, intermediate_size=96)
     model = load(tmp_path / "packed", device="cpu", dtype="bfloat16")
     assert type(model.lm_head) is dense_product.DenseLinear
     weight = model.lm_head.weight
-    assert (weight.shape, weight.dtype, torch.get_num_threads()) in dense_product._own
+    assert (weight.shape, weight.dtype, torch.get_num_threads()) in dense_product._chosen
     for _, layer in sparse_layers(model):
         parts = (
             (layer.fusion.packed, layer.fusion.sizes)
@@ -216,7 +216,7 @@ def test_products_are_measured_once_when_a_model_is_loaded(monkeypatch, tmp_path
         )
         assert cpu.measured_limit(*parts) is not None
     monkeypatch.setattr(cpu_forms.cpu, "measure_dense_from", lambda *_: pytest.fail("measured twice"))
-    monkeypatch.setattr(dense_product, "_is_own_faster", lambda weights: pytest.fail("measured twice"))
+    monkeypatch.setattr(dense_product, "_fastest", lambda weights: pytest.fail("measured twice"))
     load(tmp_path / "packed", device="cpu", dtype="bfloat16")
 
 

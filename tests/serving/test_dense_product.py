@@ -4,19 +4,20 @@ import threading
 
 import pytest
 import torch
+from cpu_matrices import needs_kernels
 from torch import nn
 from torch.nn import functional as F
 
-from llmprune.kernels import configurations
+from llmprune.kernels import configurations, cpu
 from llmprune.serving import dense_product
 
-OWN, ONEDNN = True, False
+OWN, ONEDNN, LIBRARY = "own", "onednn", "library"
 
 
 @pytest.fixture(autouse=True)
 def nothing_measured(monkeypatch, tmp_path):
     monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr(dense_product, "_own", set())
+    monkeypatch.setattr(dense_product, "_chosen", {})
     configurations.forget()
     yield
     configurations.forget()
@@ -37,35 +38,35 @@ def products(monkeypatch):
     return called
 
 
-def found(monkeypatch, own):
-    monkeypatch.setattr(dense_product, "_is_own_faster", lambda weights: own)
+def found(monkeypatch, name):
+    monkeypatch.setattr(dense_product, "_fastest", lambda weights: name)
 
 
-@pytest.mark.parametrize("own", [OWN, ONEDNN])
-def test_one_token_takes_the_faster_product_and_more_take_onednn(monkeypatch, products, own):
-    found(monkeypatch, own)
+@pytest.mark.parametrize("name", [OWN, ONEDNN])
+def test_one_token_takes_the_faster_product_and_more_take_onednn(monkeypatch, products, name):
+    found(monkeypatch, name)
     weight, bias = torch.randn(32, 48).bfloat16(), torch.randn(32).bfloat16()
-    assert dense_product.choose([weight]) is own
+    assert dense_product.choose([weight]) == name
     for shape, tokens in (((1, 48), 1), ((48,), 1), ((1, 1, 48), 1), ((2, 48), 2), ((0, 48), 0)):
         x = torch.randn(shape).bfloat16()
         y = dense_product.linear(x, weight, bias)
         torch.testing.assert_close(y, F.linear(x.float(), weight.float(), bias.float()).bfloat16())
-        assert products[-2] == ("own" if own and tokens == 1 else "onednn", tokens)
+        assert products[-2] == (name if tokens == 1 else "onednn", tokens)
     assert torch._C._get_mkldnn_enabled()
 
 
 def test_it_is_measured_once_for_a_shape_and_a_number_of_threads(monkeypatch):
     measured = []
-    monkeypatch.setattr(dense_product, "_is_own_faster", lambda weights: bool(measured.append(len(weights))) or True)
+    monkeypatch.setattr(dense_product, "_fastest", lambda weights: measured.append(len(weights)) or OWN)
     weights = [torch.randn(32, 48).bfloat16() for _ in range(3)]
-    assert dense_product.choose(weights)
-    dense_product._own.clear()  # as another process
-    assert dense_product.choose(weights[:1])
+    assert dense_product.choose(weights) == OWN
+    dense_product._chosen.clear()  # as another process
+    assert dense_product.choose(weights[:1]) == OWN
     assert measured == [3]
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert dense_product.choose(weights[:2])
+        assert dense_product.choose(weights[:2]) == OWN
     finally:
         torch.set_num_threads(before)
     assert measured == [3, 2]
@@ -77,22 +78,41 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(monkeypatch):
     with pytest.raises(OSError, match="no-folder"):
         configurations.record("an operation", torch.device("cpu"), {"own": 1})
     found(monkeypatch, OWN)
-    assert dense_product.choose([torch.randn(32, 48).bfloat16()])
+    assert dense_product.choose([torch.randn(32, 48).bfloat16()]) == OWN
 
 
 def test_only_16_bit_weights_on_a_cpu_have_a_choice():
-    assert not dense_product.choose([torch.randn(32, 48)])
-    assert not dense_product.choose([torch.empty(32, 48, dtype=torch.bfloat16, device="meta")])
+    for weight in (torch.randn(32, 48), torch.empty(32, 48, dtype=torch.bfloat16, device="meta")):
+        assert dense_product.choose([weight]) == ONEDNN
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_both_products_are_timed_and_right(dtype):
+def test_all_products_are_timed_and_right(dtype):
     weights = [torch.randn(64, 96).to(dtype) for _ in range(2)]
-    assert dense_product.choose(weights) in (True, False)
-    x = torch.randn(1, 96).to(dtype)
-    exact = x.double() @ weights[0].double().T
-    error = (dense_product.own_product(x, weights[0], None).double() - exact).abs().max()
-    assert error <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+    assert dense_product.choose(weights) in (OWN, ONEDNN, LIBRARY)
+    x, bias = torch.randn(1, 96).to(dtype), torch.randn(64).to(dtype)
+    exact = x.double() @ weights[0].double().T + bias.double()
+    for product in (dense_product.own_product, *([dense_product.library_product] if cpu.unavailable() is None else [])):
+        y = product(x, weights[0], bias)
+        assert y.dtype is dtype
+        assert (y.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@needs_kernels
+def test_the_library_multiplies_where_it_is_the_fastest_and_there(monkeypatch):
+    found(monkeypatch, LIBRARY)
+    weight, x, called = torch.randn(32, 48).bfloat16(), torch.randn(1, 48).bfloat16(), []
+    assert dense_product.choose([weight]) == LIBRARY
+    real = dense_product.cpu.halves_linear
+    monkeypatch.setattr(dense_product.cpu, "halves_linear", lambda *operands: called.append(1) or real(*operands))
+    expected = F.linear(x.float(), weight.float()).bfloat16()
+    torch.testing.assert_close(dense_product.linear(x, weight, None), expected)
+    assert called
+    # Recorded, but compiled no more: what is left is measured again.
+    dense_product._chosen.clear()
+    monkeypatch.setattr(dense_product.cpu, "unavailable", lambda: "none here")
+    found(monkeypatch, OWN)
+    assert dense_product.choose([weight]) == OWN
 
 
 def test_the_switch_is_restored_after_errors_and_by_the_last_of_several_threads():

@@ -161,7 +161,7 @@ def compare_product(
     held = _as_served(layers, weight)
     dense = _copies(lambda: held.clone(), held, effort.copies(held.nbytes, device))
     if held is weight:
-        dense_product.choose(dense)  # on a CPU: the faster one, as a dense model is loaded
+        dense_product.choose(dense)  # on a CPU: the fastest one, as a dense model is loaded
     for count in tokens:
         x = random_inputs(count, weight)
         exact = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
