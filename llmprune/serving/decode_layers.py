@@ -3,10 +3,11 @@
 A layer of a small model makes some thirty calls of torch for a token, which take longer than its weights take to be
 read. Layers with the parts of a Llama are candidates: an RMS norm, attention with rotary embedding, a gated MLP with
 SiLU. Whether that is all they do is not inferred from their names: what the library makes of two tokens is compared
-with what the layer itself makes of them.
+with what the layer itself makes of them, in 16 bits by a copy in float32 as well: roundings would hide other
+differences.
 
 Whatever asks for more than the result is left to the ordinary forward pass: hooks, replaced modules, gradients,
-several tokens, another attention or dtype. Once hidden states or attentions were requested, transformers leaves hooks
+several tokens, another attention or float64. Once hidden states or attentions were requested, transformers leaves hooks
 in the layers, which then stay ordinary ones.
 """
 

@@ -59,7 +59,7 @@ def load(
         served: how packed matrices are held. "auto": in the fastest form; "packed": in the least memory; "dense":
             as ordinary weights; "cusparselt": as auto, with a second copy of 2:4 matrices for prefill with cuSPARSELt.
         fused: use one kernel launch for packed matrices that read the same input, and on a CPU two calls for a decoder
-            layer and one token in float32 (`serving.decode_layers`); not with a device map.
+            layer and one token (`serving.decode_layers`); not with a device map.
         graphs: use a static cache and CUDA graphs for `generate`: see `serving.decode_graphs`.
             `model.decode_graphs.warm` records them in advance.
         device_map: shares the model out over several devices, in place of `device`: "auto", "balanced",
