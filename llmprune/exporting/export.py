@@ -13,7 +13,8 @@ from llmprune.exporting.onnx_graph import FILE_NAME as ONNX_NAME
 from llmprune.exporting.onnx_graph import require_onnx, write_onnx
 from llmprune.exporting.report import ExportedFile, ExportReport, files_of
 from llmprune.exporting.tensors import Exported
-from llmprune.progress import Watcher, ignore
+from llmprune.progress import Progress, Watcher, ignore
+from llmprune.storage.companions import ADAPTER_FOLDER
 from llmprune.storage.exchange import replacing
 from llmprune.storage.files import require_writable
 from llmprune.storage.folders import (
@@ -66,6 +67,8 @@ def export(
     if to not in FORMS:
         raise PatternError(f"export to {to!r}", expected=", ".join(FORMS))
     source = checkpoint_folder(folder)
+    if (source / ADAPTER_FOLDER).is_dir():
+        watch(Progress(f"{ADAPTER_FOLDER}/, a correction of low rank, is left out: the weights alone are exported"))
     if to == "gguf":
         return _export_gguf(source, output, llama_cpp, gguf_type, overwrite, watch)
     target = source.with_name(f"{source.name}-{to}") if output is None else expanded(output)

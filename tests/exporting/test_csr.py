@@ -52,6 +52,16 @@ def test_products_are_those_of_the_dense_matrix_as_documented(made: Path) -> Non
     assert same(names["state"][f"{LAYER}.weight"].to_dense(), weight.float() + 0.0)
 
 
+def test_a_correction_of_low_rank_is_said_to_be_left_out(made: Path) -> None:
+    said: list[str] = []
+    for kind in ("dense", "packed"):
+        export(made / kind, "csr", watch=lambda progress: said.append(progress.stage))
+    assert not any("left out" in one for one in said)
+    (made / "dense" / "adapter").mkdir()
+    export(made / "dense", "csr", overwrite=True, watch=lambda progress: said.append(progress.stage))
+    assert any(one.startswith("adapter/, a correction of low rank, is left out") for one in said)
+
+
 def test_shards_stay_shards_and_nothing_takes_them_for_a_checkpoint(tmp_path: Path) -> None:
     folder = save(build("llama", torch.bfloat16), tmp_path / "shards", max_shard_size="40KB")
     report = export(folder, "csr", tmp_path / "out")
