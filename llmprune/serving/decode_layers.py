@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llmprune.devices import return_freed_memory
 from llmprune.kernels import cpu
 from llmprune.kernels.cpu import Norm, TokenLayer, Weights, is_plain, is_transformed
 from llmprune.serving.cpu_forms import CpuForm
@@ -175,7 +176,8 @@ class DecodeLayer:
             with contextlib.suppress(ValueError):
                 built = self._build()
             self._built = built
-        return built and built[0]
+        # What was compared: the dtype of then, and float32 always.
+        return built[0] if built is not None and built[0].dtype in (self._dtype, torch.float32) else None
 
     def _seen(self) -> list[object]:
         """All by whose identity the layer is known; nothing if a module has hooks or a forward pass of its own."""
@@ -261,6 +263,8 @@ def attach(model: PreTrainedModel) -> int:
     equal = _equal(model, found) if found else []
     for decoding in equal:
         decoding.layer.forward = decoding  # in its __dict__, as `DecodeLayer` says
+    if any(decoding.dtype is not torch.float32 for decoding in found):
+        return_freed_memory()  # of the copies in float32
     return len(equal)
 
 
@@ -271,7 +275,8 @@ def _equal(model: PreTrainedModel, layers: list[DecodeLayer]) -> list[DecodeLaye
     equal: dict[DecodeLayer, list[bool]] = {one: [] for one in layers}
 
     def compare(one: DecodeLayer, *args: Any, **kwargs: Any) -> Any:
-        calls[one].append((args, _apart(kwargs, one)))
+        if one.dtype is not torch.float32:
+            calls[one].append((args, _apart(kwargs, one)))
         ours = one.decode(*args, **_apart(kwargs, one)) if len(args) == 1 else None
         own = type(one.layer).forward(one.layer, *args, **kwargs)
         equal[one].append(_is_near(ours, own, args[0], one.tolerance))

@@ -37,7 +37,7 @@ _enabled = True
 
 
 class DenseLinear(nn.Linear):
-    """A linear layer that takes the faster product for one token."""
+    """A linear layer that takes the fastest product for one token."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., in]."""
@@ -56,9 +56,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     one_token = bool(_chosen) and x.numel() == x.shape[-1] and x.device.type == "cpu"
     if one_token and x.dtype is weight.dtype and not torch.compiler.is_compiling():
         product = _chosen.get((weight.shape, weight.dtype, torch.get_num_threads()))
-        if product is not None:
+        if product is not None and (product is not library_product or _is_plain(x, weight, bias)):
             return product(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _is_plain(*operands: Tensor | None) -> bool:
+    """Whether only the numbers are wanted: gradients, traces and casts are those of F.linear."""
+    return cpu.is_plain(*operands) and not (cpu.is_transformed() or torch.is_autocast_enabled("cpu"))
 
 
 def own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -93,8 +98,10 @@ def choose(weights: Sequence[Tensor]) -> str:
     name = configurations.measured_as(_name, operation, _CPU, **shape)
     if name is None or (name == "library" and cpu.unavailable() is not None):
         name = _fastest(weights)
-        with contextlib.suppress(OSError):  # a cache that cannot be written: measured again by the next process
-            configurations.record(operation, _CPU, {"product": list(_PRODUCTS).index(name)}, **shape)
+        # A cache that cannot be written: measured again by the next process; so is what lacked the library.
+        with contextlib.suppress(OSError):
+            if cpu.unavailable() is None:
+                configurations.record(operation, _CPU, {"product": list(_PRODUCTS).index(name)}, **shape)
     key = weight.shape, weight.dtype, torch.get_num_threads()
     _chosen.pop(key, None)
     if name != "onednn":
@@ -138,4 +145,6 @@ def _onednn_disabled() -> Iterator[None]:
 
 
 def _name(product: int) -> str:
+    if product not in range(len(_PRODUCTS)):
+        raise ValueError(f"no product {product}")
     return list(_PRODUCTS)[product]

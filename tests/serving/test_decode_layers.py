@@ -232,6 +232,7 @@ def with_other_eps(model, monkeypatch):
 
 
 CHANGES = {
+    "bfloat16, never compared": (lambda model, _: model.bfloat16(), 0),
     "eager attention": (lambda model, _: model.set_attn_implementation("eager"), 0),
     "other attention": (with_other_attention, 0),
     "another sdpa": (with_another_sdpa, 0),

@@ -72,6 +72,16 @@ def test_it_is_measured_once_for_a_shape_and_a_number_of_threads(monkeypatch):
     assert measured == [3, 2]
 
 
+@pytest.mark.parametrize("recorded", [3, -1, "own"])
+def test_a_record_that_means_nothing_is_measured_again(monkeypatch, recorded):
+    found(monkeypatch, OWN)
+    shape = {"out_features": 32, "in_features": 48, "threads": torch.get_num_threads()}
+    operation = f"{dense_product.OPERATION}.bfloat16"
+    configurations.record(operation, torch.device("cpu"), {"product": recorded}, **shape)
+    with pytest.warns(UserWarning, match="no product"):
+        assert dense_product.choose([torch.randn(32, 48).bfloat16()]) == OWN
+
+
 def test_a_cache_that_cannot_be_written_is_no_obstacle(monkeypatch):
     monkeypatch.setenv("LLMPRUNE_CACHE", "/proc/no-folder")
     configurations.forget()
@@ -108,11 +118,19 @@ def test_the_library_multiplies_where_it_is_the_fastest_and_there(monkeypatch):
     expected = F.linear(x.float(), weight.float()).bfloat16()
     torch.testing.assert_close(dense_product.linear(x, weight, None), expected)
     assert called
-    # Recorded, but compiled no more: what is left is measured again.
+    called.clear()
+    with torch.autocast("cpu", torch.float16):
+        assert dense_product.linear(x, weight, None).dtype is torch.float16
+    with torch.enable_grad():
+        assert dense_product.linear(x, weight.requires_grad_(), None).grad_fn is not None
+    assert not called
+    # Recorded, but compiled no more: what is left is measured again, and not recorded.
     dense_product._chosen.clear()
-    monkeypatch.setattr(dense_product.cpu, "unavailable", lambda: "none here")
-    found(monkeypatch, OWN)
-    assert dense_product.choose([weight]) == OWN
+    with monkeypatch.context() as without:
+        without.setattr(dense_product.cpu, "unavailable", lambda: "none here")
+        without.setattr(dense_product, "_fastest", lambda weights: OWN)
+        assert dense_product.choose([weight]) == OWN
+    assert dense_product.choose([weight]) == LIBRARY
 
 
 def test_the_switch_is_restored_after_errors_and_by_the_last_of_several_threads():

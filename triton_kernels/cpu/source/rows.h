@@ -44,7 +44,7 @@ INLINE void multiply_rows(const Rows& job, int64_t row, int64_t token, int32_t t
   int64_t c = 0;
   for (; c + 8 <= job.columns; c += 8) {
     // The next rows, since some processors fetch nothing beyond the end of a short one by themselves.
-    if (M == 1 && c % 32 == 0)
+    if (M == 1 && c % (64 / size) == 0)
       for (int r = 0; r < R; r++) _mm_prefetch(w + ((r + R) * job.columns + c) * size, _MM_HINT_T0);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
