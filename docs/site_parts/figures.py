@@ -126,7 +126,7 @@ def cpu_kernels(name: str) -> str:
         "prepacked": "oneDNN, prepacked",
         "float32": "`F.linear`, weights in float32",
         "prepacked-float32": "oneDNN, prepacked, weights in float32",
-        "halves": "`llmprune.load`, activations in float32",
+        "halves": "the library's, activations in float32",
         "2:4": "2:4",
         "int8-0.5": "int8 bitmask, 50%",
         "int8-2:4": "int8, 2:4",

@@ -6,9 +6,10 @@ Weights are random, in bfloat16. Every product rotates through copies that excee
 turns with a plain read of memory, so that other load on the machine affects them alike; a wrong result is not timed.
 Each timed product follows one of the same kind that is not, as in a model: the first one after another's is slower.
 Dense: F.linear, as transformers calls it; torch's own product (F.linear without oneDNN), also with its weights in huge
-pages, in which packed matrices are; and oneDNN's with weights in its own order. On a processor that does not multiply
-bfloat16, F.linear also has weights in float32, oneDNN's order is theirs, and "halves" are weights in bfloat16 with
-activations in float32, as `llmprune.load` serves them there.
+pages, in which packed matrices are; oneDNN's with weights in its own order; and "halves", the library's, with weights
+in bfloat16 and activations in float32, which `llmprune.load` takes for one token where it is the fastest. On a
+processor that does not multiply bfloat16, `load` takes it for more tokens too, F.linear also has weights in float32,
+and oneDNN's order is theirs.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from llmprune.kernels import cpu
 from llmprune.measuring.bench.machine import commit, device_name, versions
 from llmprune.measuring.bench.products import is_right, relative_error
 from llmprune.patterns import NM, Pattern, Unstructured
-from llmprune.serving.dense_product import own_product
+from llmprune.serving.dense_product import library_product, own_product
 from llmprune.storage.files import write_json
 from llmprune.storage.formats import fit_layout, quantise
 from llmprune.storage.formats.int8 import GROUP
@@ -97,7 +98,7 @@ def measure(
 
 def dense_products() -> tuple[str, ...]:
     """The dense products of this processor; oneDNN orders bfloat16 only where it multiplies it."""
-    left_out = DENSE[4:] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ("prepacked",)
+    left_out = ("float32", "prepacked-float32") if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ("prepacked",)
     return tuple(name for name in DENSE if name not in left_out)
 
 
@@ -153,7 +154,7 @@ def _own(weight: Tensor) -> Call:
 
 
 def _halves(weight: Tensor) -> Call:
-    return lambda x: cpu.halves_linear(x.float(), weight, None)
+    return lambda x: library_product(x, weight, None)
 
 
 def _prepacked(weight: Tensor) -> Call:
